@@ -1,0 +1,151 @@
+"""The one protocol behind which rollout engines sit, and what they return.
+
+P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token.
+
+The row join: row s of the routes is the input at position s, whose output gave the log-prob of the
+token at position s + 1. The last sampled token is never fed back, so there are S - 1 rows, and
+they cover every response token.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moe_upgrpo.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class Rollout:
+    """One sampled response with the log-probs and the routes of the engine that sampled it.
+
+    Fields:
+        prompt_ids: `[P]` integers, P >= 1.
+        response_ids: `[T]` integers, T >= 1, EOS included where the sequence finished.
+        logp_rollout: `[T]` float32, log-prob of each response token under the sampling temperature
+            (at temperature 0: under temperature 1).
+        routes: `[P+T-1, L, K]`, unsigned, of the smallest type that holds the expert ids
+            (`routes_dtype`); expert sets in the engine's own order; L counts MoE layers only.
+        weight_version: the version of the weights that sampled it.
+        finished: whether it ended with EOS (False: cut at `max_new_tokens`).
+
+    Raises UserError naming the sequence if a shape, a type or the number of rows is wrong or a
+    log-prob is not finite. Expert ids and duplicates are checked where routes are compared.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    logp_rollout: np.ndarray
+    routes: np.ndarray
+    weight_version: int
+    finished: bool
+
+    def __post_init__(self):
+        for name in ("prompt_ids", "response_ids"):
+            ids = getattr(self, name)
+            if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+                raise UserError(
+                    f"{name} is {ids.dtype} {ids.shape}; a non-empty row of integers is needed."
+                )
+        tokens = len(self.response_ids)
+        if self.logp_rollout.shape != (tokens,) or self.logp_rollout.dtype != np.float32:
+            raise UserError(
+                f"logp_rollout of {self._named} is {self.logp_rollout.dtype} "
+                f"{self.logp_rollout.shape}; float32 ({tokens},) is needed."
+            )
+        if not np.isfinite(self.logp_rollout).all():
+            position = int(np.flatnonzero(~np.isfinite(self.logp_rollout))[0])
+            raise UserError(
+                f"logp_rollout of {self._named} is {self.logp_rollout[position]} at response "
+                f"position {position}. Finite log-probs are needed: look for non-finite weights "
+                f"(weight version {self.weight_version})."
+            )
+        if self.routes.ndim != 3 or self.routes.dtype.kind != "u":
+            raise UserError(
+                f"routes of {self._named} are {self.routes.dtype} {self.routes.shape}; "
+                "unsigned integers [P+T-1, L, K] are needed."
+            )
+        rows = len(self.prompt_ids) + tokens - 1
+        if len(self.routes) != rows:
+            raise UserError(
+                f"routes of {self._named} have {len(self.routes)} rows; P+T-1 = {rows} are needed: "
+                "one for each token that was fed in, none for the last sampled token."
+            )
+
+    @property
+    def _named(self) -> str:
+        return f"the sequence {self.prompt_ids.tolist()} -> {self.response_ids.tolist()}"
+
+
+def routes_dtype(num_experts: int) -> np.dtype:
+    """The smallest unsigned integer type that holds the expert ids 0 ... num_experts - 1."""
+    return np.min_scalar_type(max(num_experts - 1, 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How responses are sampled: from the whole vocabulary, at one temperature.
+
+    Temperature 0 is greedy decoding; the log-probs are then those at temperature 1.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}; 0 (greedy) or more is allowed.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed.")
+        for name, value, off in (("top_p", self.top_p, (1.0,)), ("top_k", self.top_k, (0, -1))):
+            if value not in off:
+                raise UserError(
+                    f"{name} is {value}; only {off[0]} (off) is allowed: tokens would be sampled "
+                    "from a truncated distribution, whose log-probs are not the ones the trainer "
+                    "computes, so every ratio would be wrong. Lower the temperature instead."
+                )
+
+    @property
+    def logp_temperature(self) -> float:
+        """What the logits are divided by before the log-softmax, here and in the trainer."""
+        return self.temperature or 1.0
+
+
+class Engine(Protocol):
+    """Samples responses and takes new weights."""
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights now held; 0 is the checkpoint that the engine started from."""
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """`samples_per_prompt` responses to each prompt `[P]` of token ids, prompt-major.
+
+        Response i belongs to prompt i // samples_per_prompt. The same weights, prompts, settings
+        and seed give the same result.
+        """
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """Replace every weight by the tensor of its Hugging Face checkpoint name.
+
+        Names and shapes are those on disk (one tensor per expert); bf16 or fp32. The tensors are
+        copied. Missing or unexpected names and wrong shapes raise UserError and leave weights and
+        version as they were.
+        """
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used afterwards."""

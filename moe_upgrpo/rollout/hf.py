@@ -1,0 +1,300 @@
+"""Rollouts from a Hugging Face transformers model in this process: the engine that needs no server.
+
+N prompts, B sequences (samples of prompts), A of them unfinished, W padded prompt width,
+V vocabulary, T response tokens, L MoE layers, K experts per token.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class HFEngine:
+    """`Engine` on transformers' causal language models, dense or MoE.
+
+    Log-probs are log_softmax(fp32 logits / temperature). Routes are read where they are used: the
+    expert indices that each MoE layer hands to its experts. `moe_layer_ids` maps the L rows of the
+    routes to the model's layers; a dense model has L = K = 0.
+
+    Sampling is an explicit loop over a KV cache and not `model.generate`: a prompt is computed
+    once for all its samples, and finished sequences leave the batch, which is several times
+    faster. At most `max_sequences` are in flight at once.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: str = "bfloat16",
+        device: str | torch.device | None = None,
+        *,
+        max_sequences: int = 512,
+    ):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if max_sequences < 1:
+            raise UserError(f"max_sequences is {max_sequences}; at least 1 is needed.")
+        self.dtype = DTYPES[dtype]
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.max_sequences = max_sequences
+        self.weight_version = 0
+        self.config = AutoConfig.from_pretrained(model_dir)
+        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        with _no_progress_bar():
+            self._use(AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype))
+        eos_ids = self.model.generation_config.eos_token_id
+        if eos_ids is None:
+            raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
+        self._eos_ids = torch.tensor(eos_ids, device=self.device).reshape(-1)
+
+    def _use(self, model: PreTrainedModel) -> None:
+        """Take `model` into use and tap the input of every module of routed experts."""
+        experts = {
+            name: module for name, module in model.named_modules() if name.endswith(".experts")
+        }
+        if not experts and getattr(self.config, "num_experts_per_tok", None):
+            raise UserError(
+                f"{type(model).__name__} routes each token to {self.config.num_experts_per_tok} "
+                "experts but has no module named 'experts' to read them from: not supported here."
+            )
+        self.moe_layer_ids = tuple(
+            int(next(part for part in name.split(".") if part.isdigit())) for name in experts
+        )
+        self.num_experts = max((module.num_experts for module in experts.values()), default=0)
+        if experts:
+            # The fastest on one CPU thread, and on a GPU as well.
+            model.set_experts_implementation("grouped_mm")
+        self._taps = {name: [] for name in experts}
+        for name, module in experts.items():
+            module.register_forward_pre_hook(
+                lambda module, args, tap=self._taps[name]: tap.append(args[1])
+            )
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        if not len(prompts) or samples_per_prompt < 1:
+            raise UserError(
+                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
+                "at least one of both is needed."
+            )
+        generator = torch.Generator(self.device).manual_seed(seed)
+        step = max(1, self.max_sequences // samples_per_prompt)
+        return [
+            rollout
+            for start in range(0, len(prompts), step)
+            for rollout in self._generate_batch(
+                prompts[start : start + step], sampling, samples_per_prompt, generator
+            )
+        ]
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        samples: int,
+        generator: torch.Generator,
+    ) -> list[Rollout]:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        real_NW = np.arange(width) >= width - lengths[:, None]  # padded on the left
+        ids_NW = np.zeros((len(prompts), width), dtype=np.int64)
+        ids_NW[real_NW] = np.concatenate(prompts)
+        # Without padding the mask is left out: transformers' causal path is then faster.
+        mask = None if real_NW.all() else torch.from_numpy(real_NW).to(self.device).long()
+
+        cache = DynamicCache(config=self.config)
+        logits_NV, routes_NWLK = self._forward(torch.from_numpy(ids_NW), mask, cache)
+        cache.batch_repeat_interleave(samples)
+        logits_AV = logits_NV.repeat_interleave(samples, dim=0)
+        if mask is not None:
+            mask = mask.repeat_interleave(samples, dim=0)
+
+        count = len(prompts) * samples
+        tokens_BT = np.zeros((count, sampling.max_new_tokens), dtype=np.int64)
+        logp_BT = np.zeros((count, sampling.max_new_tokens), dtype=np.float32)
+        response_length_B = np.full(count, sampling.max_new_tokens)
+        finished_B = np.zeros(count, dtype=bool)
+        # By step, the sequences then unfinished and the routes of the token fed in.
+        fed: list[tuple[np.ndarray, np.ndarray]] = []
+        alive_A = np.arange(count)
+        for position in range(sampling.max_new_tokens):
+            logp_AV = (logits_AV.float() / sampling.logp_temperature).log_softmax(dim=-1)
+            token_A = self._choose(logp_AV, sampling, generator, prompts, alive_A // samples)
+            tokens_BT[alive_A, position] = token_A.cpu()
+            logp_BT[alive_A, position] = logp_AV.gather(1, token_A[:, None])[:, 0].cpu()
+            ended_A = torch.isin(token_A, self._eos_ids)
+            if ended_A.any():
+                ended = alive_A[ended_A.cpu().numpy()]
+                finished_B[ended] = True
+                response_length_B[ended] = position + 1
+                going = (~ended_A).nonzero()[:, 0]
+                alive_A, token_A = alive_A[going.cpu().numpy()], token_A[going]
+                if mask is not None:
+                    mask = mask[going]
+                if len(going):
+                    cache.batch_select_indices(going)
+            if not len(alive_A) or position + 1 == sampling.max_new_tokens:
+                break
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            logits_AV, routes_A1LK = self._forward(token_A[:, None], mask, cache)
+            fed.append((alive_A, routes_A1LK[:, 0]))
+
+        routes_BSLK = np.zeros(
+            (count, width + len(fed), *routes_NWLK.shape[2:]), dtype=routes_NWLK.dtype
+        )
+        routes_BSLK[:, :width] = routes_NWLK.repeat(samples, axis=0)
+        for position, (alive_A, routes_ALK) in enumerate(fed):
+            routes_BSLK[alive_A, width + position] = routes_ALK
+        return [
+            Rollout(
+                prompt_ids=np.asarray(prompts[b // samples]),
+                response_ids=tokens_BT[b, :length],
+                logp_rollout=logp_BT[b, :length],
+                routes=routes_BSLK[b, width - lengths[b // samples] : width + length - 1],
+                weight_version=self.weight_version,
+                finished=bool(finished_B[b]),
+            )
+            for b, length in enumerate(response_length_B)
+        ]
+
+    def _choose(
+        self,
+        logp_AV: torch.Tensor,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        prompts: Sequence[np.ndarray],
+        prompt_A: np.ndarray,
+    ) -> torch.Tensor:
+        broken_A = logp_AV.isnan().any(dim=-1)
+        if broken_A.any():
+            prompt = prompts[prompt_A[int(broken_A.nonzero()[0, 0])]]
+            raise UserError(
+                f"The log-probs of the sequence with prompt {prompt.tolist()} are not finite: "
+                f"look for non-finite weights (weight version {self.weight_version})."
+            )
+        if sampling.temperature == 0:
+            return logp_AV.argmax(dim=-1)
+        return torch.multinomial(logp_AV.exp(), 1, generator=generator)[:, 0]
+
+    def _forward(
+        self, ids_AX: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Logits of the last position `[A, V]` and the routes of every token fed in `[A, X, L, K]`.
+
+        `mask` covers the cached positions and the X new ones.
+        """
+        for tap in self._taps.values():
+            tap.clear()
+        new = ids_AX.shape[1]
+        positions = None
+        if mask is not None:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new:]
+        logits = self.model(
+            input_ids=ids_AX.to(self.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1], self._read_taps(*ids_AX.shape)
+
+    def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
+        """What the taps hold after one forward, as `[sequences, tokens, L, K]`."""
+        for name, tap in self._taps.items():
+            if len(tap) != 1 or tap[0].ndim != 2 or len(tap[0]) != sequences * tokens:
+                raise RuntimeError(
+                    f"{name} handed over expert indices of shapes {[tuple(t.shape) for t in tap]} "
+                    f"in one forward; once [{sequences * tokens}, K] was expected. The routes of "
+                    f"{type(self.model).__name__} cannot be read by this engine."
+                )
+        if not self._taps:
+            return np.zeros((sequences, tokens, 0, 0), dtype=routes_dtype(0))
+        routes = torch.stack([tap[0] for tap in self._taps.values()], dim=1)
+        routes = routes.cpu().numpy().astype(routes_dtype(self.num_experts))
+        return routes.reshape(sequences, tokens, *routes.shape[1:])
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """See `Engine.update_weights`: a new model is built, and taken into use once complete."""
+        # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
+        # them would change the engine's weights behind its back.
+        state = {name: tensor.detach().clone() for name, tensor in named_tensors}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        expected = self._checkpoint_shapes
+        wrong = [
+            *(f"{name} is missing" for name in expected if name not in shapes),
+            *(f"{name} is unexpected" for name in shapes if name not in expected),
+            *(
+                f"{name} has shape {shape}, not {expected[name]}"
+                for name, shape in shapes.items()
+                if shape != expected.get(name, shape)
+            ),
+            *(
+                f"{name} is {tensor.dtype}, not bfloat16 or float32"
+                for name, tensor in state.items()
+                if tensor.dtype not in DTYPES.values()
+            ),
+        ]
+        if wrong:
+            raise UserError(
+                f"Weights refused: {'; '.join(wrong[:5])}"
+                + (f"; and {len(wrong) - 5} more faults" if len(wrong) > 5 else "")
+                + ". The names and shapes of the checkpoint that the engine started from are "
+                f"needed; version {self.weight_version} stays in use."
+            )
+        with _no_progress_bar():
+            self._use(
+                type(self.model).from_pretrained(
+                    None, config=self.config, state_dict=state, dtype=self.dtype
+                )
+            )
+        self.weight_version = version
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._taps.clear()
+        self.model = None
+
+
+def _checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint folder, read from the files' headers."""
+    shapes = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors}
+    if not shapes:
+        raise UserError(f"{model_dir} holds no *.safetensors; a Hugging Face checkpoint is needed.")
+    return shapes
+
+
+class _no_progress_bar:
+    """transformers draws one for every load, of 20 ms, in the middle of ours."""
+
+    def __enter__(self):
+        self.enabled = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exception):
+        if self.enabled:
+            transformers_logging.enable_progress_bar()

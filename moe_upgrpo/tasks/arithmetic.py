@@ -1,0 +1,120 @@
+"""Addition of two numbers, `ab+cd=`: a task that a one-million-parameter model learns on a laptop.
+
+The prompt is zero-padded, so every prompt has the same length; the answer is in plain digits (no
+leading zeros) and ends with EOS. Two digits and this vocabulary were seen to go from pass@1 .35 to
+.72 in 60 steps of GRPO.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.tasks.base import Problem
+
+# One token per character. 32 tokens, a multiple of what tensor parallelism may divide by; the
+# characters that addition does not use are there for tasks to come.
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+VOCABULARY = (PAD, EOS, UNKNOWN, *"0123456789+=-*/%()<>,.;: abcd")
+PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
+_ID_OF = {token: index for index, token in enumerate(VOCABULARY)}
+HELD_OUT_ONE_IN = 10
+
+
+class ArithmeticTask:
+    """Sums of two numbers of `digits` digits each (1 to 3; 100**digits problems in all).
+
+    A problem is held out if a hash of its prompt says so (one in ten), whatever the seed. The
+    mirrored sum `cd+ab=` is another problem and may be a training one.
+    """
+
+    def __init__(self, digits: int = 2):
+        if digits not in (1, 2, 3):
+            raise UserError(f"digits is {digits}; 1, 2 or 3 are allowed: all problems are listed.")
+        self.digits = digits
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self.digits + 2  # the carry and EOS
+
+    def problem(self, a: int, b: int) -> Problem:
+        prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
+        return Problem(prompt=prompt, prompt_ids=encode(prompt), answer=str(a + b))
+
+    def training_problems(self, count: int, *, seed: int, step: int) -> list[Problem]:
+        """`count` different training problems drawn by (seed, step); see `Task`.
+
+        Raises UserError if there are not that many.
+        """
+        training, _ = self._split
+        if not 1 <= count <= len(training):
+            raise UserError(
+                f"{count} training problems asked for; {self.digits}-digit addition has "
+                f"{len(training)}, and at least 1 is needed."
+            )
+        drawn = np.random.default_rng((seed, step)).choice(training, size=count, replace=False)
+        return [self.problem(*divmod(int(index), 10**self.digits)) for index in drawn]
+
+    def heldout_problems(self) -> list[Problem]:
+        _, heldout = self._split
+        return [self.problem(*divmod(int(index), 10**self.digits)) for index in heldout]
+
+    def solution_ids(self, problem: Problem) -> np.ndarray:
+        """The one response with reward 1: the answer's digits and EOS."""
+        return np.append(encode(problem.answer), EOS_ID)
+
+    def reward(self, problem: Problem, response_ids: Sequence[int] | np.ndarray) -> float:
+        """1.0 if the response is exactly the answer in plain digits followed by EOS, else 0.0."""
+        return float(np.array_equal(np.asarray(response_ids), self.solution_ids(problem)))
+
+    @cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices a * 10**digits + b of the training and of the held-out problems."""
+        base = 10**self.digits
+        held_out = np.array(
+            [
+                _is_held_out(f"{a:0{self.digits}d}+{b:0{self.digits}d}=")
+                for a in range(base)
+                for b in range(base)
+            ]
+        )
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _is_held_out(prompt: str) -> bool:
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def encode(text: str) -> np.ndarray:
+    """Token ids `[characters]`, int64, as the saved tokenizer gives them."""
+    unknown = sorted(set(text) - _ID_OF.keys())
+    if unknown:
+        raise UserError(f"Characters {unknown} are not in the vocabulary {VOCABULARY}.")
+    return np.array([_ID_OF[character] for character in text], dtype=np.int64)
+
+
+def decode(ids: Sequence[int] | np.ndarray) -> str:
+    """The text of token ids; special tokens stay visible as `<eos>`, `<pad>`, `<unk>`."""
+    return "".join(VOCABULARY[index] for index in ids)
+
+
+def save_tokenizer(folder: str | Path) -> None:
+    """Write the character tokenizer so that `AutoTokenizer.from_pretrained(folder)` loads it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(_ID_OF, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)

@@ -1,0 +1,239 @@
+"""The tiny Qwen3-MoE, and its supervised warm start to a middling accuracy.
+
+RL needs a model that is right sometimes. The warm start makes one from nothing with plain
+transformers and PyTorch, and stops at an accuracy, not at a step: the step at which addition is
+suddenly learnt depends on the seed.
+
+B problems, S tokens of prompt and solution, padded on the right.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.tasks import arithmetic
+from moe_upgrpo.tasks.arithmetic import ArithmeticTask
+from moe_upgrpo.tasks.base import Problem
+
+IGNORED = -100  # the label of positions that the loss leaves out
+
+
+def tiny_model_config(
+    *,
+    layers: int = 4,
+    hidden: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    experts: int = 8,
+    expert_intermediate: int = 64,
+    top_k: int = 2,
+    max_positions: int = 64,
+) -> Qwen3MoeConfig:
+    """A Qwen3-MoE for the arithmetic vocabulary; the defaults make 1.0M parameters.
+
+    The mismatch between engine and trainer grows with the number of experts: for a model that
+    shows the published 10% of routers, take 64 or 128 small experts and top-8.
+    """
+    if not 1 <= top_k <= experts:
+        raise UserError(f"top_k is {top_k}; 1 to {experts} (the number of experts) are allowed.")
+    return Qwen3MoeConfig(
+        vocab_size=len(arithmetic.VOCABULARY),
+        hidden_size=hidden,
+        intermediate_size=expert_intermediate * top_k,  # unused: every layer is MoE
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_intermediate,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=False,
+        pad_token_id=arithmetic.PAD_ID,
+        eos_token_id=arithmetic.EOS_ID,
+        bos_token_id=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised training on problems with their solutions, fp32 AdamW.
+
+    It stops once the expected pass@1 at temperature 1 on `probe_problems` *training* problems
+    reaches `target_pass_at_1`: held-out problems choose nothing.
+    """
+
+    seed: int = 0
+    target_pass_at_1: float = 0.35
+    probe_every: int = 10
+    probe_problems: int = 512
+    max_steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    clip_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.target_pass_at_1 < 1:
+            raise UserError(
+                f"target_pass_at_1 is {self.target_pass_at_1}; between 0 and 1 is allowed."
+            )
+        for name in ("probe_every", "probe_problems", "max_steps", "batch_size", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; at least 1 is needed.")
+
+
+def warm_start(
+    task: ArithmeticTask,
+    model_config: Qwen3MoeConfig,
+    *,
+    settings: WarmStartConfig,
+    cache_dir: str | Path,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """The folder of a warm-started Hugging Face checkpoint with tokenizer, made if not there.
+
+    Its name is a hash of everything that makes it: settings, model, task, this recipe's code and
+    the versions of torch and transformers. It is complete or absent: written elsewhere, then
+    renamed. `warm_start.json` in it says how it was made and what it reached. `progress` gets a
+    line every 50 steps.
+
+    Raises UserError if `max_steps` do not reach the target.
+    """
+    recipe = {
+        "settings": asdict(settings),
+        "model": model_config.to_diff_dict(),
+        "task": [type(task).__name__, vars(task).get("digits")],
+        "code": [_source_hash(module) for module in (arithmetic, inspect.getmodule(warm_start))],
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+    folder = Path(cache_dir) / f"warm-start-{digest[:16]}"
+    if folder.exists():
+        return folder
+
+    model, reached = _train(task, model_config, settings, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(unfinished)
+        arithmetic.save_tokenizer(unfinished)
+        made_by = json.dumps(recipe | {"reached": reached}, indent=1, default=str)
+        (unfinished / "warm_start.json").write_text(made_by + "\n")
+        os.chmod(unfinished, 0o755)  # mkdtemp keeps others out
+        os.rename(unfinished, folder)
+    except OSError:
+        # Another process may have renamed its own, the same, in the meantime.
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _source_hash(module) -> str:
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+
+
+def _train(
+    task: ArithmeticTask,
+    model_config: Qwen3MoeConfig,
+    settings: WarmStartConfig,
+    progress: Callable[[str], None],
+) -> tuple[Qwen3MoeForCausalLM, dict]:
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = Qwen3MoeForCausalLM(model_config).float()
+    model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / settings.warmup_steps)
+    )
+    # Step 0 draws the problems of the probe, the steps after it those that are trained on.
+    probe = task.training_problems(settings.probe_problems, seed=settings.seed, step=0)
+    for step in range(1, settings.max_steps + 1):
+        problems = task.training_problems(settings.batch_size, seed=settings.seed, step=step)
+        input_ids, labels = _supervised_batch(task, problems, model.device)
+        logits = model(input_ids=input_ids).logits
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if step % settings.probe_every == 0:
+            reached = {"step": step, "loss": loss.item()} | expected_accuracy(model, task, probe)
+            line = (
+                f"warm start: step {step}, loss {loss.item():.3f}, on training problems "
+                f"pass@1 {reached['pass@1']:.3f}, greedy {reached['greedy']:.3f}"
+            )
+            if reached["pass@1"] >= settings.target_pass_at_1:
+                progress(line)
+                return model, reached
+        if step % 50 == 0:
+            progress(line)
+    raise UserError(
+        f"The warm start did not reach pass@1 {settings.target_pass_at_1} in {settings.max_steps} "
+        f"steps (seed {settings.seed}): pass@1 {reached['pass@1']:.3f}, loss {loss.item():.3f}. "
+        "Allow more max_steps, take another seed or an easier task."
+    )
+
+
+@torch.no_grad()
+def expected_accuracy(
+    model: Qwen3MoeForCausalLM, task: ArithmeticTask, problems: Sequence[Problem]
+) -> dict[str, float]:
+    """Exact accuracies by teacher forcing, without sampling; for tasks with one right response.
+
+    pass@1 = mean over problems of Π_t π(solution_t | prompt, solution_<t) at temperature 1;
+    greedy = share of problems for which every solution token has the highest logit.
+    """
+    input_ids, labels = _supervised_batch(task, problems, model.device)
+    logits = model(input_ids=input_ids).logits
+    counted_BS = labels != IGNORED
+    targets = labels.clamp(min=0)
+    logp_BS = logits.log_softmax(dim=-1).gather(2, targets[:, :, None])[:, :, 0]
+    right_BS = (logits.argmax(dim=-1) == targets) | ~counted_BS
+    return {
+        "pass@1": (logp_BS * counted_BS).sum(dim=1).exp().mean().item(),
+        "greedy": right_BS.all(dim=1).float().mean().item(),
+    }
+
+
+def _supervised_batch(
+    task: ArithmeticTask, problems: Sequence[Problem], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels `[B, S]`; the label of a position is the solution token that follows it."""
+    rows = [(problem.prompt_ids, task.solution_ids(problem)) for problem in problems]
+    width = max(len(prompt) + len(solution) for prompt, solution in rows) - 1
+    input_ids = np.full((len(rows), width), arithmetic.PAD_ID)
+    labels = np.full((len(rows), width), IGNORED)
+    for row, (prompt, solution) in enumerate(rows):
+        whole = np.concatenate([prompt, solution])
+        input_ids[row, : len(whole) - 1] = whole[:-1]
+        labels[row, len(prompt) - 1 : len(whole) - 1] = solution
+    return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)
