@@ -282,7 +282,8 @@ def _checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in sorted(model_dir.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors}
+            for name in tensors.keys():  # noqa: SIM118 (the file is no dict)
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
     if not shapes:
         raise UserError(f"{model_dir} holds no *.safetensors; a Hugging Face checkpoint is needed.")
     return shapes
