@@ -1,0 +1,363 @@
+"""Compare the experts that the rollout engine chose with those that the trainer chose.
+
+Shape suffixes: T tokens, L MoE layers, K experts per token (top-k), R rows = (token, layer) pairs,
+G groups. E is the number of experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+
+# Rows handled at once. On a CPU a block of top-8 rows and its temporaries stay in the L2 cache; a
+# GPU wants few, large kernels.
+_ROWS_CPU = 1 << 15
+_ROWS_GPU = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingCounts:
+    """What two sides' expert sets have in common, as two histograms of counts.
+
+    With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K:
+
+    - ``overlap_histogram`` ``[L, K+1]`` int64: tokens with |S ∩ S'| = k in layer l
+    - ``token_histogram`` ``[L+1]`` int64: tokens with j layers in which S ≠ S'
+
+    Every rate below is a ratio of sums over these, so that counts of micro-batches, ranks and steps
+    add up (``a + b``, or an all-reduce of both tensors) where means would not. Rates are floats in
+    [0, 1]; those ``by_layer`` are float64 tensors ``[L]``.
+    """
+
+    overlap_histogram: Tensor
+    token_histogram: Tensor
+
+    def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
+        if self.overlap_histogram.shape != other.overlap_histogram.shape:
+            raise UserError(
+                "counts of different models cannot be added: histograms of shape [L, K+1] = "
+                f"{list(self.overlap_histogram.shape)} and {list(other.overlap_histogram.shape)}"
+            )
+        return RoutingCounts(
+            overlap_histogram=self.overlap_histogram + other.overlap_histogram,
+            token_histogram=self.token_histogram + other.token_histogram,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return self.overlap_histogram.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.overlap_histogram.shape[1] - 1
+
+    @property
+    def tokens_compared(self) -> int:
+        return int(self.token_histogram.sum())
+
+    @property
+    def tokens_mismatched(self) -> int:
+        """Tokens with S ≠ S' in at least one layer."""
+        return int(self.token_histogram[1:].sum())
+
+    @property
+    def routers_compared(self) -> int:
+        """(token, layer) pairs compared."""
+        return int(self.overlap_histogram.sum())
+
+    @property
+    def routers_mismatched(self) -> int:
+        """(token, layer) pairs with S ≠ S'."""
+        return int(self.overlap_histogram[:, :-1].sum())
+
+    @property
+    def slots_compared(self) -> int:
+        """Expert slots compared: K for each (token, layer)."""
+        return self.routers_compared * self.top_k
+
+    @property
+    def slots_mismatched(self) -> int:
+        """Σ K − |S ∩ S'|."""
+        return self.slots_compared - int(self._shared_by_layer().sum())
+
+    @property
+    def router_mismatch_rate(self) -> float:
+        """mean over (token, layer) of 1[S ≠ S']."""
+        return self.routers_mismatched / self.routers_compared
+
+    @property
+    def slot_mismatch_rate(self) -> float:
+        """1 − mean over (token, layer) of |S ∩ S'| / K."""
+        return self.slots_mismatched / self.slots_compared
+
+    @property
+    def jaccard(self) -> float:
+        """mean over (token, layer) of |S ∩ S'| / |S ∪ S'|, where |S ∪ S'| = 2K − |S ∩ S'|."""
+        return float(self._jaccard_sum_by_layer().sum()) / self.routers_compared
+
+    @property
+    def token_any_rate(self) -> float:
+        """share of tokens with S ≠ S' in at least one layer."""
+        return self.tokens_mismatched / self.tokens_compared
+
+    @property
+    def mean_routers_per_token(self) -> float:
+        """mean over tokens of the number of layers with S ≠ S', in [0, L]."""
+        return self.routers_mismatched / self.tokens_compared
+
+    @property
+    def routers_mismatched_by_layer(self) -> Tensor:
+        """int64 ``[L]``; each layer's denominator is ``tokens_compared``."""
+        return self.overlap_histogram[:, :-1].sum(dim=1)
+
+    @property
+    def router_mismatch_by_layer(self) -> Tensor:
+        return self.routers_mismatched_by_layer.double() / self.tokens_compared
+
+    @property
+    def slot_mismatch_by_layer(self) -> Tensor:
+        slots = self.tokens_compared * self.top_k
+        return (slots - self._shared_by_layer()).double() / slots
+
+    @property
+    def jaccard_by_layer(self) -> Tensor:
+        return self._jaccard_sum_by_layer() / self.tokens_compared
+
+    def _shared_by_layer(self) -> Tensor:
+        overlaps = torch.arange(self.top_k + 1, device=self.overlap_histogram.device)
+        return (self.overlap_histogram * overlaps).sum(dim=1)
+
+    def _jaccard_sum_by_layer(self) -> Tensor:
+        overlaps = torch.arange(self.top_k + 1, device=self.overlap_histogram.device)
+        return (self.overlap_histogram * (overlaps / (2 * self.top_k - overlaps)).double()).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingDivergence(RoutingCounts):
+    """`RoutingCounts` of the valid tokens, and where each of them differs.
+
+    - ``overlap`` ``[T, L]`` uint8: |S ∩ S'|; 0 where the token is not valid
+    - ``routers_per_token`` ``[T]`` int32: layers with S ≠ S'; 0 where the token is not valid
+    - ``valid`` ``[T]`` bool
+    """
+
+    overlap: Tensor
+    routers_per_token: Tensor
+    valid: Tensor
+
+    @property
+    def first_mismatched_layer(self) -> Tensor:
+        """int64 ``[T]``: lowest layer index with S ≠ S'; −1 if there is none or not valid."""
+        mismatch_TL = (self.overlap != self.top_k) & self.valid[:, None]
+        # argmax of a 0/1 row is its first 1
+        return torch.where(mismatch_TL.any(dim=1), mismatch_TL.byte().argmax(dim=1), -1)
+
+    def routers_mismatched_by(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        """Routers mismatched and compared for each group of tokens, e.g. by position.
+
+        Args:
+            group: integers ≥ 0 ``[T]``, such as the token's position in its response.
+
+        Returns:
+            int64 ``[G]`` numerator and denominator, G = largest group + 1. A group without valid
+            tokens has denominator 0.
+        """
+        if group.shape != self.valid.shape or group.is_floating_point():
+            raise UserError(
+                f"group must hold one integer for each of the {self.valid.numel()} tokens, "
+                f"got shape {list(group.shape)} of {group.dtype}"
+            )
+        if int(group.min()) < 0:
+            raise UserError(f"group must be ≥ 0, got {int(group.min())}")
+        group = group.long()
+        zeros_G = torch.zeros(int(group.max()) + 1, dtype=torch.int64, device=group.device)
+        mismatched_G = zeros_G.index_add(0, group, self.routers_per_token.long())
+        compared_G = zeros_G.index_add(0, group, self.valid.long() * self.num_layers)
+        return mismatched_G, compared_G
+
+
+def compare_routes(
+    rollout_routes: Tensor,
+    train_routes: Tensor,
+    *,
+    num_experts: int,
+    valid: Tensor | None = None,
+) -> RoutingDivergence:
+    """Compare two sides' expert sets, token by token and layer by layer.
+
+    Row t of both must belong to the same token. Engines give a row for each *input*: the token at
+    position p pairs with row p − 1, which produced its log-prob. The order of the experts within a
+    row carries no meaning and is ignored. Definitions 1-6 of the routing metrics; the router
+    mismatch rate and its mean number per token are those of R3 (arXiv 2510.11370, §3).
+
+    Args:
+        rollout_routes: ``[T, L, K]``, any integer dtype that can hold ``num_experts − 1``.
+        train_routes: the same shape; the dtype may differ.
+        num_experts: routed experts in each layer, shared experts not counted.
+        valid: ``[T]`` bool, False for padding, whose ids are not looked at; all where None.
+
+    Raises:
+        UserError: the shapes, dtypes or devices do not fit; no token is valid; a valid row has an
+            id outside [0, num_experts) or an expert twice (which is how a zero-filled row shows
+            when K > 1; with K = 1 it cannot be told from a choice of expert 0). The token (row
+            number), layer and side are named.
+    """
+    _check_shapes(rollout_routes, train_routes, num_experts, valid)
+    T, L, K = rollout_routes.shape
+    device = rollout_routes.device
+    if valid is None:
+        valid = torch.ones(T, dtype=torch.bool, device=device)
+    num_valid = int(valid.sum())
+    if num_valid == 0:
+        raise UserError(
+            f"nothing to compare: none of the {T} tokens is valid. Pass the rows of response "
+            "tokens, and a `valid` mask that is True for them"
+        )
+
+    overlap_TL = torch.zeros(T, L, dtype=torch.uint8, device=device)
+    routers_per_token_T = torch.zeros(T, dtype=torch.int32, device=device)
+    histogram_LK = torch.zeros(L * (K + 1), dtype=torch.int64, device=device)
+    layer_offset_L = torch.arange(L, device=device) * (K + 1)
+    for tokens in _blocks(valid, all_valid=num_valid == T, num_layers=L):
+        rollout_KR = _checked_columns("rollout", rollout_routes, tokens, num_experts)
+        train_KR = _checked_columns("training", train_routes, tokens, num_experts)
+        overlap_tL = _count_shared(rollout_KR, train_KR, K).view(-1, L)
+        overlap_TL[tokens] = overlap_tL
+        routers_per_token_T[tokens] = (overlap_tL != K).sum(dim=1, dtype=torch.int32)
+        bins = (overlap_tL + layer_offset_L).flatten()
+        histogram_LK += torch.bincount(bins, minlength=L * (K + 1))
+
+    return RoutingDivergence(
+        overlap_histogram=histogram_LK.view(L, K + 1),
+        token_histogram=torch.bincount(routers_per_token_T[valid], minlength=L + 1),
+        overlap=overlap_TL,
+        routers_per_token=routers_per_token_T,
+        valid=valid,
+    )
+
+
+def _check_shapes(
+    rollout_routes: Tensor, train_routes: Tensor, num_experts: int, valid: Tensor | None
+) -> None:
+    for side, routes in (("rollout", rollout_routes), ("training", train_routes)):
+        if routes.is_floating_point() or routes.is_complex() or routes.dtype == torch.bool:
+            raise UserError(f"{side} routes must be integers, got {routes.dtype}")
+        if routes.dim() != 3:
+            raise UserError(
+                f"{side} routes must have shape [tokens, MoE layers, top-k], "
+                f"got {list(routes.shape)}"
+            )
+        if torch.iinfo(routes.dtype).max < num_experts - 1:
+            raise UserError(
+                f"{side} routes are {routes.dtype}, which cannot hold the ids 0..{num_experts - 1} "
+                f"of {num_experts} experts: ids above {torch.iinfo(routes.dtype).max} have "
+                "overflowed. Record them in a wider type, e.g. int16"
+            )
+    if rollout_routes.shape != train_routes.shape:
+        raise UserError(
+            "the two sides must have routes of the same tokens, MoE layers and top-k: rollout "
+            f"{list(rollout_routes.shape)}, training {list(train_routes.shape)}. The token at "
+            "position p pairs with row p−1, so a sequence of S tokens has S−1 rows"
+        )
+    T, L, K = rollout_routes.shape
+    if T == 0 or L == 0:
+        raise UserError(f"nothing to compare: routes of {T} tokens and {L} MoE layers")
+    if not 1 <= K <= min(num_experts, 255):
+        raise UserError(f"top-k must be in 1..min(num_experts={num_experts}, 255), got {K}")
+    if num_experts > torch.iinfo(torch.int16).max:
+        raise UserError(f"num_experts must be at most {torch.iinfo(torch.int16).max}")
+    if valid is not None and (valid.shape != (T,) or valid.dtype != torch.bool):
+        raise UserError(
+            f"valid must be bool of shape [{T}], one for each token, "
+            f"got {valid.dtype} of shape {list(valid.shape)}"
+        )
+    devices = {str(x.device) for x in (rollout_routes, train_routes, valid) if x is not None}
+    if len(devices) > 1:
+        raise UserError(f"routes and valid must be on one device, got {sorted(devices)}")
+
+
+def _blocks(valid_T: Tensor, *, all_valid: bool, num_layers: int) -> Iterator[slice | Tensor]:
+    """Index the valid tokens block by block; a slice spares the copy where all are valid."""
+    rows = _ROWS_CPU if valid_T.device.type == "cpu" else _ROWS_GPU
+    step = max(1, rows // num_layers)
+    if all_valid:
+        for start in range(0, valid_T.numel(), step):
+            yield slice(start, start + step)
+    else:
+        yield from valid_T.nonzero().squeeze(1).split(step)
+
+
+def _checked_columns(
+    side: str, routes_TLK: Tensor, tokens: slice | Tensor, num_experts: int
+) -> Tensor:
+    """Check a block's ids and lay them out for `_count_shared`: ``[2K, R]``, the K columns twice.
+
+    Rows p and p + r of the result then hold, for all p < K at once, slot p beside slot p + r
+    (mod K): K rotations pair every slot with every other, in whole-array operations on the
+    narrowest type.
+    """
+    block_tLK = routes_TLK[tokens]
+    if block_tLK.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        block_tLK = block_tLK.long()  # torch has few operations for these
+    K = block_tLK.shape[-1]
+    block_RK = block_tLK.reshape(-1, K)
+    # As Python integers: beside a uint8 tensor, a bound of 256 would itself wrap to 0.
+    lowest, highest = (int(bound) for bound in torch.aminmax(block_RK))
+    if lowest < 0 or highest >= num_experts:
+        wide_RK = block_RK.long()
+        outside_R = ((wide_RK < 0) | (wide_RK >= num_experts)).any(dim=1)
+        raise _bad_row(side, block_tLK, tokens, outside_R, num_experts)
+
+    narrow = torch.uint8 if num_experts <= 256 else torch.int16
+    columns = torch.empty(2 * K, block_RK.shape[0], dtype=narrow, device=block_RK.device)
+    columns[:K].copy_(block_RK.t())
+    columns[K:].copy_(columns[:K])
+    if _has_duplicates(columns, K):
+        ascending_RK = block_RK.sort(dim=1).values
+        twice_R = (ascending_RK[:, 1:] == ascending_RK[:, :-1]).any(dim=1)
+        raise _bad_row(side, block_tLK, tokens, twice_R, num_experts)
+    return columns
+
+
+def _has_duplicates(columns_2KR: Tensor, K: int) -> bool:
+    equal = torch.empty(columns_2KR[:K].shape, dtype=torch.bool, device=columns_2KR.device)
+    for rotation in range(1, K // 2 + 1):  # those beyond repeat the pairs of those before
+        torch.eq(columns_2KR[:K], columns_2KR[rotation : rotation + K], out=equal)
+        if equal.view(torch.uint8).max():  # .any() of bool is 30 times slower on a CPU
+            return True
+    return False
+
+
+def _count_shared(rollout_2KR: Tensor, train_2KR: Tensor, K: int) -> Tensor:
+    """|S ∩ S'| for each row, uint8 ``[R]``: equal pairs of slots among all K × K."""
+    equal = torch.empty(rollout_2KR[:K].shape, dtype=torch.bool, device=rollout_2KR.device)
+    shared = torch.zeros_like(equal, dtype=torch.uint8)
+    for rotation in range(K):
+        torch.eq(rollout_2KR[:K], train_2KR[rotation : rotation + K], out=equal)
+        shared += equal.view(torch.uint8)
+    return shared.sum(dim=0, dtype=torch.uint8)
+
+
+def _bad_row(
+    side: str, block_tLK: Tensor, tokens: slice | Tensor, bad_R: Tensor, num_experts: int
+) -> UserError:
+    L = block_tLK.shape[1]
+    in_block, layer = divmod(int(bad_R.nonzero()[0]), L)
+    token = tokens.start + in_block if isinstance(tokens, slice) else int(tokens[in_block])
+    ids = block_tLK[in_block, layer].tolist()
+    where = f"{side} routes, token row {token}, MoE layer {layer}: experts {ids}"
+    if len(ids) > 1 and not any(ids):
+        return UserError(
+            f"{where}: the row is zero-filled, so the routes of this token were never written. "
+            "Mark padding in `valid`; a response token must have its routes"
+        )
+    if min(ids) < 0 or max(ids) >= num_experts:
+        hint = ""
+        if min(ids) < 0:
+            hint = "; negative ids come from padding inside `valid`, or from ids that overflowed "
+            hint += "an 8-bit type on the way (record them as int16)"
+        return UserError(f"{where}: expected {len(ids)} ids in 0..{num_experts - 1}{hint}")
+    return UserError(f"{where}: expected {len(ids)} different experts, got one twice")
