@@ -1,0 +1,1 @@
+"""The Megatron edge: the only folder that imports megatron."""

@@ -1,0 +1,46 @@
+# The two commands of a newcomer: `make train` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build tried here. On a machine whose python already has a torch, that one is used.
+TORCH ?= torch==2.13.0
+ARGS ?=
+# One thread per process: oversubscribed threads slow tiny models thirty times.
+export OMP_NUM_THREADS ?= 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: train test lint setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
+	@echo "make test                                       lint and tests"
+	@echo "make setup                                      only make $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Use: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || { \
+	  if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	  then echo "Using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[report,dev]'
+	@touch $@
+
+train: $(STAMP)
+	bash examples/train_moe.sh $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info

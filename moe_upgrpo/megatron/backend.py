@@ -1,0 +1,164 @@
+"""What Megatron-Core 0.16.1 needs changed at run time: mends for every machine, a backend for CPU.
+
+Line numbers are those of the released megatron-core 0.16.1. `apply()` is a context manager: what it
+replaces it puts back. On a machine with CUDA only `MENDS` act, and only where they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """`owner.name` becomes `value` while the backend is applied; `reason` names the upstream line."""
+
+    owner: Any
+    name: str
+    value: Any
+    reason: str
+
+
+def mends() -> list[Replacement]:
+    """Faults of Megatron-Core that show on any machine."""
+    found = []
+    if not hasattr(moe_utils, "te_general_gemm"):
+        found.append(
+            Replacement(
+                moe_utils,
+                "te_general_gemm",
+                None,
+                "moe_utils.py:1192 reads a name that is only defined where Transformer Engine is "
+                "installed: the router raises NameError without it",
+            )
+        )
+    return found
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def create(*args, device=None, **kwargs):
+        return factory(*args, device="cpu" if _names_cuda(device) else device, **kwargs)
+
+    return create
+
+
+def _names_cuda(device) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _cuda_type_name(tensor: torch.Tensor, dtype=None, non_blocking: bool = False, **kwargs):
+    # The optimizers compare the string that Tensor.type() returns with 'torch.cuda.FloatTensor'.
+    result = _tensor_type(tensor, dtype, non_blocking, **kwargs)
+    return result.replace("torch.", "torch.cuda.", 1) if dtype is None else result
+
+
+_tensor_type = torch.Tensor.type
+
+
+class _Stream:
+    """A stream on a machine without streams. A class, because vLLM puts it into type unions."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self  # an event of no stream: waiting for it is synchronize(), which returns at once
+
+
+_DEFAULT_STREAM = _Stream()
+
+
+def _as_numpy_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def cpu_replacements() -> list[Replacement]:
+    """What stands in for CUDA. Every entry is a place that Megatron-Core assumes a GPU."""
+
+    def same_tensor(tensor, *args, **kwargs):
+        return tensor
+
+    def nothing(*args, **kwargs):
+        return None
+
+    def no_context(*args, **kwargs):
+        return contextlib.nullcontext()
+
+    factories = "schedules.py:596, optimizer.py:473 and transformer/utils.py:35 write device='cuda'"
+    streams = "token_dispatcher.py:445 makes a stream in its constructor and 873 waits on it"
+    return [
+        Replacement(torch.cuda, "current_device", lambda: "cpu", "layers.py:261 and 60 more lines"),
+        *(Replacement(torch, n, _on_cpu(getattr(torch, n)), factories) for n in _FACTORIES),
+        Replacement(torch.Tensor, "cuda", same_tensor, "exchange_utils.py:336, optimizer.py:375"),
+        Replacement(
+            torch.Tensor,
+            "type",
+            _cuda_type_name,
+            "clip_grads.py:167 and distrib_optimizer.py:361 compare type() with torch.cuda names",
+        ),
+        Replacement(torch.Tensor, "record_stream", nothing, "moe_utils.py:1098"),
+        Replacement(torch.cuda, "Stream", _Stream, streams),
+        Replacement(torch.cuda, "current_stream", lambda *_: _DEFAULT_STREAM, streams),
+        Replacement(torch.cuda, "default_stream", lambda *_: _DEFAULT_STREAM, streams),
+        Replacement(torch.cuda, "stream", no_context, streams),
+        Replacement(torch.cuda, "synchronize", nothing, "parallel_state.py:198"),
+        Replacement(
+            megatron_random.CudaRNGStatesTracker,
+            "fork",
+            no_context,
+            "random.py:248 swaps CUDA generator states; here weights are loaded and dropout is 0",
+        ),
+        Replacement(
+            token_dispatcher,
+            "maybe_move_tensor_to_cpu",
+            _as_numpy_on_cpu,
+            "moe_utils.py:1093 converts CUDA tensors only, and gloo refuses splits that are tensors",
+        ),
+        Replacement(
+            torch._dynamo.config,
+            "disable",
+            True,
+            "jit.py decorates small functions with torch.compile: minutes of compiling on a CPU",
+        ),
+    ]
+
+
+_FACTORIES = ("zeros", "ones", "empty", "tensor", "arange")
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def apply() -> Iterator[list[Replacement]]:
+    """Make Megatron-Core run here, and yield what was replaced; on leaving, all is as it was."""
+    replacements = mends() + ([] if has_cuda() else cpu_replacements())
+    missing = object()
+    before = [getattr(r.owner, r.name, missing) for r in replacements]
+    try:
+        for r in replacements:
+            setattr(r.owner, r.name, r.value)
+        yield replacements
+    finally:
+        for r, value in zip(reversed(replacements), reversed(before), strict=True):
+            if value is missing:
+                delattr(r.owner, r.name)
+            else:
+                setattr(r.owner, r.name, value)

@@ -1,0 +1,78 @@
+"""Sequences of mixed lengths as padded tensors, aligned with the rows of the model's output.
+
+B sequences, S padded length. Row s of every tensor belongs to the input at position s, whose output
+is the distribution of the token at position s + 1: the same join as that of the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What the actor needs of one sequence: P prompt tokens, T response tokens."""
+
+    tokens: np.ndarray  # [P+T] integers
+    prompt_length: int
+    old_log_probs: np.ndarray | None = None  # [T] float32; this and the next for updates only
+    rollout_log_probs: np.ndarray | None = None  # [T] float32
+    advantage: float = 0.0
+
+    @property
+    def response_rows(self) -> slice:
+        """The rows whose outputs are the response's log-probs."""
+        return slice(self.prompt_length - 1, len(self.tokens) - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One micro-batch. Padding is on the right, where causal attention keeps it out of the rest."""
+
+    tokens_BS: torch.Tensor
+    targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
+    mask_BS: torch.Tensor  # bool: rows whose target is a response token
+    old_log_probs_BS: torch.Tensor  # 0 outside the mask, as the next two
+    rollout_log_probs_BS: torch.Tensor
+    advantages_BS: torch.Tensor
+
+    @property
+    def positions_BS(self) -> torch.Tensor:
+        return torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device).expand_as(
+            self.tokens_BS
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def make_batch(samples: Sequence[Sample], *, multiple_of: int = 1, pad_id: int = 0) -> Batch:
+    """Pad to the longest sequence, rounded up to `multiple_of` (sequence parallelism shards S)."""
+    longest = max(len(s.tokens) for s in samples)
+    shape = len(samples), -(-longest // multiple_of) * multiple_of
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    old, rollout, advantages = (torch.zeros(shape) for _ in range(3))
+    for b, sample in enumerate(samples):
+        rows = sample.response_rows
+        tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
+        mask[b, rows] = True
+        advantages[b, rows] = sample.advantage
+        for target, values in (
+            (old, sample.old_log_probs),
+            (rollout, sample.rollout_log_probs),
+        ):
+            if values is not None:
+                target[b, rows] = torch.from_numpy(values)
+    return Batch(
+        tokens_BS=tokens,
+        targets_BS=tokens.roll(-1, dims=1),
+        mask_BS=mask,
+        old_log_probs_BS=old,
+        rollout_log_probs_BS=rollout,
+        advantages_BS=advantages,
+    )

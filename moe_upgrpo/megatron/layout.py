@@ -1,0 +1,126 @@
+"""Which rank holds which part of the model: the layout, its checks, and Megatron's process groups."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import backend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Sizes of the parallel groups; data parallelism is what the other sizes leave of the ranks.
+
+    tp: tensor parallelism of everything but the experts, with sequence parallelism where tp > 1.
+    ep: expert parallelism, by all-to-all.
+    etp: tensor parallelism inside an expert. None means 1 with ep > 1, and tp with ep = 1.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    etp: int | None = None
+
+    def __post_init__(self):
+        for name in ("tp", "ep", "etp"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: a parallel size is at least 1.")
+        if self.ep == 1 and self.expert_tp != self.tp:
+            # Megatron-Core marks expert weights as expert-parallel only where ep > 1
+            # (tensor_parallel/layers.py:886). Otherwise their gradients are reduced over the
+            # data-parallel ranks alone although they are replicated over the tp ranks too.
+            raise UserError(
+                f"ep=1 with etp={self.etp} and tp={self.tp}: in this layout Megatron-Core 0.16.1 "
+                "leaves the experts' gradients unreduced over the tensor-parallel ranks and trains "
+                f"wrongly without an error. Use etp={self.tp} (the default) or ep > 1."
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp if self.etp is not None else (1 if self.ep > 1 else self.tp)
+
+    @classmethod
+    def for_world(cls, world_size: int, tp: int | None = None, ep: int | None = None) -> Layout:
+        """Sizes not given: 2 on an even number of ranks, else 1."""
+        default = 2 if world_size % 2 == 0 else 1
+        return cls(tp=default if tp is None else tp, ep=default if ep is None else ep)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError where the ranks do not divide into the groups."""
+        for name, size in (("tp", self.tp), ("ep*etp", self.ep * self.expert_tp)):
+            if world_size % size:
+                raise UserError(
+                    f"{name}={size} does not divide the {world_size} rank(s) of this job. Start it "
+                    f"with a multiple of {size} ranks (torchrun --nproc-per-node) or lower {name}."
+                )
+
+    def check_model(self, model) -> None:
+        """Raise UserError where the Hugging Face config `model` does not divide into the layout."""
+        counts = {
+            "num_attention_heads": self.tp,
+            "num_key_value_heads": self.tp,
+            "vocab_size": self.tp,
+            "num_experts": self.ep,
+            "moe_intermediate_size": self.expert_tp,
+        }
+        for field, size in counts.items():
+            value = getattr(model, field)
+            if value % size:
+                axis = "tp" if size == self.tp and field != "num_experts" else "ep"
+                raise UserError(
+                    f"{axis}={size} does not divide the model's {field}={value}. Choose {axis} "
+                    f"among the divisors of {value}."
+                )
+
+    def __str__(self) -> str:
+        etp = f"·ETP{self.etp}" if self.etp is not None else ""
+        return f"TP{self.tp}·EP{self.ep}{etp}"
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU where CUDA is there, else the CPU."""
+    if backend.has_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) -> Iterator[None]:
+    """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
+
+    Expects the environment of torchrun; a single process needs none. The backend of
+    `moe_upgrpo.megatron.backend` is applied inside.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    layout.check_world(world_size)
+    if backend.has_cuda():
+        torch.cuda.set_device(device())
+    with backend.apply():
+        dist.init_process_group(
+            "nccl" if backend.has_cuda() else "gloo",
+            store=dist.HashStore() if world_size == 1 else None,  # else torchrun's, by env://
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.expert_tp,
+            )
+            if backend.has_cuda():
+                tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

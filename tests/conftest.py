@@ -1,0 +1,40 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed threads slow tiny models 30 times
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A random Qwen3-MoE checkpoint that divides into every layout tested: 8 experts, top-2."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        intermediate_size=32,
+        norm_topk_prob=True,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is skipped or swapped
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    model.save_pretrained(path)
+    return path

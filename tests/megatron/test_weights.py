@@ -1,0 +1,119 @@
+"""Hugging Face weights through every layout and back, to the bit; and what does not fit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeForCausalLM
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.layout import Layout, process_groups
+from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "one rank": (1, Layout()),
+    "TP2": (2, Layout(tp=2)),
+    "EP2": (2, Layout(ep=2)),
+    "TP2·EP2": (2, Layout(tp=2, ep=2)),
+    "DP2": (2, Layout()),
+    "TP2·EP2·DP2": (4, Layout(tp=2, ep=2)),
+    "TP2·EP2·ETP2": (4, Layout(tp=2, ep=2, etp=2)),
+    "EP4": (4, Layout(ep=4)),
+}
+
+
+def round_trip(layout: Layout, source, target, dtype):
+    with process_groups(layout):
+        hf = read_model_config(source)
+        model = build_model(hf, layout, dtype)
+        load_weights(model, hf, source)
+        write_checkpoint(model, hf, source, target)
+        return {name: tensor.clone() for name, tensor in export_weights(model, hf)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_round_trip_is_exact_to_the_bit(name, dtype, tiny_checkpoint, tmp_path):
+    world_size, layout = LAYOUTS[name]
+    target = tmp_path / "written"
+    per_rank = run_ranks(world_size, round_trip, layout, tiny_checkpoint, target, dtype)
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    written = load_file(target / "model.safetensors")
+    assert source.keys() == written.keys() and len(source) > 50
+    for tensor_name, tensor in source.items():
+        assert torch.equal(written[tensor_name], tensor.to(dtype)), tensor_name
+        for exported in per_rank:
+            assert torch.equal(exported[tensor_name], tensor.to(dtype)), tensor_name
+
+
+def test_what_is_written_loads_in_transformers(tiny_checkpoint, tmp_path):
+    run_ranks(2, round_trip, Layout(tp=2, ep=2), tiny_checkpoint, tmp_path / "w", torch.float32)
+    tokens = torch.arange(20).reshape(2, 10)
+    logits = [
+        Qwen3MoeForCausalLM.from_pretrained(path)(tokens).logits
+        for path in (tiny_checkpoint, tmp_path / "w")
+    ]
+    assert torch.equal(*logits)
+
+
+def load_changed(source, folder, change):
+    state = load_file(source / "model.safetensors")
+    change(state)
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    layout = Layout()
+    with process_groups(layout):
+        hf = read_model_config(folder)
+        load_weights(build_model(hf, layout, torch.float32), hf, folder)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def drop(state):
+    del state[Q_PROJ]
+
+
+def add(state):
+    state["model.layers.7.extra"] = torch.zeros(1)
+
+
+def narrow(state):
+    state[Q_PROJ] = state[Q_PROJ][:64].clone()
+
+
+def narrow_gate(state):
+    name = "model.layers.0.mlp.experts.3.gate_proj.weight"
+    state[name] = state[name][:, :32].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, ["1 tensor(s) are missing", Q_PROJ]),
+        (add, ["are not of this model", "model.layers.7.extra"]),
+        (narrow, [Q_PROJ, "(64, 64)", "does not fit"]),
+        (narrow_gate, ["experts.3.gate_proj.weight", "(32, 32)", "does not fit"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
+    change, words, tiny_checkpoint, tmp_path
+):
+    with pytest.raises(UserError) as error:
+        load_changed(tiny_checkpoint, tmp_path / "changed", change)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_truncated_file_is_refused_by_name(tiny_checkpoint, tmp_path):
+    layout = Layout()
+    (tmp_path / "model.safetensors").write_bytes(
+        (tiny_checkpoint / "model.safetensors").read_bytes()[:5000]
+    )
+    with process_groups(layout):
+        hf = read_model_config(tiny_checkpoint)
+        model = build_model(hf, layout, torch.float32)
+        with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+            load_weights(model, hf, tmp_path)
