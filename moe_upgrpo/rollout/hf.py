@@ -95,6 +95,8 @@ class HFEngine:
                 f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
                 "at least one of both is needed."
             )
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("A prompt is empty; each needs at least one token.")
         generator = torch.Generator(self.device).manual_seed(seed)
         step = max(1, self.max_sequences // samples_per_prompt)
         return [

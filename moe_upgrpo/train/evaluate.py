@@ -31,7 +31,13 @@ def count_correct(
     samples: int,
     seed: int,
 ) -> EvalCounts:
-    """Decode each problem once greedily and `samples` times with `sampling`, and verify."""
+    """Decode each problem once greedily and `samples` times with `sampling`, and verify.
+
+    A share without problems (more ranks than problems) gives empty counts.
+    """
+    if not problems:
+        nothing = np.zeros(0, dtype=np.int64)
+        return EvalCounts(greedy_N=nothing, correct_N=nothing, samples=samples)
     prompts = [problem.prompt_ids for problem in problems]
 
     def right(config: SamplingConfig, each: int) -> np.ndarray:

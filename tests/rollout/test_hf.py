@@ -1,0 +1,350 @@
+"""HFEngine on tiny random models, held against forwards that share none of its code.
+
+The reference is a plain transformers model, eager experts, one unpadded sequence at a time, no KV
+cache; routes come from its router logits. Not covered: CUDA, sharded checkpoints, model families
+other than Qwen3.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout import SamplingConfig
+from moe_upgrpo.rollout.hf import HFEngine
+
+EOS = 1
+VOCABULARY = 16
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=32,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    tie_word_embeddings=False,
+    # Large weights: peaked distributions and well separated experts.
+    initializer_range=0.2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    eos_token_id=EOS,
+    bos_token_id=None,
+)
+MOE = SIZES | dict(
+    num_hidden_layers=3, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32
+)
+
+
+def saved(folder, config, seed):
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("a"), Qwen3MoeConfig(**MOE), 0)
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("b"), Qwen3MoeConfig(**MOE), 1)
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def engine(model_dir):
+    return HFEngine(model_dir, "float32", "cpu")
+
+
+def prompts(*lengths):
+    rng = np.random.default_rng(5)
+    return [rng.integers(2, VOCABULARY, size=length) for length in lengths]
+
+
+def sample(engine, lengths=(3, 7, 1, 5), samples=6, seed=0, temperature=1.0, max_new_tokens=10):
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+    return engine.generate(prompts(*lengths), sampling, samples_per_prompt=samples, seed=seed)
+
+
+@cache
+def plain_model(model_dir):
+    model = Qwen3MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def reference(model_dir, rollout, temperature):
+    """Log-probs `[T]` and sorted routes `[S-1, L, K]` by one forward over the whole sequence."""
+    model = plain_model(model_dir)
+    sequence = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+    out = model(
+        input_ids=torch.from_numpy(sequence)[None], output_router_logits=True, use_cache=False
+    )
+    routes = [layer.topk(2, dim=-1).indices.sort(dim=-1).values for layer in out.router_logits]
+    logp = torch.log_softmax(out.logits[0].double() / temperature, dim=-1)
+    positions = torch.arange(len(rollout.prompt_ids), len(sequence))
+    return (
+        logp[positions - 1, torch.from_numpy(rollout.response_ids)].numpy(),
+        torch.stack(routes, dim=1)[:-1].numpy(),
+    )
+
+
+@pytest.mark.parametrize("lengths", [(3, 7, 1, 5), (4, 4)], ids=["mixed", "equal"])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_log_probs_and_routes_are_those_of_a_teacher_forced_forward(
+    engine, model_dir, lengths, temperature
+):
+    """Also shows that routes shifted by one row would not pass."""
+    rollouts = sample(engine, lengths, temperature=temperature)
+    shifted_same = rows = 0
+    for rollout in rollouts:
+        logp, routes = reference(model_dir, rollout, temperature)
+        np.testing.assert_allclose(rollout.logp_rollout, logp, atol=2e-5)
+        ours = np.sort(rollout.routes, axis=-1)
+        np.testing.assert_array_equal(ours, routes)
+        assert rollout.routes.dtype == np.uint8
+        shifted_same += (ours[1:] == routes[:-1]).all(axis=-1).sum()
+        rows += ours[1:, :, 0].size
+    assert rows > 200
+    # 28 sets of 2 out of 8, so few agree by chance.
+    assert shifted_same / rows < 0.5
+    # Something to get wrong: sequences of different lengths left the batch at different steps.
+    assert len({len(rollout.response_ids) for rollout in rollouts}) > 2
+    assert engine.moe_layer_ids == (0, 1, 2)
+
+
+def test_responses_are_prompt_major_and_hold_one_eos_if_finished(engine):
+    lengths = (3, 7, 1, 5)
+    rollouts = sample(engine, lengths, samples=20)
+    assert len(rollouts) == 80
+    for index, rollout in enumerate(rollouts):
+        np.testing.assert_array_equal(rollout.prompt_ids, prompts(*lengths)[index // 20])
+        assert len(rollout.routes) == len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+        ends = np.flatnonzero(rollout.response_ids == EOS).tolist()
+        if rollout.finished:
+            assert ends == [len(rollout.response_ids) - 1]
+        else:
+            assert ends == [] and len(rollout.response_ids) == 10
+    finished = sum(rollout.finished for rollout in rollouts)
+    assert 0 < finished < 80
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_are_sampled_from_the_distribution_whose_log_probs_are_returned(engine, temperature):
+    draws = 4096
+    [prompt] = prompts(4)
+    rollouts = engine.generate(
+        [prompt],
+        SamplingConfig(temperature=temperature, max_new_tokens=1),
+        samples_per_prompt=draws,
+        seed=11,
+    )
+    logp = {int(r.response_ids[0]): float(r.logp_rollout[0]) for r in rollouts}
+    probs = {token: np.exp(value) for token, value in logp.items()}
+    assert len(probs) > 5
+    counts = dict(
+        zip(*np.unique([r.response_ids[0] for r in rollouts], return_counts=True), strict=True)
+    )
+    for token, prob in probs.items():
+        # Five standard deviations of a binomial share.
+        assert abs(counts[token] / draws - prob) < 5 * np.sqrt(prob * (1 - prob) / draws)
+    assert sum(probs.values()) == pytest.approx(1, abs=0.02)
+
+
+def same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.response_ids, b.response_ids)
+        np.testing.assert_array_equal(a.logp_rollout, b.logp_rollout)
+        np.testing.assert_array_equal(a.routes, b.routes)
+        assert a.finished == b.finished
+    return True
+
+
+def differs(first, second):
+    return any(
+        not np.array_equal(a.logp_rollout, b.logp_rollout)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_the_seed_decides_and_the_global_generators_are_left_alone(engine, other_dir):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = sample(engine, seed=4)
+    torch.rand(3)
+    assert same(first, sample(engine, seed=4))
+    assert differs(first, sample(engine, seed=5))
+    torch.manual_seed(1)
+    sample(engine)
+    engine.update_weights(weights_of(other_dir).items(), version=1)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_takes_the_best_token_whatever_else_is_in_the_batch(model_dir, dtype):
+    """Exact in fp32; in bf16 only that padding, chunks and cuts leave finite, whole rollouts."""
+    engine = HFEngine(model_dir, dtype, "cpu")
+    together = sample(engine, samples=2, temperature=0)
+    small = HFEngine(model_dir, dtype, "cpu", max_sequences=3)
+    for chunked, rollout in zip(sample(small, samples=2, temperature=0), together, strict=True):
+        assert np.isfinite(rollout.logp_rollout).all()
+        if dtype == "float32":
+            np.testing.assert_array_equal(chunked.response_ids, rollout.response_ids)
+            [alone] = engine.generate(
+                [rollout.prompt_ids],
+                SamplingConfig(temperature=0, max_new_tokens=10),
+                samples_per_prompt=1,
+                seed=9,
+            )
+            np.testing.assert_array_equal(alone.response_ids, rollout.response_ids)
+            # Log-probs of greedy tokens are those at temperature 1.
+            logp, _ = reference(model_dir, rollout, 1.0)
+            np.testing.assert_allclose(rollout.logp_rollout, logp, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(model_dir, other_dir, dtype):
+    engine = HFEngine(model_dir, dtype, "cpu")
+    before = sample(engine)
+    engine.update_weights(weights_of(other_dir).items(), version=7)
+    after = sample(engine)
+    assert engine.weight_version == 7
+    assert {r.weight_version for r in before} == {0} and {r.weight_version for r in after} == {7}
+    assert differs(before, after)
+    assert same(after, sample(HFEngine(other_dir, dtype, "cpu")))
+    # Back again: nothing of the weights in between is left.
+    engine.update_weights(iter(weights_of(model_dir).items()), version=8)
+    assert same(before, sample(engine))
+
+
+def test_reloading_identical_weights_changes_nothing(engine, model_dir):
+    before = sample(engine)
+    engine.update_weights(weights_of(model_dir).items(), version=1)
+    assert same(before, sample(engine))
+
+
+def test_the_engine_keeps_no_hold_of_the_tensors_it_was_given(engine, other_dir):
+    given = weights_of(other_dir)
+    engine.update_weights(given.items(), version=1)
+    after = sample(engine)
+    for tensor in given.values():
+        tensor.zero_()
+    assert same(after, sample(engine))
+
+
+def test_bf16_tensors_are_taken_by_an_fp32_engine(engine, model_dir):
+    rounded = {name: tensor.bfloat16() for name, tensor in weights_of(model_dir).items()}
+    before = sample(engine)
+    engine.update_weights(rounded.items(), version=1)
+    assert differs(before, sample(engine))
+
+
+def missing(weights):
+    del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+
+
+def unexpected(weights):
+    weights["model.layers.1.mlp.experts.8.up_proj.weight"] = torch.zeros(32, 32)
+
+
+def misshapen(weights):
+    weights["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(32, 33)
+
+
+def integers(weights):
+    weights["model.norm.weight"] = weights["model.norm.weight"].long()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (missing, r"layers.1.mlp.experts.3.up_proj.weight is missing.*version 0 stays"),
+        (unexpected, r"layers.1.mlp.experts.8.up_proj.weight is unexpected"),
+        (misshapen, r"experts.3.up_proj.weight has shape \(32, 33\), not \(32, 32\)"),
+        (integers, r"model.norm.weight is torch.int64"),
+        (dict.clear, r"is missing.*more faults"),
+    ],
+)
+def test_refused_weights_leave_the_engine_as_it_was(engine, other_dir, break_it, message):
+    before = sample(engine)
+    weights = weights_of(other_dir)
+    break_it(weights)
+    with pytest.raises(UserError, match=message):
+        engine.update_weights(weights.items(), version=1)
+    assert engine.weight_version == 0
+    assert same(before, sample(engine))
+
+
+def test_non_finite_weights_are_named_when_sampling(engine, model_dir):
+    weights = weights_of(model_dir)
+    weights["lm_head.weight"][0, 0] = float("nan")
+    engine.update_weights(weights.items(), version=3)
+    with pytest.raises(UserError, match=r"prompt \[.*not finite.*weight version 3"):
+        sample(engine)
+
+
+def test_a_router_that_is_not_hit_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.model.layers[1].mlp, "forward", lambda hidden: hidden)
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp.experts.*shapes \[\]"):
+        sample(engine)
+
+
+def test_a_router_that_sees_other_rows_is_an_error(engine, monkeypatch):
+    block = engine.model.model.layers[2].mlp
+    whole = block.forward
+    monkeypatch.setattr(block, "forward", lambda hidden: whole(hidden[:, -1:]) + 0 * hidden)
+    with pytest.raises(RuntimeError, match=r"layers\.2\.mlp\.experts"):
+        sample(engine)
+
+
+def test_dense_layers_have_no_rows(tmp_path):
+    config = Qwen3MoeConfig(**MOE | {"mlp_only_layers": [1]})
+    engine = HFEngine(saved(tmp_path, config, 0), "float32", "cpu")
+    assert engine.moe_layer_ids == (0, 2)
+    rollout = sample(engine)[0]
+    assert rollout.routes.shape[1:] == (2, 2)
+    np.testing.assert_array_equal(
+        np.sort(rollout.routes, axis=-1), reference(tmp_path, rollout, 1.0)[1]
+    )
+
+
+def test_a_dense_model_has_no_routes(tmp_path):
+    folder = saved(tmp_path, Qwen3Config(**SIZES, num_hidden_layers=2), 0)
+    engine = HFEngine(folder, "float32", "cpu")
+    for rollout in sample(engine):
+        rows = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+        assert rollout.routes.shape == (rows, 0, 0)
+    assert engine.moe_layer_ids == ()
+
+
+def test_bad_input_is_refused(engine, model_dir, tmp_path):
+    with pytest.raises(UserError, match="dtype is 'float16'"):
+        HFEngine(model_dir, "float16")
+    with pytest.raises(UserError, match="max_sequences is 0"):
+        HFEngine(model_dir, "float32", max_sequences=0)
+    sampling = SamplingConfig(max_new_tokens=2)
+    for some, samples, message in [
+        ([], 1, "0 prompts"),
+        (prompts(3), 0, "0 samples"),
+        ([np.array([], dtype=int)], 1, "empty"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            engine.generate(some, sampling, samples_per_prompt=samples, seed=0)
+    Qwen3MoeConfig(**MOE).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="safetensors"):
+        HFEngine(tmp_path)
+    endless = saved(tmp_path, Qwen3MoeConfig(**MOE | {"eos_token_id": None}), 0)
+    with pytest.raises(UserError, match="eos_token_id"):
+        HFEngine(endless)
