@@ -1,0 +1,75 @@
+"""Rewards to advantages, within groups of responses to one prompt; DAPO's reward and group rules.
+
+Shapes: N responses = P prompts × G responses per prompt, the G of a prompt adjacent.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+
+
+def _grpo(rewards_PG: Tensor) -> Tensor:
+    """(R − mean)/(std + 1e-6), std with G−1 (arXiv 2402.03300; eps and std as in verl)."""
+    return _centred(rewards_PG) / (rewards_PG.std(-1, keepdim=True) + 1e-6)
+
+
+def _centred(rewards_PG: Tensor) -> Tensor:
+    """R − mean: Dr.GRPO (arXiv 2503.20783)."""
+    return rewards_PG - rewards_PG.mean(-1, keepdim=True)
+
+
+def _rloo(rewards_PG: Tensor) -> Tensor:
+    """R − mean of the others = (R − mean)·G/(G−1) (arXiv 2402.14740)."""
+    group = rewards_PG.shape[-1]
+    return _centred(rewards_PG) * (group / (group - 1))
+
+
+ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "grpo": _grpo,
+    "dr-grpo": _centred,
+    "rloo": _rloo,
+}
+
+
+def group_advantages(rewards: Tensor, group_size: int, kind: str = "grpo") -> Tensor:
+    """One advantage per response from its group's rewards.
+
+    Args:
+        rewards: `[N]`, the `group_size` responses to a prompt adjacent.
+        group_size: G ≥ 2.
+        kind: `grpo` (R − mean)/(std + 1e-6), `dr-grpo` R − mean, `rloo` R − mean of the others.
+
+    Returns:
+        `[N]`. A group whose rewards are all equal gets exactly 0 (rounding of the mean would
+        otherwise be blown up by the division by a vanishing std).
+
+    Raises:
+        UserError: unknown kind, N not a multiple of G, G < 2, or rewards that are not finite.
+    """
+    if kind not in ADVANTAGES:
+        raise UserError(f"kind: {kind!r} given; allowed: {', '.join(ADVANTAGES)}")
+    rewards_PG = _grouped(rewards, group_size)
+    advantages_PG = ADVANTAGES[kind](rewards_PG)
+    return torch.where(
+        informative_groups(rewards, group_size)[:, None], advantages_PG, 0.0
+    ).flatten()
+
+
+def informative_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """`[P]` bool: groups whose rewards are not all equal, the ones DAPO's dynamic sampling keeps."""
+    rewards_PG = _grouped(rewards, group_size)
+    return rewards_PG.amax(-1) > rewards_PG.amin(-1)
+
+
+def _grouped(rewards: Tensor, group_size: int) -> Tensor:
+    if rewards.dim() != 1 or group_size < 2 or len(rewards) == 0 or len(rewards) % group_size:
+        raise UserError(
+            f"rewards, group_size: shape {tuple(rewards.shape)} with group_size {group_size} given; "
+            "allowed: [N] with N > 0 a multiple of group_size, and group_size >= 2"
+        )
+    if not rewards.isfinite().all():
+        raise UserError("rewards: NaN or infinity given; allowed: finite numbers")
+    return rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)

@@ -1,0 +1,202 @@
+"""What a policy loss is made of, and the named ones."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses.aggregation import AGGREGATIONS
+from moe_upgrpo.losses.branches import BRANCHES, Side
+from moe_upgrpo.losses.correction import RolloutCorrection
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """A positive and a negative branch, their numbers, and how tokens are aggregated.
+
+    The defaults are UP-GRPO. `PolicyLossConfig.preset(name)` gives the published losses.
+    """
+
+    positive: str = "log-likelihood"
+    """Branch for A > 0."""
+    negative: str = "ppo"
+    """Branch for A <= 0."""
+    aggregation: str = "token-mean"
+    """token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm."""
+    token_sum_norm: float | None = None
+    """Constant divisor of seq-mean-token-sum-norm (Dr.GRPO), such as the longest response."""
+    clip_low: float | None = 0.2
+    """εl: lower bound 1 - εl (gmpo: -εl in log space); None: no lower bound."""
+    clip_high: float | None = 0.2
+    """εh: upper bound 1 + εh (gmpo: εh in log space); None: no upper bound. Under UP it has no part
+    in the loss and only says from where a positive token counts as beyond the clip of the
+    loss compared with."""
+    dual_clip: float | None = 3.0
+    """C: bound on r for A < 0 (ppo); cap on both weights (aspo); None: off."""
+    ratio_cap: float = 20.0
+    """dppo: cap on the ratio as a weight."""
+    divergence_limit: float = 0.2
+    """dppo: δ, on |π - π_old| (tv) or on the binary KL (kl)."""
+    sapo_tau_positive: float = 1.0
+    """sapo: τ for A > 0."""
+    sapo_tau_negative: float = 1.05
+    """sapo: τ for A <= 0."""
+    power_positive: float = 0.0
+    """power: γ for A > 0, the weight being r^γ."""
+    power_negative: float = 1.0
+    """power: γ for A <= 0."""
+    off_policy_limit: float | None = None
+    """DeepSeek-V3.2's mask: drop sequences with A < 0 and mean(log μ - log π) above this; None: off."""
+    router_shift_floor: float | None = None
+    """RSPO: multiply r by γ = max(exp(-mean |Δ log router prob|), this); None: off."""
+    correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    """Weights for the mismatch between the rollout engine and the trainer."""
+
+    def __post_init__(self):
+        for sign in ("positive", "negative"):
+            name = getattr(self, sign)
+            allowed = [n for n, branch in BRANCHES.items() if getattr(branch, sign)]
+            if name not in allowed:
+                raise UserError(f"{sign}: {name!r} given; allowed: {', '.join(allowed)}")
+            self._check_aggregation(sign, name)
+        self._check_ranges()
+        if self.correction.token_level and self._corrects_coupled():
+            raise UserError(
+                f"correction.weight: {self.correction.weight!r} given with a loss of whole sequences "
+                f"(positive {self.positive!r}, negative {self.negative!r}); allowed: a sequence-level "
+                "weight, or a token-level loss such as 'gspo-token'"
+            )
+
+    def _check_aggregation(self, sign: str, name: str) -> None:
+        allowed = BRANCHES[name].aggregations
+        if self.aggregation not in AGGREGATIONS:
+            raise UserError(
+                f"aggregation: {self.aggregation!r} given; allowed: {', '.join(AGGREGATIONS)}"
+            )
+        if self.aggregation not in allowed:
+            raise UserError(
+                f"aggregation: {self.aggregation!r} given; allowed with {sign} {name!r}: "
+                f"{', '.join(allowed)}"
+            )
+        if self.aggregation == "seq-mean-token-sum-norm" and self.token_sum_norm is None:
+            raise UserError(
+                "token_sum_norm: None given; allowed: a constant > 0, needed by aggregation "
+                "'seq-mean-token-sum-norm' (the longest response, for instance)"
+            )
+
+    def _check_ranges(self) -> None:
+        # name -> (low, high), both allowed
+        ranges = {
+            "clip_low": (0, 1),
+            "clip_high": (0, math.inf),
+            "ratio_cap": (1, math.inf),
+            "divergence_limit": (0, math.inf),
+            "sapo_tau_positive": (1e-6, math.inf),
+            "sapo_tau_negative": (1e-6, math.inf),
+            "power_positive": (-math.inf, math.inf),
+            "power_negative": (-math.inf, math.inf),
+            "router_shift_floor": (1e-6, 1),
+            "token_sum_norm": (1e-6, math.inf),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}: {value} given; allowed: from {low} to {high}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise UserError(
+                f"dual_clip: {self.dual_clip} given; allowed: above 1, so that it lies above the "
+                f"lower bound 1 - clip_low = {self.lower}, or None for no dual clip"
+            )
+
+    def _corrects_coupled(self) -> bool:
+        sides = {"positive": self.positive, "negative": self.negative}
+        return any(getattr(self.correction, s) and BRANCHES[n].coupled for s, n in sides.items())
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The functions for A > 0 and for A <= 0."""
+        return BRANCHES[self.positive].positive, BRANCHES[self.negative].negative
+
+    @property
+    def lower(self) -> float:
+        return 0.0 if self.clip_low is None else 1 - self.clip_low
+
+    @property
+    def upper(self) -> float:
+        return math.inf if self.clip_high is None else 1 + self.clip_high
+
+    @property
+    def dual(self) -> float:
+        return math.inf if self.dual_clip is None else self.dual_clip
+
+    @property
+    def log_of_lower(self) -> float:
+        """log(1 - εl)"""
+        return math.log(self.lower) if self.lower > 0 else -math.inf
+
+    @property
+    def log_of_upper(self) -> float:
+        """log(1 + εh)"""
+        return math.log(self.upper)
+
+    @property
+    def log_lower(self) -> float:
+        """-εl, gmpo's bound in log space"""
+        return -math.inf if self.clip_low is None else -self.clip_low
+
+    @property
+    def log_upper(self) -> float:
+        """εh, gmpo's bound in log space"""
+        return math.inf if self.clip_high is None else self.clip_high
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "PolicyLossConfig":
+        """The published loss of that name, with the given fields changed.
+
+        Raises:
+            UserError: unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise UserError(f"preset: {name!r} given; allowed: {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+
+def _whole(branch: str, **numbers) -> PolicyLossConfig:
+    """One loss for both signs, with the aggregation of its source."""
+    return PolicyLossConfig(
+        positive=branch,
+        negative=branch,
+        **{"aggregation": BRANCHES[branch].aggregations[0], **numbers},
+    )
+
+
+# Sources of the numbers: docs/losses.md.
+BASELINES: dict[str, PolicyLossConfig] = {
+    "grpo": _whole("ppo"),
+    "dapo": _whole("ppo", clip_high=0.28, dual_clip=10.0),
+    "gspo": _whole("gspo", clip_low=3e-4, clip_high=4e-4),
+    "gspo-token": _whole("gspo-token", clip_low=3e-4, clip_high=4e-4),
+    "tic-grpo": _whole("tic-upper"),
+    "tic-min-grpo": _whole("tic-min"),
+    "gmpo": _whole("gmpo", clip_low=0.4, clip_high=0.4),
+    "rspo": _whole("gmpo", clip_low=0.4, clip_high=0.4, router_shift_floor=0.8),
+    "cispo": _whole("cispo", clip_low=None, clip_high=4.0),
+    "dppo-tv": _whole("dppo-tv"),
+    "dppo-kl": _whole("dppo-kl", divergence_limit=0.05),
+    "topr": _whole("topr"),
+    "aspo": _whole("aspo"),
+    "sapo": _whole("sapo"),
+    "reinforce": _whole("log-likelihood"),
+    "no-upper-clip": _whole("ppo", clip_high=None),
+    "symmetric-ratio": _whole("ppo", clip_low=None, clip_high=None, dual_clip=None),
+}
+
+# UP-X is X with the positive branch replaced; the aggregation and every number stay X's.
+PRESETS: dict[str, PolicyLossConfig] = BASELINES | {
+    "up-grpo" if name == "grpo" else "up-" + name.removesuffix("-grpo"): replace(
+        config, positive="log-likelihood"
+    )
+    for name, config in BASELINES.items()
+    if BRANCHES[config.positive].positive is not BRANCHES["log-likelihood"].positive
+    and name not in ("no-upper-clip", "symmetric-ratio")
+}
+PRESETS["pro-grpo"] = PRESETS["up-grpo"]

@@ -1,0 +1,175 @@
+"""What a loss may look at, per token: masked log-probs, ratios and advantages.
+
+Shapes: B sequences, T response positions, L MoE layers, K experts per token; a suffix names them
+(`mask_BT`). A quantity of a whole sequence is `[B, 1]`, so that it broadcasts over its tokens.
+Policies: current = π_θ (trained now), old = π_old (trainer's, at the rollout's weights),
+rollout = μ (the engine's).
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+
+# exp() of anything above this is cut, and its gradient with it: e^20 ≈ 4.9e8 leaves room for
+# squares in float32, and no loss is meant to work there. Below there is nothing to guard: exp → 0.
+MAX_LOG_RATIO = 20.0
+
+
+def guarded_exp(log_x: Tensor) -> Tensor:
+    """exp(min(x, 20)); gradient exp(x) up to the guard and 0 beyond it."""
+    return log_x.clamp(max=MAX_LOG_RATIO).exp()
+
+
+class Tokens:
+    """The inputs of one micro-batch with everything behind the mask replaced by 0.
+
+    The replacement is done by `where` before any exp or product, so padding may hold NaN or ±inf
+    and neither value nor gradient sees it; padded tokens have log-ratio 0 and advantage 0.
+
+    Args (all `[B, T]`): see `policy_loss`. `log_router_shift_BT` is log γ ≤ 0 of RSPO.
+
+    Raises:
+        UserError: shapes differ, the mask is not 0/1, or an unmasked value is not finite.
+    """
+
+    def __init__(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        rollout_log_probs: Tensor | None = None,
+        log_router_shift: Tensor | None = None,
+    ):
+        named = {
+            "log_probs": log_probs,
+            "old_log_probs": old_log_probs,
+            "advantages": advantages,
+            "rollout_log_probs": rollout_log_probs,
+        }
+        check_shapes({**named, "mask": mask, "router_log_probs": log_router_shift})
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        self.mask_BT = as_bool_mask(mask)
+        self._current_BT = log_probs.to(dtype)
+        self._old_BT = old_log_probs.detach().to(dtype)
+        self._rollout_BT = (
+            None if rollout_log_probs is None else rollout_log_probs.detach().to(dtype)
+        )
+        self._log_shift_BT = (
+            None if log_router_shift is None else log_router_shift.detach().to(dtype)
+        )
+
+        self.raw_log_ratio_BT = self.masked(self._current_BT - self._old_BT)
+        self.advantages_BT = self.masked(advantages.detach().to(dtype))
+        probe = self.raw_log_ratio_BT.detach().sum() + self.advantages_BT.sum()
+        if rollout_log_probs is not None:
+            probe = probe + self.log_rho_BT.sum()
+        if not probe.isfinite():
+            check_finite(named, self.mask_BT)
+
+    def masked(self, x_BT: Tensor) -> Tensor:
+        return torch.where(self.mask_BT, x_BT, 0.0)
+
+    @cached_property
+    def log_probs_BT(self) -> Tensor:
+        return self.masked(self._current_BT)
+
+    @cached_property
+    def old_log_probs_BT(self) -> Tensor:
+        return self.masked(self._old_BT)
+
+    @cached_property
+    def log_rho_BT(self) -> Tensor:
+        """log ρ = log π_old − log μ; zeros where no rollout log-probs were given (bypass)."""
+        if self._rollout_BT is None:
+            return torch.zeros_like(self.advantages_BT)
+        return self.masked(self._old_BT - self._rollout_BT)
+
+    @cached_property
+    def lengths_B1(self) -> Tensor:
+        """Response tokens per sequence, as a float."""
+        return self.mask_BT.sum(-1, keepdim=True).to(self.advantages_BT.dtype)
+
+    def mean_B1(self, x_BT: Tensor) -> Tensor:
+        """Mean over a sequence's tokens of a quantity that is 0 at padding; 0 if it has none."""
+        return x_BT.sum(-1, keepdim=True) / self.lengths_B1.clamp(min=1)
+
+    @cached_property
+    def log_ratio_BT(self) -> Tensor:
+        """log r = log π_θ − log π_old (+ log γ when RSPO's router-shift weight is on)."""
+        if self._log_shift_BT is None:
+            return self.raw_log_ratio_BT
+        return self.raw_log_ratio_BT + self.masked(self._log_shift_BT)
+
+    @cached_property
+    def ratio_BT(self) -> Tensor:
+        """r_t"""
+        return guarded_exp(self.log_ratio_BT)
+
+    @cached_property
+    def log_sequence_ratio_B1(self) -> Tensor:
+        """log s = mean_t log r_t"""
+        return self.mean_B1(self.log_ratio_BT)
+
+    @cached_property
+    def sequence_ratio_B1(self) -> Tensor:
+        """s = (∏_t r_t)^(1/|y|)"""
+        return guarded_exp(self.log_sequence_ratio_B1)
+
+    @cached_property
+    def log_trajectory_ratio_B1(self) -> Tensor:
+        """log R = Σ_t log r_t"""
+        return self.log_ratio_BT.sum(-1, keepdim=True)
+
+    @cached_property
+    def trajectory_ratio_B1(self) -> Tensor:
+        """R = ∏_t r_t"""
+        return guarded_exp(self.log_trajectory_ratio_B1)
+
+    @cached_property
+    def self_ratio_BT(self) -> Tensor:
+        """π_θ/sg(π_θ): value 1, gradient ∇log π_θ."""
+        return (self.log_probs_BT - self.log_probs_BT.detach()).exp()
+
+
+def as_bool_mask(mask: Tensor) -> Tensor:
+    """The mask as bool; UserError unless it is bool or holds only 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    bool_mask = mask.bool()
+    if not torch.equal(bool_mask.to(mask.dtype), mask):
+        raise UserError(
+            "mask: holds values other than 0 and 1; allowed: bool, or a tensor of 0 and 1"
+        )
+    return bool_mask
+
+
+def check_shapes(named: dict[str, Tensor | None]) -> None:
+    """UserError naming the first tensor whose shape is not log_probs' `[B, T]`."""
+    shape = tuple(named["log_probs"].shape)
+    if len(shape) != 2:
+        raise UserError(f"log_probs: shape {shape} given; allowed: two dimensions [B, T]")
+    for name, x in named.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise UserError(
+                f"{name}: shape {tuple(x.shape)} given; allowed: {shape}, the shape of log_probs"
+            )
+
+
+def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
+    """UserError naming the first tensor with a NaN or infinity where the mask selects."""
+    for name, x in named.items():
+        if x is None:
+            continue
+        bad = (mask_BT & ~x.isfinite()).nonzero()
+        if len(bad):
+            b, t = bad[0].tolist()
+            raise UserError(
+                f"{name}: {x[b, t].item()} at sequence {b}, position {t} ({len(bad)} such unmasked "
+                "values); allowed: finite numbers wherever mask is 1. Mask the token out or fix what "
+                "produced it"
+            )
