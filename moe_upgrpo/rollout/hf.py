@@ -5,6 +5,7 @@ V vocabulary, T response tokens, L MoE layers, K experts per token.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class HFEngine:
         self.weight_version = 0
         self.config = AutoConfig.from_pretrained(model_dir)
         self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
-        with _no_progress_bar():
+        with no_progress_bar():
             self._use(AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype))
         eos_ids = self.model.generation_config.eos_token_id
         if eos_ids is None:
@@ -265,7 +266,7 @@ class HFEngine:
                 + ". The names and shapes of the checkpoint that the engine started from are "
                 f"needed; version {self.weight_version} stays in use."
             )
-        with _no_progress_bar():
+        with no_progress_bar():
             self._use(
                 type(self.model).from_pretrained(
                     None, config=self.config, state_dict=state, dtype=self.dtype
@@ -291,13 +292,13 @@ def _checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class _no_progress_bar:
-    """transformers draws one for every load, of 20 ms, in the middle of ours."""
-
-    def __enter__(self):
-        self.enabled = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exception):
-        if self.enabled:
+@contextmanager
+def no_progress_bar():
+    """Without the bars that transformers draws for every load and save, of milliseconds here."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
             transformers_logging.enable_progress_bar()

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.hf import no_progress_bar
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
@@ -134,7 +136,8 @@ def warm_start(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(unfinished)
+        with no_progress_bar():
+            model.save_pretrained(unfinished)
         arithmetic.save_tokenizer(unfinished)
         made_by = json.dumps(recipe | {"reached": reached}, indent=1, default=str)
         (unfinished / "warm_start.json").write_text(made_by + "\n")
@@ -161,7 +164,8 @@ def _train(
 ) -> tuple[Qwen3MoeForCausalLM, dict]:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = Qwen3MoeForCausalLM(model_config).float()
+        # A copy: transformers writes into the configuration of a model, and it names the folder.
+        model = Qwen3MoeForCausalLM(deepcopy(model_config)).float()
     model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(
