@@ -1,0 +1,24 @@
+"""What a run leaves on disk, written and read: config, metrics, token log."""
+
+from moe_upgrpo.store.run_folder import RunFolder, read_config, read_environment, read_metrics
+from moe_upgrpo.store.token_log import (
+    COLUMNS,
+    SCHEMA_VERSION,
+    TokenLayout,
+    TokenLogWriter,
+    overlap_array,
+    read_tokens,
+)
+
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "RunFolder",
+    "TokenLayout",
+    "TokenLogWriter",
+    "overlap_array",
+    "read_config",
+    "read_environment",
+    "read_metrics",
+    "read_tokens",
+]

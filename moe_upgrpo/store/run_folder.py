@@ -1,0 +1,239 @@
+"""The folder that a run leaves: config.json, env.json, metrics.jsonl, tokens/, checkpoints/."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moe_upgrpo import __version__
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.token_log import token_files
+
+_PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run and the writing of its metrics; one process (rank 0) creates and appends.
+
+    Other ranks may build ``RunFolder(path)`` for the paths alone. Make one with `create` or
+    `resume` before appending.
+    """
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def env_path(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any]) -> "RunFolder":
+        """Start a run in a folder that is new, or holds no run.
+
+        Raises:
+            UserError: the path is a file, or the folder already holds a run.
+        """
+        run = cls(Path(path))
+        run.check_free()
+        run.tokens.mkdir(parents=True)
+        _write_json(run.config_path, config)
+        _write_json(run.env_path, _environment())
+        return run
+
+    def check_free(self) -> None:
+        """Raise UserError where the path is a file or the folder already holds a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"the output folder {self.path} is a file: name a folder")
+        parts = (self.config_path, self.metrics_path, self.tokens, self.checkpoints)
+        if found := [part.name for part in parts if part.exists()]:
+            raise UserError(
+                f"{self.path} already holds a run ({', '.join(found)}): choose another "
+                "--output-dir or delete the folder"
+            )
+
+    @classmethod
+    def resume(cls, path: str | Path, *, step: int) -> "RunFolder":
+        """Continue a run from its checkpoint after ``step``.
+
+        What was logged of later steps is dropped, so that the steps run again appear once:
+        metrics rows and token files with a step above ``step``, and the remains of a write that
+        was cut short.
+        """
+        run = cls(Path(path))
+        read_config(run.path)
+        if run.metrics_path.exists():
+            kept = [row for row in _parse_metrics(run.metrics_path) if row["step"] <= step]
+            _write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
+        run.tokens.mkdir(exist_ok=True)
+        for part in run.tokens.glob(".*.tmp"):
+            part.unlink()
+        for file, file_step in token_files(run.tokens):
+            if file_step > step:
+                file.unlink()
+        return run
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append one step's metrics as a line of strict JSON; on disk when this returns.
+
+        The file is opened and closed for each row: what was appended survives the process being
+        killed. numpy and torch scalars and arrays are written as numbers and lists. A non-finite
+        float is written as null, a gap in a curve: strict JSON has no NaN, and the step on which a
+        run goes bad must stay readable. Names and meanings: `moe_upgrpo.store.metrics`.
+
+        Raises:
+            UserError: no integer "step" ≥ 0 in the row.
+        """
+        step = row.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise UserError(f'a metrics row needs an integer "step" ≥ 0, got {step!r}')
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(_to_line(row))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The run's config.json."""
+    return _read_json(Path(path) / "config.json")
+
+
+def read_environment(path: str | Path) -> dict[str, Any]:
+    """The run's env.json."""
+    return _read_json(Path(path) / "env.json")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of the run's metrics.jsonl, in the order in which they were written.
+
+    A last line that was cut short (the run was killed while writing it) is left out.
+
+    Raises:
+        UserError: no such file, no row at all, or any other line that is not a metrics row.
+    """
+    file = Path(path) / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{path} holds no metrics.jsonl: not a run folder, or no step was finished")
+    rows = _parse_metrics(file)
+    if not rows:
+        raise UserError(f"{file} is empty: no step of this run was finished")
+    return rows
+
+
+def _parse_metrics(file: Path) -> list[dict[str, Any]]:
+    *lines, unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    del unfinished  # a finished line ends with a newline
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number} is not JSON ({error}): {line[:80]!r}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f'{file}, line {number} has no integer "step": {line[:80]!r}')
+        rows.append(row)
+    return rows
+
+
+def _to_line(row: dict[str, Any]) -> str:
+    return json.dumps(_jsonable(row), allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)  # paths, dtypes, enums of a config
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    _write_text(file, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file.parent} is not a run folder: it holds no {file.name}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def _environment() -> dict[str, Any]:
+    import torch  # here, so that readers of the store start without it
+
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"moe_upgrpo": __version__} | {p: _version(p) for p in _PACKAGES},
+        "git": _git_state(),
+        "cpu_count": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_count": torch.cuda.device_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of this package's source, and whether tracked files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # A package installed inside somebody's repository is not part of it.
+        if not git("ls-files", Path(__file__).name):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
