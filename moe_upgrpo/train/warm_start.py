@@ -30,6 +30,7 @@ from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
 
+PROGRESS_EVERY = 50  # steps
 IGNORED = -100  # the label of positions that the loss leaves out
 
 
@@ -189,7 +190,8 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
         optimizer.step()
         schedule.step()
-        if step % settings.probe_every == 0:
+        report = step % PROGRESS_EVERY == 0
+        if report or step % settings.probe_every == 0 or step == settings.max_steps:
             reached = {"step": step, "loss": loss.item()} | expected_accuracy(model, task, probe)
             line = (
                 f"warm start: step {step}, loss {loss.item():.3f}, on training problems "
@@ -198,7 +200,7 @@ def _train(
             if reached["pass@1"] >= settings.target_pass_at_1:
                 progress(line)
                 return model, reached
-        if step % 50 == 0:
+        if report:
             progress(line)
     raise UserError(
         f"The warm start did not reach pass@1 {settings.target_pass_at_1} in {settings.max_steps} "

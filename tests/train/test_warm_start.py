@@ -125,15 +125,21 @@ def test_whatever_makes_it_changes_its_name(made, changed, monkeypatch):
     assert len(trained) == 1
 
 
-def test_a_target_out_of_reach_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"pass@1 0.99 in 20 steps \(seed 0\)"):
+@pytest.mark.parametrize(("max_steps", "probe_every"), [(20, 10), (3, 10), (51, 40)])
+def test_a_target_out_of_reach_is_an_error_and_leaves_nothing(tmp_path, max_steps, probe_every):
+    lines = []
+    with pytest.raises(UserError, match=rf"pass@1 0.99 in {max_steps} steps \(seed 0\)"):
         warm_start(
             TASK,
             MODEL,
-            settings=replace(SETTINGS, target_pass_at_1=0.99, max_steps=20),
+            settings=replace(
+                SETTINGS, target_pass_at_1=0.99, max_steps=max_steps, probe_every=probe_every
+            ),
             cache_dir=tmp_path,
+            progress=lines.append,
         )
     assert not list(tmp_path.iterdir())
+    assert [line.split(",")[0] for line in lines] == ["warm start: step 50"] * (max_steps > 50)
 
 
 def test_the_default_model_has_a_million_parameters():
