@@ -26,41 +26,15 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PolicyLossConfig, merge_metrics, policy_loss
+from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
-from moe_upgrpo.megatron.layout import Layout, device
+from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
 from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RouterTap
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerSettings:
-    """Megatron's optimizer: AdamW, its state split over the data-parallel ranks.
-
-    algorithm: adam, or sgd (then without the split state: Megatron-Core splits Adam's only).
-    warmup_steps: optimizer steps over which lr rises linearly to its value, and then stays.
-    clip_grad: largest gradient norm; 0 means no clipping.
-    """
-
-    algorithm: str = "adam"
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 10
-    clip_grad: float = 1.0
-
-    def __post_init__(self):
-        if self.algorithm not in ("adam", "sgd"):
-            raise UserError(f"algorithm={self.algorithm!r}: use 'adam' or 'sgd'.")
-        for name in ("lr", "warmup_steps", "clip_grad", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +52,8 @@ class Update:
 
     log_probs: list[np.ndarray]  # [T] float32 for each sample, at the weights before the step
     clipped: list[np.ndarray]  # [T] bool
-    metrics: dict  # of moe_upgrpo.losses, this rank's sums
+    loss: float  # this rank's share; the sum over data-parallel ranks is the loss
+    metrics: dict[str, Metric]  # of moe_upgrpo.losses, this rank's sums
     grad_norm: float  # over all ranks, before clipping
 
 
@@ -105,7 +80,7 @@ class MegatronActor:
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
         self.hf = read_model_config(self.model_dir)
-        self.model = build_model(self.hf, layout, DTYPES[dtype])
+        self.model = build_model(self.hf, layout, getattr(torch, dtype))
         load_weights(self.model, self.hf, self.model_dir)
         self.tap = RouterTap(self.model)
         if dtype == "bfloat16":
@@ -164,13 +139,17 @@ class MegatronActor:
         """The model's layers that are MoE layers, in the order of the routes' axis L."""
         return self.tap.layer_ids
 
+    def parameter_count(self) -> int:
+        """Parameters of the whole model."""
+        return sum(tensor.numel() for _, tensor in self.export_weights())
+
     def _micro_batches(self, samples: Sequence[Sample]) -> list[Batch]:
         if not samples:
             raise UserError("No samples for the actor on this rank: nothing to compute.")
         return [
-            make_batch(
-                samples[i : i + self.micro_batch_size], multiple_of=self.layout.tp
-            ).to(device())
+            make_batch(samples[i : i + self.micro_batch_size], multiple_of=self.layout.tp).to(
+                device()
+            )
             for i in range(0, len(samples), self.micro_batch_size)
         ]
 
@@ -263,18 +242,19 @@ class MegatronActor:
                 global_sequences=counts[1],
             )
             seen = log_probs_BS.detach().cpu().numpy(), result.clipped.cpu().numpy()
-            return result.loss * undo_means, (seen, result.metrics)
+            return result.loss * undo_means, (seen, float(result.loss), result.metrics)
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(batches, on_logits, train=True)
         self.scheduler.step(increment=1)  # before the step: warm-up starts at lr / warmup_steps
         _, grad_norm, _ = self.optimizer.step()
-        rows = [row for seen, _ in outputs for row in _rows(seen)]
+        rows = [row for seen, *_ in outputs for row in _rows(seen)]
         return Update(
             log_probs=[r[0][s.response_rows] for s, r in zip(samples, rows, strict=True)],
             clipped=[r[1][s.response_rows] for s, r in zip(samples, rows, strict=True)],
-            metrics=merge_metrics([metrics for _, metrics in outputs]),
+            loss=sum(loss for _, loss, _ in outputs),
+            metrics=merge_metrics([metrics for *_, metrics in outputs]),
             grad_norm=float(grad_norm),
         )
 

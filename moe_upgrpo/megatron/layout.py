@@ -1,19 +1,10 @@
-"""Which rank holds which part of the model: the layout, its checks, and Megatron's process groups."""
+"""Which rank holds which part of the model, and what divides into what. Imports no Megatron."""
 
 from __future__ import annotations
 
-import datetime
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import backend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +40,17 @@ class Layout:
         return self.etp if self.etp is not None else (1 if self.ep > 1 else self.tp)
 
     @classmethod
-    def for_world(cls, world_size: int, tp: int | None = None, ep: int | None = None) -> Layout:
+    def for_world(
+        cls,
+        world_size: int,
+        *,
+        tp: int | None = None,
+        ep: int | None = None,
+        etp: int | None = None,
+    ) -> Layout:
         """Sizes not given: 2 on an even number of ranks, else 1."""
         default = 2 if world_size % 2 == 0 else 1
-        return cls(tp=default if tp is None else tp, ep=default if ep is None else ep)
+        return cls(tp=default if tp is None else tp, ep=default if ep is None else ep, etp=etp)
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError where the ranks do not divide into the groups."""
@@ -84,43 +82,3 @@ class Layout:
     def __str__(self) -> str:
         etp = f"·ETP{self.etp}" if self.etp is not None else ""
         return f"TP{self.tp}·EP{self.ep}{etp}"
-
-
-def device() -> torch.device:
-    """The device of this rank: its GPU where CUDA is there, else the CPU."""
-    if backend.has_cuda():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
-@contextmanager
-def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) -> Iterator[None]:
-    """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
-
-    Expects the environment of torchrun; a single process needs none. The backend of
-    `moe_upgrpo.megatron.backend` is applied inside.
-    """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    layout.check_world(world_size)
-    if backend.has_cuda():
-        torch.cuda.set_device(device())
-    with backend.apply():
-        dist.init_process_group(
-            "nccl" if backend.has_cuda() else "gloo",
-            store=dist.HashStore() if world_size == 1 else None,  # else torchrun's, by env://
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                expert_model_parallel_size=layout.ep,
-                expert_tensor_parallel_size=layout.expert_tp,
-            )
-            if backend.has_cuda():
-                tensor_parallel.model_parallel_cuda_manual_seed(seed)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron.layout import Layout, device
+from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.layout import Layout
 
 
 class RMSNorm(torch.nn.RMSNorm):

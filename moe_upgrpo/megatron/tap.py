@@ -85,7 +85,8 @@ class RouterTap:
         routes_sBLK = torch.stack(layers, dim=2).to(torch.int16).contiguous()
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() > 1:
-            shards = [torch.empty_like(routes_sBLK) for _ in range(group.size())]
-            dist.all_gather(shards, routes_sBLK, group=group)
-            routes_sBLK = torch.cat(shards)
+            as_bytes = routes_sBLK.view(torch.uint8)  # gloo has no int16
+            shards = [torch.empty_like(as_bytes) for _ in range(group.size())]
+            dist.all_gather(shards, as_bytes, group=group)
+            routes_sBLK = torch.cat(shards).view(torch.int16)
         return routes_sBLK.transpose(0, 1)

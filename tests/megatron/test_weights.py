@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron.layout import Layout, process_groups
+from moe_upgrpo.megatron.groups import process_groups
+from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model, read_model_config
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
 from tests.ranks import run_ranks

@@ -1,0 +1,3 @@
+from moe_upgrpo.cli import main
+
+main()

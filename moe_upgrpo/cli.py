@@ -1,0 +1,123 @@
+"""The command line: `moe-upgrpo train|report`, also `python -m moe_upgrpo`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from moe_upgrpo.errors import UserError
+
+USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
+
+  train              train by RL on the ranks of this job (see examples/train_moe.sh)
+  report RUN [RUN …] write report.html from one run folder or several
+
+`moe-upgrpo COMMAND --help` lists the options of a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. `argv` are words that come before those of the command line."""
+    arguments = [*(argv or ()), *sys.argv[1:]]
+    commands = {"train": _train, "report": _report}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] not in commands:
+        _fail(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
+    try:
+        commands[arguments[0]](arguments[1:])
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:
+        _fail(_describe(error), status=1)
+
+
+def _train(arguments: list[str]) -> None:
+    import tyro
+
+    from moe_upgrpo.train.config import TrainConfig, file_arguments
+
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it for several ranks, not for one
+        import torch
+
+        torch.set_num_threads(1)
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            _fail("--config needs the path of a YAML file.")
+        arguments = [
+            *file_arguments(Path(arguments[at + 1])),
+            *arguments[:at],
+            *arguments[at + 2 :],
+        ]
+    config = tyro.cli(
+        TrainConfig,
+        args=arguments,
+        prog="train_moe.sh",
+        console_outputs=_rank() == 0,
+    )
+    config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
+
+    from moe_upgrpo.train.loop import train
+
+    train(config)
+
+
+def _report(arguments: list[str]) -> None:
+    from moe_upgrpo.report import write_report
+
+    if not arguments or arguments[0].startswith("-"):
+        _fail("usage: moe-upgrpo report RUN [RUN …]: the folders of one run or several.")
+    runs = [Path(argument) for argument in arguments]
+    print(write_report(runs, runs[0] / "report.html"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    """End this rank with a message; of the ranks on this machine only the first to fail prints it.
+
+    torchrun repeats the messages of all ranks below its own traceback: it reads them from files.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = True
+    if error_file is not None:
+        first = _leave_mark(Path(error_file).parent.parent / "moe_upgrpo_failed")
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(error_file).write_text(
+            json.dumps({"message": {"message": message, "extraInfo": about}})
+        )
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    # Without the interpreter's shutdown, where process groups would wait for the other ranks.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _leave_mark(mark: Path) -> bool:
+    """Whether no rank was here before. torchrun gives each attempt a folder of its own."""
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _describe(error: Exception) -> str:
+    lost_peer = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if any(words in str(error) for words in lost_peer):
+        return (
+            f"rank {_rank()} lost another rank, which was killed or ended without a message. What "
+            "was logged until then is complete; start again with another --output-dir."
+        )
+    return f"on rank {_rank()}:\n{''.join(traceback.format_exception(error))}"

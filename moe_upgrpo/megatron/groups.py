@@ -1,0 +1,112 @@
+"""The process groups of a layout, and the device of this rank."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from moe_upgrpo.losses import Metric
+from moe_upgrpo.megatron import backend
+from moe_upgrpo.megatron.layout import Layout
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU where CUDA is there, else the CPU."""
+    if backend.has_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) -> Iterator[None]:
+    """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
+
+    Expects the environment of torchrun; a single process needs none. The backend of
+    `moe_upgrpo.megatron.backend` is applied inside.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    layout.check_world(world_size)
+    if backend.has_cuda():
+        torch.cuda.set_device(device())
+    with backend.apply():
+        dist.init_process_group(
+            "nccl" if backend.has_cuda() else "gloo",
+            store=dist.HashStore() if world_size == 1 else None,  # else torchrun's, by env://
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.expert_tp,
+            )
+            if backend.has_cuda():
+                tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def data_parallel() -> tuple[int, int]:
+    """This rank's index among the data-parallel ranks, and how many there are."""
+    group = parallel_state.get_data_parallel_group()
+    return group.rank(), group.size()
+
+
+def model_parallel() -> tuple[int, int]:
+    """This rank's index among the ranks that hold one copy of the model, and how many there are."""
+    group = parallel_state.get_model_parallel_group()
+    return group.rank(), group.size()
+
+
+def gather_in_model_copy(items: list) -> list:
+    """The items of all ranks that hold one copy of the model, in rank order, on each of them."""
+    return _gather(items, parallel_state.get_model_parallel_group())
+
+
+def gather_everywhere(items: list) -> list:
+    """The items of all ranks, in rank order, on each of them."""
+    return _gather(items, dist.group.WORLD)
+
+
+def _gather(items: list, group: dist.ProcessGroup) -> list:
+    shares: list = [None] * group.size()
+    dist.all_gather_object(shares, items, group=group)
+    return [item for share in shares for item in share]
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Numerators and denominators summed over the data-parallel ranks; all give the same names."""
+    flat = _over_data_parallel([x for pair in metrics.values() for x in pair], dist.ReduceOp.SUM)
+    return {
+        name: Metric(*pair)
+        for name, pair in zip(metrics, zip(flat[::2], flat[1::2], strict=True), strict=True)
+    }
+
+
+def largest(values: dict[str, float]) -> dict[str, float]:
+    """The largest of each value over the data-parallel ranks; all give the same names."""
+    flat = _over_data_parallel(list(values.values()), dist.ReduceOp.MAX)
+    return dict(zip(values, flat, strict=True))
+
+
+def _over_data_parallel(values: list, op: dist.ReduceOp) -> list[float]:
+    tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
+    return tensor.tolist()

@@ -1,0 +1,35 @@
+"""What a user sets of the actor. Imports no Megatron, so that the command line starts fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_upgrpo.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """Megatron's optimizer: AdamW, its state split over the data-parallel ranks.
+
+    algorithm: adam, or sgd (then without the split state: Megatron-Core splits Adam's only).
+    warmup_steps: optimizer steps over which lr rises linearly to its value, and then stays.
+    clip_grad: largest gradient norm; 0 means no clipping.
+    """
+
+    algorithm: str = "adam"
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    clip_grad: float = 1.0
+
+    def __post_init__(self):
+        if self.algorithm not in ("adam", "sgd"):
+            raise UserError(f"algorithm={self.algorithm!r}: use 'adam' or 'sgd'.")
+        for name in ("lr", "warmup_steps", "clip_grad", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: it cannot be negative.")

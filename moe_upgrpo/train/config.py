@@ -1,0 +1,150 @@
+"""Everything a training run can be told, checked before anything starts. Imports no Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.train.warm_start import WarmStartConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """The Qwen3-MoE that is made on the spot where no --model is given."""
+
+    layers: int = 4
+    hidden: int = 128
+    experts: int = 8
+    top_k: int = 2
+    expert_intermediate: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a mixture-of-experts model by reinforcement learning on Megatron-Core actors."""
+
+    loss: str = "up-grpo"
+    """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
+    steps: int = 60
+    """RL steps: a batch of rollouts and the optimizer steps on it."""
+    seed: int = 0
+    """Of everything random: problems, sampling, the order of mini-batches."""
+    output_dir: Path | None = None
+    """The run folder; must not hold another run. None: runs/LOSS-DATE-TIME."""
+
+    model: Path | None = None
+    """Hugging Face checkpoint folder (qwen3_moe). None: a tiny model, warm-started and cached."""
+    digits: int = 2
+    """The task: addition of two numbers of this many digits."""
+    tiny: TinyModel = field(default_factory=TinyModel)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    cache_dir: Path = Path("runs/cache")
+    """Where warm-started checkpoints are kept."""
+
+    engine: Literal["hf"] = "hf"
+    """Rollout engine: transformers in every rank."""
+    engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
+    tp: int | None = None
+    """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
+    ep: int | None = None
+    """Expert parallelism, by all-to-all. None: as tp."""
+    etp: int | None = None
+    """Tensor parallelism inside an expert. None: 1 with ep > 1, else tp."""
+
+    prompts: int = 32
+    """Prompts in a step, over all ranks."""
+    group: int = 8
+    """Responses to each prompt."""
+    minibatches: int = 4
+    """Optimizer steps per pass over a step's responses."""
+    epochs: int = 1
+    """Passes over a step's responses."""
+    micro_batch: int = 128
+    """Most sequences in one forward of a rank."""
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    """Longest response. None: the longest right answer of the task."""
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    eval_every: int = 20
+    """Steps between evaluations on held-out problems; the first and the last step have one too."""
+    eval_samples: int = 4
+    """Samples of each held-out problem, for pass@1 and pass@k."""
+    eval_problems: int | None = None
+    """Held-out problems to use. None: all."""
+    reference_kl: bool = True
+    """Log the KL divergence from the start model; costs a second copy of it and a forward a step."""
+
+    def __post_init__(self):
+        PolicyLossConfig.preset(self.loss)
+        for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
+                     "eval_samples"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        if self.group < 2:
+            raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
+        if self.temperature <= 0:
+            raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
+        for name in ("max_new_tokens", "eval_problems"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: at least 1 is needed, or leave it out.")
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout on `world_size` ranks, with everything checked that can be before the start."""
+        layout = Layout.for_world(world_size, tp=self.tp, ep=self.ep, etp=self.etp)
+        layout.check_world(world_size)
+        if self.prompts % world_size:
+            raise UserError(
+                f"prompts={self.prompts} is not a multiple of the {world_size} ranks, which "
+                "generate equal shares."
+            )
+        data_parallel = world_size // layout.tp
+        if self.prompts * self.group % (data_parallel * self.minibatches):
+            raise UserError(
+                f"prompts x group = {self.prompts * self.group} sequences cannot be split into "
+                f"{self.minibatches} mini-batches on {data_parallel} data-parallel rank(s): it "
+                f"must be a multiple of {data_parallel * self.minibatches}."
+            )
+        return layout
+
+
+def file_arguments(path: Path) -> list[str]:
+    """The options in a YAML (or JSON) file as the command line would have them.
+
+    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: names, kinds and mistakes are then
+    those of the command line, whose own options come after and win.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: lines of `option: value` are needed.")
+    return list(_flatten(values, prefix="--"))
+
+
+def _flatten(values: dict, prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        option = prefix + str(key).replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{option}.")
+        elif isinstance(value, bool):
+            yield option if value else f"{prefix}no-{str(key).replace('_', '-')}"
+        elif isinstance(value, list):
+            yield from (option, *map(str, value))
+        else:
+            yield from (option, str(value))

@@ -1,0 +1,86 @@
+"""The training loop, on one screen; what it stands on is built in `moe_upgrpo.train.start`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import group_advantages
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.record import StepRecord
+from moe_upgrpo.train.start import Job, start
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the RL steps of `config` and return the run folder. Every rank of the job calls it."""
+    with start(config) as job:
+        job.log_evaluation(step=0)
+        for step in range(1, config.steps + 1):
+            clock = Clock()
+            with clock("generate"):
+                problems = job.problems(step)
+                rollouts = job.generate(problems, step)
+                rewards = verified(job, problems, rollouts)
+                advantages = group_advantages(
+                    torch.from_numpy(rewards), config.group, config.advantage
+                ).numpy()
+            with clock("old_log_probs"):
+                samples = job.samples(rollouts, advantages)
+                old = job.actor.score(samples)
+                reference = job.reference and job.reference.score(samples, routes=False)
+            with clock("update"):
+                record = StepRecord(
+                    first_sequence=job.first_sequence,
+                    group=config.group,
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    advantages=advantages,
+                    old=old,
+                    reference=reference,
+                    num_experts=job.actor.hf.num_experts,
+                    **job.update(samples, old, step),
+                )
+                job.engine.update_weights(job.actor.export_weights(), version=step)
+            with clock("logging"):
+                job.log_tokens(step, record)
+            job.log_step(step, record, clock)
+        return job.finish()
+
+
+def verified(job: Job, problems: list, rollouts: list) -> np.ndarray:
+    """The verifier's reward of each response, float32; it must be finite."""
+    group = job.config.group
+    rewards = np.array(
+        [job.task.reward(problems[i // group], r.response_ids) for i, r in enumerate(rollouts)],
+        dtype=np.float32,
+    )
+    if not np.isfinite(rewards).all():
+        i = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        raise UserError(
+            f"The verifier gave the reward {rewards[i]} to a response to "
+            f"{problems[i // group].prompt!r}: rewards must be finite numbers."
+        )
+    return rewards
+
+
+class Clock:
+    """Seconds spent in each named phase of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - begin
+
+    def total(self) -> float:
+        return time.perf_counter() - self._started

@@ -1,0 +1,72 @@
+"""What a person sees of a run: one live line on a terminal, plain lines elsewhere; rank 0 only."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PHASES = ("generate", "old_log_probs", "update", "logging")
+
+
+class Display:
+    """Shows steps as they finish, and the summary at the end. Silent where `shown` is False."""
+
+    def __init__(self, steps: int, *, shown: bool):
+        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not (shown and self.console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def step(self, row: dict) -> None:
+        """One finished step; a line of its own where there is no bar, or where it was evaluated."""
+        line = (
+            f"reward {row['reward/mean']:.3f}  entropy {row['entropy/mean']:.3f}  "
+            f"clipped +{row.get('clip/positive', 0):.1%} -{row.get('clip/negative', 0):.1%}  "
+            f"grad {row['grad_norm']:.2f}  routers differing {row['mismatch/router_rate']:.2%}  "
+            f"{row['tokens_per_second']:,.0f} tok/s"
+        )
+        if "eval/greedy" in row:
+            line += f"  held-out greedy {row['eval/greedy']:.3f} pass@1 {row['eval/pass@1']:.3f}"
+        self._bar.update(self._task, advance=1, description=line)
+        if self._bar.disable or "eval/greedy" in row:
+            self.say(f"step {row['step']:>4}  {line}")
+
+    def summary(self, rows: list[dict]) -> None:
+        """Accuracy before and after, and where the time went, from the rows of the whole run."""
+        evaluated = [row for row in rows if "eval/greedy" in row]
+        trained = [row for row in rows if "time/total" in row]
+        table = Table("held-out", "warm start", "best", "last", box=None)
+        for name in sorted(key for key in evaluated[0] if key.startswith("eval/")):
+            if name == "eval/problems":
+                continue
+            values = [row[name] for row in evaluated]
+            shown = (values[0], max(values), values[-1])
+            table.add_row(name.removeprefix("eval/"), *(f"{value:.3f}" for value in shown))
+        self.console.print(table)
+        total = sum(row["time/total"] for row in trained)
+        tokens = sum(row["tokens/sampled"] for row in trained)
+        split = ", ".join(
+            f"{phase.replace('_', ' ')} {sum(r[f'time/{phase}'] for r in trained) / total:.0%}"
+            for phase in PHASES
+        )
+        self.say(
+            f"{tokens / total:,.0f} sampled tokens/s over {len(trained)} full RL steps of "
+            f"{total / len(trained):.2f} s ({split}); evaluation not counted"
+        )

@@ -1,0 +1,264 @@
+"""What a training run stands on: ranks, model, engine, task and run folder, put together once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.actor import MegatronActor, Scored
+from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.hf import HFEngine
+from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
+from moe_upgrpo.tasks.arithmetic import ArithmeticTask
+from moe_upgrpo.tasks.base import Problem
+from moe_upgrpo.train import evaluate, record
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.progress import Display
+from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
+
+# What a stream of random numbers is for; the step and the rank complete its seed.
+_SAMPLING, _SHUFFLING, _EVALUATION = range(3)
+
+
+@contextmanager
+def start(config: TrainConfig) -> Iterator[Job]:
+    """Check everything, build everything, and only then make the run folder."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    layout = config.layout(world_size)
+    display = Display(config.steps, shown=rank == 0)
+    with groups.process_groups(layout, seed=config.seed), display:
+        run = RunFolder(
+            config.output_dir
+            or Path("runs")
+            / f"{config.loss}-{groups.from_rank_0(f'{datetime.now():%Y%m%d-%H%M%S}')}"
+        )
+        if rank == 0:
+            run.check_free()
+        task = ArithmeticTask(config.digits)
+        model_dir = config.model or groups.from_rank_0(
+            _warm_started(config, task, layout, display) if rank == 0 else None
+        )
+        settings = {
+            "dtype": config.dtype,
+            "temperature": config.temperature,
+            "micro_batch_size": config.micro_batch,
+        }
+        actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
+        reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
+        engine = HFEngine(model_dir, dtype=config.engine_dtype, device=groups.device())
+        about = asdict(config) | {
+            "model": str(model_dir),
+            "layout": str(layout),
+            "world_size": world_size,
+            "moe_layers": actor.layer_ids,
+            "num_experts": actor.hf.num_experts,
+            "top_k": actor.hf.num_experts_per_tok,
+            "parameters": actor.parameter_count(),
+            "policy_loss": asdict(PolicyLossConfig.preset(config.loss)),
+        }
+        if rank == 0:
+            RunFolder.create(run.path, about)
+        groups.from_rank_0(None)  # nobody writes into the folder before it is there
+        display.say(
+            f"{config.loss} on {layout}, {world_size} rank(s), "
+            f"{about['parameters'] / 1e6:.2f}M parameters, {len(actor.layer_ids)} MoE layers of "
+            f"{actor.hf.num_experts} experts, top-{actor.hf.num_experts_per_tok}; run: {run.path}"
+        )
+        job = Job(
+            config=config,
+            rank=rank,
+            world_size=world_size,
+            task=task,
+            actor=actor,
+            reference=reference,
+            engine=engine,
+            run=run,
+            display=display,
+        )
+        try:
+            yield job
+        finally:
+            engine.close()
+
+
+def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
+    tiny = config.tiny
+    model = tiny_model_config(
+        layers=tiny.layers,
+        hidden=tiny.hidden,
+        experts=tiny.experts,
+        top_k=tiny.top_k,
+        expert_intermediate=tiny.expert_intermediate,
+    )
+    layout.check_model(model)
+    return warm_start(
+        task, model, settings=config.warm_start, cache_dir=config.cache_dir, progress=display.say
+    )
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One rank's view of the run."""
+
+    config: TrainConfig
+    rank: int
+    world_size: int
+    task: ArithmeticTask
+    actor: MegatronActor
+    reference: MegatronActor | None
+    engine: Engine
+    run: RunFolder
+    display: Display
+
+    def __post_init__(self):
+        self.loss = PolicyLossConfig.preset(self.config.loss)
+        self.sampling = SamplingConfig(
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.max_new_tokens or self.task.max_response_tokens,
+        )
+        self.dp_rank, self.dp_size = groups.data_parallel()
+        self.copy_rank, self.copy_size = groups.model_parallel()
+        self.token_log = TokenLogWriter(
+            self.run.tokens,
+            rank=self.dp_rank,
+            layer_ids=self.actor.layer_ids,
+            top_k=self.actor.hf.num_experts_per_tok,
+            num_experts=self.actor.hf.num_experts,
+        )
+
+    @property
+    def first_sequence(self) -> int:
+        return self.dp_rank * (self.config.prompts // self.dp_size) * self.config.group
+
+    def _seed(self, purpose: int, step: int, rank: int) -> int:
+        entropy = np.random.SeedSequence((self.config.seed, purpose, step, rank))
+        return int(entropy.generate_state(1)[0])
+
+    def problems(self, step: int) -> list[Problem]:
+        """This data-parallel rank's share of the step's problems."""
+        everyone = self.task.training_problems(
+            self.config.prompts, seed=self.config.seed, step=step
+        )
+        return _share(everyone, self.dp_rank, self.dp_size)
+
+    def generate(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+        """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
+        mine = _share(problems, self.copy_rank, self.copy_size)
+        rollouts = self.engine.generate(
+            [problem.prompt_ids for problem in mine],
+            self.sampling,
+            samples_per_prompt=self.config.group,
+            seed=self._seed(_SAMPLING, step, self.rank),
+        )
+        return groups.gather_in_model_copy(rollouts)
+
+    def samples(self, rollouts: Sequence[Rollout], advantages: np.ndarray) -> list[Sample]:
+        return [
+            Sample(
+                tokens=np.concatenate([r.prompt_ids, r.response_ids]),
+                prompt_length=len(r.prompt_ids),
+                rollout_log_probs=r.logp_rollout,
+                advantage=float(advantage),
+            )
+            for r, advantage in zip(rollouts, advantages, strict=True)
+        ]
+
+    def update(self, samples: list[Sample], old: list[Scored], step: int) -> dict[str, Any]:
+        """All optimizer steps on a batch; what each sequence's last visit saw."""
+        batch = [
+            replace(sample, old_log_probs=scored.log_probs)
+            for sample, scored in zip(samples, old, strict=True)
+        ]
+        shuffle = np.random.default_rng(self._seed(_SHUFFLING, step, self.dp_rank))
+        logp_train, clipped = [None] * len(batch), [None] * len(batch)
+        updates = []
+        for _ in range(self.config.epochs):
+            for indices in np.split(shuffle.permutation(len(batch)), self.config.minibatches):
+                update = self.actor.update([batch[i] for i in indices], self.loss)
+                updates.append(update)
+                for i, log_probs, cut in zip(
+                    indices, update.log_probs, update.clipped, strict=True
+                ):
+                    logp_train[i], clipped[i] = log_probs, cut
+        return {
+            "updates": updates,
+            "updates_counted": len(updates) if self.dp_rank == 0 else 0,
+            "logp_train": logp_train,
+            "clipped": clipped,
+        }
+
+    def log_tokens(self, step: int, step_record: record.StepRecord) -> None:
+        if self.copy_rank == 0:
+            self.token_log.write(step, step_record.token_rows())
+
+    def log_step(self, step: int, step_record: record.StepRecord, clock) -> None:
+        """Sum the step's metrics over the ranks, evaluate where it is due, write a row."""
+        begin = clock.total()
+        updates = step_record.updates
+        sums, loss_metrics = step_record.sums(), step_record.loss_metrics()
+        maxima = step_record.maxima()
+        metrics = record.finish(
+            groups.sum_metrics(sums), groups.sum_metrics(loss_metrics), groups.largest(maxima)
+        )
+        metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))
+        seconds = clock.seconds
+        seconds["logging"] += clock.total() - begin
+        seconds["total"] = clock.total()
+        row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
+        row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
+        if step % self.config.eval_every == 0 or step == self.config.steps:
+            row |= self._evaluate(step)
+        if self.rank == 0:
+            self.run.append_metrics(row)
+            self.display.step(row)
+
+    def log_evaluation(self, step: int) -> None:
+        """A row of its own for the model before the first step."""
+        row = {"step": step} | self._evaluate(step)
+        if self.rank == 0:
+            self.run.append_metrics(row)
+            self.display.say(
+                f"warm start: held-out greedy {row['eval/greedy']:.3f}, "
+                f"pass@1 {row['eval/pass@1']:.3f}"
+            )
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        problems = self.task.heldout_problems()[: self.config.eval_problems]
+        counts = evaluate.count_correct(
+            self.engine,
+            problems[self.rank :: self.world_size],
+            self.task,
+            sampling=self.sampling,
+            samples=self.config.eval_samples,
+            seed=self._seed(_EVALUATION, step, self.rank),
+        )
+        return evaluate.finish(groups.gather_everywhere([counts]))
+
+    def finish(self) -> Path:
+        """Keep the trained weights, write the report, say what came of it."""
+        self.actor.save(self.run.checkpoints / f"step-{self.config.steps:06d}")
+        if self.rank == 0:
+            from moe_upgrpo.report import write_report
+
+            write_report([self.run.path], self.run.report_path)
+            self.display.summary(read_metrics(self.run.path))
+            self.display.say(f"report: {self.run.report_path}")
+        return self.run.path
+
+
+def _share(items: Sequence, rank: int, size: int) -> list:
+    """The rank's contiguous part of items that divide evenly."""
+    each = len(items) // size
+    return list(items[rank * each : (rank + 1) * each])
