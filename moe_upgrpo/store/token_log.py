@@ -151,8 +151,8 @@ class TokenLogWriter:
         file = self.folder / f"step-{step:06d}-rank-{self.rank:04d}.parquet"
         if file.exists():
             raise UserError(
-                f"{file} exists already: step {step} was logged before. To run it again, continue "
-                "the run with --resume, which first drops what was logged after the checkpoint"
+                f"{file} exists already: step {step} was logged before. To run it again, start "
+                "from RunFolder.resume, which first drops what was logged after the checkpoint"
             )
         part = file.with_name(f".{file.name}.tmp")
         pq.write_table(table, part, compression="zstd")

@@ -1,0 +1,113 @@
+"""Names of metrics.jsonl: what each means, what it is divided by and its unit.
+
+A row is one training step: "step" and these keys. Eval keys appear only at evaluated steps; step 0
+is the warm start before training. The trainer writes the names, the report reads them, and the
+table of the documentation is `markdown_table`.
+"""
+
+import re
+from dataclasses import dataclass
+
+from moe_upgrpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``meaning`` is the formula, ``normaliser`` what a mean or rate is divided by."""
+
+    meaning: str
+    normaliser: str
+    unit: str
+
+
+_TOKENS = "response tokens of the step"
+_SEQUENCES = "sequences of the step"
+_ROUTERS = "(token, MoE layer) pairs"
+_PROBLEMS = "held-out problems"
+_VISITS = "token visits by optimizer steps"
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("mean reward", _SEQUENCES, "reward"),
+    "reward/std": Metric("standard deviation of the reward", _SEQUENCES, "reward"),
+    "response/length_mean": Metric("mean response length", _SEQUENCES, "tokens"),
+    "response/finished_rate": Metric(
+        "share of responses ended by the end token", _SEQUENCES, "share"
+    ),
+    "entropy/mean": Metric("mean of −Σ_v π(v) log π(v), the trainer's", _TOKENS, "nats"),
+    "kl/warm_start": Metric(
+        "KL(π ‖ π_warm start) by k3 on sampled tokens: exp(d) − 1 − d, d = log π_warm − log π",
+        _TOKENS,
+        "nats",
+    ),
+    "loss/policy": Metric(
+        "the policy loss, mean over the step's optimizer steps", "set by the loss", "loss"
+    ),
+    "grad_norm": Metric(
+        "global L2 norm of the gradient before clipping, mean over optimizer steps",
+        "optimizer steps",
+        "norm",
+    ),
+    "clip/positive": Metric(
+        "share of tokens with advantage > 0 whose gradient the loss's rule took away",
+        f"{_VISITS}, advantage > 0",
+        "share",
+    ),
+    "clip/negative": Metric(
+        "share of tokens with advantage < 0 whose gradient the loss's rule took away",
+        f"{_VISITS}, advantage < 0",
+        "share",
+    ),
+    "ratio/max": Metric("largest exp(log p_train − log p_old)", "none", "ratio"),
+    "mismatch/router_rate": Metric("mean of 1[S ≠ S′]", _ROUTERS, "share"),
+    "mismatch/slot_rate": Metric("1 − mean of |S ∩ S′| / K", f"{_ROUTERS} × K slots", "share"),
+    "mismatch/token_any_rate": Metric(
+        "share of tokens with S ≠ S′ in at least one layer", _TOKENS, "share"
+    ),
+    "mismatch/routers_per_token": Metric("mean number of layers with S ≠ S′", _TOKENS, "layers"),
+    "mismatch/by_layer": Metric(
+        "mean of 1[S ≠ S′] in each MoE layer: a list of L rates", _TOKENS, "share"
+    ),
+    "mismatch/router_numerator": Metric("pairs with S ≠ S′", "none", _ROUTERS),
+    "mismatch/router_denominator": Metric("pairs compared", "none", _ROUTERS),
+    "logp_gap/mean_abs": Metric(
+        "mean of |d|, d = log p_train(θ_old) − log p_rollout", _TOKENS, "nats"
+    ),
+    "logp_gap/k3": Metric("KL(rollout ‖ train) by k3: mean of exp(d) − 1 − d", _TOKENS, "nats"),
+    "logp_gap/max_abs": Metric("largest |d|", "none", "nats"),
+    "eval/greedy": Metric("share solved by the greedy answer", _PROBLEMS, "share"),
+    "eval/pass@1": Metric("probability that one sampled answer is right", _PROBLEMS, "share"),
+    "eval/pass@K": Metric(
+        "probability that one of K sampled answers is right; K stands as a number, eval/pass@8",
+        _PROBLEMS,
+        "share",
+    ),
+    "eval/problems": Metric("held-out problems evaluated", "none", "problems"),
+    "time/generate": Metric("rollout", "none", "s"),
+    "time/old_log_probs": Metric("forward at the old weights, routes recorded", "none", "s"),
+    "time/update": Metric("optimizer steps", "none", "s"),
+    "time/logging": Metric("token log and metrics", "none", "s"),
+    "time/total": Metric("the whole step", "none", "s"),
+    "tokens/sampled": Metric("response tokens sampled", "none", "tokens"),
+    "tokens_per_second": Metric("tokens/sampled ÷ time/total", "seconds", "tokens/s"),
+}
+
+
+def metric(name: str) -> Metric:
+    """The glossary's entry; ``eval/pass@8`` is that of ``eval/pass@K``.
+
+    Raises:
+        UserError: no such metric.
+    """
+    key = name if name in METRICS else re.sub(r"^eval/pass@\d+$", "eval/pass@K", name)
+    if key not in METRICS:
+        raise UserError(f"no metric {name!r} in the glossary; it has {', '.join(METRICS)}")
+    return METRICS[key]
+
+
+def markdown_table() -> str:
+    """The glossary as a Markdown table, for the documentation."""
+    lines = ["| name | meaning | divided by | unit |", "|---|---|---|---|"]
+    for name, entry in METRICS.items():
+        cells = (f"`{name}`", entry.meaning, entry.normaliser, entry.unit)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,162 @@
+"""The run folder: what is refused, what survives a kill, what a resumed run keeps."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.store import (
+    RunFolder,
+    TokenLogWriter,
+    read_config,
+    read_environment,
+    read_metrics,
+    read_tokens,
+)
+from moe_upgrpo.store.metrics import METRICS, markdown_table, metric
+
+
+def test_create_writes_config_and_environment(tmp_path):
+    config = {"loss": "up-grpo", "sizes": (1, 2), "path": tmp_path, "dtype": torch.bfloat16}
+    run = RunFolder.create(tmp_path / "a" / "run", config)
+    assert read_config(run.path) == {
+        "loss": "up-grpo",
+        "sizes": [1, 2],
+        "path": str(tmp_path),
+        "dtype": "torch.bfloat16",
+    }
+    environment = read_environment(run.path)
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert environment["argv"] == sys.argv
+    assert environment["cpu_count"] >= 1
+
+
+def test_create_refuses_another_run(tmp_path):
+    RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(UserError, match=r"already holds a run \(config\.json, tokens\): choose"):
+        RunFolder.create(tmp_path / "run", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder.create(tmp_path / "file", {})
+
+
+def test_create_takes_an_existing_folder_without_a_run(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    RunFolder.create(tmp_path, {})
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_metrics_come_back_as_written(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    run.append_metrics({"step": 0, "eval/greedy": 0.25})
+    run.append_metrics(
+        {
+            "step": 1,
+            "reward/mean": np.float32(0.5),
+            "grad_norm": torch.tensor(2.0),
+            "mismatch/by_layer": torch.tensor([0.25, float("nan")]),
+            "ratio/max": float("inf"),
+        }
+    )
+    assert read_metrics(run.path) == [
+        {"step": 0, "eval/greedy": 0.25},
+        {
+            "step": 1,
+            "reward/mean": 0.5,
+            "grad_norm": 2.0,
+            "mismatch/by_layer": [0.25, None],
+            "ratio/max": None,
+        },
+    ]
+
+
+@pytest.mark.parametrize("step", [None, -1, 1.0, True, "1"])
+def test_a_row_needs_its_step(tmp_path, step):
+    run = RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(UserError, match='needs an integer "step"'):
+        run.append_metrics({"step": step})
+
+
+def test_what_was_appended_survives_a_kill(tmp_path):
+    """The child is killed with SIGKILL right after its third append, without any clean-up."""
+    code = f"""
+import os, signal
+from moe_upgrpo.store import RunFolder
+run = RunFolder.create({str(tmp_path / "run")!r}, {{}})
+for step in range(3):
+    run.append_metrics({{"step": step}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_only_a_last_line_cut_short_is_forgiven(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        read_metrics(run.path)
+    run.metrics_path.write_text('{"step": 1}\n{"step": 2, "rew')
+    assert read_metrics(run.path) == [{"step": 1}]
+    run.metrics_path.write_text('{"step": 1}\n{"step": 2, "rew\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_metrics(run.path)
+    run.metrics_path.write_text('{"step": 1}\n{"loss": 2}\n')
+    with pytest.raises(UserError, match='line 2 has no integer "step"'):
+        read_metrics(run.path)
+    run.metrics_path.write_text('{"st')
+    with pytest.raises(UserError, match="is empty: no step"):
+        read_metrics(run.path)
+
+
+def test_config_of_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_config(tmp_path)
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    """Killed in step 4 after the checkpoint of step 2: steps 3 and 4 run again, each once."""
+    run = RunFolder.create(tmp_path / "run", {"seed": 1})
+    writer = TokenLogWriter(run.tokens, rank=0, layer_ids=(), top_k=1, num_experts=1)
+    tokens = {name: np.arange(5) for name in ("sequence", "prompt", "position", "token_id")}
+    tokens |= dict.fromkeys(
+        ("reward", "advantage", "logp_rollout", "logp_old", "logp_train", "ratio"), np.zeros(5)
+    )
+    tokens |= {"clipped": np.zeros(5, bool), "layers_mismatched": np.zeros(5, int)}
+    for step in (1, 2, 3):
+        writer.write(step, tokens)
+        run.append_metrics({"step": step, "reward/mean": 0.5})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 4, "rewa')
+    (run.tokens / ".step-000004-rank-0000.parquet.tmp").write_bytes(b"PAR1")
+
+    resumed = RunFolder.resume(run.path, step=2)
+    for step in (3, 4):
+        writer.write(step, tokens)
+        resumed.append_metrics({"step": step})
+    assert [row["step"] for row in read_metrics(run.path)] == [1, 2, 3, 4]
+    assert read_metrics(run.path)[0]["reward/mean"] == 0.5
+    assert read_tokens(run.path)["step"].to_pylist() == [s for s in (1, 2, 3, 4) for _ in range(5)]
+    assert sorted(p.name for p in run.tokens.iterdir()) == [
+        f"step-00000{step}-rank-0000.parquet" for step in (1, 2, 3, 4)
+    ]
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        RunFolder.resume(tmp_path, step=1)
+
+
+def test_glossary():
+    assert metric("eval/pass@8") is METRICS["eval/pass@K"]
+    assert metric("reward/mean").unit == "reward"
+    with pytest.raises(UserError, match="no metric 'eval/pass@x'"):
+        metric("eval/pass@x")
+    table = markdown_table().splitlines()
+    assert len(table) == 2 + len(METRICS)
+    assert all(line.replace("\\|", "").count("|") == 5 for line in table)
