@@ -7,8 +7,7 @@ replaces it puts back. On a machine with CUDA only `MENDS` act, and only where t
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch._dynamo
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +44,26 @@ def mends() -> list[Replacement]:
     return found
 
 
-def _on_cpu(factory: Callable) -> Callable:
-    @functools.wraps(factory)
-    def create(*args, device=None, **kwargs):
-        return factory(*args, device="cpu" if _names_cuda(device) else device, **kwargs)
+class _CpuForCuda(TorchFunctionMode):
+    """Torch calls that ask for CUDA get the CPU.
 
-    return create
+    A mode and not replaced functions: torch and transformers tell factories apart by identity.
+    """
 
-
-def _names_cuda(device) -> bool:
-    return device is not None and str(device).startswith("cuda")
-
-
-def _cuda_type_name(tensor: torch.Tensor, dtype=None, non_blocking: bool = False, **kwargs):
-    # The optimizers compare the string that Tensor.type() returns with 'torch.cuda.FloatTensor'.
-    result = _tensor_type(tensor, dtype, non_blocking, **kwargs)
-    return result.replace("torch.", "torch.cuda.", 1) if dtype is None else result
-
-
-_tensor_type = torch.Tensor.type
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # clip_grads.py:90, optimizer.py:473, schedules.py:596, transformer/utils.py:35 and more
+        # write device="cuda".
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs = kwargs | {"device": "cpu"}
+        if func is torch.Tensor.cuda:  # optimizer.py:375, exchange_utils.py:336
+            return args[0]
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            # clip_grads.py:167, distrib_optimizer.py:361 and optimizer.py:671 compare the name
+            # with 'torch.cuda.FloatTensor'.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
 
 class _Stream:
@@ -91,27 +92,15 @@ def _as_numpy_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False
 def cpu_replacements() -> list[Replacement]:
     """What stands in for CUDA. Every entry is a place that Megatron-Core assumes a GPU."""
 
-    def same_tensor(tensor, *args, **kwargs):
-        return tensor
-
     def nothing(*args, **kwargs):
         return None
 
     def no_context(*args, **kwargs):
         return contextlib.nullcontext()
 
-    factories = "schedules.py:596, optimizer.py:473 and transformer/utils.py:35 write device='cuda'"
     streams = "token_dispatcher.py:445 makes a stream in its constructor and 873 waits on it"
     return [
         Replacement(torch.cuda, "current_device", lambda: "cpu", "layers.py:261 and 60 more lines"),
-        *(Replacement(torch, n, _on_cpu(getattr(torch, n)), factories) for n in _FACTORIES),
-        Replacement(torch.Tensor, "cuda", same_tensor, "exchange_utils.py:336, optimizer.py:375"),
-        Replacement(
-            torch.Tensor,
-            "type",
-            _cuda_type_name,
-            "clip_grads.py:167 and distrib_optimizer.py:361 compare type() with torch.cuda names",
-        ),
         Replacement(torch.Tensor, "record_stream", nothing, "moe_utils.py:1098"),
         Replacement(torch.cuda, "Stream", _Stream, streams),
         Replacement(torch.cuda, "current_stream", lambda *_: _DEFAULT_STREAM, streams),
@@ -139,9 +128,6 @@ def cpu_replacements() -> list[Replacement]:
     ]
 
 
-_FACTORIES = ("zeros", "ones", "empty", "tensor", "arange")
-
-
 def has_cuda() -> bool:
     return torch.cuda.is_available()
 
@@ -155,7 +141,8 @@ def apply() -> Iterator[list[Replacement]]:
     try:
         for r in replacements:
             setattr(r.owner, r.name, r.value)
-        yield replacements
+        with contextlib.nullcontext() if has_cuda() else _CpuForCuda():
+            yield replacements
     finally:
         for r, value in zip(reversed(replacements), reversed(before), strict=True):
             if value is missing:
