@@ -3,12 +3,15 @@
 Shapes: N responses = P prompts × G responses per prompt, the G of a prompt adjacent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+
+Group = TypeVar("Group")
 
 
 def _grpo(rewards_PG: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def group_advantages(rewards: Tensor, group_size: int, kind: str = "grpo") -> Te
 
 
 def informative_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """`[P]` bool: groups whose rewards are not all equal, the ones DAPO's dynamic sampling keeps."""
+    """`[P]` bool: groups whose rewards are not all equal; DAPO's dynamic sampling keeps these."""
     rewards_PG = _grouped(rewards, group_size)
     return rewards_PG.amax(-1) > rewards_PG.amin(-1)
 
@@ -67,9 +70,57 @@ def informative_groups(rewards: Tensor, group_size: int) -> Tensor:
 def _grouped(rewards: Tensor, group_size: int) -> Tensor:
     if rewards.dim() != 1 or group_size < 2 or len(rewards) == 0 or len(rewards) % group_size:
         raise UserError(
-            f"rewards, group_size: shape {tuple(rewards.shape)} with group_size {group_size} given; "
+            f"rewards, group_size: shape {tuple(rewards.shape)}, group_size {group_size} given; "
             "allowed: [N] with N > 0 a multiple of group_size, and group_size >= 2"
         )
     if not rewards.isfinite().all():
         raise UserError("rewards: NaN or infinity given; allowed: finite numbers")
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
+
+
+def dynamic_sampling(
+    generate: Callable[[], Sequence[tuple[Group, Sequence[float]]]],
+    groups: int,
+    max_batches: int,
+) -> list[tuple[Group, Sequence[float]]]:
+    """DAPO's dynamic sampling: generate until `groups` groups have rewards that are not all equal.
+
+    Args:
+        generate: makes one generation batch: pairs of a group (anything) and its rewards.
+        groups: how many informative groups to return; a surplus of the last batch is dropped.
+        max_batches: bound on the number of calls of `generate`.
+
+    Raises:
+        UserError: `groups` or `max_batches` below 1, or too few informative groups after
+            `max_batches` batches: the prompts are all too easy or too hard for the policy.
+    """
+    if groups < 1 or max_batches < 1:
+        raise UserError(
+            f"groups, max_batches: {groups}, {max_batches} given; allowed: both at least 1"
+        )
+    kept: list[tuple[Group, Sequence[float]]] = []
+    for _ in range(max_batches):
+        kept += [(group, rewards) for group, rewards in generate() if max(rewards) > min(rewards)]
+        if len(kept) >= groups:
+            return kept[:groups]
+    raise UserError(
+        f"max_batches: {max_batches} gave {len(kept)} groups whose rewards differ, {groups} are "
+        "needed; allowed: a larger max_batches, fewer groups, or prompts of medium difficulty"
+    )
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:
+    """DAPO's soft overlong punishment, to be added to the reward (arXiv 2503.14476, eq. 13).
+
+    min(−(length − (max_length − buffer))/buffer·factor, 0): 0 up to max_length − buffer, then down
+    linearly to −factor at max_length.
+
+    Args:
+        lengths: `[N]` response lengths in tokens.
+        max_length, buffer: in tokens, 0 < buffer <= max_length.
+        factor: penalty at max_length.
+    """
+    if not 0 < buffer <= max_length:
+        raise UserError(f"buffer: {buffer} given; allowed: from 1 to max_length = {max_length}")
+    excess = lengths - (max_length - buffer)
+    return (-excess / buffer * factor).clamp(max=0)

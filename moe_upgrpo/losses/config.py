@@ -45,7 +45,8 @@ class PolicyLossConfig:
     power_negative: float = 1.0
     """power: γ for A <= 0."""
     off_policy_limit: float | None = None
-    """DeepSeek-V3.2's mask: drop sequences with A < 0 and mean(log μ - log π) above this; None: off."""
+    """DeepSeek-V3.2's mask, for A < 0: drop sequences with mean(log μ - log π) above this; None:
+    off."""
     router_shift_floor: float | None = None
     """RSPO: multiply r by γ = max(exp(-mean |Δ log router prob|), this); None: off."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
@@ -61,9 +62,9 @@ class PolicyLossConfig:
         self._check_ranges()
         if self.correction.token_level and self._corrects_coupled():
             raise UserError(
-                f"correction.weight: {self.correction.weight!r} given with a loss of whole sequences "
-                f"(positive {self.positive!r}, negative {self.negative!r}); allowed: a sequence-level "
-                "weight, or a token-level loss such as 'gspo-token'"
+                f"correction.weight: {self.correction.weight!r} given with positive "
+                f"{self.positive!r} and negative {self.negative!r}; allowed with losses of whole "
+                "sequences: a sequence-level weight (or take 'gspo-token')"
             )
 
     def _check_aggregation(self, sign: str, name: str) -> None:
@@ -117,6 +118,16 @@ class PolicyLossConfig:
         return BRANCHES[self.positive].positive, BRANCHES[self.negative].negative
 
     @property
+    def arguments(self) -> frozenset[str]:
+        """The optional arguments of `policy_loss` that this config makes use of."""
+        names = {*BRANCHES[self.positive].arguments, *BRANCHES[self.negative].arguments}
+        if self.correction.active or self.off_policy_limit is not None:
+            names.add("rollout_log_probs")
+        if self.router_shift_floor is not None:
+            names.add("router_log_probs")
+        return frozenset(names)
+
+    @property
     def lower(self) -> float:
         return 0.0 if self.clip_low is None else 1 - self.clip_low
 
@@ -139,12 +150,12 @@ class PolicyLossConfig:
         return math.log(self.upper)
 
     @property
-    def log_lower(self) -> float:
+    def log_space_lower(self) -> float:
         """-εl, gmpo's bound in log space"""
         return -math.inf if self.clip_low is None else -self.clip_low
 
     @property
-    def log_upper(self) -> float:
+    def log_space_upper(self) -> float:
         """εh, gmpo's bound in log space"""
         return math.inf if self.clip_high is None else self.clip_high
 
@@ -173,30 +184,31 @@ def _whole(branch: str, **numbers) -> PolicyLossConfig:
 BASELINES: dict[str, PolicyLossConfig] = {
     "grpo": _whole("ppo"),
     "dapo": _whole("ppo", clip_high=0.28, dual_clip=10.0),
+    "deepseek-v3.2": _whole("ppo", off_policy_limit=1e-4),
     "gspo": _whole("gspo", clip_low=3e-4, clip_high=4e-4),
     "gspo-token": _whole("gspo-token", clip_low=3e-4, clip_high=4e-4),
     "tic-grpo": _whole("tic-upper"),
-    "tic-min-grpo": _whole("tic-min"),
+    "tic-grpo-min": _whole("tic-min"),
     "gmpo": _whole("gmpo", clip_low=0.4, clip_high=0.4),
     "rspo": _whole("gmpo", clip_low=0.4, clip_high=0.4, router_shift_floor=0.8),
     "cispo": _whole("cispo", clip_low=None, clip_high=4.0),
     "dppo-tv": _whole("dppo-tv"),
     "dppo-kl": _whole("dppo-kl", divergence_limit=0.05),
-    "topr": _whole("topr"),
     "aspo": _whole("aspo"),
     "sapo": _whole("sapo"),
-    "reinforce": _whole("log-likelihood"),
-    "no-upper-clip": _whole("ppo", clip_high=None),
-    "symmetric-ratio": _whole("ppo", clip_low=None, clip_high=None, dual_clip=None),
 }
 
 # UP-X is X with the positive branch replaced; the aggregation and every number stay X's.
 PRESETS: dict[str, PolicyLossConfig] = BASELINES | {
-    "up-grpo" if name == "grpo" else "up-" + name.removesuffix("-grpo"): replace(
-        config, positive="log-likelihood"
-    )
+    "up-" + name.replace("-grpo", ""): replace(config, positive="log-likelihood")
     for name, config in BASELINES.items()
-    if BRANCHES[config.positive].positive is not BRANCHES["log-likelihood"].positive
-    and name not in ("no-upper-clip", "symmetric-ratio")
 }
-PRESETS["pro-grpo"] = PRESETS["up-grpo"]
+PRESETS |= {
+    "pro-grpo": PRESETS["up-grpo"],
+    # These have UP's positive branch already, or are made to be compared with it.
+    "topr": _whole("topr"),
+    "reinforce": _whole("log-likelihood"),
+    "is-reshape": _whole("power"),
+    "no-upper-clip": _whole("ppo", clip_high=None),
+    "symmetric-ratio": _whole("ppo", clip_low=None, clip_high=None, dual_clip=None),
+}

@@ -110,7 +110,7 @@ class RolloutCorrection:
 
 
 def correction_weights(t: Tokens, correction: RolloutCorrection) -> tuple[Tensor, Tensor]:
-    """(weight, zeroed), each `[B, T]` or `[B, 1]`: the factor on the loss, and where a rule set it to 0."""
+    """The factor on the loss and where a rule made it 0, each `[B, T]` or `[B, 1]`."""
     log_rho_BT = t.log_rho_BT
     weight = torch.ones_like(t.lengths_B1)
     if correction.weight != "none":

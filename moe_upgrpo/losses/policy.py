@@ -1,4 +1,4 @@
-"""policy_loss: the branches, the correction and the aggregation put together; and its oracle."""
+"""policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
 
 from dataclasses import dataclass
 
@@ -7,38 +7,28 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import aggregation_weights
-from moe_upgrpo.losses.branches import BRANCHES
+from moe_upgrpo.losses.branches import BRANCHES, Side
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import correction_weights, log_router_shift, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.tokens import Tokens, guarded_exp
-
-RouterLogProbs = tuple[Tensor, Tensor]
+from moe_upgrpo.losses.tokens import Tokens, check_shapes, guarded_exp
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar to backpropagate. per_token `[B, T]`: −A·f, before aggregation, 0 at padding.
+    """What `policy_loss` returns.
 
-    clipped `[B, T]` bool: tokens with A ≠ 0 whose gradient the loss's own rule took away (a clip, a
-    mask or a rejection); every token of the sequence where the rule is about the sequence.
-    metrics: name -> sums to be merged with `merge_metrics`; see `metrics.GLOSSARY`.
+    loss: scalar, to be backpropagated.
+    per_token: `[B, T]`, −A·f before aggregation, 0 at padding.
+    clipped: `[B, T]` bool, tokens with A ≠ 0 whose gradient the loss's own rule took away (a
+        clip, a mask, a rejection); all tokens of a sequence where the rule is about the sequence.
+    metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` say the rest.
     """
 
     loss: Tensor
     per_token: Tensor
     clipped: Tensor
     metrics: dict[str, Metric]
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """Detached factor on each side's loss, where it is 0 by rule, and the metrics about it."""
-
-    positive: Tensor | float
-    negative: Tensor | float
-    dropped_positive: Tensor | None
-    dropped_negative: Tensor | None
 
 
 def policy_loss(
@@ -49,11 +39,11 @@ def policy_loss(
     *,
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None = None,
-    router_log_probs: RouterLogProbs | None = None,
+    router_log_probs: tuple[Tensor, Tensor] | None = None,
     global_tokens: float | None = None,
     global_sequences: float | None = None,
 ) -> PolicyLoss:
-    """loss = Σ_b w_b Σ_t −A_bt·f_bt, f the positive branch's where A > 0 and the negative's elsewhere.
+    """loss = Σ_b w_b Σ_t −A_bt·f_bt, with f the positive branch's where A > 0, else the negative's.
 
     Args:
         log_probs: `[B, T]` log π_θ of the response tokens, the only differentiable input.
@@ -61,17 +51,17 @@ def policy_loss(
         advantages: `[B, T]`.
         mask: `[B, T]` bool or 0/1; what lies behind it may be anything, NaN included.
         config: see `PolicyLossConfig`.
-        rollout_log_probs: `[B, T]` log μ for TOPR, the off-policy mask and the rollout correction;
+        rollout_log_probs: `[B, T]` log μ, for TOPR, the off-policy mask and the rollout correction;
             None: old_log_probs stands for it (bypass mode).
-        router_log_probs: two `[B, T, L, K]`, the router's log-probs of the old policy's experts under
-            the current and the old weights; needed when `router_shift_floor` is set.
+        router_log_probs: (current, old), two `[B, T, L, K]`: the router's log-probs of the old
+            policy's experts; needed when `router_shift_floor` is set.
         global_tokens, global_sequences: denominators over all micro-batches and ranks; None: the
             local counts (of tokens, of non-empty sequences). With them, the losses of the
             micro-batches add up to the loss of the batch.
 
     Raises:
         UserError: shapes that differ, a mask that selects nothing (without global denominators),
-            unmasked values that are not finite, an argument that the config needs and was not given.
+            unmasked values that are not finite, an argument that the config needs and is None.
     """
     t = _tokens(
         log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
@@ -83,18 +73,13 @@ def policy_loss(
         global_sequences=global_sequences,
         token_sum_norm=config.token_sum_norm,
     )
-    positive, negative = config.sides
-    # Both sides are finite for every token (padding is 0, exp is guarded), so a product with 0
-    # leaves nothing of the side not taken, neither in the value nor in the gradient.
-    gain_BT, pain_BT = t.advantages_BT.clamp(min=0), t.advantages_BT.clamp(max=0)
-    factors = _factors(t, config)
-    per_token_BT = -(
-        gain_BT * positive.surrogate(t, config) * factors.positive
-        + pain_BT * negative.surrogate(t, config) * factors.negative
-    )
+    sides = _sides(t, config)
+    # Both sides are finite for every token (padding is 0, exp is guarded), so the 0 in A⁺ or A⁻
+    # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
+    per_token_BT = -(sides[0].objective(t, config) + sides[1].objective(t, config))
     loss = (per_token_BT.sum(-1) * weights_B).sum()
     with torch.no_grad():
-        clipped_BT, metrics = _clips_and_metrics(t, config, factors, weights_B)
+        clipped_BT, metrics = _measure(t, config, sides, weights_B)
     return PolicyLoss(loss, per_token_BT, clipped_BT, metrics)
 
 
@@ -106,37 +91,80 @@ def gradient_coefficients(
     *,
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None = None,
-    router_log_probs: RouterLogProbs | None = None,
+    router_log_probs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The oracle: c `[B, T]`, correction included, with ∂loss/∂log π_θ(t) = −w_b·A_t·c_t.
+    """The oracle: c `[B, T]` with ∂loss/∂log π_θ(t) = −w_b·A_t·c_t, w_b from `aggregation_weights`.
 
-    w_b is `aggregation_weights`; arguments and errors as in `policy_loss`. 0 at padding and where
-    A = 0. For losses of whole sequences the advantage has to be constant in each sequence.
+    c = slope·1[not clipped]·correction weight; 0 at padding and where A = 0. Arguments and errors
+    as in `policy_loss`. In a coupled loss (`BRANCHES`) A has to be constant in each sequence.
     """
     with torch.no_grad():
         t = _tokens(
             log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
         )
-        positive, negative = config.sides
-        factors = _factors(t, config)
-        return torch.where(
-            t.advantages_BT > 0,
-            positive.coefficient(t, config) * factors.positive,
-            torch.where(
-                t.advantages_BT < 0, negative.coefficient(t, config) * factors.negative, 0.0
-            ),
-        )
+        positive, negative = _sides(t, config)
+        c_BT = torch.where(t.gain_BT > 0, positive.coefficient(t, config), 0.0)
+        return torch.where(t.pain_BT < 0, negative.coefficient(t, config), c_BT)
+
+
+@dataclass(frozen=True)
+class _AppliedSide:
+    """A side of the loss on this batch: its tokens' advantages, what its rules cut, its weight.
+
+    below, above: cut by a bound of the loss; dropped: by the correction or the off-policy mask;
+    factor: detached weight. All `[B, T]`, `[B, 1]` or None.
+    """
+
+    side: Side
+    amount_BT: Tensor
+    below: Tensor | None
+    above: Tensor | None
+    factor: Tensor | None
+    dropped: Tensor | None
+
+    def objective(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
+        objective_BT = self.amount_BT * self.side.surrogate(t, config)
+        return objective_BT if self.factor is None else objective_BT * self.factor
+
+    def coefficient(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
+        """c, `[B, T]` or `[B, 1]`."""
+        cut = _union(self.below, self.above, self.dropped)
+        c = self.side.slope(t, config)
+        if self.factor is not None:
+            c = c * self.factor
+        return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
+    factors = {"positive": (None, None), "negative": (None, None)}
+    if config.correction.active:
+        weight_and_dropped = correction_weights(t, config.correction)
+        for sign in factors:
+            if getattr(config.correction, sign):
+                factors[sign] = weight_and_dropped
+    if config.off_policy_limit is not None:
+        weight, dropped = factors["negative"]
+        off_B1 = off_policy_sequences(t, config.off_policy_limit)
+        on_B1 = (~off_B1).to(t.advantages_BT.dtype)
+        weight = on_B1 if weight is None else weight * on_B1
+        factors["negative"] = weight, _union(dropped, off_B1)
+    positive, negative = config.sides
+    return (
+        _AppliedSide(positive, t.gain_BT, *positive.clip(t, config), *factors["positive"]),
+        _AppliedSide(negative, t.pain_BT, *negative.clip(t, config), *factors["negative"]),
+    )
 
 
 def _tokens(
     log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
 ) -> Tokens:
+    check_shapes({"log_probs": log_probs, "rollout_log_probs": rollout_log_probs})
     log_shift_BT = None
-    if config.router_shift_floor is not None:
+    if "router_log_probs" in config.arguments:
         if router_log_probs is None:
             raise UserError(
-                f"router_log_probs: None given; router_shift_floor={config.router_shift_floor} needs "
-                "(current, old), two tensors [B, T, L, K]; or set router_shift_floor=None"
+                f"router_log_probs: None given, router_shift_floor is {config.router_shift_floor}; "
+                "allowed: (current, old), two [B, T, L, K] (or router_shift_floor=None)"
             )
         log_shift_BT = log_router_shift(*router_log_probs, config.router_shift_floor)
     return Tokens(
@@ -144,84 +172,98 @@ def _tokens(
         old_log_probs,
         advantages,
         mask,
-        rollout_log_probs=rollout_log_probs,
+        rollout_log_probs=rollout_log_probs if "rollout_log_probs" in config.arguments else None,
         log_router_shift=log_shift_BT,
     )
 
 
-def _factors(t: Tokens, config: PolicyLossConfig) -> _Factors:
-    factor = {"positive": 1.0, "negative": 1.0}
-    dropped: dict[str, Tensor | None] = {"positive": None, "negative": None}
-    if config.correction.active:
-        weight, zeroed = correction_weights(t, config.correction)
-        for sign in factor:
-            if getattr(config.correction, sign):
-                factor[sign], dropped[sign] = weight, zeroed
-    if config.off_policy_limit is not None:
-        off_B1 = off_policy_sequences(t, config.off_policy_limit)
-        factor["negative"] = factor["negative"] * ~off_B1
-        zeroed = dropped["negative"]
-        dropped["negative"] = off_B1 if zeroed is None else zeroed | off_B1
-    return _Factors(
-        factor["positive"], factor["negative"], dropped["positive"], dropped["negative"]
-    )
+def _union(*hits: Tensor | None) -> Tensor | None:
+    """Where any of these holds; None if all are None."""
+    union = None
+    for hit in hits:
+        union = hit if union is None else union if hit is None else union | hit
+    return union
 
 
-def _clips_and_metrics(
-    t: Tokens, config: PolicyLossConfig, factors: _Factors, weights_B: Tensor
+def _measure(
+    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
 ) -> tuple[Tensor, dict[str, Metric]]:
-    positive, negative = config.sides
-    is_positive_BT, is_negative_BT = t.advantages_BT > 0, t.advantages_BT < 0
-    tokens = t.lengths_B1.sum()
-    positives, negatives = is_positive_BT.sum(), is_negative_BT.sum()
-    nothing = torch.zeros((), dtype=torch.bool, device=tokens.device)
+    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`."""
+    positive, negative = sides
+    here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
+    sign_BT = t.advantages_BT.sign()
+    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
+    here_p_B1, here_n_B1 = (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
+    tokens, positives, negatives = t.lengths_B1.sum(), here_p_B1.sum(), here_n_B1.sum()
 
-    below_p, above_p = (nothing if x is None else x for x in positive.clip(t, config))
-    below_n, above_n = (nothing if x is None else x for x in negative.clip(t, config))
-    beyond = BRANCHES[config.negative].positive.clip(t, config)[1]
-    cut_p = below_p | above_p
-    cut_n = below_n | above_n
-    if factors.dropped_positive is not None:
-        cut_p = cut_p | factors.dropped_positive
-    if factors.dropped_negative is not None:
-        cut_n = cut_n | factors.dropped_negative
-    clipped_BT = (is_positive_BT & cut_p) | (is_negative_BT & cut_n)
+    clipped_BT = torch.zeros_like(t.mask_BT)
+    for side, here_BT in ((positive, here_p_BT), (negative, here_n_BT)):
+        for cut in (side.below, side.above, side.dropped):
+            if cut is not None:
+                clipped_BT |= here_BT & cut
 
-    raw_ratio_BT = (
-        t.ratio_BT if t.log_ratio_BT is t.raw_log_ratio_BT else guarded_exp(t.raw_log_ratio_BT)
+    def of_positives(hit: Tensor | None) -> Metric:
+        return Metric(_count(hit, here_p_BT, here_p_B1), positives)
+
+    def of_negatives(hit: Tensor | None) -> Metric:
+        return Metric(_count(hit, here_n_BT, here_n_B1), negatives)
+
+    counterpart = BRANCHES[config.negative].positive
+    is_own = counterpart is positive.side
+    beyond = positive.above if is_own else counterpart.clip(t, config)[1]
+    pull_p, pull_n = (
+        (_dot(side.amount_BT, side.coefficient(t, config)).squeeze(-1) * weights_B).sum().abs()
+        for side in sides
     )
-    padding = t.mask_BT.numel() - tokens  # a padded token has ratio 1
+    raw_ratio_BT = t.ratio_BT if t.log_shift_BT is None else guarded_exp(t.raw_log_ratio_BT)
+    padding = t.mask_BT.numel() - tokens  # padded tokens have ratio 1
     sum_ratio = raw_ratio_BT.sum() - padding
     sum_ratio2 = torch.linalg.vector_norm(raw_ratio_BT) ** 2 - padding
-
-    def share(positive_side: Tensor, sign_BT: Tensor) -> Tensor:
-        return (positive_side & sign_BT).sum()
-
-    weights_B1 = weights_B[:, None]
-    pull_p = (
-        t.advantages_BT.clamp(min=0)
-        * (positive.coefficient(t, config) * factors.positive)
-        * weights_B1
-    ).sum()
-    pull_n = -(
-        t.advantages_BT.clamp(max=0)
-        * (negative.coefficient(t, config) * factors.negative)
-        * weights_B1
-    ).sum()
     metrics = {
         "ppo_kl": Metric(-t.raw_log_ratio_BT.sum(), tokens),
         "ratio_mean": Metric(sum_ratio, tokens),
         "ratio_effective_sample_size": Metric(sum_ratio, sum_ratio2),
         "positive_fraction": Metric(positives, tokens),
         "negative_fraction": Metric(negatives, tokens),
-        "clip_fraction": Metric(clipped_BT.sum(), tokens),
-        "clip_fraction_positive_upper": Metric(share(above_p, is_positive_BT), positives),
-        "clip_fraction_positive_lower": Metric(share(below_p, is_positive_BT), positives),
-        "clip_fraction_negative_upper": Metric(share(above_n, is_negative_BT), negatives),
-        "clip_fraction_negative_lower": Metric(share(below_n, is_negative_BT), negatives),
-        "positive_beyond_upper_fraction": Metric(
-            share(nothing if beyond is None else beyond, is_positive_BT), positives
-        ),
+        "clip_fraction": Metric(clipped_BT.count_nonzero(), tokens),
+        "clip_fraction_positive_upper": of_positives(positive.above),
+        "clip_fraction_positive_lower": of_positives(positive.below),
+        "clip_fraction_negative_upper": of_negatives(negative.above),
+        "clip_fraction_negative_lower": of_negatives(negative.below),
+        "positive_beyond_upper_fraction": of_positives(beyond),
         "gradient_share_positive": Metric(pull_p, pull_p + pull_n),
     }
+    if "dual_clip" in BRANCHES[config.negative].fields and config.dual_clip is not None:
+        beyond_dual = t.ratio_BT > config.dual if negative.above is None else negative.above
+        metrics["dual_clip_fraction"] = of_negatives(beyond_dual)
+    if config.off_policy_limit is not None:
+        off_B1 = off_policy_sequences(t, config.off_policy_limit)
+        metrics["off_policy_mask_fraction"] = of_negatives(off_B1)
+    if t.log_shift_BT is not None:
+        metrics["router_shift_mean"] = Metric(t.log_shift_BT.exp().sum() - padding, tokens)
+    if config.correction.active:
+        on_p, on_n = config.correction.positive, config.correction.negative
+        applies_BT = (here_p_BT & on_p) | (here_n_BT & on_n)
+        weight, dropped = correction_weights(t, config.correction)
+        weight_BT = (weight * applies_BT).expand_as(t.advantages_BT)
+        applied, sum_weight = applies_BT.sum(), weight_BT.sum()
+        metrics["correction_weight_mean"] = Metric(sum_weight, applied)
+        metrics["correction_zero_fraction"] = Metric((dropped & applies_BT).sum(), applied)
+        metrics["correction_effective_sample_size"] = Metric(sum_weight, weight_BT.square().sum())
     return clipped_BT, metrics
+
+
+def _dot(x_BT: Tensor, y: Tensor) -> Tensor:
+    """Σ_t x·y, `[B, 1]`, of `[B, T]` with `[B, T]` or `[B, 1]`."""
+    if y.shape[-1] == 1:
+        return x_BT.sum(-1, keepdim=True) * y
+    return torch.linalg.vecdot(x_BT, y)[:, None]
+
+
+def _count(hit: Tensor | None, here_BT: Tensor, here_B1: Tensor) -> Tensor:
+    """Tokens of one sign where `hit`, `[B, T]` or `[B, 1]`, holds."""
+    if hit is None:
+        return torch.zeros_like(here_B1[0, 0])
+    if hit.shape[-1] == 1:
+        return (hit * here_B1).sum()
+    return (hit & here_BT).count_nonzero()

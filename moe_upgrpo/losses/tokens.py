@@ -50,29 +50,39 @@ class Tokens:
             "old_log_probs": old_log_probs,
             "advantages": advantages,
             "rollout_log_probs": rollout_log_probs,
+            "router_log_probs": log_router_shift,
         }
-        check_shapes({**named, "mask": mask, "router_log_probs": log_router_shift})
+        check_shapes({**named, "mask": mask})
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        self.mask_BT = as_bool_mask(mask)
+        self.mask_BT, lengths_B1 = mask_and_lengths(mask)
+        self.lengths_B1 = lengths_B1.to(dtype)
         self._current_BT = log_probs.to(dtype)
         self._old_BT = old_log_probs.detach().to(dtype)
-        self._rollout_BT = (
-            None if rollout_log_probs is None else rollout_log_probs.detach().to(dtype)
-        )
-        self._log_shift_BT = (
-            None if log_router_shift is None else log_router_shift.detach().to(dtype)
-        )
-
         self.raw_log_ratio_BT = self.masked(self._current_BT - self._old_BT)
         self.advantages_BT = self.masked(advantages.detach().to(dtype))
-        probe = self.raw_log_ratio_BT.detach().sum() + self.advantages_BT.sum()
+        # log ρ = log π_old − log μ; None (no rollout log-probs, or none needed) means 0
+        self._log_rho_BT = self.log_shift_BT = None
         if rollout_log_probs is not None:
-            probe = probe + self.log_rho_BT.sum()
-        if not probe.isfinite():
+            self._log_rho_BT = self.masked(self._old_BT - rollout_log_probs.detach().to(dtype))
+        if log_router_shift is not None:
+            self.log_shift_BT = self.masked(log_router_shift.detach().to(dtype))
+
+        seen = (self.raw_log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
+        if not sum(x.detach().sum() for x in seen if x is not None).isfinite():
             check_finite(named, self.mask_BT)
 
     def masked(self, x_BT: Tensor) -> Tensor:
         return torch.where(self.mask_BT, x_BT, 0.0)
+
+    @cached_property
+    def gain_BT(self) -> Tensor:
+        """A⁺: the advantages above 0, else 0."""
+        return self.advantages_BT.clamp(min=0)
+
+    @cached_property
+    def pain_BT(self) -> Tensor:
+        """A⁻: the advantages below 0, else 0."""
+        return self.advantages_BT.clamp(max=0)
 
     @cached_property
     def log_probs_BT(self) -> Tensor:
@@ -85,14 +95,9 @@ class Tokens:
     @cached_property
     def log_rho_BT(self) -> Tensor:
         """log ρ = log π_old − log μ; zeros where no rollout log-probs were given (bypass)."""
-        if self._rollout_BT is None:
-            return torch.zeros_like(self.advantages_BT)
-        return self.masked(self._old_BT - self._rollout_BT)
-
-    @cached_property
-    def lengths_B1(self) -> Tensor:
-        """Response tokens per sequence, as a float."""
-        return self.mask_BT.sum(-1, keepdim=True).to(self.advantages_BT.dtype)
+        return (
+            torch.zeros_like(self.advantages_BT) if self._log_rho_BT is None else self._log_rho_BT
+        )
 
     def mean_B1(self, x_BT: Tensor) -> Tensor:
         """Mean over a sequence's tokens of a quantity that is 0 at padding; 0 if it has none."""
@@ -101,9 +106,9 @@ class Tokens:
     @cached_property
     def log_ratio_BT(self) -> Tensor:
         """log r = log π_θ − log π_old (+ log γ when RSPO's router-shift weight is on)."""
-        if self._log_shift_BT is None:
+        if self.log_shift_BT is None:
             return self.raw_log_ratio_BT
-        return self.raw_log_ratio_BT + self.masked(self._log_shift_BT)
+        return self.raw_log_ratio_BT + self.log_shift_BT
 
     @cached_property
     def ratio_BT(self) -> Tensor:
@@ -136,16 +141,17 @@ class Tokens:
         return (self.log_probs_BT - self.log_probs_BT.detach()).exp()
 
 
-def as_bool_mask(mask: Tensor) -> Tensor:
-    """The mask as bool; UserError unless it is bool or holds only 0 and 1."""
+def mask_and_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask as bool and the tokens per sequence `[B, 1]`; UserError if it is not bool or 0/1."""
     if mask.dtype == torch.bool:
-        return mask
-    bool_mask = mask.bool()
-    if not torch.equal(bool_mask.to(mask.dtype), mask):
-        raise UserError(
-            "mask: holds values other than 0 and 1; allowed: bool, or a tensor of 0 and 1"
-        )
-    return bool_mask
+        return mask, mask.sum(-1, keepdim=True)
+    exact = mask if mask.dtype.itemsize >= 4 else mask.to(torch.float32)
+    bool_mask, lengths = mask.bool(), exact.sum(-1, keepdim=True)
+    low, high = exact.aminmax()
+    # values in [0, 1] whose sum is their number are all 1 where they are not 0
+    if not ((low >= 0) & (high <= 1) & (lengths.double().sum() == bool_mask.count_nonzero())):
+        raise UserError("mask: values other than 0 and 1 given; allowed: bool, or only 0 and 1")
+    return bool_mask, lengths
 
 
 def check_shapes(named: dict[str, Tensor | None]) -> None:
@@ -169,7 +175,6 @@ def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
         if len(bad):
             b, t = bad[0].tolist()
             raise UserError(
-                f"{name}: {x[b, t].item()} at sequence {b}, position {t} ({len(bad)} such unmasked "
-                "values); allowed: finite numbers wherever mask is 1. Mask the token out or fix what "
-                "produced it"
+                f"{name}: {x[b, t].item()} given at sequence {b}, position {t} ({len(bad)} of them); "
+                "allowed: finite numbers wherever the mask is 1"
             )

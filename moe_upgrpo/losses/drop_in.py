@@ -1,0 +1,61 @@
+"""The UP-GRPO loss under the name and signature that verl's trainer calls."""
+
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses.config import PolicyLossConfig
+from moe_upgrpo.losses.policy import policy_loss
+
+
+def compute_policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    cliprange: float | None = None,
+    cliprange_low: float | None = None,
+    cliprange_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    loss_agg_mode: str = "token-mean",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """UP-GRPO as in the appendix of its post: −A·log π where A > 0, dual-clip PPO elsewhere.
+
+    Args:
+        old_log_prob, log_prob, advantages, response_mask: `[B, T]`.
+        cliprange: ε, for whichever of the next two is None.
+        cliprange_low, cliprange_high: εl, εh. (εh never binds: see `branches.ppo_negative`.)
+        clip_ratio_c: C > 1, the dual clip.
+        loss_agg_mode: a name in `AGGREGATIONS`; `seq-mean-token-sum-norm` divides by T.
+
+    Returns:
+        (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower): the scalar loss; the share of tokens with
+        A ≤ 0 and r < 1−εl; the mean of log π_old − log π over all tokens; the share of tokens with
+        A ≤ 0 and r > C. Both shares are of the tokens with A ≤ 0; without any they are 0.
+
+    Raises:
+        UserError: as `policy_loss`, and no clip range given. (The post's snippet returns NaN or inf
+        where this raises, and for log-ratios beyond exp's range; elsewhere the two agree.)
+    """
+    low = cliprange if cliprange_low is None else cliprange_low
+    high = cliprange if cliprange_high is None else cliprange_high
+    if low is None or high is None:
+        raise UserError(
+            f"cliprange: None given with cliprange_low {cliprange_low} and cliprange_high "
+            f"{cliprange_high}; allowed: cliprange, or both others"
+        )
+    config = PolicyLossConfig(
+        clip_low=low,
+        clip_high=high,
+        dual_clip=clip_ratio_c,
+        aggregation=loss_agg_mode,
+        token_sum_norm=response_mask.shape[-1],
+    )
+    result = policy_loss(log_prob, old_log_prob, advantages, response_mask, config=config)
+    kl_sum, tokens = result.metrics["ppo_kl"]
+    positives = result.metrics["positive_fraction"].numerator
+    not_positive = tokens - positives
+    lower, upper = (
+        result.metrics[f"clip_fraction_negative_{bound}"].numerator / (not_positive + 1e-8)
+        for bound in ("lower", "upper")
+    )
+    return result.loss, lower, kl_sum / (tokens + 1e-8), upper
