@@ -1,0 +1,14 @@
+"""The report: one HTML file that opens offline, made from run folders alone."""
+
+from moe_upgrpo.errors import UserError
+
+try:
+    from moe_upgrpo.report.page import write_report
+except ModuleNotFoundError as error:
+    if error.name not in ("matplotlib", "jinja2"):
+        raise
+    raise UserError(
+        f"the report needs {error.name}, which is not installed: pip install 'moe_upgrpo[report]'"
+    ) from None
+
+__all__ = ["write_report"]

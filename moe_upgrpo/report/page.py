@@ -1,0 +1,250 @@
+"""Put the report together: the store's data, the figures, one HTML file and one JSON file."""
+
+import base64
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from moe_upgrpo import __version__
+from moe_upgrpo.report import plots
+from moe_upgrpo.report.figures import FIGURES, Curves, LayerFigure, accuracy, number, percent
+from moe_upgrpo.report.runs import Run, load_runs
+
+_MISSING = "–"
+
+
+def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Write a self-contained HTML report of one run or several, and its data beside it.
+
+    Args:
+        run_folders: the folders that runs left; nothing else is read.
+        output: the HTML file; the figures' data go to the same name ending in ``.json``.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        UserError: a folder holds no run, or a run without any metrics.
+    """
+    runs = load_runs(run_folders)
+    output = Path(output)
+    figures = [_figure(figure, runs) for figure in FIGURES]
+    data = {
+        "moe_upgrpo": __version__,
+        "runs": [
+            {
+                "label": run.label,
+                "path": str(run.path),
+                "config": run.config,
+                "environment": run.environment,
+            }
+            for run in runs
+        ],
+        "summary": _summary(runs),
+        "figures": [{k: v for k, v in figure.items() if k != "images"} for figure in figures],
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("template.html").render(
+        title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
+        runs=[
+            {
+                "label": run.label,
+                "color": plots.color_of(i),
+                "config": json.dumps(run.config, indent=2),
+                "environment": json.dumps(run.environment, indent=2),
+            }
+            for i, run in enumerate(runs)
+        ],
+        about=_about(runs),
+        summary=data["summary"],
+        figures=figures,
+        version=__version__,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _replace(output.with_suffix(".json"), json.dumps(data, allow_nan=False))
+    _replace(output, html)
+    return output
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _figure(figure: Curves | LayerFigure, runs: list[Run]) -> dict[str, Any]:
+    """Key, texts, data and drawn images (SVG as data URIs) of one figure."""
+    data, labels = figure.data(runs), [run.label for run in runs]
+    if not data:
+        images = []
+    elif isinstance(figure, Curves):
+        images = [("", plots.draw_curves(figure, data, labels))]
+    elif figure.over_steps:
+        several = len(runs) > 1
+        images = [(entry["run"] if several else "", plots.draw_heat_map(entry)) for entry in data]
+    else:
+        images = [("", plots.draw_depth(data, labels))]
+    return {
+        "key": figure.key,
+        "title": figure.title,
+        "read": figure.read,
+        "says": [{"run": run.label, "text": _sentence(figure.says(run))} for run in runs],
+        "data": data,
+        "images": [
+            {
+                "caption": caption,
+                "source": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
+            }
+            for caption, svg in images
+        ],
+    }
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _about(runs: list[Run]) -> list[dict[str, Any]]:
+    """What each run is: rows of the page's first table."""
+
+    def versions(run: Run) -> str:
+        known = run.environment.get("versions", {})
+        shown = ("moe_upgrpo", "torch", "megatron-core", "transformers")
+        return ", ".join(f"{name} {known[name]}" for name in shown if known.get(name))
+
+    def moe(run: Run) -> str | None:
+        layers = run.config.get("moe_layers")
+        if layers is None:
+            return None
+        if not layers:
+            return "dense"
+        experts, top_k = (run.config.get(key, "?") for key in ("num_experts", "top_k"))
+        return f"{len(layers)} MoE layers, top-{top_k} of {experts} experts"
+
+    def model(run: Run) -> str | None:
+        name, parameters = run.config.get("model"), run.config.get("parameters")
+        size = f" ({parameters / 1e6:,.2f}M parameters)" if parameters else ""
+        return f"{name}{size}" if name else None
+
+    def layout(run: Run) -> str | None:
+        name, ranks = run.config.get("layout"), run.config.get("world_size")
+        return f"{name} on {ranks} rank{'s' * (ranks != 1)}" if name and ranks else name
+
+    def engine(run: Run) -> str | None:
+        parts = [run.config.get(key) for key in ("engine", "engine_dtype")]
+        return " ".join(part for part in parts if part) or None
+
+    def started(run: Run) -> str | None:
+        time = run.environment.get("started")
+        return time and f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+    def commit(run: Run) -> str | None:
+        git = run.environment.get("git")
+        return git and git["commit"][:12] + (" with changes" if git["changed"] else "")
+
+    rows: list[tuple[str, Callable[[Run], Any]]] = [
+        ("Loss", lambda run: run.config.get("loss")),
+        ("Model", model),
+        ("Routing", moe),
+        ("Layout", layout),
+        ("Engine", engine),
+        ("Replay", lambda run: run.config.get("replay")),
+        ("Seed", lambda run: run.config.get("seed")),
+        ("Started", started),
+        ("Device", lambda run: run.environment.get("gpu") or "CPU"),
+        ("Versions", versions),
+        ("Commit", commit),
+    ]
+    return _table(rows, runs)
+
+
+def _summary(runs: list[Run]) -> list[dict[str, Any]]:
+    """The run in numbers: rows of the page's second table and of the JSON."""
+
+    def ends(name: str, form: Callable[[float], str] = number) -> Callable[[Run], str | None]:
+        def cell(run: Run) -> str | None:
+            found = run.ends(name)
+            if found is None:
+                return None
+            first, last, _ = found
+            return f"{form(first)} → {form(last)}" if len(run.series(name)[1]) > 1 else form(first)
+
+        return cell
+
+    def end(name: str) -> Callable[[Run], str | None]:
+        return lambda run: number(run.ends(name)[1]) if run.ends(name) else None
+
+    def pooled(name: str, form: Callable[[float], str] = percent) -> Callable[[Run], str | None]:
+        return lambda run: None if run.pooled(name) is None else form(run.pooled(name))
+
+    def mean(name: str, form: Callable[[float], str] = number) -> Callable[[Run], str | None]:
+        def cell(run: Run) -> str | None:
+            values = run.series(name)[1]
+            return form(float(np.mean(values))) if values else None
+
+        return cell
+
+    def training_steps(run: Run) -> str:
+        return f"{sum(row['step'] > 0 for row in run.rows)}"
+
+    def problems(run: Run) -> str | None:
+        values = run.series("eval/problems")[1]
+        return f"{values[-1]:,.0f}" if values else None
+
+    def time_split(run: Run) -> str | None:
+        total = sum(run.series("time/total")[1])
+        if not total:
+            return None
+        phases = {"generate": "generation", "old_log_probs": "old log-probs", "update": "update"}
+        phases |= {"logging": "logging"}
+        sums = {text: sum(run.series(f"time/{name}")[1]) for name, text in phases.items()}
+        return ", ".join(f"{text} {value / total:.0%}" for text, value in sums.items())
+
+    passes = sorted(
+        {name for run in runs for name in run.pass_at_k()},
+        key=lambda name: int(name.removeprefix("eval/pass@")),
+    )
+    rows: list[tuple[str, Callable[[Run], Any]]] = [
+        ("Training steps", training_steps),
+        ("Reward, beginning → end", ends("reward/mean")),
+        ("Held-out greedy, before → after", lambda run: accuracy(run, "eval/greedy")),
+        *(
+            (f"Held-out {name.removeprefix('eval/')}", lambda run, name=name: accuracy(run, name))
+            for name in passes
+        ),
+        ("Held-out problems", problems),
+        ("Entropy, beginning → end", ends("entropy/mean")),
+        ("KL to the warm start, end", end("kl/warm_start")),
+        ("Routers that differ", pooled("mismatch/router_rate")),
+        ("Expert slots that differ", pooled("mismatch/slot_rate")),
+        ("Tokens that differ in any layer", pooled("mismatch/token_any_rate")),
+        ("Differing routers per token", pooled("mismatch/routers_per_token", number)),
+        ("Log-prob gap, mean |gap|", mean("logp_gap/mean_abs")),
+        ("Clipped, advantage > 0", mean("clip/positive", percent)),
+        ("Clipped, advantage < 0", mean("clip/negative", percent)),
+        ("Sampled tokens per second", mean("tokens_per_second", "{:,.0f}".format)),
+        ("Time of a step", time_split),
+    ]
+    return _table(rows, runs)
+
+
+def _table(rows: list[tuple[str, Callable[[Run], Any]]], runs: list[Run]) -> list[dict[str, Any]]:
+    """Rows of {name, values by run}; a row that no run fills is left out."""
+    table = [(name, [cell(run) for run in runs]) for name, cell in rows]
+    return [
+        {"name": name, "values": [_MISSING if v in (None, "") else str(v) for v in values]}
+        for name, values in table
+        if any(v not in (None, "") for v in values)
+    ]

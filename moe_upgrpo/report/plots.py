@@ -1,0 +1,148 @@
+"""Drawing: a figure's data to an SVG. Matplotlib without pyplot, so no global state or display."""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moe_upgrpo.report.figures import Curves
+
+# Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", ":", "-.")
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#94a3b8",
+    "axes.labelcolor": "#475569",
+    "xtick.color": "#475569",
+    "ytick.color": "#475569",
+    "axes.grid": True,
+    "grid.color": "#e2e8f0",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "moe_upgrpo",  # the same data gives the same file
+}
+# Wide enough for one column of a desktop page, and legible when a phone shrinks it a little.
+_SIZE = (4.2, 2.6)
+_SMOOTHED_FROM = 60  # points
+
+
+def color_of(run: int) -> str:
+    return COLORS[run % len(COLORS)]
+
+
+def draw_curves(figure: Curves, data: list[dict[str, Any]], labels: list[str]) -> str:
+    """Curves over steps: with one run a colour for each metric, with several one for each run."""
+    with matplotlib.rc_context(_STYLE):
+        canvas = Figure(figsize=_SIZE, layout="constrained")
+        axes = canvas.subplots()
+        metrics = list(dict.fromkeys(entry["label"] for entry in data))
+        several = len(labels) > 1
+        for entry in data:
+            metric = metrics.index(entry["label"])
+            color = color_of(labels.index(entry["run"]) if several else metric)
+            line = _LINES[metric % len(_LINES)] if several else "-"
+            _draw_line(axes, entry, color, line, points=figure.points_only)
+        if len(metrics) > 1:
+            handles = [
+                Line2D([], [], color="#475569", ls=_LINES[i % len(_LINES)])
+                if several
+                else Line2D([], [], color=color_of(i))
+                for i in range(len(metrics))
+            ]
+            canvas.legend(handles, metrics, loc="outside upper left", ncols=3)
+        values = np.concatenate([entry["values"] for entry in data])
+        if figure.log_scale and (values > 0).all():
+            axes.set_yscale("log")
+        elif figure.from_zero and values.min() >= 0:
+            axes.set_ylim(0, 1.08 * values.max() or 1.0)
+        if figure.is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _label_steps(axes, np.concatenate([entry["steps"] for entry in data]))
+        return _svg(canvas)
+
+
+def _draw_line(axes: Axes, entry: dict[str, Any], color: str, line: str, *, points: bool) -> None:
+    steps, values = np.array(entry["steps"]), np.array(entry["values"])
+    if len(values) >= _SMOOTHED_FROM and not points:
+        axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
+        values = moving_average(values)
+    marker = "o" if points or len(values) < 25 else None
+    axes.plot(steps, values, color=color, ls=line, marker=marker, markersize=3.5)
+
+
+def moving_average(values: np.ndarray) -> np.ndarray:
+    """Centred mean over about a twentieth of the points; at the ends over those there are."""
+    window = np.ones(len(values) // 20 | 1)
+    counts = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / counts
+
+
+def draw_heat_map(entry: dict[str, Any]) -> str:
+    """One run's mismatch, layer × step."""
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        canvas = Figure(figsize=_SIZE, layout="constrained")
+        axes = canvas.subplots()
+        steps, rates = entry["steps"], np.array(entry["rates"], dtype=float)
+        # A cell reaches half way to the neighbouring steps: steps need not be evenly spaced.
+        middles = (np.array(steps[1:]) + np.array(steps[:-1])) / 2
+        edges = np.concatenate([[steps[0] - 0.5], middles, [steps[-1] + 0.5]])
+        mesh = axes.pcolormesh(
+            edges,
+            np.arange(rates.shape[1] + 1) - 0.5,
+            rates.T,
+            cmap="viridis",
+            vmin=0,
+            vmax=np.nanmax(rates, initial=0) or 1.0,
+            rasterized=True,
+        )
+        bar = canvas.colorbar(mesh, ax=axes, format=PercentFormatter(1.0), pad=0.02)
+        bar.outline.set_visible(False)
+        _label_layers(axes.yaxis, entry["layer_ids"])
+        axes.set_ylabel("MoE layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        return _svg(canvas)
+
+
+def draw_depth(data: list[dict[str, Any]], labels: list[str]) -> str:
+    """Mismatch of each layer over the whole run, runs overlaid."""
+    with matplotlib.rc_context(_STYLE):
+        canvas = Figure(figsize=_SIZE, layout="constrained")
+        axes = canvas.subplots()
+        for entry in data:
+            color = color_of(labels.index(entry["run"]))
+            axes.plot(entry["layer_ids"], entry["rates"], color=color, marker="o", markersize=3.5)
+        axes.set_ylim(0, 1.08 * max(max(entry["rates"]) for entry in data) or 1.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("MoE layer")
+        return _svg(canvas)
+
+
+def _label_steps(axes: Axes, steps: np.ndarray) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    if steps.min() == steps.max():
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+
+
+def _label_layers(axis: Any, layer_ids: list[int]) -> None:
+    shown = range(0, len(layer_ids), max(1, -(-len(layer_ids) // 8)))
+    axis.set_ticks(list(shown), [str(layer_ids[i]) for i in shown])
+
+
+def _svg(canvas: Figure) -> str:
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    return buffer.getvalue()

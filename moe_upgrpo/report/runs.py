@@ -1,0 +1,111 @@
+"""What the report knows of a run: its config, environment and metrics, read from the store."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.store import read_config, read_environment, read_metrics
+
+# Means of this many steps stand for the beginning and the end of a run: one step is noisy.
+END_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder. ``rows`` are its metrics, a dict for each step."""
+
+    label: str
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was logged and finite."""
+        points = [
+            (row["step"], float(row[name]))
+            for row in self.rows
+            if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def ends(self, name: str) -> tuple[float, float, int] | None:
+        """Means of the first and of the last ``n`` values, and n; None without data."""
+        _, values = self.series(name)
+        if not values:
+            return None
+        n = max(1, min(END_STEPS, len(values) // 2))
+        return float(np.mean(values[:n])), float(np.mean(values[-n:])), n
+
+    def pooled(self, name: str) -> float | None:
+        """Mean of a routing rate over the run, each step weighted by its routers compared."""
+        rows = [row for row in self.rows if row.get(name) is not None]
+        if not rows:
+            return None
+        weights = [row.get("mismatch/router_denominator") or 0 for row in rows]
+        values = [row[name] for row in rows]
+        return float(np.average(values, weights=weights if all(weights) else None))
+
+    def pass_at_k(self) -> list[str]:
+        """The eval/pass@K keys that occur, by K."""
+        names = {name for row in self.rows for name in row if name.startswith("eval/pass@")}
+        return sorted(names, key=lambda name: int(name.removeprefix("eval/pass@")))
+
+    def by_layer(self) -> tuple[list[int], np.ndarray] | None:
+        """Steps and mismatch rates ``[steps, L]``; None where no MoE layer was compared."""
+        rows = [row for row in self.rows if row.get("mismatch/by_layer")]
+        if not rows:
+            return None
+        widths = {len(row["mismatch/by_layer"]) for row in rows}
+        if len(widths) > 1:
+            raise UserError(f"{self.path}: mismatch/by_layer has {sorted(widths)} layers in turn")
+        rates = np.array([row["mismatch/by_layer"] for row in rows], dtype=float)  # null: NaN
+        return [row["step"] for row in rows], rates
+
+    def pooled_by_layer(self) -> np.ndarray | None:
+        """Mismatch rate of each layer over the run ``[L]``, steps weighted by their tokens."""
+        found = self.by_layer()
+        if found is None:
+            return None
+        rows = [row for row in self.rows if row.get("mismatch/by_layer")]
+        weights = np.array([row.get("mismatch/router_denominator") or 0 for row in rows], float)
+        if not weights.all():
+            weights = np.ones(len(rows))
+        known = ~np.isnan(found[1])
+        total = (known * weights[:, None]).sum(axis=0)
+        return (np.nan_to_num(found[1]) * weights[:, None]).sum(axis=0) / np.maximum(total, 1e-300)
+
+    def layer_ids(self, num_layers: int) -> list[int]:
+        """The model's numbers of the MoE layers; 0..L-1 where the config does not tell."""
+        ids = self.config.get("moe_layers")
+        known = isinstance(ids, list) and len(ids) == num_layers
+        return ids if known else list(range(num_layers))
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read run folders; each is labelled with its name, or with its path where names collide.
+
+    Raises:
+        UserError: no folder given, one given twice, no run folder, or one without any metrics.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise UserError("no run folder given: name at least one")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"a run folder is given twice: {', '.join(map(str, paths))}")
+    names = [path.resolve().name for path in paths]
+    return [
+        Run(
+            label=name if names.count(name) == 1 else str(path),
+            path=path,
+            config=read_config(path),
+            environment=read_environment(path),
+            rows=read_metrics(path),
+        )
+        for path, name in zip(paths, names, strict=True)
+    ]

@@ -1,0 +1,89 @@
+"""Run folders with made-up but plausible metrics, for tests and for looking at the page."""
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_upgrpo.store import RunFolder
+
+
+def make_run(
+    path: Path,
+    *,
+    loss: str = "up-grpo",
+    steps: int = 60,
+    layers: int = 4,
+    seed: int = 0,
+    k: int = 8,
+) -> Path:
+    """A run that learns, with `layers` MoE layers whose mismatch grows with depth and time."""
+    rng = np.random.default_rng(seed)
+    run = RunFolder.create(
+        path,
+        {
+            "loss": loss,
+            "steps": steps,
+            "seed": seed,
+            "model": "runs/cache/qwen3-moe-0123456789abcdef",
+            "parameters": 1_050_000,
+            "layout": "tp2 ep2 dp1",
+            "world_size": 2,
+            "engine": "hf",
+            "engine_dtype": "bfloat16",
+            "moe_layers": list(range(1, layers + 1)),
+            "num_experts": 8,
+            "top_k": 2,
+        },
+    )
+    for step in range(steps + 1):
+        done = step / max(steps, 1)
+        row = {"step": step}
+        if step == 0 or step == steps or step % 20 == 0:
+            greedy = 0.3 + 0.4 * done
+            row |= {
+                "eval/greedy": greedy,
+                "eval/pass@1": greedy - 0.04,
+                f"eval/pass@{k}": min(1.0, greedy + 0.25),
+                "eval/problems": 500,
+            }
+        if step:
+            by_layer = np.linspace(0.02, 0.12, layers) * (1 + done) * rng.uniform(0.8, 1.2, layers)
+            tokens = int(rng.integers(2000, 3000))
+            mismatched = int((by_layer * tokens).sum())
+            router = mismatched / (tokens * layers) if layers else 0.0
+            gap = 0.01 * (1 + done) * rng.uniform(0.8, 1.2)
+            row |= {
+                "reward/mean": 0.3 + 0.4 * done + 0.04 * rng.standard_normal(),
+                "reward/std": 0.45,
+                "response/length_mean": 5 + 0.3 * rng.standard_normal(),
+                "response/finished_rate": 0.99,
+                "entropy/mean": 0.6 * np.exp(-2 * done) + 0.02 * rng.random(),
+                "kl/warm_start": 0.2 * done + 0.01 * rng.random(),
+                "loss/policy": -0.01,
+                "grad_norm": 0.5 + 0.2 * rng.random() + (rng.random() < 0.02),
+                "clip/positive": 0.0 if loss.startswith("up") else 0.03 * rng.random(),
+                "clip/negative": 0.05 * rng.random(),
+                "ratio/max": 2.0,
+                "logp_gap/mean_abs": gap,
+                "logp_gap/k3": gap**2,
+                "logp_gap/max_abs": 30 * gap,
+                "time/generate": 1.0,
+                "time/old_log_probs": 0.3,
+                "time/update": 0.6,
+                "time/logging": 0.1,
+                "time/total": 2.0,
+                "tokens/sampled": tokens,
+                "tokens_per_second": tokens / 2.0,
+            }
+            if layers:
+                row |= {
+                    "mismatch/router_rate": router,
+                    "mismatch/slot_rate": router / 2,
+                    "mismatch/token_any_rate": 0.8 * (1 - np.prod(1 - by_layer)),
+                    "mismatch/routers_per_token": router * layers,
+                    "mismatch/by_layer": by_layer,
+                    "mismatch/router_numerator": mismatched,
+                    "mismatch/router_denominator": tokens * layers,
+                }
+        run.append_metrics(row)
+    return run.path

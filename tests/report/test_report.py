@@ -1,0 +1,268 @@
+"""The report: what it says is what the store holds, and it renders whatever a run left.
+
+Not covered here: how the page looks (look at it in a browser); that curves are drawn through their
+points (the drawings are only checked to be there and to be SVG; their data are checked in JSON).
+"""
+
+import base64
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.report import write_report
+from moe_upgrpo.report.figures import FIGURES, trend
+from moe_upgrpo.report.plots import moving_average
+from moe_upgrpo.report.runs import Run, load_runs
+from moe_upgrpo.store import RunFolder, read_metrics
+from moe_upgrpo.store.metrics import metric
+from tests.report.synthetic import make_run
+
+
+def write(tmp_path, *runs):
+    output = write_report(runs, tmp_path / "out" / "report.html")
+    assert output == tmp_path / "out" / "report.html"
+    return output.read_text(), json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def run_of(tmp_path, *rows, config=None):
+    run = RunFolder.create(tmp_path / "run", config or {})
+    for row in rows:
+        run.append_metrics(row)
+    return run.path
+
+
+def figure_of(data, key):
+    return next(figure for figure in data["figures"] if figure["key"] == key)
+
+
+def summary_of(data):
+    return {row["name"]: row["values"] for row in data["summary"]}
+
+
+def images_of(html):
+    return [
+        base64.b64decode(uri) for uri in re.findall(r'src="data:image/svg\+xml;base64,(.+?)"', html)
+    ]
+
+
+def test_every_figure_of_a_full_run_shows_the_stored_values(tmp_path):
+    path = make_run(tmp_path / "run", steps=30)
+    html, data = write(tmp_path, path)
+    rows = read_metrics(path)
+    assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in FIGURES]
+    assert len(images_of(html)) == len(FIGURES)
+    for svg in images_of(html):
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    for figure in data["figures"]:
+        assert figure["data"], figure["key"]
+        for entry in figure["data"]:
+            if "metric" in entry:
+                logged = [
+                    (row["step"], row[entry["metric"]]) for row in rows if entry["metric"] in row
+                ]
+                assert list(zip(entry["steps"], entry["values"], strict=True)) == logged
+    shown = {entry["label"] for entry in figure_of(data, "held_out")["data"]}
+    assert shown == {"greedy", "pass@1", "pass@8"}
+    heat = figure_of(data, "layers")["data"][0]
+    assert heat["layer_ids"] == [1, 2, 3, 4]
+    assert heat["steps"] == list(range(1, 31))
+    assert heat["rates"] == [row["mismatch/by_layer"] for row in rows if row["step"]]
+
+
+def test_figures_use_names_of_the_glossary(tmp_path):
+    run = load_runs([make_run(tmp_path / "run", steps=1)])[0]
+    names = [name for f in FIGURES if hasattr(f, "metrics") for name, _ in f.metrics(run)]
+    assert len(names) > 15
+    for name in names:
+        metric(name)
+
+
+def test_one_file_that_asks_for_nothing_from_outside(tmp_path):
+    html, _ = write(tmp_path, make_run(tmp_path / "run", steps=2))
+    for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
+        assert attribute.startswith("data:")
+    assert "@import" not in html and "url(" not in html and "<script" not in html
+
+
+def test_rates_of_a_run_are_pooled_from_counts(tmp_path):
+    """Step 1: 10 of 100 pairs, step 2: 90 of 300. Pooled 100/400 = 25%, the mean of means is 20%.
+
+    Layers: (0.1·100 + 0.5·300) / 400 = 40% and (0.1·100 + 0.1·300) / 400 = 10%; flipping
+    independently, 1 − 0.6·0.9 = 46% of tokens would differ.
+    """
+    rows = [
+        {
+            "step": 1,
+            "mismatch/router_rate": 0.1,
+            "mismatch/token_any_rate": 0.2,
+            "mismatch/by_layer": [0.1, 0.1],
+            "mismatch/router_denominator": 100,
+        },
+        {
+            "step": 2,
+            "mismatch/router_rate": 0.3,
+            "mismatch/token_any_rate": 0.4,
+            "mismatch/by_layer": [0.5, 0.1],
+            "mismatch/router_denominator": 300,
+        },
+    ]
+    _, data = write(tmp_path, run_of(tmp_path, *rows, config={"moe_layers": [3, 7]}))
+    assert summary_of(data)["Routers that differ"] == ["25%"]
+    assert summary_of(data)["Tokens that differ in any layer"] == ["35%"]
+    assert figure_of(data, "depth")["data"][0]["rates"] == pytest.approx([0.4, 0.1])
+    assert figure_of(data, "routing")["says"][0]["text"] == (
+        "25% of 400 (token, layer) pairs differ over the whole run; 35% of tokens differ in at "
+        "least one layer (46% if layers flipped independently)."
+    )
+    assert figure_of(data, "layers")["says"][0]["text"] == (
+        "Over the whole run layer 3 differs most (40%) and layer 7 least (10%)."
+    )
+    assert "40% in the lower half" in figure_of(data, "depth")["says"][0]["text"]
+
+
+def test_held_out_accuracy_in_words(tmp_path):
+    """The standard error of 0.5 on 100 problems is √(0.25/100) = 5%."""
+    before = {"step": 0, "eval/greedy": 0.25, "eval/pass@1": 0.2, "eval/problems": 100}
+    after = {"step": 9, "eval/greedy": 0.5, "eval/pass@1": 0.4, "eval/problems": 100}
+    _, data = write(tmp_path, run_of(tmp_path, before, after))
+    assert summary_of(data)["Held-out greedy, before → after"] == ["25% → 50%"]
+    assert figure_of(data, "held_out")["says"][0]["text"] == (
+        "Greedy accuracy goes from 25% at step 0 to 50% at step 9, on 100 problems "
+        "(standard error up to 5%)."
+    )
+
+
+def trend_of(*values):
+    rows = [{"step": step, "x": value} for step, value in enumerate(values, start=1)]
+    run = Run(label="run", path=None, config={}, environment={}, rows=rows)
+    return trend(run, "x", "x")
+
+
+def test_trend_in_words():
+    """For 0,1,0,1,0,1 the means of 3 are 1/3 and 2/3, far within the noise of single steps."""
+    assert trend_of() == "x was not logged."
+    assert trend_of(2) == "x is 2 at step 1, the only one logged."
+    assert trend_of(2, 1) == "x goes from 2 to 1 between the first and the last step logged."
+    rising = trend_of(*range(10))
+    assert rising == "x rises from 2 to 7 between the first and the last 5 steps."
+    assert trend_of(*range(9, -1, -1)).startswith("x falls from 7 to 2")
+    assert trend_of(0, 1, 0, 1, 0, 1) == (
+        "x is 0.333 in the first and 0.667 in the last 3 steps: no change beyond the noise from "
+        "step to step."
+    )
+    assert "no change" in trend_of(1, 1, 1, 1)
+
+
+def test_moving_average():
+    """60 points: the mean of 60 // 20 | 1 = 3; of 2 at either end."""
+    values = np.arange(60.0)
+    values[30] = 33
+    average = moving_average(values)
+    assert average[[0, 1, 29, 30, 31, 59]].tolist() == [0.5, 1, 30, 31, 32, 58.5]
+
+
+def test_a_run_of_one_step(tmp_path):
+    path = run_of(tmp_path, {"step": 1, "reward/mean": 0.5, "mismatch/by_layer": [0.25]})
+    html, data = write(tmp_path, path)
+    assert figure_of(data, "reward")["says"][0]["text"] == (
+        "Mean reward is 0.5 at step 1, the only one logged."
+    )
+    assert summary_of(data)["Reward, beginning → end"] == ["0.5"]
+    assert figure_of(data, "depth")["says"][0]["text"] == (
+        "Its one MoE layer differs for 25% of tokens."
+    )
+    assert len(images_of(html)) == 3
+
+
+def test_missing_metrics_are_said_to_be_missing(tmp_path):
+    html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "reward/mean": None}))
+    assert images_of(html) == []
+    assert html.count("No data: nothing of this was logged.") == len(FIGURES)
+    assert all(figure["says"][0]["text"] for figure in data["figures"])
+    assert list(summary_of(data)) == ["Training steps"]
+
+
+def test_gaps_in_a_curve_and_in_the_heat_map(tmp_path):
+    """A non-finite value is stored as null: it leaves out a point, and does not enter a mean."""
+    path = run_of(
+        tmp_path,
+        {"step": 1, "reward/mean": 0.5, "mismatch/by_layer": [float("nan"), 0.2]},
+        {"step": 2, "reward/mean": float("inf"), "mismatch/by_layer": [0.4, 0.4]},
+    )
+    _, data = write(tmp_path, path)
+    assert figure_of(data, "reward")["data"][0]["values"] == [0.5]
+    assert figure_of(data, "layers")["data"][0]["rates"] == [[None, 0.2], [0.4, 0.4]]
+    assert figure_of(data, "depth")["data"][0]["rates"] == pytest.approx([0.4, 0.3])
+
+
+def test_no_mismatch_is_reported_as_none(tmp_path):
+    row = {
+        "step": 1,
+        "mismatch/router_rate": 0.0,
+        "mismatch/token_any_rate": 0.0,
+        "mismatch/by_layer": [0.0, 0.0],
+        "mismatch/router_denominator": 50,
+        "logp_gap/mean_abs": 0.0,
+        "logp_gap/k3": 0.0,
+        "logp_gap/max_abs": 0.0,
+    }
+    html, data = write(tmp_path, run_of(tmp_path, row))
+    assert figure_of(data, "routing")["says"][0]["text"].startswith("0% of 50 (token, layer) pairs")
+    assert figure_of(data, "layers")["says"][0]["text"] == "No mismatch in any of the 2 MoE layers."
+    assert len(images_of(html)) == 4
+
+
+def test_a_dense_run(tmp_path):
+    html, data = write(tmp_path, make_run(tmp_path / "run", steps=3, layers=0))
+    assert "dense" in html
+    assert figure_of(data, "layers")["data"] == []
+    assert figure_of(data, "routing")["says"][0]["text"] == "No routes were compared."
+
+
+def test_runs_overlaid(tmp_path):
+    a = make_run(tmp_path / "a" / "up", steps=4)
+    b = make_run(tmp_path / "b" / "grpo", loss="grpo", steps=6, layers=2, k=4)
+    html, data = write(tmp_path, a, b)
+    assert [run["label"] for run in data["runs"]] == ["up", "grpo"]
+    assert [entry["run"] for entry in figure_of(data, "reward")["data"]] == ["up", "grpo"]
+    assert len(images_of(html)) == len(FIGURES) + 1  # a heat map for each
+    greedy = summary_of(data)["Held-out pass@8"]
+    assert greedy == ["55% → 95%", "–"]
+    assert all([s["run"] for s in f["says"]] == ["up", "grpo"] for f in data["figures"])
+    assert "<b>grpo:</b>" in html
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [make_run(tmp_path / name / "run", steps=1) for name in "ab"]
+    _, data = write(tmp_path, *paths)
+    assert [run["label"] for run in data["runs"]] == [str(path) for path in paths]
+
+
+def test_what_a_config_says_is_text_not_markup(tmp_path):
+    path = run_of(tmp_path, {"step": 1}, config={"loss": "<script>alert(1)</script>"})
+    html, _ = write(tmp_path, path)
+    assert "<script" not in html and "&lt;script&gt;" in html
+
+
+def test_the_same_store_gives_the_same_page(tmp_path):
+    path = make_run(tmp_path / "run", steps=3)
+    assert write(tmp_path, path) == write(tmp_path, path)
+
+
+def test_bad_folders(tmp_path):
+    output = tmp_path / "report.html"
+    with pytest.raises(UserError, match="no run folder given"):
+        write_report([], output)
+    with pytest.raises(UserError, match="is not a run folder"):
+        write_report([tmp_path], output)
+    empty = RunFolder.create(tmp_path / "empty", {}).path
+    with pytest.raises(UserError, match=r"empty holds no metrics\.jsonl"):
+        write_report([empty], output)
+    run = make_run(tmp_path / "run", steps=1)
+    with pytest.raises(UserError, match="given twice"):
+        write_report([run, tmp_path / "x" / ".." / "run"], output)
+    assert not output.exists()
