@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").r
 setup(
     name="moe_upgrpo",
     version=VERSION,
-    description="RL of mixture-of-experts models on Megatron-Core, with the routing mismatch in view",
+    description="RL of mixture-of-experts models on Megatron-Core, routing mismatch in view",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,3 +1,3 @@
-"""Reinforcement learning of mixture-of-experts models on Megatron-Core, with the routing in view."""
+"""RL of mixture-of-experts models on Megatron-Core, with the routing mismatch in view."""
 
 __version__ = "0.1.0"

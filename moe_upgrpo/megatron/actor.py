@@ -154,7 +154,7 @@ class MegatronActor:
         ]
 
     def _run(self, batches: Sequence[Batch], on_logits, *, train: bool) -> list:
-        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` is its last step."""
+        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` ends each."""
 
         def forward_step(data: Iterator[Batch], model):
             batch = next(data)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """`owner.name` becomes `value` while the backend is applied; `reason` names the upstream line."""
+    """`owner.name` becomes `value` while the backend is applied, for a reason in upstream's code."""
 
     owner: Any
     name: str
@@ -117,7 +117,7 @@ def cpu_replacements() -> list[Replacement]:
             token_dispatcher,
             "maybe_move_tensor_to_cpu",
             _as_numpy_on_cpu,
-            "moe_utils.py:1093 converts CUDA tensors only, and gloo refuses splits that are tensors",
+            "moe_utils.py:1093 converts CUDA tensors only; gloo refuses splits that are tensors",
         ),
         Replacement(
             torch._dynamo.config,

@@ -63,21 +63,19 @@ class Layout:
 
     def check_model(self, model) -> None:
         """Raise UserError where the Hugging Face config `model` does not divide into the layout."""
-        counts = {
-            "num_attention_heads": self.tp,
-            "num_key_value_heads": self.tp,
-            "vocab_size": self.tp,
-            "num_experts": self.ep,
-            "moe_intermediate_size": self.expert_tp,
-        }
-        for field, size in counts.items():
-            value = getattr(model, field)
-            if value % size:
-                axis = "tp" if size == self.tp and field != "num_experts" else "ep"
-                raise UserError(
-                    f"{axis}={size} does not divide the model's {field}={value}. Choose {axis} "
-                    f"among the divisors of {value}."
-                )
+        sizes = (
+            ("tp", self.tp, ("num_attention_heads", "num_key_value_heads", "vocab_size")),
+            ("ep", self.ep, ("num_experts",)),
+            ("etp", self.expert_tp, ("moe_intermediate_size",)),
+        )
+        for name, size, fields in sizes:
+            for field in fields:
+                value = getattr(model, field)
+                if value % size:
+                    raise UserError(
+                        f"{name}={size} does not divide the model's {field}={value}. Choose {name} "
+                        f"among the divisors of {value}."
+                    )
 
     def __str__(self) -> str:
         etp = f"·ETP{self.etp}" if self.etp is not None else ""

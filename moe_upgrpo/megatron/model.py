@@ -96,8 +96,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-        perform_initialization=False,  # every weight is loaded, and the loader checks that
+        # Not skipped although every weight is loaded: initialisation also marks the weights that
+        # tensor parallelism splits (layers.py:883), and gradient norms are wrong without the mark.
+        perform_initialization=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -122,7 +123,7 @@ def build_model(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> GPT
     """This rank's part of the model, weights not yet set (see `moe_upgrpo.megatron.weights`)."""
     layout.check_model(hf)
     config = transformer_config(hf, layout, dtype)
-    model = GPTModel(
+    return GPTModel(
         config,
         block_spec(config),
         vocab_size=hf.vocab_size,
@@ -131,5 +132,4 @@ def build_model(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> GPT
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=_rope(hf)["rope_theta"],
-    )
-    return model.to(device())
+    ).to(device())

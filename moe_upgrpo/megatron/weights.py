@@ -54,7 +54,7 @@ class Form:
 
 
 def _fuse_qkv(qkv: Tensors, hf: PretrainedConfig) -> torch.Tensor:
-    """Query, key and value rows [Q·D | D | D] of each key/value head side by side: [G, (Q+2)·D, H]."""
+    """Query, key and value rows [Q·D | D | D] of each key/value head together: [G, (Q+2)·D, H]."""
     return torch.cat([t.reshape(hf.num_key_value_heads, -1, t.shape[-1]) for t in qkv], dim=1)
 
 
@@ -93,7 +93,7 @@ GATE_UP = Form(  # each rank holds its rows of the gate above its rows of the up
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table: a Megatron parameter, the Hugging Face tensors in it, and their form."""
+    """A row of the table: a Megatron parameter, the Hugging Face tensors in it, and their form."""
 
     megatron: str
     hugging_face: tuple[str, ...]
@@ -159,7 +159,7 @@ QWEN3_MOE: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A parameter of this rank, or a row of this rank's experts, with the names of all its parts."""
+    """A parameter of this rank, or a row of its experts, with the names of all their parts."""
 
     rule: Rule
     parameters: list[str]  # one name, or one for each local expert

@@ -84,7 +84,7 @@ class TrainConfig:
     eval_problems: int | None = None
     """Held-out problems to use. None: all."""
     reference_kl: bool = True
-    """Log the KL divergence from the start model; costs a second copy of it and a forward a step."""
+    """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
 
     def __post_init__(self):
         PolicyLossConfig.preset(self.loss)
@@ -102,7 +102,7 @@ class TrainConfig:
                 raise UserError(f"{name}={value}: at least 1 is needed, or leave it out.")
 
     def layout(self, world_size: int) -> Layout:
-        """The layout on `world_size` ranks, with everything checked that can be before the start."""
+        """The layout on `world_size` ranks, with all checked that can be before the start."""
         layout = Layout.for_world(world_size, tp=self.tp, ep=self.ep, etp=self.etp)
         layout.check_world(world_size)
         if self.prompts % world_size:

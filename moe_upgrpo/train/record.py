@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
+from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import RoutingDivergence, compare_routes
@@ -133,8 +134,8 @@ class StepRecord:
 
 def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
     """Sum over tokens of the k3 estimate of KL(sampler || target)."""
-    log_ratio = logp_target.astype(np.float64) - logp_sampler
-    return float((np.expm1(log_ratio) - log_ratio).sum())
+    sampler, target = (torch.from_numpy(x).double() for x in (logp_sampler, logp_target))
+    return float(k3(sampler, target).sum())
 
 
 def finish(

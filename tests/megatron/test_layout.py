@@ -1,0 +1,61 @@
+"""What divides into what, and the messages where it does not."""
+
+import pytest
+from transformers import Qwen3MoeConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.layout import Layout
+
+
+def test_defaults_by_number_of_ranks():
+    assert [str(Layout.for_world(n)) for n in (1, 2, 3, 4)] == [
+        "TP1·EP1",
+        "TP2·EP2",
+        "TP1·EP1",
+        "TP2·EP2",
+    ]
+    assert Layout.for_world(4, tp=4, ep=1) == Layout(tp=4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expert_tp"),
+    [(Layout(tp=2), 2), (Layout(tp=2, ep=2), 1), (Layout(tp=2, ep=2, etp=2), 2), (Layout(), 1)],
+)
+def test_expert_tensor_parallelism(layout, expert_tp):
+    assert layout.expert_tp == expert_tp
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "words"),
+    [
+        ({"tp": 3}, 2, "tp=3 does not divide the 2 rank"),
+        ({"ep": 4}, 2, r"ep\*etp=4 does not divide the 2 rank"),
+        ({"tp": 2, "ep": 2, "etp": 2}, 2, r"ep\*etp=4 does not divide the 2 rank"),
+        ({"tp": 0}, 2, "tp=0: a parallel size is at least 1"),
+    ],
+)
+def test_ranks_that_do_not_divide(sizes, world_size, words):
+    with pytest.raises(UserError, match=words):
+        Layout(**sizes).check_world(world_size)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(tp=3), "tp=3 does not divide the model's num_attention_heads=4"),
+        (Layout(tp=4), "tp=4 does not divide the model's num_key_value_heads=2"),
+        (Layout(ep=3), "ep=3 does not divide the model's num_experts=8"),
+        (Layout(ep=2, etp=5), "etp=5 does not divide the model's moe_intermediate_size=64"),
+    ],
+)
+def test_models_that_do_not_divide(layout, words):
+    model = Qwen3MoeConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+        num_experts=8,
+        moe_intermediate_size=64,
+    )
+    Layout(tp=2, ep=2).check_model(model)
+    with pytest.raises(UserError, match=words):
+        layout.check_model(model)

@@ -1,0 +1,66 @@
+"""What the command line and the config file accept, and what they say where they do not."""
+
+import pytest
+import tyro
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.train.config import TrainConfig, file_arguments
+
+
+def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "loss: up-gspo\nsteps: 7\nreference_kl: false\noptimizer:\n  lr: 3.0e-4\n  clip-grad: 0\n"
+    )
+    config = tyro.cli(TrainConfig, args=[*file_arguments(file), "--steps", "9"])
+    assert (config.loss, config.steps, config.reference_kl) == ("up-gspo", 9, False)
+    assert (config.optimizer.lr, config.optimizer.clip_grad) == (3e-4, 0)
+    assert config.group == TrainConfig().group
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", "is not YAML"), ("- 1\n", "lines of `option: value`"), (None, "No such file")],
+)
+def test_a_file_that_cannot_be_read(text, words, tmp_path):
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        file_arguments(file)
+
+
+def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("stepps: 3\n")
+    with pytest.raises(SystemExit):
+        tyro.cli(TrainConfig, args=file_arguments(file))
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": "grop"}, "grpo.*up-grpo"),  # the known losses are listed
+        ({"steps": 0}, "steps=0"),
+        ({"group": 1}, "at least 2 responses"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"eval_problems": 0}, "eval_problems=0"),
+    ],
+)
+def test_values_that_cannot_be(options, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "words"),
+    [
+        ({"tp": 3}, 2, "tp=3 does not divide the 2 rank"),
+        ({"prompts": 3}, 2, "prompts=3 is not a multiple of the 2 ranks"),
+        ({"prompts": 2, "group": 3, "minibatches": 4}, 2, "6 sequences .* 4 mini-batches"),
+    ],
+)
+def test_batches_and_ranks_that_do_not_divide(options, world_size, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(**options).layout(world_size)
