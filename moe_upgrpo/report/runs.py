@@ -1,6 +1,5 @@
 """What the report knows of a run: its config, environment and metrics, read from the store."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,11 @@ class Run:
     rows: list[dict[str, Any]]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it was logged and finite."""
+        """Steps and values of a metric, where it was logged and finite (else it is null)."""
         points = [
             (row["step"], float(row[name]))
             for row in self.rows
-            if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+            if isinstance(row.get(name), int | float)
         ]
         return [step for step, _ in points], [value for _, value in points]
 
