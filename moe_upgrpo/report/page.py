@@ -203,6 +203,11 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         values = run.series("eval/problems")[1]
         return f"{values[-1]:,.0f}" if values else None
 
+    def throughput(run: Run) -> str | None:
+        seconds = sum(run.series("time/total")[1])
+        tokens = sum(run.series("tokens/sampled")[1])
+        return f"{tokens / seconds:,.0f}" if seconds and tokens else None
+
     def time_split(run: Run) -> str | None:
         total = sum(run.series("time/total")[1])
         if not total:
@@ -234,7 +239,7 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         ("Log-prob gap, mean |gap|", mean("logp_gap/mean_abs")),
         ("Clipped, advantage > 0", mean("clip/positive", percent)),
         ("Clipped, advantage < 0", mean("clip/negative", percent)),
-        ("Sampled tokens per second", mean("tokens_per_second", "{:,.0f}".format)),
+        ("Sampled tokens per second", throughput),
         ("Time of a step", time_split),
     ]
     return _table(rows, runs)

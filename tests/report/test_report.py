@@ -124,6 +124,17 @@ def test_rates_of_a_run_are_pooled_from_counts(tmp_path):
     assert "40% in the lower half" in figure_of(data, "depth")["says"][0]["text"]
 
 
+def test_throughput_is_tokens_over_seconds_not_a_mean_of_rates(tmp_path):
+    """100 tokens in 1 s and 100 in 4 s are 40 tokens/s; the rates' mean would be 62.5."""
+    rows = [
+        {"step": i, "tokens/sampled": 100, "time/total": seconds, "time/update": 1.0}
+        for i, seconds in ((1, 1.0), (2, 4.0))
+    ]
+    _, data = write(tmp_path, run_of(tmp_path, *rows))
+    assert summary_of(data)["Sampled tokens per second"] == ["40"]
+    assert summary_of(data)["Time of a step"][0].endswith("update 40%, logging 0%")
+
+
 def test_held_out_accuracy_in_words(tmp_path):
     """The standard error of 0.5 on 100 problems is √(0.25/100) = 5%."""
     before = {"step": 0, "eval/greedy": 0.25, "eval/pass@1": 0.2, "eval/problems": 100}
