@@ -96,6 +96,7 @@ class PolicyLossConfig:
             "power_positive": (-math.inf, math.inf),
             "power_negative": (-math.inf, math.inf),
             "router_shift_floor": (1e-6, 1),
+            "off_policy_limit": (-math.inf, math.inf),
             "token_sum_norm": (1e-6, math.inf),
         }
         for name, (low, high) in ranges.items():

@@ -175,6 +175,6 @@ def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
         if len(bad):
             b, t = bad[0].tolist()
             raise UserError(
-                f"{name}: {x[b, t].item()} given at sequence {b}, position {t} ({len(bad)} of them); "
+                f"{name}: {x[b, t].item()} given at sequence {b}, position {t} ({len(bad)} such); "
                 "allowed: finite numbers wherever the mask is 1"
             )

@@ -1,0 +1,134 @@
+"""Advantages, dynamic sampling, overlong shaping by hand; KL estimators against the exact KL."""
+
+import math
+
+import pytest
+import torch
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import (
+    dynamic_sampling,
+    group_advantages,
+    informative_groups,
+    kl_estimate,
+    overlong_penalty,
+)
+
+# two groups of 4: mean .25, std with n−1 = sqrt((.5625 + 3·.0625)/3) = .5; and all equal
+REWARDS = torch.tensor([1.0, 0, 0, 0, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("grpo", [0.75 / 0.500001, *[-0.25 / 0.500001] * 3]),
+        ("dr-grpo", [0.75, -0.25, -0.25, -0.25]),
+        ("rloo", [1 - 0, *[0 - 1 / 3] * 3]),
+    ],
+)
+def test_group_advantages(kind, expected):
+    advantages = group_advantages(REWARDS, 4, kind)
+    assert advantages[:4].tolist() == pytest.approx(expected, rel=1e-12)
+    assert advantages[4:].tolist() == [0.0] * 4
+
+
+def test_equal_rewards_give_exactly_zero():
+    """The mean of eight .1 is not .1 in float32: left alone, its rounding becomes an advantage."""
+    rewards = torch.full((8,), 0.1)
+    assert (rewards - rewards.mean()).count_nonzero() == 8
+    assert group_advantages(rewards, 8).count_nonzero() == 0
+
+
+def test_integer_rewards():
+    assert group_advantages(torch.tensor([1, 0]), 2, "rloo").tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "size", "kind", "says"),
+    [
+        (torch.zeros(6), 4, "grpo", "group_size 4"),
+        (torch.zeros(4), 1, "grpo", "group_size 1"),
+        (torch.zeros(0), 2, "grpo", "N > 0"),
+        (torch.zeros(2, 2), 2, "grpo", r"shape \(2, 2\)"),
+        (torch.tensor([1.0, math.nan]), 2, "grpo", "rewards: NaN"),
+        (torch.zeros(4), 2, "gae", "'gae' given; allowed: grpo, dr-grpo, rloo"),
+    ],
+)
+def test_bad_rewards(rewards, size, kind, says):
+    with pytest.raises(UserError, match=says):
+        group_advantages(rewards, size, kind)
+
+
+def test_informative_groups():
+    assert informative_groups(REWARDS, 4).tolist() == [True, False]
+
+
+def test_dynamic_sampling_draws_until_it_has_enough():
+    batches = iter(
+        [
+            [("a", [1, 1]), ("b", [0, 1])],
+            [("c", [0, 0]), ("d", [0, 0])],
+            [("e", [1, 0]), ("f", [0, 1])],
+        ]
+    )
+    kept = dynamic_sampling(lambda: next(batches), groups=2, max_batches=5)
+    assert kept == [("b", [0, 1]), ("e", [1, 0])]
+
+
+def test_dynamic_sampling_is_bounded():
+    calls = []
+
+    def hopeless():
+        calls.append(1)
+        return [("a", [1.0, 1.0])]
+
+    with pytest.raises(UserError, match="max_batches: 3 gave 0 groups"):
+        dynamic_sampling(hopeless, groups=1, max_batches=3)
+    assert len(calls) == 3
+    with pytest.raises(UserError, match="groups, max_batches: 0, 3"):
+        dynamic_sampling(hopeless, groups=0, max_batches=3)
+
+
+def test_overlong_penalty():
+    """L_max 20, buffer 4: free up to 16, −1 at 20, beyond it further down the line."""
+    lengths = torch.tensor([0, 16, 17, 18, 20, 22])
+    assert overlong_penalty(lengths, 20, 4).tolist() == [0, 0, -0.25, -0.5, -1, -1.5]
+    assert overlong_penalty(lengths, 20, 4, factor=2).tolist() == [0, 0, -0.5, -1, -2, -3]
+    for buffer in (0, 21):
+        with pytest.raises(UserError, match=f"buffer: {buffer} given"):
+            overlong_penalty(lengths, 20, buffer)
+
+
+def test_kl_by_hand():
+    """π = .5, π_ref = .25: d = −ln 2; k1 = ln 2, k2 = (ln 2)²/2, k3 = .5 + ln 2 − 1."""
+    lp, ref = torch.tensor([0.5]).double().log(), torch.tensor([0.25]).double().log()
+    ln2 = math.log(2)
+    for kind, value in (("k1", ln2), ("k2", ln2**2 / 2), ("k3", 0.5 + ln2 - 1)):
+        assert kl_estimate(lp, ref, kind).item() == pytest.approx(value, rel=1e-12)
+
+
+def test_k1_and_k3_are_unbiased_and_the_gradient_of_k2_is_the_kls():
+    """Exact expectations over a categorical of 5; the gradient of E_π[k2], its samples fixed."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(5, generator=g, dtype=torch.float64).log_softmax(-1)
+    lp = logits.log_softmax(-1)
+    p = lp.exp()
+    kl = (p * (lp - ref)).sum()
+    for kind in ("k1", "k3"):
+        assert (p * kl_estimate(lp, ref, kind)).sum().item() == pytest.approx(kl.item(), rel=1e-12)
+    (exact,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    expectation = (p.detach() * kl_estimate(lp, ref, "k2")).sum()
+    (estimated,) = torch.autograd.grad(expectation, logits)
+    torch.testing.assert_close(estimated, exact, rtol=1e-12, atol=1e-15)
+
+
+def test_kl_extremes_and_bad_input():
+    lp = torch.tensor([-1e3, -1.0], requires_grad=True)
+    k3 = kl_estimate(lp, torch.tensor([-1.0, -1e3]), "k3")
+    k3.sum().backward()
+    assert k3.isfinite().all() and lp.grad.isfinite().all()
+    with pytest.raises(UserError, match="'k4' given; allowed: k1, k2, k3"):
+        kl_estimate(lp, lp, "k4")
+    with pytest.raises(UserError, match=r"ref_log_probs: shape \(3,\) given; allowed: \(2,\)"):
+        kl_estimate(lp, torch.zeros(3))
