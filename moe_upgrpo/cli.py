@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -56,14 +59,15 @@ def _train(arguments: list[str]) -> None:
             *arguments[:at],
             *arguments[at + 2 :],
         ]
-    config = tyro.cli(
-        TrainConfig,
-        args=arguments,
-        prog="train_moe.sh",
-        console_outputs=_rank() == 0,
-    )
+    # Every rank finds the same mistake in the options; rank 0 says it.
+    with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
+        config = tyro.cli(
+            TrainConfig, args=arguments, prog="train_moe.sh", console_outputs=_rank() == 0
+        )
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
 
+    # Apex and Transformer Engine are optional: thirty lines of warnings would hide the rest.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     from moe_upgrpo.train.loop import train
 
     train(config)

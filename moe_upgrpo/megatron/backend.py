@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """`owner.name` becomes `value` while the backend is applied, for a reason in upstream's code."""
+    """`owner.name` becomes `value` while the backend is applied; `reason`: upstream's line."""
 
     owner: Any
     name: str

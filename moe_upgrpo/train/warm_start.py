@@ -68,7 +68,9 @@ def tiny_model_config(
         router_aux_loss_coef=0.0,
         max_position_embeddings=max_positions,
         tie_word_embeddings=False,
-        pad_token_id=arithmetic.PAD_ID,
+        # No padding row: transformers would make it exactly 0 and leave it out of every gradient.
+        # Sampled responses may hold the token, and the gradient of RMSNorm at 0 is a thousandfold.
+        pad_token_id=None,
         eos_token_id=arithmetic.EOS_ID,
         bos_token_id=None,
     )

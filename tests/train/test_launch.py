@@ -1,0 +1,269 @@
+"""A whole job as a user starts it, and jobs that go wrong: real torchrun, two ranks.
+
+Not covered here: that training raises accuracy in earnest (`make train`; the README states it).
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+
+from moe_upgrpo.store import overlap_array, read_config, read_metrics, read_tokens
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "examples/train_moe.sh"
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+PROMPTS, GROUP, STEPS, LAYERS = 8, 4, 3, 2
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def options(output_dir: Path, cache: Path, *more: str) -> list[str]:
+    """One-digit sums on a model that is warm-started in seconds."""
+    return [
+        *("--output-dir", str(output_dir), "--cache-dir", str(cache), "--digits", "1"),
+        *("--tiny.layers", str(LAYERS), "--tiny.hidden", "64"),
+        *("--warm-start.probe-problems", "64", "--steps", str(STEPS)),
+        *("--prompts", str(PROMPTS), "--group", str(GROUP), "--minibatches", "2"),
+        *("--eval-every", "2", *more),
+    ]
+
+
+def launch(*command: str, timeout_s: float = 60, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def torchrun(ranks: int, *arguments: str, **keywords) -> subprocess.CompletedProcess:
+    return launch(str(TORCHRUN), "--nproc-per-node", str(ranks), SCRIPT, *arguments, **keywords)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, cache):
+    """`torchrun --nproc-per-node 2 examples/train_moe.sh`, TP2·EP2."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = torchrun(2, *options(folder, cache, "--loss", "up-gspo"), timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result.stdout
+
+
+def test_a_run_leaves_its_folder_and_says_what_it_did(run):
+    folder, output = run
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "env.json", "metrics.jsonl", "tokens", "checkpoints"}
+    assert (folder / "report.html").stat().st_size > 10_000
+    config = read_config(folder)
+    assert (config["layout"], config["loss"], config["world_size"]) == ("TP2·EP2", "up-gspo", 2)
+    assert json.loads((folder / "env.json").read_text())["versions"]["megatron-core"]
+    for words in ("up-gspo on TP2·EP2, 2 rank(s)", "sampled tokens/s", "update", str(folder)):
+        assert words in output
+    assert output.count("\nstep ") == STEPS  # plain lines where there is no terminal
+
+
+def test_the_metrics_agree_with_the_token_log(run):
+    folder, _ = run
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if "eval/greedy" in row] == [0, 2, 3]
+    for row in rows[1:]:
+        table = read_tokens(folder, steps=[row["step"]])
+        column = {n: table[n].to_numpy() for n in table.column_names if n != "overlap"}
+        first = np.unique(column["sequence"], return_index=True)[1]
+        assert len(first) == PROMPTS * GROUP and row["tokens/sampled"] == len(table)
+        assert row["reward/mean"] == pytest.approx(column["reward"][first].mean())
+        assert row["response/length_mean"] == pytest.approx(len(table) / len(first))
+        gap = column["logp_old"].astype(np.float64) - column["logp_rollout"]
+        assert row["logp_gap/mean_abs"] == pytest.approx(np.abs(gap).mean(), rel=1e-5)
+        assert row["logp_gap/k3"] == pytest.approx((np.exp(gap) - 1 - gap).mean(), rel=1e-3)
+        assert row["ratio/max"] == pytest.approx(column["ratio"].max(), rel=1e-6)
+        mismatched = column["layers_mismatched"].sum()
+        assert row["mismatch/router_rate"] == pytest.approx(mismatched / (len(table) * LAYERS))
+        assert row["mismatch/router_denominator"] == len(table) * LAYERS
+        assert len(row["mismatch/by_layer"]) == LAYERS
+        for name in ("entropy/mean", "grad_norm", "kl/warm_start", "loss/policy", "time/update"):
+            assert math.isfinite(row[name]), name
+        assert row["kl/warm_start"] >= 0
+
+
+def test_the_token_log_means_what_the_design_says(run):
+    folder, _ = run
+    table = read_tokens(folder)
+    column = {n: table[n].to_numpy() for n in table.column_names if n != "overlap"}
+    np.testing.assert_allclose(
+        column["ratio"], np.exp(column["logp_train"] - column["logp_old"]), rtol=1e-6
+    )
+    overlap = overlap_array(table)
+    assert overlap.shape == (len(table), LAYERS) and overlap.max() == 2
+    np.testing.assert_array_equal((overlap < 2).sum(axis=1), column["layers_mismatched"])
+    # "0+0=" is 4 tokens, so responses begin at position 4 and run without a gap.
+    for step in range(1, STEPS + 1):
+        at = column["step"] == step
+        for sequence in np.unique(column["sequence"][at]):
+            positions = column["position"][at & (column["sequence"] == sequence)]
+            np.testing.assert_array_equal(positions, 4 + np.arange(len(positions)))
+    np.testing.assert_array_equal(column["prompt"], column["sequence"] // GROUP)
+    # bf16 rollouts and an fp32 trainer: close, not equal. Later optimizer steps move the ratio.
+    gap = np.abs(column["logp_old"] - column["logp_rollout"])
+    assert 0 < gap.mean() < 0.2
+    assert (column["ratio"] != 1).any()
+    # Group-normalised advantages, in some group with both outcomes.
+    sign = pc.unique(table["advantage"]).to_numpy()
+    assert (sign > 0).any() and (sign < 0).any()
+
+
+def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
+    folder, _ = run
+    trained = folder / "checkpoints" / f"step-{STEPS:06d}"
+    start = next(cache.glob("warm-start-*"))
+    after, before = (load_file(path / "model.safetensors") for path in (trained, start))
+    assert after.keys() == before.keys()
+    moved = sum(not torch.equal(after[name], before[name]) for name in after)
+    assert moved > 0.8 * len(after)  # few tokens: some experts may have seen none
+    Qwen3MoeForCausalLM.from_pretrained(trained)
+    assert AutoTokenizer.from_pretrained(trained)("1+2=").input_ids == [4, 13, 5, 14]
+
+
+@pytest.mark.parametrize(
+    ("command", "layout"),
+    [
+        ((str(TORCHRUN), SCRIPT), "TP1·EP1, 1 rank(s)"),
+        (("bash", SCRIPT), "TP2·EP2, 2 rank(s)"),
+    ],
+    ids=["plain torchrun", "bash"],
+)
+def test_the_other_ways_to_start(command, layout, run, cache, tmp_path):
+    path = f"{TORCHRUN.parent}:{os.environ['PATH']}"
+    result = launch(*command, *options(tmp_path / "r", cache, "--steps", "1"), PATH=path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert layout in result.stdout
+    assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1]
+
+
+def assert_fails(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Not a success, and one message, above torchrun's own."""
+    assert result.returncode != 0
+    assert result.stderr.count("\nerror: ") + result.stderr.startswith("error: ") == 1
+    message = result.stderr.split("error: ", 1)[1].split("\nTraceback")[0]
+    for word in words:
+        assert word in message, message
+
+
+def test_a_layout_that_does_not_divide_the_ranks(cache, tmp_path):
+    result = torchrun(2, *options(tmp_path / "r", cache, "--tp", "3"))
+    assert_fails(result, "tp=3 does not divide the 2 rank(s)", "--nproc-per-node")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_layout_that_does_not_divide_the_heads(cache, tmp_path):
+    result = torchrun(4, *options(tmp_path / "r", cache, "--tp", "4", "--ep", "1"))
+    assert_fails(result, "tp=4 does not divide the model's num_key_value_heads=2")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_loss_that_does_not_exist(cache, tmp_path):
+    result = torchrun(2, *options(tmp_path / "r", cache, "--loss", "grop"))
+    box = result.stderr[: result.stderr.index("Traceback")]  # the command line's own, once
+    assert result.returncode != 0 and box.count("Error parsing TrainConfig") == 1
+    for word in ("'grop'", " grpo,", " gspo,", " up-grpo,", " up-gspo,"):
+        assert word in box.replace("\n", " ").replace("│", " "), box
+
+
+def test_a_folder_that_holds_another_run(run, cache):
+    folder, _ = run
+    before = read_metrics(folder)
+    result = torchrun(2, *options(folder, cache))
+    assert_fails(result, "already holds a run", "--output-dir")
+    assert read_metrics(folder) == before
+
+
+def broken_checkpoint(source: Path, target: Path, change) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    state = load_file(source / "model.safetensors")
+    change(state)
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def test_a_checkpoint_whose_shapes_do_not_match(run, cache, tmp_path):
+    def narrow(state):
+        state[NAME] = state[NAME][:, :32].clone()
+
+    start = next(cache.glob("warm-start-*"))
+    model = broken_checkpoint(start, tmp_path / "model", narrow)
+    result = torchrun(2, *options(tmp_path / "r", cache, "--model", str(model)))
+    assert_fails(result, NAME, "(64, 32)", "does not fit")
+
+
+def test_non_finite_log_probs(run, cache, tmp_path):
+    def break_head(state):
+        state["lm_head.weight"][5, 0] = float("nan")
+
+    start = next(cache.glob("warm-start-*"))
+    model = broken_checkpoint(start, tmp_path / "model", break_head)
+    result = torchrun(2, *options(tmp_path / "r", cache, "--model", str(model)))
+    assert_fails(result, "not finite", "non-finite weights")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, run, cache, tmp_path):
+    folder = tmp_path / "r"
+    job = subprocess.Popen(
+        [
+            *(str(TORCHRUN), "--nproc-per-node", "2", SCRIPT),
+            *options(folder, cache, "--steps", "100000", "--eval-every", "100000"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 4:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(rank_pid(job.pid, victim), signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert f"rank {1 - victim} lost another rank" in errors or "Signal 9 (SIGKILL)" in errors
+    steps = [row["step"] for row in read_metrics(folder)]
+    assert steps == list(range(len(steps))) and len(steps) >= 4
+    assert set(read_tokens(folder)["step"].to_pylist()) >= set(steps[1:])
+
+
+def rank_pid(agent: int, rank: int) -> int:
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    for child in map(int, children):
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
+            return child
+    raise AssertionError(f"torchrun {agent} has no rank {rank} among {children}")
