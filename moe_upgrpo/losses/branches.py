@@ -120,17 +120,12 @@ def gspo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
 # GSPO-token: s_t = sg(s)·π/sg(π), so that every token carries its own advantage and gradient.
 
 
-def gspo_token_ratio(t: Tokens) -> Tensor:
-    own_log_ratio_BT = t.log_probs_BT - t.log_probs_BT.detach()
-    return guarded_exp(t.log_sequence_ratio_B1.detach() + own_log_ratio_BT)
-
-
 def gspo_token_positive(t: Tokens, cfg: "Config") -> Tensor:
-    return gspo_token_ratio(t).clamp(max=cfg.upper)
+    return t.token_sequence_ratio_BT.clamp(max=cfg.upper)
 
 
 def gspo_token_negative(t: Tokens, cfg: "Config") -> Tensor:
-    return gspo_token_ratio(t).clamp(min=cfg.lower)
+    return t.token_sequence_ratio_BT.clamp(min=cfg.lower)
 
 
 # --- TIC-GRPO (arXiv 2508.02833): the trajectory ratio R = ∏r, no 1/|y|

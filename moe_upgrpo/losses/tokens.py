@@ -138,7 +138,13 @@ class Tokens:
     @cached_property
     def self_ratio_BT(self) -> Tensor:
         """π_θ/sg(π_θ): value 1, gradient ∇log π_θ."""
-        return (self.log_probs_BT - self.log_probs_BT.detach()).exp()
+        # π_old is constant, so the log-ratio, which is masked already, does for log π_θ
+        return (self.raw_log_ratio_BT - self.raw_log_ratio_BT.detach()).exp()
+
+    @cached_property
+    def token_sequence_ratio_BT(self) -> Tensor:
+        """s_t = sg(s)·π_θ/sg(π_θ): the sequence's value, the token's own gradient."""
+        return self.sequence_ratio_B1.detach() * self.self_ratio_BT
 
 
 def mask_and_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
