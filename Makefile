@@ -10,6 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
 
 .PHONY: train test lint setup clean
 .DEFAULT_GOAL := help
@@ -32,6 +33,12 @@ $(STAMP): setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[report,dev]'
 	@touch $@
 
+# What the tests compare with, beside what training needs.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[report,dev,parity]'
+	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1 trl==1.16.0
+	@touch $@
+
 train: $(STAMP)
 	bash examples/train_moe.sh $(ARGS)
 
@@ -39,7 +46,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
 
 clean:

@@ -66,11 +66,20 @@ def _train(arguments: list[str]) -> None:
         )
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
 
-    # Apex and Transformer Engine are optional: thirty lines of warnings would hide the rest.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    _silence_upstream()
     from moe_upgrpo.train.loop import train
 
     train(config)
+
+
+def _silence_upstream() -> None:
+    """Dozens of warnings at each start would hide the run's own lines. None asks for an action."""
+    # Optional packages that are not installed.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    # Megatron-Core 0.16 calls collectives by names that newer torch calls deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # schedules.py retains the gradient of activations, leaves or not.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 def _report(arguments: list[str]) -> None:

@@ -242,7 +242,7 @@ class MegatronActor:
                 global_sequences=counts[1],
             )
             seen = log_probs_BS.detach().cpu().numpy(), result.clipped.cpu().numpy()
-            return result.loss * undo_means, (seen, float(result.loss), result.metrics)
+            return result.loss * undo_means, (seen, float(result.loss.detach()), result.metrics)
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
