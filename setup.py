@@ -37,7 +37,15 @@ setup(
         "dev": ["pytest", "pytest-timeout", "hypothesis", "scipy", "ruff"],
         # What verl and TRL import where the tests compare losses with theirs. The two themselves
         # are installed without dependencies (Makefile): theirs ask for a GPU.
-        "parity": ["ray", "tensordict", "omegaconf", "codetiming", "accelerate", "datasets"],
+        "parity": [
+            "ray",
+            "tensordict",
+            "omegaconf",
+            "codetiming",
+            "orjson",
+            "accelerate",
+            "datasets",
+        ],
     },
     entry_points={"console_scripts": ["moe-upgrpo=moe_upgrpo.cli:main"]},
 )
