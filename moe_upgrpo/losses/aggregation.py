@@ -18,6 +18,7 @@ class Aggregation:
     """denominator: which global count it divides by; weight: w_b from (lengths `[B]`, count, H)."""
 
     denominator: str
+    formula: str
     weight: Callable[[Tensor, float, float], Tensor]
     source: str
 
@@ -25,21 +26,25 @@ class Aggregation:
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": Aggregation(
         "global_tokens",
+        "1/N",
         lambda lengths, tokens, norm: torch.full_like(lengths, 1 / tokens),
         "DAPO, arXiv 2503.14476; verl's default",
     ),
     "seq-mean-token-mean": Aggregation(
         "global_sequences",
+        "1/(S·length)",
         lambda lengths, sequences, norm: 1 / (sequences * lengths.clamp(min=1)),
         "GRPO, arXiv 2402.03300; GSPO, GMPO, SAPO",
     ),
     "seq-mean-token-sum": Aggregation(
         "global_sequences",
+        "1/S",
         lambda lengths, sequences, norm: torch.full_like(lengths, 1 / sequences),
         "TIC-GRPO, TOPR",
     ),
     "seq-mean-token-sum-norm": Aggregation(
         "global_sequences",
+        "1/(S·H), H = `token_sum_norm`",
         lambda lengths, sequences, norm: torch.full_like(lengths, 1 / (sequences * norm)),
         "Dr.GRPO, arXiv 2503.20783",
     ),

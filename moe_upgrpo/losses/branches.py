@@ -320,15 +320,18 @@ def starting_with(first: str) -> tuple[str, ...]:
 class Branch:
     """A loss as data.
 
-    positive, negative: the sides it can serve; None where it has none.
+    positive, negative: its two sides; each may be combined with the other of another branch that
+        shares an aggregation.
+    c: the coefficients for A > 0 and A < 0, as the docs print them.
     aggregations: those it is defined with, the source's own first.
     fields: the config fields it reads.
     arguments: optional arguments of `policy_loss` it reads.
     coupled: f of a sequence depends on all its tokens, so token-level weights do not apply.
     """
 
-    positive: Side | None
-    negative: Side | None
+    positive: Side
+    negative: Side
+    c: tuple[str, str]
     aggregations: tuple[str, ...] = ANY
     fields: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
@@ -345,22 +348,26 @@ BRANCHES: dict[str, Branch] = {
     "log-likelihood": Branch(
         positive=LIKELIHOOD,
         negative=LIKELIHOOD,
+        c=("1", "1"),
         source="arXiv 2607.06987; verl gpg",
     ),
     "self-ratio": Branch(
         positive=SELF_RATIO,
         negative=SELF_RATIO,
+        c=("1", "1"),
         source="arXiv 2607.06987",
     ),
     "ppo": Branch(
         positive=Side(ppo_positive, token_ratio, ppo_positive_clip),
         negative=Side(ppo_negative, token_ratio, ppo_negative_clip),
+        c=("r·1[r ≤ 1+εh]", "r·1[1−εl ≤ r ≤ C]"),
         fields=("clip_low", "clip_high", "dual_clip"),
         source="arXiv 1707.06347, 1912.09729; verl vanilla",
     ),
     "gspo": Branch(
         positive=Side(gspo_positive, sequence_ratio, gspo_positive_clip),
         negative=Side(gspo_negative, sequence_ratio, gspo_negative_clip),
+        c=("s·1[s ≤ 1+εh]", "s·1[s ≥ 1−εl]"),
         aggregations=("seq-mean-token-mean",),
         fields=("clip_low", "clip_high"),
         coupled=True,
@@ -369,6 +376,7 @@ BRANCHES: dict[str, Branch] = {
     "gspo-token": Branch(
         positive=Side(gspo_token_positive, sequence_ratio, gspo_positive_clip),
         negative=Side(gspo_token_negative, sequence_ratio, gspo_negative_clip),
+        c=("s·1[s ≤ 1+εh]", "s·1[s ≥ 1−εl]"),
         aggregations=starting_with("seq-mean-token-mean"),
         fields=("clip_low", "clip_high"),
         source="arXiv 2507.18071; verl gspo",
@@ -376,6 +384,7 @@ BRANCHES: dict[str, Branch] = {
     "tic-upper": Branch(
         positive=TIC_UPPER,
         negative=TIC_UPPER,
+        c=("R·1[R ≤ 1+εh]", "R·1[R ≤ 1+εh]"),
         aggregations=("seq-mean-token-sum",),
         fields=("clip_high",),
         coupled=True,
@@ -384,6 +393,7 @@ BRANCHES: dict[str, Branch] = {
     "tic-min": Branch(
         positive=TIC_UPPER,
         negative=Side(tic_free, trajectory_ratio, tic_free_clip),
+        c=("R·1[R ≤ 1+εh]", "R"),
         aggregations=("seq-mean-token-sum",),
         fields=("clip_high",),
         coupled=True,
@@ -392,6 +402,7 @@ BRANCHES: dict[str, Branch] = {
     "gmpo": Branch(
         positive=Side(gmpo_positive, gmpo_positive, gmpo_positive_clip),
         negative=Side(gmpo_negative, gmpo_negative, gmpo_negative_clip),
+        c=("ρ·1[log r ≤ εh]", "ρ·1[log r ≥ −εl]"),
         aggregations=("seq-mean-token-mean",),
         fields=("clip_low", "clip_high"),
         coupled=True,
@@ -400,24 +411,28 @@ BRANCHES: dict[str, Branch] = {
     "cispo": Branch(
         positive=CISPO,
         negative=CISPO,
+        c=("clip(r, 1−εl, 1+εh)", "clip(r, 1−εl, 1+εh)"),
         fields=("clip_low", "clip_high"),
         source="arXiv 2506.13585; verl cispo",
     ),
     "dppo-tv": Branch(
         positive=dppo_side(moved_up_tv, upwards=True),
         negative=dppo_side(moved_down_tv, upwards=False),
+        c=("min(r, cap)·1[π−π_old ≤ δ]", "min(r, cap)·1[π−π_old ≥ −δ]"),
         fields=("divergence_limit", "ratio_cap"),
         source="arXiv 2602.04879; verl dppo_tv",
     ),
     "dppo-kl": Branch(
         positive=dppo_side(moved_up_kl, upwards=True),
         negative=dppo_side(moved_down_kl, upwards=False),
+        c=("min(r, cap)·1[kl ≤ δ or π ≤ π_old]", "min(r, cap)·1[kl ≤ δ or π ≥ π_old]"),
         fields=("divergence_limit", "ratio_cap"),
         source="arXiv 2602.04879; verl dppo_kl",
     ),
     "topr": Branch(
         positive=LIKELIHOOD,
         negative=Side(topr_negative, topr_weight),
+        c=("1", "min(∏π/μ, 1)"),
         aggregations=starting_with("seq-mean-token-sum"),
         arguments=("rollout_log_probs",),
         source="arXiv 2503.14286",
@@ -425,12 +440,14 @@ BRANCHES: dict[str, Branch] = {
     "aspo": Branch(
         positive=Side(aspo_positive, aspo_positive_weight, aspo_positive_clip),
         negative=Side(aspo_negative, aspo_negative_weight, aspo_negative_clip),
+        c=("min(1/r, C)·1[r ≤ 1+εh]", "min(r, C)·1[r ≥ 1−εl]"),
         fields=("clip_low", "clip_high", "dual_clip"),
         source="arXiv 2510.06062; wizard-III/Archer2.0",
     ),
     "sapo": Branch(
         positive=sapo_side("sapo_tau_positive"),
         negative=sapo_side("sapo_tau_negative"),
+        c=("4σ(1−σ)·r, σ = σ(τ₊(r−1))", "4σ(1−σ)·r, σ = σ(τ₋(r−1))"),
         aggregations=starting_with("seq-mean-token-mean"),
         fields=("sapo_tau_positive", "sapo_tau_negative"),
         source="arXiv 2511.20347; verl sapo",
@@ -438,6 +455,7 @@ BRANCHES: dict[str, Branch] = {
     "power": Branch(
         positive=power_side("power_positive"),
         negative=power_side("power_negative"),
+        c=("r^γ₊", "r^γ₋"),
         fields=("power_positive", "power_negative"),
         source="derived: c = r^γ",
     ),

@@ -55,9 +55,8 @@ class PolicyLossConfig:
     def __post_init__(self):
         for sign in ("positive", "negative"):
             name = getattr(self, sign)
-            allowed = [n for n, branch in BRANCHES.items() if getattr(branch, sign)]
-            if name not in allowed:
-                raise UserError(f"{sign}: {name!r} given; allowed: {', '.join(allowed)}")
+            if name not in BRANCHES:
+                raise UserError(f"{sign}: {name!r} given; allowed: {', '.join(BRANCHES)}")
             self._check_aggregation(sign, name)
         self._check_ranges()
         if self.correction.token_level and self._corrects_coupled():

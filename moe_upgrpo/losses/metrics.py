@@ -19,66 +19,52 @@ class Metric(NamedTuple):
     denominator: Tensor | float
 
 
+def mean(numerator: float, denominator: float) -> float:
+    return numerator / denominator
+
+
+def effective_sample_size(sum_w: float, sum_w2: float) -> float:
+    """(Σw)²/Σw² (Kish): how many equally weighted tokens would be as good."""
+    return sum_w**2 / sum_w2
+
+
 @dataclass(frozen=True)
 class Definition:
     """formula: of the value; normaliser: what the denominator counts; value: from the two sums."""
 
     formula: str
     normaliser: str
-    value: Callable[[float, float], float] = lambda numerator, denominator: numerator / denominator
+    value: Callable[[float, float], float] = mean
 
 
-_effective = Definition(
-    "(Σw)²/Σw², in tokens",
-    "Σw²",
-    lambda sum_w, sum_w2: sum_w**2 / sum_w2,
-)
-_POSITIVE, _NEGATIVE, _ALL = "tokens with A > 0", "tokens with A < 0", "response tokens"
+ALL, POSITIVE, NEGATIVE = "response tokens", "tokens with A > 0", "tokens with A < 0"
+CORRECTED = "tokens that the correction applies to"
 
 GLOSSARY: dict[str, Definition] = {
-    "ppo_kl": Definition("mean(log π_old − log π_θ): k1 of KL(π_old‖π_θ)", _ALL),
-    "ratio_mean": Definition("mean r, r = π_θ/π_old (guarded at e^20)", _ALL),
-    "ratio_effective_sample_size": Definition("(Σr)²/Σr², in tokens", "Σr²", _effective.value),
-    "positive_fraction": Definition("share of tokens with A > 0", _ALL),
-    "negative_fraction": Definition("share of tokens with A < 0", _ALL),
-    "clip_fraction": Definition(
-        "share of tokens whose gradient the loss's own rule removed (`PolicyLoss.clipped`)", _ALL
-    ),
-    "clip_fraction_positive_upper": Definition(
-        "share of positive tokens cut by an upper bound", _POSITIVE
-    ),
-    "clip_fraction_positive_lower": Definition(
-        "share of positive tokens cut by a lower bound", _POSITIVE
-    ),
-    "clip_fraction_negative_upper": Definition(
-        "share of negative tokens cut by an upper bound (ppo: the dual clip)", _NEGATIVE
-    ),
-    "clip_fraction_negative_lower": Definition(
-        "share of negative tokens cut by a lower bound", _NEGATIVE
-    ),
-    "dual_clip_fraction": Definition(
-        "share of negative tokens with r > C; only where the loss has a dual clip", _NEGATIVE
-    ),
+    "ppo_kl": Definition("mean of log π_old − log π: k1 of KL(π_old‖π)", ALL),
+    "ratio_mean": Definition("mean of r = π/π_old, cut at e^20", ALL),
+    "ratio_effective_sample_size": Definition("(Σr)²/Σr², in tokens", "Σr²", effective_sample_size),
+    "positive_fraction": Definition("share with A > 0", ALL),
+    "negative_fraction": Definition("share with A < 0", ALL),
+    "clip_fraction": Definition("share whose gradient the loss's own rule took away", ALL),
+    "clip_fraction_positive_upper": Definition("share cut by an upper bound", POSITIVE),
+    "clip_fraction_positive_lower": Definition("share cut by a lower bound", POSITIVE),
+    "clip_fraction_negative_upper": Definition("share cut by an upper bound", NEGATIVE),
+    "clip_fraction_negative_lower": Definition("share cut by a lower bound", NEGATIVE),
+    "dual_clip_fraction": Definition("share with r > C, for losses with a dual clip", NEGATIVE),
     "positive_beyond_upper_fraction": Definition(
-        "share of positive tokens whose gradient the *negative* branch's own loss would have "
-        "removed: exactly where UP-X differs from X",
-        _POSITIVE,
+        "share that the loss of the negative branch would cut: where UP-X and X differ", POSITIVE
     ),
     "gradient_share_positive": Definition(
-        "Σ_{A>0} w|A|c / Σ w|A|c, c the gradient coefficient, w aggregation and correction weight",
-        "Σ w|A|c",
+        "Σ_{A>0} w·|A|·c / Σ w·|A|·c, w of the aggregation, c with correction weights", "Σ w·|A|·c"
     ),
-    "correction_weight_mean": Definition(
-        "mean weight of the rollout correction", "tokens it applies to"
-    ),
-    "correction_zero_fraction": Definition("share of tokens it drops", "tokens it applies to"),
+    "off_policy_mask_fraction": Definition("share that the off-policy mask drops", NEGATIVE),
+    "router_shift_mean": Definition("mean of RSPO's γ", ALL),
+    "correction_weight_mean": Definition("mean weight", CORRECTED),
+    "correction_zero_fraction": Definition("share dropped", CORRECTED),
     "correction_effective_sample_size": Definition(
-        "(Σw)²/Σw² of its weights, in tokens", "Σw²", _effective.value
+        "(Σw)²/Σw² of the weights, in tokens", "Σw²", effective_sample_size
     ),
-    "off_policy_mask_fraction": Definition(
-        "share of negative tokens in sequences that the off-policy mask drops", _NEGATIVE
-    ),
-    "router_shift_mean": Definition("mean γ of RSPO", _ALL),
 }
 
 
