@@ -69,7 +69,7 @@ GLOSSARY: dict[str, Definition] = {
 
 
 def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
-    """Sum numerators and denominators over micro-batches or ranks.
+    """Sum numerators and denominators over micro-batches or ranks, in double precision.
 
     Raises:
         UserError: no parts, or parts whose metrics differ (they come from different losses).
@@ -80,7 +80,10 @@ def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
     if any(part.keys() != parts[0].keys() for part in parts):
         raise UserError("parts: metrics differ between micro-batches; allowed: those of one config")
     return {
-        name: Metric(*(sum(column) for column in zip(*(p[name] for p in parts), strict=True)))
+        name: Metric(
+            sum(float(part[name].numerator) for part in parts),
+            sum(float(part[name].denominator) for part in parts),
+        )
         for name in parts[0]
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moe_upgrpo.losses import PolicyLossConfig, gradient_coefficients, policy_loss
+from moe_upgrpo.losses import PolicyLossConfig, branches, gradient_coefficients, policy_loss
 from moe_upgrpo.losses.tokens import Tokens
 
 ROWS = (2, 3, 1)
@@ -288,6 +288,37 @@ def test_the_shared_intermediates():
         t.trajectory_ratio_B1, padded([[2.25], [0.125], [4]])[:, :1], **close
     )
     torch.testing.assert_close(t.self_ratio_BT, torch.ones(3, 3, dtype=torch.float64), **close)
+
+
+def test_the_intermediates_of_single_losses():
+    """What f and c of GMPO, TOPR, SAPO and DPPO are made of, digit by digit."""
+    t = Tokens(log_probs(), **INPUTS)
+
+    def column(x: torch.Tensor) -> list[float]:
+        return x[:, 0].tolist()
+
+    # GMPO: ln 2 = .693 > .4, ln 1.125 = .117783; ln .25 and ln .5 < −.4
+    clipped = t.log_ratio_BT.clamp(max=0.4)[0, :2].tolist()
+    assert clipped == pytest.approx([0.4, 0.117783], abs=1e-6)
+    gmpo = PolicyLossConfig.preset("gmpo")
+    assert column(branches.gmpo_positive(t, gmpo))[0] == pytest.approx(math.exp(0.2588915), 1e-6)
+    assert column(branches.gmpo_negative(t, gmpo))[1] == pytest.approx(math.exp(-0.8 / 3), 1e-6)
+
+    # TOPR: products 2.25, .125 and 4, cut at 1
+    weights = branches.topr_weight(t, PolicyLossConfig.preset("topr"))
+    assert column(weights) == pytest.approx([1, 0.125, 1], rel=1e-12)
+
+    # SAPO: 4·σ(1) = 4·.7310586 and 4·σ(.125) = 4·.5312094; 4/1.05·σ(3.15) = 3.8095238·.9589087
+    sapo, config = branches.BRANCHES["sapo"], PolicyLossConfig.preset("sapo")
+    positive = sapo.positive.surrogate(t, config)[0, :2].tolist()
+    assert positive == pytest.approx([2.9242343, 2.1248375], abs=1e-6)
+    assert column(sapo.negative.surrogate(t, config))[2] == pytest.approx(3.6529856, abs=1e-6)
+
+    # DPPO: π and π_old back from the logs; the binary KLs of the comment in CASES
+    p, p_old = branches.probabilities(t)
+    assert (p - p_old)[MASK].tolist() == pytest.approx([0.2, 0.05, -0.3, -0.2, 0, 0.3])
+    divergence = branches.binary_kl(p, p_old)[MASK].tolist()
+    assert divergence == pytest.approx([0.09152, 0.00509, 0.31124, 0.10465, 0, 0.22631], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
