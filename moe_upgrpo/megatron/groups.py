@@ -51,9 +51,18 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
             if backend.has_cuda():
                 tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+        except BaseException:
+            # With other ranks the groups stay up until this one has said why it ends: closed, they
+            # would make the others report a lost connection first.
+            if world_size == 1:
+                _end_groups()
+            raise
+        _end_groups()
+
+
+def _end_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def data_parallel() -> tuple[int, int]:
