@@ -20,6 +20,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self.console,
+            transient=True,  # the summary below takes its place
             disable=not (shown and self.console.is_terminal),
         )
         self._task = self._bar.add_task("", total=steps)
@@ -50,6 +51,7 @@ class Display:
 
     def summary(self, rows: list[dict]) -> None:
         """Accuracy before and after, and where the time went, from the rows of the whole run."""
+        self._bar.stop()
         evaluated = [row for row in rows if "eval/greedy" in row]
         trained = [row for row in rows if "time/total" in row]
         table = Table("held-out", "warm start", "best", "last", box=None)
