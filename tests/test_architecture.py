@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moe_upgrpo"
 # Each may import those before it (and itself).
-ORDER = ("errors", "losses", "routing", "store", "tasks", "rollout", "megatron", "train", "report")
+ORDER = ("errors", "losses", "routing", "store", "report", "tasks", "rollout", "megatron", "train")
 
 
 def imports(path: Path) -> set[str]:
