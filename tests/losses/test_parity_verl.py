@@ -3,7 +3,7 @@
 Needs verl, which imports on a CPU without its GPU dependencies:
 
     pip install --no-deps verl==0.9.1
-    pip install ray tensordict omegaconf codetiming
+    pip install ray tensordict omegaconf codetiming orjson
 
 Without them this file fails rather than skips. It compares log-ratios within ±20, where neither
 library's guard against overflow has a part.
