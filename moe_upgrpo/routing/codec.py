@@ -1,0 +1,443 @@
+"""Expert sets kept whole in few bytes: one side's by rank, the other's as a difference from it.
+
+A K-subset c_1 < … < c_K of E experts is numbered in the combinatorial number system,
+rank = Σ_i C(c_i, i) in 0..C(E, K) − 1 (Knuth, The Art of Computer Programming 4A, 7.2.1.3, eq. 20),
+and the rank is written in ⌈log2 C(E, K)⌉ bits, most significant first: 41 bits for top-8 of 128,
+where eight bytes in an int8 array take 64 and in an int32 array 256. Where C(E, K) ≥ 2^63, the
+ascending set is split into the fewest runs of near equal length whose ranks do fit, each numbered
+as a subset of all E experts. The code is lossless as sets: order within K is not kept.
+
+Shape suffixes: N tokens, n tokens of a block, D those of them that differ, L MoE layers, K experts
+per token (top-k), R rows = (token, layer) pairs, B bytes per token, W bits per row, M bytes in all.
+E is the number of experts.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from math import comb
+
+import numpy as np
+from numpy import ndarray
+
+from moe_upgrpo.errors import UserError
+
+# Rows handled at once: one byte for every bit is held, 64 for each rank.
+_ROWS = 1 << 14
+
+
+def set_bytes(num_layers: int, top_k: int, num_experts: int) -> int:
+    """Bytes for one token's expert sets: L ranks side by side, filled up to a whole byte.
+
+    ⌈L · ⌈log2 C(E, K)⌉ / 8⌉ where C(E, K) < 2^63; 246 for 48 layers, top-8 of 128.
+
+    Raises:
+        UserError: not 1 ≤ K ≤ E, or L < 1.
+    """
+    _check_model(num_layers, top_k, num_experts)
+    return -(-num_layers * _width(top_k, num_experts) // 8)
+
+
+def encode_sets(routes_NLK: ndarray, *, num_experts: int) -> ndarray:
+    """Each token's expert sets as bytes: uint8 ``[N, set_bytes(L, K, E)]``.
+
+    Args:
+        routes_NLK: integers ``[N, L, K]``, the order within K carrying no meaning.
+
+    Raises:
+        UserError: not integers of three dimensions; an id outside [0, E) or an expert twice in a
+            row, naming the token and the layer.
+    """
+    routes_NLK = _checked_shape("routes", routes_NLK, num_experts)
+    N, L, K = routes_NLK.shape
+    packed_NB = np.empty((N, set_bytes(L, K, num_experts)), dtype=np.uint8)
+    for tokens in _blocks(N, L):
+        sets_nLK = _ascending("routes", routes_NLK[tokens], tokens.start, num_experts)
+        bits_RW = _subset_bits(sets_nLK.reshape(-1, K), num_experts)
+        packed_NB[tokens] = np.packbits(bits_RW.reshape(len(sets_nLK), -1), axis=1)
+    return packed_NB
+
+
+def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts: int) -> ndarray:
+    """Undo `encode_sets`: ``[N, L, K]``, ascending within K, uint8 for E ≤ 256 and uint16 above.
+
+    Raises:
+        UserError: not uint8 ``[N, set_bytes(L, K, E)]``; bits that no set is written as, naming
+            the token and, unless it is the filling, the layer.
+    """
+    B = set_bytes(num_layers, top_k, num_experts)
+    packed_NB = np.asarray(packed_NB)
+    if packed_NB.dtype != np.uint8 or packed_NB.ndim != 2 or packed_NB.shape[1] != B:
+        raise UserError(
+            f"packed sets of {num_layers} MoE layers, top-{top_k} of {num_experts} are uint8 of "
+            f"shape [tokens, {B}], got {packed_NB.dtype} of shape {list(packed_NB.shape)}: "
+            "truncated, or of another model"
+        )
+    N = len(packed_NB)
+    bits_per_token = num_layers * _width(top_k, num_experts)
+    routes_NLK = np.empty((N, num_layers, top_k), dtype=_id_type(num_experts))
+    for tokens in _blocks(N, num_layers):
+        bits_nW = np.unpackbits(packed_NB[tokens], axis=1)
+        n = len(bits_nW)
+        filling_n = bits_nW[:, bits_per_token:].any(axis=1)
+        if filling_n.any():
+            token = tokens.start + int(filling_n.argmax())
+            raise UserError(f"packed sets, token {token}: bits set behind the last layer: damaged")
+        bits_RW = bits_nW[:, :bits_per_token].reshape(n * num_layers, -1)
+        sets_RK, bad_R = _subsets(bits_RW, top_k, num_experts)
+        if bad_R.any():
+            token, layer = divmod(int(bad_R.argmax()), num_layers)
+            raise UserError(
+                f"packed sets, token {tokens.start + token}, MoE layer {layer}: not the number of "
+                f"any {top_k} of {num_experts} experts: damaged, or of another model"
+            )
+        routes_NLK[tokens] = sets_RK.reshape(n, num_layers, top_k)
+    return routes_NLK
+
+
+def encode_difference(
+    rollout_NLK: ndarray, train_NLK: ndarray, *, num_experts: int
+) -> tuple[ndarray, ndarray]:
+    """The trainer's expert sets, written as what to change in the rollout's.
+
+    A token that is the same in all layers takes no byte. Any other is, bit by bit: a mask of the L
+    layers, 1 where S ≠ S'; for each of those the number m = |S ∖ S'| of experts exchanged, less
+    one, in ⌈log2 min(K, E − K)⌉ bits; for each the rank of S ∖ S' among the m-subsets of the K
+    ascending members of S and that of S' ∖ S among the m-subsets of the E − K ascending others;
+    filled with 0 up to a whole byte.
+
+    Args:
+        rollout_NLK: integers ``[N, L, K]``: S, the rollout engine's expert sets.
+        train_NLK: the same shape: S', the trainer's.
+
+    Returns:
+        uint8 ``[M]`` and int64 ``[N + 1]``: token t's bytes are data[offsets[t] : offsets[t + 1]].
+
+    Raises:
+        UserError: as `encode_sets`, naming the side; the two shapes differ.
+    """
+    rollout_NLK = _checked_shape("rollout routes", rollout_NLK, num_experts)
+    train_NLK = _checked_shape("training routes", train_NLK, num_experts)
+    if rollout_NLK.shape != train_NLK.shape:
+        raise UserError(
+            "a difference needs routes of the same tokens, MoE layers and top-k: rollout "
+            f"{list(rollout_NLK.shape)}, training {list(train_NLK.shape)}"
+        )
+    N, L, _ = rollout_NLK.shape
+    parts, sizes_N = [], np.zeros(N, dtype=np.int64)
+    for tokens in _blocks(N, L):
+        sides = (
+            _ascending("rollout routes", rollout_NLK[tokens], tokens.start, num_experts),
+            _ascending("training routes", train_NLK[tokens], tokens.start, num_experts),
+        )
+        data, sizes_N[tokens] = _encode_block(*sides, num_experts)
+        parts.append(data)
+    data = np.concatenate([np.zeros(0, dtype=np.uint8), *parts])
+    return data, np.concatenate([[0], sizes_N.cumsum()])
+
+
+def decode_difference(
+    rollout_NLK: ndarray, data: ndarray, offsets: ndarray, *, num_experts: int
+) -> ndarray:
+    """Undo `encode_difference`: the trainer's sets ``[N, L, K]``, ascending, as `decode_sets`.
+
+    Raises:
+        UserError: as `encode_sets` for the rollout's routes; offsets that are not N + 1 ascending
+            integers from 0 to M; bytes that no difference is written as, naming the token and,
+            where one can be named, the layer.
+    """
+    rollout_NLK = _checked_shape("rollout routes", rollout_NLK, num_experts)
+    N, L, _ = rollout_NLK.shape
+    data, offsets = np.asarray(data), np.asarray(offsets)
+    _check_offsets(data, offsets, N)
+    train_NLK = np.empty(rollout_NLK.shape, dtype=_id_type(num_experts))
+    for tokens in _blocks(N, L):
+        first = tokens.start
+        rollout_nLK = _ascending("rollout routes", rollout_NLK[tokens], first, num_experts)
+        offsets_n = offsets[first : first + len(rollout_nLK) + 1].astype(np.int64)
+        part = data[offsets_n[0] : offsets_n[-1]]
+        train_NLK[tokens] = _decode_block(
+            rollout_nLK, part, offsets_n - offsets_n[0], first, num_experts
+        )
+    return train_NLK
+
+
+def _encode_block(
+    rollout_nLK: ndarray, train_nLK: ndarray, num_experts: int
+) -> tuple[ndarray, ndarray]:
+    n, L, K = rollout_nLK.shape
+    bytes_n = np.zeros(n, dtype=np.int64)
+    mask_nL = (rollout_nLK != train_nLK).any(axis=-1)
+    differing_D = mask_nL.any(axis=1).nonzero()[0]
+    if not len(differing_D):
+        return np.zeros(0, dtype=np.uint8), bytes_n
+    rollout_RK, train_RK = rollout_nLK[mask_nL], train_nLK[mask_nL]
+    leaves_RK = ~(rollout_RK[:, :, None] == train_RK[:, None, :]).any(axis=2)
+    comes_RK = ~(train_RK[:, :, None] == rollout_RK[:, None, :]).any(axis=2)
+    swaps_R = leaves_RK.sum(axis=1)
+
+    mask_DL = mask_nL[differing_D]
+    token_R, _ = mask_DL.nonzero()
+    layers_D, swap_width = mask_DL.sum(axis=1), _swap_width(K, num_experts)
+    width_R = _payload_widths(K, num_experts)[swaps_R]
+    payload_D = np.bincount(token_R, width_R).astype(np.int64)
+    bytes_n[differing_D] = -(-(L + layers_D * swap_width + payload_D) // 8)
+    start_D = 8 * (bytes_n.cumsum() - bytes_n)[differing_D]
+
+    bits = np.zeros(8 * int(bytes_n.sum()), dtype=np.uint8)
+    bits[_spans(start_D, L)] = mask_DL
+    swap_at_R, payload_at_R = _row_positions(start_D + L, token_R, layers_D, swap_width, width_R)
+    bits[_spans(swap_at_R, swap_width)] = _to_bits(swaps_R - 1, swap_width)
+    for m in np.unique(swaps_R):
+        rows = (swaps_R == m).nonzero()[0]
+        left_Rm = leaves_RK[rows].nonzero()[1].reshape(-1, m)
+        came_Rm = train_RK[rows][comes_RK[rows]].reshape(-1, m).astype(np.int64)
+        # The index of an expert among those outside S: its id less the members of S below it.
+        came_Rm -= (rollout_RK[rows][:, None, :] < came_Rm[:, :, None]).sum(axis=2)
+        payload_RW = np.concatenate(
+            [_subset_bits(left_Rm, K), _subset_bits(came_Rm, num_experts - K)], axis=1
+        )
+        bits[_spans(payload_at_R[rows], payload_RW.shape[1])] = payload_RW
+    return np.packbits(bits), bytes_n
+
+
+def _decode_block(
+    rollout_nLK: ndarray, data: ndarray, offsets: ndarray, first_token: int, num_experts: int
+) -> ndarray:
+    _, L, K = rollout_nLK.shape
+    train_nLK = rollout_nLK.copy()
+    differing_D = np.diff(offsets).nonzero()[0]
+    if not len(differing_D):
+        return train_nLK
+    start_D, end_D = 8 * offsets[differing_D], 8 * offsets[differing_D + 1]
+    swap_width = _swap_width(K, num_experts)
+    # Filled up, so that what a truncated token seems to hold can be read before it is refused.
+    bits = np.concatenate([np.unpackbits(data), np.zeros(L * swap_width + 8, dtype=np.uint8)])
+
+    def refuse(bad_D: ndarray, what: str) -> None:
+        if bad_D.any():
+            token = first_token + int(differing_D[bad_D.argmax()])
+            raise UserError(f"route difference, token {token}: {what}")
+
+    refuse(end_D - start_D < L, f"truncated in the mask of {L} MoE layers")
+    mask_DL = bits[_spans(start_D, L)].astype(bool)
+    layers_D = mask_DL.sum(axis=1)
+    refuse(layers_D == 0, "bytes without a differing layer: damaged, or of another model")
+    token_R, layer_R = mask_DL.nonzero()
+
+    def refuse_rows(bad_R: ndarray, what: str) -> None:
+        if bad_R.any():
+            row = bad_R.argmax()
+            token = first_token + int(differing_D[token_R[row]])
+            raise UserError(f"route difference, token {token}, MoE layer {layer_R[row]}: {what}")
+
+    widths = _payload_widths(K, num_experts)
+    no_width_R = np.zeros(len(token_R), dtype=np.int64)
+    swap_at_R, _ = _row_positions(start_D + L, token_R, layers_D, swap_width, no_width_R)
+    swaps_R = _from_bits(bits[_spans(swap_at_R, swap_width)]) + 1
+    most = min(K, num_experts - K)
+    refuse_rows(swaps_R > most, f"more than {most} experts exchanged: damaged or of another model")
+    width_R = widths[swaps_R]
+    _, payload_at_R = _row_positions(start_D + L, token_R, layers_D, swap_width, width_R)
+    used_D = L + layers_D * swap_width + np.bincount(token_R, width_R).astype(np.int64)
+    needed_D = -(-used_D // 8) * 8
+    refuse(end_D - start_D < needed_D, "truncated, or of another model")
+    refuse(end_D - start_D > needed_D, "more bytes than its difference takes: damaged")
+    filling_D8 = _spans(start_D + used_D, 8)
+    set_D8 = bits[filling_D8].astype(bool) & (filling_D8 < end_D[:, None])
+    refuse(set_D8.any(axis=1), "bits set behind its last layer: damaged")
+
+    rollout_RK = rollout_nLK[differing_D][mask_DL]
+    train_RK = rollout_RK.copy()
+    for m in np.unique(swaps_R):
+        rows = (swaps_R == m).nonzero()[0]
+        payload_RW = bits[_spans(payload_at_R[rows], widths[m])]
+        left_width = _width(m, K)
+        left_Rm, bad_left_R = _subsets(payload_RW[:, :left_width], m, K)
+        came_Rm, bad_came_R = _subsets(payload_RW[:, left_width:], m, num_experts - K)
+        bad_R = np.zeros(len(swaps_R), dtype=bool)
+        bad_R[rows] = bad_left_R | bad_came_R
+        refuse_rows(bad_R, f"not the number of any exchange of {m} experts: damaged")
+        # Undo the index among the others: S_i − i of them lie below the i-th member of S (from 0).
+        others_below_RK = rollout_RK[rows].astype(np.int64) - np.arange(K)
+        came_Rm += (others_below_RK[:, None, :] <= came_Rm[:, :, None]).sum(axis=2)
+        changed_RK = train_RK[rows]
+        np.put_along_axis(changed_RK, left_Rm, came_Rm.astype(changed_RK.dtype), axis=1)
+        train_RK[rows] = np.sort(changed_RK, axis=1)
+    train_nLK[differing_D[token_R], layer_R] = train_RK
+    return train_nLK
+
+
+def _row_positions(
+    start_D: ndarray, token_R: ndarray, layers_D: ndarray, swap_width: int, width_R: ndarray
+) -> tuple[ndarray, ndarray]:
+    """Bit positions of each differing row's number of swaps and of its payload.
+
+    A token's numbers of swaps all come first, since they say how wide the payloads are.
+    """
+    first_row_D = layers_D.cumsum() - layers_D
+    before_R = width_R.cumsum() - width_R
+    row_in_token_R = np.arange(len(token_R)) - first_row_D[token_R]
+    swap_at_R = start_D[token_R] + row_in_token_R * swap_width
+    payload_at_R = (start_D + layers_D * swap_width)[token_R]
+    return swap_at_R, payload_at_R + before_R - before_R[first_row_D][token_R]
+
+
+def _spans(start: ndarray, width: int) -> ndarray:
+    return start[:, None] + np.arange(width)
+
+
+def _swap_width(top_k: int, num_experts: int) -> int:
+    return max(0, min(top_k, num_experts - top_k) - 1).bit_length()
+
+
+@cache
+def _payload_widths(top_k: int, num_experts: int) -> ndarray:
+    """Bits that say which m experts left and which came, for m = 0..min(K, E − K)."""
+    swaps = range(1, min(top_k, num_experts - top_k) + 1)
+    return np.array([0] + [_width(m, top_k) + _width(m, num_experts - top_k) for m in swaps])
+
+
+def _runs(size: int, universe: int) -> list[int]:
+    """Lengths of the runs that an ascending set is numbered in: the fewest whose ranks fit."""
+    for count in range(1, size + 1):
+        lengths = [size // count + (i < size % count) for i in range(count)]
+        if all(comb(universe, length) < 1 << 63 for length in lengths):
+            return lengths
+    raise AssertionError("a run of one always fits")
+
+
+def _rank_width(size: int, universe: int) -> int:
+    return (comb(universe, size) - 1).bit_length()
+
+
+@cache
+def _width(size: int, universe: int) -> int:
+    return sum(_rank_width(length, universe) for length in _runs(size, universe))
+
+
+@cache
+def _binomials(size: int, universe: int) -> ndarray:
+    """int64 ``[size, universe]``: C(c, i) for i = 1..size, no larger than C(universe, size).
+
+    A larger one belongs to no subset of that size.
+    """
+    most = comb(universe, size)
+    table = [[min(comb(c, i), most) for c in range(universe)] for i in range(1, size + 1)]
+    return np.array(table, dtype=np.int64)
+
+
+def _subset_bits(subsets_RK: ndarray, universe: int) -> ndarray:
+    """Ascending subsets of 0..universe − 1 to the bits of their ranks, uint8 ``[R, W]``."""
+    bits, start = [], 0
+    for length in _runs(subsets_RK.shape[1], universe):
+        binomials = _binomials(length, universe)
+        rank_R = np.zeros(len(subsets_RK), dtype=np.int64)
+        for i in range(length):
+            rank_R += binomials[i][subsets_RK[:, start + i]]
+        bits.append(_to_bits(rank_R, _rank_width(length, universe)))
+        start += length
+    return np.concatenate(bits, axis=1)
+
+
+def _subsets(bits_RW: ndarray, size: int, universe: int) -> tuple[ndarray, ndarray]:
+    """Undo `_subset_bits`: int64 ``[R, size]``, and which rows hold no subset (bool ``[R]``)."""
+    subsets_RK = np.empty((len(bits_RW), size), dtype=np.int64)
+    bad_R = np.zeros(len(bits_RW), dtype=bool)
+    start = first_bit = 0
+    for length in _runs(size, universe):
+        width = _rank_width(length, universe)
+        rank_R = _from_bits(bits_RW[:, first_bit : first_bit + width])
+        bad_R |= rank_R >= comb(universe, length)
+        binomials = _binomials(length, universe)
+        for i in reversed(range(length)):
+            # The largest c with C(c, i + 1) ≤ what is left of the rank.
+            member_R = binomials[i].searchsorted(rank_R, side="right") - 1
+            rank_R -= binomials[i][member_R]
+            subsets_RK[:, start + i] = member_R
+        start, first_bit = start + length, first_bit + width
+    bad_R |= (subsets_RK[:, 1:] <= subsets_RK[:, :-1]).any(axis=1)
+    return subsets_RK, bad_R
+
+
+def _to_bits(values_R: ndarray, width: int) -> ndarray:
+    """The last `width` bits of each value, most significant first: uint8 ``[R, width]``."""
+    bytes_R8 = values_R.astype(">u8").view(np.uint8)
+    return np.unpackbits(bytes_R8).reshape(-1, 64)[:, 64 - width :]
+
+
+def _from_bits(bits_RW: ndarray) -> ndarray:
+    R, width = bits_RW.shape
+    wide_R64 = np.zeros((R, 64), dtype=np.uint8)
+    wide_R64[:, 64 - width :] = bits_RW
+    return np.packbits(wide_R64).view(">u8").astype(np.int64)
+
+
+def _id_type(num_experts: int) -> type:
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+def _blocks(num_tokens: int, num_layers: int) -> Iterator[slice]:
+    step = max(1, _ROWS // num_layers)
+    for start in range(0, num_tokens, step):
+        yield slice(start, min(start + step, num_tokens))
+
+
+def _check_model(num_layers: int, top_k: int, num_experts: int) -> None:
+    if num_layers < 1 or not 1 <= top_k <= num_experts or num_experts > 1 << 16:
+        raise UserError(
+            "expected at least 1 MoE layer and 1 ≤ top-k ≤ experts ≤ 65536, "
+            f"got {num_layers} layers, top-{top_k} of {num_experts}"
+        )
+
+
+def _checked_shape(name: str, routes: ndarray, num_experts: int) -> ndarray:
+    routes = np.asarray(routes)
+    if routes.ndim != 3 or not np.issubdtype(routes.dtype, np.integer):
+        raise UserError(
+            f"{name} must be integers of shape [tokens, MoE layers, top-k], "
+            f"got {routes.dtype} of shape {list(routes.shape)}"
+        )
+    _check_model(routes.shape[1], routes.shape[2], num_experts)
+    return routes
+
+
+def _check_offsets(data: ndarray, offsets: ndarray, num_tokens: int) -> None:
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise UserError(f"data must be uint8 [bytes], got {data.dtype} {list(data.shape)}")
+    if offsets.shape != (num_tokens + 1,) or not np.issubdtype(offsets.dtype, np.integer):
+        raise UserError(
+            f"offsets must be {num_tokens + 1} integers for {num_tokens} tokens, "
+            f"got {offsets.dtype} of shape {list(offsets.shape)}"
+        )
+    falls_N = offsets[1:] < offsets[:-1]
+    if falls_N.any():
+        token = int(falls_N.argmax())
+        raise UserError(
+            f"offsets must ascend: token {token} ends at {offsets[token + 1]}, before it begins "
+            f"at {offsets[token]}"
+        )
+    if offsets[0] != 0 or offsets[-1] != len(data):
+        raise UserError(
+            f"offsets must go from 0 to the {len(data)} bytes of data, got {offsets[0]} to "
+            f"{offsets[-1]}: truncated, or cut from a larger array without its offsets"
+        )
+
+
+def _ascending(name: str, routes_nLK: ndarray, first_token: int, num_experts: int) -> ndarray:
+    """Check a block of routes and sort each row, in the narrowest type."""
+    if routes_nLK.min() < 0 or routes_nLK.max() >= num_experts:
+        outside_nLK = (routes_nLK < 0) | (routes_nLK >= num_experts)
+        where = _where(name, routes_nLK, outside_nLK.any(axis=-1), first_token)
+        raise UserError(f"{where}: expected ids in 0..{num_experts - 1}")
+    sets_nLK = np.sort(routes_nLK.astype(_id_type(num_experts)), axis=-1)
+    twice_nLK = sets_nLK[..., 1:] == sets_nLK[..., :-1]
+    if twice_nLK.any():
+        where = _where(name, routes_nLK, twice_nLK.any(axis=-1), first_token)
+        raise UserError(f"{where}: expected {sets_nLK.shape[-1]} different experts, got one twice")
+    return sets_nLK
+
+
+def _where(name: str, routes_nLK: ndarray, bad_nL: ndarray, first_token: int) -> str:
+    token, layer = np.argwhere(bad_nL)[0]
+    ids = routes_nLK[token, layer].tolist()
+    return f"{name}, token {first_token + token}, MoE layer {layer}: experts {ids}"
