@@ -72,7 +72,7 @@ def test_a_planted_flip_of_the_engine_goes_to_engine_routing():
 
 def test_a_change_behind_the_last_router_goes_to_the_update():
     current = TinyMoE()
-    current.head[:, 0] += 0.1
+    current.head *= 1.1
     decomposition, gap = taken_apart(TinyMoE(), current, TinyMoE().native())
     only(decomposition, "update", torch.ones(TOKENS, dtype=torch.bool))
     assert torch.equal(decomposition.update, gap)
@@ -126,7 +126,7 @@ def test_under_replay_routing_has_no_share():
     """Flips of the engine and a moved router change nothing; the head and the noise do."""
     old, current = TinyMoE(), TinyMoE()
     current.router += 1.0
-    current.head[:, 0] += 0.1
+    current.head *= 1.1
     engine_routes = (old.native() + 1) % EXPERTS
     rollout = old.log_prob(engine_routes) - 0.5
     d = decompose_under_replay(
