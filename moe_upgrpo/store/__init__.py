@@ -3,15 +3,18 @@
 from moe_upgrpo.store.run_folder import RunFolder, read_config, read_environment, read_metrics
 from moe_upgrpo.store.token_log import (
     COLUMNS,
+    LEVELS,
     SCHEMA_VERSION,
     TokenLayout,
     TokenLogWriter,
     overlap_array,
+    read_routes,
     read_tokens,
 )
 
 __all__ = [
     "COLUMNS",
+    "LEVELS",
     "SCHEMA_VERSION",
     "RunFolder",
     "TokenLayout",
@@ -20,5 +23,6 @@ __all__ = [
     "read_config",
     "read_environment",
     "read_metrics",
+    "read_routes",
     "read_tokens",
 ]

@@ -84,12 +84,24 @@ class RunFolder:
 
         What was logged of later steps is dropped, so that the steps run again appear once:
         metrics rows and token files with a step above ``step``, and the remains of a write that
-        was cut short.
+        was cut short. No row is lost if a step writes its token files, then its metrics row, then
+        its checkpoint.
+
+        Raises:
+            UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the
+                checkpoint was made before its step was logged.
         """
         run = cls(Path(path))
         read_config(run.path)
-        if run.metrics_path.exists():
-            kept = [row for row in _parse_metrics(run.metrics_path) if row["step"] <= step]
+        rows = _parse_metrics(run.metrics_path) if run.metrics_path.exists() else []
+        last = max((row["step"] for row in rows), default=0)
+        if last < step:
+            raise UserError(
+                f"{run.metrics_path} ends at step {last}, before the checkpoint of step {step}: "
+                f"resume from a checkpoint of step {last} or earlier"
+            )
+        if rows:
+            kept = [row for row in rows if row["step"] <= step]
             _write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
         for part in run.tokens.glob(".*.tmp"):

@@ -147,6 +147,89 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     ]
 
 
+RUN_STEPS = """
+import os, signal, sys
+import numpy as np
+from moe_upgrpo.store import RunFolder, TokenLogWriter
+from tests.store.rows import full_columns
+
+folder, first, last, killed_at, place = sys.argv[1:]
+first, last, killed_at = int(first), int(last), int(killed_at)
+resumed = first > 1
+run = RunFolder.resume(folder, step=first - 1) if resumed else RunFolder.create(folder, {})
+log = TokenLogWriter(run.tokens, rank=0, layer_ids=range(3), top_k=2, num_experts=8)
+
+def maybe_die(here, step):
+    if step == killed_at and here == place:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+replace = os.replace
+for step in range(first, last + 1):
+    def replace_or_die(part, file):
+        maybe_die("inside the token file", step)
+        replace(part, file)
+    os.replace = replace_or_die
+    columns = full_columns(seed=step)
+    del columns["rollout_routes"], columns["train_routes"]
+    log.write(step, columns)
+    os.replace = replace
+    maybe_die("before the metrics row", step)
+    if step == killed_at and place == "inside the metrics row":
+        with run.metrics_path.open("a") as file:
+            file.write('{"step": 3, "rewa')
+        os.kill(os.getpid(), signal.SIGKILL)
+    run.append_metrics({"step": step, "reward/mean": step / 8})
+    maybe_die("before the checkpoint", step)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "rows_of_step_3", "metrics_of_step_3"),
+    [
+        ("inside the token file", 0, 0),
+        ("before the metrics row", 6, 0),
+        ("inside the metrics row", 6, 0),
+        ("before the checkpoint", 6, 1),
+    ],
+)
+def test_a_killed_run_resumed_leaves_what_an_unbroken_one_does(
+    tmp_path, place, rows_of_step_3, metrics_of_step_3
+):
+    """Four steps, killed with SIGKILL in step 3 at each place; the checkpoint is that of step 2.
+
+    One writing rank; that the trainer's own steps come in this order is not tested here.
+    """
+
+    def steps(folder, first, killed_at=0):
+        command = [sys.executable, "-c", RUN_STEPS, str(folder), str(first), "4", str(killed_at)]
+        return subprocess.run([*command, place], check=False).returncode
+
+    assert steps(tmp_path / "whole", 1) == 0
+    run = tmp_path / "broken"
+    assert steps(run, 1, killed_at=3) == -signal.SIGKILL
+    logged = read_tokens(run)["step"].to_pylist()
+    assert logged.count(3) == rows_of_step_3 and logged.count(2) == 6
+    assert [row["step"] for row in read_metrics(run)] == [1, 2] + [3] * metrics_of_step_3
+
+    assert steps(run, 3) == 0
+    assert read_tokens(run).equals(read_tokens(tmp_path / "whole"))
+    assert read_metrics(run) == read_metrics(tmp_path / "whole")
+    names = sorted(file.name for file in (run / "tokens").iterdir())
+    assert names == [f"step-00000{step}-rank-0000.parquet" for step in (1, 2, 3, 4)]
+
+
+def test_a_checkpoint_ahead_of_the_metrics_is_refused(tmp_path):
+    """Resuming there would leave step 3 without a row for ever."""
+    run = RunFolder.create(tmp_path / "run", {})
+    for step in (1, 2):
+        run.append_metrics({"step": step})
+    with pytest.raises(UserError, match="ends at step 2, before the checkpoint of step 3"):
+        RunFolder.resume(run.path, step=3)
+    RunFolder.resume(run.path, step=1)
+    with pytest.raises(UserError, match="ends at step 1, before the checkpoint of step 2"):
+        RunFolder.resume(run.path, step=2)
+
+
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         RunFolder.resume(tmp_path, step=1)

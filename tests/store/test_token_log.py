@@ -52,7 +52,10 @@ def test_rows_come_back_as_written(tmp_path):
 
 
 def test_schema_is_what_the_documentation_says(tmp_path):
-    """Read with pyarrow alone: types, no nulls, and the metadata that other readers rely on."""
+    """Read with pyarrow alone: types, no nulls, and the metadata that other readers rely on.
+
+    Without optional columns; those are in test_token_log_routes.py.
+    """
     schema = pq.read_schema(make_writer(tmp_path).write(1, make_columns()))
     assert not any(field.nullable for field in schema)
     kinds = {field.name: str(field.type) for field in schema}
@@ -68,7 +71,9 @@ def test_schema_is_what_the_documentation_says(tmp_path):
         "layers_mismatched": "int16",
     }
     assert json.loads(schema.metadata[b"moe_upgrpo.token_log"]) == {
-        "schema_version": 1,
+        "schema_version": 2,
+        "level": "full",
+        "share": 1.0,
         "num_layers": 3,
         "layer_ids": [1, 2, 3],
         "top_k": 2,
@@ -118,7 +123,8 @@ def test_a_step_is_written_once(tmp_path):
         ({"overlap": None}, r"missing columns \['overlap'\]"),
         ({"gap": np.zeros(6)}, r"unknown columns \['gap'\]"),
         ({"ratio": np.zeros(5)}, "different lengths.*'ratio': 5"),
-        ({"ratio": np.zeros((6, 1))}, r"must have shape \[N\].*ratio"),
+        ({"ratio": np.zeros((6, 1))}, r"ratio must have shape \[6\], got \[6, 1\]"),
+        ({"ratio": np.ma.masked_less(np.zeros(6), 1)}, "column ratio cannot hold nulls"),
         ({"step": np.full(6, 2)}, "other steps than the 1"),
         ({"ratio": np.zeros(6, int)}, "column ratio must hold float, got int64"),
         ({"clipped": np.zeros(6)}, "column clipped must hold bool, got float64"),
@@ -168,7 +174,7 @@ def write_foreign(file: Path):
 
 def write_next_version(file: Path):
     table = pq.read_table(file)
-    about = json.loads(table.schema.metadata[b"moe_upgrpo.token_log"]) | {"schema_version": 2}
+    about = json.loads(table.schema.metadata[b"moe_upgrpo.token_log"]) | {"schema_version": 3}
     pq.write_table(table.replace_schema_metadata({"moe_upgrpo.token_log": json.dumps(about)}), file)
 
 
@@ -187,7 +193,7 @@ def write_empty(file: Path):
         (write_truncated, "is truncated or not Parquet"),
         (write_empty, "is truncated or not Parquet"),
         (write_foreign, "not a token log"),
-        (write_next_version, "schema version 2 is unknown: this package reads version 1"),
+        (write_next_version, "schema version 3 is unknown: this package reads versions 1, 2"),
         (write_other_model, "routes of another model"),
     ],
 )
