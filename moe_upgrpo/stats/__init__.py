@@ -1,6 +1,12 @@
 """Statistics of figures whose tokens are not independent: pure numpy and scipy, no files."""
 
-from moe_upgrpo.stats.bootstrap import Rate, cluster_sums, rates, resampled_sums
+from moe_upgrpo.stats.bootstrap import (
+    Rate,
+    cluster_sums,
+    percentile_interval,
+    rates,
+    resampled_sums,
+)
 from moe_upgrpo.stats.paired import Comparison, compare_paired, holm
 from moe_upgrpo.stats.weights import TAILS, chi_square, effective_sample_size, ratio_tails
 
@@ -13,6 +19,7 @@ __all__ = [
     "compare_paired",
     "effective_sample_size",
     "holm",
+    "percentile_interval",
     "rates",
     "ratio_tails",
     "resampled_sums",

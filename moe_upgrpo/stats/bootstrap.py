@@ -58,8 +58,6 @@ def resampled_sums(
 ) -> np.ndarray:
     """``[R, G]``: the column sums when S of the S rows are drawn with replacement, R times.
 
-    The same seed draws the same rows, so that two calls with the same S are paired.
-
     Raises:
         UserError: no rows, or no resamples.
     """
@@ -90,6 +88,18 @@ def _draws(num_sequences: int, resamples: int, seed: int) -> Iterator[np.ndarray
         yield counts.reshape(size, num_sequences).astype(np.float64)
 
 
+def percentile_interval(found_R: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The quantiles (1 − confidence)/2 and (1 + confidence)/2 of a statistic over resamples.
+
+    Raises:
+        UserError: confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must be between 0 and 1, such as 0.95, got {confidence}")
+    low, high = np.quantile(found_R, ((1 - confidence) / 2, (1 + confidence) / 2)).tolist()
+    return low, high
+
+
 def rates(
     numerators_SG: np.ndarray | sparse.csr_array,
     denominators_SG: np.ndarray | sparse.csr_array,
@@ -113,8 +123,6 @@ def rates(
         UserError: shapes differ, confidence outside (0, 1), a negative denominator, or a group
             without any (its denominator sums to 0).
     """
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence must be between 0 and 1, such as 0.95, got {confidence}")
     shape = numerators_SG.shape
     if shape != denominators_SG.shape or shape[1] != len(groups):
         raise UserError(
@@ -131,11 +139,11 @@ def rates(
         )
     sequences_G = np.asarray((denominators_SG > 0).sum(axis=0)).ravel()
 
-    sampled = {"resamples": resamples, "seed": seed}
+    stack = sparse.hstack if sparse.issparse(numerators_SG) else np.hstack
+    both_SG = stack([numerators_SG, denominators_SG])
+    sampled_RG = resampled_sums(both_SG, resamples=resamples, seed=seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rate_RG = resampled_sums(numerators_SG, **sampled) / resampled_sums(
-            denominators_SG, **sampled
-        )
+        rate_RG = sampled_RG[:, : shape[1]] / sampled_RG[:, shape[1] :]
     rows = []
     for g, group in enumerate(groups):
         # A group missing from a resample is 0/0 there; a numerator that is NaN stays NaN.
@@ -144,8 +152,7 @@ def rates(
             found_R = found_R[~np.isnan(found_R)]
         low, high = math.nan, math.nan
         if sequences_G[g] > 1:
-            tail = (1 - confidence) / 2
-            low, high = np.quantile(found_R, (tail, 1 - tail)).tolist()
+            low, high = percentile_interval(found_R, confidence)
         rows.append(
             Rate(
                 group=group,

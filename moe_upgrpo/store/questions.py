@@ -1,0 +1,359 @@
+"""Questions to a token log: a quantity, group by group, with intervals by sequence.
+
+``rate(table, "clipped", by="own")`` is the clip fraction as a function of the token's own
+mismatched layers. Every answer is a ratio of sums over tokens (or routers) with a bootstrap over
+sequences; it describes the tokens of a group and does not say what made them so: tokens with many
+mismatches are also late, rare or uncertain ones. It is the decomposition, the columns gap_*, that
+isolates routing.
+
+Shape suffixes: N rows (tokens), L MoE layers, S sequences, G groups, R resamples.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.stats import (
+    TAILS,
+    Rate,
+    cluster_sums,
+    percentile_interval,
+    rates,
+    resampled_sums,
+)
+from moe_upgrpo.store.token_log import TokenLayout, overlap_array
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """``numerator(columns)`` ``[N]`` per token; ``counts(columns)`` are the tokens it is about."""
+
+    meaning: str
+    columns: tuple[str, ...]
+    numerator: Callable[[Columns], np.ndarray]
+    counts: Callable[[Columns], np.ndarray] | None = None
+
+
+def _gap(c: Columns) -> np.ndarray:
+    return np.abs(c["logp_old"] - c["logp_rollout"])
+
+
+def _beyond(tau: float, log_ratio: Callable[[Columns], np.ndarray]) -> Callable[..., np.ndarray]:
+    def beyond(c: Columns) -> np.ndarray:
+        distance_N = np.abs(log_ratio(c))
+        # A token whose ratio is NaN is on neither side of τ: the rate must show it.
+        return np.where(np.isnan(distance_N), math.nan, distance_N > math.log(tau))
+
+    return beyond
+
+
+def _log_ratio(c: Columns) -> np.ndarray:
+    with np.errstate(divide="ignore"):  # a ratio that underflowed to 0 is beyond every τ
+        return np.log(c["ratio"])
+
+
+_GAP = ("logp_old", "logp_rollout")
+_WEIGHT = ("gradient_weight", "advantage")
+
+QUANTITIES: dict[str, Quantity] = {
+    "mismatch": Quantity(
+        "share of (token, MoE layer) pairs with S ≠ S′",
+        ("layers_mismatched",),
+        lambda c: c["layers_mismatched"],
+    ),
+    "mismatch_any": Quantity(
+        "share of tokens with S ≠ S′ in at least one layer",
+        ("layers_mismatched",),
+        lambda c: c["layers_mismatched"] > 0,
+    ),
+    "gap": Quantity("mean |logp_old − logp_rollout|, trainer against engine", _GAP, _gap),
+    **{
+        f"gap_tail_{tau:g}": Quantity(
+            f"share of tokens with max(p/q, q/p) > {tau:g}, p/q = exp(logp_old − logp_rollout)",
+            _GAP,
+            _beyond(tau, _gap),
+        )
+        for tau in TAILS
+    },
+    **{
+        f"ratio_tail_{tau:g}": Quantity(
+            f"share of tokens with max(r, 1/r) > {tau:g}, r = ratio, at the last optimizer visit",
+            ("ratio",),
+            _beyond(tau, _log_ratio),
+        )
+        for tau in TAILS
+    },
+    "clipped": Quantity(
+        "share of tokens whose gradient the loss's rule took away",
+        ("clipped",),
+        lambda c: c["clipped"],
+    ),
+    "gradient_weight_positive": Quantity(
+        "mean |A| · c · w of tokens with A > 0",
+        _WEIGHT,
+        lambda c: c["gradient_weight"],
+        lambda c: c["advantage"] > 0,
+    ),
+    "gradient_weight_negative": Quantity(
+        "mean |A| · c · w of tokens with A < 0",
+        _WEIGHT,
+        lambda c: c["gradient_weight"],
+        lambda c: c["advantage"] < 0,
+    ),
+}
+
+# name: (column, meaning)
+GROUPINGS: dict[str, tuple[str, str]] = {
+    "all": ("step", "every token in one group"),
+    "layer": ("overlap", "each MoE layer by its number in the model; mismatch only"),
+    "step": ("step", "each step"),
+    "position": ("position", "bins of position with about equally many tokens"),
+    "margin": ("margin_min", "bins of margin_min with about equally many tokens"),
+    "token": ("token_id", "each of the most frequent token ids"),
+    "own": ("layers_mismatched", "the token's own mismatched layers: 0, 1, 2, 3–4, 5–8, 9–16, …"),
+    "prefix": ("prefix_mismatched", "mismatches in all earlier rows: 0, 1, 2, 3–4, 5–8, …"),
+    "sign": ("advantage", "positive, negative and zero advantage"),
+}
+
+
+def rate(
+    table: pa.Table,
+    quantity: str,
+    *,
+    by: str = "all",
+    groups: int = 20,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Rate]:
+    """One of `QUANTITIES` in each group of one of `GROUPINGS`, in the order of the groups.
+
+    Rows with a null in a column that the question reads are left out; the denominators say how many
+    were counted.
+
+    Args:
+        table: from `read_tokens`.
+        groups: how many bins of position or margin (fewer where values repeat), and how many of
+            the most frequent token ids.
+
+    Returns:
+        Rows whose ``group`` is a number (layer, step, token), a name (all, sign), or the smallest
+        and largest value found in a bin.
+
+    Raises:
+        UserError: an unknown name, a column that the log does not have, no row to count, a dense
+            model asked for mismatches, or a quantity by layer that has no layers.
+    """
+    if quantity not in QUANTITIES or by not in GROUPINGS:
+        raise UserError(
+            f"no question {quantity!r} by {by!r}: quantities are {', '.join(QUANTITIES)}; "
+            f"groupings are {', '.join(GROUPINGS)}"
+        )
+    if by == "layer" and quantity != "mismatch":
+        raise UserError(f"{quantity} is of a token, not of a layer: by='layer' needs 'mismatch'")
+    if groups < 1:
+        raise UserError(f"groups must be at least 1, got {groups}")
+    asked = QUANTITIES[quantity]
+    per_layer = {"mismatch", "mismatch_any"} & {quantity} or by in ("own", "prefix", "layer")
+    layout = _layout(table, needs_layers=bool(per_layer))
+    counted = _rows(table, (*asked.columns, GROUPINGS[by][0]))
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    if by == "layer":
+        sums_SL, tokens_S = _mismatches_by_layer(counted, layout.top_k)
+        tokens_SL = np.repeat(tokens_S[:, None], layout.num_layers, axis=1)
+        return rates(sums_SL, tokens_SL, groups=layout.layer_ids, **options)
+
+    columns = {name: _numpy(counted, name) for name in {*asked.columns, GROUPINGS[by][0]}}
+    numerator_N = asked.numerator(columns).astype(np.float64)
+    weight_N = np.full(len(numerator_N), layout.num_layers if quantity == "mismatch" else 1)
+    keep_N = asked.counts(columns) if asked.counts else np.ones(len(numerator_N), dtype=bool)
+    group_N, labels = _grouped(by, columns[GROUPINGS[by][0]], keep_N, groups)
+    keep_N &= group_N >= 0
+    if not keep_N.any():
+        raise UserError(f"no token to count for {quantity}: {asked.meaning}")
+    sequence_N, num_sequences = _sequences(counted)
+    at, shape = (sequence_N[keep_N], group_N[keep_N]), (num_sequences, len(labels))
+    return rates(
+        cluster_sums(numerator_N[keep_N], *at, shape),
+        cluster_sums(weight_N[keep_N], *at, shape),
+        groups=labels,
+        **options,
+    )
+
+
+def clustering(
+    table: pa.Table, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> list[Rate]:
+    """How clustered mismatches are, against independent layers and tokens of the same rates.
+
+    With M a token's mismatched layers and r_l the mismatch rate of layer l:
+
+    - ``any_layer``: share of tokens with M > 0
+    - ``any_layer_independent``: 1 − Π_l (1 − r_l), what it were if layers were independent; above
+      ``any_layer`` where mismatches come together
+    - ``dispersion``: Var M / Σ_l r_l (1 − r_l); 1 if layers are independent, above 1 if they
+      come together
+    - ``consecutive_tokens``: Pearson's correlation of M at positions p and p + 1; 0 if tokens are
+      independent. Sequences of different rates raise it too.
+
+    The last two are NaN where nothing mismatched.
+
+    Raises:
+        UserError: a dense model, or no rows.
+    """
+    layout = _layout(table, needs_layers=True)
+    counted = _rows(table, ("position", "layers_mismatched", "overlap"))
+    by_layer_SL, tokens_S = _mismatches_by_layer(counted, layout.top_k)
+    sequence_N, num_sequences = _sequences(counted)
+    position_N = _numpy(counted, "position")
+    m_N = _numpy(counted, "layers_mismatched").astype(np.float64)
+
+    order_N = np.lexsort((position_N, sequence_N))
+    first, second = order_N[:-1], order_N[1:]
+    adjacent = (sequence_N[first] == sequence_N[second]) & (
+        position_N[first] + 1 == position_N[second]
+    )
+    x, y, pair = m_N[first][adjacent], m_N[second][adjacent], sequence_N[first][adjacent]
+
+    def summed(values: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        return np.bincount(sequences, weights=values, minlength=num_sequences)
+
+    sums_SG = np.column_stack(
+        [tokens_S]
+        + [summed(v, sequence_N) for v in (m_N > 0, m_N, m_N**2)]
+        + [summed(v, pair) for v in (np.ones_like(x), x, y, x * y, x**2, y**2)]
+        + [by_layer_SL]
+    )
+
+    def statistics(sums_RG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numerators and denominators ``[R, 4]``."""
+        n, any_layer, m, m2, pairs, x, y, xy, x2, y2 = sums_RG[:, :10].T
+        r_RL = sums_RG[:, 10:] / n[:, None]
+        independent = 1 - (1 - r_RL).prod(axis=1)
+        variance = m2 / n - (m / n) ** 2
+        mean_x, mean_y = x / pairs, y / pairs
+        spread = np.sqrt((x2 / pairs - mean_x**2) * (y2 / pairs - mean_y**2))
+        return (
+            np.stack([any_layer, independent * n, variance, xy / pairs - mean_x * mean_y], axis=1),
+            np.stack([n, n, (r_RL * (1 - r_RL)).sum(axis=1), spread], axis=1),
+        )
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        (numerators,), (denominators,) = statistics(sums_SG.sum(axis=0, keepdims=True))
+        sampled = statistics(resampled_sums(sums_SG, resamples=resamples, seed=seed))
+        found_R4, rate_4 = sampled[0] / sampled[1], numerators / denominators
+    names = ("any_layer", "any_layer_independent", "dispersion", "consecutive_tokens")
+    rows = []
+    for i, name in enumerate(names):
+        found_R = found_R4[:, i][np.isfinite(found_R4[:, i])]
+        known = num_sequences > 1 and math.isfinite(rate_4[i]) and len(found_R) > 0
+        low, high = percentile_interval(found_R, confidence) if known else (math.nan, math.nan)
+        rows.append(
+            Rate(
+                group=name,
+                numerator=float(numerators[i]),
+                denominator=float(denominators[i]),
+                rate=float(rate_4[i]),
+                low=low,
+                high=high,
+                sequences=num_sequences,
+            )
+        )
+    return rows
+
+
+def _layout(table: pa.Table, *, needs_layers: bool) -> TokenLayout:
+    layout = TokenLayout.of(table.schema)
+    if needs_layers and not layout.num_layers:
+        raise UserError("this run's model has no MoE layer: there are no routes to mismatch")
+    return layout
+
+
+def _rows(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
+    """The columns of a question, rows with a null in them left out."""
+    wanted = list(dict.fromkeys(("step", "sequence", *names)))
+    if missing := [name for name in wanted if name not in table.column_names]:
+        raise UserError(
+            f"the token log has no columns {missing}, which this question reads; it has "
+            f"{table.column_names}"
+        )
+    counted = table.select(wanted).drop_null()
+    if counted.num_rows == 0:
+        raise UserError(
+            f"none of {table.num_rows} rows has all of {wanted}: nothing to answer from"
+        )
+    return counted
+
+
+def _numpy(table: pa.Table, name: str) -> np.ndarray:
+    values = table[name].to_numpy()
+    return values.astype(np.float64) if values.dtype.kind == "f" else values
+
+
+def _sequences(table: pa.Table) -> tuple[np.ndarray, int]:
+    """The sequence of each row, 0..S-1 over all steps, and S."""
+    _, step_N = np.unique(table["step"].to_numpy(), return_inverse=True)
+    sequences, sequence_N = np.unique(table["sequence"].to_numpy(), return_inverse=True)
+    found, index_N = np.unique(step_N * len(sequences) + sequence_N, return_inverse=True)
+    return index_N, len(found)
+
+
+def _mismatches_by_layer(table: pa.Table, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mismatched tokens ``[S, L]`` and tokens ``[S]`` of each sequence."""
+    sequence_N, num_sequences = _sequences(table)
+    differs_NL = overlap_array(table) < top_k
+    by_layer = [np.bincount(sequence_N, d_N, minlength=num_sequences) for d_N in differs_NL.T]
+    return np.stack(by_layer, axis=1), np.bincount(sequence_N, minlength=num_sequences)
+
+
+def _grouped(
+    by: str, values_N: np.ndarray, keep_N: np.ndarray, groups: int
+) -> tuple[np.ndarray, list[Any]]:
+    """Each row's group, -1 where it is in none, and the groups' labels."""
+    kept = values_N[keep_N]
+    if by == "all":
+        group, labels = np.zeros(len(kept), dtype=np.int64), ["all"]
+    elif by == "sign":
+        names = {1: "positive", -1: "negative", 0: "zero"}
+        signs, group = np.unique(-np.sign(kept), return_inverse=True)
+        labels = [names[-int(sign)] for sign in signs]
+    elif by == "step":
+        found, group = np.unique(kept, return_inverse=True)
+        labels = found.tolist()
+    elif by == "token":
+        found, group, counts = np.unique(kept, return_inverse=True, return_counts=True)
+        largest = np.argsort(-counts, kind="stable")[:groups]
+        place = np.full(len(found), -1)
+        place[largest] = np.arange(len(largest))
+        group, labels = place[group], found[largest].tolist()
+    else:
+        if by in ("own", "prefix"):  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
+            ends = np.concatenate([[0], 2.0 ** np.arange(32)])
+        else:
+            ends = np.quantile(kept, np.arange(1, groups) / groups) if len(kept) else np.empty(0)
+        bins, group = np.unique(np.searchsorted(ends, kept), return_inverse=True)
+        inside = [kept[group == i] for i in range(len(bins))]
+        labels = [(found.min().item(), found.max().item()) for found in inside]
+    group_N = np.full(len(values_N), -1)
+    group_N[keep_N] = group
+    return group_N, labels
+
+
+def markdown_tables() -> tuple[str, str]:
+    """`QUANTITIES` and `GROUPINGS` as Markdown tables, for the documentation."""
+    quantities = [(f"`{name}`", q.meaning) for name, q in QUANTITIES.items()]
+    groupings = [(f"`{n}`", f"`{column}`", text) for n, (column, text) in GROUPINGS.items()]
+    return _table(("quantity", "meaning"), quantities), _table(("by", "reads", "groups"), groupings)
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
