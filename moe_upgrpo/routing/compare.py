@@ -1,11 +1,15 @@
 """Compare the experts that the rollout engine chose with those that the trainer chose.
 
+What was compared is part of the result (`ComparisonKind`): divergence with each side on its own
+hidden states, divergence under replay, and the noise floor are different quantities.
+
 Shape suffixes: T tokens, L MoE layers, K experts per token (top-k), R rows = (token, layer) pairs,
 G groups. E is the number of experts.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,14 +22,43 @@ _ROWS_CPU = 1 << 15
 _ROWS_GPU = 1 << 22
 
 
+class ComparisonKind(StrEnum):
+    """Which two sets of routes were compared. Counts of different kinds cannot be added."""
+
+    FREE_RUNNING = "free-running"
+    """Rollout engine against trainer, each on its own hidden states: earlier flips carry on."""
+
+    CONDITIONAL = "conditional"
+    """Rollout engine against trainer under replay: a layer's input already used the engine's
+    routes, so that only the flips of that layer itself show."""
+
+    REPEAT = "repeat"
+    """The noise floor: two passes of one side over the same batch."""
+
+    BATCH_SHAPE = "batch shape"
+    """The noise floor: two passes of one side over the same tokens in batches of other shapes."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "ComparisonKind":
+        raise UserError(f"kind: {value!r} given; allowed: {', '.join(cls)}")
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two arguments of `compare_routes` are."""
+        noise = self in (ComparisonKind.REPEAT, ComparisonKind.BATCH_SHAPE)
+        return ("first pass", "second pass") if noise else ("rollout", "training")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingCounts:
     """What two sides' expert sets have in common, as two histograms of counts.
 
-    With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K:
+    With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K (in a
+    noise floor, those of the first and of the second pass of one side):
 
     - ``overlap_histogram`` ``[L, K+1]`` int64: tokens with |S ∩ S'| = k in layer l
     - ``token_histogram`` ``[L+1]`` int64: tokens with j layers in which S ≠ S'
+    - ``kind``: what was compared; every figure made from the counts carries it
 
     Every rate below is a ratio of sums over these, so that counts of micro-batches, ranks and steps
     add up (``a + b``, or an all-reduce of both tensors) where means would not. Rates are floats in
@@ -34,8 +67,14 @@ class RoutingCounts:
 
     overlap_histogram: Tensor
     token_histogram: Tensor
+    kind: ComparisonKind = ComparisonKind.FREE_RUNNING
 
     def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
+        if self.kind != other.kind:
+            raise UserError(
+                f"counts of different kinds cannot be added: {self.kind} and {other.kind}. "
+                "Report them apart"
+            )
         if self.overlap_histogram.shape != other.overlap_histogram.shape:
             raise UserError(
                 "counts of different models cannot be added: histograms of shape [L, K+1] = "
@@ -44,6 +83,7 @@ class RoutingCounts:
         return RoutingCounts(
             overlap_histogram=self.overlap_histogram + other.overlap_histogram,
             token_histogram=self.token_histogram + other.token_histogram,
+            kind=self.kind,
         )
 
     @property
@@ -185,6 +225,7 @@ def compare_routes(
     *,
     num_experts: int,
     valid: Tensor | None = None,
+    kind: ComparisonKind = ComparisonKind.FREE_RUNNING,
 ) -> RoutingDivergence:
     """Compare two sides' expert sets, token by token and layer by layer.
 
@@ -198,14 +239,18 @@ def compare_routes(
         train_routes: the same shape; the dtype may differ.
         num_experts: routed experts in each layer, shared experts not counted.
         valid: ``[T]`` bool, False for padding, whose ids are not looked at; all where None.
+        kind: what the two are. For a noise floor, pass the routes of one side's two passes.
 
     Raises:
-        UserError: the shapes, dtypes or devices do not fit; no token is valid; a valid row has an
-            id outside [0, num_experts) or an expert twice (which is how a zero-filled row shows
-            when K > 1; with K = 1 it cannot be told from a choice of expert 0). The token (row
-            number), layer and side are named.
+        UserError: the shapes, dtypes or devices do not fit; no such kind; no token is valid; a
+            valid row has an id outside [0, num_experts) or an expert twice (which is how a
+            zero-filled row shows when K > 1; with K = 1 it cannot be told from a choice of expert
+            0). The token (row number), layer and side are named.
     """
-    _check_shapes(rollout_routes, train_routes, num_experts, valid)
+    kind = ComparisonKind(kind)
+    first_side, second_side = kind.sides
+    sides = {first_side: rollout_routes, second_side: train_routes}
+    _check_shapes(sides, num_experts, valid)
     T, L, K = rollout_routes.shape
     device = rollout_routes.device
     if valid is None:
@@ -222,8 +267,8 @@ def compare_routes(
     histogram_LK = torch.zeros(L * (K + 1), dtype=torch.int64, device=device)
     layer_offset_L = torch.arange(L, device=device) * (K + 1)
     for tokens in _blocks(valid, all_valid=num_valid == T, num_layers=L):
-        rollout_KR = _checked_columns("rollout", rollout_routes, tokens, num_experts)
-        train_KR = _checked_columns("training", train_routes, tokens, num_experts)
+        rollout_KR = _checked_columns(first_side, rollout_routes, tokens, num_experts)
+        train_KR = _checked_columns(second_side, train_routes, tokens, num_experts)
         overlap_tL = _count_shared(rollout_KR, train_KR, K).view(-1, L)
         overlap_TL[tokens] = overlap_tL
         routers_per_token_T[tokens] = (overlap_tL != K).sum(dim=1, dtype=torch.int32)
@@ -233,16 +278,15 @@ def compare_routes(
     return RoutingDivergence(
         overlap_histogram=histogram_LK.view(L, K + 1),
         token_histogram=torch.bincount(routers_per_token_T[valid], minlength=L + 1),
+        kind=kind,
         overlap=overlap_TL,
         routers_per_token=routers_per_token_T,
         valid=valid,
     )
 
 
-def _check_shapes(
-    rollout_routes: Tensor, train_routes: Tensor, num_experts: int, valid: Tensor | None
-) -> None:
-    for side, routes in (("rollout", rollout_routes), ("training", train_routes)):
+def _check_shapes(sides: dict[str, Tensor], num_experts: int, valid: Tensor | None) -> None:
+    for side, routes in sides.items():
         if routes.is_floating_point() or routes.is_complex() or routes.dtype == torch.bool:
             raise UserError(f"{side} routes must be integers, got {routes.dtype}")
         if routes.dim() != 3:
@@ -256,13 +300,14 @@ def _check_shapes(
                 f"of {num_experts} experts: ids above {torch.iinfo(routes.dtype).max} have "
                 "overflowed. Record them in a wider type, e.g. int16"
             )
-    if rollout_routes.shape != train_routes.shape:
+    shapes = [routes.shape for routes in sides.values()]
+    if shapes[0] != shapes[1]:
+        given = ", ".join(f"{side} {list(routes.shape)}" for side, routes in sides.items())
         raise UserError(
-            "the two sides must have routes of the same tokens, MoE layers and top-k: rollout "
-            f"{list(rollout_routes.shape)}, training {list(train_routes.shape)}. The token at "
-            "position p pairs with row p−1, so a sequence of S tokens has S−1 rows"
+            f"the two sides must have routes of the same tokens, MoE layers and top-k: {given}. "
+            "The token at position p pairs with row p−1, so a sequence of S tokens has S−1 rows"
         )
-    T, L, K = rollout_routes.shape
+    T, L, K = shapes[0]
     if T == 0 or L == 0:
         raise UserError(f"nothing to compare: routes of {T} tokens and {L} MoE layers")
     if not 1 <= K <= min(num_experts, 255):
@@ -274,7 +319,7 @@ def _check_shapes(
             f"valid must be bool of shape [{T}], one for each token, "
             f"got {valid.dtype} of shape {list(valid.shape)}"
         )
-    devices = {str(x.device) for x in (rollout_routes, train_routes, valid) if x is not None}
+    devices = {str(x.device) for x in (*sides.values(), valid) if x is not None}
     if len(devices) > 1:
         raise UserError(f"routes and valid must be on one device, got {sorted(devices)}")
 

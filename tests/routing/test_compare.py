@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.routing import RoutingCounts, compare, compare_routes
+from moe_upgrpo.routing import ComparisonKind, RoutingCounts, compare, compare_routes
 
 INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
 INTEGERS += [torch.int64, torch.uint64]
@@ -214,6 +214,36 @@ def test_counts_of_parts_add_up_to_the_whole():
     other = compare_routes(rollout[:, :2], train[:, :2], num_experts=8)
     with pytest.raises(UserError, match="different models"):
         pooled + other
+
+
+def test_kinds_are_carried_and_never_added_to_each_other():
+    counts = {
+        kind: compare_routes(GOOD, GOOD.flip(0), num_experts=4, kind=kind)
+        for kind in ComparisonKind
+    }
+    unnamed = compare_routes(GOOD, GOOD, num_experts=4)
+    assert unnamed.kind is ComparisonKind.FREE_RUNNING
+    for kind, one in counts.items():
+        assert one.kind is kind and (one + one + one).kind is kind
+        assert (one + one).routers_mismatched == 2 * one.routers_mismatched == 4
+        for other in set(counts) - {kind}:
+            with pytest.raises(UserError, match=f"different kinds .*: {kind} and {other}"):
+                one + counts[other]
+
+
+def test_noise_floor_between_two_passes_of_one_side():
+    """One of 3 tokens flips between two passes; the message of a bad row names the pass."""
+    again = routes_of([1, 0], [2, 3], [1, 3])
+    floor = compare_routes(GOOD, again, num_experts=4, kind="repeat")
+    assert floor.kind is ComparisonKind.REPEAT
+    assert (floor.routers_mismatched, floor.routers_compared) == (1, 3)
+    with pytest.raises(UserError, match=r"second pass routes, token row 0.*\[1, 4\]"):
+        compare_routes(GOOD, routes_of([1, 4], [2, 3], [1, 3]), num_experts=4, kind="batch shape")
+    with pytest.raises(UserError, match=r"first pass \[3, 1, 2\], second pass \[2, 1, 2\]"):
+        compare_routes(GOOD, again[:2], num_experts=4, kind="batch shape")
+    allowed = "allowed: free-running, conditional, repeat, batch shape"
+    with pytest.raises(UserError, match=f"'noise' given; {allowed}"):
+        compare_routes(GOOD, again, num_experts=4, kind="noise")
 
 
 def test_memory_layout_does_not_matter():
