@@ -118,7 +118,7 @@ GROUPINGS: dict[str, tuple[str, str]] = {
     "margin": ("margin_min", "bins of margin_min with about equally many tokens"),
     "token": ("token_id", "each of the most frequent token ids"),
     "own": ("layers_mismatched", "the token's own mismatched layers: 0, 1, 2, 3–4, 5–8, 9–16, …"),
-    "prefix": ("prefix_mismatched", "mismatches in all earlier rows: 0, 1, 2, 3–4, 5–8, …"),
+    "prefix": ("prefix_mismatched", "bins of prefix_mismatched with about equally many tokens"),
     "sign": ("advantage", "positive, negative and zero advantage"),
 }
 
@@ -140,8 +140,8 @@ def rate(
 
     Args:
         table: from `read_tokens`.
-        groups: how many bins of position or margin (fewer where values repeat), and how many of
-            the most frequent token ids.
+        groups: how many bins of position, margin or prefix (fewer where values repeat), and how
+            many of the most frequent token ids.
 
     Returns:
         Rows whose ``group`` is a number (layer, step, token), a name (all, sign), or the smallest
@@ -334,7 +334,7 @@ def _grouped(
         place[largest] = np.arange(len(largest))
         group, labels = place[group], found[largest].tolist()
     else:
-        if by in ("own", "prefix"):  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
+        if by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
             ends = np.concatenate([[0], 2.0 ** np.arange(32)])
         else:
             ends = np.quantile(kept, np.arange(1, groups) / groups) if len(kept) else np.empty(0)
@@ -344,16 +344,3 @@ def _grouped(
     group_N = np.full(len(values_N), -1)
     group_N[keep_N] = group
     return group_N, labels
-
-
-def markdown_tables() -> tuple[str, str]:
-    """`QUANTITIES` and `GROUPINGS` as Markdown tables, for the documentation."""
-    quantities = [(f"`{name}`", q.meaning) for name, q in QUANTITIES.items()]
-    groupings = [(f"`{n}`", f"`{column}`", text) for n, (column, text) in GROUPINGS.items()]
-    return _table(("quantity", "meaning"), quantities), _table(("by", "reads", "groups"), groupings)
-
-
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"

@@ -7,7 +7,7 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import TokenLogWriter, read_tokens
-from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, markdown_tables, rate
+from moe_upgrpo.store.questions import _grouped, clustering, rate
 from tests.store.rows import FLOATS
 
 LAYER_IDS, TOP_K = (1, 3, 4), 2
@@ -69,7 +69,11 @@ def table(tmp_path):
         ("mismatch", "step", {1: (6, 18)}),
         ("mismatch", "sign", {"positive": (4, 12), "negative": (2, 6)}),
         ("clipped", "own", {(0, 0): (0, 3), (1, 1): (0, 1), (2, 2): (1, 1), (3, 3): (1, 1)}),
-        ("clipped", "prefix", {(0, 0): (1, 1), (2, 2): (0, 1), (5, 6): (1, 3), (9, 9): (0, 1)}),
+        (
+            "clipped",
+            "prefix",
+            {(0, 0): (1, 1), (2, 2): (0, 1), (5, 5): (0, 2), (6, 6): (1, 1), (9, 9): (0, 1)},
+        ),
         # |log of| 1, 1.2, 1/5, 1, 3/5, 1
         ("gap_tail_1.1", "all", {"all": (3, 6)}),
         ("gap_tail_1.5", "all", {"all": (2, 6)}),
@@ -125,10 +129,8 @@ def test_only_the_most_frequent_tokens(table):
 
 def test_wide_bins_double():
     """0, 1, 2, 3–4, 5–8, 9–16, 17–32 mismatches, by the values found in each."""
-    from moe_upgrpo.store.questions import _grouped
-
     values = np.array([0, 1, 2, 3, 4, 5, 8, 9, 16, 17])
-    group, labels = _grouped("prefix", values, np.ones(10, bool), 20)
+    group, labels = _grouped("own", values, np.ones(10, bool), 20)
     assert labels == [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 17)]
     assert group.tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6]
 
@@ -320,9 +322,3 @@ def test_a_dense_model_has_no_mismatches(tmp_path):
     with pytest.raises(UserError, match="no MoE layer"):
         clustering(table)
     assert rate(table, "gap")[0].denominator == 2
-
-
-def test_the_tables_of_the_documentation():
-    quantities, groupings = markdown_tables()
-    assert quantities.count("\n") == 2 + len(QUANTITIES)
-    assert groupings.count("\n") == 2 + len(GROUPINGS)
