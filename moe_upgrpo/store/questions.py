@@ -26,7 +26,8 @@ from moe_upgrpo.stats import (
     rates,
     resampled_sums,
 )
-from moe_upgrpo.store.token_log import TokenLayout, overlap_array
+from moe_upgrpo.store.schema import TokenLayout
+from moe_upgrpo.store.token_log import overlap_array
 
 Columns = dict[str, np.ndarray]
 
@@ -245,10 +246,13 @@ def clustering(
             np.stack([n, n, (r_RL * (1 - r_RL)).sum(axis=1), spread], axis=1),
         )
 
+    def ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+        return np.where(denominators > 0, numerators / denominators, math.nan)
+
     with np.errstate(invalid="ignore", divide="ignore"):
         (numerators,), (denominators,) = statistics(sums_SG.sum(axis=0, keepdims=True))
-        sampled = statistics(resampled_sums(sums_SG, resamples=resamples, seed=seed))
-        found_R4, rate_4 = sampled[0] / sampled[1], numerators / denominators
+        rate_4 = ratios(numerators, denominators)
+        found_R4 = ratios(*statistics(resampled_sums(sums_SG, resamples=resamples, seed=seed)))
     names = ("any_layer", "any_layer_independent", "dispersion", "consecutive_tokens")
     rows = []
     for i, name in enumerate(names):

@@ -1,0 +1,259 @@
+"""Writing the token log: one row per response token, a Parquet file for each step and rank.
+
+Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.schema import COLUMNS, LEVELS, TokenLayout, file_metadata
+from moe_upgrpo.store.token_log import by_sequence
+
+# Given to the writer in place of the packed columns.
+_ROUTES = {"rollout_routes": "rollout_experts", "train_routes": "train_experts"}
+# Floats of a token's own and packed sets hardly repeat: a dictionary would only add its indices.
+# A float's bytes, split into four streams, shrink under zstd.
+_SPLIT = {name for name, column in COLUMNS.items() if column.type == "float"}
+_SPLIT -= {"reward", "advantage"}
+_DISTINCT = _SPLIT | set(_ROUTES.values())
+
+
+class TokenLogWriter:
+    """Writes one rank's rows of a step to ``FOLDER/step-000012-rank-0000.parquet``.
+
+    ``folder`` is the run's ``tokens`` folder. For a dense model pass ``layer_ids=()``; top_k and
+    num_experts then mean nothing. ``level`` is one of `LEVELS`; "sampled" needs ``share``, the
+    share of sequences to keep, between 0 and 1. The choice is the same on every rank and in a
+    resumed run, and a larger share keeps what a smaller one did.
+
+    Raises:
+        UserError: a layout that cannot be, an unknown level, or a share that does not go with it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        rank: int,
+        layer_ids: Sequence[int],
+        top_k: int,
+        num_experts: int,
+        level: str = "full",
+        share: float = 1.0,
+    ) -> None:
+        if level not in LEVELS:
+            raise UserError(f"token log level {level!r} is unknown: choose {', '.join(LEVELS)}")
+        if (level == "sampled") != (share != 1) or not 0 < share <= 1:
+            raise UserError(
+                "share goes with level sampled and lies between 0 and 1, both excluded; got "
+                f"level={level!r}, share={share}"
+            )
+        self.folder = Path(folder)
+        self.rank = rank
+        self.layout = TokenLayout(layer_ids=tuple(layer_ids), top_k=top_k, num_experts=num_experts)
+        self.level = level
+        self.share = share
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, columns: dict[str, np.ndarray]) -> Path | None:
+        """Write one step's rows, all or nothing: under a temporary name, then renamed.
+
+        Args:
+            step: every row's step. The column ``step`` itself may be left out.
+            columns: names of `COLUMNS`, each ``[N]``, and ``overlap`` ``[N, L]`` of integers in
+                0..K (left out, or ``[N, 0]``, for a dense model). Floats are stored as float32.
+                Optional columns may be left out; masked entries of a masked array become nulls. In
+                place of the packed expert sets come the raw ones: ``rollout_routes`` and, only
+                beside it, ``train_routes``, integers ``[N, L, K]``, row p − 1 of each token.
+
+        Returns:
+            The file, or None where the level keeps none of these rows.
+
+        Raises:
+            UserError: a column is missing, unknown, or of another length or kind; no rows; routes
+                that cannot be (the sequence and the layer are named); overlap contradicts
+                layers_mismatched or the routes; the file exists already.
+        """
+        arrays = {name: np.asanyarray(values) for name, values in columns.items()}
+        num_rows = self._check_names_and_lengths(step, arrays)
+        arrays.setdefault("step", np.full(num_rows, step, dtype=np.int32))
+        if (arrays["step"] != step).any():
+            raise UserError(f"column step holds other steps than the {step} being written")
+        arrays.setdefault("overlap", np.empty((num_rows, 0), dtype=np.uint8))
+        self._check_overlap(arrays["overlap"], arrays["layers_mismatched"])
+        if self.level == "aggregate":
+            return None
+        if self.level == "sampled":
+            kept_N = _kept(step, arrays["sequence"], self.share)
+            if not kept_N.any():
+                return None
+            arrays = {name: array[kept_N] for name, array in arrays.items()}
+        table = self._table(step, arrays)
+
+        file = self.folder / f"step-{step:06d}-rank-{self.rank:04d}.parquet"
+        if file.exists():
+            raise UserError(
+                f"{file} exists already: step {step} was logged before. To run it again, start "
+                "from RunFolder.resume, which first drops what was logged after the checkpoint"
+            )
+        part = file.with_name(f".{file.name}.tmp")
+        pq.write_table(
+            table,
+            part,
+            compression="zstd",
+            use_dictionary=[name for name in table.column_names if name not in _DISTINCT],
+            use_byte_stream_split=[name for name in table.column_names if name in _SPLIT],
+        )
+        os.replace(part, file)
+        return file
+
+    def _table(self, step: int, arrays: dict[str, np.ndarray]) -> pa.Table:
+        packed = self._pack(step, arrays) if "rollout_routes" in arrays else {}
+        data, fields = [], []
+        for name, column in COLUMNS.items():
+            if name in packed:
+                array = packed[name]
+            elif name not in arrays or (name == "overlap" and not self.layout.num_layers):
+                continue
+            elif name == "overlap":
+                kind = pa.list_(
+                    pa.field("item", pa.uint8(), nullable=False), self.layout.num_layers
+                )
+                flat = pa.array(arrays[name].astype(np.uint8).reshape(-1))
+                array = pa.FixedSizeListArray.from_arrays(flat, type=kind)
+            else:
+                array = _to_arrow(name, arrays[name])
+            data.append(array)
+            fields.append(pa.field(name, array.type, nullable=column.optional))
+        sampling = {"level": self.level, "share": self.share}
+        return pa.Table.from_arrays(
+            data, schema=pa.schema(fields, file_metadata(self.layout, sampling))
+        )
+
+    def _pack(self, step: int, arrays: dict[str, np.ndarray]) -> dict[str, pa.Array]:
+        """Raw routes as the columns that keep them, after a check against ``overlap``."""
+        # Here: the routing package brings torch, which a reader of the log does without.
+        import torch
+
+        from moe_upgrpo.routing import compare_routes
+        from moe_upgrpo.routing.codec import encode_difference, encode_sets
+
+        E, sequence_N = self.layout.num_experts, arrays["sequence"]
+        rollout_NLK, train_NLK = arrays["rollout_routes"], arrays.get("train_routes")
+        rows_of = arrays["step"], sequence_N
+        packed_NB = by_sequence(
+            lambda rows: encode_sets(rollout_NLK[rows], num_experts=E),
+            *rows_of,
+        )
+        columns = {"rollout_experts": _fixed_binary(packed_NB)}
+        if train_NLK is not None:
+            data, offsets = by_sequence(
+                lambda rows: encode_difference(rollout_NLK[rows], train_NLK[rows], num_experts=E),
+                *rows_of,
+            )
+            overlap_NL = compare_routes(
+                torch.from_numpy(np.ascontiguousarray(rollout_NLK)),
+                torch.from_numpy(np.ascontiguousarray(train_NLK)),
+                num_experts=E,
+            ).overlap.numpy()
+            wrong_NL = overlap_NL != arrays["overlap"]
+            if wrong_NL.any():
+                row, layer = np.argwhere(wrong_NL)[0]
+                raise UserError(
+                    f"step {step}, sequence {sequence_N[row]}, position "
+                    f"{arrays['position'][row]}, MoE layer {layer}: overlap is "
+                    f"{arrays['overlap'][row, layer]}, but the routes share "
+                    f"{overlap_NL[row, layer]}: rows joined wrongly, or routes of another forward"
+                )
+            buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+            columns["train_experts"] = pa.Array.from_buffers(
+                pa.large_binary(), len(packed_NB), buffers
+            )
+        return columns
+
+    def _check_names_and_lengths(self, step: int, arrays: dict[str, np.ndarray]) -> int:
+        required = {name for name, column in COLUMNS.items() if not column.optional} - {"step"}
+        known = {*COLUMNS, *_ROUTES} - set(_ROUTES.values())
+        if not self.layout.num_layers:
+            required.remove("overlap")
+            known -= set(_ROUTES)
+        missing, unknown = required - set(arrays), set(arrays) - known
+        if missing or unknown:
+            raise UserError(
+                f"token log of step {step}: missing columns {sorted(missing)}, unknown columns "
+                f"{sorted(unknown)}; needed {sorted(required)}, allowed {sorted(known - required)}"
+            )
+        if "train_routes" in arrays and "rollout_routes" not in arrays:
+            raise UserError(
+                "train_routes are kept as a difference from rollout_routes: give both, or neither"
+            )
+        lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"token log of step {step}: columns of different lengths {lengths}")
+        routes_shape = (lengths["position"], self.layout.num_layers, self.layout.top_k)
+        for name, array in arrays.items():
+            expected = routes_shape if name in _ROUTES else routes_shape[:1]
+            if name != "overlap" and array.shape != expected:
+                raise UserError(
+                    f"token log of step {step}: {name} must have shape {list(expected)}, got "
+                    f"{list(array.shape)}"
+                )
+            if np.ma.is_masked(array) and not (name in COLUMNS and COLUMNS[name].optional):
+                raise UserError(f"token log of step {step}: column {name} cannot hold nulls")
+        num_rows = lengths["position"]
+        if num_rows == 0:
+            raise UserError(f"token log of step {step}: no rows, so nothing was sampled or matched")
+        return num_rows
+
+    def _check_overlap(self, overlap_NL: np.ndarray, layers_mismatched_N: np.ndarray) -> None:
+        K, L = self.layout.top_k, self.layout.num_layers
+        if overlap_NL.shape != (len(layers_mismatched_N), L) or overlap_NL.dtype.kind not in "iu":
+            raise UserError(
+                f"overlap must hold integers of shape [{len(layers_mismatched_N)}, {L}], one for "
+                f"each row and MoE layer, got {overlap_NL.dtype} of shape {list(overlap_NL.shape)}"
+            )
+        if L and (overlap_NL.min() < 0 or overlap_NL.max() > K):
+            raise UserError(
+                f"overlap counts shared experts and must be in 0..{K} (top-k), got "
+                f"{overlap_NL.min()}..{overlap_NL.max()}"
+            )
+        differs_N = (overlap_NL < K).sum(axis=1) != layers_mismatched_N
+        if differs_N.any():
+            row = int(differs_N.argmax())
+            raise UserError(
+                f"row {row}: layers_mismatched is {layers_mismatched_N[row]}, but overlap is below "
+                f"{K} in {(overlap_NL[row] < K).sum()} layers"
+            )
+
+
+def _to_arrow(name: str, values_N: np.ndarray) -> pa.Array:
+    kind = pa.type_for_alias(COLUMNS[name].type)
+    expected = "iu" if pa.types.is_integer(kind) else "f" if pa.types.is_floating(kind) else "b"
+    if values_N.dtype.kind not in expected:
+        raise UserError(f"column {name} must hold {kind}, got {values_N.dtype}")
+    mask_N = np.ma.getmaskarray(values_N) if np.ma.is_masked(values_N) else None
+    try:
+        return pa.array(np.asarray(values_N), mask=mask_N).cast(kind)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"column {name} does not fit {kind}: {error}") from None
+
+
+def _fixed_binary(packed_NB: np.ndarray) -> pa.Array:
+    N, B = packed_NB.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(packed_NB))]
+    return pa.Array.from_buffers(pa.binary(B), N, buffers)
+
+
+def _kept(step: int, sequence_N: np.ndarray, share: float) -> np.ndarray:
+    """Rows whose sequence a share keeps: hash(step, sequence) below share · 2^64. bool ``[N]``."""
+    sequences, row_N = np.unique(sequence_N, return_inverse=True)
+    keys = (f"{step}:{sequence}".encode() for sequence in sequences.tolist())
+    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys)
+    return np.array([value < share * 2**64 for value in hashes])[row_N]
