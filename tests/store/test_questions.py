@@ -4,11 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.routing import compare_routes
+from moe_upgrpo.routing.clustering import clustering as routes_clustering
 from moe_upgrpo.store import TokenLogWriter, read_tokens
 from moe_upgrpo.store.questions import _grouped, clustering, rate
-from tests.store.rows import FLOATS
+from tests.store.rows import EXPERTS, FLOATS, full_columns
 
 LAYER_IDS, TOP_K = (1, 3, 4), 2
 
@@ -268,6 +271,22 @@ def test_tokens_that_follow_each_other(tmp_path):
     assert any_layer.rate == independent.rate == 0.5  # one layer alone mismatches
     assert dispersion.rate == pytest.approx(1)
     assert consecutive.rate == pytest.approx(1 / 6)
+
+
+def test_clustering_is_that_of_the_routes(tmp_path):
+    """From the log's overlaps as from the raw routes, by `moe_upgrpo.routing.clustering`."""
+    columns = full_columns(200, sequences=20)
+    sides = (torch.from_numpy(columns[f"{side}_routes"].copy()) for side in ("rollout", "train"))
+    counted = compare_routes(*sides, num_experts=EXPERTS)
+    expected = routes_clustering(counted)
+    table = log(tmp_path, columns)
+    any_layer, independent, dispersion, _ = clustering(table, resamples=20)
+    assert any_layer.rate == pytest.approx(expected.token_any_rate)
+    assert independent.rate == pytest.approx(expected.token_any_rate_independent)
+    assert dispersion.rate == pytest.approx(expected.dispersion)
+    assert rate(table, "mismatch")[0].rate == pytest.approx(counted.router_mismatch_rate)
+    by_layer = [row.rate for row in rate(table, "mismatch", by="layer")]
+    assert by_layer == pytest.approx(counted.router_mismatch_by_layer.tolist())
 
 
 def test_no_mismatch_at_all(tmp_path):

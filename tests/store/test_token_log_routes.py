@@ -76,6 +76,8 @@ def test_steps_with_and_without_optional_columns(tmp_path):
     assert table["gap_update"].null_count == 6
     assert table["gap_update"].to_pylist()[:6] == [None] * 6
     assert read_tokens(tmp_path, columns=["gap_update", "step"])["gap_update"].null_count == 6
+    alone = read_tokens(tmp_path, columns=["gap_update"])
+    assert (alone.num_rows, alone["gap_update"].null_count) == (12, 6)
     with pytest.raises(UserError, match=r"no columns \['gap_update'\]: it has \['step', 'seq"):
         read_tokens(tmp_path, columns=["gap_update"], steps=[1])
     with pytest.raises(UserError, match=r"6 of 12 rows have no rollout_experts, in steps \[1\]"):
