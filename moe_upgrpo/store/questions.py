@@ -60,6 +60,14 @@ def _log_ratio(c: Columns) -> np.ndarray:
         return np.log(c["ratio"])
 
 
+def _itself(name: str) -> Callable[[Columns], np.ndarray]:
+    return lambda c: c[name]
+
+
+def _magnitude(name: str) -> Callable[[Columns], np.ndarray]:
+    return lambda c: np.abs(c[name])
+
+
 _GAP = ("logp_old", "logp_rollout")
 _WEIGHT = ("gradient_weight", "advantage")
 
@@ -90,6 +98,14 @@ QUANTITIES: dict[str, Quantity] = {
             _beyond(tau, _log_ratio),
         )
         for tau in TAILS
+    },
+    **{
+        f"{term}{ending}": Quantity(f"mean {meaning}", (term,), measure(term))
+        for term in ("gap_numerics", "gap_engine_routing", "gap_update", "gap_routing_shift")
+        for ending, meaning, measure in (
+            ("", f"{term}; the four add up to the mean gap, sign kept", _itself),
+            ("_abs", f"|{term}|", _magnitude),
+        )
     },
     "clipped": Quantity(
         "share of tokens whose gradient the loss's rule took away",

@@ -53,6 +53,7 @@ BY_HAND = {
     "prefix_mismatched": [5, 5, 6, 9, 0, 2],
     "margin_min": [0.9, 0.4, 0.1, 0.8, 0.2, 0.7],
     "gradient_weight": [1.0, 2, 4, 8, 16, 32],
+    "gap_update": [0.5, -0.25, 1, 0, -1, -2],
 }
 
 
@@ -84,6 +85,8 @@ def table(tmp_path):
         ("ratio_tail_2", "all", {"all": (2, 6)}),
         ("ratio_tail_1.1", "sign", {"positive": (1, 4), "negative": (1, 2)}),
         ("ratio_tail_5", "all", {"all": (0, 6)}),
+        ("gap_update", "sign", {"positive": (1.25, 4), "negative": (-3, 2)}),
+        ("gap_update_abs", "sign", {"positive": (1.75, 4), "negative": (3, 2)}),
         ("gradient_weight_positive", "all", {"all": (15, 4)}),
         ("gradient_weight_negative", "all", {"all": (48, 2)}),
         ("gradient_weight_negative", "own", {(0, 0): (32, 1), (2, 2): (16, 1)}),
