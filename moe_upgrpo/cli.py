@@ -37,36 +37,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; what was logged is complete: moe-upgrpo report RUN shows it.", 130)
     except Exception as error:
         _fail(_describe(error), status=1)
 
 
-def _train(arguments: list[str]) -> None:
+def _parse(what, arguments: list[str], prog: str):
+    """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
     import tyro
 
+    with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(what, args=arguments, prog=prog, console_outputs=_rank() == 0)
+
+
+def _train(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig, file_arguments
 
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it for several ranks, not for one
         import torch
 
         torch.set_num_threads(1)
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 == len(arguments):
-            _fail("--config needs the path of a YAML file.")
-        arguments = [
-            *file_arguments(Path(arguments[at + 1])),
-            *arguments[:at],
-            *arguments[at + 2 :],
-        ]
-    # Every rank finds the same mistake in the options; rank 0 says it.
-    with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
-        config = tyro.cli(
-            TrainConfig, args=arguments, prog="train_moe.sh", console_outputs=_rank() == 0
+    files = [
+        Path(value or following)
+        for (option, _, value), following in zip(
+            (argument.partition("=") for argument in arguments), [*arguments[1:], ""], strict=True
         )
+        if option == "--config"
+    ]
+    from_files = [option for file in files for option in file_arguments(file)]
+    config = _parse(TrainConfig, [*from_files, *arguments], "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
-
     _silence_upstream()
+
     from moe_upgrpo.train.loop import train
 
     train(config)
@@ -83,12 +86,23 @@ def _silence_upstream() -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from moe_upgrpo.report import write_report
+    from tyro.conf import Positional
 
-    if not arguments or arguments[0].startswith("-"):
-        _fail("usage: moe-upgrpo report RUN [RUN …]: the folders of one run or several.")
-    runs = [Path(argument) for argument in arguments]
-    print(write_report(runs, runs[0] / "report.html"))
+    def report(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None:
+        """Write one HTML report of run folders, and its figures' data as JSON beside it.
+
+        Args:
+            runs: the folders of one run or several.
+            output: the page. Default: report.html in the run's folder; of several runs, here.
+        """
+        from moe_upgrpo.report import write_report
+
+        if not runs:
+            raise UserError("no run given; usage: moe-upgrpo report RUN [RUN …].")
+        folder = runs[0] if len(runs) == 1 else Path()
+        print(write_report(runs, output or folder / "report.html"))
+
+    _parse(report, arguments, "moe-upgrpo report")
 
 
 def _rank() -> int:

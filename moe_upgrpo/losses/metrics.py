@@ -47,6 +47,8 @@ GLOSSARY: dict[str, Definition] = {
     "positive_fraction": Definition("share with A > 0", ALL),
     "negative_fraction": Definition("share with A < 0", ALL),
     "clip_fraction": Definition("share whose gradient the loss's own rule took away", ALL),
+    "clip_fraction_positive": Definition("share of positive tokens that are clipped", POSITIVE),
+    "clip_fraction_negative": Definition("share of negative tokens that are clipped", NEGATIVE),
     "clip_fraction_positive_upper": Definition("share cut by an upper bound", POSITIVE),
     "clip_fraction_positive_lower": Definition("share cut by a lower bound", POSITIVE),
     "clip_fraction_negative_upper": Definition("share cut by an upper bound", NEGATIVE),

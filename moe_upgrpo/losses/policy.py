@@ -226,6 +226,8 @@ def _measure(
         "positive_fraction": Metric(positives, tokens),
         "negative_fraction": Metric(negatives, tokens),
         "clip_fraction": Metric(clipped_BT.count_nonzero(), tokens),
+        "clip_fraction_positive": of_positives(clipped_BT),
+        "clip_fraction_negative": of_negatives(clipped_BT),
         "clip_fraction_positive_upper": of_positives(positive.above),
         "clip_fraction_positive_lower": of_positives(positive.below),
         "clip_fraction_negative_upper": of_negatives(negative.above),

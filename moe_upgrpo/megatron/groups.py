@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend
 from moe_upgrpo.megatron.layout import Layout
@@ -33,6 +34,11 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout.check_world(world_size)
     if backend.has_cuda():
+        if device().index >= torch.cuda.device_count():
+            raise UserError(
+                f"Rank {rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}"
+                ". Start as many ranks as GPUs (torchrun --nproc-per-node, or NPROC with bash)."
+            )
         torch.cuda.set_device(device())
     with backend.apply():
         dist.init_process_group(

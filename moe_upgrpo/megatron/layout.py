@@ -35,6 +35,12 @@ class Layout:
                 f"wrongly without an error. Use etp={self.tp} (the default) or ep > 1."
             )
 
+        if self.ep > 1 and self.expert_tp > 1:
+            raise UserError(
+                f"ep={self.ep} with etp={self.etp}: both above 1 is not supported; Megatron-Core's "
+                "all-to-all then gathers shards of different sizes, which gloo refuses. Use etp=1."
+            )
+
     @property
     def expert_tp(self) -> int:
         return self.etp if self.etp is not None else (1 if self.ep > 1 else self.tp)

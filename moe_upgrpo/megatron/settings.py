@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_upgrpo.errors import UserError
@@ -30,6 +31,9 @@ class OptimizerSettings:
     def __post_init__(self):
         if self.algorithm not in ("adam", "sgd"):
             raise UserError(f"algorithm={self.algorithm!r}: use 'adam' or 'sgd'.")
-        for name in ("lr", "warmup_steps", "clip_grad", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: it cannot be negative.")
+        for name in ("lr", "warmup_steps", "clip_grad", "weight_decay", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)}: a number of at least 0 is needed.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: 0 or more and below 1 is needed.")

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -62,15 +63,24 @@ class RunFolder:
         """
         run = cls(Path(path))
         run.check_free()
-        run.tokens.mkdir(parents=True)
+        run.tokens.mkdir()
         _write_json(run.config_path, config)
         _write_json(run.env_path, _environment())
         return run
 
     def check_free(self) -> None:
-        """Raise UserError where the path is a file or the folder already holds a run."""
+        """Make the folder; UserError where that cannot be or where it holds a run already."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output folder {self.path} is a file: name a folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"the output folder {self.path} cannot be written ({error.strerror}): choose "
+                "another --output-dir"
+            ) from None
         parts = (self.config_path, self.metrics_path, self.tokens, self.checkpoints)
         if found := [part.name for part in parts if part.exists()]:
             raise UserError(

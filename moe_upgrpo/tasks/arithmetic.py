@@ -40,6 +40,11 @@ class ArithmeticTask:
     def max_response_tokens(self) -> int:
         return self.digits + 2  # the carry and EOS
 
+    @property
+    def training_count(self) -> int:
+        """How many training problems there are."""
+        return len(self._split[0])
+
     def problem(self, a: int, b: int) -> Problem:
         prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
         return Problem(prompt=prompt, prompt_ids=encode(prompt), answer=str(a + b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Literal
 import yaml
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import PRESETS, PolicyLossConfig
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.warm_start import WarmStartConfig
 
 
@@ -26,11 +28,22 @@ class TinyModel:
     top_k: int = 2
     expert_intermediate: int = 64
 
+    def __post_init__(self):
+        for name in ("hidden", "expert_intermediate"):
+            if getattr(self, name) < 32 or getattr(self, name) % 32:
+                raise UserError(f"tiny.{name}={getattr(self, name)}: a multiple of 32 is needed.")
+        if self.layers < 1:
+            raise UserError(f"tiny.layers={self.layers}: at least 1 is needed.")
+        if not 1 <= self.top_k <= self.experts:
+            raise UserError(f"tiny.top_k={self.top_k}: 1 to tiny.experts={self.experts}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a mixture-of-experts model by reinforcement learning on Megatron-Core actors."""
 
+    config: Path | None = None
+    """YAML file of these options; those of the command line win."""
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
     steps: int = 60
@@ -57,7 +70,7 @@ class TrainConfig:
     tp: int | None = None
     """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
     ep: int | None = None
-    """Expert parallelism, by all-to-all. None: as tp."""
+    """Expert parallelism, by all-to-all. None: 2 on an even number of ranks, else 1."""
     etp: int | None = None
     """Tensor parallelism inside an expert. None: 1 with ep > 1, else tp."""
 
@@ -81,25 +94,33 @@ class TrainConfig:
     """Steps between evaluations on held-out problems; the first and the last step have one too."""
     eval_samples: int = 4
     """Samples of each held-out problem, for pass@1 and pass@k."""
-    eval_problems: int | None = None
-    """Held-out problems to use. None: all."""
+    eval_problems: int = 1024
+    """Most held-out problems to use."""
     reference_kl: bool = True
     """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
 
     def __post_init__(self):
-        PolicyLossConfig.preset(self.loss)
+        if "router_log_probs" in PolicyLossConfig.preset(self.loss).arguments:
+            served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
+            raise UserError(
+                f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
+                f"record; it serves {', '.join(served)}."
+            )
+        ArithmeticTask(self.digits)
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: 0 or more is needed.")
         for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
-                     "eval_samples"):  # fmt: skip
+                     "eval_samples", "eval_problems"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
         if self.group < 2:
             raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
-        for name in ("max_new_tokens", "eval_problems"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: at least 1 is needed, or leave it out.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens}: at least 1 is needed, or leave it out."
+            )
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
@@ -130,7 +151,7 @@ def file_arguments(path: Path) -> list[str]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: lines of `option: value` are needed.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -39,7 +41,7 @@ class Display:
         """One finished step; a line of its own where there is no bar, or where it was evaluated."""
         line = (
             f"reward {row['reward/mean']:.3f}  entropy {row['entropy/mean']:.3f}  "
-            f"clipped +{row.get('clip/positive', 0):.1%} -{row.get('clip/negative', 0):.1%}  "
+            f"clipped +{_share(row['clip/positive'])} -{_share(row['clip/negative'])}  "
             f"grad {row['grad_norm']:.2f}  routers differing {row['mismatch/router_rate']:.2%}  "
             f"{row['tokens_per_second']:,.0f} tok/s"
         )
@@ -72,3 +74,8 @@ class Display:
             f"{tokens / total:,.0f} sampled tokens/s over {len(trained)} full RL steps of "
             f"{total / len(trained):.2f} s ({split}); evaluation not counted"
         )
+
+
+def _share(value: float) -> str:
+    """A share in percent; a dash where nothing was counted."""
+    return "–" if math.isnan(value) else f"{value:.1%}"

@@ -152,7 +152,5 @@ def finish(
     metrics["tokens/sampled"] = sums["response/length_mean"].numerator
     of_loss = finalize_metrics(loss_metrics)
     for sign in ("positive", "negative"):
-        metrics[f"clip/{sign}"] = sum(
-            of_loss[f"clip_fraction_{sign}_{bound}"] for bound in ("upper", "lower")
-        )
+        metrics[f"clip/{sign}"] = of_loss[f"clip_fraction_{sign}"]
     return metrics | {f"loss/{name}": value for name, value in of_loss.items()} | maxima

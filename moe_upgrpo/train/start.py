@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
@@ -20,7 +22,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
-from moe_upgrpo.tasks.arithmetic import ArithmeticTask
+from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
 from moe_upgrpo.train import evaluate, record
 from moe_upgrpo.train.config import TrainConfig
@@ -50,6 +52,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
         model_dir = config.model or groups.from_rank_0(
             _warm_started(config, task, layout, display) if rank == 0 else None
         )
+        check_tokenizer(task, Path(model_dir))
+        task.training_problems(config.prompts, seed=config.seed, step=1)  # are there that many?
         settings = {
             "dtype": config.dtype,
             "temperature": config.temperature,
@@ -93,6 +97,24 @@ def start(config: TrainConfig) -> Iterator[Job]:
             engine.close()
 
 
+def check_tokenizer(task: ArithmeticTask, model_dir: Path) -> None:
+    """Raise UserError where the model does not speak the task's tokens."""
+    sample = task.problem(1, 2)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        fits = tokenizer(sample.prompt).input_ids == sample.prompt_ids.tolist()
+        fits = fits and tokenizer.eos_token_id == EOS_ID
+    except (OSError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{model_dir} has no tokenizer that writes {sample.prompt!r} as the task's tokens "
+            f"{sample.prompt_ids.tolist()} and ends with token {EOS_ID}: the arithmetic task "
+            "trains models that were warm-started for it (leave --model out), or checkpoints of "
+            "such runs."
+        )
+
+
 def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
     tiny = config.tiny
     model = tiny_model_config(
@@ -103,6 +125,13 @@ def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, dis
         expert_intermediate=tiny.expert_intermediate,
     )
     layout.check_model(model)
+    try:
+        config.cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {config.cache_dir} cannot be made ({error.strerror}): choose "
+            "another --cache-dir."
+        ) from None
     return warm_start(
         task, model, settings=config.warm_start, cache_dir=config.cache_dir, progress=display.say
     )

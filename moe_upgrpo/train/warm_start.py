@@ -181,7 +181,8 @@ def _train(
         optimizer, lambda step: min(1.0, (step + 1) / settings.warmup_steps)
     )
     # Step 0 draws the problems of the probe, the steps after it those that are trained on.
-    probe = task.training_problems(settings.probe_problems, seed=settings.seed, step=0)
+    probes = min(settings.probe_problems, task.training_count)
+    probe = task.training_problems(probes, seed=settings.seed, step=0)
     for step in range(1, settings.max_steps + 1):
         problems = task.training_problems(settings.batch_size, seed=settings.seed, step=step)
         input_ids, labels = _supervised_batch(task, problems, model.device)

@@ -38,6 +38,8 @@ def test_grpo_by_hand():
             "positive_fraction": 2 / 6,
             "negative_fraction": 4 / 6,
             "clip_fraction": 4 / 6,  # 2 | .25 .5 | 4
+            "clip_fraction_positive": 1 / 2,
+            "clip_fraction_negative": 3 / 4,
             "clip_fraction_positive_upper": 1 / 2,
             "clip_fraction_positive_lower": 0,
             "clip_fraction_negative_upper": 1 / 4,
@@ -86,6 +88,17 @@ def test_a_correction_gives_the_gradient_share_its_weight():
     # positives 2·1.125 (2 is cut); negatives 1 + 2
     assert metrics["gradient_share_positive"] == pytest.approx(2.25 / 5.25)
     assert metrics["correction_weight_mean"] == pytest.approx(3.5 / 4)
+
+
+def test_the_off_policy_mask_counts_as_clipped():
+    """Sequence 1 is dropped whole: its mean(log μ − log π) is above the limit."""
+    config = PolicyLossConfig.preset("deepseek-v3.2")
+    result = policy_loss(log_probs(), **INPUTS, config=config)
+    negative = INPUTS["mask"].bool() & (INPUTS["advantages"] < 0)
+    share = (result.clipped & negative).sum() / negative.sum()
+    assert finalize_metrics(result.metrics)["clip_fraction_negative"] == pytest.approx(float(share))
+    # By hand: r = .25 .5 1 has mean log r < 0, so all three; r = 4 is beyond the dual clip.
+    assert float(share) == 1.0
 
 
 def test_merging_adds_both_sums():

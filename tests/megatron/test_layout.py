@@ -19,7 +19,7 @@ def test_defaults_by_number_of_ranks():
 
 @pytest.mark.parametrize(
     ("layout", "expert_tp"),
-    [(Layout(tp=2), 2), (Layout(tp=2, ep=2), 1), (Layout(tp=2, ep=2, etp=2), 2), (Layout(), 1)],
+    [(Layout(tp=2), 2), (Layout(tp=2, ep=2), 1), (Layout(tp=2, etp=2), 2), (Layout(), 1)],
 )
 def test_expert_tensor_parallelism(layout, expert_tp):
     assert layout.expert_tp == expert_tp
@@ -30,7 +30,7 @@ def test_expert_tensor_parallelism(layout, expert_tp):
     [
         ({"tp": 3}, 2, "tp=3 does not divide the 2 rank"),
         ({"ep": 4}, 2, r"ep\*etp=4 does not divide the 2 rank"),
-        ({"tp": 2, "ep": 2, "etp": 2}, 2, r"ep\*etp=4 does not divide the 2 rank"),
+        ({"tp": 2, "ep": 2, "etp": 2}, 4, "ep=2 with etp=2: both above 1 is not supported"),
         ({"tp": 0}, 2, "tp=0: a parallel size is at least 1"),
     ],
 )
@@ -45,7 +45,7 @@ def test_ranks_that_do_not_divide(sizes, world_size, words):
         (Layout(tp=3), "tp=3 does not divide the model's num_attention_heads=4"),
         (Layout(tp=4), "tp=4 does not divide the model's num_key_value_heads=2"),
         (Layout(ep=3), "ep=3 does not divide the model's num_experts=8"),
-        (Layout(ep=2, etp=5), "etp=5 does not divide the model's moe_intermediate_size=64"),
+        (Layout(tp=3, etp=3), "tp=3 does not divide the model's num_attention_heads=4"),
     ],
 )
 def test_models_that_do_not_divide(layout, words):

@@ -19,7 +19,6 @@ LAYOUTS = {
     "TP2·EP2": (2, Layout(tp=2, ep=2)),
     "DP2": (2, Layout()),
     "TP2·EP2·DP2": (4, Layout(tp=2, ep=2)),
-    "TP2·EP2·ETP2": (4, Layout(tp=2, ep=2, etp=2)),
     "EP4": (4, Layout(ep=4)),
 }
 

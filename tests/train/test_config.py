@@ -4,7 +4,8 @@ import pytest
 import tyro
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.train.config import TrainConfig, file_arguments
+from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments
 
 
 def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
@@ -46,11 +47,31 @@ def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path, capsys):
         ({"group": 1}, "at least 2 responses"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"eval_problems": 0}, "eval_problems=0"),
+        ({"loss": "rspo"}, "needs the router's log-probs.*up-gspo"),
+        ({"seed": -1}, "seed=-1"),
+        ({"digits": 9}, "digits is 9"),
+        ({"temperature": float("nan")}, "temperature=nan"),
     ],
 )
 def test_values_that_cannot_be(options, words):
     with pytest.raises(UserError, match=words):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (OptimizerSettings, {"lr": float("nan")}, "lr=nan"),
+        (OptimizerSettings, {"beta1": 1.5}, "beta1=1.5"),
+        (OptimizerSettings, {"algorithm": "lion"}, "'adam' or 'sgd'"),
+        (TinyModel, {"hidden": 63}, "tiny.hidden=63: a multiple of 32"),
+        (TinyModel, {"layers": 0}, "tiny.layers=0"),
+        (TinyModel, {"top_k": 9}, "tiny.top_k=9"),
+    ],
+)
+def test_parts_that_cannot_be(cls, options, words):
+    with pytest.raises(UserError, match=words):
+        cls(**options)
 
 
 @pytest.mark.parametrize(
