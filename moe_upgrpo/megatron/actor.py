@@ -6,6 +6,7 @@ Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE laye
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
 from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.replay import RouteReplay
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RouterTap
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
@@ -83,6 +85,7 @@ class MegatronActor:
         self.model = build_model(self.hf, layout, getattr(torch, dtype))
         load_weights(self.model, self.hf, self.model_dir)
         self.tap = RouterTap(self.model)
+        self.replay = RouteReplay(self.tap.routers)
         if dtype == "bfloat16":
             self.model = Float16Module(get_model_config(self.model), self.model)
         self.optimizer = None
@@ -143,14 +146,13 @@ class MegatronActor:
         """Parameters of the whole model."""
         return sum(tensor.numel() for _, tensor in self.export_weights())
 
-    def _micro_batches(self, samples: Sequence[Sample]) -> list[Batch]:
+    def _micro_batches(self, samples: Sequence[Sample], size: int | None = None) -> list[Batch]:
+        size = size or self.micro_batch_size
         if not samples:
             raise UserError("No samples for the actor on this rank: nothing to compute.")
         return [
-            make_batch(samples[i : i + self.micro_batch_size], multiple_of=self.layout.tp).to(
-                device()
-            )
-            for i in range(0, len(samples), self.micro_batch_size)
+            make_batch(samples[i : i + size], multiple_of=self.layout.tp).to(device())
+            for i in range(0, len(samples), size)
         ]
 
     def _run(self, batches: Sequence[Batch], on_logits, *, train: bool) -> list:
@@ -158,7 +160,9 @@ class MegatronActor:
 
         def forward_step(data: Iterator[Batch], model):
             batch = next(data)
-            logits_BSv = model(batch.tokens_BS, batch.positions_BS, None)
+            native = batch.routes_BSLK is None
+            with nullcontext() if native else self.replay.replaying(batch.routes_BSLK):
+                logits_BSv = model(batch.tokens_BS, batch.positions_BS, None)
             return logits_BSv, partial(on_logits, batch)
 
         return get_forward_backward_func()(
@@ -173,8 +177,17 @@ class MegatronActor:
         )
 
     @torch.no_grad()
-    def score(self, samples: Sequence[Sample], *, routes: bool = True) -> list[Scored]:
-        """Log-probs, entropy and (unless `routes` is off) the routes of each sample."""
+    def score(
+        self,
+        samples: Sequence[Sample],
+        *,
+        routes: bool = True,
+        micro_batch_size: int | None = None,
+    ) -> list[Scored]:
+        """Log-probs, entropy and (unless `routes` is off) the routes of each sample.
+
+        Samples that carry routes are scored with those replayed.
+        """
         self.model.eval()
 
         def on_logits(batch: Batch, logits_BSv: torch.Tensor, non_loss_data: bool):
@@ -185,7 +198,7 @@ class MegatronActor:
                 routes_BSLK.cpu().numpy() if routes else None,
             )
 
-        batches = self._micro_batches(samples)
+        batches = self._micro_batches(samples, micro_batch_size)
         if routes:
             with self.tap:
                 outputs = self._run(batches, on_logits, train=False)
@@ -202,7 +215,7 @@ class MegatronActor:
         ]
 
     def update(self, samples: Sequence[Sample], loss: PolicyLossConfig) -> Update:
-        """One optimizer step on this rank's part of a mini-batch.
+        """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
         Every rank gives the same number of samples. Raises UserError, before any weight changes,
         where a log-prob is not finite.

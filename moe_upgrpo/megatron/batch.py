@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from moe_upgrpo.megatron.replay import NO_ROUTE
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
@@ -22,6 +24,7 @@ class Sample:
     old_log_probs: np.ndarray | None = None  # [T] float32; this and the next for updates only
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     advantage: float = 0.0
+    routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
 
     @property
     def response_rows(self) -> slice:
@@ -39,6 +42,7 @@ class Batch:
     old_log_probs_BS: torch.Tensor  # 0 outside the mask, as the next two
     rollout_log_probs_BS: torch.Tensor
     advantages_BS: torch.Tensor
+    routes_BSLK: torch.Tensor | None  # int16, NO_ROUTE where the router chooses; None: native
 
     @property
     def positions_BS(self) -> torch.Tensor:
@@ -47,7 +51,8 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{n: t if t is None else t.to(device) for n, t in tensors.items()})
 
 
 def make_batch(samples: Sequence[Sample], *, multiple_of: int = 1, pad_id: int = 0) -> Batch:
@@ -57,11 +62,17 @@ def make_batch(samples: Sequence[Sample], *, multiple_of: int = 1, pad_id: int =
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     old, rollout, advantages = (torch.zeros(shape) for _ in range(3))
+    routes = None
+    if samples[0].routes is not None:
+        routes = torch.full((*shape, *samples[0].routes.shape[1:]), NO_ROUTE, dtype=torch.int16)
     for b, sample in enumerate(samples):
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
         mask[b, rows] = True
         advantages[b, rows] = sample.advantage
+        if routes is not None:
+            given = torch.from_numpy(sample.routes.astype(np.int16))
+            routes[b, : len(given)] = given
         for target, values in (
             (old, sample.old_log_probs),
             (rollout, sample.rollout_log_probs),
@@ -75,4 +86,5 @@ def make_batch(samples: Sequence[Sample], *, multiple_of: int = 1, pad_id: int =
         old_log_probs_BS=old,
         rollout_log_probs_BS=rollout,
         advantages_BS=advantages,
+        routes_BSLK=routes,
     )

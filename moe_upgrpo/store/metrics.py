@@ -74,6 +74,25 @@ METRICS: dict[str, Metric] = {
     ),
     "logp_gap/k3": Metric("KL(rollout ‖ train) by k3: mean of exp(d) − 1 − d", _TOKENS, "nats"),
     "logp_gap/max_abs": Metric("largest |d|", "none", "nats"),
+    "gap/TERM/mean": Metric(
+        "mean of a term of log p_train − log p_rollout: numerics, engine_routing, update or "
+        "routing_shift (`routing.decomposition`)",
+        _TOKENS,
+        "nats",
+    ),
+    "gap/TERM/mean_abs": Metric("mean of the term's absolute value", _TOKENS, "nats"),
+    "noise/KIND/router_rate": Metric(
+        "mean of 1[S ≠ S′] between two forwards of the trainer: repeat (identical) or batch_shape "
+        "(other neighbours, padding and sizes)",
+        _ROUTERS,
+        "share",
+    ),
+    "noise/KIND/token_any_rate": Metric(
+        "share of tokens with S ≠ S′ in at least one layer, between the two", _TOKENS, "share"
+    ),
+    "noise/KIND/logp_mean_abs": Metric("mean |log p − log p′| between the two", _TOKENS, "nats"),
+    "noise/KIND/k3": Metric("KL by k3 between the two", _TOKENS, "nats"),
+    "loss/NAME": Metric("a metric of the loss library: docs/losses.md", "see there", "see there"),
     "eval/greedy": Metric("share solved by the greedy answer", _PROBLEMS, "share"),
     "eval/pass@1": Metric("probability that one sampled answer is right", _PROBLEMS, "share"),
     "eval/pass@K": Metric(
@@ -84,6 +103,7 @@ METRICS: dict[str, Metric] = {
     "eval/problems": Metric("held-out problems evaluated", "none", "problems"),
     "time/generate": Metric("rollout", "none", "s"),
     "time/old_log_probs": Metric("forward at the old weights, routes recorded", "none", "s"),
+    "time/analysis": Metric("gap and noise floor, before the update", "none", "s"),
     "time/update": Metric("optimizer steps", "none", "s"),
     "time/logging": Metric("token log and metrics", "none", "s"),
     "time/total": Metric("the whole step", "none", "s"),
@@ -92,13 +112,25 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# Names with a variable part, and their entries.
+_FAMILIES = {
+    r"^eval/pass@\d+$": "eval/pass@K",
+    r"^gap/(numerics|engine_routing|update|routing_shift)/": "gap/TERM/",
+    r"^noise/(repeat|batch_shape)/": "noise/KIND/",
+    r"^loss/(?!policy$)\w+$": "loss/NAME",
+}
+
+
 def metric(name: str) -> Metric:
-    """The glossary's entry; ``eval/pass@8`` is that of ``eval/pass@K``.
+    """The glossary's entry; ``eval/pass@8`` is that of ``eval/pass@K``, and so on.
 
     Raises:
         UserError: no such metric.
     """
-    key = name if name in METRICS else re.sub(r"^eval/pass@\d+$", "eval/pass@K", name)
+    key = name
+    for pattern, entry in _FAMILIES.items():
+        if name not in METRICS:
+            key = re.sub(pattern, entry, key)
     if key not in METRICS:
         raise UserError(f"no metric {name!r} in the glossary; it has {', '.join(METRICS)}")
     return METRICS[key]

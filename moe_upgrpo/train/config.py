@@ -88,6 +88,11 @@ class TrainConfig:
     max_new_tokens: int | None = None
     """Longest response. None: the longest right answer of the task."""
     advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    replay: Literal["none", "R2", "R3"] = "none"
+    """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
+    old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
+    analyse_every: int = 20
+    """Steps between analyses: the log-prob gap taken apart, and the noise floor; 0: never."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     eval_every: int = 20
@@ -107,8 +112,9 @@ class TrainConfig:
                 f"record; it serves {', '.join(served)}."
             )
         ArithmeticTask(self.digits)
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: 0 or more is needed.")
+        for name in ("seed", "analyse_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: 0 or more is needed.")
         for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
                      "eval_samples", "eval_problems"):  # fmt: skip
             if getattr(self, name) < 1:

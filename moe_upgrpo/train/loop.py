@@ -32,8 +32,11 @@ def train(config: TrainConfig) -> Path:
                 ).numpy()
             with clock("old_log_probs"):
                 samples = job.samples(rollouts, advantages)
-                old = job.actor.score(samples)
+                held, old = job.score_old(samples, rollouts)
                 reference = job.reference and job.reference.score(samples, routes=False)
+            with clock("analysis"):
+                gap = job.start_gap(step, samples, rollouts, old)
+                noise = job.noise_floor(step, samples)
             with clock("update"):
                 record = StepRecord(
                     first_sequence=job.first_sequence,
@@ -43,8 +46,10 @@ def train(config: TrainConfig) -> Path:
                     advantages=advantages,
                     old=old,
                     reference=reference,
+                    gap=gap,
+                    noise=noise,
                     num_experts=job.actor.hf.num_experts,
-                    **job.update(samples, old, step),
+                    **job.update(held, old, step, gap),
                 )
                 job.engine.update_weights(job.actor.export_weights(), version=step)
             with clock("logging"):

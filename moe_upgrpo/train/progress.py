@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-PHASES = ("generate", "old_log_probs", "update", "logging")
+PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
 
 
 class Display:

@@ -21,6 +21,7 @@ from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import RoutingDivergence, compare_routes
+from moe_upgrpo.train.analysis import Gap
 
 Sums = dict[str, Metric]
 
@@ -39,6 +40,8 @@ class StepRecord:
     updates: Sequence[Update]
     logp_train: Sequence[np.ndarray]  # [T], of each sequence's last optimizer visit
     clipped: Sequence[np.ndarray]  # [T], of that visit
+    gap: Gap | None  # where this step takes the log-prob gap apart
+    noise: Sums  # the trainer's noise floor, where this step measures it
     num_experts: int
     updates_counted: int  # optimizer steps on the first data-parallel rank, 0 on the others
 
@@ -55,9 +58,9 @@ class StepRecord:
         return np.concatenate([s.log_probs for s in self.old])
 
     @cached_property
-    def divergence(self) -> RoutingDivergence:
-        """Rollout against trainer, free-running, at the old weights: row p - 1 for position p."""
-        rollout_NLK, train_NLK = (
+    def _routes_NLK(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rollout's and trainer's routes of the response tokens: row p - 1 for position p."""
+        rollout, train = (
             np.concatenate(
                 [
                     side.routes[len(r.prompt_ids) - 1 :]
@@ -66,6 +69,16 @@ class StepRecord:
             )
             for sides in (self.rollouts, self.old)
         )
+        return rollout, train
+
+    @cached_property
+    def _gap_terms(self) -> dict[str, np.ndarray]:
+        return {} if self.gap is None else self.gap.terms(self.rollouts, self.old, self.logp_train)
+
+    @cached_property
+    def divergence(self) -> RoutingDivergence:
+        """Rollout against trainer, free-running, at the old weights."""
+        rollout_NLK, train_NLK = self._routes_NLK
         return compare_routes(
             torch.from_numpy(rollout_NLK),
             torch.from_numpy(train_NLK),
@@ -73,7 +86,7 @@ class StepRecord:
         )
 
     def token_rows(self) -> dict[str, np.ndarray]:
-        """The columns of the token log but `step`, [N] each, and `overlap` [N, L]."""
+        """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K]."""
         lengths = self._lengths
         sequence = self.first_sequence + np.arange(len(lengths))
         logp_train = np.concatenate(self.logp_train)
@@ -93,6 +106,10 @@ class StepRecord:
             "clipped": np.concatenate(self.clipped),
             "layers_mismatched": self.divergence.routers_per_token.numpy(),
             "overlap": self.divergence.overlap.numpy(),
+            "rollout_routes": self._routes_NLK[0],
+            "train_routes": self._routes_NLK[1],
+            "entropy": np.concatenate([s.entropy for s in self.old]),
+            **self._gap_terms,
         }
 
     def loss_metrics(self) -> Sums:
@@ -124,7 +141,11 @@ class StepRecord:
         if self.reference is not None:
             reference_N = np.concatenate([s.log_probs for s in self.reference])
             pairs["kl/warm_start"] = (_k3_sum(reference_N, self._logp_old_N), tokens)
-        return {name: Metric(*pair) for name, pair in pairs.items()}
+        for name, term_N in self._gap_terms.items():
+            short = "gap/" + name.removeprefix("gap_")
+            pairs[f"{short}/mean"] = (float(term_N.sum()), tokens)
+            pairs[f"{short}/mean_abs"] = (float(np.abs(term_N).sum()), tokens)
+        return {name: Metric(*pair) for name, pair in pairs.items()} | self.noise
 
     def maxima(self) -> dict[str, float]:
         gap_N = self._logp_old_N - self._logp_rollout_N

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import Metric, PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
@@ -24,7 +24,7 @@ from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
-from moe_upgrpo.train import evaluate, record
+from moe_upgrpo.train import analysis, evaluate, record
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
@@ -204,7 +204,44 @@ class Job:
             for r, advantage in zip(rollouts, advantages, strict=True)
         ]
 
-    def update(self, samples: list[Sample], old: list[Scored], step: int) -> dict[str, Any]:
+    def score_old(
+        self, samples: list[Sample], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Sample], list[Scored]]:
+        """The samples with the routes to replay in the update, and their scores at the old weights.
+
+        The scores' routes are the trainer's native ones also under R3, which costs a forward more.
+        """
+        native = self.actor.score(samples)
+        if self.config.replay == "none":
+            return samples, native
+        if self.config.replay == "R2":
+            held = [replace(s, routes=n.routes) for s, n in zip(samples, native, strict=True)]
+            return held, native
+        held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
+        replayed = self.actor.score(held, routes=False)
+        return held, [replace(r, routes=n.routes) for r, n in zip(replayed, native, strict=True)]
+
+    def _analyses(self, step: int) -> bool:
+        every = self.config.analyse_every
+        return every > 0 and bool(self.actor.layer_ids) and (step - 1) % every == 0
+
+    def start_gap(self, step, samples, rollouts, old) -> analysis.Gap | None:
+        """Begin to take the gap apart, where this step does; under replay it has no four terms."""
+        if self.config.replay != "none" or not self._analyses(step):
+            return None
+        return analysis.start_gap(self.actor, samples, rollouts, old)
+
+    def noise_floor(self, step: int, samples: Sequence[Sample]) -> dict[str, Metric]:
+        """The trainer's noise floor under native routing, where this step measures it."""
+        return analysis.noise_floor(self.actor, samples) if self._analyses(step) else {}
+
+    def update(
+        self,
+        samples: list[Sample],
+        old: list[Scored],
+        step: int,
+        gap: analysis.Gap | None = None,
+    ) -> dict[str, Any]:
         """All optimizer steps on a batch; what each sequence's last visit saw."""
         batch = [
             replace(sample, old_log_probs=scored.log_probs)
@@ -213,8 +250,14 @@ class Job:
         shuffle = np.random.default_rng(self._seed(_SHUFFLING, step, self.dp_rank))
         logp_train, clipped = [None] * len(batch), [None] * len(batch)
         updates = []
-        for _ in range(self.config.epochs):
+        for epoch in range(self.config.epochs):
             for indices in np.split(shuffle.permutation(len(batch)), self.config.minibatches):
+                if gap is not None and epoch == self.config.epochs - 1:
+                    held = [replace(batch[i], routes=gap.native_routes[i]) for i in indices]
+                    for i, scored in zip(
+                        indices, self.actor.score(held, routes=False), strict=True
+                    ):
+                        gap.on_old_routes[i] = scored.log_probs
                 update = self.actor.update([batch[i] for i in indices], self.loss)
                 updates.append(update)
                 for i, log_probs, cut in zip(

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-from moe_upgrpo.store import overlap_array, read_config, read_metrics, read_tokens
+from moe_upgrpo.store import overlap_array, read_config, read_metrics, read_routes, read_tokens
+from moe_upgrpo.store.metrics import metric
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "examples/train_moe.sh"
@@ -106,6 +107,8 @@ def test_the_metrics_agree_with_the_token_log(run):
         for name in ("entropy/mean", "grad_norm", "kl/warm_start", "loss/policy", "time/update"):
             assert math.isfinite(row[name]), name
         assert row["kl/warm_start"] >= 0
+        for name in row.keys() - {"step"}:
+            assert metric(name).meaning
 
 
 def test_the_token_log_means_what_the_design_says(run):
