@@ -33,8 +33,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "report": ["matplotlib", "jinja2"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "scipy", "ruff"],
+        "report": ["matplotlib", "jinja2", "scipy"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "duckdb", "pandas", "polars"],
         # What verl and TRL import where the tests compare losses with theirs. The two themselves
         # are installed without dependencies (Makefile): theirs ask for a GPU.
         "parity": [

@@ -64,6 +64,7 @@ def run(tmp_path_factory, cache):
     """`torchrun --nproc-per-node 2 examples/train_moe.sh`, TP2·EP2, engine and trainer in fp32."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     more = ("--loss", "up-gspo", "--engine-dtype", "float32", "--epochs", "2")
+    more = (*more, "--analyse-every", "2")
     result = torchrun(2, *options(folder, cache, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result.stdout
@@ -132,6 +133,10 @@ def test_the_token_log_means_what_the_design_says(run):
     # did not reach the engine, would differ.
     assert np.abs(column["logp_old"] - column["logp_rollout"]).max() < 1e-4
     assert (overlap == 2).mean() > 0.999
+    rollout, train = read_routes(table)
+    assert rollout.shape == train.shape == (len(table), LAYERS, 2)
+    shared = (rollout[..., :, None] == train[..., None, :]).sum(axis=(2, 3))
+    np.testing.assert_array_equal(shared, overlap)
     # Later optimizer steps move the ratio, and what UP-GSPO clips follows from its definition:
     # negatives of a sequence whose ratio is below 1 - 3e-4 at its last visit.
     assert (np.abs(column["ratio"] - 1) > 1e-3).any()
@@ -146,6 +151,35 @@ def test_the_token_log_means_what_the_design_says(run):
     # Group-normalised advantages, in some group with both outcomes.
     sign = pc.unique(table["advantage"]).to_numpy()
     assert (sign > 0).any() and (sign < 0).any()
+
+
+def test_the_analysed_steps_take_the_gap_apart(run):
+    """Steps 1 and 3: four terms that add up to the gap, and a noise floor; engine and trainer in
+    fp32, so that nothing is left for numerics and the engine's routing."""
+    folder, _ = run
+    for row in read_metrics(folder)[1:]:
+        analysed = row["step"] in (1, 3)
+        assert ("gap/update/mean_abs" in row) == ("noise/repeat/router_rate" in row) == analysed
+        if analysed:
+            assert row["noise/repeat/router_rate"] == 0 and row["noise/repeat/logp_mean_abs"] == 0
+            assert 0 <= row["noise/batch_shape/logp_mean_abs"] < 1e-5
+            assert row["gap/numerics/mean_abs"] < 1e-5 < row["gap/update/mean_abs"]
+            assert row["gap/engine_routing/mean_abs"] < 1e-5
+    table = read_tokens(folder, steps=[1, 3])
+    terms = ("numerics", "engine_routing", "update", "routing_shift")
+    total = sum(table[f"gap_{term}"].to_numpy().astype(np.float64) for term in terms)
+    gap = table["logp_train"].to_numpy().astype(np.float64) - table["logp_rollout"].to_numpy()
+    np.testing.assert_allclose(total, gap, atol=1e-6)
+    assert read_tokens(folder, steps=[1, 2])["gap_update"].null_count > 0
+
+
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_replay_trains(replay, run, cache, tmp_path):
+    """bf16 rollouts. That replayed routes are used: tests/megatron/test_layouts.py."""
+    result = torchrun(2, *options(tmp_path / "r", cache, "--replay", replay, "--steps", "2"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(tmp_path / "r")
+    assert len(rows) == 3 and all(math.isfinite(row["grad_norm"]) for row in rows[1:])
 
 
 def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):

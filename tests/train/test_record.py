@@ -10,6 +10,7 @@ from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.train import record
+from moe_upgrpo.train.analysis import Gap
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.loop import verified
 from moe_upgrpo.train.start import Job
@@ -73,6 +74,12 @@ def step() -> record.StepRecord:
         updates=[update, update],
         logp_train=[f32(-1.0, -1.0, -0.5), f32(-4.0, -1.2)],
         clipped=[np.array([False, True, False]), np.array([True, False])],
+        gap=Gap(
+            on_rollout_routes=[f32(-1.05, -2.0, -0.5), f32(-3.0, -1.1)],
+            native_routes=[],
+            on_old_routes=[f32(-1.0, -1.5, -0.5), f32(-3.5, -1.2)],
+        ),
+        noise={"noise/repeat/k3": Metric(0.0, 5)},
         num_experts=4,
         updates_counted=2,
     )
@@ -95,10 +102,17 @@ def test_token_rows(step):
         "layers_mismatched": [0, 1, 2, 0, 0],
         # |{2,3} ∩ {1,2}| = 1; |{0,1} ∩ {1,2}| = 1; |{0,1} ∩ {2,3}| = 0
         "overlap": [(2, 2), (2, 1), (1, 0), (2, 2), (2, 2)],
+        "rollout_routes": [(A, B), (A, B), (A, A), (B, A), (C, A)],
+        "train_routes": [((1, 0), B), (A, C), (C, B), (B, A), (C, A)],
+        "entropy": [1, 2, 3, 0.5, 0.5],
+        "gap_numerics": [-0.05, 0, 0, 0, -0.1],
+        "gap_engine_routing": [-0.05, 0, 0, 0, -0.1],
+        "gap_update": [0.1, 0.5, 0, -0.5, 0],
+        "gap_routing_shift": [0, 0.5, 0, -0.5, 0],
     }
     assert rows.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(rows[name], values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(rows[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_sums(step):
@@ -116,6 +130,9 @@ def test_sums(step):
     # k3 of KL(rollout || trainer): e^gap - 1 - gap at gaps -0.1 and -0.2
     by_hand = (np.exp(-0.1) - 1 + 0.1) + (np.exp(-0.2) - 1 + 0.2)
     assert sums["logp_gap/k3"] == (pytest.approx(by_hand, rel=1e-5), 5)
+    assert sums["gap/update/mean"] == (pytest.approx(0.1, abs=1e-6), 5)
+    assert sums["gap/update/mean_abs"] == (pytest.approx(1.1, abs=1e-6), 5)
+    assert sums["noise/repeat/k3"] == (0.0, 5)
     maxima = step.maxima()
     assert maxima["logp_gap/max_abs"] == pytest.approx(0.2, rel=1e-5)
     assert maxima["ratio/max"] == pytest.approx(np.e, rel=1e-5)
