@@ -19,9 +19,16 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Metrics over steps. ``metrics`` gives (name, label) for a run: pass@K differs by run."""
+    """Metrics over steps. ``metrics`` gives (name, label) for a run: pass@K differs by run.
+
+    ``floor`` are metrics of the noise floor: marks at the analysed steps, a line at their mean.
+    """
 
     key: str
     title: str
@@ -32,19 +39,19 @@ class Curves:
     log_scale: bool = False
     points_only: bool = False
     from_zero: bool = False
+    floor: tuple[tuple[str, str], ...] = ()
 
     def data(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """One entry for each run and metric that has values."""
-        found = [
-            (run, name, label, *run.series(name))
-            for run in runs
-            for name, label in self.metrics(run)
-        ]
-        return [
-            {"run": run.label, "metric": name, "label": label, "steps": steps, "values": values}
-            for run, name, label, steps, values in found
-            if values
-        ]
+        entries = []
+        for run in runs:
+            metrics = [(name, label, False) for name, label in self.metrics(run)]
+            for name, label, is_floor in [*metrics, *((*pair, True) for pair in self.floor)]:
+                steps, values = run.series(name)
+                if values:
+                    entry = {"run": run.label, "metric": name, "label": label, "floor": is_floor}
+                    entries.append(entry | {"steps": steps, "values": values})
+        return entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,36 @@ def _says_clip(run: Run) -> str:
     )
 
 
+def _floors(metric: str) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"noise/repeat/{metric}", "floor: same forward twice"),
+        (f"noise/batch_shape/{metric}", "floor: other batch shape"),
+    )
+
+
+def _says_floor(run: Run, metric: str, measured: str, form: Format) -> str:
+    """The trainer's own noise floor, and how far ``measured`` is above it on the same steps."""
+    floors = []
+    for name, _ in _floors(metric):
+        steps, values = run.series(name)
+        if not values:
+            return "no noise floor was measured"
+        floors.append(float(np.mean(values)))
+    text = (
+        f"the trainer's own noise floor, at {len(steps)} analysed step{'s' * (len(steps) > 1)}, is "
+        f"{form(floors[0])} between identical forwards and {form(floors[1])} in another batch shape"
+    )
+    found = dict(zip(*run.series(measured), strict=True))
+    there = [found[step] for step in steps if step in found]
+    if not there:
+        return text
+    mean = float(np.mean(there))
+    text += f", against {form(mean)} from engine to trainer on those steps"
+    if mean and max(floors):
+        return text + f": {number(mean / max(floors))} times the larger floor"
+    return text + (": all of it above the floor" if mean else "")
+
+
 def _says_routing(run: Run) -> str:
     router, any_layer = run.pooled("mismatch/router_rate"), run.pooled("mismatch/token_any_rate")
     if router is None:
@@ -162,7 +199,8 @@ def _says_routing(run: Run) -> str:
         if by_layer is not None and router > 0:
             independent = 1 - np.prod(1 - by_layer)
             text += f" ({percent(independent)} if layers flipped independently)"
-    return text + "."
+    floor = _says_floor(run, "router_rate", "mismatch/router_rate", percent)
+    return f"{text}. {sentence(floor)}."
 
 
 def _says_layers(run: Run) -> str:
@@ -205,7 +243,31 @@ def _says_gap(run: Run) -> str:
     if largest:
         worst = max(largest)
         text += f"; the largest of any token is {number(worst)}, a ratio of {number(np.exp(worst))}"
-    return text + "."
+    floor = _says_floor(run, "logp_mean_abs", "logp_gap/mean_abs", number)
+    return f"{text}. {sentence(floor)}."
+
+
+_TERMS = {
+    "numerics": "numerics",
+    "engine_routing": "engine routing",
+    "update": "update",
+    "routing_shift": "routing shift",
+}
+
+
+def _says_decomposition(run: Run) -> str:
+    means = {}
+    for term, name in _TERMS.items():
+        steps, values = run.series(f"gap/{term}/mean_abs")
+        if not values:
+            return "the gap was not taken apart: analysed steps of a run without replay do that."
+        means[name] = float(np.mean(values))
+    (top, largest), *others = sorted(means.items(), key=lambda item: -item[1])
+    at = f"{len(steps)} analysed step{'s' * (len(steps) > 1)}"
+    if not largest:
+        return f"all four terms are 0 at {at}."
+    rest = ", ".join(f"{name} {number(value)}" for name, value in others)
+    return f"{top} is the largest term: {number(largest)} nats in the mean over {at}; {rest}."
 
 
 def _evaluations(run: Run) -> list[tuple[str, str]]:
@@ -242,10 +304,13 @@ FIGURES: list[Curves | LayerFigure] = [
             ("mismatch/slot_rate", "expert slots"),
         ),
         read="Share of tokens, of (token, layer) pairs and of expert slots in which engine and "
-        "trainer, each routing freely at equal weights, chose differently; 0 is agreement.",
+        "trainer, each routing freely at equal weights, chose differently; 0 is agreement. Hollow "
+        "marks are the trainer against itself, per (token, layer) pair: what lies no higher than "
+        "they do says nothing about the engine.",
         says=_says_routing,
         is_share=True,
         from_zero=True,
+        floor=_floors("router_rate"),
     ),
     LayerFigure(
         key="layers",
@@ -272,9 +337,25 @@ FIGURES: list[Curves | LayerFigure] = [
             ("logp_gap/k3", "KL (k3)"),
         ),
         read="Gap = log p of the trainer at the engine's weights − log p of the engine, per "
-        "sampled token; exp(gap) is an importance ratio that is off 1 before any update.",
+        "sampled token; exp(gap) is an importance ratio that is off 1 before any update. Hollow "
+        "marks are the mean |gap| of the trainer against itself.",
         says=_says_gap,
         log_scale=True,
+        floor=_floors("logp_mean_abs"),
+    ),
+    Curves(
+        key="decomposition",
+        title="The log-prob gap taken apart",
+        metrics=_only(*((f"gap/{term}/mean_abs", name) for term, name in _TERMS.items())),
+        read="Mean |term| per token at the analysed steps. The four terms, signs kept, add up to "
+        "log p of the trainer after its update − log p of the engine: arithmetic at the engine's "
+        "experts, then the trainer's own experts, then the new weights at those experts, then the "
+        "experts that the new weights choose. Their magnitudes do not add up, and in another order "
+        "each would come out somewhat different.",
+        says=_says_decomposition,
+        log_scale=True,
+        points_only=True,
+        from_zero=True,
     ),
     Curves(
         key="clip",

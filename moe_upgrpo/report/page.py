@@ -13,7 +13,15 @@ import numpy as np
 
 from moe_upgrpo import __version__
 from moe_upgrpo.report import plots
-from moe_upgrpo.report.figures import FIGURES, Curves, LayerFigure, accuracy, number, percent
+from moe_upgrpo.report.figures import (
+    FIGURES,
+    Curves,
+    LayerFigure,
+    accuracy,
+    number,
+    percent,
+    sentence,
+)
 from moe_upgrpo.report.runs import Run, load_runs
 
 _MISSING = "–"
@@ -70,6 +78,9 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         about=_about(runs),
         summary=data["summary"],
         figures=figures,
+        without_floor=[
+            run.label for run in runs if not run.series("noise/repeat/logp_mean_abs")[1]
+        ],
         version=__version__,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +111,7 @@ def _figure(figure: Curves | LayerFigure, runs: list[Run]) -> dict[str, Any]:
         "key": figure.key,
         "title": figure.title,
         "read": figure.read,
-        "says": [{"run": run.label, "text": _sentence(figure.says(run))} for run in runs],
+        "says": [{"run": run.label, "text": sentence(figure.says(run))} for run in runs],
         "data": data,
         "images": [
             {
@@ -110,10 +121,6 @@ def _figure(figure: Curves | LayerFigure, runs: list[Run]) -> dict[str, Any]:
             for caption, svg in images
         ],
     }
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _about(runs: list[Run]) -> list[dict[str, Any]]:
@@ -212,8 +219,8 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         total = sum(run.series("time/total")[1])
         if not total:
             return None
-        phases = {"generate": "generation", "old_log_probs": "old log-probs", "update": "update"}
-        phases |= {"logging": "logging"}
+        phases = {"generate": "generation", "old_log_probs": "old log-probs"}
+        phases |= {"analysis": "analysis", "update": "update", "logging": "logging"}
         sums = {text: sum(run.series(f"time/{name}")[1]) for name, text in phases.items()}
         return ", ".join(f"{text} {value / total:.0%}" for text, value in sums.items())
 

@@ -15,14 +15,17 @@ from moe_upgrpo.report.figures import Curves
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
+_SOFT = "#475569"
+# Mark and line of each kind of noise floor.
+_FLOORS = (("o", ":"), ("s", "--"))
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#475569",
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
+    "axes.labelcolor": _SOFT,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
     "axes.grid": True,
     "grid.color": "#e2e8f0",
     "grid.linewidth": 0.8,
@@ -46,23 +49,42 @@ def draw_curves(figure: Curves, data: list[dict[str, Any]], labels: list[str]) -
     with matplotlib.rc_context(_STYLE):
         canvas = Figure(figsize=_SIZE, layout="constrained")
         axes = canvas.subplots()
-        metrics = list(dict.fromkeys(entry["label"] for entry in data))
+        curves = [entry for entry in data if not entry["floor"]]
+        floors = [entry for entry in data if entry["floor"]]
+        metrics = list(dict.fromkeys(entry["label"] for entry in curves))
         several = len(labels) > 1
-        for entry in data:
+        for entry in curves:
             metric = metrics.index(entry["label"])
             color = color_of(labels.index(entry["run"]) if several else metric)
             line = _LINES[metric % len(_LINES)] if several else "-"
             _draw_line(axes, entry, color, line, points=figure.points_only)
+        handles = [
+            Line2D([], [], color=_SOFT, ls=_LINES[i % len(_LINES)])
+            if several
+            else Line2D([], [], color=color_of(i))
+            for i in range(len(metrics))
+        ]
+        # A curve with zeros has no logarithm; a floor of 0 does not take it from the others.
+        above = [entry["values"] for entry in curves or floors]
+        is_log = figure.log_scale and (np.concatenate(above) > 0).all()
+        kinds = list(dict.fromkeys(entry["label"] for entry in floors))
+        for entry in floors:
+            color = color_of(labels.index(entry["run"])) if several else _SOFT
+            marker, line = _FLOORS[kinds.index(entry["label"])]
+            _draw_floor(axes, entry, color, marker, line, is_log=is_log)
+        for kind, (marker, line) in zip(kinds, _FLOORS, strict=False):
+            handles.append(Line2D([], [], color=_SOFT, ls=line, marker=marker, mfc="none", lw=0.8))
+            zero = not any(v for e in floors if e["label"] == kind for v in e["values"])
+            metrics.append(f"{kind} (0)" if zero else kind)
         if len(metrics) > 1:
-            handles = [
-                Line2D([], [], color="#475569", ls=_LINES[i % len(_LINES)])
-                if several
-                else Line2D([], [], color=color_of(i))
-                for i in range(len(metrics))
-            ]
-            canvas.legend(handles, metrics, loc="outside upper left", ncols=3)
+            canvas.legend(
+                handles,
+                metrics,
+                loc="outside upper left",
+                ncols=2 if floors else min(len(metrics), 3),
+            )
         values = np.concatenate([entry["values"] for entry in data])
-        if figure.log_scale and (values > 0).all():
+        if is_log:
             axes.set_yscale("log")
         elif figure.from_zero and values.min() >= 0:
             axes.set_ylim(0, 1.08 * values.max() or 1.0)
@@ -70,6 +92,16 @@ def draw_curves(figure: Curves, data: list[dict[str, Any]], labels: list[str]) -
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         _label_steps(axes, np.concatenate([entry["steps"] for entry in data]))
         return _svg(canvas)
+
+
+def _draw_floor(
+    axes: Axes, entry: dict[str, Any], color: str, marker: str, line: str, *, is_log: bool
+) -> None:
+    steps, values = np.array(entry["steps"]), np.array(entry["values"])
+    if is_log and not values.any():
+        return  # the legend says 0
+    axes.plot(steps, values, color=color, ls="", marker=marker, mfc="none", markersize=4.5)
+    axes.axhline(values.mean(), color=color, ls=line, lw=0.8)
 
 
 def _draw_line(axes: Axes, entry: dict[str, Any], color: str, line: str, *, points: bool) -> None:

@@ -16,7 +16,7 @@ def make_run(
     seed: int = 0,
     k: int = 8,
 ) -> Path:
-    """A run that learns, with `layers` MoE layers whose mismatch grows with depth and time."""
+    """A run that learns; its mismatch grows with depth and time; analysed at steps 1, 10, 20, …"""
     rng = np.random.default_rng(seed)
     run = RunFolder.create(
         path,
@@ -75,6 +75,19 @@ def make_run(
                 "tokens/sampled": tokens,
                 "tokens_per_second": tokens / 2.0,
             }
+            if step == 1 or step % 10 == 0:
+                row |= {
+                    "noise/repeat/logp_mean_abs": 0.0,
+                    "noise/batch_shape/logp_mean_abs": 1e-3 * rng.random(),
+                }
+                terms = {"numerics": 0.5, "engine_routing": 0.9, "update": 0.3}
+                for term, share in (terms | {"routing_shift": 0.1}).items():
+                    row |= {f"gap/{term}/mean": 0.0, f"gap/{term}/mean_abs": share * gap}
+                if layers:
+                    row |= {
+                        "noise/repeat/router_rate": 0.0,
+                        "noise/batch_shape/router_rate": 0.01 * rng.random(),
+                    }
             if layers:
                 row |= {
                     "mismatch/router_rate": router,

@@ -116,12 +116,72 @@ def test_rates_of_a_run_are_pooled_from_counts(tmp_path):
     assert figure_of(data, "depth")["data"][0]["rates"] == pytest.approx([0.4, 0.1])
     assert figure_of(data, "routing")["says"][0]["text"] == (
         "25% of 400 (token, layer) pairs differ over the whole run; 35% of tokens differ in at "
-        "least one layer (46% if layers flipped independently)."
+        "least one layer (46% if layers flipped independently). No noise floor was measured."
     )
     assert figure_of(data, "layers")["says"][0]["text"] == (
         "Over the whole run layer 3 differs most (40%) and layer 7 least (10%)."
     )
     assert "40% in the lower half" in figure_of(data, "depth")["says"][0]["text"]
+
+
+FLOOR = [
+    {
+        "step": step,
+        "mismatch/router_rate": rate,
+        "logp_gap/mean_abs": 0.02,
+        "noise/repeat/router_rate": 0.0,
+        "noise/batch_shape/router_rate": floor,
+        "noise/repeat/logp_mean_abs": 0.0,
+        "noise/batch_shape/logp_mean_abs": 0.0,
+    }
+    for step, rate, floor in ((2, 0.1, 0.01), (4, 0.3, 0.03))
+]
+
+
+def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
+    """Floor (1% + 3%) / 2 = 2%, mismatch of those steps (10% + 30%) / 2 = 20%: 10 times.
+
+    The step without an analysis, at 90%, stays out of the comparison.
+    """
+    html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "mismatch/router_rate": 0.9}, *FLOOR))
+    assert figure_of(data, "routing")["says"][0]["text"].endswith(
+        "The trainer's own noise floor, at 2 analysed steps, is 0% between identical forwards and "
+        "2% in another batch shape, against 20% from engine to trainer on those steps: 10 times "
+        "the larger floor."
+    )
+    assert figure_of(data, "logp_gap")["says"][0]["text"].endswith(
+        "is 0 between identical forwards and 0 in another batch shape, against 0.02 from engine to "
+        "trainer on those steps: all of it above the floor."
+    )
+    floors = [entry for entry in figure_of(data, "routing")["data"] if entry["floor"]]
+    assert [(e["metric"], e["steps"], e["values"]) for e in floors] == [
+        ("noise/repeat/router_rate", [2, 4], [0, 0]),
+        ("noise/batch_shape/router_rate", [2, 4], [0.01, 0.03]),
+    ]
+    assert "Not measured at all" not in html
+    assert "floor: same forward twice (0)" in images_of(html)[0].decode()
+
+
+def test_a_run_without_a_noise_floor_is_named(tmp_path):
+    html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "logp_gap/mean_abs": 0.1}))
+    assert "Not measured at all in run:" in html
+    assert figure_of(data, "logp_gap")["says"][0]["text"].endswith("No noise floor was measured.")
+
+
+def test_the_largest_term_of_the_gap(tmp_path):
+    """Means over the two steps: routing shift (1 + 5) / 2 = 3, though update has 2 at step 1."""
+    terms = ("numerics", "engine_routing", "update", "routing_shift")
+    rows = [
+        {"step": step} | {f"gap/{term}/mean_abs": v for term, v in zip(terms, values, strict=True)}
+        for step, values in ((1, (0, 0.5, 2, 1)), (20, (0, 0.5, 0, 5)))
+    ]
+    _, data = write(tmp_path, run_of(tmp_path, *rows))
+    figure = figure_of(data, "decomposition")
+    assert figure["says"][0]["text"] == (
+        "Routing shift is the largest term: 3 nats in the mean over 2 analysed steps; update 1, "
+        "engine routing 0.5, numerics 0."
+    )
+    assert [entry["values"] for entry in figure["data"]] == [[0, 0], [0.5, 0.5], [2, 0], [1, 5]]
 
 
 def test_throughput_is_tokens_over_seconds_not_a_mean_of_rates(tmp_path):
