@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_upgrpo import __version__
 from moe_upgrpo.report import plots
+from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers, Clustering
 from moe_upgrpo.report.figures import (
     FIGURES,
     Curves,
@@ -43,6 +44,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
     runs = load_runs(run_folders)
     output = Path(output)
     figures = [_figure(figure, runs) for figure in FIGURES]
+    token_figures = [_figure(figure, runs) for figure in TOKEN_FIGURES]
     data = {
         "moe_upgrpo": __version__,
         "runs": [
@@ -55,7 +57,11 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
             for run in runs
         ],
         "summary": _summary(runs),
-        "figures": [{k: v for k, v in figure.items() if k != "images"} for figure in figures],
+        "token_log": [{"run": run.label, "text": sentence(run.tokens.note)} for run in runs],
+        "figures": [
+            {k: v for k, v in figure.items() if k != "images"}
+            for figure in [*figures, *token_figures]
+        ],
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -78,6 +84,8 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         about=_about(runs),
         summary=data["summary"],
         figures=figures,
+        token_figures=token_figures,
+        token_log=data["token_log"],
         without_floor=[
             run.label for run in runs if not run.series("noise/repeat/logp_mean_abs")[1]
         ],
@@ -95,23 +103,33 @@ def _replace(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def _figure(figure: Curves | LayerFigure, runs: list[Run]) -> dict[str, Any]:
+def _figure(figure: Curves | LayerFigure | Answers | Clustering, runs: list[Run]) -> dict[str, Any]:
     """Key, texts, data and drawn images (SVG as data URIs) of one figure."""
     data, labels = figure.data(runs), [run.label for run in runs]
     if not data:
         images = []
     elif isinstance(figure, Curves):
         images = [("", plots.draw_curves(figure, data, labels))]
+    elif isinstance(figure, Answers):
+        images = [("", plots.draw_answers(figure, data, labels))]
+    elif isinstance(figure, Clustering):
+        images = [("", plots.draw_clustering(data, labels))]
     elif figure.over_steps:
         several = len(runs) > 1
         images = [(entry["run"] if several else "", plots.draw_heat_map(entry)) for entry in data]
     else:
         images = [("", plots.draw_depth(data, labels))]
+
+    def says(run: Run) -> str:
+        if isinstance(figure, Answers | Clustering):
+            return figure.says(run, [entry for entry in data if entry["run"] == run.label])
+        return figure.says(run)
+
     return {
         "key": figure.key,
         "title": figure.title,
         "read": figure.read,
-        "says": [{"run": run.label, "text": sentence(figure.says(run))} for run in runs],
+        "says": [{"run": run.label, "text": sentence(says(run))} for run in runs],
         "data": data,
         "images": [
             {

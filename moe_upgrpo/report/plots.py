@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from moe_upgrpo.report.answers import Answers
 from moe_upgrpo.report.figures import Curves
 
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _SOFT = "#475569"
+_INTERVAL = ("rate", "low", "high")
 # Mark and line of each kind of noise floor.
 _FLOORS = (("o", ":"), ("s", "--"))
 _STYLE = {
@@ -159,6 +161,100 @@ def draw_depth(data: list[dict[str, Any]], labels: list[str]) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("MoE layer")
+        return _svg(canvas)
+
+
+def draw_answers(figure: Answers, data: list[dict[str, Any]], labels: list[str]) -> str:
+    """Rates with intervals by group; by sign, the quantities stand on the x axis instead."""
+    with matplotlib.rc_context(_STYLE):
+        canvas = Figure(figsize=_SIZE, layout="constrained")
+        axes = canvas.subplots()
+        several, quantities = len(labels) > 1, list(dict.fromkeys(e["label"] for e in data))
+        if figure.by == "sign":
+            names = ["positive", "negative", "zero"]
+            for r, run in enumerate(labels):
+                for i, sign in enumerate(names):
+                    found = [
+                        (quantities.index(entry["label"]), row)
+                        for entry in data
+                        for row in entry["rows"]
+                        if entry["run"] == run and row["group"] == sign
+                    ]
+                    # Side by side, so that the intervals can be told apart.
+                    shift = 0.16 * (i - 1) + 0.05 * (r - (len(labels) - 1) / 2)
+                    color = color_of(r if several else i)
+                    x = [at + shift for at, _ in found]
+                    _draw_rates(axes, x, [row for _, row in found], color, "", "os^"[i])
+            axes.set_xticks(range(len(quantities)), [q.replace(" ", "\n", 1) for q in quantities])
+            axes.grid(axis="x", visible=False)
+            kinds = [
+                Line2D([], [], ls="", marker="os^"[i], color=_SOFT if several else color_of(i))
+                for i in range(len(names))
+            ]
+        else:
+            names = quantities
+            for entry in data:
+                q = quantities.index(entry["label"])
+                color = color_of(labels.index(entry["run"]) if several else q)
+                x = [sum(row["group"]) / 2 for row in entry["rows"]]
+                _draw_rates(axes, x, entry["rows"], color, _LINES[q] if several else "-", "o")
+            kinds = [
+                Line2D([], [], ls=_LINES[q], color=_SOFT)
+                if several
+                else Line2D([], [], color=color_of(q))
+                for q in range(len(names))
+            ]
+            if figure.by == "own":
+                _label_numbers_of_layers(axes)
+            else:
+                axes.set_xlabel(figure.by)
+        if len(names) > 1:
+            canvas.legend(kinds, names, loc="outside upper left", ncols=min(len(names), 4))
+        axes.set_ylim(0, axes.get_ylim()[1])
+        if figure.is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        return _svg(canvas)
+
+
+def _draw_rates(
+    axes: Axes, x: list[float], rows: list[dict[str, Any]], color: str, line: str, marker: str
+) -> None:
+    rate, low, high = (np.array([row[key] for row in rows], float) for key in _INTERVAL)
+    axes.plot(x, rate, color=color, ls=line, marker=marker, markersize=3.5, lw=1.0)
+    axes.vlines(x, low, high, color=color, lw=1.0)
+
+
+def _label_numbers_of_layers(axes: Axes) -> None:
+    """0, 1, 2, 4, 8, …: the bins of a token's mismatched layers double."""
+    end = max(1.0, axes.dataLim.x1)
+    axes.set_xscale("symlog", base=2, linthresh=2)
+    axes.set_xlim(-0.3, 1.15 * end)
+    ticks = [0, 1, *(2**i for i in range(1, 16) if 2**i <= end)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("MoE layers of the token that differ")
+
+
+def draw_clustering(data: list[dict[str, Any]], labels: list[str]) -> str:
+    """Tokens by number of mismatched layers: found (filled) and independent (hollow)."""
+    with matplotlib.rc_context(_STYLE):
+        canvas = Figure(figsize=_SIZE, layout="constrained")
+        axes = canvas.subplots()
+        for entry in data:
+            color = color_of(labels.index(entry["run"]))
+            found, free = np.array(entry["shares"]), np.array(entry["independent"])
+            axes.plot(entry["layers"], np.where(found > 0, found, np.nan), "o-", color=color, ms=4)
+            axes.plot(
+                entry["layers"], np.where(free > 0, free, np.nan), "o:", color=color, mfc="none"
+            )
+        kinds = [
+            Line2D([], [], color=_SOFT, marker="o", ms=4),
+            Line2D([], [], color=_SOFT, marker="o", mfc="none", ls=":"),
+        ]
+        canvas.legend(kinds, ["found", "if independent"], loc="outside upper left", ncols=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("MoE layers of the token that differ")
         return _svg(canvas)
 
 

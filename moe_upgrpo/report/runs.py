@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.report.tokens import TokenLog, read_token_log
 from moe_upgrpo.store import read_config, read_environment, read_metrics
 
 # Means of this many steps stand for the beginning and the end of a run: one step is noisy.
@@ -23,6 +24,7 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
+    tokens: TokenLog
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and finite (else it is null)."""
@@ -105,6 +107,7 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
             config=read_config(path),
             environment=read_environment(path),
             rows=read_metrics(path),
+            tokens=read_token_log(path),
         )
         for path, name in zip(paths, names, strict=True)
     ]
