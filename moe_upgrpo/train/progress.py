@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moe_upgrpo.train.alarms import ALARMS
+
 PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
 
 
@@ -16,6 +18,7 @@ class Display:
 
     def __init__(self, steps: int, *, shown: bool):
         self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self._explained: set[str] = set()
         self._bar = Progress(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -37,6 +40,13 @@ class Display:
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
+    def _alarms(self, row: dict) -> None:
+        """Each alarm is explained when it is first raised, then only named."""
+        for name in row["alarms"]:
+            means = "" if name in self._explained else f": {ALARMS[name].means}"
+            self._explained.add(name)
+            self.say(f"ALARM at step {row['step']}: {name}{means}")
+
     def step(self, row: dict) -> None:
         """One finished step; a line of its own where there is no bar, or where it was evaluated."""
         line = (
@@ -50,6 +60,7 @@ class Display:
         self._bar.update(self._task, advance=1, description=line)
         if self._bar.disable or "eval/greedy" in row:
             self.say(f"step {row['step']:>4}  {line}")
+        self._alarms(row)
 
     def summary(self, rows: list[dict]) -> None:
         """Accuracy before and after, and where the time went, from the rows of the whole run."""

@@ -24,7 +24,7 @@ from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
-from moe_upgrpo.train import analysis, evaluate, record
+from moe_upgrpo.train import alarms, analysis, evaluate, record
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
@@ -284,12 +284,14 @@ class Job:
         metrics = record.finish(
             groups.sum_metrics(sums), groups.sum_metrics(loss_metrics), groups.largest(maxima)
         )
+        metrics["tokens/visited"] = metrics["tokens/sampled"] * self.config.epochs
         metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))
         seconds = clock.seconds
         seconds["logging"] += clock.total() - begin
         seconds["total"] = clock.total()
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
+        row["alarms"] = alarms.raised(row)
         if step % self.config.eval_every == 0 or step == self.config.steps:
             row |= self._evaluate(step)
         if self.rank == 0:

@@ -1,0 +1,55 @@
+"""Signs in a step's metrics that the run is going wrong, named and explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """`fires` on a row of metrics.jsonl; `means` says what it is and what to do."""
+
+    fires: Callable[[dict], bool]
+    means: str
+
+
+def _mismatch_above_noise(row: dict) -> bool:
+    floors = [
+        rate
+        for name, rate in row.items()
+        if name.startswith("noise/") and name.endswith("/router_rate")
+    ]
+    return bool(floors) and row["mismatch/router_rate"] > max(0.05, 10 * max(floors))
+
+
+def _few_effective_tokens(row: dict) -> bool:
+    return row["loss/ratio_effective_sample_size"] < 0.5 * row["tokens/visited"]
+
+
+ALARMS: dict[str, Alarm] = {
+    "mismatch-above-noise": Alarm(
+        _mismatch_above_noise,
+        "more than 5% of routers differ between rollout and trainer, and more than ten times what "
+        "the trainer differs from itself: engine and trainer do not compute the same model, or "
+        "their weights are not the same. Compare the mismatch by layer; --replay R3 removes it "
+        "from the ratio.",
+    ),
+    "large-log-prob-gap": Alarm(
+        lambda row: row["logp_gap/k3"] > 0.1,
+        "KL(rollout ‖ trainer at the rollout's weights) is above 0.1 per token, a hundred times "
+        "what is published for MoE models: look for stale weights in the engine, another "
+        "temperature, or rows joined to the wrong tokens.",
+    ),
+    "few-effective-tokens": Alarm(
+        _few_effective_tokens,
+        "the importance ratios of the step's optimizer steps leave less than half of the tokens "
+        "as effective sample: a few tokens carry the update. Use fewer optimizer steps for each "
+        "batch or a lower learning rate.",
+    ),
+}
+
+
+def raised(row: dict) -> list[str]:
+    """The names of the alarms that fire on a step's row."""
+    return [name for name, alarm in ALARMS.items() if alarm.fires(row)]
