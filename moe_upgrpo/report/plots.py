@@ -207,6 +207,7 @@ def draw_answers(figure: Answers, data: list[dict[str, Any]], labels: list[str])
             if figure.by == "own":
                 _label_numbers_of_layers(axes)
             else:
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_xlabel(figure.by)
         if len(names) > 1:
             canvas.legend(kinds, names, loc="outside upper left", ncols=min(len(names), 4))
@@ -252,7 +253,7 @@ def draw_clustering(data: list[dict[str, Any]], labels: list[str]) -> str:
         ]
         canvas.legend(kinds, ["found", "if independent"], loc="outside upper left", ncols=2)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("MoE layers of the token that differ")
         return _svg(canvas)

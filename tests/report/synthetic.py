@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_upgrpo.store import RunFolder
+from moe_upgrpo.store import RunFolder, TokenLogWriter
 
 
 def make_run(
@@ -15,6 +15,7 @@ def make_run(
     layers: int = 4,
     seed: int = 0,
     k: int = 8,
+    level: str = "full",
 ) -> Path:
     """A run that learns; its mismatch grows with depth and time; analysed at steps 1, 10, 20, …"""
     rng = np.random.default_rng(seed)
@@ -98,5 +99,50 @@ def make_run(
                     "mismatch/router_numerator": mismatched,
                     "mismatch/router_denominator": tokens * layers,
                 }
+            if level == "full":
+                write_tokens(run.path, step, random_tokens(rng, layers), layers)
         run.append_metrics(row)
     return run.path
+
+
+def random_tokens(rng, layers: int, *, sequences: int = 8, length: int = 6) -> dict:
+    """Responses of which one token in four differs in each layer; a gap that grows with that."""
+    num_tokens = sequences * length
+    rollout = rng.random((num_tokens, layers, 8)).argpartition(2, axis=-1)[..., :2]
+    differs = rng.random((num_tokens, layers)) < 0.25
+    train = np.where(differs[..., None], (rollout + 2) % 8, rollout)
+    shared = (rollout[..., :, None] == train[..., None, :]).sum(axis=(2, 3))
+    own = (shared < 2).sum(axis=1)
+    logp_old = -rng.random(num_tokens)
+    routes = {"rollout_routes": rollout, "train_routes": train} if layers else {}
+    return routes | {
+        "sequence": np.repeat(np.arange(sequences), length),
+        "position": np.tile(np.arange(length) + 5, sequences),
+        "token_id": rng.integers(0, 14, num_tokens),
+        "advantage": np.repeat(rng.choice([-1.0, 0.0, 1.0], sequences), length),
+        "logp_old": logp_old,
+        "logp_rollout": logp_old - 0.05 * own * rng.standard_normal(num_tokens),
+        "ratio": np.exp(0.1 * rng.standard_normal(num_tokens)),
+        "overlap": shared,
+    }
+
+
+def write_tokens(run: Path, step: int, columns: dict, layers: int, **options) -> Path:
+    """Rows of a token log, top-2 of 8; what `columns` does not say is zero, a ratio 1."""
+    num_tokens = len(columns["sequence"])
+    overlap = np.asarray(columns.get("overlap", np.full((num_tokens, layers), 2)))
+    integers, floats = ("prompt", "position", "token_id"), ("reward", "advantage")
+    log_probs = ("logp_rollout", "logp_old", "logp_train")
+    rows = {
+        **{name: np.zeros(num_tokens, int) for name in integers},
+        **{name: np.zeros(num_tokens) for name in floats + log_probs},
+        "ratio": np.ones(num_tokens),
+        "clipped": np.zeros(num_tokens, bool),
+        "layers_mismatched": (overlap < 2).sum(axis=1),
+        "overlap": overlap,
+        **{name: np.asarray(values) for name, values in columns.items()},
+    }
+    writer = TokenLogWriter(
+        run / "tokens", rank=0, layer_ids=range(1, layers + 1), top_k=2, num_experts=8, **options
+    )
+    return writer.write(step, rows)

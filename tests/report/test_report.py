@@ -14,12 +14,16 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report import write_report
+from moe_upgrpo.report.answers import TOKEN_FIGURES
 from moe_upgrpo.report.figures import FIGURES, trend
 from moe_upgrpo.report.plots import moving_average
 from moe_upgrpo.report.runs import Run, load_runs
+from moe_upgrpo.report.tokens import TokenLog
 from moe_upgrpo.store import RunFolder, read_metrics
 from moe_upgrpo.store.metrics import metric
 from tests.report.synthetic import make_run
+
+ALL = [*FIGURES, *TOKEN_FIGURES]
 
 
 def write(tmp_path, *runs):
@@ -53,8 +57,8 @@ def test_every_figure_of_a_full_run_shows_the_stored_values(tmp_path):
     path = make_run(tmp_path / "run", steps=30)
     html, data = write(tmp_path, path)
     rows = read_metrics(path)
-    assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in FIGURES]
-    assert len(images_of(html)) == len(FIGURES)
+    assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in ALL]
+    assert len(images_of(html)) == len(ALL)
     for svg in images_of(html):
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     for figure in data["figures"]:
@@ -207,9 +211,12 @@ def test_held_out_accuracy_in_words(tmp_path):
     )
 
 
+NO_TOKENS = TokenLog(table=None, note="none")
+
+
 def trend_of(*values):
     rows = [{"step": step, "x": value} for step, value in enumerate(values, start=1)]
-    run = Run(label="run", path=None, config={}, environment={}, rows=rows)
+    run = Run(label="run", path=None, config={}, environment={}, rows=rows, tokens=NO_TOKENS)
     return trend(run, "x", "x")
 
 
@@ -252,7 +259,7 @@ def test_a_run_of_one_step(tmp_path):
 def test_missing_metrics_are_said_to_be_missing(tmp_path):
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "reward/mean": None}))
     assert images_of(html) == []
-    assert html.count("No data: nothing of this was logged.") == len(FIGURES)
+    assert html.count("No data: nothing of this was logged.") == len(ALL)
     assert all(figure["says"][0]["text"] for figure in data["figures"])
     assert list(summary_of(data)) == ["Training steps"]
 
@@ -300,7 +307,7 @@ def test_runs_overlaid(tmp_path):
     html, data = write(tmp_path, a, b)
     assert [run["label"] for run in data["runs"]] == ["up", "grpo"]
     assert [entry["run"] for entry in figure_of(data, "reward")["data"]] == ["up", "grpo"]
-    assert len(images_of(html)) == len(FIGURES) + 1  # a heat map for each
+    assert len(images_of(html)) == len(ALL) + 1  # a heat map for each
     greedy = summary_of(data)["Held-out pass@8"]
     assert greedy == ["55% → 95%", "–"]
     assert all([s["run"] for s in f["says"]] == ["up", "grpo"] for f in data["figures"])
