@@ -1,4 +1,4 @@
-"""The command line: `moe-upgrpo train|report`, also `python -m moe_upgrpo`."""
+"""The command line: `moe-upgrpo train|probe|report`, also `python -m moe_upgrpo`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from moe_upgrpo.errors import UserError
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
   train              train by RL on the ranks of this job (see examples/train_moe.sh)
+  probe              compare engine and trainer on a checkpoint, or two route dumps; no training
   report RUN [RUN …] write report.html from one run folder or several
 
 `moe-upgrpo COMMAND --help` lists the options of a command."""
@@ -27,7 +28,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. `argv` are words that come before those of the command line."""
     arguments = [*(argv or ()), *sys.argv[1:]]
-    commands = {"train": _train, "report": _report}
+    commands = {"train": _train, "probe": _probe, "report": _report}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -54,10 +55,7 @@ def _parse(what, arguments: list[str], prog: str):
 def _train(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig, file_arguments
 
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it for several ranks, not for one
-        import torch
-
-        torch.set_num_threads(1)
+    _one_thread()
     files = [
         Path(value or following)
         for (option, _, value), following in zip(
@@ -75,6 +73,14 @@ def _train(arguments: list[str]) -> None:
     train(config)
 
 
+def _one_thread() -> None:
+    """Tiny models are thirty times slower where threads outnumber cores."""
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it for several ranks, not for one
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def _silence_upstream() -> None:
     """Dozens of warnings at each start would hide the run's own lines. None asks for an action."""
     # Optional packages that are not installed.
@@ -83,6 +89,14 @@ def _silence_upstream() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # schedules.py retains the gradient of activations, leaves or not.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+
+def _probe(arguments: list[str]) -> None:
+    _one_thread()
+    _silence_upstream()
+    from moe_upgrpo.train.probe import ProbeConfig, probe
+
+    probe(_parse(ProbeConfig, arguments, "moe-upgrpo probe"))
 
 
 def _report(arguments: list[str]) -> None:

@@ -159,11 +159,11 @@ def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
     return float(k3(sampler, target).sum())
 
 
-def finish(
-    sums: Sums, loss_metrics: Sums, maxima: dict[str, float]
-) -> dict[str, float | list[float]]:
-    """The metrics of a step from sums and maxima over all ranks."""
-    metrics: dict = {name: pair.numerator / pair.denominator for name, pair in sums.items()}
+def measured(sums: Sums) -> dict[str, float | list[float]]:
+    """The metrics that do not come from the loss, from sums over all ranks."""
+    metrics: dict = {
+        name: pair.numerator / pair.denominator for name, pair in sums.items() if pair.denominator
+    }
     variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
     metrics["reward/std"] = math.sqrt(max(variance, 0.0))
     layers = sum(name.startswith("mismatch/by_layer/") for name in sums)
@@ -171,7 +171,17 @@ def finish(
     metrics["mismatch/router_numerator"] = sums["mismatch/router_rate"].numerator
     metrics["mismatch/router_denominator"] = sums["mismatch/router_rate"].denominator
     metrics["tokens/sampled"] = sums["response/length_mean"].numerator
+    return metrics
+
+
+def finish(
+    sums: Sums, loss_metrics: Sums, maxima: dict[str, float]
+) -> dict[str, float | list[float]]:
+    """All metrics of a step, from sums and maxima over all ranks."""
     of_loss = finalize_metrics(loss_metrics)
-    for sign in ("positive", "negative"):
-        metrics[f"clip/{sign}"] = of_loss[f"clip_fraction_{sign}"]
-    return metrics | {f"loss/{name}": value for name, value in of_loss.items()} | maxima
+    clipped = {f"clip/{sign}": of_loss[f"clip_fraction_{sign}"] for sign in _SIGNS}
+    named = {f"loss/{name}": value for name, value in of_loss.items()}
+    return measured(sums) | clipped | named | maxima
+
+
+_SIGNS = ("positive", "negative")

@@ -1,0 +1,83 @@
+"""`moe-upgrpo probe`: two dumps with mismatches planted by hand, and a checkpoint with an engine.
+
+That engine and trainer are compared rightly: tests/train/test_record.py and test_launch.py.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import Qwen3MoeForCausalLM
+
+from moe_upgrpo.store import read_metrics, read_tokens
+from moe_upgrpo.tasks import arithmetic
+from moe_upgrpo.train.warm_start import tiny_model_config
+
+
+def probe(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moe_upgrpo", "probe", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def dumps(folder, train) -> list[str]:
+    """A rollout dump of ten tokens, two layers, experts {0, 1} everywhere, and the trainer's."""
+    rollout = np.tile(np.array([0, 1], np.uint8), (10, 2, 1))
+    np.save(folder / "rollout.npy", rollout)
+    np.save(folder / "train.npy", train(rollout.astype(np.int16)))
+    return [
+        *("--rollout-routes", folder / "rollout.npy", "--train-routes", folder / "train.npy"),
+        *("--num-experts", 4),
+    ]
+
+
+def test_two_dumps(tmp_path):
+    def train(routes):
+        routes[0, 0] = (2, 3)  # both slots of one router
+        routes[0, 1] = (1, 2)  # one slot of another, same token
+        routes[7, 1] = (1, 0)  # only another order
+        return routes
+
+    result = probe(*dumps(tmp_path, train))
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "routers that differ 10.000% 20" in lines
+    assert "expert slots that differ 7.500% 40" in lines
+    assert "tokens that differ in any layer 10.000% 10" in lines
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        (lambda routes: routes[:9], "same tokens"),
+        (lambda routes: routes * 0, "zero-filled"),
+        (lambda routes: routes + 3, "expected 2 ids in 0..3"),
+    ],
+    ids=["a row short", "zero-filled", "ids out of range"],
+)
+def test_dumps_that_cannot_be_routes_of_the_same_tokens(train, words, tmp_path):
+    result = probe(*dumps(tmp_path, train))
+    assert result.returncode == 2 and result.stderr.startswith("error: ")
+    assert words in result.stderr
+
+
+def test_a_checkpoint(tmp_path):
+    model, prompts, output = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "out"
+    Qwen3MoeForCausalLM(tiny_model_config(layers=2, hidden=64)).save_pretrained(model)
+    arithmetic.save_tokenizer(model)
+    prompts.write_text("1+2=\n34+5=\n")
+    options = ("--model", model, "--prompts", prompts, "--output-dir", output)
+    result = probe(*options, "--samples", 4, "--engine-dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    assert "noise floor of the trainer: 0.000% of routers" in result.stdout
+    (row,) = read_metrics(output)
+    assert row["logp_gap/mean_abs"] < 1e-5 and row["mismatch/router_rate"] < 0.01
+    assert row["mismatch/router_denominator"] == 2 * len(read_tokens(output)) > 0
+    assert (output / "report.html").is_file()
+    again = probe(*options)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_neither_model_nor_dumps():
+    result = probe("--samples", 4)
+    assert result.returncode == 2 and "--rollout-routes" in result.stderr
