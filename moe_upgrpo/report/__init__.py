@@ -5,7 +5,7 @@ from moe_upgrpo.errors import UserError
 try:
     from moe_upgrpo.report.page import write_report
 except ModuleNotFoundError as error:
-    if error.name not in ("matplotlib", "jinja2"):
+    if error.name not in ("matplotlib", "jinja2", "scipy"):
         raise
     raise UserError(
         f"the report needs {error.name}, which is not installed: pip install 'moe_upgrpo[report]'"

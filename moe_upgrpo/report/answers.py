@@ -3,14 +3,13 @@
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from moe_upgrpo.report.figures import Format, number, percent
+from moe_upgrpo.report.figures import Format, finite, number, percent
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.store import overlap_array
 from moe_upgrpo.store.questions import clustering, rate
@@ -125,8 +124,8 @@ def histogram(run: Run) -> Entry:
 
 
 def _finite(row: Entry) -> Entry:
-    """JSON has no NaN: an interval of a single sequence is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    """An interval of a single sequence is null."""
+    return {key: finite(value) for key, value in row.items()}
 
 
 def interval(row: Entry, form: Format) -> str:

@@ -19,6 +19,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from moe_upgrpo import __version__
-from moe_upgrpo.report import plots
+from moe_upgrpo.report import plots, sequences
 from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers, Clustering
 from moe_upgrpo.report.figures import (
     FIGURES,
@@ -45,6 +45,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
     output = Path(output)
     figures = [_figure(figure, runs) for figure in FIGURES]
     token_figures = [_figure(figure, runs) for figure in TOKEN_FIGURES]
+    shown = {run.label: sequences.sequences(run) for run in runs}
     data = {
         "moe_upgrpo": __version__,
         "runs": [
@@ -62,6 +63,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
             {k: v for k, v in figure.items() if k != "images"}
             for figure in [*figures, *token_figures]
         ],
+        "sequences": [sequence for found in shown.values() for sequence in found],
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -86,6 +88,25 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         figures=figures,
         token_figures=token_figures,
         token_log=data["token_log"],
+        sequences={
+            "read": sequences.READ,
+            "runs": [
+                {
+                    "label": run.label,
+                    "says": sentence(sequences.says(run, shown[run.label])),
+                    "sequences": [
+                        found
+                        | {
+                            "drawn": [
+                                sequences.drawn(t, found["num_layers"]) for t in found["tokens"]
+                            ]
+                        }
+                        for found in shown[run.label]
+                    ],
+                }
+                for run in runs
+            ],
+        },
         without_floor=[
             run.label for run in runs if not run.series("noise/repeat/logp_mean_abs")[1]
         ],

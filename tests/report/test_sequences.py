@@ -1,0 +1,164 @@
+"""Sequences on the page: which are shown, and that a token shows what was logged of it.
+
+Not covered: how the boxes look, hovering and tapping.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_upgrpo.report import write_report
+from moe_upgrpo.report.sequences import MAX_TOKENS, drawn
+from moe_upgrpo.store import RunFolder
+from tests.report.synthetic import make_run, write_tokens
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two steps without tokens."""
+    folder = RunFolder.create(tmp_path / "run", {})
+    for step in (1, 2):
+        folder.append_metrics({"step": step, "reward/mean": 0.5})
+    return folder.path
+
+
+def shown(run):
+    output = write_report([run], run / "report.html")
+    return output.read_text(), json.loads(output.with_suffix(".json").read_text())["sequences"]
+
+
+# Layers 1 and 2, top-2. Rows out of order: position 6 comes before 5.
+ROLLOUT = [[[0, 1], [0, 1]], [[4, 0], [0, 1]], [[6, 7], [6, 7]]]
+TRAIN = [[[0, 1], [0, 1]], [[0, 2], [3, 2]], [[7, 6], [6, 7]]]
+THREE = {
+    "sequence": [0, 0, 1],
+    "position": [6, 5, 5],
+    "token_id": [11, 12, 13],
+    "reward": [1.0, 1.0, 0.0],
+    "advantage": [0.5, 0.5, -0.5],
+    "overlap": [[2, 2], [1, 0], [2, 2]],
+    "logp_old": [-1.0, -1.0, -1.0],
+    "logp_rollout": [-1.25, -0.5, -1.0],
+    "ratio": [1.0, 1.25, 1.0],
+}
+ROUTES = {"rollout_routes": ROLLOUT, "train_routes": TRAIN}
+
+
+def test_a_token_shows_what_was_logged(run):
+    """Gaps of sequence 0: −1 + 0.5 = −0.5 at position 5, −1 + 1.25 = 0.25 at position 6."""
+    write_tokens(run, 1, THREE | {"logp_old": [-9.0] * 3}, 2)
+    write_tokens(run, 2, THREE | ROUTES, 2)
+    html, found = shown(run)
+    assert [(s["step"], s["sequence"], s["reward"], s["length"]) for s in found] == [
+        (2, 0, 1, 2),
+        (2, 1, 0, 1),
+    ]
+    assert found[0]["tokens"] == [
+        {
+            "position": 5,
+            "token_id": 12,
+            "logp_rollout": -0.5,
+            "logp_old": -1,
+            "ratio": 1.25,
+            "gap": -0.5,
+            "layers": [
+                {"layer": 1, "shared": 1, "rollout": [0, 4], "train": [0, 2]},
+                {"layer": 2, "shared": 0, "rollout": [0, 1], "train": [2, 3]},
+            ],
+        },
+        {
+            "position": 6,
+            "token_id": 11,
+            "logp_rollout": -1.25,
+            "logp_old": -1,
+            "ratio": 1,
+            "gap": 0.25,
+            "layers": [],
+        },
+    ]
+    assert (
+        "position 5, token id 12\nlog p: engine -0.5, trainer -1, gap -0.5\nratio 1.25 at the last "
+        "optimizer visit\nlayer 1: engine 0 4 / trainer 0 2\nlayer 2: engine 0 1 / trainer 2 3"
+    ) in html
+    assert (
+        "The largest |gap| shown of step 2 is 0.5 nats, at position 5 of sequence 0, where 2 of 2 "
+        "MoE layers differ."
+    ) in html
+
+
+def test_without_routes_the_shared_experts_are_counted(run):
+    write_tokens(run, 1, THREE, 2)
+    html, found = shown(run)
+    assert found[0]["tokens"][0]["layers"] == [
+        {"layer": 1, "shared": 1},
+        {"layer": 2, "shared": 0},
+    ]
+    assert "layer 2: 0 experts shared" in html
+
+
+def test_which_sequences_are_shown(run):
+    """Gaps 0, 0.1, ..., 0.7 of one token each; sequences 2 and 1 have one and two mismatches."""
+    overlap = np.full((8, 2), 2)
+    overlap[2, 0] = overlap[1, 0] = overlap[1, 1] = 1
+    rows = {
+        "sequence": np.arange(8),
+        "overlap": overlap,
+        "logp_old": np.arange(8) / 10,
+    }
+    write_tokens(run, 1, rows, 2)
+    _, found = shown(run)
+    assert [s["sequence"] for s in found[:4]] == [7, 6, 5, 1]
+    assert [s["chosen"] for s in found[2:]] == [
+        "one of the largest |gap|",
+        "the most mismatched layers per token of the others",
+        "drawn at random",
+    ]
+    assert found[4]["sequence"] in (0, 2, 3, 4)
+
+
+def test_a_long_response_is_cut_and_says_so(run):
+    write_tokens(run, 1, {"sequence": [0] * 500, "position": np.arange(500)}, 2)
+    html, (found,) = shown(run)
+    assert len(found["tokens"]) == MAX_TOKENS == 400
+    assert found["length"] == 500
+    assert found["tokens"][-1]["position"] == 399
+    assert html.count('class="token"') == 400
+    assert " ".join(html.split()).count("500 tokens, the first 400 shown") == 1
+
+
+def test_a_gap_that_is_no_number_comes_first(run):
+    write_tokens(run, 1, THREE | {"logp_old": [-1.0, -1.0, float("nan")]}, 2)
+    html, found = shown(run)
+    assert found[0]["sequence"] == 1
+    assert found[0]["tokens"][0]["gap"] is None
+    assert "Sequence 1 of step 1 holds a gap that is no number." in html
+
+
+def test_dense_and_without_tokens(tmp_path):
+    _, found = shown(make_run(tmp_path / "dense", steps=1, layers=0))
+    assert len(found) == 4  # none has mismatched layers
+    assert all(token["layers"] == [] for s in found for token in s["tokens"])
+    html, found = shown(make_run(tmp_path / "aggregate", steps=1, level="aggregate"))
+    assert found == []
+    assert html.count("This run has no token log") > 1
+
+
+@pytest.mark.parametrize("gap, fill", [(0.0, 0), (0.01, 0), (-0.1, 0.5), (1.0, 1), (9.0, 1)])
+def test_colour_by_hand(gap, fill):
+    """log(0.1 / 0.01) is half of log(1 / 0.01)."""
+    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio")
+    token = dict.fromkeys(names, 1) | {"gap": gap, "layers": []}
+    assert drawn(token, 4)["fill"] == fill
+    assert drawn(token, 4)["line"] == 0
+    # Two pixels and three more where all layers differ.
+    layers = [{"layer": i, "shared": 1} for i in range(4)]
+    assert drawn(token | {"layers": layers}, 4)["line"] == 5
+    assert drawn(token | {"gap": None}, 4)["fill"] == 1
+
+
+def test_a_title_names_some_layers_only():
+    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "gap")
+    layers = [{"layer": i, "shared": 1} for i in range(20)]
+    title = drawn(dict.fromkeys(names, 1) | {"layers": layers}, 48)["title"]
+    assert title.endswith("layer 11: 1 experts shared\nand 8 more layers")
