@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import finite, number
@@ -58,9 +59,9 @@ def sequences(run: Run) -> list[dict[str, Any]]:
         drawn_at = np.random.default_rng(0).integers(len(rest))
         chosen.append((sorted(rest)[drawn_at], "drawn at random"))
     chosen = [(int(ids[i]), why) for i, why in chosen]
-    experts = _experts(run.path, step, [i for i, _ in chosen])
+    experts, refused = _experts(run.path, step, [i for i, _ in chosen])
     return [
-        {"run": run.label, "step": step, "sequence": i, "chosen": why}
+        {"run": run.label, "step": step, "sequence": i, "chosen": why, "routes_refused": refused}
         | _sequence(table.filter(pc.equal(table["sequence"], i)), experts)
         for i, why in chosen
     ]
@@ -72,26 +73,31 @@ def _gap(table: pa.Table) -> np.ndarray:
     return old - rollout
 
 
-def _experts(run: Path, step: int, ids: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
-    """Both sides' experts ``[2, L, K]`` by (sequence, position); of tokens whose routes are logged.
+def _experts(
+    run: Path, step: int, ids: Sequence[int]
+) -> tuple[dict[tuple[int, int], np.ndarray], list[str]]:
+    """Both sides' experts ``[2, L, K]`` by (sequence, position), where routes are logged.
 
-    A file is read at a time and reduced to the sequences asked for.
+    And, for each file that refused, why. A file is read at a time and reduced to the sequences
+    asked for.
     """
-    found = {}
+    found, refused = {}, []
     columns = ("step", "sequence", "position", "rollout_experts", "train_experts")
     for file, of_step in token_files(run / "tokens"):
         if of_step != step:
             continue
         try:
+            if "rollout_experts" not in pq.read_schema(file).names:
+                continue  # version 1, a dense model, or a run that logged none
             table = read_tokens(file, columns=columns)
             table = table.filter(pc.is_in(table["sequence"], pa.array(ids, pa.int64())))
             table = table.drop_null()
             if table.num_rows:
                 places = zip(*(table[c].to_pylist() for c in columns[1:3]), strict=True)
                 found |= dict(zip(places, np.stack(read_routes(table), axis=1), strict=True))
-        except UserError:  # no route columns: version 1, or a dense model
-            continue
-    return found
+        except (UserError, pa.ArrowException, OSError) as error:
+            refused.append(f"{file.name}: {error}")
+    return found, refused
 
 
 def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
@@ -138,10 +144,11 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
             f"sequence {first['sequence']} of step {first['step']} holds a gap that is no number."
         )
     worst = max(known, key=lambda token: abs(token["gap"]))
+    refused = "".join(f" Routes not readable: {reason}." for reason in first["routes_refused"])
     return (
         f"the largest |gap| shown of step {first['step']} is {number(abs(worst['gap']))} nats, at "
         f"position {worst['position']} of sequence {first['sequence']}, where "
-        f"{len(worst['layers'])} of {first['num_layers']} MoE layers differ."
+        f"{len(worst['layers'])} of {first['num_layers']} MoE layers differ.{refused}"
     )
 
 

@@ -6,6 +6,8 @@ Not covered: how the boxes look, hovering and tapping.
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from moe_upgrpo.report import write_report
@@ -95,6 +97,24 @@ def test_without_routes_the_shared_experts_are_counted(run):
         {"layer": 2, "shared": 0},
     ]
     assert "layer 2: 0 experts shared" in html
+
+
+def test_routes_that_cannot_be_read_are_named_and_the_rest_is_shown(run):
+    """The trainer's experts of the second token overwritten with bytes that say nothing."""
+    file = write_tokens(run, 1, THREE | ROUTES, 2)
+    table = pq.read_table(file)
+    at = table.column_names.index("train_experts")
+    broken = [
+        b"\xff" * 9 if difference else b"" for difference in table["train_experts"].to_pylist()
+    ]
+    table = table.set_column(at, table.field(at), pa.array(broken, pa.large_binary()))
+    pq.write_table(table, file)
+    html, found = shown(run)
+    assert found[0]["tokens"][0]["layers"] == [
+        {"layer": 1, "shared": 1},
+        {"layer": 2, "shared": 0},
+    ]
+    assert "Routes not readable: step-000001-rank-0000.parquet: step 1, sequence 0" in html
 
 
 def test_which_sequences_are_shown(run):
