@@ -66,7 +66,7 @@ def _train(arguments: list[str]) -> None:
     from_files = [option for file in files for option in file_arguments(file)]
     config = _parse(TrainConfig, [*from_files, *arguments], "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
-    _silence_upstream()
+    silence_upstream()
 
     from moe_upgrpo.train.loop import train
 
@@ -81,7 +81,7 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _silence_upstream() -> None:
+def silence_upstream() -> None:
     """Dozens of warnings at each start would hide the run's own lines. None asks for an action."""
     # Optional packages that are not installed.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -93,7 +93,7 @@ def _silence_upstream() -> None:
 
 def _probe(arguments: list[str]) -> None:
     _one_thread()
-    _silence_upstream()
+    silence_upstream()
     from moe_upgrpo.train.probe import ProbeConfig, probe
 
     probe(_parse(ProbeConfig, arguments, "moe-upgrpo probe"))

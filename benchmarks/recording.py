@@ -1,0 +1,81 @@
+"""What recording costs: a training step with routes and token log against the same step without.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/recording.py --model CHECKPOINT
+
+CHECKPOINT is a warm start (`runs/cache/warm-start-*` after `make train`). Each pair runs one full
+step of the default settings twice on the same rollouts, in turn with and without: routes tapped in
+the old log-probs' forward, both sides compared, the token log written. Printed: the median over
+pairs of the ratio of their times, with the quartiles.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from moe_upgrpo.cli import silence_upstream
+from moe_upgrpo.losses import group_advantages
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.loop import verified
+from moe_upgrpo.train.record import StepRecord
+from moe_upgrpo.train.start import Job, start
+
+
+def step(job: Job, number: int, *, recording: bool) -> float:
+    """Seconds of one RL step from rollouts to new engine weights."""
+    begin = time.perf_counter()
+    problems = job.problems(number)
+    rollouts = job.generate(problems, number)
+    rewards = verified(job, problems, rollouts)
+    advantages = group_advantages(torch.from_numpy(rewards), job.config.group).numpy()
+    samples = job.samples(rollouts, advantages)
+    old = job.actor.score(samples, routes=recording)
+    reference = job.reference.score(samples, routes=False)
+    visited = job.update(samples, old, number)
+    job.engine.update_weights(job.actor.export_weights(), version=number)
+    if recording:
+        record = StepRecord(
+            first_sequence=job.first_sequence,
+            group=job.config.group,
+            rollouts=rollouts,
+            rewards=rewards,
+            advantages=advantages,
+            old=old,
+            reference=reference,
+            gap=None,
+            noise={},
+            num_experts=job.actor.hf.num_experts,
+            **visited,
+        )
+        record.sums()
+        job.log_tokens(number, record)
+    return time.perf_counter() - begin
+
+
+def main(model: Path, pairs: int = 20) -> None:
+    silence_upstream()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.gettempdir()) / "moe_upgrpo-recording"
+    config = TrainConfig(model=model, steps=2 * pairs, output_dir=folder)
+    ratios = []
+    with start(config) as job:
+        for pair in range(pairs + 2):
+            order = (True, False) if pair % 2 else (False, True)
+            seconds = {on: step(job, 2 * pair + 1 + on, recording=on) for on in order}
+            if pair >= 2:  # the first steps warm up
+                ratios.append(seconds[True] / seconds[False])
+        if job.rank == 0:
+            low, median, high = statistics.quantiles(ratios, n=4)
+            print(
+                f"a step with recording / without: median {median:.3f} of {pairs} pairs "
+                f"(quartiles {low:.3f} to {high:.3f})"
+            )
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
