@@ -41,11 +41,9 @@ def start(config: TrainConfig) -> Iterator[Job]:
     layout = config.layout(world_size)
     display = Display(config.steps, shown=rank == 0)
     with groups.process_groups(layout, seed=config.seed), display:
-        run = RunFolder(
-            config.output_dir
-            or Path("runs")
-            / f"{config.loss}-{groups.from_rank_0(f'{datetime.now():%Y%m%d-%H%M%S}')}"
-        )
+        # Ranks start at different seconds; the folder has one name.
+        started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
+        run = RunFolder(config.output_dir or Path("runs") / f"{config.loss}-{started}")
         if rank == 0:
             run.check_free()
         task = ArithmeticTask(config.digits)
