@@ -20,7 +20,7 @@ from moe_upgrpo.store import TokenLayout, overlap_array, read_routes, read_token
 from moe_upgrpo.store.token_log import token_files
 
 DIVERGING = 3
-MAX_TOKENS = 400  # shown of one response
+MAX_TOKENS = 400  # shown of one response, around its largest |gap|
 _MAX_LAYERS = 12  # named in a token's title
 # |gap| in nats at which a token starts to be coloured, and at which it is fully so.
 COLORED_FROM, COLORED_TO = 0.01, 1.0
@@ -105,7 +105,9 @@ def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> di
     layout = TokenLayout.of(table.schema)
     table = table.sort_by("position")
     length = table.num_rows
-    table = table.slice(0, MAX_TOKENS)
+    worst = int(np.nan_to_num(np.abs(_gap(table)), nan=math.inf).argmax())
+    first_shown = min(max(0, worst - MAX_TOKENS // 2), max(0, length - MAX_TOKENS))
+    table = table.slice(first_shown, MAX_TOKENS)
     tokens = []
     for row, gap, shared_L in zip(
         table.to_pylist(), _gap(table), overlap_array(table), strict=True
@@ -128,6 +130,7 @@ def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> di
         "reward": finite(first["reward"]),
         "advantage": finite(first["advantage"]),
         "length": length,
+        "first_shown": first_shown,
         "num_layers": layout.num_layers,
         "tokens": tokens,
     }
@@ -167,7 +170,7 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
             sides = (" ".join(map(str, layer[side])) for side in ("rollout", "train"))
             lines.append("layer {}: engine {} / trainer {}".format(layer["layer"], *sides))
         else:
-            lines.append(f"layer {layer['layer']}: {layer['shared']} experts shared")
+            lines.append(f"layer {layer['layer']}: experts shared: {layer['shared']}")
     if (hidden := len(token["layers"]) - _MAX_LAYERS) > 0:
         lines.append(f"and {hidden} more layers")
     return {

@@ -96,7 +96,7 @@ def test_without_routes_the_shared_experts_are_counted(run):
         {"layer": 1, "shared": 1},
         {"layer": 2, "shared": 0},
     ]
-    assert "layer 2: 0 experts shared" in html
+    assert "layer 2: experts shared: 0" in html
 
 
 def test_routes_that_cannot_be_read_are_named_and_the_rest_is_shown(run):
@@ -137,6 +137,9 @@ def test_which_sequences_are_shown(run):
     assert found[4]["sequence"] in (0, 2, 3, 4)
 
 
+CUT = "of which 400 are shown from number {} on"
+
+
 def test_a_long_response_is_cut_and_says_so(run):
     write_tokens(run, 1, {"sequence": [0] * 500, "position": np.arange(500)}, 2)
     html, (found,) = shown(run)
@@ -144,7 +147,18 @@ def test_a_long_response_is_cut_and_says_so(run):
     assert found["length"] == 500
     assert found["tokens"][-1]["position"] == 399
     assert html.count('class="token"') == 400
-    assert " ".join(html.split()).count("500 tokens, the first 400 shown") == 1
+    assert " ".join(html.split()).count(CUT.format(1)) == 1
+
+
+def test_the_largest_gap_of_a_long_response_is_shown(run):
+    """At 250 of 1000: 200 tokens before it, from 50 on; at 450 of 500 there are only 100 to cut."""
+    for step, (length, worst, first) in enumerate([(1000, 250, 50), (500, 450, 100)], start=1):
+        gap = np.where(np.arange(length) == worst, 2.0, 0.1)
+        rows = {"sequence": [0] * length, "position": np.arange(length), "logp_old": gap}
+        write_tokens(run, step, rows, 2)
+        html, (found,) = shown(run)
+        assert [t["position"] for t in found["tokens"]] == list(range(first, first + 400))
+        assert CUT.format(first + 1) in " ".join(html.split())
 
 
 def test_a_gap_that_is_no_number_comes_first(run):
@@ -181,4 +195,4 @@ def test_a_title_names_some_layers_only():
     names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "gap")
     layers = [{"layer": i, "shared": 1} for i in range(20)]
     title = drawn(dict.fromkeys(names, 1) | {"layers": layers}, 48)["title"]
-    assert title.endswith("layer 11: 1 experts shared\nand 8 more layers")
+    assert title.endswith("layer 11: experts shared: 1\nand 8 more layers")
