@@ -145,6 +145,8 @@ def draw_heat_map(entry: dict[str, Any]) -> str:
         _label_layers(axes.yaxis, entry["layer_ids"])
         axes.set_ylabel("MoE layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(steps) == 1:
+            axes.set_xticks(steps)
         axes.set_xlabel("step")
         return _svg(canvas)
 
