@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import tyro
+from tyro.conf import Positional
+
 from moe_upgrpo.errors import UserError
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -46,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(what, arguments: list[str], prog: str):
     """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
-    import tyro
-
     with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(what, args=arguments, prog=prog, console_outputs=_rank() == 0)
 
@@ -100,8 +101,6 @@ def _probe(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from tyro.conf import Positional
-
     def report(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None:
         """Write one HTML report of run folders, and its figures' data as JSON beside it.
 
