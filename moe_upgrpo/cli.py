@@ -54,17 +54,10 @@ def _parse(what, arguments: list[str], prog: str):
 
 
 def _train(arguments: list[str]) -> None:
-    from moe_upgrpo.train.config import TrainConfig, file_arguments
+    from moe_upgrpo.train.config import TrainConfig, file_arguments, files_named
 
     _one_thread()
-    files = [
-        Path(value or following)
-        for (option, _, value), following in zip(
-            (argument.partition("=") for argument in arguments), [*arguments[1:], ""], strict=True
-        )
-        if option == "--config"
-    ]
-    from_files = [option for file in files for option in file_arguments(file)]
+    from_files = [option for file in files_named(arguments) for option in file_arguments(file)]
     config = _parse(TrainConfig, [*from_files, *arguments], "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     silence_upstream()

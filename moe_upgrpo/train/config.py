@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,6 +145,16 @@ class TrainConfig:
                 f"must be a multiple of {data_parallel * self.minibatches}."
             )
         return layout
+
+
+def files_named(arguments: Sequence[str]) -> list[Path]:
+    """The files of every `--config FILE` and `--config=FILE` among command line arguments."""
+    files = []
+    for i, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--config" and (value or arguments[i + 1 :]):
+            files.append(Path(value or arguments[i + 1]))
+    return files
 
 
 def file_arguments(path: Path) -> list[str]:

@@ -1,11 +1,14 @@
 """What the command line and the config file accept, and what they say where they do not."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import tyro
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.settings import OptimizerSettings
-from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments
+from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments, files_named
 
 
 def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
@@ -17,6 +20,32 @@ def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_pa
     assert (config.loss, config.steps, config.reference_kl) == ("up-gspo", 9, False)
     assert (config.optimizer.lr, config.optimizer.clip_grad) == (3e-4, 0)
     assert config.group == TrainConfig().group
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        ([], []),
+        (["--steps", "3"], []),
+        (["--config", "a.yaml", "--steps", "3"], ["a.yaml"]),
+        (["--config=a.yaml", "--config", "b.yaml"], ["a.yaml", "b.yaml"]),
+        (["--config"], []),  # tyro says what is missing
+    ],
+)
+def test_files_named_on_the_command_line(arguments, files):
+    assert files_named(arguments) == [Path(file) for file in files]
+
+
+def test_no_option_at_all_starts_a_run(monkeypatch):
+    """What `make train` types; the run itself is test_launch.py's."""
+    from moe_upgrpo import cli
+    from moe_upgrpo.train import loop
+
+    started = []
+    monkeypatch.setattr(sys, "argv", ["train_moe.sh"])
+    monkeypatch.setattr(loop, "train", started.append)
+    cli.main(["train"])
+    assert started == [TrainConfig()]
 
 
 @pytest.mark.parametrize(
