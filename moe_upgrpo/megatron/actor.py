@@ -41,7 +41,7 @@ from moe_upgrpo.megatron.weights import export_weights, load_weights, write_chec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """One sequence as the trainer sees it, native routing, no gradient."""
+    """One sequence as the trainer sees it, without gradient; routes native unless replayed."""
 
     log_probs: np.ndarray  # [T] float32, under the sampling temperature
     entropy: np.ndarray  # [T] float32, nats

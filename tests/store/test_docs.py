@@ -62,7 +62,6 @@ def test_numpy(run):
 
 
 def test_pandas(run):
-    pytest.importorskip("pandas")
     frame = execute("pandas", {"table": run})["frame"]
     assert frame["layers_mismatched"].tolist() == run["layers_mismatched"].to_pylist()
     assert frame["gap_update"].isna().sum() == 60
@@ -70,7 +69,6 @@ def test_pandas(run):
 
 
 def test_polars(run):
-    pytest.importorskip("polars")
     frame = execute("polars", {"table": run})["frame"]
     assert frame["layers_mismatched"].to_list() == run["layers_mismatched"].to_pylist()
     assert frame["gap_update"].null_count() == 60
@@ -79,7 +77,8 @@ def test_polars(run):
 
 def test_duckdb(run):
     """The first query's sums over signs, and the second's rates, are those of `rate`."""
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     by_sign, by_layer = (duckdb.sql(query).fetchall() for query in blocks("DuckDB", "sql"))
     for question, place in (("clipped", 3), ("gap", 4)):
         for row in rate(run, question, by="own", resamples=10):
