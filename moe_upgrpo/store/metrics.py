@@ -67,8 +67,22 @@ METRICS: dict[str, Metric] = {
     "mismatch/by_layer": Metric(
         "mean of 1[S ≠ S′] in each MoE layer: a list of L rates", _TOKENS, "share"
     ),
+    "mismatch/histogram": Metric(
+        "tokens with 0, 1, ..., L layers in which S ≠ S′: a list of L + 1 counts", "none", "tokens"
+    ),
     "mismatch/router_numerator": Metric("pairs with S ≠ S′", "none", _ROUTERS),
     "mismatch/router_denominator": Metric("pairs compared", "none", _ROUTERS),
+    "conditional/router_rate": Metric(
+        "mean of 1[S ≠ the router's own top-k] in a forward held to S: flips of each layer alone",
+        _ROUTERS,
+        "share",
+    ),
+    "conditional/token_any_rate": Metric(
+        "share of tokens with such a flip in at least one layer", _TOKENS, "share"
+    ),
+    "conditional/by_layer": Metric(
+        "the same in each MoE layer: a list of L rates", _TOKENS, "share"
+    ),
     "logp_gap/mean_abs": Metric(
         "mean of |d|, d = log p_train(θ_old) − log p_rollout", _TOKENS, "nats"
     ),
@@ -76,22 +90,38 @@ METRICS: dict[str, Metric] = {
     "logp_gap/max_abs": Metric("largest |d|", "none", "nats"),
     "gap/TERM/mean": Metric(
         "mean of a term of log p_train − log p_rollout: numerics, engine_routing, update or "
-        "routing_shift (`routing.decomposition`)",
+        "routing_shift (`routing.decomposition`); under R2 and R3 those that the loss sees",
         _TOKENS,
         "nats",
     ),
     "gap/TERM/mean_abs": Metric("mean of the term's absolute value", _TOKENS, "nats"),
+    "counterfactual/TERM/mean": Metric(
+        "mean of a term that replay takes out of the loss: routing_shift (R2), engine_routing (R3)",
+        _TOKENS,
+        "nats",
+    ),
+    "counterfactual/TERM/mean_abs": Metric("mean of the term's absolute value", _TOKENS, "nats"),
     "noise/KIND/router_rate": Metric(
-        "mean of 1[S ≠ S′] between two forwards of the trainer: repeat (identical) or batch_shape "
-        "(other neighbours, padding and sizes)",
+        "mean of 1[S ≠ S′] between two passes of one side over the same tokens. KIND: "
+        "trainer_repeat and engine_repeat (identical passes), trainer_batch_shape (other "
+        "neighbours, padding and sizes), engine_batch_shape (sampling against one pass over the "
+        "whole sequence)",
         _ROUTERS,
         "share",
     ),
     "noise/KIND/token_any_rate": Metric(
         "share of tokens with S ≠ S′ in at least one layer, between the two", _TOKENS, "share"
     ),
-    "noise/KIND/logp_mean_abs": Metric("mean |log p − log p′| between the two", _TOKENS, "nats"),
-    "noise/KIND/k3": Metric("KL by k3 between the two", _TOKENS, "nats"),
+    "noise/KIND/by_layer": Metric(
+        "mean of 1[S ≠ S′] in each MoE layer: a list of L rates", _TOKENS, "share"
+    ),
+    "noise/KIND/histogram": Metric(
+        "tokens with 0, 1, ..., L layers in which S ≠ S′: a list of L + 1 counts", "none", "tokens"
+    ),
+    "noise/KIND/logp_mean_abs": Metric(
+        "mean |log p − log p′| between the two; the trainer's only", _TOKENS, "nats"
+    ),
+    "noise/KIND/k3": Metric("KL by k3 between the two; the trainer's only", _TOKENS, "nats"),
     "loss/NAME": Metric("a metric of the loss library: docs/losses.md", "see there", "see there"),
     "eval/greedy": Metric("share solved by the greedy answer", _PROBLEMS, "share"),
     "eval/pass@1": Metric("probability that one sampled answer is right", _PROBLEMS, "share"),
@@ -104,6 +134,11 @@ METRICS: dict[str, Metric] = {
     "time/generate": Metric("rollout", "none", "s"),
     "time/old_log_probs": Metric("forward at the old weights, routes recorded", "none", "s"),
     "time/analysis": Metric("gap and noise floor, before the update", "none", "s"),
+    "time/decomposition": Metric(
+        "the forwards that only the decomposition needs, part of time/analysis and time/update",
+        "none",
+        "s",
+    ),
     "time/update": Metric("optimizer steps", "none", "s"),
     "time/logging": Metric("token log and metrics", "none", "s"),
     "time/total": Metric("the whole step", "none", "s"),
@@ -120,7 +155,8 @@ METRICS: dict[str, Metric] = {
 _FAMILIES = {
     r"^eval/pass@\d+$": "eval/pass@K",
     r"^gap/(numerics|engine_routing|update|routing_shift)/": "gap/TERM/",
-    r"^noise/(repeat|batch_shape)/": "noise/KIND/",
+    r"^counterfactual/(engine_routing|routing_shift)/": "counterfactual/TERM/",
+    r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",
     r"^loss/(?!policy$)\w+$": "loss/NAME",
 }
 

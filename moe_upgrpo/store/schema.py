@@ -64,10 +64,39 @@ COLUMNS: dict[str, Column] = {
         "smallest top-k margin s_(K) − s_(K+1) over the MoE layers, the trainer's, old weights",
         optional=True,
     ),
-    "gap_numerics": Column("float", "L(θ_old, e) − μ of the decomposition", optional=True),
-    "gap_engine_routing": Column("float", "L(θ_old, native) − L(θ_old, e)", optional=True),
-    "gap_update": Column("float", "L(θ, n(θ_old)) − L(θ_old, native)", optional=True),
-    "gap_routing_shift": Column("float", "L(θ, native) − L(θ, n(θ_old))", optional=True),
+    "layers_mismatched_conditional": Column(
+        "int16",
+        "MoE layers whose own top-k differs from S in a forward held to S, old weights: flips of "
+        "that layer alone",
+        optional=True,
+    ),
+    "gap_numerics": Column(
+        "float",
+        "L(θ_old, e) − μ of the decomposition; the gap columns that a row has add up to "
+        "logp_train − logp_rollout",
+        optional=True,
+    ),
+    "gap_engine_routing": Column(
+        "float", "L(θ_old, native) − L(θ_old, e); none under R3", optional=True
+    ),
+    "gap_update": Column(
+        "float",
+        "L(θ, n(θ_old)) − L(θ_old, native); under R3 L(θ, e) − L(θ_old, e)",
+        optional=True,
+    ),
+    "gap_routing_shift": Column(
+        "float", "L(θ, native) − L(θ, n(θ_old)); none under R2 and R3", optional=True
+    ),
+    "counterfactual_engine_routing": Column(
+        "float",
+        "under R3, what the loss does not see: L(θ_old, native) − L(θ_old, e)",
+        optional=True,
+    ),
+    "counterfactual_routing_shift": Column(
+        "float",
+        "under R2, what the loss does not see: L(θ, native) − L(θ, n(θ_old))",
+        optional=True,
+    ),
     "gradient_weight": Column(
         "float",
         "|A| · c · w at the last visit: c the loss's coefficient of ∇log π, w its aggregation's "
