@@ -22,12 +22,15 @@ class PolicyLoss:
     per_token: `[B, T]`, −A·f before aggregation, 0 at padding.
     clipped: `[B, T]` bool, tokens with A ≠ 0 whose gradient the loss's own rule took away (a
         clip, a mask, a rejection); all tokens of a sequence where the rule is about the sequence.
+    gradient_weight: `[B, T]`, |A|·c·w_b = |∂loss/∂log π_θ(t)|, c as in `gradient_coefficients`: how
+        hard the token pulls; 0 at padding.
     metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` say the rest.
     """
 
     loss: Tensor
     per_token: Tensor
     clipped: Tensor
+    gradient_weight: Tensor
     metrics: dict[str, Metric]
 
 
@@ -80,7 +83,9 @@ def policy_loss(
     loss = (per_token_BT.sum(-1) * weights_B).sum()
     with torch.no_grad():
         clipped_BT, metrics = _measure(t, config, sides, weights_B)
-    return PolicyLoss(loss, per_token_BT, clipped_BT, metrics)
+        pull_BT = sum(side.amount_BT * side.coefficient(t, config) for side in sides)
+        gradient_weight_BT = (pull_BT * weights_B[:, None]).abs()
+    return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
 
 def gradient_coefficients(

@@ -64,6 +64,16 @@ def test_gradient_is_the_oracle_with_its_aggregation(name, spread):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_weight_is_the_magnitude_of_the_gradient(name):
+    config = CONFIGS[name]
+    batch = random_batch(seed=4, spread=0.5)
+    weight = policy_loss(**batch.arguments(config)).gradient_weight
+    expected = gradient(config, batch).abs()
+    assert expected.count_nonzero() > 0 and not weight.requires_grad
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_is_the_finite_difference_with_stop_gradients_held(name, monkeypatch):
     """Central differences of `.loss`, every `detach()` replaying its value at the base point.
 
