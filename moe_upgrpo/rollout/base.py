@@ -137,6 +137,13 @@ class Engine(Protocol):
         and seed give the same result.
         """
 
+    def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The routes `[S-1, L, K]` of whole sequences `[S]`, S >= 2, each computed in one pass.
+
+        Nothing is taken from a cache: two calls are two computations, and their difference is the
+        engine's own noise floor; that to the routes of `generate` is its noise over batch shapes.
+        """
+
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:

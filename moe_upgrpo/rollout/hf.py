@@ -115,16 +115,9 @@ class HFEngine:
         samples: int,
         generator: torch.Generator,
     ) -> list[Rollout]:
-        lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
-        real_NW = np.arange(width) >= width - lengths[:, None]  # padded on the left
-        ids_NW = np.zeros((len(prompts), width), dtype=np.int64)
-        ids_NW[real_NW] = np.concatenate(prompts)
-        # Without padding the mask is left out: transformers' causal path is then faster.
-        mask = None if real_NW.all() else torch.from_numpy(real_NW).to(self.device).long()
-
         cache = DynamicCache(config=self.config)
-        logits_NV, routes_NWLK = self._forward(torch.from_numpy(ids_NW), mask, cache)
+        logits_NV, routes_NWLK, lengths, mask = self._prefill(prompts, cache)
+        width = routes_NWLK.shape[1]
         cache.batch_repeat_interleave(samples)
         logits_AV = logits_NV.repeat_interleave(samples, dim=0)
         if mask is not None:
@@ -178,6 +171,34 @@ class HFEngine:
             )
             for b, length in enumerate(response_length_B)
         ]
+
+    @torch.inference_mode()
+    def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `Engine.routes`."""
+        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
+            raise UserError(
+                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
+            )
+        found = []
+        for start in range(0, len(sequences), self.max_sequences):
+            batch = sequences[start : start + self.max_sequences]
+            _, routes_NWLK, lengths, _ = self._prefill(batch, DynamicCache(config=self.config))
+            found += [r[-n:-1] for r, n in zip(routes_NWLK, lengths, strict=True)]
+        return found
+
+    def _prefill(
+        self, sequences: Sequence[np.ndarray], cache: DynamicCache
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor | None]:
+        """`_forward` of whole sequences padded on the left; their lengths and attention mask."""
+        lengths = np.array([len(sequence) for sequence in sequences])
+        width = int(lengths.max())
+        real_NW = np.arange(width) >= width - lengths[:, None]
+        ids_NW = np.zeros((len(sequences), width), dtype=np.int64)
+        ids_NW[real_NW] = np.concatenate(sequences)
+        # Without padding the mask is left out: transformers' causal path is then faster.
+        mask = None if real_NW.all() else torch.from_numpy(real_NW).to(self.device).long()
+        logits_NV, routes_NWLK = self._forward(torch.from_numpy(ids_NW), mask, cache)
+        return logits_NV, routes_NWLK, lengths, mask
 
     def _choose(
         self,

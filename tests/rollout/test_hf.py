@@ -132,6 +132,19 @@ def test_log_probs_and_routes_are_those_of_a_teacher_forced_forward(
     assert engine.moe_layer_ids == (0, 1, 2)
 
 
+def test_routes_of_given_sequences_are_those_of_a_teacher_forced_forward(model_dir):
+    """Mixed lengths over several batches, against one unpadded sequence at a time."""
+    engine = HFEngine(model_dir, "float32", "cpu", max_sequences=5)
+    rollouts = sample(engine, samples=2)
+    sequences = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
+    assert len({len(s) for s in sequences}) > 2
+    for rollout, routes in zip(rollouts, engine.routes(sequences), strict=True):
+        _, expected = reference(model_dir, rollout, 1.0)
+        assert np.array_equal(np.sort(routes, axis=-1), expected)
+    with pytest.raises(UserError, match="2 tokens or more"):
+        engine.routes([np.array([3])])
+
+
 def test_responses_are_prompt_major_and_hold_one_eos_if_finished(engine):
     lengths = (3, 7, 1, 5)
     rollouts = sample(engine, lengths, samples=20)
