@@ -4,7 +4,14 @@ import numpy as np
 
 LAYERS, TOP_K, EXPERTS = 3, 2, 8
 FLOATS = ("reward", "advantage", "logp_rollout", "logp_old", "logp_train", "ratio")
-GAPS = ("gap_numerics", "gap_engine_routing", "gap_update", "gap_routing_shift")
+GAPS = (
+    "gap_numerics",
+    "gap_engine_routing",
+    "gap_update",
+    "gap_routing_shift",
+    "counterfactual_engine_routing",
+    "counterfactual_routing_shift",
+)
 
 
 def routes(rng, num_rows, num_layers=LAYERS, top_k=TOP_K, num_experts=EXPERTS):
@@ -41,6 +48,7 @@ def full_columns(num_rows=6, sequences=2, seed=0):
         "rollout_routes": rollout,
         "train_routes": train,
         "prefix_mismatched": rng.integers(0, 50, num_rows),
+        "layers_mismatched_conditional": rng.integers(0, LAYERS + 1, num_rows),
         **{name: rng.standard_normal(num_rows) for name in (*GAPS, "margin_min", "entropy")},
         "gradient_weight": rng.random(num_rows),
     }

@@ -37,7 +37,8 @@ def test_every_column_comes_back(tmp_path):
     file = writer(tmp_path).write(1, columns)
     table = read_tokens(tmp_path)
     assert table.column_names == list(COLUMNS)
-    assert table["prefix_mismatched"].to_pylist() == columns["prefix_mismatched"].tolist()
+    for name in ("prefix_mismatched", "layers_mismatched_conditional"):
+        assert table[name].to_pylist() == columns[name].tolist()
     for name in OPTIONAL_FLOATS:
         np.testing.assert_array_equal(table[name].to_numpy(), columns[name].astype("f4"))
     rollout, train = read_routes(table)
@@ -50,6 +51,7 @@ def test_every_column_comes_back(tmp_path):
     assert kinds["rollout_experts"] == pa.binary(2)
     assert kinds["train_experts"] == pa.large_binary()
     assert kinds["prefix_mismatched"] == pa.int32()
+    assert kinds["layers_mismatched_conditional"] == pa.int16()
     assert {kinds[name] for name in OPTIONAL_FLOATS} == {pa.float32()}
 
 
