@@ -195,6 +195,33 @@ class RoutingDivergence(RoutingCounts):
         # argmax of a 0/1 row is its first 1
         return torch.where(mismatch_TL.any(dim=1), mismatch_TL.byte().argmax(dim=1), -1)
 
+    def select(self, tokens: Tensor) -> "RoutingDivergence":
+        """The same comparison of some of its tokens: ``tokens`` ``[T]`` bool.
+
+        Raises:
+            UserError: a mask of another shape, or one that leaves no valid token.
+        """
+        if tokens.shape != self.valid.shape or tokens.dtype != torch.bool:
+            raise UserError(
+                f"tokens must be bool of shape {list(self.valid.shape)}, got {tokens.dtype} of "
+                f"shape {list(tokens.shape)}"
+            )
+        if not (tokens & self.valid).any():
+            raise UserError("nothing to compare: the selection has no valid token")
+        overlap_TL, valid_T = self.overlap[tokens], self.valid[tokens]
+        routers_per_token_T = self.routers_per_token[tokens]
+        L, K = self.num_layers, self.top_k
+        offset_L = torch.arange(L, device=overlap_TL.device) * (K + 1)
+        bins = (overlap_TL[valid_T] + offset_L).flatten()
+        return RoutingDivergence(
+            overlap_histogram=torch.bincount(bins, minlength=L * (K + 1)).view(L, K + 1),
+            token_histogram=torch.bincount(routers_per_token_T[valid_T], minlength=L + 1),
+            kind=self.kind,
+            overlap=overlap_TL,
+            routers_per_token=routers_per_token_T,
+            valid=valid_T,
+        )
+
     def routers_mismatched_by(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """Routers mismatched and compared for each group of tokens, e.g. by position.
 

@@ -70,6 +70,12 @@ METRICS: dict[str, Metric] = {
     "mismatch/histogram": Metric(
         "tokens with 0, 1, ..., L layers in which S ≠ S′: a list of L + 1 counts", "none", "tokens"
     ),
+    "mismatch/zero_rows_by_layer": Metric(
+        "share of tokens whose rollout row is all expert 0 in each MoE layer: possible with top-1 "
+        "only, where a zero-filled row passes for a choice; a list of L rates",
+        _TOKENS,
+        "share",
+    ),
     "mismatch/router_numerator": Metric("pairs with S ≠ S′", "none", _ROUTERS),
     "mismatch/router_denominator": Metric("pairs compared", "none", _ROUTERS),
     "conditional/router_rate": Metric(
@@ -82,6 +88,9 @@ METRICS: dict[str, Metric] = {
     ),
     "conditional/by_layer": Metric(
         "the same in each MoE layer: a list of L rates", _TOKENS, "share"
+    ),
+    "conditional/histogram": Metric(
+        "tokens with such a flip in 0, 1, ..., L layers: a list of L + 1 counts", "none", "tokens"
     ),
     "logp_gap/mean_abs": Metric(
         "mean of |d|, d = log p_train(θ_old) − log p_rollout", _TOKENS, "nats"

@@ -23,6 +23,10 @@ def _mismatch_above_noise(row: dict) -> bool:
     return bool(floors) and row["mismatch/router_rate"] > max(0.05, 10 * max(floors))
 
 
+def _zero_filled(row: dict) -> bool:
+    return max(row.get("mismatch/zero_rows_by_layer", [0.0])) > 0.99
+
+
 def _few_effective_tokens(row: dict) -> bool:
     return row["loss/ratio_effective_sample_size"] < 0.5 * row["tokens/visited"]
 
@@ -31,9 +35,16 @@ ALARMS: dict[str, Alarm] = {
     "mismatch-above-noise": Alarm(
         _mismatch_above_noise,
         "more than 5% of routers differ between rollout and trainer, and more than ten times what "
-        "the trainer differs from itself: engine and trainer do not compute the same model, or "
+        "either side differs from itself: engine and trainer do not compute the same model, or "
         "their weights are not the same. Compare the mismatch by layer; --replay R3 removes it "
         "from the ratio.",
+    ),
+    "zero-filled-routes": Alarm(
+        _zero_filled,
+        "in some MoE layer the rollout sent over 99% of the tokens to expert 0: with top-1 routing "
+        "that is how routes look that were never written. Replayed, they would send every token "
+        "to one expert. Check that the engine records that layer. (With more than one expert per "
+        "token a zero-filled row is an error.)",
     ),
     "large-log-prob-gap": Alarm(
         lambda row: row["logp_gap/k3"] > 0.1,

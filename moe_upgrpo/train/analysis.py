@@ -1,12 +1,15 @@
-"""What some steps measure beside training: the log-prob gap taken apart, and the noise floor.
+"""What some steps measure beside training: the log-prob gap taken apart, and the noise floors.
 
 Neither touches the weights; both cost forwards, on one step in `analyse_every`.
+
+Shapes: N response tokens of this rank, L MoE layers, K experts per token, T response tokens of a
+sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,92 +18,164 @@ from moe_upgrpo.losses import Metric
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
-from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.routing import ComparisonKind, compare_routes
-from moe_upgrpo.routing.decomposition import decompose
+from moe_upgrpo.rollout.base import Engine, Rollout
+from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
+from moe_upgrpo.routing.decomposition import decompose, decompose_under_replay
 
 
 @dataclass(kw_only=True)
-class Gap:
-    """The forwards that take log p_train − log p_rollout apart, sequence by sequence.
+class OldScores:
+    """The trainer on the step's sequences, at the weights that the engine sampled with."""
 
-    `on_old_routes` is filled during the update, at the weights of each sequence's last visit.
+    native: Sequence[Scored]  # routers free
+    held: Sequence[Scored] | None  # held to the rollout's routes: under R3, and on analysed steps
+    analysed: bool = False
+    # At the weights of each sequence's last visit, [T], what its update does not compute itself:
+    # L(θ, n(θ_old)) without replay, L(θ, native) under R2, nothing under R3.
+    counterpart: list[np.ndarray | None] | None = None
+    seconds: float = 0.0  # spent in forwards that only the decomposition needs
+
+    def policy(self, replay: str) -> Sequence[Scored]:
+        """The old policy of the loss: under R3 the trainer held to the rollout's routes."""
+        return self.held if replay == "R3" else self.native
+
+
+def gap_terms(
+    replay: str,
+    *,
+    rollout: np.ndarray,
+    native: np.ndarray,
+    held: np.ndarray,
+    counterpart: np.ndarray | None,
+    train: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The terms of log p_train − log p_rollout, [N] float64, by their column names.
+
+    The gap columns add up to train − rollout under every replay; what replay takes out of the loss
+    is in the counterfactual columns. Formulas: `routing.decomposition`. Log-probs, [N]: `rollout`
+    μ; `native` L(θ_old, native); `held` L(θ_old, e); `counterpart` see `OldScores`; `train` that of
+    the update's own forward.
     """
 
-    on_rollout_routes: list[np.ndarray]  # [T], L(θ_old, e)
-    native_routes: list[np.ndarray]  # n(θ_old)
-    on_old_routes: list[np.ndarray | None]  # [T], L(θ, n(θ_old))
+    def tensors(**arrays) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def terms(
-        self, rollouts: Sequence[Rollout], old: Sequence[Scored], logp_train: Sequence[np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """The four terms of `routing.decomposition`, [N] float64, by their column names."""
-
-        def flat(parts) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(list(parts)))
-
-        parts = decompose(
-            rollout=flat(r.logp_rollout for r in rollouts),
-            old_on_rollout_routes=flat(self.on_rollout_routes),
-            old_native=flat(s.log_probs for s in old),
-            current_on_old_routes=flat(self.on_old_routes),
-            current_native=flat(logp_train),
+    if replay == "R3":
+        given = tensors(
+            rollout=rollout, old_on_rollout_routes=held, current_on_rollout_routes=train
         )
+        found = decompose_under_replay(**given)
         return {
-            f"gap_{name}": getattr(parts, name).numpy()
-            for name in ("numerics", "engine_routing", "update", "routing_shift")
+            "gap_numerics": found.numerics.numpy(),
+            "gap_update": found.update.numpy(),
+            "counterfactual_engine_routing": native.astype(np.float64) - held,
         }
-
-
-def start_gap(
-    actor: MegatronActor,
-    samples: Sequence[Sample],
-    rollouts: Sequence[Rollout],
-    old: Sequence[Scored],
-) -> Gap:
-    """The forward at the old weights on the rollout's routes; a collective."""
-    held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
-    return Gap(
-        on_rollout_routes=[s.log_probs for s in actor.score(held, routes=False)],
-        native_routes=[s.routes for s in old],
-        on_old_routes=[None] * len(samples),
+    on_old, free = (train, counterpart) if replay == "R2" else (counterpart, train)
+    found = decompose(
+        **tensors(
+            rollout=rollout,
+            old_on_rollout_routes=held,
+            old_native=native,
+            current_on_old_routes=on_old,
+            current_native=free,
+        )
     )
+    shift = "counterfactual_routing_shift" if replay == "R2" else "gap_routing_shift"
+    return {
+        "gap_numerics": found.numerics.numpy(),
+        "gap_engine_routing": found.engine_routing.numpy(),
+        "gap_update": found.update.numpy(),
+        shift: found.routing_shift.numpy(),
+    }
 
 
-def noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict[str, Metric]:
+def count_sums(prefix: str, counts: RoutingCounts) -> dict[str, Metric]:
+    """The sums of a comparison under the names of `store.metrics`; a histogram's are its counts."""
+    sums = {
+        f"{prefix}/router_rate": Metric(counts.routers_mismatched, counts.routers_compared),
+        f"{prefix}/token_any_rate": Metric(counts.tokens_mismatched, counts.tokens_compared),
+    }
+    for layer, count in enumerate(counts.routers_mismatched_by_layer.tolist()):
+        sums[f"{prefix}/by_layer/{layer}"] = Metric(count, counts.tokens_compared)
+    for layers, count in enumerate(counts.token_histogram.tolist()):
+        sums[f"{prefix}/histogram/{layers}"] = Metric(count, counts.tokens_compared)
+    return sums
+
+
+def compare_responses(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    samples: Sequence[Sample],
+    *,
+    num_experts: int,
+    kind: ComparisonKind,
+) -> RoutingDivergence:
+    """Two sides' whole-sequence routes `[P+T-1, L, K]`, compared on the response tokens."""
+    sides_NLK = [
+        torch.from_numpy(
+            np.concatenate([r[s.response_rows] for r, s in zip(side, samples, strict=True)])
+        )
+        for side in (first, second)
+    ]
+    return compare_routes(*sides_NLK, num_experts=num_experts, kind=kind)
+
+
+def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict[str, Metric]:
     """How far the trainer differs from itself: identical forwards, and another batch shape.
 
-    The same metrics as between engine and trainer, over response tokens, this rank's sums. A
-    collective.
+    The same metrics as between engine and trainer, over response tokens, this rank's sums; of a
+    dense model the log-probs' alone. A collective.
     """
-    first = actor.score(samples)
+    first = actor.score(samples, record=("routes",))
     # In reverse order and in halves: other neighbours, other padding, other sizes of every product.
     half = max(1, min(len(samples), actor.micro_batch_size) // 2)
+    reshaped = actor.score(samples[::-1], record=("routes",), micro_batch_size=half)[::-1]
     passes = {
-        ComparisonKind.REPEAT: actor.score(samples),
-        ComparisonKind.BATCH_SHAPE: actor.score(samples[::-1], micro_batch_size=half)[::-1],
+        ComparisonKind.REPEAT: actor.score(samples, record=("routes",)),
+        ComparisonKind.BATCH_SHAPE: reshaped,
     }
     sums = {}
     for kind, second in passes.items():
-        routes_NLK = [
-            torch.from_numpy(
-                np.concatenate(
-                    [p.routes[s.response_rows] for p, s in zip(side, samples, strict=True)]
-                )
-            )
-            for side in (first, second)
-        ]
-        counts = compare_routes(*routes_NLK, num_experts=actor.hf.num_experts, kind=kind)
+        name = _noise_name("trainer", kind)
+        if actor.layer_ids:
+            routes = [[scored.routes for scored in side] for side in (first, second)]
+            counts = compare_responses(*routes, samples, num_experts=actor.num_experts, kind=kind)
+            sums |= count_sums(name, counts)
         a_N, b_N = (
             torch.from_numpy(np.concatenate([p.log_probs for p in side])).double()
             for side in (first, second)
         )
-        name = "noise/" + kind.value.replace(" ", "_")
-        tokens = len(a_N)
         sums |= {
-            f"{name}/router_rate": Metric(counts.routers_mismatched, counts.routers_compared),
-            f"{name}/token_any_rate": Metric(counts.tokens_mismatched, counts.tokens_compared),
-            f"{name}/logp_mean_abs": Metric(float((a_N - b_N).abs().sum()), tokens),
-            f"{name}/k3": Metric(float(k3(a_N, b_N).sum()), tokens),
+            f"{name}/logp_mean_abs": Metric(float((a_N - b_N).abs().sum()), len(a_N)),
+            f"{name}/k3": Metric(float(k3(a_N, b_N).sum()), len(a_N)),
         }
     return sums
+
+
+def engine_noise_floor(
+    passes: Sequence[Sequence[np.ndarray]],
+    samples: Sequence[Sample],
+    rollouts: Sequence[Rollout],
+    *,
+    num_experts: int,
+) -> dict[str, Metric]:
+    """How far the engine differs from itself, from two `engine_passes` and its own sampling."""
+    pairs = {
+        ComparisonKind.REPEAT: passes,
+        ComparisonKind.BATCH_SHAPE: ([r.routes for r in rollouts], passes[0]),
+    }
+    sums = {}
+    for kind, sides in pairs.items():
+        counts = compare_responses(*sides, samples, num_experts=num_experts, kind=kind)
+        sums |= count_sums(_noise_name("engine", kind), counts)
+    return sums
+
+
+def engine_passes(engine: Engine, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The engine's routes of each whole sequence, computed twice."""
+    sequences = [sample.tokens for sample in samples]
+    return list(zip(engine.routes(sequences), engine.routes(sequences), strict=True))
+
+
+def _noise_name(side: str, kind: ComparisonKind) -> str:
+    return f"noise/{side}_{kind.value.replace(' ', '_')}"

@@ -20,7 +20,7 @@ from moe_upgrpo.train.warm_start import WarmStartConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """The Qwen3-MoE that is made on the spot where no --model is given."""
+    """The Qwen3-MoE (dense Qwen3 with experts=0) that is made where no --model is given."""
 
     layers: int = 4
     hidden: int = 128
@@ -34,7 +34,9 @@ class TinyModel:
                 raise UserError(f"tiny.{name}={getattr(self, name)}: a multiple of 32 is needed.")
         if self.layers < 1:
             raise UserError(f"tiny.layers={self.layers}: at least 1 is needed.")
-        if not 1 <= self.top_k <= self.experts:
+        if self.experts < 0:
+            raise UserError(f"tiny.experts={self.experts}: 0 (a dense model) or more is needed.")
+        if self.top_k < 1 or (self.experts and self.top_k > self.experts):
             raise UserError(f"tiny.top_k={self.top_k}: 1 to tiny.experts={self.experts}.")
 
 
@@ -73,6 +75,12 @@ class TrainConfig:
     """Expert parallelism, by all-to-all. None: 2 on an even number of ranks, else 1."""
     etp: int | None = None
     """Tensor parallelism inside an expert. None: 1 with ep > 1, else tp."""
+    pp: int = 1
+    """Pipeline parallelism: stages of consecutive layers."""
+    vpp: int = 1
+    """Virtual pipeline: parts of the model that each stage holds in turn."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep no activations of a layer, run it again in the backward pass."""
 
     prompts: int = 32
     """Prompts in a step, over all ranks."""
@@ -92,7 +100,11 @@ class TrainConfig:
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
     analyse_every: int = 20
-    """Steps between analyses: the log-prob gap taken apart, and the noise floor; 0: never."""
+    """Steps between analyses: the log-prob gap taken apart, and the noise floors; 0: never."""
+    token_log: Literal["full", "sampled", "aggregate"] = "full"
+    """Token rows of every sequence, of a share of the sequences, or none."""
+    token_log_share: float = 1.0
+    """Share of the sequences that token_log=sampled keeps."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     eval_every: int = 20
@@ -119,6 +131,13 @@ class TrainConfig:
                      "eval_samples", "eval_problems"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        if (self.token_log == "sampled") != (self.token_log_share != 1):
+            raise UserError(
+                f"token_log={self.token_log!r} with token_log_share={self.token_log_share}: a "
+                "share between 0 and 1 goes with token_log=sampled, and only with it."
+            )
+        if not 0 < self.token_log_share <= 1:
+            raise UserError(f"token_log_share={self.token_log_share}: above 0 and below 1.")
         if self.group < 2:
             raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
         if not 0 < self.temperature < math.inf:
@@ -130,14 +149,22 @@ class TrainConfig:
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
-        layout = Layout.for_world(world_size, tp=self.tp, ep=self.ep, etp=self.etp)
+        dense = self.model is None and not self.tiny.experts
+        layout = Layout.for_world(
+            world_size,
+            tp=self.tp,
+            ep=1 if dense and self.ep is None else self.ep,
+            etp=self.etp,
+            pp=self.pp,
+            vpp=self.vpp,
+        )
         layout.check_world(world_size)
         if self.prompts % world_size:
             raise UserError(
                 f"prompts={self.prompts} is not a multiple of the {world_size} ranks, which "
                 "generate equal shares."
             )
-        data_parallel = world_size // layout.tp
+        data_parallel = layout.data_parallel(world_size)
         if self.prompts * self.group % (data_parallel * self.minibatches):
             raise UserError(
                 f"prompts x group = {self.prompts * self.group} sequences cannot be split into "

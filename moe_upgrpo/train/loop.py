@@ -32,24 +32,23 @@ def train(config: TrainConfig) -> Path:
                 ).numpy()
             with clock("old_log_probs"):
                 samples = job.samples(rollouts, advantages)
-                held, old = job.score_old(samples, rollouts)
-                reference = job.reference and job.reference.score(samples, routes=False)
+                old = job.score_old(samples, rollouts)
+                reference = job.reference and job.reference.score(samples, record=())
             with clock("analysis"):
-                gap = job.start_gap(step, samples, rollouts, old)
-                noise = job.noise_floor(step, samples)
+                noise = job.analyse(step, samples, rollouts, old)
             with clock("update"):
                 record = StepRecord(
                     first_sequence=job.first_sequence,
                     group=config.group,
+                    replay=config.replay,
                     rollouts=rollouts,
                     rewards=rewards,
                     advantages=advantages,
                     old=old,
                     reference=reference,
-                    gap=gap,
                     noise=noise,
-                    num_experts=job.actor.hf.num_experts,
-                    **job.update(held, old, step, gap),
+                    num_experts=job.actor.num_experts,
+                    **job.update(samples, rollouts, old, step),
                 )
                 job.engine.update_weights(job.actor.export_weights(), version=step)
             with clock("logging"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,14 +64,22 @@ class ProbeConfig:
 
 
 def probe(config: ProbeConfig) -> None:
-    """Print the mismatch and, of a model, write the report of a run without training."""
+    """Print the mismatch and write the report of a run without training."""
     console = Console(highlight=False)
+    run = RunFolder(config.output_dir)
+    run.check_free()
     if config.model is None:
-        _show(console, _compare_dumps(config))
-        return
-    with groups.process_groups(Layout(), seed=config.seed):
-        counts, row = _probe_model(config)
-    _show(console, counts, row)
+        counts = _compare_dumps(config)
+        about = {"num_experts": config.num_experts, "top_k": counts.top_k}
+        about |= {"moe_layers": list(range(counts.num_layers))}
+        RunFolder.create(run.path, asdict(config) | {"loss": "none (probe of two dumps)"} | about)
+        row = {"step": 1} | record.measured(record.routing_sums(counts))
+        run.append_metrics(row)
+        _show(console, counts)
+    else:
+        with groups.process_groups(Layout(), seed=config.seed):
+            counts, row = _probe_model(config, run)
+        _show(console, counts, row)
     write_report([config.output_dir], config.output_dir / "report.html")
     console.print(f"report: {config.output_dir / 'report.html'}", soft_wrap=True)
 
@@ -88,9 +96,7 @@ def _compare_dumps(config: ProbeConfig) -> RoutingCounts:
     )
 
 
-def _probe_model(config: ProbeConfig) -> tuple[RoutingCounts, dict]:
-    run = RunFolder(config.output_dir)
-    run.check_free()
+def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, dict]:
     try:
         prompts = [line for line in config.prompts.read_text().splitlines() if line]
         tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -119,24 +125,36 @@ def _probe_model(config: ProbeConfig) -> tuple[RoutingCounts, dict]:
         )
         for r in rollouts
     ]
-    scored = actor.score(samples)
-    gap = analysis.start_gap(actor, samples, rollouts, scored)
-    gap.on_old_routes = [s.log_probs for s in scored]  # nothing was updated
+    if not actor.layer_ids:
+        raise UserError(f"{config.model} is a dense model: it has no routes to compare.")
+    native = actor.score(samples)
+    held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
+    old = analysis.OldScores(
+        native=native,
+        held=actor.score(held, record=("routes",)),
+        analysed=True,
+        counterpart=[s.log_probs for s in native],  # nothing was updated
+    )
+    passes = list(zip(*analysis.engine_passes(engine, samples), strict=True))
+    noise = analysis.trainer_noise_floor(actor, samples) | analysis.engine_noise_floor(
+        passes, samples, rollouts, num_experts=actor.num_experts
+    )
     nothing = np.zeros(len(rollouts), np.float32)
     step = record.StepRecord(
         first_sequence=0,
         group=config.samples,
+        replay="none",
         rollouts=rollouts,
         rewards=nothing,
         advantages=nothing,
-        old=scored,
+        old=old,
         reference=None,
         updates=[],
-        logp_train=[s.log_probs for s in scored],
-        clipped=[np.zeros(len(s.log_probs), bool) for s in scored],
-        gap=gap,
-        noise=analysis.noise_floor(actor, samples),
-        num_experts=actor.hf.num_experts,
+        logp_train=[s.log_probs for s in native],
+        clipped=[np.zeros(len(s.log_probs), bool) for s in native],
+        gradient_weight=[np.zeros(len(s.log_probs), np.float32) for s in native],
+        noise=noise,
+        num_experts=actor.num_experts,
         updates_counted=0,
     )
     RunFolder.create(
@@ -148,8 +166,8 @@ def _probe_model(config: ProbeConfig) -> tuple[RoutingCounts, dict]:
             "layout": str(actor.layout),
             "world_size": 1,
             "moe_layers": actor.layer_ids,
-            "num_experts": actor.hf.num_experts,
-            "top_k": actor.hf.num_experts_per_tok,
+            "num_experts": actor.num_experts,
+            "top_k": actor.top_k,
             "parameters": actor.parameter_count(),
         },
     )
@@ -157,8 +175,8 @@ def _probe_model(config: ProbeConfig) -> tuple[RoutingCounts, dict]:
         run.tokens,
         rank=0,
         layer_ids=actor.layer_ids,
-        top_k=actor.hf.num_experts_per_tok,
-        num_experts=actor.hf.num_experts,
+        top_k=actor.top_k,
+        num_experts=actor.num_experts,
     ).write(1, step.token_rows())
     # Nothing was rewarded or updated: what says so would only look like a result.
     row = {"step": 1} | {
@@ -183,9 +201,14 @@ def _show(console: Console, counts: RoutingCounts, row: dict | None = None) -> N
     console.print(table)
     if row is None:
         return
-    floor = max(row[f"noise/{kind}/router_rate"] for kind in ("repeat", "batch_shape"))
+    floors = {
+        side: max(row[f"noise/{side}_{kind}/router_rate"] for kind in ("repeat", "batch_shape"))
+        for side in ("trainer", "engine")
+    }
     console.print(
-        f"noise floor of the trainer: {floor:.3%} of routers; log-prob gap mean |d| "
+        f"noise floor: trainer {floors['trainer']:.3%}, engine {floors['engine']:.3%} of routers; "
+        f"held to the rollout's routes, {row['conditional/router_rate']:.3%} would still choose "
+        f"otherwise (conditional)\nlog-prob gap mean |d| "
         f"{row['logp_gap/mean_abs']:.2e}, k3 {row['logp_gap/k3']:.2e}; of it numerics "
         f"{row['gap/numerics/mean_abs']:.2e}, routing {row['gap/engine_routing/mean_abs']:.2e}",
         soft_wrap=True,

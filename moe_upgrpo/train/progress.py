@@ -49,11 +49,15 @@ class Display:
 
     def step(self, row: dict) -> None:
         """One finished step; a line of its own where there is no bar, or where it was evaluated."""
+        routing = (
+            f"routers differing {row['mismatch/router_rate']:.2%}  "
+            if "mismatch/router_rate" in row
+            else ""  # a dense model
+        )
         line = (
             f"reward {row['reward/mean']:.3f}  entropy {row['entropy/mean']:.3f}  "
             f"clipped +{_share(row['clip/positive'])} -{_share(row['clip/negative'])}  "
-            f"grad {row['grad_norm']:.2f}  routers differing {row['mismatch/router_rate']:.2%}  "
-            f"{row['tokens_per_second']:,.0f} tok/s"
+            f"grad {row['grad_norm']:.2f}  {routing}{row['tokens_per_second']:,.0f} tok/s"
         )
         if "eval/greedy" in row:
             line += f"  held-out greedy {row['eval/greedy']:.3f} pass@1 {row['eval/pass@1']:.3f}"

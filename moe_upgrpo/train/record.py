@@ -9,6 +9,7 @@ Shapes: N response tokens of this rank, L MoE layers, P prompt and T response to
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.routing import RoutingDivergence, compare_routes
-from moe_upgrpo.train.analysis import Gap
+from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
+from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
 
 Sums = dict[str, Metric]
 
@@ -32,16 +34,17 @@ class StepRecord:
 
     first_sequence: int  # index, over all ranks, of this rank's first sequence
     group: int  # responses to each prompt
+    replay: str
     rollouts: Sequence[Rollout]
     rewards: np.ndarray
     advantages: np.ndarray
-    old: Sequence[Scored]
+    old: OldScores
     reference: Sequence[Scored] | None
     updates: Sequence[Update]
     logp_train: Sequence[np.ndarray]  # [T], of each sequence's last optimizer visit
     clipped: Sequence[np.ndarray]  # [T], of that visit
-    gap: Gap | None  # where this step takes the log-prob gap apart
-    noise: Sums  # the trainer's noise floor, where this step measures it
+    gradient_weight: Sequence[np.ndarray]  # [T], of that visit
+    noise: Sums  # the noise floors, where this step measures them
     num_experts: int
     updates_counted: int  # optimizer steps on the first data-parallel rank, 0 on the others
 
@@ -55,35 +58,107 @@ class StepRecord:
 
     @property
     def _logp_old_N(self) -> np.ndarray:
-        return np.concatenate([s.log_probs for s in self.old])
+        return np.concatenate([s.log_probs for s in self.old.policy(self.replay)])
+
+    @property
+    def _entropy_N(self) -> np.ndarray:
+        return np.concatenate([s.entropy for s in self.old.policy(self.replay)])
+
+    @property
+    def dense(self) -> bool:
+        return self.old.native[0].routes.shape[1] == 0
+
+    def _of_response(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """The response tokens' part of arrays over whole sequences: row p - 1 for position p."""
+        return np.concatenate(
+            [x[len(r.prompt_ids) - 1 :] for x, r in zip(rows, self.rollouts, strict=True)]
+        )
 
     @cached_property
     def _routes_NLK(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rollout's and trainer's routes of the response tokens: row p - 1 for position p."""
-        rollout, train = (
-            np.concatenate(
-                [
-                    side.routes[len(r.prompt_ids) - 1 :]
-                    for side, r in zip(sides, self.rollouts, strict=True)
-                ]
-            )
-            for sides in (self.rollouts, self.old)
+        """Rollout's and trainer's routes of the response tokens."""
+        return (
+            self._of_response([r.routes for r in self.rollouts]),
+            self._of_response([s.routes for s in self.old.native]),
         )
-        return rollout, train
+
+    def _compare(
+        self, train: Sequence[np.ndarray], kind: ComparisonKind
+    ) -> tuple[RoutingDivergence, RoutingDivergence]:
+        """Rollout's routes against `train`: of whole sequences, and of the response tokens.
+
+        A fault in the routes names its sequence.
+        """
+
+        def compare(sequences: Sequence[int]) -> RoutingDivergence:
+            sides = (
+                torch.from_numpy(np.concatenate([routes[i] for i in sequences]))
+                for routes in ([r.routes for r in self.rollouts], train)
+            )
+            return compare_routes(*sides, num_experts=self.num_experts, kind=kind)
+
+        try:
+            whole = compare(range(len(train)))
+        except (UserError, ValueError):  # numpy's, where the sequences' routes do not fit together
+            for i in range(len(train)):
+                try:
+                    compare([i])
+                except UserError as error:
+                    raise UserError(f"sequence {self.first_sequence + i}: {error}") from None
+            raise
+        is_response = [np.arange(len(r.routes)) >= len(r.prompt_ids) - 1 for r in self.rollouts]
+        return whole, whole.select(torch.from_numpy(np.concatenate(is_response)))
+
+    @cached_property
+    def _free_running(self) -> tuple[RoutingDivergence, RoutingDivergence]:
+        return self._compare([s.routes for s in self.old.native], ComparisonKind.FREE_RUNNING)
+
+    @property
+    def divergence(self) -> RoutingDivergence:
+        """Rollout against trainer on the response tokens, free-running, at the old weights."""
+        return self._free_running[1]
+
+    @cached_property
+    def conditional(self) -> RoutingDivergence | None:
+        """Rollout against what the trainer's routers would choose while held to the rollout's
+        routes, at the old weights; None where no such forward was made."""
+        if self.old.held is None or self.dense:
+            return None
+        return self._compare([s.own_routes for s in self.old.held], ComparisonKind.CONDITIONAL)[1]
 
     @cached_property
     def _gap_terms(self) -> dict[str, np.ndarray]:
-        return {} if self.gap is None else self.gap.terms(self.rollouts, self.old, self.logp_train)
-
-    @cached_property
-    def divergence(self) -> RoutingDivergence:
-        """Rollout against trainer, free-running, at the old weights."""
-        rollout_NLK, train_NLK = self._routes_NLK
-        return compare_routes(
-            torch.from_numpy(rollout_NLK),
-            torch.from_numpy(train_NLK),
-            num_experts=self.num_experts,
+        if not self.old.analysed:
+            return {}
+        counterpart = self.old.counterpart
+        return gap_terms(
+            self.replay,
+            rollout=self._logp_rollout_N,
+            native=np.concatenate([s.log_probs for s in self.old.native]),
+            held=np.concatenate([s.log_probs for s in self.old.held]),
+            counterpart=None if counterpart is None else np.concatenate(counterpart),
+            train=np.concatenate(self.logp_train),
         )
+
+    def _routing_columns(self) -> dict[str, np.ndarray]:
+        if self.dense:
+            return {"layers_mismatched": np.zeros(self._lengths.sum(), np.int16)}
+        rollout_NLK, train_NLK = self._routes_NLK
+        whole, _ = self._free_running
+        ends = np.cumsum([len(r.routes) for r in self.rollouts])[:-1]
+        by_sequence = np.split(whole.routers_per_token.numpy(), ends)
+        columns = {
+            "layers_mismatched": self.divergence.routers_per_token.numpy(),
+            "overlap": self.divergence.overlap.numpy(),
+            "rollout_routes": rollout_NLK,
+            "train_routes": train_NLK,
+            "prefix_mismatched": self._of_response([m.cumsum() - m for m in by_sequence]),
+            "margin_min": self._of_response([s.margins for s in self.old.native]).min(axis=1),
+        }
+        if self.conditional is not None:
+            per_token_N = self.conditional.routers_per_token.numpy()
+            columns["layers_mismatched_conditional"] = per_token_N
+        return columns
 
     def token_rows(self) -> dict[str, np.ndarray]:
         """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K]."""
@@ -104,11 +179,9 @@ class StepRecord:
             "logp_train": logp_train,
             "ratio": np.exp(logp_train - self._logp_old_N),
             "clipped": np.concatenate(self.clipped),
-            "layers_mismatched": self.divergence.routers_per_token.numpy(),
-            "overlap": self.divergence.overlap.numpy(),
-            "rollout_routes": self._routes_NLK[0],
-            "train_routes": self._routes_NLK[1],
-            "entropy": np.concatenate([s.entropy for s in self.old]),
+            "gradient_weight": np.concatenate(self.gradient_weight),
+            "entropy": self._entropy_N,
+            **self._routing_columns(),
             **self._gap_terms,
         }
 
@@ -120,7 +193,6 @@ class StepRecord:
         """Every other mean of the step, this rank's share."""
         sequences, tokens = len(self.rollouts), int(self._lengths.sum())
         gap_N = self._logp_old_N - self._logp_rollout_N
-        d = self.divergence
         pairs = {
             # The ranks' losses add up to the loss: it has global denominators already.
             "loss/policy": (sum(u.loss for u in self.updates), self.updates_counted),
@@ -128,24 +200,29 @@ class StepRecord:
             "reward/mean_square": (float((self.rewards**2).sum()), sequences),
             "response/length_mean": (tokens, sequences),
             "response/finished_rate": (sum(r.finished for r in self.rollouts), sequences),
-            "entropy/mean": (float(sum(s.entropy.sum() for s in self.old)), tokens),
+            "entropy/mean": (float(self._entropy_N.sum()), tokens),
             "logp_gap/mean_abs": (float(np.abs(gap_N).sum()), tokens),
             "logp_gap/k3": (_k3_sum(self._logp_old_N, self._logp_rollout_N), tokens),
-            "mismatch/router_rate": (d.routers_mismatched, d.routers_compared),
-            "mismatch/slot_rate": (d.slots_mismatched, d.slots_compared),
-            "mismatch/token_any_rate": (d.tokens_mismatched, d.tokens_compared),
-            "mismatch/routers_per_token": (d.routers_mismatched, d.tokens_compared),
         }
-        for layer, count in enumerate(d.routers_mismatched_by_layer.tolist()):
-            pairs[f"mismatch/by_layer/{layer}"] = (count, d.tokens_compared)
         if self.reference is not None:
             reference_N = np.concatenate([s.log_probs for s in self.reference])
             pairs["kl/warm_start"] = (_k3_sum(reference_N, self._logp_old_N), tokens)
         for name, term_N in self._gap_terms.items():
-            short = "gap/" + name.removeprefix("gap_")
+            short = name.replace("_", "/", 1)
             pairs[f"{short}/mean"] = (float(term_N.sum()), tokens)
             pairs[f"{short}/mean_abs"] = (float(np.abs(term_N).sum()), tokens)
-        return {name: Metric(*pair) for name, pair in pairs.items()} | self.noise
+        sums = {name: Metric(*pair) for name, pair in pairs.items()} | self.noise
+        return sums if self.dense else sums | self._routing_sums()
+
+    def _routing_sums(self) -> Sums:
+        zeros_L = (self._routes_NLK[0] == 0).all(axis=2).sum(axis=0)
+        sums = routing_sums(self.divergence) | {
+            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, self.divergence.tokens_compared)
+            for layer, count in enumerate(zeros_L.tolist())
+        }
+        if self.conditional is not None:
+            sums |= count_sums("conditional", self.conditional)
+        return sums
 
     def maxima(self) -> dict[str, float]:
         gap_N = self._logp_old_N - self._logp_rollout_N
@@ -159,18 +236,40 @@ def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
     return float(k3(sampler, target).sum())
 
 
-def measured(sums: Sums) -> dict[str, float | list[float]]:
-    """The metrics that do not come from the loss, from sums over all ranks."""
-    metrics: dict = {
-        name: pair.numerator / pair.denominator for name, pair in sums.items() if pair.denominator
+def routing_sums(counts: RoutingCounts) -> Sums:
+    """Every metric of rollout against trainer that needs nothing but the two routes."""
+    return count_sums("mismatch", counts) | {
+        "mismatch/slot_rate": Metric(counts.slots_mismatched, counts.slots_compared),
+        "mismatch/routers_per_token": Metric(counts.routers_mismatched, counts.tokens_compared),
     }
-    variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
-    metrics["reward/std"] = math.sqrt(max(variance, 0.0))
-    layers = sum(name.startswith("mismatch/by_layer/") for name in sums)
-    metrics["mismatch/by_layer"] = [metrics.pop(f"mismatch/by_layer/{i}") for i in range(layers)]
-    metrics["mismatch/router_numerator"] = sums["mismatch/router_rate"].numerator
-    metrics["mismatch/router_denominator"] = sums["mismatch/router_rate"].denominator
-    metrics["tokens/sampled"] = sums["response/length_mean"].numerator
+
+
+_LIST = re.compile(r"(.*)/(\d+)")
+
+
+def measured(sums: Sums) -> dict[str, float | list[float]]:
+    """The metrics that do not come from the loss, from sums over all ranks.
+
+    Names that end in a number are the entries of a list; a histogram's are counts, not rates.
+    """
+    metrics: dict = {}
+    for name, (numerator, denominator) in sums.items():
+        if not denominator:
+            continue
+        if entry := _LIST.fullmatch(name):
+            is_count = entry[1].endswith("/histogram")
+            value = int(numerator) if is_count else numerator / denominator
+            metrics.setdefault(entry[1], []).append(value)
+        else:
+            metrics[name] = numerator / denominator
+    if "reward/mean" in metrics:
+        variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
+        metrics["reward/std"] = math.sqrt(max(variance, 0.0))
+        metrics["tokens/sampled"] = sums["response/length_mean"].numerator
+    if "mismatch/router_rate" in sums:
+        routers = sums["mismatch/router_rate"]
+        metrics["mismatch/router_numerator"] = routers.numerator
+        metrics["mismatch/router_denominator"] = routers.denominator
     return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
 from moe_upgrpo.train import alarms, analysis, evaluate, record
+from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
@@ -56,6 +58,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             "dtype": config.dtype,
             "temperature": config.temperature,
             "micro_batch_size": config.micro_batch,
+            "recompute": config.recompute,
         }
         actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
@@ -65,9 +68,10 @@ def start(config: TrainConfig) -> Iterator[Job]:
             "layout": str(layout),
             "world_size": world_size,
             "moe_layers": actor.layer_ids,
-            "num_experts": actor.hf.num_experts,
-            "top_k": actor.hf.num_experts_per_tok,
+            "num_experts": actor.num_experts,
+            "top_k": actor.top_k,
             "parameters": actor.parameter_count(),
+            "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
             "policy_loss": asdict(PolicyLossConfig.preset(config.loss)),
         }
         if rank == 0:
@@ -75,8 +79,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
         groups.from_rank_0(None)  # nobody writes into the folder before it is there
         display.say(
             f"{config.loss} on {layout}, {world_size} rank(s), "
-            f"{about['parameters'] / 1e6:.2f}M parameters, {len(actor.layer_ids)} MoE layers of "
-            f"{actor.hf.num_experts} experts, top-{actor.hf.num_experts_per_tok}; run: {run.path}"
+            f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
         )
         job = Job(
             config=config,
@@ -93,6 +96,13 @@ def start(config: TrainConfig) -> Iterator[Job]:
             yield job
         finally:
             engine.close()
+
+
+def routing(actor: MegatronActor) -> str:
+    """The model's MoE layers in words."""
+    if not actor.layer_ids:
+        return "dense: no routes to record"
+    return f"{len(actor.layer_ids)} MoE layers of {actor.num_experts} experts, top-{actor.top_k}"
 
 
 def check_tokenizer(task: ArithmeticTask, model_dir: Path) -> None:
@@ -161,8 +171,10 @@ class Job:
             self.run.tokens,
             rank=self.dp_rank,
             layer_ids=self.actor.layer_ids,
-            top_k=self.actor.hf.num_experts_per_tok,
-            num_experts=self.actor.hf.num_experts,
+            top_k=self.actor.top_k,
+            num_experts=self.actor.num_experts,
+            level=self.config.token_log,
+            share=self.config.token_log_share,
         )
 
     @property
@@ -202,72 +214,87 @@ class Job:
             for r, advantage in zip(rollouts, advantages, strict=True)
         ]
 
-    def score_old(
-        self, samples: list[Sample], rollouts: Sequence[Rollout]
-    ) -> tuple[list[Sample], list[Scored]]:
-        """The samples with the routes to replay in the update, and their scores at the old weights.
-
-        The scores' routes are the trainer's native ones also under R3, which costs a forward more.
-        """
+    def score_old(self, samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> OldScores:
+        """The trainer's scores at the old weights: native, and under R3 held to the rollout's
+        routes too."""
         native = self.actor.score(samples)
-        if self.config.replay == "none":
-            return samples, native
-        if self.config.replay == "R2":
-            held = [replace(s, routes=n.routes) for s, n in zip(samples, native, strict=True)]
-            return held, native
-        held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
-        replayed = self.actor.score(held, routes=False)
-        return held, [replace(r, routes=n.routes) for r, n in zip(replayed, native, strict=True)]
+        if self.config.replay != "R3":
+            return OldScores(native=native, held=None)
+        held = self.actor.score(_held(samples, rollouts), record=("routes",))
+        return OldScores(native=native, held=held)
 
-    def _analyses(self, step: int) -> bool:
+    def analyse(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        rollouts: Sequence[Rollout],
+        old: OldScores,
+    ) -> dict[str, Metric]:
+        """Begin to take the gap apart, and the noise floors of both sides, where this step does."""
         every = self.config.analyse_every
-        return every > 0 and bool(self.actor.layer_ids) and (step - 1) % every == 0
-
-    def start_gap(self, step, samples, rollouts, old) -> analysis.Gap | None:
-        """Begin to take the gap apart, where this step does; under replay it has no four terms."""
-        if self.config.replay != "none" or not self._analyses(step):
-            return None
-        return analysis.start_gap(self.actor, samples, rollouts, old)
-
-    def noise_floor(self, step: int, samples: Sequence[Sample]) -> dict[str, Metric]:
-        """The trainer's noise floor under native routing, where this step measures it."""
-        return analysis.noise_floor(self.actor, samples) if self._analyses(step) else {}
+        if every == 0 or (step - 1) % every:
+            return {}
+        if not self.actor.layer_ids:
+            return analysis.trainer_noise_floor(self.actor, samples)
+        begin = time.perf_counter()
+        old.analysed = True
+        if old.held is None:
+            old.held = self.actor.score(_held(samples, rollouts), record=("routes",))
+        if self.config.replay != "R3":
+            old.counterpart = [None] * len(samples)
+        old.seconds = time.perf_counter() - begin
+        mine = _share(samples, self.copy_rank, self.copy_size)
+        passes = groups.gather_in_model_copy(analysis.engine_passes(self.engine, mine))
+        return analysis.trainer_noise_floor(self.actor, samples) | analysis.engine_noise_floor(
+            list(zip(*passes, strict=True)), samples, rollouts, num_experts=self.actor.num_experts
+        )
 
     def update(
         self,
-        samples: list[Sample],
-        old: list[Scored],
+        samples: Sequence[Sample],
+        rollouts: Sequence[Rollout],
+        old: OldScores,
         step: int,
-        gap: analysis.Gap | None = None,
     ) -> dict[str, Any]:
         """All optimizer steps on a batch; what each sequence's last visit saw."""
+        replay = self.config.replay
+        if replay == "R2":
+            samples = _held(samples, old.native)
+        elif replay == "R3":
+            samples = _held(samples, rollouts)
         batch = [
             replace(sample, old_log_probs=scored.log_probs)
-            for sample, scored in zip(samples, old, strict=True)
+            for sample, scored in zip(samples, old.policy(replay), strict=True)
         ]
         shuffle = np.random.default_rng(self._seed(_SHUFFLING, step, self.dp_rank))
-        logp_train, clipped = [None] * len(batch), [None] * len(batch)
-        updates = []
+        updates, last = [], {name: [None] * len(batch) for name in _OF_LAST_VISIT}
         for epoch in range(self.config.epochs):
             for indices in np.split(shuffle.permutation(len(batch)), self.config.minibatches):
-                if gap is not None and epoch == self.config.epochs - 1:
-                    held = [replace(batch[i], routes=gap.native_routes[i]) for i in indices]
-                    for i, scored in zip(
-                        indices, self.actor.score(held, routes=False), strict=True
-                    ):
-                        gap.on_old_routes[i] = scored.log_probs
+                if old.counterpart is not None and epoch == self.config.epochs - 1:
+                    self._score_counterpart([batch[i] for i in indices], indices, old)
                 update = self.actor.update([batch[i] for i in indices], self.loss)
                 updates.append(update)
-                for i, log_probs, cut in zip(
-                    indices, update.log_probs, update.clipped, strict=True
-                ):
-                    logp_train[i], clipped[i] = log_probs, cut
+                for name, column in _OF_LAST_VISIT.items():
+                    for i, values in zip(indices, getattr(update, column), strict=True):
+                        last[name][i] = values
         return {
             "updates": updates,
             "updates_counted": len(updates) if self.dp_rank == 0 else 0,
-            "logp_train": logp_train,
-            "clipped": clipped,
+            **last,
         }
+
+    def _score_counterpart(
+        self, batch: Sequence[Sample], indices: np.ndarray, old: OldScores
+    ) -> None:
+        """The forward at a mini-batch's weights that its update does not make itself."""
+        begin = time.perf_counter()
+        if self.config.replay == "R2":
+            others = [replace(sample, routes=None) for sample in batch]
+        else:
+            others = _held(batch, [old.native[i] for i in indices])
+        for i, scored in zip(indices, self.actor.score(others, record=()), strict=True):
+            old.counterpart[i] = scored.log_probs
+        old.seconds += time.perf_counter() - begin
 
     def log_tokens(self, step: int, step_record: record.StepRecord) -> None:
         if self.copy_rank == 0:
@@ -287,6 +314,8 @@ class Job:
         seconds = clock.seconds
         seconds["logging"] += clock.total() - begin
         seconds["total"] = clock.total()
+        if step_record.old.analysed:
+            seconds["decomposition"] = step_record.old.seconds
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         row["alarms"] = alarms.raised(row)
@@ -328,6 +357,19 @@ class Job:
             self.display.summary(read_metrics(self.run.path))
             self.display.say(f"report: {self.run.report_path}")
         return self.run.path
+
+
+# Of `StepRecord`, and of `Update`.
+_OF_LAST_VISIT = {
+    "logp_train": "log_probs",
+    "clipped": "clipped",
+    "gradient_weight": "gradient_weight",
+}
+
+
+def _held(samples: Sequence[Sample], routed: Sequence[Rollout | Scored]) -> list[Sample]:
+    """The samples with the routes of `routed` to replay."""
+    return [replace(s, routes=r.routes) for s, r in zip(samples, routed, strict=True)]
 
 
 def _share(items: Sequence, rank: int, size: int) -> list:

@@ -22,7 +22,13 @@ import numpy as np
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.hf import no_progress_bar
@@ -45,27 +51,23 @@ def tiny_model_config(
     expert_intermediate: int = 64,
     top_k: int = 2,
     max_positions: int = 64,
-) -> Qwen3MoeConfig:
+) -> Qwen3MoeConfig | Qwen3Config:
     """A Qwen3-MoE for the arithmetic vocabulary; the defaults make 1.0M parameters.
 
-    The mismatch between engine and trainer grows with the number of experts: for a model that
-    shows the published 10% of routers, take 64 or 128 small experts and top-8.
+    With experts=0 a dense Qwen3 whose MLP is as wide as the top-k experts together: as many active
+    parameters. The mismatch between engine and trainer grows with the number of experts: for a
+    model that shows the published 10% of routers, take 64 or 128 small experts and top-8.
     """
-    if not 1 <= top_k <= experts:
+    if experts and not 1 <= top_k <= experts:
         raise UserError(f"top_k is {top_k}; 1 to {experts} (the number of experts) are allowed.")
-    return Qwen3MoeConfig(
+    common = dict(
         vocab_size=len(arithmetic.VOCABULARY),
         hidden_size=hidden,
-        intermediate_size=expert_intermediate * top_k,  # unused: every layer is MoE
+        intermediate_size=expert_intermediate * top_k,  # the MoE model has no such layer
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        moe_intermediate_size=expert_intermediate,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.0,
         max_position_embeddings=max_positions,
         tie_word_embeddings=False,
         # No padding row: transformers would make it exactly 0 and leave it out of every gradient.
@@ -73,6 +75,16 @@ def tiny_model_config(
         pad_token_id=None,
         eos_token_id=arithmetic.EOS_ID,
         bos_token_id=None,
+    )
+    if not experts:
+        return Qwen3Config(**common)
+    return Qwen3MoeConfig(
+        **common,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_intermediate,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
     )
 
 
@@ -108,7 +120,7 @@ class WarmStartConfig:
 
 def warm_start(
     task: ArithmeticTask,
-    model_config: Qwen3MoeConfig,
+    model_config: PretrainedConfig,
     *,
     settings: WarmStartConfig,
     cache_dir: str | Path,
@@ -161,15 +173,16 @@ def _source_hash(module) -> str:
 
 def _train(
     task: ArithmeticTask,
-    model_config: Qwen3MoeConfig,
+    model_config: PretrainedConfig,
     settings: WarmStartConfig,
     progress: Callable[[str], None],
-) -> tuple[Qwen3MoeForCausalLM, dict]:
+) -> tuple[PreTrainedModel, dict]:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         # A copy: transformers writes into the configuration of a model, and it names the folder.
-        model = Qwen3MoeForCausalLM(deepcopy(model_config)).float()
-    model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread
+        model = AutoModelForCausalLM.from_config(deepcopy(model_config), dtype=torch.float32)
+    if model_config.model_type == "qwen3_moe":
+        model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -214,7 +227,7 @@ def _train(
 
 @torch.no_grad()
 def expected_accuracy(
-    model: Qwen3MoeForCausalLM, task: ArithmeticTask, problems: Sequence[Problem]
+    model: PreTrainedModel, task: ArithmeticTask, problems: Sequence[Problem]
 ) -> dict[str, float]:
     """Exact accuracies by teacher forcing, without sampling; for tasks with one right response.
 

@@ -216,6 +216,25 @@ def test_counts_of_parts_add_up_to_the_whole():
         pooled + other
 
 
+def test_a_selection_is_the_comparison_of_those_tokens_alone():
+    generator = torch.Generator().manual_seed(8)
+    rollout = random_routes(40, 3, 2, 8, generator)
+    train = flip_some(rollout, 8, 0.4, generator)
+    valid, tokens = torch.rand(2, 40, generator=generator) > torch.tensor([[0.2], [0.5]])
+    whole = compare_routes(rollout, train, num_experts=8, valid=valid, kind="conditional")
+    part = whole.select(tokens)
+    alone = compare_routes(
+        rollout[tokens], train[tokens], num_experts=8, valid=valid[tokens], kind="conditional"
+    )
+    assert 0 < alone.routers_mismatched < whole.routers_mismatched and part.kind == alone.kind
+    for name in ("overlap", "routers_per_token", "valid", "overlap_histogram", "token_histogram"):
+        assert torch.equal(getattr(part, name), getattr(alone, name)), name
+    with pytest.raises(UserError, match="no valid token"):
+        whole.select(~valid)
+    with pytest.raises(UserError, match="bool of shape"):
+        whole.select(tokens[:-1])
+
+
 def test_kinds_are_carried_and_never_added_to_each_other():
     counts = {
         kind: compare_routes(GOOD, GOOD.flip(0), num_experts=4, kind=kind)

@@ -96,6 +96,10 @@ def test_values_that_cannot_be(options, words):
         (TinyModel, {"hidden": 63}, "tiny.hidden=63: a multiple of 32"),
         (TinyModel, {"layers": 0}, "tiny.layers=0"),
         (TinyModel, {"top_k": 9}, "tiny.top_k=9"),
+        (TinyModel, {"experts": -1}, "tiny.experts=-1"),
+        (TrainConfig, {"token_log": "sampled"}, "token_log_share=1.0"),
+        (TrainConfig, {"token_log_share": 0.5}, "token_log='full'"),
+        (TrainConfig, {"token_log": "sampled", "token_log_share": 1.5}, "token_log_share=1.5"),
     ],
 )
 def test_parts_that_cannot_be(cls, options, words):

@@ -27,7 +27,7 @@ def dumps(folder, train) -> list[str]:
     np.save(folder / "train.npy", train(rollout.astype(np.int16)))
     return [
         *("--rollout-routes", folder / "rollout.npy", "--train-routes", folder / "train.npy"),
-        *("--num-experts", 4),
+        *("--num-experts", 4, "--output-dir", folder / "out"),
     ]
 
 
@@ -44,6 +44,9 @@ def test_two_dumps(tmp_path):
     assert "routers that differ 10.000% 20" in lines
     assert "expert slots that differ 7.500% 40" in lines
     assert "tokens that differ in any layer 10.000% 10" in lines
+    (row,) = read_metrics(tmp_path / "out")
+    assert row["mismatch/by_layer"] == [0.1, 0.1] and row["mismatch/histogram"] == [9, 0, 1]
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,7 @@ def test_dumps_that_cannot_be_routes_of_the_same_tokens(train, words, tmp_path):
     result = probe(*dumps(tmp_path, train))
     assert result.returncode == 2 and result.stderr.startswith("error: ")
     assert words in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint(tmp_path):
@@ -69,7 +73,7 @@ def test_a_checkpoint(tmp_path):
     options = ("--model", model, "--prompts", prompts, "--output-dir", output)
     result = probe(*options, "--samples", 4, "--engine-dtype", "float32")
     assert result.returncode == 0, result.stderr
-    assert "noise floor of the trainer: 0.000% of routers" in result.stdout
+    assert "noise floor: trainer 0.000%, engine 0.000% of routers" in result.stdout
     (row,) = read_metrics(output)
     assert row["logp_gap/mean_abs"] < 1e-5 and row["mismatch/router_rate"] < 0.01
     assert row["mismatch/router_denominator"] == 2 * len(read_tokens(output)) > 0

@@ -1,5 +1,7 @@
 """A step's token rows and sums, by hand: two sequences, two MoE layers, two optimizer visits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.train import record
-from moe_upgrpo.train.analysis import Gap
+from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.loop import verified
 from moe_upgrpo.train.start import Job
@@ -42,47 +45,76 @@ SECOND = Rollout(  # positions 0 | 1 2: rows 0, 1
     weight_version=0,
     finished=False,
 )
-OLD = [
-    Scored(
-        log_probs=f32(-1.1, -2.0, -0.5),
-        entropy=f32(1.0, 2.0, 3.0),
-        # row 0 differs, which is the prompt's; row 1 agrees in another order; row 2 differs in
-        # layer 1, row 3 in both.
-        routes=np.array([(A, A), ((1, 0), B), (A, C), (C, B)], dtype=np.int16),
-    ),
-    Scored(
-        log_probs=f32(-3.0, -1.2),
-        entropy=f32(0.5, 0.5),
-        routes=np.array([(B, A), (C, A)], dtype=np.int16),
-    ),
-]
 
 
-@pytest.fixture
-def step() -> record.StepRecord:
-    update = Update(
-        log_probs=[], clipped=[], loss=0.5, metrics={"m": Metric(1.0, 2.0)}, grad_norm=1.0
+def scored(log_probs, entropy, rows, own=None, margins=None) -> Scored:
+    rows = np.array(rows, dtype=np.int16)
+    return Scored(
+        log_probs=log_probs,
+        entropy=entropy,
+        routes=rows,
+        own_routes=rows if own is None else np.array(own, dtype=np.int16),
+        margins=np.ones(rows.shape[:2], np.float32) if margins is None else margins,
+        gates=None,
     )
-    return record.StepRecord(
+
+
+NATIVE = [
+    scored(
+        f32(-1.1, -2.0, -0.5),
+        f32(1.0, 2.0, 3.0),
+        # row 0 differs in layer 0, which is the prompt's; row 1 agrees in another order; row 2
+        # differs in layer 1, row 3 in both.
+        [(A, B), ((1, 0), B), (A, C), (C, B)],
+        margins=np.array([(9, 9), (0.5, 0.25), (0.1, 1), (2, 3)], np.float32),
+    ),
+    scored(f32(-3.0, -1.2), f32(0.5, 0.5), [(B, A), (C, A)]),
+]
+# Held to the rollout's routes: at rows 0 (the prompt's) and 3 layer 0 would choose otherwise.
+HELD = [
+    scored(
+        f32(-1.05, -2.0, -0.5),
+        f32(1.5, 2.0, 3.0),
+        FIRST.routes,
+        own=[(A, B), (A, B), (A, B), (C, A)],
+    ),
+    scored(f32(-3.0, -1.1), f32(0.5, 0.5), SECOND.routes),
+]
+COUNTERPART = [f32(-1.0, -1.5, -0.5), f32(-3.5, -1.2)]
+
+
+def a_step(**changes) -> record.StepRecord:
+    update = Update(
+        log_probs=[],
+        clipped=[],
+        gradient_weight=[],
+        loss=0.5,
+        metrics={"m": Metric(1.0, 2.0)},
+        grad_norm=1.0,
+    )
+    fields = dict(
         first_sequence=6,
         group=2,
+        replay="none",
         rollouts=[FIRST, SECOND],
         rewards=f32(1, 0),
         advantages=f32(0.7, -0.7),
-        old=OLD,
+        old=OldScores(native=NATIVE, held=HELD, analysed=True, counterpart=COUNTERPART),
         reference=None,
         updates=[update, update],
         logp_train=[f32(-1.0, -1.0, -0.5), f32(-4.0, -1.2)],
         clipped=[np.array([False, True, False]), np.array([True, False])],
-        gap=Gap(
-            on_rollout_routes=[f32(-1.05, -2.0, -0.5), f32(-3.0, -1.1)],
-            native_routes=[],
-            on_old_routes=[f32(-1.0, -1.5, -0.5), f32(-3.5, -1.2)],
-        ),
-        noise={"noise/repeat/k3": Metric(0.0, 5)},
+        gradient_weight=[f32(0.1, 0.0, 0.2), f32(0.0, 0.3)],
+        noise={"noise/trainer_repeat/k3": Metric(0.0, 5)},
         num_experts=4,
         updates_counted=2,
     )
+    return record.StepRecord(**(fields | changes))
+
+
+@pytest.fixture
+def step() -> record.StepRecord:
+    return a_step()
 
 
 def test_token_rows(step):
@@ -104,6 +136,11 @@ def test_token_rows(step):
         "overlap": [(2, 2), (2, 1), (1, 0), (2, 2), (2, 2)],
         "rollout_routes": [(A, B), (A, B), (A, A), (B, A), (C, A)],
         "train_routes": [((1, 0), B), (A, C), (C, B), (B, A), (C, A)],
+        "gradient_weight": f32(0.1, 0.0, 0.2, 0.0, 0.3),
+        # Row 0, the prompt's, differs in one layer, row 2 in one more; the second sequence in none.
+        "prefix_mismatched": [1, 1, 2, 0, 0],
+        "margin_min": f32(0.25, 0.1, 2, 1, 1),
+        "layers_mismatched_conditional": [0, 0, 1, 0, 0],
         "entropy": [1, 2, 3, 0.5, 0.5],
         "gap_numerics": [-0.05, 0, 0, 0, -0.1],
         "gap_engine_routing": [-0.05, 0, 0, 0, -0.1],
@@ -116,7 +153,8 @@ def test_token_rows(step):
 
 
 def test_sums(step):
-    sums = {name: tuple(pair) for name, pair in step.sums().items()}
+    named = step.sums()
+    sums = {name: tuple(pair) for name, pair in named.items()}
     assert sums["loss/policy"] == (1.0, 2)
     assert sums["reward/mean"] == (1.0, 2)
     assert sums["response/length_mean"] == (5, 2)
@@ -132,10 +170,101 @@ def test_sums(step):
     assert sums["logp_gap/k3"] == (pytest.approx(by_hand, rel=1e-5), 5)
     assert sums["gap/update/mean"] == (pytest.approx(0.1, abs=1e-6), 5)
     assert sums["gap/update/mean_abs"] == (pytest.approx(1.1, abs=1e-6), 5)
-    assert sums["noise/repeat/k3"] == (0.0, 5)
+    assert sums["noise/trainer_repeat/k3"] == (0.0, 5)
+    assert sums["conditional/router_rate"] == (1, 10)
+    assert sums["conditional/by_layer/0"] == (1, 5) and sums["conditional/by_layer/1"] == (0, 5)
+    metrics = record.measured(named)
+    assert metrics["mismatch/histogram"] == [3, 1, 1] and metrics["mismatch/by_layer"] == [0.2, 0.4]
+    assert metrics["conditional/histogram"] == [4, 1, 0]
+    assert metrics["mismatch/zero_rows_by_layer"] == [0, 0]
     maxima = step.maxima()
     assert maxima["logp_gap/max_abs"] == pytest.approx(0.2, rel=1e-5)
     assert maxima["ratio/max"] == pytest.approx(np.e, rel=1e-5)
+
+
+def test_under_r3_the_gap_has_two_terms_and_the_old_policy_is_the_held_one():
+    """The gap columns add up to what the loss sees; the free routing's share stands apart."""
+    rows = a_step(replay="R3", old=OldScores(native=NATIVE, held=HELD, analysed=True)).token_rows()
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    np.testing.assert_allclose(rows["logp_old"], [-1.05, -2.0, -0.5, -3.0, -1.1], **close)
+    np.testing.assert_allclose(rows["entropy"], [1.5, 2, 3, 0.5, 0.5], **close)
+    np.testing.assert_allclose(rows["gap_numerics"], [-0.05, 0, 0, 0, -0.1], **close)
+    np.testing.assert_allclose(rows["gap_update"], [0.05, 1, 0, -1, -0.1], **close)
+    np.testing.assert_allclose(
+        rows["counterfactual_engine_routing"], [-0.05, 0, 0, 0, -0.1], **close
+    )
+    assert not {"gap_engine_routing", "gap_routing_shift"} & rows.keys()
+    assert rows["layers_mismatched"].tolist() == [0, 1, 2, 0, 0]  # free-running all the same
+
+
+def test_under_r2_the_routing_shift_is_what_the_loss_does_not_see():
+    """Held to the old routes, the update's forward is L(θ, n(θ_old)); the native one is extra."""
+    rows = a_step(replay="R2").token_rows()
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    np.testing.assert_allclose(rows["gap_update"], [0.1, 1, 0, -1, 0], **close)
+    np.testing.assert_allclose(rows["counterfactual_routing_shift"], [0, -0.5, 0, 0.5, 0], **close)
+    assert "gap_routing_shift" not in rows
+
+
+@pytest.mark.parametrize("replay", ["none", "R2", "R3"])
+def test_the_gap_columns_add_up_under_every_replay(replay):
+    rng = np.random.default_rng(0)
+    of = {k: rng.normal(-3, 1, 50).astype(np.float32) for k in ("rollout", "native", "held")}
+    train = rng.normal(-3, 1, 50).astype(np.float32)
+    counterpart = None if replay == "R3" else rng.normal(-3, 1, 50).astype(np.float32)
+    terms = gap_terms(replay, **of, counterpart=counterpart, train=train)
+    total = sum(term for name, term in terms.items() if name.startswith("gap_"))
+    np.testing.assert_allclose(total, train.astype(np.float64) - of["rollout"], atol=1e-12)
+
+
+def test_a_dense_model_has_token_rows_and_no_routing():
+    def dense(scores):
+        nothing = np.empty((len(scores.routes), 0, 0), np.int16)
+        return replace(scores, routes=nothing, own_routes=nothing, margins=None)
+
+    step = a_step(
+        rollouts=[replace(r, routes=r.routes[:, :0, :0]) for r in (FIRST, SECOND)],
+        old=OldScores(native=[dense(s) for s in NATIVE], held=None),
+        noise={},
+        num_experts=0,
+    )
+    rows = step.token_rows()
+    assert rows["layers_mismatched"].tolist() == [0] * 5
+    assert not {"overlap", "rollout_routes", "margin_min", "prefix_mismatched"} & rows.keys()
+    assert not [name for name in record.measured(step.sums()) if name.startswith("mismatch")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda routes: routes * 0, r"sequence 7: .*MoE layer 0.*zero-filled"),
+        (lambda routes: routes + 2, r"sequence 7: .*MoE layer 0: experts \[4, 5\].*ids in 0..3"),
+        (lambda routes: routes[:, :1], r"sequence 7: .*same tokens, MoE layers and top-k"),
+        (lambda routes: routes | 1, r"sequence 7: .*expected 2 different experts"),
+    ],
+    ids=["zero-filled", "out of range", "another model's layers", "an expert twice"],
+)
+def test_routes_that_cannot_be_name_their_sequence(change, words):
+    broken = replace(SECOND, routes=change(SECOND.routes))
+    with pytest.raises(UserError, match=words):
+        a_step(rollouts=[FIRST, broken]).sums()
+
+
+def test_noise_floor_names_and_counts():
+    """Two passes over the same tokens that differ in one of four routers."""
+    first = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])
+    second = first.clone()
+    second[1, 0] = torch.tensor([1, 2])
+    sums = count_sums("noise/x", compare_routes(first, second, num_experts=4, kind="repeat"))
+    assert {name: tuple(pair) for name, pair in sums.items()} == {
+        "noise/x/router_rate": (1, 4),
+        "noise/x/token_any_rate": (1, 2),
+        "noise/x/by_layer/0": (1, 2),
+        "noise/x/by_layer/1": (0, 2),
+        "noise/x/histogram/0": (1, 2),
+        "noise/x/histogram/1": (1, 2),
+        "noise/x/histogram/2": (0, 2),
+    }
 
 
 class FakeActor:
@@ -150,6 +279,7 @@ class FakeActor:
         return Update(
             log_probs=[f32(-visit) for _ in samples],
             clipped=[np.array([visit % 2 == 1]) for _ in samples],
+            gradient_weight=[f32(visit) for _ in samples],
             loss=0.0,
             metrics={},
             grad_norm=0.0,
@@ -161,8 +291,8 @@ def test_every_epoch_visits_each_sequence_once_and_the_last_visit_counts():
     job.config = TrainConfig(epochs=2, minibatches=2)
     job.actor, job.loss, job.dp_rank = FakeActor(), None, 0
     samples = [Sample(tokens=np.array([i, 1]), prompt_length=1) for i in range(4)]
-    old = [Scored(log_probs=f32(-9), entropy=f32(0), routes=np.empty((1, 0, 0))) for _ in samples]
-    result = job.update(samples, old, step=1)
+    scores = [scored(f32(-9), f32(0), np.empty((1, 0, 0))) for _ in samples]
+    result = job.update(samples, [], OldScores(native=scores, held=None), step=1)
     seen = job.actor.seen
     assert [len(batch) for batch in seen] == [2, 2, 2, 2]
     for epoch in (seen[:2], seen[2:]):
@@ -171,6 +301,7 @@ def test_every_epoch_visits_each_sequence_once_and_the_last_visit_counts():
         last = 3 if i in seen[2] else 4
         assert result["logp_train"][i].tolist() == [-last]
         assert result["clipped"][i].tolist() == [last % 2 == 1]
+        assert result["gradient_weight"][i].tolist() == [last]
 
 
 def test_a_reward_that_is_not_finite_names_its_prompt():

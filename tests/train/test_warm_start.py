@@ -150,6 +150,13 @@ def test_the_default_model_has_a_million_parameters():
         tiny_model_config(top_k=9)
 
 
+def test_without_experts_the_model_is_dense_and_as_wide_as_the_chosen_experts():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model_config(experts=0, layers=1))
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (2 * 64, 128)
+
+
 def test_bad_settings_are_refused():
     for bad, message in [
         ({"target_pass_at_1": 1.0}, "target_pass_at_1 is 1.0"),
