@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/recording.py --model CHECKPOINT
 
 CHECKPOINT is a warm start (`runs/cache/warm-start-*` after `make train`). Each pair runs one full
-step of the default settings twice on the same rollouts, in turn with and without: routes tapped in
-the old log-probs' forward, both sides compared, the token log written. Printed: the median over
-pairs of the ratio of their times, with the quartiles.
+step of the default settings, in turn with and without: routes and margins tapped in the old
+log-probs' forward, both sides compared over whole sequences, the token log written. Printed: the
+median over pairs of the ratio of their times, with the quartiles.
 """
 
 import shutil
@@ -19,6 +19,7 @@ import tyro
 
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.losses import group_advantages
+from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.loop import verified
 from moe_upgrpo.train.record import StepRecord
@@ -33,22 +34,23 @@ def step(job: Job, number: int, *, recording: bool) -> float:
     rewards = verified(job, problems, rollouts)
     advantages = group_advantages(torch.from_numpy(rewards), job.config.group).numpy()
     samples = job.samples(rollouts, advantages)
-    old = job.actor.score(samples, routes=recording)
-    reference = job.reference.score(samples, routes=False)
-    visited = job.update(samples, old, number)
+    wanted = ("routes", "margins") if recording else ()
+    old = OldScores(native=job.actor.score(samples, record=wanted), held=None)
+    reference = job.reference.score(samples, record=())
+    visited = job.update(samples, rollouts, old, number)
     job.engine.update_weights(job.actor.export_weights(), version=number)
     if recording:
         record = StepRecord(
             first_sequence=job.first_sequence,
             group=job.config.group,
+            replay=job.config.replay,
             rollouts=rollouts,
             rewards=rewards,
             advantages=advantages,
             old=old,
             reference=reference,
-            gap=None,
             noise={},
-            num_experts=job.actor.hf.num_experts,
+            num_experts=job.actor.num_experts,
             **visited,
         )
         record.sums()

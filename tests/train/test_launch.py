@@ -153,33 +153,103 @@ def test_the_token_log_means_what_the_design_says(run):
     assert (sign > 0).any() and (sign < 0).any()
 
 
+NOISE = ("trainer_repeat", "trainer_batch_shape", "engine_repeat", "engine_batch_shape")
+
+
 def test_the_analysed_steps_take_the_gap_apart(run):
-    """Steps 1 and 3: four terms that add up to the gap, and a noise floor; engine and trainer in
+    """Steps 1 and 3: four terms that add up to the gap, and the noise floors; engine and trainer in
     fp32, so that nothing is left for numerics and the engine's routing."""
     folder, _ = run
     for row in read_metrics(folder)[1:]:
-        analysed = row["step"] in (1, 3)
-        assert ("gap/update/mean_abs" in row) == ("noise/repeat/router_rate" in row) == analysed
+        tokens, analysed = row["tokens/sampled"], row["step"] in (1, 3)
+        for name in ("gap/update/mean_abs", "conditional/router_rate", "time/decomposition"):
+            assert (name in row) == analysed
+        assert sum(row["mismatch/histogram"]) == tokens
         if analysed:
-            assert row["noise/repeat/router_rate"] == 0 and row["noise/repeat/logp_mean_abs"] == 0
-            assert 0 <= row["noise/batch_shape/logp_mean_abs"] < 1e-5
+            for kind in NOISE:
+                assert row[f"noise/{kind}/router_rate"] < 1e-3
+                assert sum(row[f"noise/{kind}/histogram"]) == tokens
+                assert len(row[f"noise/{kind}/by_layer"]) == LAYERS
+            assert row["noise/trainer_repeat/logp_mean_abs"] == 0
+            assert 0 <= row["noise/trainer_batch_shape/logp_mean_abs"] < 1e-5
             assert row["gap/numerics/mean_abs"] < 1e-5 < row["gap/update/mean_abs"]
             assert row["gap/engine_routing/mean_abs"] < 1e-5
-    table = read_tokens(folder, steps=[1, 3])
-    terms = ("numerics", "engine_routing", "update", "routing_shift")
-    total = sum(table[f"gap_{term}"].to_numpy().astype(np.float64) for term in terms)
-    gap = table["logp_train"].to_numpy().astype(np.float64) - table["logp_rollout"].to_numpy()
-    np.testing.assert_allclose(total, gap, atol=1e-6)
+            assert row["conditional/router_rate"] < 1e-3
+            assert 0 < row["time/decomposition"] < row["time/total"]
+    assert_gap_adds_up(folder, [1, 3], ("numerics", "engine_routing", "update", "routing_shift"))
     assert read_tokens(folder, steps=[1, 2])["gap_update"].null_count > 0
 
 
-@pytest.mark.parametrize("replay", ["R2", "R3"])
-def test_replay_trains(replay, run, cache, tmp_path):
+def assert_gap_adds_up(folder: Path, steps: list[int], terms: tuple[str, ...]) -> None:
+    table = read_tokens(folder, steps=steps)
+    found = {name for name in table.column_names if name.startswith("gap_")}
+    assert found == {f"gap_{term}" for term in terms}
+    total = sum(table[name].to_numpy().astype(np.float64) for name in found)
+    gap = table["logp_train"].to_numpy().astype(np.float64) - table["logp_rollout"].to_numpy()
+    np.testing.assert_allclose(total, gap, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("replay", "terms", "unseen"),
+    [
+        ("R2", ("numerics", "engine_routing", "update"), "routing_shift"),
+        ("R3", ("numerics", "update"), "engine_routing"),
+    ],
+)
+def test_replay_trains(replay, terms, unseen, run, cache, tmp_path):
     """bf16 rollouts. That replayed routes are used: tests/megatron/test_layouts.py."""
-    result = torchrun(2, *options(tmp_path / "r", cache, "--replay", replay, "--steps", "2"))
+    more = ("--replay", replay, "--steps", "2", "--token-log", "sampled")
+    more = (*more, "--token-log-share", "0.5")
+    result = torchrun(2, *options(tmp_path / "r", cache, *more))
     assert result.returncode == 0, result.stderr[-3000:]
     rows = read_metrics(tmp_path / "r")
     assert len(rows) == 3 and all(math.isfinite(row["grad_norm"]) for row in rows[1:])
+    assert f"counterfactual/{unseen}/mean_abs" in rows[1]
+    assert ("conditional/router_rate" in rows[2]) == (replay == "R3")
+    assert_gap_adds_up(tmp_path / "r", [1], terms)
+    sequences = read_tokens(tmp_path / "r", steps=[1])["sequence"].unique()
+    assert 0 < len(sequences) < PROMPTS * GROUP
+
+
+def test_a_dense_model_trains_and_says_that_it_has_no_routes(cache, tmp_path):
+    result = torchrun(2, *options(tmp_path / "r", cache, "--tiny.experts", "0", "--steps", "1"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "TP2·EP1" in result.stdout and "dense: no routes to record" in result.stdout
+    row = read_metrics(tmp_path / "r")[1]
+    assert row["noise/trainer_repeat/logp_mean_abs"] == 0 < row["logp_gap/mean_abs"]
+    assert not [name for name in row if name.startswith(("mismatch/", "conditional/", "gap/"))]
+    table = read_tokens(tmp_path / "r")
+    assert len(table) == row["tokens/sampled"] and "overlap" not in table.column_names
+
+
+@pytest.fixture(scope="module")
+def first_step(cache, tmp_path_factory):
+    """The token log of step 1, all of it at the start's weights, on two ranks laid out as asked."""
+
+    def start(*layout: str):
+        folder = tmp_path_factory.mktemp("layout") / "r"
+        more = ("--steps", "1", "--minibatches", "1", "--analyse-every", "1", *layout)
+        result = torchrun(2, *options(folder, cache, *more))
+        assert result.returncode == 0, result.stderr[-3000:]
+        return read_tokens(folder).sort_by([("sequence", "ascending"), ("position", "ascending")])
+
+    return start
+
+
+def test_the_layouts_leave_the_same_token_log(first_step):
+    """TP2·EP2 against two pipeline stages, and against data parallelism with EP2, whose ranks write
+    a file each. bf16 rollouts, so that there are mismatches to agree about."""
+    expected = first_step("--tp", "2", "--ep", "2")
+    assert expected["layers_mismatched"].to_numpy().sum() > 0
+    for layout in (("--tp", "1", "--ep", "1", "--pp", "2"), ("--tp", "1", "--ep", "2")):
+        found = first_step(*layout)
+        assert found.column_names == expected.column_names
+        for name in found.column_names:
+            a, b = found[name].combine_chunks(), expected[name].combine_chunks()
+            if str(a.type) == "float":
+                np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), atol=2e-5, err_msg=name)
+            else:
+                assert a.equals(b), name
 
 
 def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
