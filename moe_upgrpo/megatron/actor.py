@@ -5,7 +5,7 @@ Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,24 +28,36 @@ from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
+from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.groups import device
-from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.layout import Layout, moe_layers
 from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
 from moe_upgrpo.megatron.model import build_model, read_model_config
-from moe_upgrpo.megatron.replay import RouteReplay
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
-from moe_upgrpo.megatron.tap import RouterTap
+from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """One sequence as the trainer sees it, without gradient; routes native unless replayed."""
+    """One sequence as the trainer sees it, without gradient.
+
+    L = K = 0 for a dense model and where routes were not asked for. Row p is the input at position
+    p, whose output is the distribution of the token at p + 1.
+    """
 
     log_probs: np.ndarray  # [T] float32, under the sampling temperature
     entropy: np.ndarray  # [T] float32, nats
-    routes: np.ndarray  # [P+T-1, L, K] int16; L = 0 where they were not asked for
+    routes: np.ndarray  # [P+T-1, L, K] int16: the experts used, ids ascending in each row
+    own_routes: (
+        np.ndarray
+    )  # the router's own top-k in this forward; `routes` where none is replayed
+    # [P+T-1, L] float32, s_(K) − s_(K+1) of the scores that the router's own top-k was taken over
+    # (with the selection bias, where there is one); inf where K = E. None where not asked for.
+    margins: np.ndarray | None = None
+    # [P+T-1, L, K] float32: the final routing weight of each expert in `routes`, in its order.
+    gates: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +66,22 @@ class Update:
 
     log_probs: list[np.ndarray]  # [T] float32 for each sample, at the weights before the step
     clipped: list[np.ndarray]  # [T] bool
+    gradient_weight: list[np.ndarray]  # [T] float32, |∂loss/∂log-prob|
     loss: float  # this rank's share; the sum over data-parallel ranks is the loss
     metrics: dict[str, Metric]  # of moe_upgrpo.losses, this rank's sums
     grad_norm: float  # over all ranks, before clipping
+    routes: list[np.ndarray] | None = None  # as in Scored, of the training forward
+    # (token, layer) pairs whose router, run again in the backward, would have chosen other experts
+    # than in the forward; it was held to those of the forward. 0 where kernels are deterministic.
+    recompute_flips: int = 0
 
 
 class MegatronActor:
     """Scores and updates this data-parallel rank's samples; every method is a collective.
 
-    Without `optimizer` the model is frozen: a reference policy.
+    All ranks of one copy of the model (its pipeline stages and tensor-parallel ranks) give the same
+    samples and get the same results. Without `optimizer` the model is frozen: a reference policy.
+    recompute: "full" keeps each layer's input only and runs the layer again in the backward.
     """
 
     def __init__(
@@ -74,6 +93,7 @@ class MegatronActor:
         temperature: float = 1.0,
         micro_batch_size: int = 64,
         optimizer: OptimizerSettings | None = None,
+        recompute: str = "none",
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
@@ -81,29 +101,38 @@ class MegatronActor:
         self.layout = layout
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
+        self.recompute = recompute
         self.hf = read_model_config(self.model_dir)
-        self.model = build_model(self.hf, layout, getattr(torch, dtype))
-        load_weights(self.model, self.hf, self.model_dir)
-        self.tap = RouterTap(self.model)
-        self.replay = RouteReplay(self.tap.routers)
+        self.chunks = build_model(self.hf, layout, getattr(torch, dtype), recompute)
+        load_weights(self.chunks, self.hf, self.model_dir)
+        self.tap = RouterTap(self.chunks)
+        if self.tap.layer_ids != moe_layers(self.hf):
+            raise RuntimeError(
+                f"The model's config.json describes experts in layers {moe_layers(self.hf)}, "
+                f"routers were built in layers {self.tap.layer_ids}."
+            )
         if dtype == "bfloat16":
-            self.model = Float16Module(get_model_config(self.model), self.model)
+            self.chunks = [Float16Module(get_model_config(chunk), chunk) for chunk in self.chunks]
         self.optimizer = None
         if optimizer is None:
-            self.model.requires_grad_(False)
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
         else:
             self._prepare_training(optimizer)
 
     def _prepare_training(self, settings: OptimizerSettings) -> None:
-        config = get_model_config(self.model)
+        config = get_model_config(self.chunks[0])
         split_state = settings.algorithm == "adam"
-        self.model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=split_state, grad_reduce_in_fp32=True
-            ),
-            self.model,
-        )
+        self.chunks = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=split_state, grad_reduce_in_fp32=True
+                ),
+                chunk,
+            )
+            for chunk in self.chunks
+        ]
         # Every DP rank read the same files, so no broadcast of parameters is needed.
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -119,7 +148,7 @@ class MegatronActor:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=split_state,
             ),
-            [self.model],
+            self.chunks,
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -139,89 +168,171 @@ class MegatronActor:
 
     @property
     def layer_ids(self) -> list[int]:
-        """The model's layers that are MoE layers, in the order of the routes' axis L."""
+        """The MoE layers of the whole model, in the order of the routes' axis L; dense: none."""
         return self.tap.layer_ids
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token; 0 for a dense model."""
+        return self.hf.num_experts_per_tok if self.layer_ids else 0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in each MoE layer; 0 for a dense model."""
+        return self.hf.num_experts if self.layer_ids else 0
 
     def parameter_count(self) -> int:
         """Parameters of the whole model."""
         return sum(tensor.numel() for _, tensor in self.export_weights())
 
-    def _micro_batches(self, samples: Sequence[Sample], size: int | None = None) -> list[Batch]:
-        size = size or self.micro_batch_size
+    def _micro_batches(self, samples: Sequence[Sample], size: int) -> list[Batch]:
+        """Padded micro-batches, as many on every rank, those that are missing without a sample."""
         if not samples:
             raise UserError("No samples for the actor on this rank: nothing to compute.")
+        for sample in samples:
+            expected = (len(sample.tokens) - 1, len(self.layer_ids), self.top_k)
+            if sample.routes is not None and sample.routes.shape != expected:
+                raise UserError(
+                    f"Routes of shape {sample.routes.shape} to replay in a sequence of "
+                    f"{len(sample.tokens)} tokens: this model takes {expected} (tokens − 1, MoE "
+                    "layers, experts per token)."
+                )
+        parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+        # The experts are shared by data-parallel ranks: all have to run as many forwards.
+        count = groups.largest_over_data_parallel(len(parts))
+        if self.layout.vpp > 1:  # schedules.py:1015
+            count = -(-count // self.layout.pp) * self.layout.pp
+        parts += [[]] * (count - len(parts))
+        shape = (0, 0)
+        if self.layout.pp > 1:  # the stages exchange tensors of one shape
+            shape = min(size, len(samples)), max(len(s.tokens) for s in samples)
         return [
-            make_batch(samples[i : i + size], multiple_of=self.layout.tp).to(device())
-            for i in range(0, len(samples), size)
+            make_batch(part, multiple_of=self.layout.tp, shape=shape if shape[0] else (1, 1)).to(
+                device()
+            )
+            for part in parts
         ]
 
-    def _run(self, batches: Sequence[Batch], on_logits, *, train: bool) -> list:
-        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` ends each."""
+    def _run(
+        self, batches: Sequence[Batch], on_logits, *, train: bool, record: Collection[str]
+    ) -> tuple[list, list[dict[str, np.ndarray]], int]:
+        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` ends each.
 
-        def forward_step(data: Iterator[Batch], model):
-            batch = next(data)
-            native = batch.routes_BSLK is None
-            with nullcontext() if native else self.replay.replaying(batch.routes_BSLK):
-                logits_BSv = model(batch.tokens_BS, batch.positions_BS, None)
-            return logits_BSv, partial(on_logits, batch)
+        On every rank of the copy: what `on_logits` returned for each, what was recorded of each by
+        name ([B, S, L, ...]), and the number of recomputed routers that chose other experts.
+        """
+        visits = [
+            [self.tap.visit(c, len(b.tokens_BS), b.routes_BSLK, record) for b in batches]
+            for c in range(len(self.chunks))
+        ]
+        recomputations = int(train and self.recompute != "none")
+        tapped = record or recomputations or any(b.routes_BSLK is not None for b in batches)
 
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens_BS.shape[1],
-            micro_batch_size=self.micro_batch_size,
-            forward_only=not train,
-            collect_non_loss_data=not train,
-        )
+        def forward_step(data: Iterator[tuple[Batch, Visit]], chunk):
+            batch, visit = next(data)
+            with visit:
+                output = chunk(batch.tokens_BS, batch.positions_BS, None)
+            visit.backward_of(output)
+            return output, partial(on_logits, batch)
+
+        data = [iter(list(zip(batches, of_chunk, strict=True))) for of_chunk in visits]
+        with self.tap.installed() if tapped else nullcontext():
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=data if len(data) > 1 else data[0],
+                model=self.chunks,
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens_BS.shape[1],
+                micro_batch_size=len(batches[0].tokens_BS),
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+        if not tapped:
+            visits = []
+        return self._share(outputs, visits, recomputations)
+
+    def _share(self, outputs: list, visits: list[list[Visit]], recomputations: int):
+        """Every stage's and every sequence shard's part of the results, joined on every rank."""
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
+        part = {
+            "tp_rank": tp_rank,
+            "outputs": outputs if tp_rank == 0 else [],  # of the last stage; elsewhere none
+            "problems": [problem for problem in problems if problem],
+            "flips": sum(tap.flips(of_chunk) for of_chunk in visits),
+            "traces": [],
+        }
+        if not part["problems"]:
+            part["traces"] = [tap.local_arrays(of_chunk) for of_chunk in visits]
+        parts = groups.gather_in_model_copy([part])
+        for problem in (problem for part in parts for problem in part["problems"]):
+            raise RuntimeError(problem)
+        outputs = [output for part in parts for output in part["outputs"]]
+        traces = tap.join([(part["tp_rank"], part["traces"]) for part in parts], len(outputs))
+        return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()
     def score(
         self,
         samples: Sequence[Sample],
         *,
-        routes: bool = True,
+        record: Collection[str] = ("routes", "margins"),
         micro_batch_size: int | None = None,
     ) -> list[Scored]:
-        """Log-probs, entropy and (unless `routes` is off) the routes of each sample.
+        """Log-probs and entropy of each sample, and what `record` names of its routing.
 
-        Samples that carry routes are scored with those replayed.
+        Samples that carry routes are scored with those replayed. record: any of "routes",
+        "margins" and "gates".
         """
-        self.model.eval()
+        if unknown := set(record) - set(RECORDS):
+            raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
+        for chunk in self.chunks:
+            chunk.eval()
 
         def on_logits(batch: Batch, logits_BSv: torch.Tensor, non_loss_data: bool):
-            routes_BSLK = self.tap.take(len(batch.tokens_BS)) if routes else None
             return (
                 token_log_probs(logits_BSv, batch.targets_BS, self.temperature).cpu().numpy(),
                 token_entropy(logits_BSv, self.temperature).cpu().numpy(),
-                routes_BSLK.cpu().numpy() if routes else None,
             )
 
-        batches = self._micro_batches(samples, micro_batch_size)
-        if routes:
-            with self.tap:
-                outputs = self._run(batches, on_logits, train=False)
-        else:
-            outputs = self._run(batches, on_logits, train=False)
-        by_row = [row for output in outputs for row in _rows(output)]
-        return [
-            Scored(
-                log_probs=log_probs[s.response_rows],
-                entropy=entropy[s.response_rows],
-                routes=row_routes[: len(s.tokens) - 1],
-            )
-            for s, (log_probs, entropy, row_routes) in zip(samples, by_row, strict=True)
-        ]
+        size = micro_batch_size or self.micro_batch_size
+        batches = self._micro_batches(samples, size)
+        outputs, traces, _ = self._run(batches, on_logits, train=False, record=record)
+        scored = []
+        for i, sample in enumerate(samples):
+            m, b = divmod(i, size)
+            log_probs, entropy = (array[b][sample.response_rows] for array in outputs[m])
+            routing = self._routing(traces[m], b, sample, record)
+            scored.append(Scored(log_probs=log_probs, entropy=entropy, **routing))
+        return scored
 
-    def update(self, samples: Sequence[Sample], loss: PolicyLossConfig) -> Update:
+    def _routing(
+        self, trace: dict[str, np.ndarray], b: int, sample: Sample, record: Collection[str]
+    ) -> dict[str, np.ndarray]:
+        """Sequence b's part of what was recorded of a micro-batch, as the fields of `Scored`."""
+        rows = len(sample.tokens) - 1
+        found = {name: array[b, :rows] for name, array in trace.items()}
+        found.setdefault("routes", np.empty((rows, 0, 0), np.int16))
+        found.setdefault("own_routes", found["routes"])
+        if not self.layer_ids:
+            empty = {"margins": (rows, 0), "gates": (rows, 0, 0)}
+            found |= {n: np.empty(shape, np.float32) for n, shape in empty.items() if n in record}
+        return found
+
+    def update(
+        self, samples: Sequence[Sample], loss: PolicyLossConfig, *, record: bool = False
+    ) -> Update:
         """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
-        Every rank gives the same number of samples. Raises UserError, before any weight changes,
-        where a log-prob is not finite.
+        Every rank gives the same number of samples. `record`: hand over the routes used. Raises
+        UserError on every rank, before any weight changes, where a log-prob is not finite.
         """
-        self.model.train()
-        batches = self._micro_batches(samples)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        size = self.micro_batch_size
+        batches = self._micro_batches(samples, size)
         dp_group = parallel_state.get_data_parallel_group()
         counts = torch.tensor(
             [sum(int(b.mask_BS.sum()) for b in batches), len(samples)],
@@ -238,11 +349,11 @@ class MegatronActor:
             bad = ~log_probs_BS.isfinite() & batch.mask_BS
             if bad.any():
                 b, row = bad.nonzero()[0].tolist()
-                raise UserError(
-                    f"The trainer's log-prob of token {batch.targets_BS[b, row]} at position "
-                    f"{row + 1} of a sequence is {log_probs_BS[b, row]}: the weights have diverged "
-                    "or are broken. Lower the learning rate or clip the gradient; the weights "
-                    "were not changed by this step."
+                return log_probs_BS.sum() * 0, _Seen(
+                    problem=f"The trainer's log-prob of token {batch.targets_BS[b, row]} at "
+                    f"position {row + 1} of a sequence is {log_probs_BS[b, row]}: the weights have "
+                    "diverged or are broken. Lower the learning rate or clip the gradient; the "
+                    "weights were not changed by this step."
                 )
             result = policy_loss(
                 log_probs_BS,
@@ -254,34 +365,56 @@ class MegatronActor:
                 global_tokens=counts[0],
                 global_sequences=counts[1],
             )
-            seen = log_probs_BS.detach().cpu().numpy(), result.clipped.cpu().numpy()
-            return result.loss * undo_means, (seen, float(result.loss.detach()), result.metrics)
+            return result.loss * undo_means, _Seen(
+                arrays=tuple(
+                    tensor.detach().cpu().numpy()
+                    for tensor in (log_probs_BS, result.clipped, result.gradient_weight)
+                ),
+                loss=float(result.loss.detach()),
+                metrics=merge_metrics([result.metrics]),  # as plain numbers
+            )
 
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._run(batches, on_logits, train=True)
+        seen, traces, flips = self._run(
+            batches, on_logits, train=True, record=("routes",) if record else ()
+        )
+        problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
+        if problems:
+            raise UserError(problems[0])
         self.scheduler.step(increment=1)  # before the step: warm-up starts at lr / warmup_steps
         _, grad_norm, _ = self.optimizer.step()
-        rows = [row for seen, *_ in outputs for row in _rows(seen)]
+        rows = [
+            (sample, *divmod(i, size)) for i, sample in enumerate(samples)
+        ]  # sample, micro-batch, row
+        log_probs, clipped, gradient_weight = (
+            [seen[m].arrays[kind][b][sample.response_rows] for sample, m, b in rows]
+            for kind in range(3)
+        )
+        routes = [self._routing(traces[m], b, sample, ())["routes"] for sample, m, b in rows]
         return Update(
-            log_probs=[r[0][s.response_rows] for s, r in zip(samples, rows, strict=True)],
-            clipped=[r[1][s.response_rows] for s, r in zip(samples, rows, strict=True)],
-            loss=sum(loss for _, loss, _ in outputs),
-            metrics=merge_metrics([metrics for *_, metrics in outputs]),
+            log_probs=log_probs,
+            clipped=clipped,
+            gradient_weight=gradient_weight,
+            loss=sum(one.loss for one in seen),
+            metrics=merge_metrics([one.metrics for one in seen]),
             grad_norm=float(grad_norm),
+            routes=routes if record else None,
+            recompute_flips=flips,
         )
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on every rank, for an engine."""
-        return export_weights(self.model, self.hf)
+        return export_weights(self.chunks, self.hf)
 
     def save(self, output_dir: Path) -> None:
         """Write the weights as a Hugging Face checkpoint folder that transformers loads."""
-        write_checkpoint(self.model, self.hf, self.model_dir, output_dir)
+        write_checkpoint(self.chunks, self.hf, self.model_dir, output_dir)
 
 
-def _rows(arrays: tuple) -> Iterator[tuple]:
-    """The sequences of a micro-batch, one at a time; None stays an empty array."""
-    size = len(arrays[0])
-    filled = [np.empty((size, 0, 0, 0), np.int16) if a is None else a for a in arrays]
-    yield from zip(*filled, strict=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What the loss made of one micro-batch."""
+
+    arrays: tuple[np.ndarray, ...] = ()  # [B, S]: log-probs, clipped, gradient weight
+    loss: float = 0.0
+    metrics: dict[str, Metric] | None = None
+    problem: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from moe_upgrpo.megatron.replay import NO_ROUTE
+from moe_upgrpo.megatron.tap import NO_ROUTE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,22 +55,30 @@ class Batch:
         return Batch(**{n: t if t is None else t.to(device) for n, t in tensors.items()})
 
 
-def make_batch(samples: Sequence[Sample], *, multiple_of: int = 1, pad_id: int = 0) -> Batch:
-    """Pad to the longest sequence, rounded up to `multiple_of` (sequence parallelism shards S)."""
-    longest = max(len(s.tokens) for s in samples)
-    shape = len(samples), -(-longest // multiple_of) * multiple_of
+def make_batch(
+    samples: Sequence[Sample], *, multiple_of: int = 1, shape: tuple[int, int] = (0, 0), pad_id=0
+) -> Batch:
+    """Pad to the longest sequence, rounded up to `multiple_of` (sequence parallelism shards S).
+
+    shape: the least (B, S); rows without a sequence are padding altogether.
+    """
+    longest = max([shape[1], 1] + [len(s.tokens) for s in samples])
+    shape = max(shape[0], len(samples)), -(-longest // multiple_of) * multiple_of
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     old, rollout, advantages = (torch.zeros(shape) for _ in range(3))
     routes = None
-    if samples[0].routes is not None:
-        routes = torch.full((*shape, *samples[0].routes.shape[1:]), NO_ROUTE, dtype=torch.int16)
+    for sample in samples:
+        if sample.routes is not None:
+            size = (*shape, *sample.routes.shape[1:])
+            routes = torch.full(size, NO_ROUTE, dtype=torch.int16)
+            break
     for b, sample in enumerate(samples):
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
         mask[b, rows] = True
         advantages[b, rows] = sample.advantage
-        if routes is not None:
+        if sample.routes is not None:
             given = torch.from_numpy(sample.routes.astype(np.int16))
             routes[b, : len(given)] = given
         for target, values in (

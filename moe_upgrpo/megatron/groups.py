@@ -53,6 +53,8 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
                 tensor_model_parallel_size=layout.tp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.expert_tp,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             )
             if backend.has_cuda():
                 tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -88,6 +90,11 @@ def gather_in_model_copy(items: list) -> list:
     return _gather(items, parallel_state.get_model_parallel_group())
 
 
+def gather_over_pipeline(items: list) -> list:
+    """The items of all pipeline stages of one copy, in their order, on each of them."""
+    return _gather(items, parallel_state.get_pipeline_model_parallel_group())
+
+
 def gather_everywhere(items: list) -> list:
     """The items of all ranks, in rank order, on each of them."""
     return _gather(items, dist.group.WORLD)
@@ -97,6 +104,11 @@ def _gather(items: list, group: dist.ProcessGroup) -> list:
     shares: list = [None] * group.size()
     dist.all_gather_object(shares, items, group=group)
     return [item for share in shares for item in share]
+
+
+def largest_over_data_parallel(value: int) -> int:
+    """The largest of an integer over the data-parallel ranks."""
+    return int(_over_data_parallel([value], dist.ReduceOp.MAX)[0])
 
 
 def from_rank_0(value):

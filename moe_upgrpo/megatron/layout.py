@@ -7,6 +7,20 @@ from dataclasses import dataclass
 from moe_upgrpo.errors import UserError
 
 
+def moe_layers(model) -> list[int]:
+    """The layers of a Hugging Face config that hold experts, counted from 0; none: a dense model.
+
+    The rule is that of transformers (modeling_qwen3_moe.py:308).
+    """
+    if not getattr(model, "num_experts", 0):
+        return []
+    return [
+        layer
+        for layer in range(model.num_hidden_layers)
+        if layer not in model.mlp_only_layers and (layer + 1) % model.decoder_sparse_step == 0
+    ]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Sizes of the parallel groups; data parallelism is what the other sizes leave of the ranks.
@@ -14,14 +28,18 @@ class Layout:
     tp: tensor parallelism of everything but the experts, with sequence parallelism where tp > 1.
     ep: expert parallelism, by all-to-all.
     etp: tensor parallelism inside an expert. None means 1 with ep > 1, and tp with ep = 1.
+    pp: pipeline stages, each an equal share of the layers.
+    vpp: chunks of layers on each pipeline stage, run interleaved.
     """
 
     tp: int = 1
     ep: int = 1
     etp: int | None = None
+    pp: int = 1
+    vpp: int = 1
 
     def __post_init__(self):
-        for name in ("tp", "ep", "etp"):
+        for name in ("tp", "ep", "etp", "pp", "vpp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: a parallel size is at least 1.")
@@ -40,6 +58,11 @@ class Layout:
                 f"ep={self.ep} with etp={self.etp}: both above 1 is not supported; Megatron-Core's "
                 "all-to-all then gathers shards of different sizes, which gloo refuses. Use etp=1."
             )
+        if self.vpp > 1 and self.pp == 1:
+            raise UserError(
+                f"vpp={self.vpp} with pp=1: virtual pipeline stages interleave real ones. Use "
+                "pp > 1, or leave vpp at 1."
+            )
 
     @property
     def expert_tp(self) -> int:
@@ -53,27 +76,50 @@ class Layout:
         tp: int | None = None,
         ep: int | None = None,
         etp: int | None = None,
+        pp: int = 1,
+        vpp: int = 1,
     ) -> Layout:
-        """Sizes not given: 2 on an even number of ranks, else 1."""
-        default = 2 if world_size % 2 == 0 else 1
-        return cls(tp=default if tp is None else tp, ep=default if ep is None else ep, etp=etp)
+        """Sizes not given: 2 where each pipeline stage has an even number of ranks, else 1."""
+        default = 2 if world_size // max(pp, 1) % 2 == 0 else 1
+        return cls(
+            tp=default if tp is None else tp,
+            ep=default if ep is None else ep,
+            etp=etp,
+            pp=pp,
+            vpp=vpp,
+        )
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError where the ranks do not divide into the groups."""
+        by_pp = "*pp" if self.pp > 1 else ""
         for name, size in (("tp", self.tp), ("ep*etp", self.ep * self.expert_tp)):
-            if world_size % size:
+            if world_size % (size * self.pp):
                 raise UserError(
-                    f"{name}={size} does not divide the {world_size} rank(s) of this job. Start it "
-                    f"with a multiple of {size} ranks (torchrun --nproc-per-node) or lower {name}."
+                    f"{name}{by_pp}={size * self.pp} does not divide the {world_size} rank(s) of "
+                    f"this job. Start it with a multiple of {size * self.pp} ranks (torchrun "
+                    f"--nproc-per-node) or lower {name}{' or pp' if by_pp else ''}."
                 )
+
+    def data_parallel(self, world_size: int) -> int:
+        """Copies of the model on `world_size` ranks."""
+        return world_size // (self.tp * self.pp)
 
     def check_model(self, model) -> None:
         """Raise UserError where the Hugging Face config `model` does not divide into the layout."""
-        sizes = (
+        experts = moe_layers(model)
+        sizes = [
             ("tp", self.tp, ("num_attention_heads", "num_key_value_heads", "vocab_size")),
-            ("ep", self.ep, ("num_experts",)),
-            ("etp", self.expert_tp, ("moe_intermediate_size",)),
-        )
+            ("pp*vpp", self.pp * self.vpp, ("num_hidden_layers",)),
+        ]
+        if experts:
+            sizes.append(("ep", self.ep, ("num_experts",)))
+            sizes.append(("etp", self.expert_tp, ("moe_intermediate_size",)))
+        elif self.ep > 1:
+            raise UserError(
+                f"ep={self.ep} for a model of type {model.model_type!r} without experts: use ep=1."
+            )
+        if len(experts) < model.num_hidden_layers:
+            sizes.append(("tp", self.tp, ("intermediate_size",)))
         for name, size, fields in sizes:
             for field in fields:
                 value = getattr(model, field)
@@ -85,4 +131,6 @@ class Layout:
 
     def __str__(self) -> str:
         etp = f"·ETP{self.etp}" if self.etp is not None else ""
-        return f"TP{self.tp}·EP{self.ep}{etp}"
+        pp = f"·PP{self.pp}" if self.pp > 1 else ""
+        vpp = f"·VPP{self.vpp}" if self.vpp > 1 else ""
+        return f"TP{self.tp}·EP{self.ep}{etp}{pp}{vpp}"

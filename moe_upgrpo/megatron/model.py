@@ -6,15 +6,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.groups import device
-from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.layout import Layout, moe_layers
+
+MODEL_TYPES = ("qwen3_moe", "qwen3")
+RECOMPUTE = {
+    "none": {},
+    # The smallest units: what has to be kept beside their inputs is one layer's activations.
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -37,13 +45,12 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
             "(config.json, *.safetensors, tokenizer files)."
         )
     config = AutoConfig.from_pretrained(model_dir)
-    if config.model_type != "qwen3_moe":
+    if config.model_type not in MODEL_TYPES:
         raise UserError(
-            f"{model_dir} is a {config.model_type!r} model; the trainer supports 'qwen3_moe'."
+            f"{model_dir} is a {config.model_type!r} model; the trainer supports "
+            f"{' and '.join(MODEL_TYPES)}."
         )
     unsupported = {
-        "mlp_only_layers": config.mlp_only_layers,
-        "decoder_sparse_step": config.decoder_sparse_step != 1 and config.decoder_sparse_step,
         "attention_bias": config.attention_bias,
         "sliding_window": config.use_sliding_window and config.sliding_window,
         "rope type": _rope(config)["rope_type"] != "default" and _rope(config)["rope_type"],
@@ -51,7 +58,9 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
     }
     for field, value in unsupported.items():
         if value:
-            raise UserError(f"{model_dir}: {field}={value} is not supported for qwen3_moe models.")
+            raise UserError(
+                f"{model_dir}: {field}={value} is not supported for {config.model_type} models."
+            )
     return config
 
 
@@ -60,26 +69,35 @@ def _rope(config: PretrainedConfig) -> dict:
 
 
 def transformer_config(
-    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype
+    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
-    """Megatron's config of a Qwen3-MoE model: dropless, no auxiliary loss, router in fp32."""
+    """Megatron's config of a Qwen3 model; experts dropless, no auxiliary loss, router in fp32."""
+    experts = moe_layers(hf)
+    moe = {}
+    if experts:
+        moe = dict(
+            moe_layer_freq=[int(layer in experts) for layer in range(hf.num_hidden_layers)],
+            moe_ffn_hidden_size=hf.moe_intermediate_size,
+            num_moe_experts=hf.num_experts,
+            moe_router_topk=hf.num_experts_per_tok,
+            # Qwen3-MoE normalises the gates of the chosen experts: softmax after top-k, not before.
+            moe_router_pre_softmax=not hf.norm_topk_prob,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=False,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
+        )
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         num_attention_heads=hf.num_attention_heads,
         num_query_groups=hf.num_key_value_heads,
         kv_channels=hf.head_dim,
-        ffn_hidden_size=hf.moe_intermediate_size,
-        moe_ffn_hidden_size=hf.moe_intermediate_size,
-        num_moe_experts=hf.num_experts,
-        moe_router_topk=hf.num_experts_per_tok,
-        # Qwen3-MoE normalises the gates of the chosen experts: softmax after top-k, not before.
-        moe_router_pre_softmax=not hf.norm_topk_prob,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
+        ffn_hidden_size=hf.intermediate_size,
+        **moe,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
         qk_layernorm=True,
@@ -89,10 +107,15 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
+        **RECOMPUTE[recompute],
         tensor_model_parallel_size=layout.tp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # Interleaved, two stages exchange activations and gradients with the same peer at a time,
+        # and a batch of sends and receives does not tell them apart (p2p_communication.py:37).
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -108,28 +131,47 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron-Core's own layers without Transformer Engine, with the norm of this module."""
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
+    block.layer_norm = RMSNorm
+    for spec in block.layer_specs:
+        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return block
 
 
-def build_model(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> GPTModel:
-    """This rank's part of the model, weights not yet set (see `moe_upgrpo.megatron.weights`)."""
+def build_model(
+    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
+) -> list[GPTModel]:
+    """This rank's part of the model, one chunk for each virtual pipeline stage.
+
+    The weights are not yet set (see `moe_upgrpo.megatron.weights`).
+    """
     layout.check_model(hf)
-    config = transformer_config(hf, layout, dtype)
-    return GPTModel(
-        config,
-        block_spec(config),
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        parallel_output=True,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=_rope(hf)["rope_theta"],
-    ).to(device())
+    if recompute not in RECOMPUTE:
+        raise UserError(f"recompute={recompute!r}: use one of {', '.join(RECOMPUTE)}.")
+    config = transformer_config(hf, layout, dtype, recompute)
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunks.append(
+            GPTModel(
+                config,
+                block_spec(config, vp_stage),
+                vocab_size=hf.vocab_size,
+                max_sequence_length=hf.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                parallel_output=True,
+                share_embeddings_and_output_weights=hf.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_base=_rope(hf)["rope_theta"],
+                vp_stage=vp_stage,
+            ).to(device())
+        )
+    return chunks

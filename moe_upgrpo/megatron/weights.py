@@ -1,4 +1,4 @@
-"""Hugging Face Qwen3-MoE weights in and out of a sharded Megatron model: one mapping table.
+"""Hugging Face Qwen3 weights in and out of a sharded Megatron model: one mapping table.
 
 Only concatenation and splitting happen on the way, so a round trip is exact to the bit.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.layout import moe_layers
 
 Tensors = list[torch.Tensor]
 
@@ -101,11 +103,12 @@ class Rule:
 
 
 _ATTENTION = "model.layers.{layer}.self_attn."
-_EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
+_MLP = "model.layers.{layer}.mlp."
+_EXPERT = _MLP + "experts.{expert}."
 
 # {layer} counts the model's layers, {expert} the model's experts on the right and the rank's own on
-# the left.
-QWEN3_MOE: tuple[Rule, ...] = (
+# the left. A rule of mlp.{...} without experts is of the dense layers.
+QWEN3: tuple[Rule, ...] = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ROWS),
     Rule(
         "decoder.layers.{layer}.input_layernorm.weight",
@@ -152,6 +155,12 @@ QWEN3_MOE: tuple[Rule, ...] = (
         (_EXPERT + "down_proj.weight",),
         COLUMNS,
     ),
+    Rule(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
+        GATE_UP,
+    ),
+    Rule("decoder.layers.{layer}.mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), COLUMNS),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE),
     Rule("output_layer.weight", ("lm_head.weight",), ROWS),
 )
@@ -159,7 +168,7 @@ QWEN3_MOE: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A parameter of this rank, or a row of its experts, with the names of all their parts."""
+    """A parameter of one stage, or a row of its experts, with the names of all their parts."""
 
     rule: Rule
     parameters: list[str]  # one name, or one for each local expert
@@ -172,12 +181,18 @@ class _Entry:
 
 def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
     """The table written out for one model, in the same order on every rank."""
-    experts_here = hf.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    for rule in QWEN3_MOE:
-        if rule.hugging_face == ("lm_head.weight",) and hf.tie_word_embeddings:
-            continue
+    of_layers = set(range(hf.num_hidden_layers))
+    of_experts = set(moe_layers(hf))
+    experts = hf.num_experts if of_experts else 0
+    experts_here = experts // parallel_state.get_expert_model_parallel_world_size()
+    for rule in QWEN3:
         is_expert = "{expert}" in rule.megatron
-        for layer in range(hf.num_hidden_layers if "{layer}" in rule.megatron else 1):
+        layers = of_layers if "{layer}" in rule.megatron else {0}
+        if is_expert or ".mlp.router." in rule.megatron:
+            layers = of_experts
+        elif ".mlp." in rule.megatron:
+            layers = of_layers - of_experts
+        for layer in sorted(layers):
             yield _Entry(
                 rule,
                 [
@@ -186,27 +201,53 @@ def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
                 ],
                 [
                     [name.format(layer=layer, expert=e) for name in rule.hugging_face]
-                    for e in range(hf.num_experts if is_expert else 1)
+                    for e in range(experts if is_expert else 1)
                 ],
             )
 
 
-def load_weights(model, hf: PretrainedConfig, model_dir: Path) -> None:
+def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters, their layers counted over the whole model as in the table."""
+    found = {}
+    for chunk in unwrap_model(list(chunks)):
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                *start, layer, rest = name.split(".", 3)
+                number = chunk.decoder.layers[int(layer)].layer_number  # counts from 1
+                name = ".".join([*start, str(number - 1), rest])
+            found[name] = parameter
+    return found
+
+
+def _tied(entry: _Entry, hf: PretrainedConfig) -> bool:
+    """Whether it is the embedding's second copy, which the last of several stages holds."""
+    return hf.tie_word_embeddings and entry.rule.megatron == "output_layer.weight"
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_dir: Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's part of the model; each rank reads its own.
 
     Raises UserError where a tensor is missing, unexpected or of another shape, and names it.
     """
-    parameters = dict(unwrap_model(model).named_parameters())
+    parameters = _parameters(chunks)
     tp_group = parallel_state.get_tensor_model_parallel_group()
     etp_group = parallel_state.get_expert_tensor_parallel_group()
     ep_rank = parallel_state.get_expert_model_parallel_rank()
+    entries = list(_entries(hf))
     with _Checkpoint(model_dir) as checkpoint:
-        checkpoint.check_names(n for e in _entries(hf) for names in e.names for n in names)
-        for entry in _entries(hf):
+        whole = [e for e in entries if not _tied(e, hf)]
+        # Of a tied model's lm_head transformers takes no notice either.
+        optional = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+        checkpoint.check_names({n for e in whole for names in e.names for n in names}, optional)
+        for entry in entries:
             group = etp_group if entry.is_expert else tp_group
             first_expert = ep_rank * len(entry.parameters) if entry.is_expert else 0
             for i, name in enumerate(entry.parameters):
+                if name not in parameters:  # of another pipeline stage
+                    continue
                 sources = entry.names[first_expert + i]
+                if _tied(entry, hf):
+                    sources = ["model.embed_tokens.weight"]
                 tensors = [checkpoint.read(source) for source in sources]
                 target = parameters.pop(name)
                 try:
@@ -255,9 +296,8 @@ class _Checkpoint:
         for file in self.files:
             file.__exit__(*exc)
 
-    def check_names(self, expected: Iterable[str]) -> None:
-        expected = set(expected)
-        missing, extra = expected - set(self.by_name), set(self.by_name) - expected
+    def check_names(self, expected: set[str], optional: set[str]) -> None:
+        missing, extra = expected - set(self.by_name), set(self.by_name) - expected - optional
         if missing or extra:
             parts = [
                 f"{len(names)} tensor(s) {what}, for example {min(names)}"
@@ -272,18 +312,23 @@ class _Checkpoint:
         return self.by_name[name].get_tensor(name)
 
 
-def export_weights(model, hf: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(
+    chunks: Sequence[torch.nn.Module], hf: PretrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, whole tensor) for every weight, on every rank, in the model's dtype.
 
     A collective: all ranks must run it to the end, in step.
     """
-    parameters = dict(unwrap_model(model).named_parameters())
+    parameters = _parameters(chunks)
+    stages = _stages(parameters)
     tp_group = parallel_state.get_tensor_model_parallel_group()
     expert_group = parallel_state.get_expert_tensor_and_model_parallel_group()
     etp = parallel_state.get_expert_tensor_parallel_world_size()
     for entry in _entries(hf):
+        if _tied(entry, hf):
+            continue
         form = entry.rule.form
-        local = torch.stack([parameters[name].detach() for name in entry.parameters])
+        local = _from_stage(entry, parameters, stages)
         if not entry.is_expert:
             shards = [local] if form.axis is None else _gather(local, tp_group)
             yield from zip(entry.names[0], form.join([s[0] for s in shards], hf), strict=True)
@@ -295,6 +340,29 @@ def export_weights(model, hf: PretrainedConfig) -> Iterator[tuple[str, torch.Ten
             yield from zip(names, form.join(shards, hf), strict=True)
 
 
+def _stages(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple]:
+    """Name -> (rank of the pipeline stage that holds it, shape, dtype), over all stages."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return dict(
+        groups.gather_over_pipeline(
+            [(name, (rank, p.shape, p.dtype)) for name, p in parameters.items()]
+        )
+    )
+
+
+def _from_stage(entry: _Entry, parameters: dict, stages: dict[str, tuple]) -> torch.Tensor:
+    """This rank's shards of an entry, stacked: [1 or its experts, ...], on every pipeline stage."""
+    owner, shape, dtype = stages[entry.parameters[0]]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if owner == group.rank():
+        local = torch.stack([parameters[name].detach() for name in entry.parameters])
+    else:
+        local = torch.empty(len(entry.parameters), *shape, dtype=dtype, device=groups.device())
+    if group.size() > 1:
+        dist.broadcast(local, group=group, group_src=owner)
+    return local
+
+
 def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> Tensors:
     if group.size() == 1:
         return [tensor]
@@ -303,13 +371,15 @@ def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> Tensors:
     return shards
 
 
-def write_checkpoint(model, hf: PretrainedConfig, source_dir: Path, output_dir: Path) -> None:
+def write_checkpoint(
+    chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, source_dir: Path, output_dir: Path
+) -> None:
     """Write the model as a Hugging Face folder with the tokenizer of `source_dir`. A collective.
 
     The folder appears whole or not at all.
     """
     state = {}
-    for name, tensor in export_weights(model, hf):
+    for name, tensor in export_weights(chunks, hf):
         if dist.get_rank() == 0:  # copied: the tensors are views of the gathered ones
             state[name] = tensor.to("cpu", copy=True).contiguous()
     if dist.get_rank() == 0:

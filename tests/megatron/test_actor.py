@@ -25,7 +25,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_update_before_any_weight_change
     loss = PolicyLossConfig.preset("up-grpo")
     with groups.process_groups(Layout()):
         actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=OptimizerSettings())
-        weights = dict(actor.model.module.named_parameters())
+        weights = dict(actor.chunks[0].module.named_parameters())
         with torch.no_grad():
             weights["output_layer.weight"][7] = float("nan")  # every softmax is then NaN
         before = {name: weight.detach().clone() for name, weight in weights.items()}

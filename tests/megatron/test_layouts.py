@@ -68,8 +68,9 @@ def make_samples() -> list[Sample]:
 
 def gradients_by_name(actor: MegatronActor) -> dict[str, torch.Tensor]:
     """What the last update left in the gradient buffers, under Hugging Face names."""
-    for parameter in actor.model.parameters():
-        parameter.data.copy_(parameter.main_grad)
+    for chunk in actor.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
     return {name: tensor.clone() for name, tensor in actor.export_weights()}
 
 
@@ -233,7 +234,7 @@ def test_expert_gradients_unreduced_by_megatron_are_refused(one_process, tiny_ch
     with pytest.raises(UserError, match="etp=1 and tp=2"):
         Layout(tp=2, ep=1, etp=1)
     unchecked = object.__new__(Layout)
-    for name, value in {"tp": 2, "ep": 1, "etp": 1}.items():
+    for name, value in {"tp": 2, "ep": 1, "etp": 1, "pp": 1, "vpp": 1}.items():
         object.__setattr__(unchecked, name, value)
     gradient = run_ranks(2, measure, unchecked, tiny_checkpoint)[0]["gradient"]["up-grpo"]
     expected = one_process["gradient"]["up-grpo"]
