@@ -1,0 +1,107 @@
+"""Rollouts kept in files, so that an update can be repeated and debugged without an engine.
+
+One Parquet file for each step and writing rank, one row for each response. Lists and scalars are
+Parquet's own; the routes `[P+T-1, L, K]` are the bytes of the array, whose type, L and K stand in
+the schema's metadata.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.base import Rollout
+
+_KEY = b"moe_upgrpo.rollouts"
+_VERSION = 1
+_SCHEMA = pa.schema(
+    {
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "logp_rollout": pa.list_(pa.float32()),
+        "routes": pa.large_binary(),
+        "weight_version": pa.int32(),
+        "finished": pa.bool_(),
+    }
+)
+
+
+def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[Rollout]) -> Path:
+    """Write one data-parallel rank's rollouts of a step, whole or not at all.
+
+    Raises:
+        UserError: no rollouts, routes of different models, or a step that is there already.
+    """
+    if not rollouts:
+        raise UserError(f"no rollouts of step {step} to save")
+    kinds = {(r.routes.dtype.str, *r.routes.shape[1:]) for r in rollouts}
+    if len(kinds) > 1:
+        raise UserError(f"rollouts of one step have routes of different kinds: {sorted(kinds)}")
+    file = Path(folder) / f"step-{step:06d}-rank-{rank:04d}.parquet"
+    if file.exists():
+        raise UserError(f"{file} exists already: choose another folder for the rollouts")
+    ((dtype, layers, top_k),) = kinds
+    about = {"version": _VERSION, "dtype": dtype, "layers": layers, "top_k": top_k}
+    rows = [{name: getattr(r, name) for name in _SCHEMA.names} for r in rollouts]
+    for row in rows:
+        row["routes"] = row["routes"].tobytes()
+    table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_KEY: json.dumps(about)}))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.tmp")
+    pq.write_table(table, part, compression="zstd")
+    os.replace(part, file)
+    return file
+
+
+def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
+    """All ranks' rollouts of a step, in the order of the ranks that wrote them.
+
+    Raises:
+        UserError: the step is not there, or a file is not of this kind (the file is named).
+    """
+    files = sorted(Path(folder).glob(f"step-{step:06d}-rank-*.parquet"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no rollouts of step {step}: step-{step:06d}-rank-*.parquet"
+        )
+    return [rollout for file in files for rollout in _read(file)]
+
+
+def _read(file: Path) -> list[Rollout]:
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
+    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    if about.get("version") != _VERSION or not table.schema.equals(_SCHEMA):
+        raise UserError(f"{file} does not hold rollouts of version {_VERSION}, as saved by a run")
+    dtype, shape = np.dtype(about["dtype"]), (about["layers"], about["top_k"])
+    rows = table.to_pylist()
+    return [_rollout(row, dtype, shape, f"{file}, row {i}") for i, row in enumerate(rows)]
+
+
+def _rollout(row: dict, dtype: np.dtype, shape: tuple[int, int], where: str) -> Rollout:
+    rows = len(row["prompt_ids"]) + len(row["response_ids"]) - 1
+    routes = np.frombuffer(row["routes"], dtype)
+    if routes.size != rows * math.prod(shape):
+        raise UserError(
+            f"{where}: {routes.size} ids of routes; {rows} rows of {shape[0]} MoE layers and "
+            f"{shape[1]} experts are needed"
+        )
+    try:
+        return Rollout(
+            prompt_ids=np.array(row["prompt_ids"], np.int64),
+            response_ids=np.array(row["response_ids"], np.int64),
+            logp_rollout=np.array(row["logp_rollout"], np.float32),
+            routes=routes.reshape(rows, *shape),
+            weight_version=row["weight_version"],
+            finished=row["finished"],
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
