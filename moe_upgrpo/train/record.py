@@ -143,8 +143,8 @@ class StepRecord:
     def _routing_columns(self) -> dict[str, np.ndarray]:
         if self.dense:
             return {"layers_mismatched": np.zeros(self._lengths.sum(), np.int16)}
-        rollout_NLK, train_NLK = self._routes_NLK
         whole, _ = self._free_running
+        rollout_NLK, train_NLK = self._routes_NLK
         ends = np.cumsum([len(r.routes) for r in self.rollouts])[:-1]
         by_sequence = np.split(whole.routers_per_token.numpy(), ends)
         columns = {
@@ -215,9 +215,10 @@ class StepRecord:
         return sums if self.dense else sums | self._routing_sums()
 
     def _routing_sums(self) -> Sums:
+        counts = self.divergence  # first: it names the sequence where routes cannot be
         zeros_L = (self._routes_NLK[0] == 0).all(axis=2).sum(axis=0)
-        sums = routing_sums(self.divergence) | {
-            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, self.divergence.tokens_compared)
+        sums = routing_sums(counts) | {
+            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, counts.tokens_compared)
             for layer, count in enumerate(zeros_L.tolist())
         }
         if self.conditional is not None:
