@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,11 +53,12 @@ class VLLMEngine:
     `max_num_batched_tokens` are prefilled in chunks. `options` go to `vllm.LLM` as they are.
 
     With torch.distributed running, making the engine is a collective of all its ranks: each makes
-    a group of its own. Every request has its own seed, so that a response does not depend on the
+    groups of its own; `close` before torch.distributed ends. vLLM's state is that of the process:
+    one engine at a time. Every request has its own seed, so that a response does not depend on the
     others in its batch (but for rounding).
     """
 
-    _open = 0  # engines in this process; vLLM's process groups are shared by them
+    _is_open = False
 
     def __init__(
         self,
@@ -79,15 +81,17 @@ class VLLMEngine:
         ):
             if value < least:
                 raise UserError(f"{name} is {value}; at least {least} is needed.")
+        if VLLMEngine._is_open:
+            raise UserError("This process has a VLLMEngine; close it before you make another.")
         self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
         self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
         self._eos_ids = _eos_ids(model_dir, config)
         self.max_model_len = max_model_len
         self.weight_version = 0
-        self._half_updated_to: int | None = None
+        self._failed: str | None = None
         self._vllm = _import_vllm()
-        self._owns_group = not torch.distributed.is_initialized()
+        self._owns_distributed = not torch.distributed.is_initialized()
         on_cpu = self._vllm.platforms.current_platform.is_cpu()
         if on_cpu:
             self._check_cpu(model_dir, config)
@@ -96,7 +100,7 @@ class VLLMEngine:
             torch._dynamo.config.disable = True
         if max_num_batched_tokens is not None:
             options["max_num_batched_tokens"] = max_num_batched_tokens
-        with _generators_kept():
+        with _process_kept():
             try:
                 self._llm = self._vllm.LLM(
                     model=str(model_dir),
@@ -110,11 +114,14 @@ class VLLMEngine:
                     seed=seed,
                     **{"enforce_eager": on_cpu, "use_tqdm_on_load": False} | options,
                 )
-            except ValueError as error:
+            except Exception as error:
+                self._end_groups()
+                if not isinstance(error, ValueError):
+                    raise
                 raise UserError(
                     f"vLLM {self._vllm.__version__} refuses {model_dir} as asked for: {error}"
                 ) from error
-        VLLMEngine._open += 1
+        VLLMEngine._is_open = True
 
     def _check_cpu(self, model_dir: str | Path, config) -> None:
         if not self.moe_layer_ids:
@@ -213,12 +220,7 @@ class VLLMEngine:
 
     def _run(self, prompts_N: Sequence[np.ndarray], params_N: list) -> list:
         """The completion of each prompt."""
-        if self._half_updated_to is not None:
-            raise RuntimeError(
-                f"The update to weight version {self._half_updated_to} failed half-way: the "
-                "engine's weights are of no version. Update again, or make a new engine."
-            )
-        with _generators_kept():
+        with self._whole("A generation"):
             # Else what an earlier call left would decide batch shapes, and so the rounding.
             self._llm.reset_prefix_cache()
             outputs = self._llm.generate(
@@ -246,31 +248,48 @@ class VLLMEngine:
         """See `Engine.update_weights`."""
         state = {name: tensor.detach() for name, tensor in named_tensors}
         check_weights(state, self._checkpoint_shapes, held=self.weight_version)
-        self._half_updated_to = version
-        with _generators_kept():
+        with self._whole(f"The update to weight version {version}"):
             self._llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": iter(state.items())}
             )
-        self._llm.reset_prefix_cache()  # its keys and values are of the old weights
-        self.weight_version, self._half_updated_to = version, None
+            self._llm.reset_prefix_cache()  # its keys and values are of the old weights
+        self.weight_version = version
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """Refuse an engine in which something failed half-way.
+
+        It holds weights of two versions, or requests that would answer the next call.
+        """
+        if self._failed:
+            raise RuntimeError(f"{self._failed} failed half-way: close this engine, make another.")
+        self._failed = what
+        with _process_kept():
+            yield
+        self._failed = None
 
     def close(self) -> None:
         """See `Engine.close`; torch.distributed stays as it was found."""
         if self._llm is None:
             return
-        self._llm.llm_engine.engine_core.shutdown()
+        from vllm.v1.engine import core
+
+        # core.py:839 would end torch.distributed under the trainer.
+        with mock.patch.object(core, "cleanup_dist_env_and_memory", self._end_groups):
+            self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        VLLMEngine._open -= 1
-        if VLLMEngine._open:
-            return
+        VLLMEngine._is_open = False
+
+    def _end_groups(self) -> None:
+        """End vLLM's own process groups, so that the next engine makes new ones."""
         from vllm.distributed import parallel_state
 
         parallel_state.destroy_model_parallel()
-        if self._owns_group:
-            parallel_state.destroy_distributed_environment()
-        elif parallel_state._WORLD is not None:  # else a later engine takes a dead group for live
+        if parallel_state._WORLD is not None:
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
+        if self._owns_distributed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _import_vllm():
@@ -307,12 +326,18 @@ def _eos_ids(model_dir: str | Path, config) -> list[int]:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
-    """vLLM seeds and draws from the global generators of the trainer's process."""
+def _process_kept() -> Iterator[None]:
+    """Put back what vLLM changes for the whole process, which is the trainer's too.
+
+    It seeds and draws from the global generators, and disables `torch.set_num_threads`
+    (cpu_worker.py:145).
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_num_threads = torch.set_num_threads
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        torch.set_num_threads = set_num_threads

