@@ -59,6 +59,12 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     return file
 
 
+def check_new(folder: str | Path) -> None:
+    """Raise UserError where `folder` holds rollouts already."""
+    if any(Path(folder).glob("step-*.parquet")):
+        raise UserError(f"{folder} holds rollouts already: choose another folder to save them in")
+
+
 def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
     """All ranks' rollouts of a step, in the order of the ranks that wrote them.
 

@@ -37,6 +37,10 @@ class ArithmeticTask:
         self.digits = digits
 
     @property
+    def max_prompt_tokens(self) -> int:
+        return 2 * self.digits + 2
+
+    @property
     def max_response_tokens(self) -> int:
         return self.digits + 2  # the carry and EOS
 

@@ -14,6 +14,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.rollout.engines import EngineName, VLLMSettings
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.warm_start import WarmStartConfig
 
@@ -54,6 +55,10 @@ class TrainConfig:
     """Of everything random: problems, sampling, the order of mini-batches."""
     output_dir: Path | None = None
     """The run folder; must not hold another run. None: runs/LOSS-DATE-TIME."""
+    save_rollouts: Path | None = None
+    """Folder to keep every step's rollouts in."""
+    load_rollouts: Path | None = None
+    """Folder of a run's saved rollouts to train on: no engine, no evaluation."""
 
     model: Path | None = None
     """Hugging Face checkpoint folder (qwen3_moe). None: a tiny model, warm-started and cached."""
@@ -64,8 +69,9 @@ class TrainConfig:
     cache_dir: Path = Path("runs/cache")
     """Where warm-started checkpoints are kept."""
 
-    engine: Literal["hf"] = "hf"
-    """Rollout engine: transformers in every rank."""
+    engine: EngineName = "hf"
+    """Rollout engine in every rank: hf (transformers) or vllm."""
+    vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer; with bfloat16 the optimizer keeps fp32 weights."""

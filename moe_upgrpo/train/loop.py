@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
                     num_experts=job.actor.num_experts,
                     **job.update(samples, rollouts, old, step),
                 )
-                job.engine.update_weights(job.actor.export_weights(), version=step)
+                job.update_engine(step)
             with clock("logging"):
                 job.log_tokens(step, record)
             job.log_step(step, record, clock)

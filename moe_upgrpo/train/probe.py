@@ -19,7 +19,7 @@ from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.report import write_report
 from moe_upgrpo.rollout.base import SamplingConfig
-from moe_upgrpo.rollout.hf import HFEngine
+from moe_upgrpo.rollout.engines import EngineName, make_engine
 from moe_upgrpo.routing import RoutingCounts, compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 from moe_upgrpo.train import alarms, analysis, record
@@ -38,6 +38,8 @@ class ProbeConfig:
     max_new_tokens: int = 32
     temperature: float = 1.0
     seed: int = 0
+    engine: EngineName = "hf"
+    """Rollout engine: hf (transformers) or vllm."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer."""
@@ -112,9 +114,17 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         temperature=config.temperature,
         micro_batch_size=config.micro_batch,
     )
-    engine = HFEngine(config.model, dtype=config.engine_dtype, device=groups.device())
+    prompt_ids = [np.array(tokenizer(prompt).input_ids) for prompt in prompts]
+    engine = make_engine(
+        config.engine,
+        config.model,
+        dtype=config.engine_dtype,
+        device=groups.device(),
+        max_tokens=max(map(len, prompt_ids)) + config.max_new_tokens,
+        seed=config.seed,
+    )
     rollouts = engine.generate(
-        [np.array(tokenizer(prompt).input_ids) for prompt in prompts],
+        prompt_ids,
         sampling,
         samples_per_prompt=config.samples,
         seed=config.seed,
@@ -162,7 +172,6 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         asdict(config)
         | {
             "loss": "none (probe)",
-            "engine": "hf",
             "layout": str(actor.layout),
             "world_size": 1,
             "moe_layers": actor.layer_ids,
@@ -185,6 +194,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         if not name.startswith(("reward/", "ratio/", "gap/update", "gap/routing_shift"))
     }
     run.append_metrics(row)
+    engine.close()
     return step.divergence, row
 
 

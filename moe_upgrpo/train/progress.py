@@ -71,14 +71,15 @@ class Display:
         self._bar.stop()
         evaluated = [row for row in rows if "eval/greedy" in row]
         trained = [row for row in rows if "time/total" in row]
-        table = Table("held-out", "warm start", "best", "last", box=None)
-        for name in sorted(key for key in evaluated[0] if key.startswith("eval/")):
-            if name == "eval/problems":
-                continue
-            values = [row[name] for row in evaluated]
-            shown = (values[0], max(values), values[-1])
-            table.add_row(name.removeprefix("eval/"), *(f"{value:.3f}" for value in shown))
-        self.console.print(table)
+        if evaluated:
+            table = Table("held-out", "warm start", "best", "last", box=None)
+            for name in sorted(key for key in evaluated[0] if key.startswith("eval/")):
+                if name == "eval/problems":
+                    continue
+                values = [row[name] for row in evaluated]
+                shown = (values[0], max(values), values[-1])
+                table.add_row(name.removeprefix("eval/"), *(f"{value:.3f}" for value in shown))
+            self.console.print(table)
         total = sum(row["time/total"] for row in trained)
         tokens = sum(row["tokens/sampled"] for row in trained)
         split = ", ".join(

@@ -21,7 +21,8 @@ from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
-from moe_upgrpo.rollout.hf import HFEngine
+from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
+from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
@@ -48,6 +49,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
         run = RunFolder(config.output_dir or Path("runs") / f"{config.loss}-{started}")
         if rank == 0:
             run.check_free()
+            if config.save_rollouts:
+                check_new(config.save_rollouts)
         task = ArithmeticTask(config.digits)
         model_dir = config.model or groups.from_rank_0(
             _warm_started(config, task, layout, display) if rank == 0 else None
@@ -62,7 +65,19 @@ def start(config: TrainConfig) -> Iterator[Job]:
         }
         actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
-        engine = HFEngine(model_dir, dtype=config.engine_dtype, device=groups.device())
+        sampling = SamplingConfig(
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens or task.max_response_tokens,
+        )
+        engine = config.load_rollouts is None and make_engine(
+            config.engine,
+            model_dir,
+            dtype=config.engine_dtype,
+            device=groups.device(),
+            max_tokens=task.max_prompt_tokens + sampling.max_new_tokens,
+            seed=config.seed,
+            vllm=config.vllm,
+        )
         about = asdict(config) | {
             "model": str(model_dir),
             "layout": str(layout),
@@ -88,14 +103,16 @@ def start(config: TrainConfig) -> Iterator[Job]:
             task=task,
             actor=actor,
             reference=reference,
-            engine=engine,
+            engine=engine or None,
+            sampling=sampling,
             run=run,
             display=display,
         )
         try:
             yield job
         finally:
-            engine.close()
+            if engine:
+                engine.close()
 
 
 def routing(actor: MegatronActor) -> str:
@@ -155,16 +172,13 @@ class Job:
     task: ArithmeticTask
     actor: MegatronActor
     reference: MegatronActor | None
-    engine: Engine
+    engine: Engine | None  # None where rollouts are loaded
+    sampling: SamplingConfig
     run: RunFolder
     display: Display
 
     def __post_init__(self):
         self.loss = PolicyLossConfig.preset(self.config.loss)
-        self.sampling = SamplingConfig(
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.max_new_tokens or self.task.max_response_tokens,
-        )
         self.dp_rank, self.dp_size = groups.data_parallel()
         self.copy_rank, self.copy_size = groups.model_parallel()
         self.token_log = TokenLogWriter(
@@ -194,6 +208,8 @@ class Job:
 
     def generate(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
         """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
+        if self.engine is None:
+            return self._loaded(problems, step)
         mine = _share(problems, self.copy_rank, self.copy_size)
         rollouts = self.engine.generate(
             [problem.prompt_ids for problem in mine],
@@ -201,7 +217,31 @@ class Job:
             samples_per_prompt=self.config.group,
             seed=self._seed(_SAMPLING, step, self.rank),
         )
-        return groups.gather_in_model_copy(rollouts)
+        rollouts = groups.gather_in_model_copy(rollouts)
+        if self.config.save_rollouts and self.copy_rank == 0:
+            save_rollouts(self.config.save_rollouts, step, self.dp_rank, rollouts)
+        return rollouts
+
+    def _loaded(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+        """This data-parallel rank's share of a step's saved rollouts, if they answer `problems`."""
+        everyone = load_rollouts(self.config.load_rollouts, step)
+        expected = self.config.prompts * self.config.group
+        mine = _share(everyone, self.dp_rank, self.dp_size)
+        answers = len(everyone) == expected and all(
+            np.array_equal(r.prompt_ids, problems[i // self.config.group].prompt_ids)
+            for i, r in enumerate(mine)
+        )
+        if not answers:
+            raise UserError(
+                f"{self.config.load_rollouts}: the {len(everyone)} rollouts of step {step} do not "
+                f"answer the {expected} prompts of this run. Use the digits, seed, prompts and "
+                "group of the run that saved them."
+            )
+        return mine
+
+    def update_engine(self, step: int) -> None:
+        if self.engine is not None:
+            self.engine.update_weights(self.actor.export_weights(), version=step)
 
     def samples(self, rollouts: Sequence[Rollout], advantages: np.ndarray) -> list[Sample]:
         return [
@@ -243,9 +283,12 @@ class Job:
         if self.config.replay != "R3":
             old.counterpart = [None] * len(samples)
         old.seconds = time.perf_counter() - begin
+        floors = analysis.trainer_noise_floor(self.actor, samples)
+        if self.engine is None:
+            return floors
         mine = _share(samples, self.copy_rank, self.copy_size)
         passes = groups.gather_in_model_copy(analysis.engine_passes(self.engine, mine))
-        return analysis.trainer_noise_floor(self.actor, samples) | analysis.engine_noise_floor(
+        return floors | analysis.engine_noise_floor(
             list(zip(*passes, strict=True)), samples, rollouts, num_experts=self.actor.num_experts
         )
 
@@ -319,7 +362,8 @@ class Job:
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         row["alarms"] = alarms.raised(row)
-        if step % self.config.eval_every == 0 or step == self.config.steps:
+        due = step % self.config.eval_every == 0 or step == self.config.steps
+        if due and self.engine is not None:
             row |= self._evaluate(step)
         if self.rank == 0:
             self.run.append_metrics(row)
@@ -327,6 +371,9 @@ class Job:
 
     def log_evaluation(self, step: int) -> None:
         """A row of its own for the model before the first step."""
+        if self.engine is None:
+            self.display.say(f"rollouts from {self.config.load_rollouts}: no evaluation")
+            return
         row = {"step": step} | self._evaluate(step)
         if self.rank == 0:
             self.run.append_metrics(row)

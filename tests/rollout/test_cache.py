@@ -9,7 +9,7 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
+from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
 
 
 def rollout(prompt: int, response: int, layers: int = 3, top_k: int = 2) -> Rollout:
@@ -51,6 +51,14 @@ def test_what_cannot_be_saved(tmp_path):
     save_rollouts(tmp_path, 1, 0, [rollout(3, 4)])
     with pytest.raises(UserError, match="exists already"):
         save_rollouts(tmp_path, 1, 0, [rollout(3, 4)])
+
+
+def test_a_folder_that_is_in_use(tmp_path):
+    check_new(tmp_path)
+    check_new(tmp_path / "not there yet")
+    save_rollouts(tmp_path, 1, 0, [rollout(3, 4)])
+    with pytest.raises(UserError, match="holds rollouts already"):
+        check_new(tmp_path)
 
 
 def test_files_that_are_none_of_ours(tmp_path):

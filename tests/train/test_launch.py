@@ -66,7 +66,7 @@ def run(tmp_path_factory, cache):
     """`torchrun --nproc-per-node 2 examples/train_moe.sh`, TP2·EP2, engine and trainer in fp32."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     more = ("--loss", "up-gspo", "--engine-dtype", "float32", "--epochs", "2")
-    more = (*more, "--analyse-every", "2")
+    more = (*more, "--analyse-every", "2", "--save-rollouts", str(folder.parent / "rollouts"))
     result = torchrun(2, *options(folder, cache, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result.stdout
@@ -153,6 +153,21 @@ def test_the_token_log_means_what_the_design_says(run):
     # Group-normalised advantages, in some group with both outcomes.
     sign = pc.unique(table["advantage"]).to_numpy()
     assert (sign > 0).any() and (sign < 0).any()
+
+
+def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
+    """The same token log to the last bit: nothing of an update depends on the engine's presence."""
+    folder, _ = run
+    saved = str(folder.parent / "rollouts")
+    more = ("--loss", "up-gspo", "--epochs", "2", "--analyse-every", "2", "--load-rollouts", saved)
+    result = torchrun(2, *options(tmp_path / "r", cache, *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_tokens(tmp_path / "r").equals(read_tokens(folder))
+    rows = read_metrics(tmp_path / "r")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert not any("eval/greedy" in row or "noise/engine_repeat/router_rate" in row for row in rows)
+    other = torchrun(2, *options(tmp_path / "other", cache, *more, "--seed", "1"))
+    assert_fails(other, "rollouts of step 1 do not answer", "seed")
 
 
 NOISE = ("trainer_repeat", "trainer_batch_shape", "engine_repeat", "engine_batch_shape")

@@ -1,0 +1,61 @@
+"""The engines by name; each engine's module is imported only when it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.base import Engine
+
+EngineName = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VLLMSettings:
+    """Of vLLM in process."""
+
+    sequences: int = 256
+    """Most sequences in flight."""
+    kv_cache_gib: float = 0.25
+    """Memory for their keys and values, in each rank."""
+
+    def __post_init__(self):
+        if self.sequences < 1:
+            raise UserError(f"vllm.sequences={self.sequences}: at least 1 is needed.")
+        if self.kv_cache_gib <= 0:
+            raise UserError(f"vllm.kv_cache_gib={self.kv_cache_gib}: above 0 is needed.")
+
+
+def make_engine(
+    name: EngineName,
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    max_tokens: int,
+    seed: int = 0,
+    vllm: VLLMSettings | None = None,
+) -> Engine:
+    """The engine `name` on a checkpoint; every rank of the job makes its own, all at once.
+
+    `max_tokens`: of the longest sequence, prompt and response together.
+    """
+    if name == "vllm":
+        from moe_upgrpo.rollout.vllm import VLLMEngine
+
+        vllm = vllm or VLLMSettings()
+        return VLLMEngine(
+            model_dir,
+            dtype,
+            max_model_len=max_tokens,
+            max_num_seqs=vllm.sequences,
+            memory_bytes=int(vllm.kv_cache_gib * 2**30),
+            seed=seed,
+        )
+    from moe_upgrpo.rollout.hf import HFEngine
+
+    return HFEngine(model_dir, dtype=dtype, device=device)
