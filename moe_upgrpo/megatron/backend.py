@@ -99,7 +99,7 @@ def cpu_replacements() -> list[Replacement]:
         return contextlib.nullcontext()
 
     streams = "token_dispatcher.py:445 makes a stream in its constructor and 873 waits on it"
-    recompute = "random.py:433 keeps the CUDA generator's state for the recomputation"
+    recompute = "random.py:520 keeps CUDA's generator states for the recomputation; dropout is 0"
     return [
         Replacement(torch.cuda, "current_device", lambda: "cpu", "layers.py:261 and 60 more lines"),
         Replacement(torch.Tensor, "record_stream", nothing, "moe_utils.py:1098"),
@@ -114,8 +114,15 @@ def cpu_replacements() -> list[Replacement]:
             no_context,
             "random.py:248 swaps CUDA generator states; here weights are loaded and dropout is 0",
         ),
-        Replacement(megatron_random, "_get_cuda_rng_state", nothing, recompute),
-        Replacement(megatron_random, "_set_cuda_rng_state", nothing, recompute),
+        Replacement(megatron_random, "_get_all_rng_states", tuple, recompute),
+        Replacement(megatron_random, "_set_all_rng_states", nothing, recompute),
+        Replacement(
+            megatron_random,
+            "_fork_rng",
+            _CpuForCuda,
+            "random.py:550 recomputes layers inside torch.autograd.backward, which torch runs "
+            "without the mode as it does every call that a mode takes",
+        ),
         Replacement(
             token_dispatcher,
             "maybe_move_tensor_to_cpu",

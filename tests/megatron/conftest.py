@@ -1,0 +1,67 @@
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moe_upgrpo.megatron.layout import Layout
+from tests.megatron.measured import LAYOUTS, measure
+from tests.ranks import run_ranks
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    initializer_range=0.2,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+
+
+def save_random(model, path):
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is skipped or swapped
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny_checkpoint, tmp_path_factory):
+    """The checkpoints that measured.py describes, by name."""
+    torch.manual_seed(1)
+    mixed = Qwen3MoeConfig(
+        **SIZES,
+        mlp_only_layers=[1],
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=False,
+        tie_word_embeddings=False,
+    )
+    dense = Qwen3Config(**SIZES, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "tiny": tiny_checkpoint,
+        "mixed": save_random(Qwen3MoeForCausalLM(mixed), folder / "mixed"),
+        "dense": save_random(Qwen3ForCausalLM(dense), folder / "dense"),
+    }
+
+
+@pytest.fixture(scope="session")
+def measured(checkpoints):
+    """Name of a checkpoint, or of a layout -> what its job measured, one entry for each rank."""
+    done = {}
+
+    def of(name: str, dtype: str = "float32") -> list[dict]:
+        if (name, dtype) not in done:
+            checkpoint, world_size, layout = LAYOUTS.get(name, (name, 1, Layout()))
+            done[name, dtype] = run_ranks(
+                world_size, measure, layout, checkpoints[checkpoint], dtype
+            )
+        return done[name, dtype]
+
+    return of

@@ -1,0 +1,158 @@
+"""One process computes what transformers computes, and records what its routers did.
+
+For the three checkpoints of measured.py: a model of MoE layers, one with a dense layer and gates
+that are not renormalised, one without experts and with tied embeddings.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe_upgrpo.losses import PolicyLossConfig, policy_loss
+from tests.megatron.compare import assert_close
+from tests.megatron.measured import LOSSES, TEMPERATURE, make_samples
+
+CHECKPOINTS = ("tiny", "mixed", "dense")
+
+
+def load(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def log_probs_of(model, sample) -> torch.Tensor:
+    tokens = torch.from_numpy(sample.tokens)
+    logits = model(tokens[None]).logits[0] / TEMPERATURE
+    return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0][sample.response_rows]
+
+
+def by_name_on_disk(tensors) -> dict[str, torch.Tensor]:
+    """transformers fuses the experts of a layer; on disk each has tensors of its own."""
+    by_name = {}
+    for name, tensor in tensors:
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for e, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                by_name[f"{stem}{e}.gate_proj.weight"] = gate
+                by_name[f"{stem}{e}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(tensor):
+                by_name[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = down
+        else:
+            by_name[name] = tensor
+    return by_name
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_log_probs_equal_transformers(checkpoint, measured, checkpoints):
+    model = load(checkpoints[checkpoint])
+    (one,) = measured(checkpoint)
+    assert one["about"][-1] == sum(parameter.numel() for parameter in model.parameters())
+    for scored, sample in zip(one["scored"]["native"], make_samples(), strict=True):
+        expected = log_probs_of(model, sample).detach().numpy()
+        assert np.abs(scored.log_probs - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_gradient_equals_transformers(checkpoint, loss, measured, checkpoints):
+    model = load(checkpoints[checkpoint])
+    samples = make_samples()
+    width = max(s.response_rows.stop for s in samples)
+    rows = {key: torch.zeros(len(samples), width) for key in ("lp", "old", "rollout", "adv", "m")}
+    for b, sample in enumerate(samples):
+        where = torch.arange(width)[sample.response_rows]
+        lp = log_probs_of(model, sample)
+        rows["lp"] = rows["lp"].index_put((torch.tensor(b), where), lp)
+        rows["old"][b, where] = torch.from_numpy(sample.old_log_probs)
+        rows["rollout"][b, where] = torch.from_numpy(sample.rollout_log_probs)
+        rows["adv"][b, where] = sample.advantage
+        rows["m"][b, where] = 1
+    policy_loss(
+        rows["lp"],
+        rows["old"],
+        rows["adv"],
+        rows["m"].bool(),
+        config=PolicyLossConfig.preset(loss),
+        rollout_log_probs=rows["rollout"],
+    ).loss.backward()
+    expected = by_name_on_disk((name, p.grad) for name, p in model.named_parameters())
+    (one,) = measured(checkpoint)
+    assert_close(one["gradient"]["native", "none", loss], expected, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "mixed"])
+def test_routes_margins_and_gates_by_hand(checkpoint, measured, checkpoints):
+    """From the inputs of transformers' routers and their weights, with numpy.
+
+    tiny renormalises its gates: Megatron then takes its top-k over the logits. mixed does not: the
+    softmax over all experts comes first, and margins are differences of probabilities.
+    """
+    model = load(checkpoints[checkpoint])
+    seen = {}
+    for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(
+                lambda gate, args, _, i=i: seen.update({i: (args[0] @ gate.weight.T).detach()})
+            )
+    (one,) = measured(checkpoint)
+    layers, top_k, experts, _ = one["about"]
+    assert (layers, top_k, experts) == ([0, 1] if checkpoint == "tiny" else [0, 2, 3], 2, 8)
+    for scored, sample in zip(one["scored"]["native"], make_samples(), strict=True):
+        log_probs_of(model, sample)
+        rows = len(sample.tokens) - 1
+        logits_TLE = np.stack([seen[i].reshape(-1, experts)[:rows].numpy() for i in layers], axis=1)
+        weights_TLE = np.exp(logits_TLE.astype(np.float64))
+        weights_TLE /= weights_TLE.sum(axis=-1, keepdims=True)
+        scores_TLE = logits_TLE if checkpoint == "tiny" else weights_TLE
+        routes_TLK = np.sort(np.argsort(-scores_TLE, axis=-1)[..., :top_k], axis=-1)
+        gates_TLK = np.take_along_axis(weights_TLE, routes_TLK, axis=-1)
+        if checkpoint == "tiny":
+            gates_TLK = gates_TLK / gates_TLK.sum(axis=-1, keepdims=True)
+        descending = -np.sort(-scores_TLE, axis=-1)
+        assert np.array_equal(scored.routes, routes_TLK)
+        np.testing.assert_allclose(scored.gates, gates_TLK, atol=1e-5)
+        margins_TL = descending[..., top_k - 1] - descending[..., top_k]
+        np.testing.assert_allclose(scored.margins, margins_TL, atol=1e-5)
+        assert scored.margins.dtype == scored.gates.dtype == np.float32
+
+
+def test_planted_routes_are_the_ones_used(measured, checkpoints):
+    """Against transformers with its expert choice forced by hand: log-probs and gates."""
+    model = load(checkpoints["tiny"])
+    scored = measured("tiny")[0]["scored"]
+    for sample, native, planted in zip(
+        make_samples(), scored["native"], scored["planted"], strict=True
+    ):
+        expected = np.sort((native.routes + 3) % 8, axis=-1)
+        assert np.array_equal(planted.routes, expected)
+        assert not np.array_equal(planted.log_probs, native.log_probs)
+        gates_TLK = np.empty(expected.shape)
+
+        def force(layer: int, expected=expected, gates_TLK=gates_TLK):
+            def replace_choice(module, args):
+                hidden, indices, _ = args
+                router = model.model.layers[layer].mlp.gate
+                rows = torch.from_numpy(expected[:, layer].astype(np.int64))
+                rows = torch.cat([rows, indices[len(rows) :]])  # the last token: native
+                probabilities = (hidden @ router.weight.T).softmax(-1).gather(1, rows)
+                gates_NK = probabilities / probabilities.sum(-1, keepdim=True)
+                gates_TLK[:, layer] = gates_NK[:-1].detach()
+                return hidden, rows, gates_NK
+
+            return replace_choice
+
+        handles = [
+            layer.mlp.experts.register_forward_pre_hook(force(i))
+            for i, layer in enumerate(model.model.layers)
+        ]
+        log_probs = log_probs_of(model, sample).detach().numpy()
+        for handle in handles:
+            handle.remove()
+        assert np.abs(planted.log_probs - log_probs).max() <= 1e-5
+        np.testing.assert_allclose(planted.gates, gates_TLK, atol=1e-5)
+        # What the router would have done: in the first layer, what it did natively.
+        assert np.array_equal(planted.own_routes[:, 0], native.routes[:, 0])
+        np.testing.assert_allclose(planted.margins[:, 0], native.margins[:, 0], atol=1e-6)
+        assert not np.array_equal(planted.own_routes, planted.routes)
