@@ -1,4 +1,4 @@
-"""docs/token-log.md: its tables are those of the code, and its examples run and agree.
+"""The docs' tables are those of the code, and the examples of token-log.md run and agree.
 
 An example runs only where its library (pandas, polars, DuckDB) is installed.
 """
@@ -46,12 +46,15 @@ def execute(heading: str, names: dict) -> dict:
 
 
 def test_the_tables_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("make", DOCS / "make_token_log_page.py")
+    spec = importlib.util.spec_from_file_location("make", DOCS / "make_tables.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
-    assert maker.filled(TEXT) == TEXT, "run python docs/make_token_log_page.py"
+    assert len(maker.PAGES) == 2
+    for name, sections in maker.PAGES.items():
+        page = (DOCS / name).read_text()
+        assert maker.filled(page, sections) == page, "run python docs/make_tables.py"
     with pytest.raises(KeyError, match="section columns appears 0 times"):
-        maker.filled("# Token log")
+        maker.filled("# Token log", maker.PAGES["token-log.md"])
 
 
 def test_numpy(run):

@@ -1,0 +1,67 @@
+"""Fills the tables of docs/token-log.md and docs/mismatch.md from the code.
+
+    python docs/make_tables.py
+
+The text between `<!-- begin NAME -->` and `<!-- end NAME -->` is generated; the rest is written by
+hand. tests/store/test_docs.py fails when a page is not up to date.
+"""
+
+import re
+from pathlib import Path
+
+from moe_upgrpo.store import COLUMNS, LEVELS
+from moe_upgrpo.store.metrics import markdown_table
+from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
+from moe_upgrpo.train.alarms import ALARMS
+
+DOCS = Path(__file__).parent
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    cells = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in cells)
+
+
+PAGES = {
+    "token-log.md": {
+        "columns": table(
+            ["column", "Arrow type", "optional", "meaning"],
+            [
+                [f"`{name}`", f"`{c.type}`", "yes" if c.optional else "", c.meaning]
+                for name, c in COLUMNS.items()
+            ],
+        ),
+        "levels": table(["level", "rows"], [[f"`{name}`", text] for name, text in LEVELS.items()]),
+        "quantities": table(
+            ["quantity", "meaning"], [[f"`{name}`", q.meaning] for name, q in QUANTITIES.items()]
+        ),
+        "groupings": table(
+            ["by", "reads", "groups"],
+            [[f"`{name}`", f"`{column}`", text] for name, (column, text) in GROUPINGS.items()],
+        ),
+    },
+    "mismatch.md": {
+        "metrics": markdown_table().rstrip("\n"),
+        "alarms": table(
+            ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
+        ),
+    },
+}
+
+
+def filled(page: str, sections: dict[str, str]) -> str:
+    """The page with every generated section made anew; KeyError if one of them is missing."""
+    for name, text in sections.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        page, count = re.subn(
+            pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise KeyError(f"section {name} appears {count} times in the page")
+    return page
+
+
+if __name__ == "__main__":
+    for name, sections in PAGES.items():
+        page = DOCS / name
+        page.write_text(filled(page.read_text(), sections))
