@@ -221,8 +221,10 @@ class VLLMEngine:
     def _run(self, prompts_N: Sequence[np.ndarray], params_N: list) -> list:
         """The completion of each prompt."""
         with self._whole("A generation"):
-            # Else what an earlier call left would decide batch shapes, and so the rounding.
-            self._llm.reset_prefix_cache()
+            # Its keys, values and routes may be of older weights; of the same weights, they would
+            # decide the shapes of batches, and so the rounding.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not reset its prefix cache.")
             outputs = self._llm.generate(
                 [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts_N],
                 params_N,
@@ -252,7 +254,6 @@ class VLLMEngine:
             self._llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": iter(state.items())}
             )
-            self._llm.reset_prefix_cache()  # its keys and values are of the old weights
         self.weight_version = version
 
     @contextmanager

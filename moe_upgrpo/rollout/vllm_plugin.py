@@ -93,7 +93,7 @@ def _return_routed_experts() -> None:
     from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    CPUModelRunner.routes_connector = CPUModelRunner.routes_pending = None
+    CPUModelRunner.routes_connector = None
 
     @_around(CPUModelRunner, "initialize_kv_cache")
     def initialize(original, self, kv_cache_config, is_profiling=False, **kwargs):
@@ -105,30 +105,26 @@ def _return_routed_experts() -> None:
 
     @_around(CPUModelRunner, "execute_model")
     def execute(original, self, scheduler_output, *args, **kwargs):
-        if self.routes_connector is None:
-            return original(self, scheduler_output, *args, **kwargs)
-        self.routes_connector.begin_step(scheduler_output.aux_output_connector_metadata)
-        output = original(self, scheduler_output, *args, **kwargs)
-        if output is None:  # a forward ran, and sample_tokens follows
-            batch, count = self.input_batch, self.input_batch.num_reqs
-            self.routes_pending = self.routes_connector.prepare_output(
-                # What it reads of the V2 runner's batch; copied, as the next step writes these.
-                SimpleNamespace(
-                    req_ids=list(batch.req_ids),
-                    query_start_loc_np=self.query_start_loc.np[: count + 1].copy(),
-                    num_computed_tokens_np=batch.num_computed_tokens_cpu[:count].copy(),
-                )
-            )
-        return output
+        if self.routes_connector is not None:
+            self.routes_connector.begin_step(scheduler_output.aux_output_connector_metadata)
+        return original(self, scheduler_output, *args, **kwargs)
 
     @_around(CPUModelRunner, "sample_tokens")
     def sample(original, self, *args, **kwargs):
+        if self.routes_connector is None or self.execute_model_state is None:  # no forward ran
+            return original(self, *args, **kwargs)
+        batch = SimpleNamespace(  # what the connector reads of the V2 runner's
+            req_ids=self.input_batch.req_ids,
+            query_start_loc_np=self.query_start_loc.np,
+            num_computed_tokens_np=self.input_batch.num_computed_tokens_cpu[
+                : self.input_batch.num_reqs
+            ],
+        )
+        pending = self.routes_connector.prepare_output(batch)
         output = original(self, *args, **kwargs)
-        if self.routes_pending is not None:
-            pending, self.routes_pending = self.routes_pending, None
-            sampled = np.array([len(ids) for ids in output.sampled_token_ids])
-            pending.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
-            output.aux_output_connector_output = pending.process_output()
+        sampled = np.array([len(ids) for ids in output.sampled_token_ids])
+        pending.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
+        output.aux_output_connector_output = pending.process_output()
         return output
 
     @_around(CPUModelRunner, "shutdown")

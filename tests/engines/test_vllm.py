@@ -238,15 +238,19 @@ def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(
 def test_bf16_engine_differs_from_the_fp32_trainer_and_replay_closes_most_of_it(
     tmp_path, make_engine
 ):
-    """8.1M parameters, random; the k3 divergence falls at least twentyfold on replayed routes."""
+    """8.5M parameters, random; the k3 divergence falls at least twentyfold on replayed routes.
+
+    With two large experts per token, where a wrong one weighs most: docs/engines.md has others.
+    """
     config = SIZES | dict(
+        vocab_size=512,
         hidden_size=256,
         num_hidden_layers=4,
-        num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
+        num_experts=20,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
         norm_topk_prob=True,
-        initializer_range=0.1,
+        initializer_range=0.05,
     )
     folder = saved(tmp_path, Qwen3MoeConfig(**config))
     actor = MegatronActor(folder, Layout())
@@ -263,7 +267,7 @@ def test_bf16_engine_differs_from_the_fp32_trainer_and_replay_closes_most_of_it(
     routes = compare_routes(
         torch.from_numpy(np.concatenate([r.routes for r in rollouts]).astype(np.int64)),
         torch.from_numpy(np.concatenate([s.routes for s in native]).astype(np.int64)),
-        num_experts=32,
+        num_experts=20,
     )
     print(
         f"k3 {k3:.2e}, replayed {replayed_k3:.2e}: {k3 / replayed_k3:.0f} times less; "
@@ -535,8 +539,7 @@ def test_the_plugin_stays_out_of_what_it_does_not_know(
     before = CPUModelRunner.execute_model
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: is_cpu)
-    monkeypatch.setattr(vllm_plugin.log, "handlers", [caplog.handler])
-    monkeypatch.setattr(vllm_plugin.log, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger=vllm_plugin.log.name)
     assert vllm_plugin.register.__wrapped__() is False
     assert CPUModelRunner.execute_model is before
     assert len(caplog.messages) == 1 and line in caplog.messages[0]
