@@ -9,47 +9,82 @@ from typing import Any
 
 import numpy as np
 
-from moe_upgrpo.report.figures import Format, finite, number, percent
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.report.figures import Entry, Format, Panels, finite, number, percent
+from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.store import overlap_array
-from moe_upgrpo.store.questions import clustering, rate
+from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, rate
 
 # Of sequences; the ends of a 95% interval are then the 12th smallest and largest.
 RESAMPLES = 500
-Entry = dict[str, Any]
+_SIGNS = (("positive", ">"), ("negative", "<"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
     """`rate` of each of ``quantities`` (name, label) in the groups of ``by``.
 
-    ``finding`` puts the entries of one run, which has some, into words.
+    ``floor`` is the last part of the noise floor's metrics, noise/KIND/``floor``: of each side the
+    larger is drawn as a line.
     """
 
     key: str
     title: str
     quantities: tuple[tuple[str, str], ...]
     by: str
-    read: str
-    finding: Callable[[list[Entry]], str]
     is_share: bool = False
+    floor: str | None = None
+    read: str = ""
+    says: Callable[[Run, list[Entry]], str] = lambda run, entries: ""
 
     def data(self, runs: Sequence[Run]) -> list[Entry]:
         entries = []
         for run in runs:
-            if run.tokens.table is None:
-                continue
-            dense = not run.tokens.layout.num_layers
-            for name, label in self.quantities:
-                if dense and (self.by == "own" or name.startswith("mismatch")):
-                    continue
-                rows = rate(run.tokens.table, name, by=self.by, resamples=RESAMPLES)
-                answer = {"rows": [_finite(asdict(row)) for row in rows]}
-                entries.append({"run": run.label, "quantity": name, "label": label} | answer)
+            answered = [self._answer(run, name) for name, _ in self.quantities]
+            for (name, label), rows in zip(self.quantities, answered, strict=True):
+                if isinstance(rows, list):
+                    about = {"run": run.label, "quantity": name, "label": label, "by": self.by}
+                    entries.append(about | {"floor": False, "rows": rows})
+            if any(isinstance(rows, list) for rows in answered):
+                entries += self._floors(run)
         return entries
 
-    def says(self, run: Run, entries: list[Entry]) -> str:
-        return self.finding(entries) if entries else nothing(run)
+    def why_not(self, run: Run) -> str | None:
+        """Why a run has none, or not all, of the quantities."""
+        reasons = (self._answer(run, name) for name, _ in self.quantities)
+        return next((reason for reason in reasons if isinstance(reason, str)), None)
+
+    def _answer(self, run: Run, name: str) -> list[Entry] | str:
+        """The rows of one quantity, or why there are none."""
+        if run.tokens.table is None:
+            return run.tokens.note
+        columns = (*QUANTITIES[name].columns, GROUPINGS[self.by][0])
+        dense = not run.tokens.layout.num_layers
+        if dense and (name.startswith("mismatch") or self.by in ("own", "prefix", "layer")):
+            return "the model has no MoE layer."
+        if missing := [c for c in columns if c not in run.tokens.table.column_names]:
+            return f"the token log has no column {missing[0]}."
+        try:
+            rows = rate(run.tokens.table, name, by=self.by, resamples=RESAMPLES)
+        except UserError as error:
+            return f"{error}."
+        return [_finite(asdict(row)) for row in rows]
+
+    def _floors(self, run: Run) -> list[Entry]:
+        entries = []
+        for side, kinds in FLOOR_SIDES.items() if self.floor else ():
+            found = {kind: run.pooled(f"noise/{kind}/{self.floor}") for kind in kinds}
+            found = {kind: value for kind, value in found.items() if value is not None}
+            if found:
+                kind = max(found, key=found.get)
+                about = {"run": run.label, "metric": f"noise/{kind}/{self.floor}"}
+                label = f"floor: {side} against itself"
+                entries.append(about | {"label": label, "floor": True, "value": found[kind]})
+        return entries
+
+    def finding(self, run: Run, entries: list[Entry]) -> str:
+        return self.says(run, entries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +109,15 @@ class Clustering:
             if run.tokens.table is not None and run.tokens.layout.num_layers
         ]
 
-    def says(self, run: Run, entries: list[Entry]) -> str:
+    def finding(self, run: Run, entries: list[Entry]) -> str:
         if not entries:
             return nothing(run)
         rows = {row["group"]: row for row in entries[0]["clustering"]}
-        if not rows["any_layer"]["numerator"]:
-            return "no token differs in any layer."
+        any_layer = rows["any_layer"]
+        if not any_layer["numerator"]:
+            return f"0 of {any_layer['denominator']:,.0f} tokens compared differ in any layer."
         text = (
-            f"{interval(rows['any_layer'], percent)} of tokens differ in at least one layer, "
+            f"{interval(any_layer, percent)} of tokens differ in at least one layer, "
             f"{interval(rows['any_layer_independent'], percent)} if layers were independent"
         )
         if rows["dispersion"]["rate"] is not None:
@@ -97,9 +133,13 @@ class Clustering:
         return text + "."
 
 
-def nothing(run: Run) -> str:
-    """Why a run has no entry."""
-    return run.tokens.note if run.tokens.table is None else "the model has no MoE layer."
+def nothing(run: Run, column: str = "overlap") -> str:
+    """Why a run has no entry that would have read ``column``."""
+    if run.tokens.table is None:
+        return run.tokens.note
+    if not run.tokens.layout.num_layers:
+        return "the model has no MoE layer."
+    return f"the token log has no column {column}."
 
 
 def histogram(run: Run) -> Entry:
@@ -140,36 +180,78 @@ def interval(row: Entry, form: Format) -> str:
 
 
 def _bin(group: Any) -> str:
-    low, high = group
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    low, high = (f"{x:,}" if isinstance(x, int) else number(x) for x in group)
+    return low if low == high else f"{low} to {high}"
 
 
-def _by_own(what: str, index: int, form: Format) -> Callable[[list[Entry]], str]:
-    """What tokens have that agree everywhere, and those that differ in more and more layers."""
+def _named(by: str, group: Any) -> str:
+    if by == "prefix":
+        return f"after {_bin(group)} mismatches"
+    layers = _bin(group)
+    return f"that differ in {layers} layer{'s' * (layers != '1')}" if group[1] else "that agree"
 
-    def finding(entries: list[Entry]) -> str:
-        rows = entries[index]["rows"]
+
+def _ends(rows: list[Entry]) -> tuple[Entry, Entry]:
+    """The first group, and the last one of at least two sequences (else the last)."""
+    known = [row for row in rows[1:] if row["low"] is not None]
+    return rows[0], (known or rows)[-1]
+
+
+def _contrast(by: str) -> Callable[[Run, dict[str, list[Entry]]], str]:
+    """Every quantity at the two ends of a grouping."""
+
+    def says(run: Run, panels: dict[str, list[Entry]]) -> str:
+        answers = [e for entries in panels.values() for e in entries if not e["floor"]]
+        if not answers:
+            return nothing(run, GROUPINGS[by][0])
+        rows = answers[0]["rows"]
+        first, last = _ends(rows)
+        groups = [
+            f"{row['denominator']:,.0f} tokens {_named(by, row['group'])}" for row in (first, last)
+        ]
         parts = []
-        for row in [*rows[:2], rows[-1]] if len(rows) > 2 else rows:
-            one = row["denominator"] == 1
-            of = f"{row['denominator']:,.0f} token{'s' * (not one)} that"
-            where = f"in {_bin(row['group'])}" if row["group"][1] else "in no layer"
-            parts.append(f"{interval(row, form)} for the {of} differ{'s' * one} {where}")
-        text = f"{what} is {', '.join(parts)}"
-        return text + ("; there are no others." if len(rows) == 1 else ".")
+        for entry in answers:
+            quantity = entry["quantity"]
+            if "_tail_" in quantity and not quantity.endswith("_1.1"):
+                continue
+            a, b = _ends(entry["rows"])
+            form = number if quantity == "gap" or quantity.startswith("gradient") else percent
+            both = interval(a, form) + (f" → {interval(b, form)}" if a is not b else "")
+            parts.append(f"{_WORDS.get(quantity, entry['label'])} {both}")
+        if first is last:
+            return f"{groups[0]}, and no others: {'; '.join(parts)}."
+        return f"{groups[0]} → {groups[1]}: {'; '.join(parts)}."
 
-    return finding
+    return says
 
 
-def _by_position(entries: list[Entry]) -> str:
-    rows = entries[0]["rows"]
-    if len(rows) == 1:
-        return f"{interval(rows[0], percent)} of routers differ; all tokens are at one position."
-    first, last = rows[0], rows[-1]
-    return (
-        f"{interval(first, percent)} of routers differ at position {_bin(first['group'])} and "
-        f"{interval(last, percent)} at {_bin(last['group'])}{_apart(first, last)}."
-    )
+def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
+    if not any(panels.values()):
+        return nothing(run)
+    parts = []
+    for entries in panels.values():
+        for entry in entries:
+            if entry["floor"]:
+                continue
+            by, rows = entry["by"], entry["rows"]
+            if by in ("layer", "token"):
+                top = max(rows, key=lambda row: row["rate"] or 0)
+                name = "layer" if by == "layer" else "token id"
+                if len(rows) > 1 and top["numerator"]:
+                    parts.append(f"most at {name} {top['group']}, {interval(top, percent)}")
+            elif len(rows) > 1:
+                a, b = _ends(rows)
+                where = [row["group"] if by == "step" else _bin(row["group"]) for row in (a, b)]
+                parts.append(
+                    f"by {by} {interval(a, percent)} at {where[0]} and {interval(b, percent)} at "
+                    f"{where[1]}{_apart(a, b)}"
+                )
+    total = next(e for entries in panels.values() for e in entries if not e["floor"])["rows"]
+    differ, compared = (int(sum(row[k] for row in total)) for k in ("numerator", "denominator"))
+    if not differ:
+        return f"0 of {compared:,} (token, layer) pairs compared differ."
+    parts.insert(0, f"{differ:,} of {compared:,} (token, layer) pairs differ")
+    return f"{'; '.join(parts)}."
 
 
 def _apart(a: Entry, b: Entry) -> str:
@@ -180,7 +262,9 @@ def _apart(a: Entry, b: Entry) -> str:
     return ": the intervals lie apart" if separate else ": the intervals overlap"
 
 
-def _by_sign(entries: list[Entry]) -> str:
+def _by_sign(run: Run, entries: list[Entry]) -> str:
+    if not entries:
+        return nothing(run)
     parts = []
     for entry in entries:
         rows = {row["group"]: row for row in entry["rows"]}
@@ -193,48 +277,107 @@ def _by_sign(entries: list[Entry]) -> str:
 
 
 _TAILS = ("1.1", "1.5", "2", "5")
+_WORDS = {"gap_tail_1.1": "gap beyond 1.1×", "ratio_tail_1.1": "ratio beyond 1.1×"}
+_WORDS |= {"clipped": "clipped"}
+_WORDS |= {f"gradient_weight_{s}": f"gradient weight of A {c} 0" for s, c in _SIGNS}
 
-TOKEN_FIGURES: list[Answers | Clustering] = [
-    Answers(
-        key="gap_by_own",
-        title="Log-prob gap by the token's own mismatches",
-        quantities=(("gap", "mean |gap|"),),
-        by="own",
-        read="Mean |gap| of tokens whose routes differ in that many MoE layers, in nats; bars are "
-        "95% intervals by sequence. A slope shows where the gap is, not what made it: such tokens "
-        "are often uncertain ones too.",
-        finding=_by_own("mean |gap|", 0, number),
-    ),
-    Answers(
-        key="gap_tails_by_own",
-        title="Tails of the gap by the token's own mismatches",
-        quantities=tuple((f"gap_tail_{tau}", f"> {tau}×") for tau in _TAILS),
-        by="own",
-        read="Share of tokens that trainer and engine, at equal weights, give probabilities more "
-        "than that factor apart, either way.",
-        finding=_by_own("the share beyond 1.1×", 0, percent),
+
+def _consequences(by: str) -> tuple[Answers, ...]:
+    """What may follow from mismatches: the gap, the ratio, clipping, and gradient weights."""
+    return (
+        Answers(
+            key=f"gap_by_{by}",
+            title="mean |gap|, nats",
+            quantities=(("gap", "mean |gap|"),),
+            by=by,
+            floor="logp_mean_abs",
+        ),
+        Answers(
+            key=f"gap_tails_by_{by}",
+            title="tails of the gap",
+            quantities=tuple((f"gap_tail_{tau}", f"> {tau}×") for tau in _TAILS),
+            by=by,
+            is_share=True,
+        ),
+        Answers(
+            key=f"ratio_tails_by_{by}",
+            title="tails of the importance ratio",
+            quantities=tuple((f"ratio_tail_{tau}", f"> {tau}×") for tau in _TAILS),
+            by=by,
+            is_share=True,
+        ),
+        Answers(
+            key=f"clipped_by_{by}",
+            title="clip fraction",
+            quantities=(("clipped", "clipped"),),
+            by=by,
+            is_share=True,
+        ),
+        Answers(
+            key=f"gradient_weight_by_{by}",
+            title="mean gradient weight of each branch",
+            quantities=tuple(
+                (f"gradient_weight_{sign}", f"advantage {compares} 0") for sign, compares in _SIGNS
+            ),
+            by=by,
+        ),
+    )
+
+
+def _mismatch(by: str, title: str) -> Answers:
+    return Answers(
+        key=f"mismatch_by_{by}",
+        title=title,
+        quantities=(("mismatch", "routers"),),
+        by=by,
         is_share=True,
+        floor="router_rate",
+    )
+
+
+_READ_CONSEQUENCES = (
+    "Gap tails: share of tokens that trainer and engine, at equal weights, give probabilities more "
+    "than that factor apart, either way. Ratio tails: share whose ratio, trainer after the update "
+    "to trainer before it, is further than that factor from 1. Clipped: the loss's rule took the "
+    "gradient. Gradient weight: |A| times the loss's coefficient of ∇log π times its aggregation's "
+    "weight."
+)
+
+TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
+    Panels(
+        key="mismatch_where",
+        title="Where routers differ, free-running",
+        parts=(
+            _mismatch("layer", "by MoE layer"),
+            _mismatch("step", "by step"),
+            _mismatch("position", "by position in prompt and response"),
+            _mismatch("margin", "by the token's smallest top-k margin"),
+            _mismatch("token", "by token id, the most frequent first"),
+            _mismatch("prefix", "by mismatches before the token"),
+        ),
+        read="Share of (token, layer) pairs that differ; a bar is the 95% interval, a mark of a "
+        "bin holds about equally many tokens, a grey line is the larger noise floor of a side. A "
+        "rise along position or prefix means that differences accumulate, or that later tokens "
+        "are harder to route; a fall with the margin, that close calls flip.",
+        says=_says_where,
     ),
-    Answers(
-        key="ratio_tails_by_own",
-        title="Tails of the importance ratio by the token's own mismatches",
-        quantities=tuple((f"ratio_tail_{tau}", f"> {tau}×") for tau in _TAILS),
-        by="own",
-        read="Share of tokens whose ratio, trainer after the update to trainer before it, is "
-        "further than that factor from 1 at the last optimizer visit.",
-        finding=_by_own("the share beyond 1.1×", 0, percent),
-        is_share=True,
+    Panels(
+        key="by_own",
+        title="What goes with the token's own mismatches",
+        parts=_consequences("own"),
+        read="Tokens by the number of MoE layers in which they differ (bins double from 3 on). "
+        f"{_READ_CONSEQUENCES} A slope shows where it happens, not what made it: such tokens are "
+        "often uncertain ones too.",
+        says=_contrast("own"),
     ),
-    Answers(
-        key="mismatch_by_position",
-        title="Routing mismatch by position",
-        quantities=(("mismatch", "routers"), ("mismatch_any", "tokens, any layer")),
-        by="position",
-        read="Share of (token, layer) pairs and of tokens that differ, by the position in prompt "
-        "and response; each mark holds about equally many tokens. A rise means that differences "
-        "accumulate along the sequence, or that later tokens are harder to route.",
-        finding=_by_position,
-        is_share=True,
+    Panels(
+        key="by_prefix",
+        title="What goes with the mismatches before the token",
+        parts=_consequences("prefix"),
+        read="The same by the number of (token, layer) mismatches in all rows before, prompt "
+        "included: attention carries earlier flips forward. A slope here and none above speaks for "
+        "the context; but a longer prefix is also a later position.",
+        says=_contrast("prefix"),
     ),
     Answers(
         key="by_sign",
@@ -248,7 +391,7 @@ TOKEN_FIGURES: list[Answers | Clustering] = [
         by="sign",
         read="Share of the tokens with positive, negative and zero advantage that differ, lie in a "
         "tail or were clipped; bars are 95% intervals by sequence.",
-        finding=_by_sign,
+        says=_by_sign,
         is_share=True,
     ),
     Clustering(

@@ -13,23 +13,34 @@ import numpy as np
 
 from moe_upgrpo import __version__
 from moe_upgrpo.report import plots, sequences
-from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers, Clustering
-from moe_upgrpo.report.figures import (
-    FIGURES,
-    Curves,
-    LayerFigure,
-    accuracy,
-    number,
-    percent,
-    sentence,
-)
+from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers
+from moe_upgrpo.report.figures import Panels, number, percent, plural, sentence
+from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING
 from moe_upgrpo.report.runs import Run, load_runs
+from moe_upgrpo.report.training import OUTCOME, UPDATES, accuracy
 
+FIGURES = [*OUTCOME, *ROUTING, *UPDATES]
 _MISSING = "–"
 
 
 def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write a self-contained HTML report of one run or several, and its data beside it.
+
+    The JSON is strict and holds what the page shows:
+
+    - ``runs``: label, path, config and environment of each
+    - ``summary``: rows of {name, values}, one value for each run
+    - ``alarms``: {run, name, steps, count, meaning (or null)}
+    - ``token_log``: {run, text}: what was read of the token log
+    - ``figures``: {key, title, read, says (a text for each run), data, missing}. ``data`` are the
+      points drawn, an entry for each curve: its run, what it is (metric or quantity, label),
+      ``floor`` (whether it is a noise floor), the ``panel`` in figures of several, and the numbers:
+      steps and values, layer_ids and rates, layers and shares, or rows of groups with rate,
+      interval (low, high), numerator, denominator and sequences. ``missing`` are panels that a run
+      has no data for, and why
+    - ``sequences``: the responses shown, token by token
+
+    null stands for a value that was not finite, or that is not known.
 
     Args:
         run_folders: the folders that runs left; nothing else is read.
@@ -58,6 +69,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
             for run in runs
         ],
         "summary": _summary(runs),
+        "alarms": [alarm for run in runs for alarm in _alarms(run)],
         "token_log": [{"run": run.label, "text": sentence(run.tokens.note)} for run in runs],
         "figures": [
             {k: v for k, v in figure.items() if k != "images"}
@@ -85,8 +97,11 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         ],
         about=_about(runs),
         summary=data["summary"],
-        figures=figures,
-        token_figures=token_figures,
+        alarms=[_alarm_lines(run) for run in runs],
+        figures=[figure for figure in figures if figure["data"]],
+        left_out=_left_out(figures),
+        token_figures=[figure for figure in token_figures if figure["data"]],
+        token_left_out=_left_out(token_figures),
         token_log=data["token_log"],
         sequences={
             "read": sequences.READ,
@@ -107,9 +122,10 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
                 for run in runs
             ],
         },
-        without_floor=[
-            run.label for run in runs if not run.series("noise/repeat/logp_mean_abs")[1]
-        ],
+        without_floor={
+            side: [run.label for run in runs if not run.is_dense and not _has_floor(run, side)]
+            for side in FLOOR_SIDES
+        },
         version=__version__,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,48 +134,122 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
     return output
 
 
+def _has_floor(run: Run, side: str) -> bool:
+    return any(run.series(f"noise/{kind}/router_rate")[1] for kind in FLOOR_SIDES[side])
+
+
+def _alarms(run: Run) -> list[dict[str, Any]]:
+    """Each alarm that the run raised, with its steps; what it means is in the run's config."""
+    steps: dict[str, list[int]] = {}
+    for row in run.rows:
+        for name in row.get("alarms") or ():
+            steps.setdefault(name, []).append(row["step"])
+    meanings = run.config.get("alarms") or {}
+    return [
+        {"run": run.label, "name": name, "steps": at, "count": len(at)}
+        | {"meaning": meanings.get(name)}
+        for name, at in steps.items()
+    ]
+
+
+def _alarm_lines(run: Run) -> dict[str, Any]:
+    """A run's alarms in words, or why there are none."""
+    if any("alarms" in row for row in run.rows):
+        none = "no alarm was raised."
+    else:
+        none = "the run did not look for alarms."
+    lines = [
+        {
+            "name": alarm["name"],
+            "at": f"{plural(alarm['count'], 'time')}, at {_spans(alarm['steps'])}",
+            "meaning": sentence(alarm["meaning"]) if alarm["meaning"] else "",
+        }
+        for alarm in _alarms(run)
+    ]
+    return {"run": run.label, "lines": lines, "none": sentence(none)}
+
+
+_MAX_SPANS = 12
+
+
+def _spans(steps: list[int]) -> str:
+    """'steps 1, 4 to 7 and 9'; of many spans the first and how many more."""
+    spans: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in spans]
+    if hidden := len(texts) - _MAX_SPANS:
+        texts = [*texts[:_MAX_SPANS], f"{hidden} more places"] if hidden > 0 else texts
+    last = f" and {texts[-1]}" if len(texts) > 1 else texts[0]
+    return f"step{'s' * (len(steps) > 1)} {', '.join(texts[:-1])}{last}"
+
+
+def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures that no run has data for, by the reason."""
+    reasons: dict[str, list[dict[str, str]]] = {}
+    for figure in figures:
+        if figure["data"]:
+            continue
+        texts = {finding["text"] for finding in figure["says"]}
+        if len(texts) == 1:
+            reason = texts.pop()
+        else:
+            reason = " ".join(f"{finding['run']}: {finding['text']}" for finding in figure["says"])
+        reasons.setdefault(reason, []).append({"key": figure["key"], "title": figure["title"]})
+    return [{"reason": reason, "figures": found} for reason, found in reasons.items()]
+
+
 def _replace(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.tmp")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
-def _figure(figure: Curves | LayerFigure | Answers | Clustering, runs: list[Run]) -> dict[str, Any]:
+def _figure(figure: Any, runs: list[Run]) -> dict[str, Any]:
     """Key, texts, data and drawn images (SVG as data URIs) of one figure."""
     data, labels = figure.data(runs), [run.label for run in runs]
-    if not data:
-        images = []
-    elif isinstance(figure, Curves):
-        images = [("", plots.draw_curves(figure, data, labels))]
-    elif isinstance(figure, Answers):
-        images = [("", plots.draw_answers(figure, data, labels))]
-    elif isinstance(figure, Clustering):
-        images = [("", plots.draw_clustering(data, labels))]
-    elif figure.over_steps:
-        several = len(runs) > 1
-        images = [(entry["run"] if several else "", plots.draw_heat_map(entry)) for entry in data]
-    else:
-        images = [("", plots.draw_depth(data, labels))]
 
     def says(run: Run) -> str:
-        if isinstance(figure, Answers | Clustering):
-            return figure.says(run, [entry for entry in data if entry["run"] == run.label])
-        return figure.says(run)
+        return sentence(figure.finding(run, [entry for entry in data if entry["run"] == run.label]))
 
     return {
         "key": figure.key,
         "title": figure.title,
         "read": figure.read,
-        "says": [{"run": run.label, "text": sentence(says(run))} for run in runs],
+        "says": [{"run": run.label, "text": says(run)} for run in runs],
         "data": data,
+        "missing": _missing(figure, data, runs) if data else [],
         "images": [
-            {
-                "caption": caption,
-                "source": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
-            }
-            for caption, svg in images
+            {"caption": caption, "source": _data_uri(canvas)}
+            for caption, canvas in plots.draw(figure, data, labels)
         ],
     }
+
+
+def _data_uri(canvas: Any) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(canvas).encode()).decode()
+
+
+def _missing(figure: Any, data: list[dict[str, Any]], runs: list[Run]) -> list[dict[str, str]]:
+    """Which panels a run has no data for, or not all of it, and why."""
+    missing = []
+    for part in figure.parts if isinstance(figure, Panels) else [figure]:
+        if not isinstance(part, Answers):
+            continue
+        for run in runs:
+            found = {e["quantity"] for e in data if _is_answer(e, part, run)}
+            if len(found) < len(part.quantities) and (reason := part.why_not(run)):
+                about = {"run": run.label, "panel": part.title, "text": sentence(reason)}
+                missing.append(about)
+    return missing
+
+
+def _is_answer(entry: dict[str, Any], part: Answers, run: Run) -> bool:
+    mine = entry["run"] == run.label and entry.get("panel", part.key) == part.key
+    return mine and "quantity" in entry
 
 
 def _about(runs: list[Run]) -> list[dict[str, Any]]:
@@ -249,6 +339,27 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         values = run.series("eval/problems")[1]
         return f"{values[-1]:,.0f}" if values else None
 
+    def floor(side: str) -> Callable[[Run], str | None]:
+        def cell(run: Run) -> str | None:
+            found = [run.pooled(f"noise/{kind}/router_rate") for kind in FLOOR_SIDES[side]]
+            found = [value for value in found if value is not None]
+            return percent(max(found)) if found else None
+
+        return cell
+
+    def decomposition(run: Run) -> str | None:
+        rows = [row for row in run.rows if row.get("time/decomposition") and row.get("time/total")]
+        if not rows:
+            return None
+        share = sum(r["time/decomposition"] for r in rows) / sum(r["time/total"] for r in rows)
+        return f"{share:.1%} of {plural(len(rows), 'step')}"
+
+    def alarms(run: Run) -> str | None:
+        found = _alarms(run)
+        if not found:
+            return "none" if any("alarms" in row for row in run.rows) else None
+        return ", ".join(f"{alarm['name']} ({alarm['count']}×)" for alarm in found)
+
     def throughput(run: Run) -> str | None:
         seconds = sum(run.series("time/total")[1])
         tokens = sum(run.series("tokens/sampled")[1])
@@ -282,11 +393,16 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         ("Expert slots that differ", pooled("mismatch/slot_rate")),
         ("Tokens that differ in any layer", pooled("mismatch/token_any_rate")),
         ("Differing routers per token", pooled("mismatch/routers_per_token", number)),
-        ("Log-prob gap, mean |gap|", mean("logp_gap/mean_abs")),
+        ("Noise floor, routers, trainer", floor("trainer")),
+        ("Noise floor, routers, engine", floor("engine")),
+        ("Conditional flips, routers", pooled("conditional/router_rate")),
+        ("Log-prob gap, mean |gap|", pooled("logp_gap/mean_abs", number)),
         ("Clipped, advantage > 0", mean("clip/positive", percent)),
         ("Clipped, advantage < 0", mean("clip/negative", percent)),
         ("Sampled tokens per second", throughput),
         ("Time of a step", time_split),
+        ("Decomposition, share of analysed steps' time", decomposition),
+        ("Alarms", alarms),
     ]
     return _table(rows, runs)
 

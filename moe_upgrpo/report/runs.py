@@ -43,49 +43,77 @@ class Run:
         n = max(1, min(END_STEPS, len(values) // 2))
         return float(np.mean(values[:n])), float(np.mean(values[-n:])), n
 
-    def pooled(self, name: str) -> float | None:
-        """Mean of a routing rate over the run, each step weighted by its routers compared."""
-        rows = [row for row in self.rows if row.get(name) is not None]
+    @property
+    def is_dense(self) -> bool:
+        return self.config.get("moe_layers") == []
+
+    @property
+    def is_probe(self) -> bool:
+        """`moe-upgrpo probe` compares engine and trainer and trains nothing."""
+        return str(self.config.get("loss", "")).startswith("none")
+
+    @property
+    def replay(self) -> str:
+        return self.config.get("replay") or "none"
+
+    def pooled(self, name: str, *, steps: Sequence[int] | None = None) -> float | None:
+        """Mean over the run, or over ``steps``, each step weighted by what was compared in it."""
+        rows = [row for row in self.rows if isinstance(row.get(name), int | float)]
+        rows = [row for row in rows if steps is None or row["step"] in steps]
         if not rows:
             return None
-        weights = [row.get("mismatch/router_denominator") or 0 for row in rows]
-        values = [row[name] for row in rows]
-        return float(np.average(values, weights=weights if all(weights) else None))
+        return float(np.average([row[name] for row in rows], weights=_weights(rows)))
+
+    def summed(self, name: str) -> np.ndarray | None:
+        """A list of counts summed over the steps ``[M]``; None where none was logged.
+
+        Raises:
+            UserError: lists of different lengths.
+        """
+        rows = [row for row in self.rows if row.get(name)]
+        return self._matrix(name, rows).sum(axis=0).astype(np.int64) if rows else None
 
     def pass_at_k(self) -> list[str]:
         """The eval/pass@K keys that occur, by K."""
         names = {name for row in self.rows for name in row if name.startswith("eval/pass@")}
         return sorted(names, key=lambda name: int(name.removeprefix("eval/pass@")))
 
-    def by_layer(self) -> tuple[list[int], np.ndarray] | None:
-        """Steps and mismatch rates ``[steps, L]``; None where no MoE layer was compared."""
-        rows = [row for row in self.rows if row.get("mismatch/by_layer")]
-        if not rows:
-            return None
-        widths = {len(row["mismatch/by_layer"]) for row in rows}
-        if len(widths) > 1:
-            raise UserError(f"{self.path}: mismatch/by_layer has {sorted(widths)} layers in turn")
-        rates = np.array([row["mismatch/by_layer"] for row in rows], dtype=float)  # null: NaN
-        return [row["step"] for row in rows], rates
+    def by_layer(self, name: str) -> tuple[list[int], np.ndarray] | None:
+        """Steps and the rates ``[steps, L]`` of a metric by layer; None where there is none."""
+        rows = [row for row in self.rows if row.get(name)]
+        return ([row["step"] for row in rows], self._matrix(name, rows)) if rows else None
 
-    def pooled_by_layer(self) -> np.ndarray | None:
-        """Mismatch rate of each layer over the run ``[L]``, steps weighted by their tokens."""
-        found = self.by_layer()
+    def pooled_by_layer(self, name: str) -> np.ndarray | None:
+        """Rate of each layer over the run ``[L]``, steps weighted by their tokens."""
+        found = self.by_layer(name)
         if found is None:
             return None
-        rows = [row for row in self.rows if row.get("mismatch/by_layer")]
-        weights = np.array([row.get("mismatch/router_denominator") or 0 for row in rows], float)
-        if not weights.all():
-            weights = np.ones(len(rows))
+        rows = [row for row in self.rows if row.get(name)]
         known = ~np.isnan(found[1])
+        weights = np.ones(len(rows)) if (w := _weights(rows)) is None else np.array(w, float)
         total = (known * weights[:, None]).sum(axis=0)
         return (np.nan_to_num(found[1]) * weights[:, None]).sum(axis=0) / np.maximum(total, 1e-300)
+
+    def _matrix(self, name: str, rows: list[dict[str, Any]]) -> np.ndarray:
+        widths = {len(row[name]) for row in rows}
+        if len(widths) > 1:
+            raise UserError(f"{self.path}: {name} has {sorted(widths)} entries in turn")
+        return np.array([row[name] for row in rows], dtype=float)  # null: NaN
 
     def layer_ids(self, num_layers: int) -> list[int]:
         """The model's numbers of the MoE layers; 0..L-1 where the config does not tell."""
         ids = self.config.get("moe_layers")
         known = isinstance(ids, list) and len(ids) == num_layers
         return ids if known else list(range(num_layers))
+
+
+def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
+    """The (token, layer) pairs that each row compared, of a dense model its tokens; else None."""
+    for name in ("mismatch/router_denominator", "tokens/sampled"):
+        weights = [row.get(name) or 0 for row in rows]
+        if all(weights):
+            return weights
+    return None
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -100,14 +128,17 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"a run folder is given twice: {', '.join(map(str, paths))}")
     names = [path.resolve().name for path in paths]
-    return [
-        Run(
-            label=name if names.count(name) == 1 else str(path),
-            path=path,
-            config=read_config(path),
-            environment=read_environment(path),
-            rows=read_metrics(path),
-            tokens=read_token_log(path),
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        config = read_config(path)
+        runs.append(
+            Run(
+                label=name if names.count(name) == 1 else str(path),
+                path=path,
+                config=config,
+                environment=read_environment(path),
+                rows=read_metrics(path),
+                tokens=read_token_log(path, level=config.get("token_log")),
+            )
         )
-        for path, name in zip(paths, names, strict=True)
-    ]
+    return runs

@@ -21,15 +21,15 @@ from moe_upgrpo.store.token_log import token_files
 
 DIVERGING = 3
 MAX_TOKENS = 400  # shown of one response, around its largest |gap|
-_MAX_LAYERS = 12  # named in a token's title
+_MAX_LAYERS = 12  # named of a token
 # |gap| in nats at which a token starts to be coloured, and at which it is fully so.
 COLORED_FROM, COLORED_TO = 0.01, 1.0
 
 READ = (
     f"Each box is a token, by its id; the fuller its colour, the larger |gap| (log scale, from "
     f"{COLORED_FROM:g} to {COLORED_TO:g} nats); a line below it marks mismatched layers, thicker "
-    "with their share. Hover over one, or tap it, for its log-probs and for the experts of the "
-    "layers that differ."
+    "with their share. Point at one, tap it or go to it by Tab for its log-probs and for the "
+    "experts of the layers that differ."
 )
 
 
@@ -156,7 +156,7 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
 
 
 def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """How the page shows a token: text, fill 0..1, share of layers that differ, title."""
+    """How the page shows a token: text, fill 0..1, width of its line, and what it tells."""
     gap = COLORED_TO if token["gap"] is None else abs(token["gap"])
     gap = min(max(gap, COLORED_FROM), COLORED_TO)
     lines = [
@@ -177,7 +177,7 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
         "text": token["token_id"],
         "fill": round(math.log(gap / COLORED_FROM) / math.log(COLORED_TO / COLORED_FROM), 2),
         "line": round(2 + 3 * len(token["layers"]) / num_layers) if token["layers"] else 0,
-        "title": "\n".join(lines),
+        "about": "\n".join(lines),
     }
 
 

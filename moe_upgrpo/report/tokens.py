@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import TokenLayout, read_tokens
+from moe_upgrpo.store.schema import metadata
 from moe_upgrpo.store.token_log import token_files
 
 # About 200 MB for a model of 48 layers.
@@ -25,6 +26,9 @@ _COLUMNS = (
     "clipped",
     "layers_mismatched",
     "overlap",
+    "prefix_mismatched",
+    "margin_min",
+    "gradient_weight",
 )
 
 
@@ -40,15 +44,21 @@ class TokenLog:
         return TokenLayout.of(self.table.schema)
 
 
-def read_token_log(run: Path, *, max_rows: int = MAX_ROWS) -> TokenLog:
+def read_token_log(run: Path, *, level: str | None = None, max_rows: int = MAX_ROWS) -> TokenLog:
     """Whole files from the last back, until ``max_rows`` are reached.
+
+    ``level`` is that of the run's config: a log of level aggregate has no files.
 
     A file holds whole sequences of one step, so that none is cut. One that cannot be read, or whose
     model or share of sequences differs from that of the newest, is left out and named in the note.
     """
     files = token_files(run / "tokens")
     if not files:
-        return TokenLog(table=None, note="this run has no token log (level aggregate?).")
+        if level == "aggregate":
+            why = "this run kept its token log at level aggregate: its metrics, and no token rows."
+        else:
+            why = "this run has no token log."
+        return TokenLog(table=None, note=why)
     tables: list[pa.Table] = []
     steps: set[int] = set()
     left_out: list[str] = []
@@ -58,10 +68,8 @@ def read_token_log(run: Path, *, max_rows: int = MAX_ROWS) -> TokenLog:
             break
         seen += 1
         try:
-            dense = not TokenLayout.of(pq.read_schema(file)).num_layers
-            table = read_tokens(
-                file, columns=[c for c in _COLUMNS if not (dense and c == "overlap")]
-            )
+            held = pq.read_schema(file).names
+            table = read_tokens(file, columns=[c for c in _COLUMNS if c in held])
         except (UserError, pa.ArrowException, OSError):
             left_out.append(f"{file.name} (not readable)")
             continue
@@ -77,7 +85,8 @@ def read_token_log(run: Path, *, max_rows: int = MAX_ROWS) -> TokenLog:
     span = f"step {min(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
     older = len(files) - seen
     part = f"; {older} older file{'s' * (older > 1)} not read" if older else ""
-    return TokenLog(
-        table=pa.concat_tables(reversed(tables)),
-        note=f"{rows:,} response tokens of {span}{part}.{missing}",
-    )
+    table = pa.concat_tables(reversed(tables), promote_options="default")
+    sample = ""
+    if (share := metadata(table.schema)["share"]) < 1:
+        sample = f" A sample: whole sequences, drawn with a share of {100 * share:g}%."
+    return TokenLog(table=table, note=f"{rows:,} response tokens of {span}{part}.{sample}{missing}")

@@ -92,6 +92,12 @@ METRICS: dict[str, Metric] = {
     "conditional/histogram": Metric(
         "tokens with such a flip in 0, 1, ..., L layers: a list of L + 1 counts", "none", "tokens"
     ),
+    "conditional/gate_overlap": Metric(
+        "mean of Σ_{e ∈ S ∩ S′} min(g, g′): gates g of the trainer's forward held to S, g′ of its "
+        "native one, S′ its own experts there",
+        _ROUTERS,
+        "share",
+    ),
     "logp_gap/mean_abs": Metric(
         "mean of |d|, d = log p_train(θ_old) − log p_rollout", _TOKENS, "nats"
     ),

@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> Path:
                 ).numpy()
             with clock("old_log_probs"):
                 samples = job.samples(rollouts, advantages)
-                old = job.score_old(samples, rollouts)
+                old = job.score_old(step, samples, rollouts)
                 reference = job.reference and job.reference.score(samples, record=())
             with clock("analysis"):
                 noise = job.analyse(step, samples, rollouts, old)

@@ -137,11 +137,11 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
     ]
     if not actor.layer_ids:
         raise UserError(f"{config.model} is a dense model: it has no routes to compare.")
-    native = actor.score(samples)
+    native = actor.score(samples, record=("routes", "margins", "gates"))
     held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
     old = analysis.OldScores(
         native=native,
-        held=actor.score(held, record=("routes",)),
+        held=actor.score(held, record=("routes", "gates")),
         analysed=True,
         counterpart=[s.log_probs for s in native],  # nothing was updated
     )

@@ -23,6 +23,7 @@ from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
+from moe_upgrpo.routing.gates import gate_overlap, layer_sums
 from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
 
 Sums = dict[str, Metric]
@@ -223,6 +224,14 @@ class StepRecord:
         }
         if self.conditional is not None:
             sums |= count_sums("conditional", self.conditional)
+        if self.old.analysed:
+            routes_and_gates = [
+                torch.from_numpy(self._of_response([getattr(s, name) for s in side]))
+                for side in (self.old.held, self.old.native)
+                for name in ("routes", "gates")
+            ]
+            by_layer, tokens = layer_sums(gate_overlap(*routes_and_gates))
+            sums["conditional/gate_overlap"] = Metric(float(by_layer.sum()), tokens * len(by_layer))
         return sums
 
     def maxima(self) -> dict[str, float]:

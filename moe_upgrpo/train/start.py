@@ -254,13 +254,20 @@ class Job:
             for r, advantage in zip(rollouts, advantages, strict=True)
         ]
 
-    def score_old(self, samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> OldScores:
+    def _analyses(self, step: int) -> bool:
+        every = self.config.analyse_every
+        return every > 0 and (step - 1) % every == 0
+
+    def score_old(
+        self, step: int, samples: Sequence[Sample], rollouts: Sequence[Rollout]
+    ) -> OldScores:
         """The trainer's scores at the old weights: native, and under R3 held to the rollout's
         routes too."""
-        native = self.actor.score(samples)
+        gates = ("gates",) if self._analyses(step) else ()
+        native = self.actor.score(samples, record=("routes", "margins", *gates))
         if self.config.replay != "R3":
             return OldScores(native=native, held=None)
-        held = self.actor.score(_held(samples, rollouts), record=("routes",))
+        held = self.actor.score(_held(samples, rollouts), record=("routes", *gates))
         return OldScores(native=native, held=held)
 
     def analyse(
@@ -271,15 +278,14 @@ class Job:
         old: OldScores,
     ) -> dict[str, Metric]:
         """Begin to take the gap apart, and the noise floors of both sides, where this step does."""
-        every = self.config.analyse_every
-        if every == 0 or (step - 1) % every:
+        if not self._analyses(step):
             return {}
         if not self.actor.layer_ids:
             return analysis.trainer_noise_floor(self.actor, samples)
         begin = time.perf_counter()
         old.analysed = True
         if old.held is None:
-            old.held = self.actor.score(_held(samples, rollouts), record=("routes",))
+            old.held = self.actor.score(_held(samples, rollouts), record=("routes", "gates"))
         if self.config.replay != "R3":
             old.counterpart = [None] * len(samples)
         old.seconds = time.perf_counter() - begin

@@ -6,6 +6,18 @@ import numpy as np
 
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 
+ALARM = "mismatch-above-noise"
+# Rates of the planted noise floors, by their kind, the same at each analysed step.
+FLOORS = {
+    "trainer_repeat": 0.0,
+    "trainer_batch_shape": 0.004,
+    "engine_repeat": 0.001,
+    "engine_batch_shape": 0.006,
+}
+# Shares of the planted decomposition in the mean |gap|; which terms the loss sees, under a replay.
+TERMS = {"numerics": 0.5, "engine_routing": 0.9, "update": 0.3, "routing_shift": 0.1}
+UNSEEN = {"R2": ("routing_shift",), "R3": ("engine_routing",)}
+
 
 def make_run(
     path: Path,
@@ -16,6 +28,10 @@ def make_run(
     seed: int = 0,
     k: int = 8,
     level: str = "full",
+    share: float = 1.0,
+    replay: str = "none",
+    sequences: int = 8,
+    length: int = 6,
 ) -> Path:
     """A run that learns; its mismatch grows with depth and time; analysed at steps 1, 10, 20, …"""
     rng = np.random.default_rng(seed)
@@ -34,6 +50,10 @@ def make_run(
             "moe_layers": list(range(1, layers + 1)),
             "num_experts": 8,
             "top_k": 2,
+            "replay": replay,
+            "token_log": level,
+            "token_log_share": share,
+            "alarms": {ALARM: "more than 5% of routers differ."},
         },
     )
     for step in range(steps + 1):
@@ -76,19 +96,9 @@ def make_run(
                 "tokens/sampled": tokens,
                 "tokens_per_second": tokens / 2.0,
             }
+            row["alarms"] = [ALARM] if step % 7 == 1 else []
             if step == 1 or step % 10 == 0:
-                row |= {
-                    "noise/repeat/logp_mean_abs": 0.0,
-                    "noise/batch_shape/logp_mean_abs": 1e-3 * rng.random(),
-                }
-                terms = {"numerics": 0.5, "engine_routing": 0.9, "update": 0.3}
-                for term, share in (terms | {"routing_shift": 0.1}).items():
-                    row |= {f"gap/{term}/mean": 0.0, f"gap/{term}/mean_abs": share * gap}
-                if layers:
-                    row |= {
-                        "noise/repeat/router_rate": 0.0,
-                        "noise/batch_shape/router_rate": 0.01 * rng.random(),
-                    }
+                row |= analysed(layers, tokens, gap, replay)
             if layers:
                 row |= {
                     "mismatch/router_rate": router,
@@ -96,33 +106,89 @@ def make_run(
                     "mismatch/token_any_rate": 0.8 * (1 - np.prod(1 - by_layer)),
                     "mismatch/routers_per_token": router * layers,
                     "mismatch/by_layer": by_layer,
+                    "mismatch/histogram": histogram(tokens, by_layer),
                     "mismatch/router_numerator": mismatched,
                     "mismatch/router_denominator": tokens * layers,
                 }
-            if level == "full":
-                write_tokens(run.path, step, random_tokens(rng, layers), layers)
+            if level != "aggregate":
+                found = random_tokens(rng, layers, sequences=sequences, length=length)
+                write_tokens(run.path, step, found, layers, level=level, share=share)
         run.append_metrics(row)
     return run.path
 
 
+def histogram(tokens: int, rates) -> np.ndarray:
+    """Tokens with 0..L differing layers, as a binomial of the mean rate."""
+    layers = len(rates)
+    m = np.random.default_rng(1).binomial(layers, np.mean(rates), tokens)
+    return np.bincount(m, minlength=layers + 1)
+
+
+def analysed(layers: int, tokens: int, gap: float, replay: str) -> dict:
+    """What the analysed steps log beside the others."""
+    row = {}
+    for kind, floor in FLOORS.items():
+        if kind.startswith("trainer"):
+            row[f"noise/{kind}/logp_mean_abs"] = floor / 10
+        if layers:
+            by_layer = np.full(layers, floor)
+            row |= {
+                f"noise/{kind}/router_rate": floor,
+                f"noise/{kind}/token_any_rate": 1 - (1 - floor) ** layers,
+                f"noise/{kind}/by_layer": by_layer,
+                f"noise/{kind}/histogram": histogram(tokens, by_layer),
+            }
+    if not layers:
+        return row
+    row |= {
+        "conditional/router_rate": 0.002,
+        "conditional/token_any_rate": 1 - 0.998**layers,
+        "conditional/by_layer": np.full(layers, 0.002),
+        "time/decomposition": 0.5,
+    }
+    gone = {"R2": ("routing_shift",), "R3": ("engine_routing", "routing_shift")}.get(replay, ())
+    for term, part in TERMS.items():
+        for name in ("gap",) * (term not in gone) + ("counterfactual",) * (
+            term in UNSEEN.get(replay, ())
+        ):
+            row |= {f"{name}/{term}/mean": 0.0, f"{name}/{term}/mean_abs": part * gap}
+    return row
+
+
 def random_tokens(rng, layers: int, *, sequences: int = 8, length: int = 6) -> dict:
-    """Responses of which one token in four differs in each layer; a gap that grows with that."""
+    """Responses whose layers differ with probability 1/4; gap and weight grow with mismatches.
+
+    |logp_old − logp_rollout| is 0.05 · own mismatches · |z|, the gradient weight 1 for A > 0, 0
+    for A = 0 and 1 + prefix / 100 for A < 0.
+    """
     num_tokens = sequences * length
     rollout = rng.random((num_tokens, layers, 8)).argpartition(2, axis=-1)[..., :2]
-    differs = rng.random((num_tokens, layers)) < 0.25
+    differs = rng.random((num_tokens, layers)) < min(0.25, 3 / max(layers, 1))
     train = np.where(differs[..., None], (rollout + 2) % 8, rollout)
     shared = (rollout[..., :, None] == train[..., None, :]).sum(axis=(2, 3))
     own = (shared < 2).sum(axis=1)
+    by_sequence = own.reshape(sequences, length)
+    prefix = (by_sequence.cumsum(axis=1) - by_sequence).ravel()
     logp_old = -rng.random(num_tokens)
-    routes = {"rollout_routes": rollout, "train_routes": train} if layers else {}
+    advantage = np.repeat(rng.choice([-1.0, 0.0, 1.0], sequences), length)
+    routes = {}
+    if layers:
+        routes = {
+            "rollout_routes": rollout,
+            "train_routes": train,
+            "prefix_mismatched": prefix,
+            "margin_min": rng.exponential(0.02, num_tokens) / (1 + own),
+        }
     return routes | {
         "sequence": np.repeat(np.arange(sequences), length),
         "position": np.tile(np.arange(length) + 5, sequences),
-        "token_id": rng.integers(0, 14, num_tokens),
-        "advantage": np.repeat(rng.choice([-1.0, 0.0, 1.0], sequences), length),
+        "token_id": rng.zipf(1.5, num_tokens) % 151_936,
+        "advantage": advantage,
         "logp_old": logp_old,
         "logp_rollout": logp_old - 0.05 * own * rng.standard_normal(num_tokens),
         "ratio": np.exp(0.1 * rng.standard_normal(num_tokens)),
+        "clipped": (advantage < 0) & (rng.random(num_tokens) < 0.02 * own),
+        "gradient_weight": np.select([advantage > 0, advantage < 0], [1, 1 + prefix / 100]),
         "overlap": shared,
     }
 

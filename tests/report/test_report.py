@@ -1,12 +1,13 @@
 """The report: what it says is what the store holds, and it renders whatever a run left.
 
-Not covered here: how the page looks (look at it in a browser); that curves are drawn through their
-points (the drawings are only checked to be there and to be SVG; their data are checked in JSON).
+Not covered here: how the page looks, hovering and tapping (look at it in a browser). That the
+drawings go through the numbers of the JSON is in test_drawings.
 """
 
 import base64
 import json
 import re
+from html import unescape
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report import write_report
 from moe_upgrpo.report.answers import TOKEN_FIGURES
-from moe_upgrpo.report.figures import FIGURES, trend
+from moe_upgrpo.report.figures import Curves, trend
+from moe_upgrpo.report.page import FIGURES, _spans
 from moe_upgrpo.report.plots import moving_average
 from moe_upgrpo.report.runs import Run, load_runs
 from moe_upgrpo.report.tokens import TokenLog
@@ -53,18 +55,27 @@ def images_of(html):
     ]
 
 
-def test_every_figure_of_a_full_run_shows_the_stored_values(tmp_path):
-    path = make_run(tmp_path / "run", steps=30)
-    html, data = write(tmp_path, path)
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run of 30 steps, its page and its data."""
+    folder = tmp_path_factory.mktemp("full")
+    path = make_run(folder / "run", steps=30)
+    return path, *write(folder, path)
+
+
+def test_every_figure_of_a_full_run_shows_the_stored_values(full):
+    path, html, data = full
     rows = read_metrics(path)
     assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in ALL]
-    assert len(images_of(html)) == len(ALL)
+    assert [figure["missing"] for figure in data["figures"]] == [[]] * len(ALL)
+    # Conditional has 2 panels, the decomposition without replay 1; 6, 5 and 5 of tokens.
+    assert len(images_of(html)) == len(ALL) + 1 + 5 + 4 + 4
     for svg in images_of(html):
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     for figure in data["figures"]:
         assert figure["data"], figure["key"]
         for entry in figure["data"]:
-            if "metric" in entry:
+            if "steps" in entry and "values" in entry:
                 logged = [
                     (row["step"], row[entry["metric"]]) for row in rows if entry["metric"] in row
                 ]
@@ -79,17 +90,34 @@ def test_every_figure_of_a_full_run_shows_the_stored_values(tmp_path):
 
 def test_figures_use_names_of_the_glossary(tmp_path):
     run = load_runs([make_run(tmp_path / "run", steps=1)])[0]
-    names = [name for f in FIGURES if hasattr(f, "metrics") for name, _ in f.metrics(run)]
-    assert len(names) > 15
+    parts = [part for figure in FIGURES for part in getattr(figure, "parts", [figure])]
+    curves = [part for part in parts if isinstance(part, Curves)]
+    names = [name for curve in curves for name, _ in curve.metrics(run)]
+    names += [entry["metric"] for f in FIGURES for entry in f.data([run])]
+    assert len(set(names)) > 40
     for name in names:
         metric(name)
 
 
-def test_one_file_that_asks_for_nothing_from_outside(tmp_path):
-    html, _ = write(tmp_path, make_run(tmp_path / "run", steps=2))
+def test_one_file_that_asks_for_nothing_from_outside(full):
+    _, html, _ = full
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
         assert attribute.startswith("data:")
     assert "@import" not in html and "url(" not in html and "<script" not in html
+    assert "http:" not in html and "https:" not in html
+    for svg in images_of(html):
+        loaded = re.findall(r'(?:href|src)="([^"]*)"', svg.decode())
+        assert all(address.startswith(("#", "data:")) for address in loaded)
+
+
+def test_every_token_tells_the_same_to_mouse_finger_and_keyboard(full):
+    """What a token tells is its label, shown on hover and on focus; each can have the focus."""
+    _, html, data = full
+    boxes = re.findall(r'<span class="token" ([^>]*)>', html)
+    assert len(boxes) == sum(len(s["tokens"]) for s in data["sequences"]) > 0
+    for box in boxes:
+        assert 'tabindex="0"' in box and 'aria-label="position ' in box
+    assert ".token:hover::after, .token:focus::after" in html and "attr(aria-label)" in html
 
 
 def test_rates_of_a_run_are_pooled_from_counts(tmp_path):
@@ -133,10 +161,12 @@ FLOOR = [
         "step": step,
         "mismatch/router_rate": rate,
         "logp_gap/mean_abs": 0.02,
-        "noise/repeat/router_rate": 0.0,
-        "noise/batch_shape/router_rate": floor,
-        "noise/repeat/logp_mean_abs": 0.0,
-        "noise/batch_shape/logp_mean_abs": 0.0,
+        "noise/trainer_repeat/router_rate": 0.0,
+        "noise/trainer_batch_shape/router_rate": floor,
+        "noise/engine_repeat/router_rate": 0.001,
+        "noise/engine_batch_shape/router_rate": 0.005,
+        "noise/trainer_repeat/logp_mean_abs": 0.0,
+        "noise/trainer_batch_shape/logp_mean_abs": 0.0,
     }
     for step, rate, floor in ((2, 0.1, 0.01), (4, 0.3, 0.03))
 ]
@@ -149,27 +179,107 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
     """
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "mismatch/router_rate": 0.9}, *FLOOR))
     assert figure_of(data, "routing")["says"][0]["text"].endswith(
-        "The trainer's own noise floor, at 2 analysed steps, is 0% between identical forwards and "
-        "2% in another batch shape, against 20% from engine to trainer on those steps: 10 times "
-        "the larger floor."
+        "Noise floor at 2 analysed steps: the trainer differs from itself by 0% (the same forward "
+        "twice) and 2% (another batch shape); the engine differs from itself by 0.1% (the same "
+        "pass twice) and 0.5% (sampling against one pass over the whole sequence); engine and "
+        "trainer on those steps by 20%, 10 times the largest floor."
     )
     assert figure_of(data, "logp_gap")["says"][0]["text"].endswith(
-        "is 0 between identical forwards and 0 in another batch shape, against 0.02 from engine to "
-        "trainer on those steps: all of it above the floor."
+        "by 0 (the same forward twice) and 0 (another batch shape); engine and trainer on those "
+        "steps by 0.02, all of it above the floor."
     )
     floors = [entry for entry in figure_of(data, "routing")["data"] if entry["floor"]]
     assert [(e["metric"], e["steps"], e["values"]) for e in floors] == [
-        ("noise/repeat/router_rate", [2, 4], [0, 0]),
-        ("noise/batch_shape/router_rate", [2, 4], [0.01, 0.03]),
+        ("noise/trainer_repeat/router_rate", [2, 4], [0, 0]),
+        ("noise/trainer_batch_shape/router_rate", [2, 4], [0.01, 0.03]),
+        ("noise/engine_repeat/router_rate", [2, 4], [0.001, 0.001]),
+        ("noise/engine_batch_shape/router_rate", [2, 4], [0.005, 0.005]),
     ]
-    assert "Not measured at all" not in html
-    assert "floor: same forward twice (0)" in images_of(html)[0].decode()
+    assert "was not measured in" not in html
+    assert "floor: trainer twice (0)" in images_of(html)[0].decode()
+    assert summary_of(data)["Noise floor, routers, trainer"] == ["2%"]
+    assert summary_of(data)["Noise floor, routers, engine"] == ["0.5%"]
+
+
+def test_the_floor_of_one_side_alone(tmp_path):
+    rows = [{k: v for k, v in row.items() if "engine" not in k} for row in FLOOR]
+    html, data = write(tmp_path, run_of(tmp_path, *rows))
+    text = figure_of(data, "routing")["says"][0]["text"]
+    assert "; the engine's own was not measured; " in text
+    assert "The engine's was not measured in run:" in " ".join(html.split())
 
 
 def test_a_run_without_a_noise_floor_is_named(tmp_path):
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "logp_gap/mean_abs": 0.1}))
-    assert "Not measured at all in run:" in html
+    for side in ("trainer", "engine"):
+        assert f"The {side}'s was not measured in run:" in " ".join(html.split())
     assert figure_of(data, "logp_gap")["says"][0]["text"].endswith("No noise floor was measured.")
+
+
+LAYERS = {
+    "mismatch/by_layer": [0.1, 0.3],
+    "mismatch/histogram": [6, 3, 1],
+    "noise/trainer_repeat/histogram": [10, 0, 0],
+    "noise/trainer_repeat/by_layer": [0.0, 0.0],
+    "noise/engine_batch_shape/histogram": [9, 1, 0],
+    "noise/engine_batch_shape/by_layer": [0.0, 0.1],
+}
+
+
+def test_histograms_and_layers_beside_their_floors(tmp_path):
+    """Counts add up over steps: 2 · (6, 3, 1); the mean is (3 + 2 · 1) / 10 = 0.5 layers."""
+    rows = [{"step": step} | LAYERS for step in (1, 2)]
+    html, data = write(tmp_path, run_of(tmp_path, *rows))
+    found = {entry["metric"]: entry for entry in figure_of(data, "histogram")["data"]}
+    assert {name: (entry["tokens"], entry["floor"]) for name, entry in found.items()} == {
+        "mismatch/histogram": ([12, 6, 2], False),
+        "noise/trainer_repeat/histogram": ([20, 0, 0], True),
+        "noise/engine_batch_shape/histogram": ([18, 2, 0], True),
+    }
+    assert found["mismatch/histogram"]["shares"] == [0.6, 0.3, 0.1]
+    assert figure_of(data, "histogram")["says"][0]["text"] == (
+        "Of 20 tokens 60% agree in every layer; the mean is 0.5 differing layers, the most 2 of 2. "
+        "Tokens of the noise floor differ: trainer twice in at most 0; engine, one pass in at most "
+        "1."
+    )
+    depth = {entry["metric"]: entry["rates"] for entry in figure_of(data, "depth")["data"]}
+    assert depth == {
+        "mismatch/by_layer": pytest.approx([0.1, 0.3]),
+        "noise/trainer_repeat/by_layer": [0, 0],
+        "noise/engine_batch_shape/by_layer": pytest.approx([0, 0.1]),
+    }
+    assert figure_of(data, "depth")["says"][0]["text"].endswith(
+        "the floor of any layer is at most 0% (trainer) and 10% (engine)."
+    )
+    assert len(images_of(html)) == 3
+
+
+def test_conditional_divergence_stands_alone(tmp_path):
+    """In no figure with a free-running metric; no free-running metric in its figure."""
+    row = {
+        "step": 3,
+        "mismatch/router_rate": 0.2,
+        "mismatch/by_layer": [0.1, 0.3],
+        "conditional/router_rate": 0.01,
+        "conditional/token_any_rate": 0.02,
+        "conditional/by_layer": [0.015, 0.005],
+    }
+    _, data = write(tmp_path, run_of(tmp_path, row, config={"moe_layers": [3, 7]}))
+    for figure in data["figures"]:
+        names = {entry.get("metric", "").split("/")[0] for entry in figure["data"]}
+        assert ("conditional" in names) == (figure["key"] == "conditional")
+        assert not {"conditional", "mismatch"} <= names
+    figure = figure_of(data, "conditional")
+    assert [entry["panel"] for entry in figure["data"]] == [
+        "conditional_steps",
+        "conditional_steps",
+        "conditional_layers",
+    ]
+    assert figure["says"][0]["text"] == (
+        "At 1 step, 1% of (token, layer) pairs flip by themselves, 2% of tokens in at least one "
+        "layer; most in layer 3 (1.5%)."
+    )
+    assert summary_of(data)["Conditional flips, routers"] == ["1%"]
 
 
 def test_the_largest_term_of_the_gap(tmp_path):
@@ -186,6 +296,84 @@ def test_the_largest_term_of_the_gap(tmp_path):
         "engine routing 0.5, numerics 0."
     )
     assert [entry["values"] for entry in figure["data"]] == [[0, 0], [0.5, 0.5], [2, 0], [1, 5]]
+    assert {entry["panel"] for entry in figure["data"]} == {"seen"}
+
+
+@pytest.mark.parametrize(
+    ("replay", "seen", "unseen"),
+    [
+        ("R2", ["numerics", "engine_routing", "update"], "routing_shift"),
+        ("R3", ["numerics", "update"], "engine_routing"),
+    ],
+)
+def test_the_decomposition_under_replay(tmp_path, replay, seen, unseen):
+    """What replay keeps from the loss is drawn apart and named as such."""
+    row = {"step": 1} | {f"gap/{term}/mean_abs": 0.1 * (i + 1) for i, term in enumerate(seen)}
+    row |= {f"counterfactual/{unseen}/mean_abs": 0.7}
+    html, data = write(tmp_path, run_of(tmp_path, row, config={"replay": replay}))
+    figure = figure_of(data, "decomposition")
+    assert [(entry["panel"], entry["metric"]) for entry in figure["data"]] == [
+        *(("seen", f"gap/{term}/mean_abs") for term in seen),
+        ("counterfactual", f"counterfactual/{unseen}/mean_abs"),
+    ]
+    assert figure["says"][0]["text"].endswith(
+        f" Under {replay} the loss sees these terms alone; {unseen.replace('_', ' ')}, which it "
+        "does not see, is 0.7 nats (counterfactual)."
+    )
+    assert "What replay keeps from the loss (counterfactual)" in html
+
+
+def test_the_cost_of_the_decomposition(tmp_path):
+    """(1 + 2) of (4 + 8) seconds; the step without one, of 100 s, does not count."""
+    rows = [
+        {"step": 1, "time/total": 4.0, "time/decomposition": 1.0},
+        {"step": 2, "time/total": 100.0},
+        {"step": 3, "time/total": 8.0, "time/decomposition": 2.0},
+    ]
+    _, data = write(tmp_path, run_of(tmp_path, *rows))
+    name = "Decomposition, share of analysed steps' time"
+    assert summary_of(data)[name] == ["25.0% of 2 steps"]
+
+
+def test_alarms_with_their_meaning_and_without(tmp_path):
+    rows = [
+        {"step": step, "alarms": names}
+        for step, names in enumerate([["hot"], ["hot", "cold"], [], ["hot"]], start=1)
+    ]
+    html, data = write(tmp_path, run_of(tmp_path, *rows, config={"alarms": {"hot": "it burns."}}))
+    assert data["alarms"] == [
+        {"run": "run", "name": "hot", "steps": [1, 2, 4], "count": 3, "meaning": "it burns."},
+        {"run": "run", "name": "cold", "steps": [2], "count": 1, "meaning": None},
+    ]
+    assert "<b>hot</b>, 3 times, at steps 1 to 2 and 4. It burns.</p>" in html
+    assert "<b>cold</b>, 1 time, at step 2.</p>" in html
+    assert summary_of(data)["Alarms"] == ["hot (3×), cold (1×)"]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [({"alarms": []}, "No alarm was raised."), ({}, "The run did not look for alarms.")],
+)
+def test_no_alarm(tmp_path, row, text):
+    html, data = write(tmp_path, run_of(tmp_path, {"step": 1} | row))
+    assert data["alarms"] == [] and text in html
+
+
+def test_steps_of_an_alarm_that_rings_always():
+    assert _spans([3]) == "step 3"
+    assert _spans(list(range(1, 301))) == "steps 1 to 300"
+    text = _spans(list(range(0, 100, 2)))
+    assert text.startswith("steps 0, 2, ") and text.endswith(", 22 and 38 more places")
+
+
+def test_a_probe_has_no_reward_and_says_so(tmp_path):
+    row = {"step": 1, "mismatch/router_rate": 0.1, "logp_gap/mean_abs": 0.01}
+    html, data = write(tmp_path, run_of(tmp_path, row, config={"loss": "none (probe)"}))
+    reason = "A probe samples and compares: it has no rewards and trains nothing."
+    for key in ("reward", "held_out", "clip", "kl", "grad_norm"):
+        assert figure_of(data, key)["says"][0]["text"] == reason
+        assert figure_of(data, key)["data"] == []
+    assert html.count(reason) == 1
 
 
 def test_throughput_is_tokens_over_seconds_not_a_mean_of_rates(tmp_path):
@@ -251,7 +439,7 @@ def test_a_run_of_one_step(tmp_path):
     )
     assert summary_of(data)["Reward, beginning → end"] == ["0.5"]
     assert figure_of(data, "depth")["says"][0]["text"] == (
-        "Its one MoE layer differs for 25% of tokens."
+        "Its one MoE layer differs for 25% of tokens; no noise floor by layer was measured."
     )
     assert len(images_of(html)) == 3
 
@@ -259,7 +447,9 @@ def test_a_run_of_one_step(tmp_path):
 def test_missing_metrics_are_said_to_be_missing(tmp_path):
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "reward/mean": None}))
     assert images_of(html) == []
-    assert html.count("No data: nothing of this was logged.") == len(ALL)
+    shown = unescape(html[html.index("<body>") :])
+    assert "<figure>" not in shown
+    assert all(f'<span id="{figure.key}">{figure.title}</span>' in shown for figure in ALL)
     assert all(figure["says"][0]["text"] for figure in data["figures"])
     assert list(summary_of(data)) == ["Training steps"]
 
@@ -284,21 +474,35 @@ def test_no_mismatch_is_reported_as_none(tmp_path):
         "mismatch/token_any_rate": 0.0,
         "mismatch/by_layer": [0.0, 0.0],
         "mismatch/router_denominator": 50,
+        "mismatch/histogram": [25, 0, 0],
+        "noise/trainer_batch_shape/router_rate": 0.002,
         "logp_gap/mean_abs": 0.0,
         "logp_gap/k3": 0.0,
         "logp_gap/max_abs": 0.0,
     }
     html, data = write(tmp_path, run_of(tmp_path, row))
-    assert figure_of(data, "routing")["says"][0]["text"].startswith("0% of 50 (token, layer) pairs")
+    assert figure_of(data, "routing")["says"][0]["text"] == (
+        "0 of 50 (token, layer) pairs compared differ. Noise floor at 1 analysed step: the trainer "
+        "differs from itself by 0.2% (another batch shape); the engine's own was not measured; "
+        "engine and trainer on those steps by 0%."
+    )
+    assert figure_of(data, "histogram")["says"][0]["text"].startswith(
+        "0 of 25 tokens compared differ in any of 2 layers. "
+    )
     assert figure_of(data, "layers")["says"][0]["text"] == "No mismatch in any of the 2 MoE layers."
-    assert len(images_of(html)) == 4
+    assert len(images_of(html)) == 5
 
 
 def test_a_dense_run(tmp_path):
     html, data = write(tmp_path, make_run(tmp_path / "run", steps=3, layers=0))
     assert "dense" in html
     assert figure_of(data, "layers")["data"] == []
-    assert figure_of(data, "routing")["says"][0]["text"] == "No routes were compared."
+    assert figure_of(data, "routing")["says"][0]["text"] == "The model has no MoE layer."
+    routing = ("routing", "histogram", "layers", "depth", "conditional", "decomposition")
+    left_out = "; ".join(
+        f'<span id="{key}">{figure_of(data, key)["title"]}</span>' for key in routing
+    )
+    assert f"Not shown: {left_out}. The model has no MoE layer." in html
 
 
 def test_runs_overlaid(tmp_path):
@@ -307,7 +511,8 @@ def test_runs_overlaid(tmp_path):
     html, data = write(tmp_path, a, b)
     assert [run["label"] for run in data["runs"]] == ["up", "grpo"]
     assert [entry["run"] for entry in figure_of(data, "reward")["data"]] == ["up", "grpo"]
-    assert len(images_of(html)) == len(ALL) + 1  # a heat map for each
+    # A heat map for each; panels as in a run alone.
+    assert len(images_of(html)) == len(ALL) + 1 + 1 + 5 + 4 + 4
     greedy = summary_of(data)["Held-out pass@8"]
     assert greedy == ["55% → 95%", "–"]
     assert all([s["run"] for s in f["says"]] == ["up", "grpo"] for f in data["figures"])
@@ -315,7 +520,7 @@ def test_runs_overlaid(tmp_path):
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
-    paths = [make_run(tmp_path / name / "run", steps=1) for name in "ab"]
+    paths = [run_of(tmp_path / name, {"step": 1}) for name in "ab"]
     _, data = write(tmp_path, *paths)
     assert [run["label"] for run in data["runs"]] == [str(path) for path in paths]
 
@@ -326,9 +531,9 @@ def test_what_a_config_says_is_text_not_markup(tmp_path):
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
-def test_the_same_store_gives_the_same_page(tmp_path):
-    path = make_run(tmp_path / "run", steps=3)
-    assert write(tmp_path, path) == write(tmp_path, path)
+def test_the_same_store_gives_the_same_page(full, tmp_path):
+    path, *page = full
+    assert list(write(tmp_path, path)) == page
 
 
 def test_bad_folders(tmp_path):

@@ -8,12 +8,18 @@ import json
 
 import pytest
 
-from moe_upgrpo.report import write_report
+from moe_upgrpo.report import plots, write_report
 from moe_upgrpo.report.answers import TOKEN_FIGURES, interval
 from moe_upgrpo.report.figures import percent
 from moe_upgrpo.report.tokens import read_token_log
 from moe_upgrpo.store import RunFolder
-from tests.report.synthetic import make_run, write_tokens
+from tests.report.synthetic import FLOORS, make_run, write_tokens
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Drawing takes most of a report's time, and nothing here looks at it."""
+    monkeypatch.setattr(plots, "draw", lambda figure, data, labels: [])
 
 
 @pytest.fixture
@@ -32,6 +38,16 @@ def figures(run):
     return {figure["key"]: figure for figure in data["figures"]}, data
 
 
+def panel(found, name, *, floor=False):
+    """The entries of one panel, by their labels."""
+    entries = [e for f in found.values() for e in f["data"] if e.get("panel") == name]
+    return {entry["label"]: entry for entry in entries if entry["floor"] == floor}
+
+
+def rates(found, name, label):
+    return [row["rate"] for row in panel(found, name)[label]["rows"]]
+
+
 def says(figure):
     return figure["says"][0]["text"]
 
@@ -46,34 +62,53 @@ FOUR = {
     "ratio": [1.0, 0.5, 1.0, 1.2],
     "advantage": [1.0, 1.0, -1.0, -1.0],
     "clipped": [False, False, True, False],
+    "token_id": [7, 3, 7, 7],
+    "margin_min": [0.125, 0.25, 0.5, 1.0],
+    "prefix_mismatched": [0, 2, 0, 0],
+    "gradient_weight": [3.0, 1.0, 2.0, 4.0],
 }
 
 
 def test_by_hand(run):
     write_tokens(run, 1, FOUR, 2)
     found, data = figures(run)
-    gap = found["gap_by_own"]["data"][0]["rows"]
+    gap = panel(found, "gap_by_own")["mean |gap|"]["rows"]
     assert [row["group"] for row in gap] == [[0, 0], [1, 1], [2, 2]]
     assert [row["rate"] for row in gap] == pytest.approx([0.1, 0.2, 0.4])
-    assert says(found["gap_by_own"]) == (
-        "Mean |gap| is 0.1 (one sequence, no interval) for the 2 tokens that differ in no layer, "
-        "0.2 (one sequence, no interval) for the 1 token that differs in 1, 0.4 (one sequence, no "
-        "interval) for the 1 token that differs in 2."
-    )
     # Beyond 1.1 is a distance above log 1.1 = 0.095, beyond 1.5 above 0.405.
-    tails = {entry["label"]: entry["rows"] for entry in found["gap_tails_by_own"]["data"]}
-    assert [row["rate"] for row in tails["> 1.1×"]] == [1, 1, 1]
-    assert [row["rate"] for row in tails["> 1.5×"]] == [0, 0, 0]
+    assert rates(found, "gap_tails_by_own", "> 1.1×") == [1, 1, 1]
+    assert rates(found, "gap_tails_by_own", "> 1.5×") == [0, 0, 0]
     # Ratios: 0.5 is 2× from 1 (not beyond), 1.2 beyond 1.1.
-    tails = {entry["label"]: entry["rows"] for entry in found["ratio_tails_by_own"]["data"]}
-    assert [row["rate"] for row in tails["> 1.1×"]] == [0.5, 1, 0]
-    assert [row["rate"] for row in tails["> 2×"]] == [0, 0, 0]
-    # Position 5: 2 of 4 routers; position 6: 1 of 4.
-    rows = found["mismatch_by_position"]["data"][0]["rows"]
-    assert [(row["group"], row["numerator"], row["denominator"]) for row in rows] == [
-        ([5, 5], 2, 4),
-        ([6, 6], 1, 4),
-    ]
+    assert rates(found, "ratio_tails_by_own", "> 1.1×") == [0.5, 1, 0]
+    assert rates(found, "ratio_tails_by_own", "> 2×") == [0, 0, 0]
+    assert rates(found, "clipped_by_own", "clipped") == [0.5, 0, 0]
+    # Weights 3, 1 with A > 0 and own 2, 1; 2, 4 with A < 0 and own 0.
+    assert rates(found, "gradient_weight_by_own", "advantage > 0") == [1, 3]
+    assert rates(found, "gradient_weight_by_own", "advantage < 0") == [3]
+    assert says(found["by_own"]).startswith(
+        "2 tokens that agree → 1 tokens that differ in 2 layers: mean |gap| 0.1 (one sequence, no "
+        "interval) → 0.4 (one sequence, no interval); gap beyond 1.1× 100% (one"
+    )
+    # Prefix 0, 2 in one sequence and 0, 0 in the other.
+    assert rates(found, "gap_by_prefix", "mean |gap|") == pytest.approx([0.2, 0.2])
+    assert rates(found, "clipped_by_prefix", "clipped") == pytest.approx([1 / 3, 0])
+    # Position 5: 2 of 4 routers; position 6: 1 of 4. Margins ascend with the rows.
+    for name, expected in (
+        ("mismatch_by_position", [([5, 5], 2, 4), ([6, 6], 1, 4)]),
+        ("mismatch_by_layer", [(1, 2, 4), (2, 1, 4)]),
+        ("mismatch_by_step", [(1, 3, 8)]),
+        ("mismatch_by_token", [(7, 2, 6), (3, 1, 2)]),
+        ("mismatch_by_prefix", [([0, 0], 2, 6), ([2, 2], 1, 2)]),
+        (
+            "mismatch_by_margin",
+            [([0.125, 0.125], 2, 2), ([0.25, 0.25], 1, 2), ([0.5, 0.5], 0, 2), ([1, 1], 0, 2)],
+        ),
+    ):
+        rows = panel(found, name)["routers"]["rows"]
+        assert [(row["group"], row["numerator"], row["denominator"]) for row in rows] == expected
+    assert says(found["mismatch_where"]).startswith(
+        "3 of 8 (token, layer) pairs differ; most at layer 1, 50% ("
+    )
     signs = {
         entry["quantity"]: {row["group"]: row["rate"] for row in entry["rows"]}
         for entry in found["by_sign"]["data"]
@@ -131,7 +166,7 @@ def test_no_file_that_can_be_read(run):
 
 def test_a_run_without_a_token_log(tmp_path):
     found, data = figures(make_run(tmp_path / "run", steps=1, level="aggregate"))
-    assert data["token_log"][0]["text"].startswith("This run has no token log")
+    assert "kept its token log at level aggregate" in data["token_log"][0]["text"]
     for figure in TOKEN_FIGURES:
         assert found[figure.key]["data"] == []
         assert says(found[figure.key]) == data["token_log"][0]["text"]
@@ -144,26 +179,85 @@ def test_a_dense_model(tmp_path):
         "ratio_tail_1.1",
         "clipped",
     }
-    for key in ("gap_by_own", "mismatch_by_position", "clustering"):
+    for key in ("by_own", "by_prefix", "clustering"):
         assert says(found[key]) == "The model has no MoE layer."
 
 
 def test_no_mismatch_and_one_sign(run):
     write_tokens(run, 1, {"sequence": [0, 1], "advantage": [1.0, 1.0]}, 3)
     found, _ = figures(run)
-    assert says(found["clustering"]) == "No token differs in any layer."
+    assert says(found["clustering"]) == "0 of 2 tokens compared differ in any layer."
     assert says(found["by_sign"]) == "There are only tokens of positive advantage."
-    assert says(found["gap_by_own"]) == (
-        "Mean |gap| is 0 (none seen) for the 2 tokens that differ in no layer; there are no others."
+    assert says(found["mismatch_where"]) == "0 of 6 (token, layer) pairs compared differ."
+    assert says(found["by_own"]) == (
+        "2 tokens that agree, and no others: mean |gap| 0 (none seen); gap beyond 1.1× 0% (none "
+        "seen); ratio beyond 1.1× 0% (none seen); clipped 0% (none seen)."
     )
+    assert says(found["by_prefix"]) == "The token log has no column prefix_mismatched."
+    text = "The token log has no column gradient_weight."
+    assert found["by_own"]["missing"] == [
+        {"run": "run", "panel": "mean gradient weight of each branch", "text": text}
+    ]
+
+
+def test_a_branch_without_tokens_is_named_and_the_other_drawn(run):
+    write_tokens(run, 1, FOUR | {"advantage": [1.0, 1.0, 0.0, 0.0]}, 2)
+    found, _ = figures(run)
+    assert list(panel(found, "gradient_weight_by_own")) == ["advantage > 0"]
+    (missing,) = found["by_own"]["missing"]
+    assert missing["text"].startswith("No token to count for gradient_weight_negative")
+
+
+def test_the_floor_of_each_side_beside_the_figures(tmp_path):
+    """The larger of each side's two, as planted; log-probs have the trainer's alone."""
+    found, _ = figures(make_run(tmp_path / "run", steps=2))
+    for name in ("layer", "step", "position", "margin", "token", "prefix"):
+        floors = panel(found, f"mismatch_by_{name}", floor=True)
+        assert {label: entry["value"] for label, entry in floors.items()} == {
+            "floor: trainer against itself": FLOORS["trainer_batch_shape"],
+            "floor: engine against itself": FLOORS["engine_batch_shape"],
+        }
+    (floor,) = panel(found, "gap_by_own", floor=True).values()
+    assert floor["metric"] == "noise/trainer_batch_shape/logp_mean_abs"
+    assert floor["value"] == FLOORS["trainer_batch_shape"] / 10
+
+
+def test_planted_dependences_are_seen(tmp_path):
+    """As `random_tokens` plants them: weight 1 for A > 0, 1 + prefix / 100 for A < 0."""
+    found, _ = figures(make_run(tmp_path / "run", steps=40))
+    weights = panel(found, "gradient_weight_by_prefix")
+    assert {row["rate"] for row in weights["advantage > 0"]["rows"]} == {1}
+    for row in weights["advantage < 0"]["rows"]:
+        low, high = row["group"]
+        assert 1 + low / 100 - 1e-6 <= row["rate"] <= 1 + high / 100 + 1e-6
+    first, *_, last = panel(found, "gap_by_own")["mean |gap|"]["rows"]
+    assert first["rate"] == pytest.approx(0, abs=1e-7) and last["low"] > 0.05
+
+
+def test_a_sampled_log_says_its_share(tmp_path):
+    path = make_run(tmp_path / "run", steps=3, level="sampled", share=0.5)
+    _, data = figures(path)
+    assert data["token_log"][0]["text"].endswith(
+        " A sample: whole sequences, drawn with a share of 50%."
+    )
+
+
+def test_files_with_and_without_optional_columns(run):
+    """Rows of the older file have no margin: they are left out there, and count elsewhere."""
+    optional = ("margin_min", "prefix_mismatched", "gradient_weight")
+    write_tokens(run, 1, {k: v for k, v in FOUR.items() if k not in optional}, 2)
+    write_tokens(run, 2, FOUR, 2)
+    found, _ = figures(run)
+    for name, pairs in (("mismatch_by_margin", 8), ("mismatch_by_position", 16)):
+        rows = panel(found, name)["routers"]["rows"]
+        assert sum(row["denominator"] for row in rows) == pairs
 
 
 def test_a_log_prob_gone_nan_is_shown_as_one(run):
     write_tokens(run, 1, FOUR | {"logp_old": [float("nan"), -1.0, -1.0, -1.0]}, 2)
     found, _ = figures(run)
-    rows = found["gap_by_own"]["data"][0]["rows"]
-    assert [row["rate"] for row in rows][2] is None
-    assert "not a number for the 1 token that differs in 2" in says(found["gap_by_own"])
+    assert rates(found, "gap_by_own", "mean |gap|")[2] is None
+    assert "interval) → not a number; gap beyond 1.1×" in says(found["by_own"])
 
 
 def test_intervals_in_words():

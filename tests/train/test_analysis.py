@@ -143,7 +143,7 @@ def swap_experts(state) -> None:
 
 
 def record_of(actor, samples, rollouts, *, noise=None) -> StepRecord:
-    native = actor.score(samples)
+    native = actor.score(samples, record=("routes", "margins", "gates"))
     held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
     nothing = np.zeros(len(samples), np.float32)
     return StepRecord(
@@ -155,7 +155,7 @@ def record_of(actor, samples, rollouts, *, noise=None) -> StepRecord:
         advantages=nothing,
         old=OldScores(
             native=native,
-            held=actor.score(held),
+            held=actor.score(held, record=("routes", "gates")),
             analysed=True,
             counterpart=[s.log_probs for s in native],
         ),
@@ -258,5 +258,6 @@ def test_a_run_without_mismatch_reports_zeros_of_what_it_compared(tiny_checkpoin
     zero = ("router_rate", "slot_rate", "token_any_rate", "routers_per_token", "router_numerator")
     for name in (*(f"mismatch/{n}" for n in zero), "conditional/router_rate", "logp_gap/max_abs"):
         assert metrics.get(name, 0) == 0, name
+    assert metrics["conditional/gate_overlap"] == pytest.approx(1, abs=1e-6)
     for term in ("numerics", "engine_routing", "update", "routing_shift"):
         assert metrics[f"gap/{term}/mean_abs"] == 0

@@ -48,6 +48,7 @@ SECOND = Rollout(  # positions 0 | 1 2: rows 0, 1
 
 
 def scored(log_probs, entropy, rows, own=None, margins=None) -> Scored:
+    """Gates: 3/4 for the first expert of a row and 1/4 for the second."""
     rows = np.array(rows, dtype=np.int16)
     return Scored(
         log_probs=log_probs,
@@ -55,7 +56,9 @@ def scored(log_probs, entropy, rows, own=None, margins=None) -> Scored:
         routes=rows,
         own_routes=rows if own is None else np.array(own, dtype=np.int16),
         margins=np.ones(rows.shape[:2], np.float32) if margins is None else margins,
-        gates=None,
+        gates=np.broadcast_to(np.array([0.75, 0.25], np.float32), rows.shape).copy()
+        if rows.shape[-1] == 2
+        else None,
     )
 
 
@@ -173,6 +176,10 @@ def test_sums(step):
     assert sums["noise/trainer_repeat/k3"] == (0.0, 5)
     assert sums["conditional/router_rate"] == (1, 10)
     assert sums["conditional/by_layer/0"] == (1, 5) and sums["conditional/by_layer/1"] == (0, 5)
+    # Rollout's experts against the trainer's, gates 3/4 and 1/4 in the order written:
+    # row 1: {0,1} against (1, 0): 1/4 + 1/4; row 2, layer 1: (2,3) against (1,2): 1/4;
+    # row 3: (0,1) against (1,2): 1/4, and (0,1) against (2,3): 0. The other five of ten are whole.
+    assert sums["conditional/gate_overlap"] == (pytest.approx(0.5 + 1 + 1 + 0.25 + 0.25 + 4), 10)
     metrics = record.measured(named)
     assert metrics["mismatch/histogram"] == [3, 1, 1] and metrics["mismatch/by_layer"] == [0.2, 0.4]
     assert metrics["conditional/histogram"] == [4, 1, 0]
