@@ -1,8 +1,11 @@
 """What the actor refuses. That it computes rightly: test_layouts.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
@@ -11,36 +14,127 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.megatron.tap import Visit
+from tests.ranks import run_ranks
+
+VALUES = np.full(3, -1.0, np.float32)
+SAMPLE = Sample(
+    tokens=np.array([5, 6, 7, 8, 9]),
+    prompt_length=2,
+    old_log_probs=VALUES,
+    rollout_log_probs=VALUES,
+    advantage=1.0,
+)
+LOSS = PolicyLossConfig.preset("up-grpo")
 
 
-def test_a_log_prob_that_is_not_finite_stops_the_update_before_any_weight_changes(tiny_checkpoint):
-    values = np.full(3, -1.0, np.float32)
-    sample = Sample(
-        tokens=np.array([5, 6, 7, 8, 9]),
-        prompt_length=2,
-        old_log_probs=values,
-        rollout_log_probs=values,
-        advantage=1.0,
-    )
-    loss = PolicyLossConfig.preset("up-grpo")
-    with groups.process_groups(Layout()):
-        actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=OptimizerSettings())
-        weights = dict(actor.chunks[0].module.named_parameters())
+def broken_update(layout: Layout, checkpoint) -> tuple[str, bool, bool]:
+    """The error of an update with a NaN weight; whether weights changed; and with it mended."""
+    with groups.process_groups(layout):
+        actor = MegatronActor(checkpoint, layout, optimizer=OptimizerSettings())
+        weights = dict(actor.chunks[-1].module.named_parameters())
+        head = weights.get("output_layer.weight", torch.zeros(0, 1))
         with torch.no_grad():
-            weights["output_layer.weight"][7] = float("nan")  # every softmax is then NaN
+            head[7:8] = float("nan")  # every softmax is then NaN
         before = {name: weight.detach().clone() for name, weight in weights.items()}
-        with pytest.raises(UserError, match=r"position 2 .*nan.*were not changed"):
-            actor.update([sample], loss)
-        for name, weight in weights.items():
-            torch.testing.assert_close(
-                weight.detach(), before[name], equal_nan=True, rtol=0, atol=0
+        with pytest.raises(UserError) as error:
+            actor.update([SAMPLE], LOSS)
+
+        def changed() -> bool:
+            return not all(
+                torch.equal(weight.nan_to_num(), before[name].nan_to_num())
+                for name, weight in weights.items()
             )
+
+        after_error = changed()
         with torch.no_grad():
-            weights["output_layer.weight"][7] = 0.1
-        actor.update([sample], loss)  # and it is the log-prob that stopped it
-        assert not torch.equal(weights["output_layer.weight"], before["output_layer.weight"])
+            head[7:8] = 0.1
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        actor.update([SAMPLE], LOSS)  # and it is the log-prob that stopped it
+        return str(error.value), after_error, changed()
 
 
-def test_no_samples_is_an_error(tiny_checkpoint):
-    with groups.process_groups(Layout()), pytest.raises(UserError, match="No samples"):
-        MegatronActor(tiny_checkpoint, Layout()).score([])
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_a_log_prob_that_is_not_finite_stops_the_update_before_any_weight_changes(
+    layout, tiny_checkpoint
+):
+    """On every rank, also on the stages that never see a log-prob."""
+    for message, after_error, after_mend in run_ranks(
+        layout.pp, broken_update, layout, tiny_checkpoint
+    ):
+        assert "position 2" in message and "nan" in message and "were not changed" in message
+        assert not after_error and after_mend
+
+
+@pytest.fixture
+def actor(tiny_checkpoint):
+    with groups.process_groups(Layout()):
+        yield MegatronActor(
+            tiny_checkpoint,
+            Layout(),
+            micro_batch_size=1,
+            optimizer=OptimizerSettings(algorithm="sgd"),
+            recompute="full",
+        )
+
+
+def test_no_samples_is_an_error(actor):
+    with pytest.raises(UserError, match="No samples"):
+        actor.score([])
+
+
+def test_what_cannot_be_recorded_is_refused_by_name(actor):
+    with pytest.raises(UserError, match=r"\['logits'\]: use any of routes, margins, gates"):
+        actor.score([SAMPLE], record=("routes", "logits"))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2), (4, 1, 2), (4, 2, 3), (4, 0, 0)])
+def test_routes_of_another_shape_are_refused(shape, actor):
+    with pytest.raises(UserError, match=r"takes \(4, 2, 2\) \(tokens − 1, MoE layers, experts"):
+        actor.score([replace(SAMPLE, routes=np.zeros(shape, np.int16))])
+
+
+def test_other_kinds_of_recomputation_are_refused(actor, tiny_checkpoint):
+    with pytest.raises(UserError, match="recompute='selective': use one of none, full"):
+        MegatronActor(tiny_checkpoint, Layout(), recompute="selective")
+
+
+def test_nothing_is_recorded_where_nothing_is_asked_for(actor):
+    (scored,) = actor.score([SAMPLE], record=())
+    assert scored.routes.shape == (4, 0, 0) and scored.own_routes is scored.routes
+    assert scored.margins is None and scored.gates is None
+    assert actor.update([SAMPLE], LOSS).routes is None
+
+
+def test_a_recomputation_that_did_not_happen_is_an_error(actor):
+    get_model_config(actor.chunks[0]).recompute_granularity = None
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] did not run once forward and 1 times"):
+        actor.update([SAMPLE], LOSS)
+
+
+def test_a_recomputation_in_the_wrong_micro_batch_is_an_error_that_names_the_routers(
+    actor, monkeypatch
+):
+    """The planted fault: whatever is recomputed gets the routes of the first micro-batch."""
+    first = []
+
+    def backward_of(visit: Visit, output):
+        first.append(visit)
+        output.register_hook(first[0]._begin_backward)
+
+    monkeypatch.setattr(Visit, "backward_of", backward_of)
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] .*micro-batch 0.*\{0: \(1, 2\)"):
+        actor.update([SAMPLE, SAMPLE], LOSS)
+
+
+def test_a_dense_model_has_no_routes_and_that_is_no_error(checkpoints):
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoints["dense"], Layout())
+        assert (actor.layer_ids, actor.top_k, actor.num_experts) == ([], 0, 0)
+        (scored,) = actor.score([SAMPLE], record=("routes", "margins", "gates"))
+        assert scored.routes.shape == scored.own_routes.shape == scored.gates.shape == (4, 0, 0)
+        assert scored.margins.shape == (4, 0)
+        (replayed,) = actor.score([replace(SAMPLE, routes=scored.routes)])
+        assert np.array_equal(replayed.log_probs, scored.log_probs)
+        with pytest.raises(UserError, match=r"this model takes \(4, 0, 0\)"):
+            actor.score([replace(SAMPLE, routes=np.zeros((4, 2, 2), np.int16))])

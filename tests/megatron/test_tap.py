@@ -1,4 +1,4 @@
-"""What the router tap refuses. That it records the right routes: test_layouts.py."""
+"""What the router tap refuses and counts. That it records the right routes: test_layouts.py."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model, read_model_config
-from moe_upgrpo.megatron.tap import RouterTap
+from moe_upgrpo.megatron.tap import NO_ROUTE, RouterTap
+from moe_upgrpo.megatron.weights import load_weights
 
 TOKENS = torch.arange(6)[None]
 
@@ -16,11 +17,17 @@ TOKENS = torch.arange(6)[None]
 def model(tiny_checkpoint):
     with groups.process_groups(Layout()):
         hf = read_model_config(tiny_checkpoint)
-        yield build_model(hf, Layout(), torch.float32)[0]
+        chunks = build_model(hf, Layout(), torch.float32, "full")
+        load_weights(chunks, hf, tiny_checkpoint)
+        yield chunks[0].eval()
 
 
 def routers(model):
     return [layer.mlp.router for layer in model.decoder.layers]
+
+
+def forward(model, tokens=TOKENS):
+    return model(tokens, tokens, None)
 
 
 def test_two_routers_with_one_layer_number_are_refused(model):
@@ -35,6 +42,20 @@ def test_the_fused_router_is_refused(model):
         RouterTap([model])
 
 
+def test_margins_of_group_limited_routing_are_refused(model):
+    recorder = RouterTap([model])
+    for router in routers(model):
+        router.config.moe_router_num_groups, router.config.moe_router_group_topk = 4, 2
+    with recorder.installed(), recorder.visit(0, 1, record=("routes",)):
+        forward(model)
+    with (
+        pytest.raises(UserError, match="moe_router_group_topk=2"),
+        recorder.installed(),
+        recorder.visit(0, 1, record=("margins",)),
+    ):
+        forward(model)
+
+
 def test_a_router_that_drops_tokens_is_an_error(model):
     routers(model)[1].register_forward_hook(
         lambda module, inputs, outputs: (outputs[0], outputs[1] & (torch.arange(8) > 3))
@@ -42,8 +63,133 @@ def test_a_router_that_drops_tokens_is_an_error(model):
     recorder = RouterTap([model])
     visit = recorder.visit(0, 1)
     with recorder.installed(), visit:
-        model(TOKENS, TOKENS, None)
+        forward(model)
     assert "layers [1] did not send each token" in tap.wrong_uses([visit], 0)
+
+
+def test_routes_that_name_an_expert_twice_are_an_error(model):
+    recorder = RouterTap([model])
+    routes_BSLK = torch.tensor([4, 5], dtype=torch.int16).repeat(1, 6, 2, 1)
+    routes_BSLK[0, 3, 0] = 5
+    visit = recorder.visit(0, 1, routes_BSLK)
+    with recorder.installed(), visit:
+        forward(model)
+    assert "layers [0] did not send each token" in tap.wrong_uses([visit], 0)
+
+
+def test_a_router_that_is_skipped_is_an_error_that_names_it(model):
+    """Sinkhorn routing has a top-k of its own, which asks nobody (router.py:247)."""
+    recorder = RouterTap([model])
+    routers(model)[1].routing_type = "sinkhorn"
+    visit = recorder.visit(0, 1)
+    with recorder.installed(), visit:
+        forward(model)
+    message = tap.wrong_uses([visit], 0)
+    assert "routers of layers [1] did not run once" in message and "{1: (0, 0)}" in message
+
+
+def test_a_router_that_runs_twice_is_an_error_that_names_it(model):
+    recorder = RouterTap([model])
+    visits = [recorder.visit(0, 1) for _ in range(2)]
+    with recorder.installed():
+        with visits[0]:
+            forward(model)
+        with visits[1]:
+            forward(model)
+            forward(model)
+    assert tap.wrong_uses(visits[:1], 0) is None
+    message = tap.wrong_uses(visits, 0)
+    assert "layers [0, 1]" in message and "micro-batch 1" in message
+    assert "{0: (2, 0), 1: (2, 0)}" in message
+
+
+def test_a_router_that_runs_outside_its_micro_batch_is_an_error(model):
+    recorder = RouterTap([model])
+    with recorder.installed(), pytest.raises(RuntimeError, match="layer 0 ran outside"):
+        forward(model)
+
+
+def test_rows_without_a_route_are_routed_natively(model):
+    """Padding and the last token of a sequence: not sent to expert 0."""
+    routes_BSLK = torch.tensor([6, 7], dtype=torch.int16).repeat(1, 6, 2, 1)
+    routes_BSLK[:, 4:] = NO_ROUTE
+    recorder = RouterTap([model])
+    visit = recorder.visit(0, 1, routes_BSLK, ("routes",))
+    with recorder.installed(), visit:
+        forward(model)
+    for arrays in tap.local_arrays([visit])[0].values():
+        assert (arrays["routes"][:4] == [6, 7]).all()
+        assert (arrays["routes"][4:] == arrays["own_routes"][4:]).all()
+        assert not (arrays["own_routes"][:4] == [6, 7]).all()
+
+
+def gradient(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def test_recomputed_layers_find_the_routes_of_their_own_micro_batch(model):
+    """Three forwards, then their backwards in another order, as no queue could follow.
+
+    Interleaved pipelines come near it (test_layouts.py); here the order is arbitrary, and the sum
+    of gradients is that of one micro-batch after the other.
+    """
+    model.train()
+    recorder = RouterTap([model])
+    batches = [TOKENS, TOKENS + 7, TOKENS + 20]
+    routes = [torch.tensor(ids, dtype=torch.int16).repeat(1, 6, 2, 1) for ids in ([0, 1], [4, 7])]
+    routes.append(None)  # native
+
+    def visits():
+        return [recorder.visit(0, 1, r) for r in routes]
+
+    def run(visit, tokens):
+        with visit:
+            output = forward(model, tokens)
+        visit.backward_of(output)
+        return output.square().mean()
+
+    with recorder.installed():
+        one_by_one = visits()
+        for visit, tokens in zip(one_by_one, batches, strict=True):
+            torch.autograd.backward(run(visit, tokens))
+        expected = gradient(model)
+        interleaved = visits()
+        losses = [run(v, tokens) for v, tokens in zip(interleaved, batches, strict=True)]
+        for i in (1, 2, 0):
+            torch.autograd.backward(losses[i])
+        actual = gradient(model)
+    for of_run in (one_by_one, interleaved):
+        assert tap.wrong_uses(of_run, 1) is None and tap.flips(of_run) == 0
+        assert "1 times in the backward" not in tap.wrong_uses(of_run, 0)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor)
+
+
+def test_a_recomputation_with_the_routes_of_another_micro_batch_is_noticed(model):
+    """The planted fault: a queue that hands the routes of micro-batch 0 to micro-batch 1."""
+    model.train()
+    recorder = RouterTap([model])
+    visits = [recorder.visit(0, 1) for _ in range(2)]
+    with recorder.installed():
+        outputs = []
+        for visit, tokens in zip(visits, (TOKENS, TOKENS + 20), strict=True):
+            with visit:
+                outputs.append(forward(model, tokens))
+        for visit, output in zip(visits, reversed(outputs), strict=True):
+            visit.backward_of(output)
+        for output in outputs:
+            torch.autograd.backward(output.square().mean())
+    assert tap.wrong_uses(visits, 1) is None  # each was used once: the counts cannot tell
+    assert tap.flips(visits) > 12  # of 24 (token, layer) pairs
+
+
+def test_margins_by_hand():
+    scores_NE = torch.tensor([[1.0, 4.0, 2.5, -1.0], [0.0, 0.0, 0.0, 3.0]])
+    assert tap._margins(scores_NE, 1).tolist() == [1.5, 3.0]
+    assert tap._margins(scores_NE, 2).tolist() == [1.5, 0.0]
+    assert tap._margins(scores_NE, 4).tolist() == [float("inf")] * 2
 
 
 def test_the_hooks_are_gone_after_recording(model):
@@ -51,7 +197,7 @@ def test_the_hooks_are_gone_after_recording(model):
     visit = recorder.visit(0, 1, record=("routes",))
     before = [router.router_replay for router in routers(model)]
     with recorder.installed(), visit:
-        model(TOKENS, TOKENS, None)
+        forward(model)
         assert all(router.router_replay is not None for router in routers(model))
     assert tap.local_arrays([visit])[0][2]["routes"].shape == (6, 1, 2)
     assert [router.router_replay for router in routers(model)] == before == [None, None]

@@ -13,46 +13,58 @@ from moe_upgrpo.megatron.weights import export_weights, load_weights, write_chec
 from tests.ranks import run_ranks
 
 LAYOUTS = {
-    "one rank": (1, Layout()),
-    "TP2": (2, Layout(tp=2)),
-    "EP2": (2, Layout(ep=2)),
-    "TP2·EP2": (2, Layout(tp=2, ep=2)),
-    "DP2": (2, Layout()),
-    "TP2·EP2·DP2": (4, Layout(tp=2, ep=2)),
-    "EP4": (4, Layout(ep=4)),
+    "one rank": ("tiny", 1, Layout()),
+    "TP2": ("tiny", 2, Layout(tp=2)),
+    "EP2": ("tiny", 2, Layout(ep=2)),
+    "TP2·EP2": ("tiny", 2, Layout(tp=2, ep=2)),
+    "DP2": ("tiny", 2, Layout()),
+    "TP2·EP2·DP2": ("tiny", 4, Layout(tp=2, ep=2)),
+    "EP4": ("tiny", 4, Layout(ep=4)),
+    "PP2·VPP2": ("mixed", 2, Layout(pp=2, vpp=2)),
+    "TP2·EP2·PP2": ("mixed", 4, Layout(tp=2, ep=2, pp=2)),
+    "dense PP2": ("dense", 2, Layout(pp=2)),
 }
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def round_trip(layout: Layout, source, target, dtype):
+def round_trip(layout: Layout, source, target):
+    """In each dtype: written as a checkpoint below `target`; what this rank exported."""
+    exported = {}
     with process_groups(layout):
         hf = read_model_config(source)
-        model = build_model(hf, layout, dtype)
-        load_weights(model, hf, source)
-        write_checkpoint(model, hf, source, target)
-        return {name: tensor.clone() for name, tensor in export_weights(model, hf)}
+        for dtype in DTYPES:
+            chunks = build_model(hf, layout, dtype)
+            load_weights(chunks, hf, source)
+            write_checkpoint(chunks, hf, source, target / str(dtype))
+            exported[dtype] = [(name, t.clone()) for name, t in export_weights(chunks, hf)]
+    return exported
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_round_trip_is_exact_to_the_bit(name, dtype, tiny_checkpoint, tmp_path):
-    world_size, layout = LAYOUTS[name]
-    target = tmp_path / "written"
-    per_rank = run_ranks(world_size, round_trip, layout, tiny_checkpoint, target, dtype)
-    source = load_file(tiny_checkpoint / "model.safetensors")
-    written = load_file(target / "model.safetensors")
-    assert source.keys() == written.keys() and len(source) > 50
-    for tensor_name, tensor in source.items():
-        assert torch.equal(written[tensor_name], tensor.to(dtype)), tensor_name
+def test_round_trip_is_exact_to_the_bit(name, checkpoints, tmp_path):
+    checkpoint, world_size, layout = LAYOUTS[name]
+    per_rank = run_ranks(world_size, round_trip, layout, checkpoints[checkpoint], tmp_path)
+    source = load_file(checkpoints[checkpoint] / "model.safetensors")
+    assert len(source) > 40
+    for dtype in DTYPES:
+        written = load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert source.keys() == written.keys()
+        order = [tensor_name for tensor_name, _ in per_rank[0][dtype]]
+        assert len(order) == len(source)
         for exported in per_rank:
-            assert torch.equal(exported[tensor_name], tensor.to(dtype)), tensor_name
+            assert [tensor_name for tensor_name, _ in exported[dtype]] == order
+        for tensor_name, tensor in source.items():
+            assert torch.equal(written[tensor_name], tensor.to(dtype)), tensor_name
+            for exported in per_rank:
+                assert torch.equal(dict(exported[dtype])[tensor_name], tensor.to(dtype))
 
 
 def test_what_is_written_loads_in_transformers(tiny_checkpoint, tmp_path):
-    run_ranks(2, round_trip, Layout(tp=2, ep=2), tiny_checkpoint, tmp_path / "w", torch.float32)
+    run_ranks(2, round_trip, Layout(tp=2, ep=2), tiny_checkpoint, tmp_path)
     tokens = torch.arange(20).reshape(2, 10)
     logits = [
         Qwen3MoeForCausalLM.from_pretrained(path)(tokens).logits
-        for path in (tiny_checkpoint, tmp_path / "w")
+        for path in (tiny_checkpoint, tmp_path / str(torch.float32))
     ]
     assert torch.equal(*logits)
 
@@ -105,6 +117,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
         load_changed(tiny_checkpoint, tmp_path / "changed", change)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_lm_head_of_a_tied_checkpoint_is_taken_no_notice_of(checkpoints, tmp_path):
+    """Some published checkpoints have one (Qwen3-0.6B); transformers uses the embedding."""
+
+    def add_head(state):
+        state["lm_head.weight"] = torch.ones_like(state["model.embed_tokens.weight"])
+
+    load_changed(checkpoints["dense"], tmp_path / "changed", add_head)
 
 
 def test_a_truncated_file_is_refused_by_name(tiny_checkpoint, tmp_path):
