@@ -1,0 +1,656 @@
+"""Rollouts from an SGLang server, started here or given by its URL.
+
+P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token, N requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout import sglang_server
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
+from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
+from moe_upgrpo.rollout.vllm import _eos_ids, _moe_layers
+
+MAX_REQUESTS = 256  # at once, each of a prompt with its samples
+NETWORK_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)
+ATTEMPTS = 3  # to sample a sequence that an update cut off
+SHARD_BYTES = 2 << 30  # of the files of an update
+LOG_LINES = 12  # of the server, in an error
+# Of torchrun and this environment: SGLang would take them for its own.
+NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
+                 "PYTHONPATH", "PYTHONHOME")  # fmt: skip
+INSTALL = (
+    "SGLang has an environment of its own: make .venv-sglang/.installed. To use another, give "
+    "python=, or its path in the variable SGLANG_PYTHON."
+)
+
+
+class SGLangEngine:
+    """`Engine` on an SGLang server over HTTP, dense or MoE.
+
+    Without `url` a server is started by `python` (of SGLang's environment) and dies with this
+    process; `options` are its arguments: `max_total_tokens=4096` is `--max-total-tokens 4096`.
+    With `url` it must run on the same files, with --skip-tokenizer-init and
+    --enable-return-routed-experts.
+
+    Several ranks share one server. The one with `leader` gives it new weights; `update_weights` of
+    the others goes through the tensors (making them is a collective), then waits until the server
+    has the version. `SGLangEngine.shared` arranges that.
+
+    Log-probs are those of log_softmax(logits / temperature). A response never spans two versions
+    of the weights: what an update cuts off is sampled again. Every request has a seed of its own;
+    a server with a GPU heeds it only with enable_deterministic_inference=True.
+
+    Where the server gives no sign of life for `timeout` seconds, has not generated after
+    `generate_timeout` or is not up after `start_timeout`, UserError is raised; so it is when it
+    died. An update takes at most `timeout`. `restart` brings a server that was started here back
+    with the weights it held.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: str = "bfloat16",
+        *,
+        url: str | None = None,
+        leader: bool = True,
+        python: str | Path | None = None,
+        timeout: float = 60.0,
+        generate_timeout: float = 1800.0,
+        start_timeout: float = 300.0,
+        weights_dir: str | Path | None = None,
+        log: str | Path | None = None,
+        **options: Any,
+    ):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if url is None and not leader:
+            raise UserError("leader=False needs the url of the leader's server.")
+        if url is not None and options:
+            raise UserError(
+                f"{', '.join(options)} given with a url: options are those of a server started "
+                "here; give them to the server at the url when you start it."
+            )
+        self.model_dir = Path(model_dir).absolute()
+        self._checkpoint_shapes = _checkpoint_shapes(self.model_dir)
+        config = AutoConfig.from_pretrained(self.model_dir).get_text_config()
+        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._layers = config.num_hidden_layers
+        self._top_k = getattr(config, "num_experts_per_tok", 0) if self.moe_layer_ids else 0
+        self._num_experts = _num_experts(config) if self.moe_layer_ids else 0
+        self._eos_ids = _eos_ids(self.model_dir, config)
+        self.timeout, self.generate_timeout = timeout, generate_timeout
+        self.leader = leader
+        self.weight_version = 0
+        self._half_updated_to: int | None = None
+        self._server: _Server | None = None
+        self._weights = tempfile.TemporaryDirectory(prefix="sglang-weights-", dir=weights_dir)
+        if url is None:
+            self._server = _Server(
+                _find_python(python),
+                {"dtype": dtype, "enable_return_routed_experts": bool(self.moe_layer_ids)}
+                | options,
+                log=Path(log or Path(self._weights.name) / "server.log").absolute(),
+                start_timeout=start_timeout,
+            )
+            url = self._server.url
+        self.url = url.rstrip("/")
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
+        self._held_dir = self.model_dir
+        if self._server:
+            self._server.start(self._held_dir, 0)
+        elif leader:
+            self._hand_over(self.model_dir, 0)
+        else:
+            self._wait_for_version(0)
+
+    @classmethod
+    def shared(cls, model_dir: str | Path, dtype: str = "bfloat16", **arguments) -> SGLangEngine:
+        """The engines of all ranks of torch.distributed on one server; a collective of them.
+
+        Rank 0 leads. Where it fails, every rank raises what it raised.
+        """
+        dist = torch.distributed
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(model_dir, dtype, **arguments)
+        engine, told = None, [None, None]
+        if dist.get_rank() == 0:
+            try:
+                engine = cls(model_dir, dtype, **arguments)
+                told = [engine.url, None]
+            except Exception as error:
+                told = [None, error if isinstance(error, UserError) else UserError(repr(error))]
+        dist.broadcast_object_list(told, src=0)
+        url, error = told
+        if error is not None:
+            raise error
+        kept = {k: v for k, v in arguments.items() if k in ("timeout", "generate_timeout")}
+        return engine or cls(model_dir, dtype, url=url, leader=False, **kept)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        if not len(prompts) or samples_per_prompt < 1:
+            raise UserError(
+                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
+                "at least one of both is needed."
+            )
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("A prompt is empty; each needs at least one token.")
+        prompts_N = [np.asarray(p) for p in prompts for _ in range(samples_per_prompt)]
+        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
+        params_N = [
+            {
+                "temperature": sampling.temperature,
+                "max_new_tokens": sampling.max_new_tokens,
+                "sampling_seed": int(request_seed),
+                "stop_token_ids": self._eos_ids,
+                "ignore_eos": True,  # those of `stop_token_ids` alone
+                # Else the checkpoint's generation_config.json may set them.
+                "top_p": 1.0,
+                "top_k": -1,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+            }
+            for request_seed in seeds_N
+        ]
+        rollouts: list[Rollout | None] = [None] * len(prompts_N)
+        # A key of this call's own: keys and values are shared by its samples, and by nothing else.
+        key = uuid.uuid4().hex
+        for _ in range(ATTEMPTS):
+            held = self._usable_version()
+            left = [i for i, rollout in enumerate(rollouts) if rollout is None]
+            requests = [  # one for each prompt, so that no answer gets huge
+                [i for i in left if i // samples_per_prompt == p] for p in range(len(prompts))
+            ]
+            requests = [request for request in requests if request]
+            answers = self._ask(
+                [
+                    {
+                        "input_ids": [prompts_N[i].tolist() for i in request],
+                        "sampling_params": [params_N[i] for i in request],
+                        "extra_key": key,
+                    }
+                    for request in requests
+                ]
+            )
+            versions = {held, self.weight_version}  # updated meanwhile, by another thread
+            refused = ""
+            for request, items in zip(requests, answers, strict=True):
+                for i, item in zip(request, items, strict=True):
+                    refused = _unusable(item) or refused
+                    if not _unusable(item):
+                        rollouts[i] = self._rollout(prompts_N[i], item, sampling, versions)
+            if not refused:
+                return rollouts
+        left = next(i for i, rollout in enumerate(rollouts) if rollout is None)
+        raise UserError(
+            f"The response to prompt {prompts_N[left].tolist()} was cut off {ATTEMPTS} times "
+            f"({refused}). Update the weights, or pause the server, less often than it answers."
+        )
+
+    def _rollout(
+        self, prompt: np.ndarray, item: dict, sampling: SamplingConfig, versions: set[int]
+    ) -> Rollout:
+        meta = item["meta_info"]
+        response = np.array(item["output_ids"], dtype=np.int64)
+        named = f"the sequence {prompt.tolist()} -> {response.tolist()}"
+        version = meta["weight_versions"][0]["version"]
+        if version not in {str(v) for v in versions}:
+            raise UserError(
+                f"{named} was sampled from weights of version {version!r}, but this engine gave "
+                f"the server {self.weight_version}. Was the server started again, or updated by "
+                "another? Restart the engine."
+            )
+        logged = [(token, logp) for logp, token, *_ in meta["output_token_logprobs"]]
+        if [token for token, _ in logged] != response.tolist():
+            raise UserError(f"SGLang's log-probs do not belong to the tokens of {named}.")
+        finished = meta["finish_reason"]["type"] == "stop"
+        if not finished and len(response) != sampling.max_new_tokens:
+            raise UserError(
+                f"SGLang cut {named} off after {len(response)} of {sampling.max_new_tokens} "
+                "tokens: its context_length or max_total_tokens has no room for more. Raise "
+                "them or lower max_new_tokens."
+            )
+        return Rollout(
+            prompt_ids=prompt,
+            response_ids=response,
+            logp_rollout=np.array([logp for _, logp in logged], dtype=np.float32),
+            routes=self._moe_rows(meta, len(prompt) + len(response) - 1, named),
+            weight_version=int(version),
+            finished=finished,
+        )
+
+    def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `Engine.routes`; in one pass up to `chunked_prefill_size` tokens."""
+        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
+            raise UserError(
+                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
+            )
+        held = self._usable_version()
+        # One token is always sampled; in the place of the last, which is never fed in.
+        answers = self._ask(
+            [
+                {
+                    "input_ids": [np.asarray(sequence[:-1]).tolist()],
+                    "sampling_params": [{"temperature": 0, "max_new_tokens": 1}],
+                    "extra_key": uuid.uuid4().hex,  # shares no keys and values with any other
+                }
+                for sequence in sequences
+            ]
+        )
+        found = []
+        for sequence, (item,) in zip(sequences, answers, strict=True):
+            named = f"the sequence {np.asarray(sequence).tolist()}"
+            if reason := _unusable(item):
+                raise UserError(f"SGLang did not compute {named}: {reason}.")
+            meta = item["meta_info"]
+            if meta["cached_tokens"] or meta["weight_version"] != str(held):
+                raise UserError(
+                    f"SGLang took {meta['cached_tokens']} tokens of {named} from its cache, with "
+                    f"weights of version {meta['weight_version']!r}; 0 of version {held} needed."
+                )
+            found.append(self._moe_rows(meta, len(sequence) - 1, named))
+        return found
+
+    def _moe_rows(self, meta: dict, rows: int, named: str) -> np.ndarray:
+        """The routes of one sequence `[rows, L, K]`; dense layers' rows are left out.
+
+        They come as base64 of int32 `[rows, all layers, K]`, little-endian, without the shape.
+        """
+        if not self.moe_layer_ids:
+            return np.zeros((rows, 0, 0), dtype=np.uint8)
+        encoded = meta.get("routed_experts")
+        if encoded is None:
+            raise UserError(
+                f"SGLang returned no routes for {named}: start it with "
+                "--enable-return-routed-experts."
+            )
+        data = base64.b64decode(encoded)
+        if len(data) != 4 * rows * self._layers * self._top_k:
+            raise UserError(
+                f"SGLang returned {len(data)} bytes of routes for {named}; "
+                f"{rows} rows x {self._layers} layers x {self._top_k} experts x 4 bytes = "
+                f"{4 * rows * self._layers * self._top_k} are needed."
+            )
+        routes = np.frombuffer(data, "<i4").reshape(rows, self._layers, self._top_k)
+        routes = routes[:, list(self.moe_layer_ids)]
+        wrong = (routes < 0) | (routes >= self._num_experts)
+        if wrong.any():
+            row, layer, _ = np.argwhere(wrong)[0]
+            raise UserError(
+                f"SGLang returned expert {routes[wrong][0]} in row {row}, MoE layer {layer} of "
+                f"the routes for {named}; 0 ... {self._num_experts - 1} are allowed."
+            )
+        return routes.astype(routes_dtype(self._num_experts))
+
+    def _usable_version(self) -> int:
+        if self._half_updated_to is not None:
+            raise UserError(
+                f"The update to weight version {self._half_updated_to} failed half-way: the "
+                "server's weights are of no version. Update again, or restart the engine."
+            )
+        return self.weight_version
+
+    # --- Weights ---------------------------------------------------------------------------------
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """See `Engine.update_weights`; what is being generated is aborted, and sampled again."""
+        folder = Path(self._weights.name) / f"version-{version}"
+        shapes = {}
+        for name, tensor in self._write(named_tensors, folder):
+            shapes[name] = tensor.to("meta")
+        try:
+            check_weights(shapes, self._checkpoint_shapes, held=self.weight_version)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if not self.leader:
+            self._wait_for_version(version)
+            return
+        self._hand_over(folder, version)
+        if self._held_dir != self.model_dir:
+            shutil.rmtree(self._held_dir, ignore_errors=True)
+        self._held_dir = folder
+
+    def _write(self, named_tensors, folder: Path):
+        """Pass the tensors on; the leader leaves them in `folder` as a checkpoint."""
+        if not self.leader:
+            yield from named_tensors
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in self.model_dir.glob("*.json"):
+            if not file.name.endswith(".index.json"):  # of files that have other names here
+                shutil.copy(file, folder)
+        shard, size, written = {}, 0, 0
+        for name, tensor in named_tensors:
+            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            size += tensor.nbytes
+            if size > SHARD_BYTES:
+                save_file(shard, folder / f"model-{written:05d}.safetensors")
+                shard, size, written = {}, 0, written + 1
+            yield name, tensor
+        if shard:
+            save_file(shard, folder / f"model-{written:05d}.safetensors")
+
+    def _hand_over(self, folder: Path, version: int) -> None:
+        """The server's weights from `folder`."""
+        self._half_updated_to = version
+        self._call("/pause_generation", {"mode": "abort"})
+        try:
+            self._call(
+                "/update_weights_from_disk",
+                {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
+            )
+        except UserError:
+            # SGLang 0.5.23 goes on with a mixture under the old version's name
+            # (weight_updater.py:193: what it would go back to is the folder that failed).
+            with suppress(UserError):
+                self._call("/update_weight_version", {"new_version": f"{version}-failed"})
+            raise
+        finally:
+            with suppress(UserError):
+                self._call("/continue_generation", {})
+        self.weight_version, self._half_updated_to = version, None
+
+    def _wait_for_version(self, version: int) -> None:
+        """Until the leader's update is through."""
+        deadline = time.monotonic() + self.timeout
+        while (found := self._call("/model_info")["weight_version"]) != str(version):
+            if found.endswith("-failed") or time.monotonic() > deadline:
+                self._half_updated_to = version
+                raise UserError(
+                    f"The server at {self.url} has weights of version {found!r}; {version} was "
+                    "expected from the leading rank. See its error."
+                )
+            time.sleep(0.05)
+        self.weight_version, self._half_updated_to = version, None
+
+    # --- HTTP ------------------------------------------------------------------------------------
+
+    def _ask(self, bodies: Sequence[dict]) -> list[list[dict]]:
+        """The answers of `/generate` to bodies, asked at once (up to `MAX_REQUESTS`)."""
+        asked = {
+            "return_logprob": True,
+            "return_routed_experts": bool(self.moe_layer_ids),
+            "stream": False,
+        }
+        answers: list[list[dict] | None] = [None] * len(bodies)
+        waiting, arrived = queue.SimpleQueue(), queue.SimpleQueue()
+        for i in range(len(bodies)):
+            waiting.put(i)
+        connections = []
+
+        def work() -> None:
+            with suppress(queue.Empty):
+                while True:
+                    i = waiting.get_nowait()
+                    connections.append(self._connection(self.generate_timeout))
+                    try:
+                        arrived.put(
+                            (i, self._exchange(connections[-1], "/generate", bodies[i] | asked))
+                        )
+                    except Exception as error:
+                        arrived.put((i, error))
+                        return
+
+        for _ in range(min(len(bodies), MAX_REQUESTS)):
+            # Not a pool, whose threads a dying process would wait for.
+            threading.Thread(target=work, daemon=True).start()
+        begin = alive = time.monotonic()
+        try:
+            while None in answers:
+                try:
+                    i, answer = arrived.get(timeout=min(5.0, self.timeout / 4))
+                    if isinstance(answer, Exception):
+                        raise answer
+                    answers[i], alive = answer, time.monotonic()
+                except queue.Empty:
+                    alive = self._sign_of_life(alive)
+                if time.monotonic() - begin > self.generate_timeout:
+                    raise UserError(
+                        f"SGLang at {self.url} has not answered {answers.count(None)} of "
+                        f"{len(bodies)} prompts within generate_timeout="
+                        f"{self.generate_timeout:g} s. Raise it, or ask for less."
+                    )
+            return answers
+        except NETWORK_ERRORS as error:
+            raise self._gone(error) from error
+        finally:
+            while not waiting.empty():
+                with suppress(queue.Empty):
+                    waiting.get_nowait()
+            for connection in connections:  # the server aborts what nobody waits for
+                if connection.sock is not None:
+                    with suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _sign_of_life(self, alive: float) -> float:
+        """When the server last was heard; UserError where that is `timeout` seconds ago."""
+        left = max(alive + self.timeout - time.monotonic(), 0.1)
+        with suppress(UserError, *NETWORK_ERRORS):
+            self._exchange(self._connection(left), "/health")
+            return time.monotonic()
+        if time.monotonic() - alive < self.timeout:
+            return alive
+        raise UserError(
+            f"SGLang at {self.url} has given no sign of life for {self.timeout:g} s while it "
+            f"generated.{self._log()}"
+        )
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        parts = urlsplit(self.url)
+        kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        return kind[parts.scheme](parts.hostname, parts.port, timeout=timeout)
+
+    def _exchange(self, connection, path: str, body: dict | None = None) -> Any:
+        """What the server answers to a GET, or to a POST of `body`; JSON decoded."""
+        try:
+            connection.request(
+                "GET" if body is None else "POST",
+                urlsplit(self.url).path + path,
+                None if body is None else json.dumps(body),
+                {"Content-Type": "application/json"},
+            )
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise UserError(
+                f"SGLang refused {path} ({answer.status}): {text.decode(errors='replace')[:2000]}"
+            )
+        return json.loads(text) if text[:1] in (b"{", b"[") else None
+
+    def _call(self, path: str, body: dict | None = None) -> Any:
+        try:
+            return self._exchange(self._connection(self.timeout), path, body)
+        except NETWORK_ERRORS as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: Exception) -> UserError:
+        what = (
+            f"has not answered within {self.timeout:g} s"
+            if isinstance(error, TimeoutError)
+            else "is not there (any more)"
+        )
+        return UserError(f"SGLang at {self.url} {what}: {error!r}.{self._log()}")
+
+    def _log(self) -> str:
+        return self._server.log_end() if self._server else " See its log."
+
+    # --- The server ------------------------------------------------------------------------------
+
+    def health(self) -> bool:
+        """Whether the server answers, within `timeout` seconds."""
+        try:
+            self._call("/health")
+        except UserError:
+            return False
+        return True
+
+    def restart(self) -> None:
+        """End the server, whatever its state, and start it with the weights that it held."""
+        if self._server is None:
+            raise UserError(f"The server at {self.url} was not started here; restart it there.")
+        self._server.stop()
+        self._server.start(self._held_dir, self.weight_version)
+        self._half_updated_to = None
+
+    def close(self) -> None:
+        """See `Engine.close`; a server that was started here ends."""
+        if self._server is not None:
+            self._server.stop()
+        self._weights.cleanup()
+
+
+class _Server:
+    """An SGLang server as a child process, on a port of its own."""
+
+    def __init__(self, python: Path, options: dict[str, Any], *, log: Path, start_timeout: float):
+        self.python, self.log, self.start_timeout = python, log, start_timeout
+        self.options = options
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self, model_dir: Path, version: int) -> None:
+        options = {
+            "model_path": model_dir,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "weight_version": version,
+            "skip_tokenizer_init": True,
+        } | self.options
+        arguments = [sglang_server.UNTIL_STDIN_CLOSES]
+        for name, value in options.items():
+            if value is not False and value is not None:
+                arguments.append(f"--{name.replace('_', '-')}")
+                arguments += [] if value is True else [str(value)]
+        with self.log.open("ab") as log:
+            self.log_start = log.tell()
+            self.process = subprocess.Popen(
+                [self.python, "-P", sglang_server.__file__, *arguments],
+                stdin=subprocess.PIPE,  # closes when this process ends, however it does
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + self.start_timeout
+        while not self._ready():
+            if self.process.poll() is not None:
+                raise UserError(
+                    f"SGLang ended with code {self.process.returncode} at its start."
+                    f"{self.log_end()}"
+                )
+            if time.monotonic() > deadline:
+                self.stop()
+                raise UserError(
+                    f"SGLang was not up after start_timeout={self.start_timeout:g} s."
+                    f"{self.log_end()}"
+                )
+            time.sleep(0.25)
+
+    def _ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except NETWORK_ERRORS:
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        # The group: its scheduler is a process too, and may outlive it.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process = None
+
+    def log_end(self) -> str:
+        """Where the log is, and the last exception in it, else its last lines."""
+        try:
+            text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        except OSError:
+            return ""
+        lines = text.splitlines()
+        for i in reversed(range(len(lines))):
+            if "Traceback (most recent call last)" in lines[i]:
+                end = i + 1
+                while end < len(lines) and lines[end].startswith(" "):
+                    end += 1
+                lines = lines[: end + 1]
+                break
+        return f" From its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+
+
+def _find_python(python: str | Path | None) -> Path:
+    """The Python of SGLang's environment."""
+    given = python or os.environ.get("SGLANG_PYTHON")
+    folders = (Path.cwd(), Path(__file__).parents[2])
+    candidates = [Path(given)] if given else [f / ".venv-sglang/bin/python" for f in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.absolute()  # not resolved: a virtual environment is found by its link
+    raise UserError(f"There is no {' or '.join(map(str, candidates))}. {INSTALL}")
+
+
+def _num_experts(config) -> int:
+    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
+        if number := getattr(config, name, None):
+            return number
+    raise UserError(f"{type(config).__name__} does not say how many experts a layer has.")
+
+
+def _unusable(item: dict) -> str:
+    """Why a response must be sampled again; empty where it is whole and of one version."""
+    meta = item["meta_info"]
+    reason = meta["finish_reason"]
+    spans = meta.get("weight_versions") or []
+    if reason["type"] == "abort":
+        return f"aborted: {reason.get('message', '')}"
+    if len(spans) != 1:
+        return f"sampled from weight versions {[span['version'] for span in spans]}"
+    return ""
