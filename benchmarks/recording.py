@@ -44,6 +44,7 @@ def step(job: Job, number: int, *, recording: bool) -> float:
             first_sequence=job.first_sequence,
             group=job.config.group,
             replay=job.config.replay,
+            weight_version=number - 1,
             rollouts=rollouts,
             rewards=rewards,
             advantages=advantages,

@@ -33,6 +33,11 @@ METRICS: dict[str, Metric] = {
     "response/finished_rate": Metric(
         "share of responses ended by the end token", _SEQUENCES, "share"
     ),
+    "staleness/mean": Metric(
+        "RL steps between the weights that sampled a sequence and the trainer's",
+        _SEQUENCES,
+        "steps",
+    ),
     "entropy/mean": Metric("mean of −Σ_v π(v) log π(v), the trainer's", _TOKENS, "nats"),
     "kl/warm_start": Metric(
         "KL(π ‖ π_warm start) by k3 on sampled tokens: exp(d) − 1 − d, d = log π_warm − log π",
@@ -104,8 +109,9 @@ METRICS: dict[str, Metric] = {
     "logp_gap/k3": Metric("KL(rollout ‖ train) by k3: mean of exp(d) − 1 − d", _TOKENS, "nats"),
     "logp_gap/max_abs": Metric("largest |d|", "none", "nats"),
     "gap/TERM/mean": Metric(
-        "mean of a term of log p_train − log p_rollout: numerics, engine_routing, update or "
-        "routing_shift (`routing.decomposition`); under R2 and R3 those that the loss sees",
+        "mean of a term of log p_train − log p_rollout: numerics, engine_routing, update, "
+        "routing_shift or, with overlap, staleness (`routing.decomposition`); under R2 and R3 "
+        "those that the loss sees",
         _TOKENS,
         "nats",
     ),
@@ -169,7 +175,7 @@ METRICS: dict[str, Metric] = {
 # Names with a variable part, and their entries.
 _FAMILIES = {
     r"^eval/pass@\d+$": "eval/pass@K",
-    r"^gap/(numerics|engine_routing|update|routing_shift)/": "gap/TERM/",
+    r"^gap/(numerics|staleness|engine_routing|update|routing_shift)/": "gap/TERM/",
     r"^counterfactual/(engine_routing|routing_shift)/": "counterfactual/TERM/",
     r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",
     r"^loss/(?!policy$)\w+$": "loss/NAME",

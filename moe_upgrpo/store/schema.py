@@ -54,6 +54,12 @@ COLUMNS: dict[str, Column] = {
         "where all layers agree",
         optional=True,
     ),
+    "staleness": Column(
+        "int32",
+        "RL steps between the weights that sampled the sequence and the old weights θ_old; 0 "
+        "unless generation overlaps with the update",
+        optional=True,
+    ),
     "prefix_mismatched": Column(
         "int32",
         "(route row, MoE layer) pairs with S ≠ S′ in rows 0..p − 2, the prompt's included",
@@ -74,6 +80,12 @@ COLUMNS: dict[str, Column] = {
         "float",
         "L(θ_old, e) − μ of the decomposition; the gap columns that a row has add up to "
         "logp_train − logp_rollout",
+        optional=True,
+    ),
+    "gap_staleness": Column(
+        "float",
+        "L(θ_old, e) − L(θ_engine, e) where the engine sampled with older weights than θ_old; "
+        "gap_numerics is then L(θ_engine, e) − μ",
         optional=True,
     ),
     "gap_engine_routing": Column(

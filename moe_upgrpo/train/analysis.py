@@ -33,6 +33,7 @@ class OldScores:
     # At the weights of each sequence's last visit, [T], what its update does not compute itself:
     # L(θ, n(θ_old)) without replay, L(θ, native) under R2, nothing under R3.
     counterpart: list[np.ndarray | None] | None = None
+    behind: list[np.ndarray] | None = None  # L(θ_engine, e), [T], where the engine held older ones
     seconds: float = 0.0  # spent in forwards that only the decomposition needs
 
     def policy(self, replay: str) -> Sequence[Scored]:
@@ -48,14 +49,28 @@ def gap_terms(
     held: np.ndarray,
     counterpart: np.ndarray | None,
     train: np.ndarray,
+    behind: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The terms of log p_train − log p_rollout, [N] float64, by their column names.
 
     The gap columns add up to train − rollout under every replay; what replay takes out of the loss
     is in the counterfactual columns. Formulas: `routing.decomposition`. Log-probs, [N]: `rollout`
     μ; `native` L(θ_old, native); `held` L(θ_old, e); `counterpart` see `OldScores`; `train` that of
-    the update's own forward.
+    the update's own forward; `behind` L(θ_engine, e) where the engine sampled with older weights
+    than θ_old: what lies between is then a term of its own, gap_staleness = L(θ_old, e) −
+    L(θ_engine, e).
     """
+    if behind is not None:
+        terms = gap_terms(
+            replay,
+            rollout=behind,
+            native=native,
+            held=held,
+            counterpart=counterpart,
+            train=train,
+        )
+        terms["gap_staleness"] = terms["gap_numerics"]
+        return terms | {"gap_numerics": behind.astype(np.float64) - rollout}
 
     def tensors(**arrays) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -155,15 +170,17 @@ def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict
 def engine_noise_floor(
     passes: Sequence[Sequence[np.ndarray]],
     samples: Sequence[Sample],
-    rollouts: Sequence[Rollout],
+    rollouts: Sequence[Rollout] | None,
     *,
     num_experts: int,
 ) -> dict[str, Metric]:
-    """How far the engine differs from itself, from two `engine_passes` and its own sampling."""
-    pairs = {
-        ComparisonKind.REPEAT: passes,
-        ComparisonKind.BATCH_SHAPE: ([r.routes for r in rollouts], passes[0]),
-    }
+    """How far the engine differs from itself, from two `engine_passes` and its own sampling.
+
+    `rollouts`: of the same weights; None where the engine has others by now.
+    """
+    pairs = {ComparisonKind.REPEAT: passes}
+    if rollouts is not None:
+        pairs[ComparisonKind.BATCH_SHAPE] = ([r.routes for r in rollouts], passes[0])
     sums = {}
     for kind, sides in pairs.items():
         counts = compare_responses(*sides, samples, num_experts=num_experts, kind=kind)

@@ -98,6 +98,8 @@ class TrainConfig:
     """Passes over a step's responses."""
     micro_batch: int = 128
     """Most sequences in one forward of a rank."""
+    overlap: bool = False
+    """Generate the next batch while the update runs: one step off-policy."""
     temperature: float = 1.0
     max_new_tokens: int | None = None
     """Longest response. None: the longest right answer of the task."""
@@ -144,6 +146,8 @@ class TrainConfig:
             )
         if not 0 < self.token_log_share <= 1:
             raise UserError(f"token_log_share={self.token_log_share}: above 0 and below 1.")
+        if self.overlap and self.load_rollouts is not None:
+            raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
         if self.group < 2:
             raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
         if not 0 < self.temperature < math.inf:

@@ -37,10 +37,12 @@ def train(config: TrainConfig) -> Path:
             with clock("analysis"):
                 noise = job.analyse(step, samples, rollouts, old)
             with clock("update"):
+                job.generate_ahead(step + 1)
                 record = StepRecord(
                     first_sequence=job.first_sequence,
                     group=config.group,
                     replay=config.replay,
+                    weight_version=step - 1,
                     rollouts=rollouts,
                     rewards=rewards,
                     advantages=advantages,

@@ -154,6 +154,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         first_sequence=0,
         group=config.samples,
         replay="none",
+        weight_version=0,
         rollouts=rollouts,
         rewards=nothing,
         advantages=nothing,
@@ -191,7 +192,9 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
     row = {"step": 1} | {
         name: value
         for name, value in (record.measured(step.sums()) | step.maxima()).items()
-        if not name.startswith(("reward/", "ratio/", "gap/update", "gap/routing_shift"))
+        if not name.startswith(
+            ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
+        )
     }
     run.append_metrics(row)
     engine.close()

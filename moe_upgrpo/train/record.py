@@ -36,6 +36,7 @@ class StepRecord:
     first_sequence: int  # index, over all ranks, of this rank's first sequence
     group: int  # responses to each prompt
     replay: str
+    weight_version: int  # the trainer's, before the step's first update
     rollouts: Sequence[Rollout]
     rewards: np.ndarray
     advantages: np.ndarray
@@ -52,6 +53,11 @@ class StepRecord:
     @property
     def _lengths(self) -> np.ndarray:
         return np.array([len(r.response_ids) for r in self.rollouts])
+
+    @property
+    def _staleness(self) -> np.ndarray:
+        """RL steps between the weights that sampled each sequence and the trainer's."""
+        return np.array([self.weight_version - r.weight_version for r in self.rollouts])
 
     @property
     def _logp_rollout_N(self) -> np.ndarray:
@@ -139,6 +145,7 @@ class StepRecord:
             held=np.concatenate([s.log_probs for s in self.old.held]),
             counterpart=None if counterpart is None else np.concatenate(counterpart),
             train=np.concatenate(self.logp_train),
+            behind=None if self.old.behind is None else np.concatenate(self.old.behind),
         )
 
     def _routing_columns(self) -> dict[str, np.ndarray]:
@@ -172,6 +179,7 @@ class StepRecord:
             "position": np.concatenate(
                 [len(r.prompt_ids) + np.arange(len(r.response_ids)) for r in self.rollouts]
             ),
+            "staleness": np.repeat(self._staleness, lengths),
             "token_id": np.concatenate([r.response_ids for r in self.rollouts]),
             "reward": np.repeat(self.rewards, lengths),
             "advantage": np.repeat(self.advantages, lengths),
@@ -201,6 +209,7 @@ class StepRecord:
             "reward/mean_square": (float((self.rewards**2).sum()), sequences),
             "response/length_mean": (tokens, sequences),
             "response/finished_rate": (sum(r.finished for r in self.rollouts), sequences),
+            "staleness/mean": (int(self._staleness.sum()), sequences),
             "entropy/mean": (float(self._entropy_N.sum()), tokens),
             "logp_gap/mean_abs": (float(np.abs(gap_N).sum()), tokens),
             "logp_gap/k3": (_k3_sum(self._logp_old_N, self._logp_rollout_N), tokens),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -65,6 +66,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
         }
         actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
+        needs_behind = config.overlap and config.analyse_every > 0
+        behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
         sampling = SamplingConfig(
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens or task.max_response_tokens,
@@ -103,6 +106,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             task=task,
             actor=actor,
             reference=reference,
+            behind=behind,
             engine=engine or None,
             sampling=sampling,
             run=run,
@@ -172,6 +176,7 @@ class Job:
     task: ArithmeticTask
     actor: MegatronActor
     reference: MegatronActor | None
+    behind: MegatronActor | None  # at the weights that sampled the batch, where they are older
     engine: Engine | None  # None where rollouts are loaded
     sampling: SamplingConfig
     run: RunFolder
@@ -179,6 +184,8 @@ class Job:
 
     def __post_init__(self):
         self.loss = PolicyLossConfig.preset(self.config.loss)
+        self._thread = ThreadPoolExecutor(1, "generate")
+        self._ahead: Future | None = None
         self.dp_rank, self.dp_size = groups.data_parallel()
         self.copy_rank, self.copy_size = groups.model_parallel()
         self.token_log = TokenLogWriter(
@@ -210,17 +217,29 @@ class Job:
         """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
         if self.engine is None:
             return self._loaded(problems, step)
+        mine = self._ahead.result() if self._ahead else self._sample(problems, step)
+        rollouts = groups.gather_in_model_copy(mine)
+        self._check_versions(rollouts, step)
+        if self.config.save_rollouts and self.copy_rank == 0:
+            save_rollouts(self.config.save_rollouts, step, self.dp_rank, rollouts)
+        return rollouts
+
+    def _sample(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+        """This rank's part of the responses; touches no other rank, so that a thread may do it."""
         mine = _share(problems, self.copy_rank, self.copy_size)
-        rollouts = self.engine.generate(
+        return self.engine.generate(
             [problem.prompt_ids for problem in mine],
             self.sampling,
             samples_per_prompt=self.config.group,
             seed=self._seed(_SAMPLING, step, self.rank),
         )
-        rollouts = groups.gather_in_model_copy(rollouts)
-        if self.config.save_rollouts and self.copy_rank == 0:
-            save_rollouts(self.config.save_rollouts, step, self.dp_rank, rollouts)
-        return rollouts
+
+    def generate_ahead(self, step: int) -> None:
+        """With overlap, begin to generate a step's batch with the weights that the engine holds."""
+        if self.config.overlap and step <= self.config.steps:
+            if self.behind is not None:
+                self.behind.take_weights(self.actor)
+            self._ahead = self._thread.submit(self._sample, self.problems(step), step)
 
     def _loaded(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
         """This data-parallel rank's share of a step's saved rollouts, if they answer `problems`."""
@@ -237,9 +256,25 @@ class Job:
                 f"answer the {expected} prompts of this run. Use the digits, seed, prompts and "
                 "group of the run that saved them."
             )
+        self._check_versions(mine, step)
         return mine
 
+    def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Nothing is trained on that other weights have sampled than those meant."""
+        expected = max(0, step - 1 - self.config.overlap)
+        for i, rollout in enumerate(rollouts):
+            if rollout.weight_version != expected:
+                raise UserError(
+                    f"Sequence {self.first_sequence + i} of step {step} was sampled with weight "
+                    f"version {rollout.weight_version}; {expected} was expected"
+                    + (" (the saved run's --overlap differs)" if self.engine is None else "")
+                    + "."
+                )
+
     def update_engine(self, step: int) -> None:
+        """Give the engine the trainer's weights, once it has finished what it is generating."""
+        if self._ahead:
+            self._ahead.result()
         if self.engine is not None:
             self.engine.update_weights(self.actor.export_weights(), version=step)
 
@@ -288,14 +323,22 @@ class Job:
             old.held = self.actor.score(_held(samples, rollouts), record=("routes", "gates"))
         if self.config.replay != "R3":
             old.counterpart = [None] * len(samples)
+        if self.behind is not None and step > 1:
+            held = _held(samples, rollouts)
+            old.behind = [s.log_probs for s in self.behind.score(held, record=())]
         old.seconds = time.perf_counter() - begin
         floors = analysis.trainer_noise_floor(self.actor, samples)
         if self.engine is None:
             return floors
         mine = _share(samples, self.copy_rank, self.copy_size)
         passes = groups.gather_in_model_copy(analysis.engine_passes(self.engine, mine))
+        # The engine that sampled these held other weights than it does now.
+        stale = self.config.overlap and step > 1
         return floors | analysis.engine_noise_floor(
-            list(zip(*passes, strict=True)), samples, rollouts, num_experts=self.actor.num_experts
+            list(zip(*passes, strict=True)),
+            samples,
+            None if stale else rollouts,
+            num_experts=self.actor.num_experts,
         )
 
     def update(

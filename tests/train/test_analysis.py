@@ -150,6 +150,7 @@ def record_of(actor, samples, rollouts, *, noise=None) -> StepRecord:
         first_sequence=0,
         group=2,
         replay="none",
+        weight_version=0,
         rollouts=rollouts,
         rewards=nothing,
         advantages=nothing,

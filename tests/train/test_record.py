@@ -99,6 +99,7 @@ def a_step(**changes) -> record.StepRecord:
         first_sequence=6,
         group=2,
         replay="none",
+        weight_version=0,
         rollouts=[FIRST, SECOND],
         rewards=f32(1, 0),
         advantages=f32(0.7, -0.7),
@@ -126,6 +127,7 @@ def test_token_rows(step):
         "sequence": [6, 6, 6, 7, 7],
         "prompt": [3, 3, 3, 3, 3],
         "position": [2, 3, 4, 1, 2],
+        "staleness": [0, 0, 0, 0, 0],
         "token_id": [7, 8, 1, 9, 9],
         "reward": [1, 1, 1, 0, 0],
         "advantage": f32(0.7, 0.7, 0.7, -0.7, -0.7),
@@ -222,6 +224,22 @@ def test_the_gap_columns_add_up_under_every_replay(replay):
     terms = gap_terms(replay, **of, counterpart=counterpart, train=train)
     total = sum(term for name, term in terms.items() if name.startswith("gap_"))
     np.testing.assert_allclose(total, train.astype(np.float64) - of["rollout"], atol=1e-12)
+
+
+def test_older_weights_in_the_engine_are_a_term_of_their_own():
+    """L(θ_engine, e) stands between μ and L(θ_old, e)."""
+    behind = [f32(-1.04, -2.0, -0.25), f32(-3.0, -1.0)]
+    old = OldScores(native=NATIVE, held=HELD, analysed=True, counterpart=COUNTERPART, behind=behind)
+    step = a_step(old=old, weight_version=1)
+    rows = step.token_rows()
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(rows["gap_numerics"], [-0.04, 0, 0.25, 0, 0], **close)
+    np.testing.assert_allclose(rows["gap_staleness"], [-0.01, 0, -0.25, 0, -0.1], **close)
+    np.testing.assert_allclose(rows["gap_update"], [0.1, 0.5, 0, -0.5, 0], **close)
+    total = sum(term for name, term in rows.items() if name.startswith("gap_"))
+    np.testing.assert_allclose(total, rows["logp_train"] - rows["logp_rollout"], **close)
+    assert rows["staleness"].tolist() == [1] * 5
+    assert tuple(step.sums()["staleness/mean"]) == (2, 2)
 
 
 def test_a_dense_model_has_token_rows_and_no_routing():
