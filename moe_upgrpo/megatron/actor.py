@@ -401,6 +401,14 @@ class MegatronActor:
             recompute_flips=flips,
         )
 
+    @torch.no_grad()
+    def take_weights(self, other: MegatronActor) -> None:
+        """Copy another actor's weights, of the same model in the same layout; no collective."""
+        for mine, theirs in zip(self.chunks, other.chunks, strict=True):
+            pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
+            for target, source in pairs:
+                target.copy_(source)
+
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on every rank, for an engine."""
         return export_weights(self.chunks, self.hf)

@@ -170,6 +170,22 @@ def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
     assert_fails(other, "rollouts of step 1 do not answer", "seed")
 
 
+def test_generation_that_overlaps_the_update_is_one_step_off_policy(cache, tmp_path):
+    """Both sides in fp32: the gap of an overlapped step is staleness, and nothing of it numerics."""
+    more = ("--overlap", "--analyse-every", "1", "--engine-dtype", "float32")
+    result = torchrun(2, *options(tmp_path / "r", cache, *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(tmp_path / "r")[1:]
+    assert [row["staleness/mean"] for row in rows] == [0, 1, 1]
+    assert rows[0]["logp_gap/mean_abs"] < 1e-5 and "gap/staleness/mean" not in rows[0]
+    for row in rows[1:]:
+        assert row["gap/numerics/mean_abs"] < 1e-5 < 1e-4 < row["gap/staleness/mean_abs"]
+        assert "noise/engine_repeat/router_rate" in row
+        assert "noise/engine_batch_shape/router_rate" not in row
+    terms = ("numerics", "staleness", "engine_routing", "update", "routing_shift")
+    assert_gap_adds_up(tmp_path / "r", [2, 3], terms)
+
+
 NOISE = ("trainer_repeat", "trainer_batch_shape", "engine_repeat", "engine_batch_shape")
 
 
