@@ -171,7 +171,7 @@ def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
 
 
 def test_generation_that_overlaps_the_update_is_one_step_off_policy(cache, tmp_path):
-    """Both sides in fp32: the gap of an overlapped step is staleness, and nothing of it numerics."""
+    """Both sides in fp32: the gap of an overlapped step is staleness, none of it numerics."""
     more = ("--overlap", "--analyse-every", "1", "--engine-dtype", "float32")
     result = torchrun(2, *options(tmp_path / "r", cache, *more))
     assert result.returncode == 0, result.stderr[-3000:]
