@@ -235,10 +235,11 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
                 continue
             by, rows = entry["by"], entry["rows"]
             if by in ("layer", "token"):
-                top = max(rows, key=lambda row: row["rate"] or 0)
+                rows = sorted(rows, key=lambda row: row["rate"] or 0)
                 name = "layer" if by == "layer" else "token id"
-                if len(rows) > 1 and top["numerator"]:
-                    parts.append(f"most at {name} {top['group']}, {interval(top, percent)}")
+                ends = [f"{interval(row, percent)} at {row['group']}" for row in rows]
+                if len(rows) > 1 and rows[-1]["numerator"]:
+                    parts.append(f"by {name} from {ends[0]} to {ends[-1]}")
             elif len(rows) > 1:
                 a, b = _ends(rows)
                 where = [row["group"] if by == "step" else _bin(row["group"]) for row in (a, b)]
@@ -250,7 +251,8 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
     differ, compared = (int(sum(row[k] for row in total)) for k in ("numerator", "denominator"))
     if not differ:
         return f"0 of {compared:,} (token, layer) pairs compared differ."
-    parts.insert(0, f"{differ:,} of {compared:,} (token, layer) pairs differ")
+    share = percent(differ / compared)
+    parts.insert(0, f"{differ:,} of {compared:,} (token, layer) pairs differ, {share}")
     return f"{'; '.join(parts)}."
 
 

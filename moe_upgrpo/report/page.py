@@ -30,6 +30,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
     - ``runs``: label, path, config and environment of each
     - ``summary``: rows of {name, values}, one value for each run
+    - ``notes``: {run, text}: what is special about a run, such as a single step
     - ``alarms``: {run, name, steps, count, meaning (or null)}
     - ``token_log``: {run, text}: what was read of the token log
     - ``figures``: {key, title, read, says (a text for each run), data, missing}. ``data`` are the
@@ -69,6 +70,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
             for run in runs
         ],
         "summary": _summary(runs),
+        "notes": [{"run": run.label, "text": text} for run in runs for text in _notes(run)],
         "alarms": [alarm for run in runs for alarm in _alarms(run)],
         "token_log": [{"run": run.label, "text": sentence(run.tokens.note)} for run in runs],
         "figures": [
@@ -95,6 +97,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
             }
             for i, run in enumerate(runs)
         ],
+        notes=data["notes"],
         about=_about(runs),
         summary=data["summary"],
         alarms=[_alarm_lines(run) for run in runs],
@@ -132,6 +135,26 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
     _replace(output.with_suffix(".json"), json.dumps(data, allow_nan=False))
     _replace(output, html)
     return output
+
+
+def _notes(run: Run) -> list[str]:
+    """What a reader must know of a run before its figures."""
+    notes = []
+    if run.is_probe:
+        notes.append("A probe: engine and trainer are compared and nothing is trained.")
+    elif sum(row["step"] > 0 for row in run.rows) == 1:
+        notes.append("A run of one step: nothing here says how anything changes.")
+    if run.is_dense:
+        notes.append("A dense model: it has no MoE layer and so no routing figures.")
+    if run.pooled("mismatch/router_rate") == 0:
+        compared = sum(row.get("mismatch/router_denominator") or 0 for row in run.rows)
+        notes.append(f"No mismatch at all: 0 of {compared:,.0f} (token, layer) pairs differ.")
+    share = run.config.get("token_log_share")
+    if run.config.get("token_log") == "sampled" and share:
+        notes.append(f"Figures by token are of a sample: {percent(share)} of the sequences.")
+    if run.tokens.table is None:
+        notes.append(f"No figures by token: {run.tokens.note}")
+    return notes
 
 
 def _has_floor(run: Run, side: str) -> bool:
@@ -181,8 +204,8 @@ def _spans(steps: list[int]) -> str:
         else:
             spans.append([step, step])
     texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in spans]
-    if hidden := len(texts) - _MAX_SPANS:
-        texts = [*texts[:_MAX_SPANS], f"{hidden} more places"] if hidden > 0 else texts
+    if (hidden := len(texts) - _MAX_SPANS) > 0:
+        texts = [*texts[:_MAX_SPANS], f"{hidden} more places"]
     last = f" and {texts[-1]}" if len(texts) > 1 else texts[0]
     return f"step{'s' * (len(steps) > 1)} {', '.join(texts[:-1])}{last}"
 

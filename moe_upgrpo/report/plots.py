@@ -381,6 +381,8 @@ def _label_groups(axes: Axes, by: str) -> None:
         axes.set_xlabel("MoE layers of the token that differ")
         return
     axes.set_xlabel(_GROUPS[by])
+    if axes.dataLim.x0 == axes.dataLim.x1:  # one group alone
+        axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
     if by == "margin":
         if axes.dataLim.x0 > 0:
             axes.set_xscale("log")

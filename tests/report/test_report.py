@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.report import write_report
+from moe_upgrpo.report import plots, write_report
 from moe_upgrpo.report.answers import TOKEN_FIGURES
 from moe_upgrpo.report.figures import Curves, trend
 from moe_upgrpo.report.page import FIGURES, _spans
@@ -23,7 +23,7 @@ from moe_upgrpo.report.runs import Run, load_runs
 from moe_upgrpo.report.tokens import TokenLog
 from moe_upgrpo.store import RunFolder, read_metrics
 from moe_upgrpo.store.metrics import metric
-from tests.report.synthetic import make_run
+from tests.report.synthetic import make_run, random_tokens, write_tokens
 
 ALL = [*FIGURES, *TOKEN_FIGURES]
 
@@ -374,6 +374,7 @@ def test_a_probe_has_no_reward_and_says_so(tmp_path):
         assert figure_of(data, key)["says"][0]["text"] == reason
         assert figure_of(data, key)["data"] == []
     assert html.count(reason) == 1
+    assert data["notes"][0]["text"].startswith("A probe: engine and trainer are compared")
 
 
 def test_throughput_is_tokens_over_seconds_not_a_mean_of_rates(tmp_path):
@@ -481,6 +482,7 @@ def test_no_mismatch_is_reported_as_none(tmp_path):
         "logp_gap/max_abs": 0.0,
     }
     html, data = write(tmp_path, run_of(tmp_path, row))
+    assert data["notes"][1]["text"] == ("No mismatch at all: 0 of 50 (token, layer) pairs differ.")
     assert figure_of(data, "routing")["says"][0]["text"] == (
         "0 of 50 (token, layer) pairs compared differ. Noise floor at 1 analysed step: the trainer "
         "differs from itself by 0.2% (another batch shape); the engine's own was not measured; "
@@ -549,3 +551,44 @@ def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="given twice"):
         write_report([run, tmp_path / "x" / ".." / "run"], output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"steps": 1}, ["A run of one step: nothing here says how anything changes."]),
+        (
+            {"steps": 2, "layers": 0},
+            ["A dense model: it has no MoE layer and so no routing figures."],
+        ),
+        (
+            {"steps": 2, "level": "sampled", "share": 0.9},
+            ["Figures by token are of a sample: 90% of the sequences."],
+        ),
+        (
+            {"steps": 2, "level": "aggregate"},
+            [
+                "No figures by token: this run kept its token log at level aggregate: its metrics, "
+                "and no token rows."
+            ],
+        ),
+        ({"steps": 2}, []),
+    ],
+)
+def test_what_is_special_about_a_run_comes_first(tmp_path, monkeypatch, options, texts):
+    monkeypatch.setattr(plots, "draw", lambda figure, data, labels: [])
+    html, data = write(tmp_path, make_run(tmp_path / "run", **options))
+    assert [note["text"] for note in data["notes"]] == texts
+    head = html[: html.index("What was run")]
+    assert all(text in head for text in texts)
+
+
+def test_a_long_run_of_many_layers_makes_a_page_of_sane_size(tmp_path):
+    """300 steps and 48 layers, with 5 sequences shown of 400 tokens each."""
+    path = make_run(tmp_path / "run", steps=300, layers=48, level="aggregate")
+    tokens = random_tokens(np.random.default_rng(0), 48, sequences=6, length=450)
+    write_tokens(path, 300, tokens, 48)
+    html, data = write(tmp_path, path)
+    assert html.count('class="token"') == 5 * 400
+    assert len(html) < 4e6
+    assert len(json.dumps(data)) < 4e6

@@ -107,7 +107,7 @@ def test_by_hand(run):
         rows = panel(found, name)["routers"]["rows"]
         assert [(row["group"], row["numerator"], row["denominator"]) for row in rows] == expected
     assert says(found["mismatch_where"]).startswith(
-        "3 of 8 (token, layer) pairs differ; most at layer 1, 50% ("
+        "3 of 8 (token, layer) pairs differ, 37.5%; by layer from 25% ("
     )
     signs = {
         entry["quantity"]: {row["group"]: row["rate"] for row in entry["rows"]}
