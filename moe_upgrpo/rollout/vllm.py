@@ -225,11 +225,13 @@ class VLLMEngine:
             # decide the shapes of batches, and so the rounding.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache.")
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts_N],
-                params_N,
-                use_tqdm=False,
-            )
+            # Without the trainer's CPU backend, whose mode looks at every call of torch.
+            with torch._C.DisableTorchFunction():
+                outputs = self._llm.generate(
+                    [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts_N],
+                    params_N,
+                    use_tqdm=False,
+                )
         completions = [output.outputs[0] for output in outputs]
         for completion in completions:
             if completion.finish_reason not in ("stop", "length"):
