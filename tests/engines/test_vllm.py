@@ -154,7 +154,7 @@ def agrees_with_trainer(actor, rollouts) -> int:
 def move_weights(actor):
     """As an optimizer step would, but further: every weight, norms and routers included."""
     with torch.no_grad():
-        for weight in actor.model.parameters():
+        for weight in (w for chunk in actor.chunks for w in chunk.parameters()):
             weight.add_(torch.randn_like(weight), alpha=0.05)
 
 
