@@ -370,6 +370,10 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
 
         return cell
 
+    def staleness(run: Run) -> str | None:
+        steps = run.pooled("staleness/mean")
+        return number(steps) if steps else None
+
     def decomposition(run: Run) -> str | None:
         rows = [row for row in run.rows if row.get("time/decomposition") and row.get("time/total")]
         if not rows:
@@ -419,6 +423,7 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
         ("Noise floor, routers, trainer", floor("trainer")),
         ("Noise floor, routers, engine", floor("engine")),
         ("Conditional flips, routers", pooled("conditional/router_rate")),
+        ("Staleness of the samples, steps", staleness),
         ("Log-prob gap, mean |gap|", pooled("logp_gap/mean_abs", number)),
         ("Clipped, advantage > 0", mean("clip/positive", percent)),
         ("Clipped, advantage < 0", mean("clip/negative", percent)),

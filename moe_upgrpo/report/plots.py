@@ -17,7 +17,7 @@ from moe_upgrpo.report.figures import ByLayer, Curves, HeatMap, Histogram, Panel
 
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", ":", "-.")
+_LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _SOFT = "#475569"
 _INTERVAL = ("rate", "low", "high")
 # Mark and line of each kind of noise floor.

@@ -193,6 +193,7 @@ def _says_gap(run: Run) -> str:
 
 _TERMS = {
     "numerics": "numerics",
+    "staleness": "staleness",
     "engine_routing": "engine routing",
     "update": "update",
     "routing_shift": "routing shift",
@@ -341,10 +342,11 @@ ROUTING: list[Curves | HeatMap | ByLayer | Histogram | Panels] = [
         ),
         read="Mean |term| per token at the analysed steps. The terms, signs kept, add up to log p "
         "of the trainer after its update − log p of the engine: arithmetic at the engine's "
-        "experts, then the trainer's own experts, then the new weights at those experts, then the "
-        "experts that the new weights choose. Under R3 numerics and update remain, both at the "
-        "engine's experts, and under R2 all but the last. Magnitudes do not add up, and in another "
-        "order each term would come out somewhat different.",
+        "experts (and, where generation overlaps with training, the staleness of the engine's "
+        "weights), then the trainer's own experts, then the new weights at those experts, then the "
+        "experts that the new weights choose. Under R3 engine routing and routing shift are gone "
+        "and the others at the engine's experts, under R2 only routing shift is. Magnitudes do not "
+        "add up, and in another order each term would come out somewhat different.",
         says=_says_decomposition,
     ),
 ]

@@ -299,6 +299,18 @@ def test_the_largest_term_of_the_gap(tmp_path):
     assert {entry["panel"] for entry in figure["data"]} == {"seen"}
 
 
+def test_overlapped_generation_adds_a_term(tmp_path):
+    terms = {"numerics": 0.1, "staleness": 0.4, "engine_routing": 0.3}
+    row = {"step": 1, "staleness/mean": 1.0}
+    row |= {f"gap/{term}/mean_abs": value for term, value in terms.items()}
+    _, data = write(tmp_path, run_of(tmp_path, row))
+    assert figure_of(data, "decomposition")["says"][0]["text"] == (
+        "Staleness is the largest term: 0.4 nats in the mean over 1 analysed step; engine routing "
+        "0.3, numerics 0.1."
+    )
+    assert summary_of(data)["Staleness of the samples, steps"] == ["1"]
+
+
 @pytest.mark.parametrize(
     ("replay", "seen", "unseen"),
     [

@@ -6,6 +6,7 @@ LAYERS, TOP_K, EXPERTS = 3, 2, 8
 FLOATS = ("reward", "advantage", "logp_rollout", "logp_old", "logp_train", "ratio")
 GAPS = (
     "gap_numerics",
+    "gap_staleness",
     "gap_engine_routing",
     "gap_update",
     "gap_routing_shift",
@@ -48,6 +49,7 @@ def full_columns(num_rows=6, sequences=2, seed=0):
         "rollout_routes": rollout,
         "train_routes": train,
         "prefix_mismatched": rng.integers(0, 50, num_rows),
+        "staleness": rng.integers(0, 2, num_rows),
         "layers_mismatched_conditional": rng.integers(0, LAYERS + 1, num_rows),
         **{name: rng.standard_normal(num_rows) for name in (*GAPS, "margin_min", "entropy")},
         "gradient_weight": rng.random(num_rows),

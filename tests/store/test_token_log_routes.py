@@ -37,7 +37,7 @@ def test_every_column_comes_back(tmp_path):
     file = writer(tmp_path).write(1, columns)
     table = read_tokens(tmp_path)
     assert table.column_names == list(COLUMNS)
-    for name in ("prefix_mismatched", "layers_mismatched_conditional"):
+    for name in ("prefix_mismatched", "layers_mismatched_conditional", "staleness"):
         assert table[name].to_pylist() == columns[name].tolist()
     for name in OPTIONAL_FLOATS:
         np.testing.assert_array_equal(table[name].to_numpy(), columns[name].astype("f4"))
