@@ -6,6 +6,7 @@ tensors are spread over several files.
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -355,6 +356,20 @@ def test_the_seed_decides_and_the_trainers_process_is_left_as_it_was(
     assert differs(first, sample(engine, seed=5))
     engine.close()
     assert torch.distributed.is_initialized()  # the trainer's
+
+
+def test_another_thread_gets_the_same_while_the_trainer_computes(model_dir, make_engine):
+    """As with overlapped generation: threads, like torch's modes, are each other's strangers."""
+    actor = MegatronActor(model_dir, Layout())
+    engine = make_engine(model_dir)
+    first = sample(engine)
+    expected = score(actor, first)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(sample, engine)
+        scored = score(actor, first)
+        assert same(first, ahead.result())
+    for a, b in zip(scored, expected, strict=True):
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
 
 
 def test_dense_layers_have_no_rows(tmp_path, make_engine):
