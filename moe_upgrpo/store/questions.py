@@ -68,6 +68,16 @@ def _magnitude(name: str) -> Callable[[Columns], np.ndarray]:
     return lambda c: np.abs(c[name])
 
 
+# Of the log-prob gap; the counterfactual ones are what replay keeps from the loss.
+_TERMS = (
+    "gap_numerics",
+    "gap_staleness",
+    "gap_engine_routing",
+    "gap_update",
+    "gap_routing_shift",
+    "counterfactual_engine_routing",
+    "counterfactual_routing_shift",
+)
 _GAP = ("logp_old", "logp_rollout")
 _WEIGHT = ("gradient_weight", "advantage")
 
@@ -81,6 +91,11 @@ QUANTITIES: dict[str, Quantity] = {
         "share of tokens with S ≠ S′ in at least one layer",
         ("layers_mismatched",),
         lambda c: c["layers_mismatched"] > 0,
+    ),
+    "conditional": Quantity(
+        "share of (token, MoE layer) pairs whose own top-k differs from S in a forward held to S",
+        ("layers_mismatched_conditional",),
+        lambda c: c["layers_mismatched_conditional"],
     ),
     "gap": Quantity("mean |logp_old − logp_rollout|, trainer against engine", _GAP, _gap),
     **{
@@ -101,9 +116,9 @@ QUANTITIES: dict[str, Quantity] = {
     },
     **{
         f"{term}{ending}": Quantity(f"mean {meaning}", (term,), measure(term))
-        for term in ("gap_numerics", "gap_engine_routing", "gap_update", "gap_routing_shift")
+        for term in _TERMS
         for ending, meaning, measure in (
-            ("", f"{term}; the four add up to the mean gap, sign kept", _itself),
+            ("", f"{term}, sign kept", _itself),
             ("_abs", f"|{term}|", _magnitude),
         )
     },
@@ -178,8 +193,9 @@ def rate(
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
     asked = QUANTITIES[quantity]
-    per_layer = {"mismatch", "mismatch_any"} & {quantity} or by in ("own", "prefix", "layer")
-    layout = _layout(table, needs_layers=bool(per_layer))
+    of_layers = {"mismatch", "mismatch_any", "conditional"}
+    needs_layers = quantity in of_layers or by in ("own", "prefix", "layer")
+    layout = _layout(table, needs_layers=needs_layers)
     counted = _rows(table, (*asked.columns, GROUPINGS[by][0]))
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     if by == "layer":
@@ -189,7 +205,8 @@ def rate(
 
     columns = {name: _numpy(counted, name) for name in {*asked.columns, GROUPINGS[by][0]}}
     numerator_N = asked.numerator(columns).astype(np.float64)
-    weight_N = np.full(len(numerator_N), layout.num_layers if quantity == "mismatch" else 1)
+    per_router = quantity in ("mismatch", "conditional")
+    weight_N = np.full(len(numerator_N), layout.num_layers if per_router else 1)
     keep_N = asked.counts(columns) if asked.counts else np.ones(len(numerator_N), dtype=bool)
     group_N, labels = _grouped(by, columns[GROUPINGS[by][0]], keep_N, groups)
     keep_N &= group_N >= 0

@@ -54,6 +54,8 @@ BY_HAND = {
     "margin_min": [0.9, 0.4, 0.1, 0.8, 0.2, 0.7],
     "gradient_weight": [1.0, 2, 4, 8, 16, 32],
     "gap_update": [0.5, -0.25, 1, 0, -1, -2],
+    "counterfactual_engine_routing": [1.0, -1, 0, 0.5, 0, 2],
+    "layers_mismatched_conditional": [0, 1, 0, 0, 2, 0],
 }
 
 
@@ -85,6 +87,9 @@ def table(tmp_path):
         ("ratio_tail_2", "all", {"all": (2, 6)}),
         ("ratio_tail_1.1", "sign", {"positive": (1, 4), "negative": (1, 2)}),
         ("ratio_tail_5", "all", {"all": (0, 6)}),
+        ("conditional", "sign", {"positive": (1, 12), "negative": (2, 6)}),
+        ("counterfactual_engine_routing", "all", {"all": (2.5, 6)}),
+        ("counterfactual_engine_routing_abs", "all", {"all": (4.5, 6)}),
         ("gap_update", "sign", {"positive": (1.25, 4), "negative": (-3, 2)}),
         ("gap_update_abs", "sign", {"positive": (1.75, 4), "negative": (3, 2)}),
         ("gradient_weight_positive", "all", {"all": (15, 4)}),
