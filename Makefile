@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
+SGLANG_VENV := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
 .PHONY: train test test-engines lint setup clean
 .DEFAULT_GOAL := help
@@ -19,7 +21,7 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
 	@echo "make test                                       lint and tests"
-	@echo "make test-engines                               tests of vLLM; installs it (2.5 GB)"
+	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make setup                                      only make $(VENV)"
 
 setup: $(STAMP)
@@ -57,8 +59,16 @@ $(VLLM_STAMP): $(STAMP)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-engines: $(VLLM_STAMP)
+# SGLang's pins differ from the trainer's, so it has an environment of its own. For a CPU; with a
+# GPU: pip install sglang==0.5.23 into any other, and set SGLANG_PYTHON to its python.
+$(SGLANG_STAMP): tests/engines/sglang_requirements.txt
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet '$(TORCH)' --requirement $<
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
+	@touch $@
+
+test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info

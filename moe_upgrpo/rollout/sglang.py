@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class SGLangEngine:
         self.leader = leader
         self.weight_version = 0
         self._half_updated_to: int | None = None
+        self._updating = threading.Lock()
         self._server: _Server | None = None
         self._weights = tempfile.TemporaryDirectory(prefix="sglang-weights-", dir=weights_dir)
         if url is None:
@@ -177,7 +178,7 @@ class SGLangEngine:
                 "max_new_tokens": sampling.max_new_tokens,
                 "sampling_seed": int(request_seed),
                 "stop_token_ids": self._eos_ids,
-                "ignore_eos": True,  # those of `stop_token_ids` alone
+                "ignore_eos": False,  # True: not even those of `stop_token_ids` would stop
                 # Else the checkpoint's generation_config.json may set them.
                 "top_p": 1.0,
                 "top_k": -1,
@@ -306,6 +307,13 @@ class SGLangEngine:
                 f"{4 * rows * self._layers * self._top_k} are needed."
             )
         routes = np.frombuffer(data, "<i4").reshape(rows, self._layers, self._top_k)
+        dense = [layer for layer in range(self._layers) if layer not in self.moe_layer_ids]
+        if routes[:, dense].any():
+            raise UserError(
+                f"SGLang routed {named} in a dense layer of the checkpoint, one of {dense}. It has "
+                "made experts of it, without weights (0.5.23 does so with qwen3_moe, whose "
+                "mlp_only_layers and decoder_sparse_step it does not read). Use another engine."
+            )
         routes = routes[:, list(self.moe_layer_ids)]
         wrong = (routes < 0) | (routes >= self._num_experts)
         if wrong.any():
@@ -317,12 +325,13 @@ class SGLangEngine:
         return routes.astype(routes_dtype(self._num_experts))
 
     def _usable_version(self) -> int:
-        if self._half_updated_to is not None:
-            raise UserError(
-                f"The update to weight version {self._half_updated_to} failed half-way: the "
-                "server's weights are of no version. Update again, or restart the engine."
-            )
-        return self.weight_version
+        with self._updating:  # another thread's update is waited for
+            if self._half_updated_to is not None:
+                raise UserError(
+                    f"The update to weight version {self._half_updated_to} failed half-way: the "
+                    "server's weights are of no version. Update again, or restart the engine."
+                )
+            return self.weight_version
 
     # --- Weights ---------------------------------------------------------------------------------
 
@@ -330,30 +339,27 @@ class SGLangEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`; what is being generated is aborted, and sampled again."""
-        folder = Path(self._weights.name) / f"version-{version}"
-        shapes = {}
-        for name, tensor in self._write(named_tensors, folder):
-            shapes[name] = tensor.to("meta")
+        folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=self._weights.name))
         try:
-            check_weights(shapes, self._checkpoint_shapes, held=self.weight_version)
-        except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if not self.leader:
-            self._wait_for_version(version)
-            return
-        self._hand_over(folder, version)
-        if self._held_dir != self.model_dir:
-            shutil.rmtree(self._held_dir, ignore_errors=True)
-        self._held_dir = folder
+            given = {name: t.to("meta") for name, t in self._write(named_tensors, folder)}
+            check_weights(given, self._checkpoint_shapes, held=self.weight_version)
+            with self._updating:
+                if self.leader:
+                    self._hand_over(folder, version)
+                else:
+                    self._wait_for_version(version)
+            folder, self._held_dir = self._held_dir, folder
+        finally:
+            if folder != self.model_dir:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _write(self, named_tensors, folder: Path):
+    def _write(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the tensors on; the leader leaves them in `folder` as a checkpoint."""
         if not self.leader:
             yield from named_tensors
             return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         for file in self.model_dir.glob("*.json"):
             if not file.name.endswith(".index.json"):  # of files that have other names here
                 shutil.copy(file, folder)
@@ -370,9 +376,9 @@ class SGLangEngine:
 
     def _hand_over(self, folder: Path, version: int) -> None:
         """The server's weights from `folder`."""
-        self._half_updated_to = version
-        self._call("/pause_generation", {"mode": "abort"})
         try:
+            self._call("/pause_generation", {"mode": "abort"})
+            self._half_updated_to = version
             self._call(
                 "/update_weights_from_disk",
                 {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
@@ -380,12 +386,11 @@ class SGLangEngine:
         except UserError:
             # SGLang 0.5.23 goes on with a mixture under the old version's name
             # (weight_updater.py:193: what it would go back to is the folder that failed).
-            with suppress(UserError):
-                self._call("/update_weight_version", {"new_version": f"{version}-failed"})
+            if self._half_updated_to is not None:
+                self._try("/update_weight_version", {"new_version": f"{version}-failed"})
             raise
         finally:
-            with suppress(UserError):
-                self._call("/continue_generation", {})
+            self._try("/continue_generation", {})
         self.weight_version, self._half_updated_to = version, None
 
     def _wait_for_version(self, version: int) -> None:
@@ -420,7 +425,7 @@ class SGLangEngine:
             with suppress(queue.Empty):
                 while True:
                     i = waiting.get_nowait()
-                    connections.append(self._connection(self.generate_timeout))
+                    connections.append(self._connection(self.generate_timeout + self.timeout))
                     try:
                         arrived.put(
                             (i, self._exchange(connections[-1], "/generate", bodies[i] | asked))
@@ -502,6 +507,11 @@ class SGLangEngine:
             return self._exchange(self._connection(self.timeout), path, body)
         except NETWORK_ERRORS as error:
             raise self._gone(error) from error
+
+    def _try(self, path: str, body: dict) -> None:
+        """What helps others if it works, after a failure that is raised."""
+        with suppress(UserError, *NETWORK_ERRORS):
+            self._exchange(self._connection(min(5.0, self.timeout)), path, body)
 
     def _gone(self, error: Exception) -> UserError:
         what = (
@@ -629,7 +639,7 @@ class _Server:
 def _find_python(python: str | Path | None) -> Path:
     """The Python of SGLang's environment."""
     given = python or os.environ.get("SGLANG_PYTHON")
-    folders = (Path.cwd(), Path(__file__).parents[2])
+    folders = dict.fromkeys((Path.cwd(), Path(__file__).parents[2]))
     candidates = [Path(given)] if given else [f / ".venv-sglang/bin/python" for f in folders]
     for candidate in candidates:
         if candidate.is_file():
