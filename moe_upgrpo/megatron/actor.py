@@ -199,18 +199,15 @@ class MegatronActor:
                 )
         parts = [samples[i : i + size] for i in range(0, len(samples), size)]
         # The experts are shared by data-parallel ranks: all have to run as many forwards.
-        count = groups.largest_over_data_parallel(len(parts))
-        if self.layout.vpp > 1:  # schedules.py:1015
+        count = int(groups.largest({"micro-batches": len(parts)})["micro-batches"])
+        if self.layout.vpp > 1:  # schedules.py:1007 interleaves groups of pp micro-batches
             count = -(-count // self.layout.pp) * self.layout.pp
         parts += [[]] * (count - len(parts))
-        shape = (0, 0)
+        shape = (1, 1)
         if self.layout.pp > 1:  # the stages exchange tensors of one shape
             shape = min(size, len(samples)), max(len(s.tokens) for s in samples)
         return [
-            make_batch(part, multiple_of=self.layout.tp, shape=shape if shape[0] else (1, 1)).to(
-                device()
-            )
-            for part in parts
+            make_batch(part, multiple_of=self.layout.tp, shape=shape).to(device()) for part in parts
         ]
 
     def _run(
@@ -382,9 +379,8 @@ class MegatronActor:
             raise UserError(problems[0])
         self.scheduler.step(increment=1)  # before the step: warm-up starts at lr / warmup_steps
         _, grad_norm, _ = self.optimizer.step()
-        rows = [
-            (sample, *divmod(i, size)) for i, sample in enumerate(samples)
-        ]  # sample, micro-batch, row
+        # Each sample with its micro-batch and its row there.
+        rows = [(sample, *divmod(i, size)) for i, sample in enumerate(samples)]
         log_probs, clipped, gradient_weight = (
             [seen[m].arrays[kind][b][sample.response_rows] for sample, m, b in rows]
             for kind in range(3)

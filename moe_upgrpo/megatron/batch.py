@@ -56,13 +56,13 @@ class Batch:
 
 
 def make_batch(
-    samples: Sequence[Sample], *, multiple_of: int = 1, shape: tuple[int, int] = (0, 0), pad_id=0
+    samples: Sequence[Sample], *, multiple_of: int = 1, shape: tuple[int, int] = (1, 1), pad_id=0
 ) -> Batch:
     """Pad to the longest sequence, rounded up to `multiple_of` (sequence parallelism shards S).
 
     shape: the least (B, S); rows without a sequence are padding altogether.
     """
-    longest = max([shape[1], 1] + [len(s.tokens) for s in samples])
+    longest = max([shape[1]] + [len(s.tokens) for s in samples])
     shape = max(shape[0], len(samples)), -(-longest // multiple_of) * multiple_of
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)

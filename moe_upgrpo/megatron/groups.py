@@ -106,11 +106,6 @@ def _gather(items: list, group: dist.ProcessGroup) -> list:
     return [item for share in shares for item in share]
 
 
-def largest_over_data_parallel(value: int) -> int:
-    """The largest of an integer over the data-parallel ranks."""
-    return int(_over_data_parallel([value], dist.ReduceOp.MAX)[0])
-
-
 def from_rank_0(value):
     """Rank 0's value, on every rank."""
     holder = [value]

@@ -113,7 +113,9 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         # Interleaved, two stages exchange activations and gradients with the same peer at a time,
-        # and a batch of sends and receives does not tell them apart (p2p_communication.py:37).
+        # and a batch of sends and receives does not tell them apart (p2p_communication.py:25): with
+        # two stages they are swapped without an error. deallocate_pipeline_outputs stays off: it
+        # frees outputs that gloo is still sending (schedules.py:1600).
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         params_dtype=dtype,
