@@ -79,7 +79,7 @@ class Answers:
             if found:
                 kind = max(found, key=found.get)
                 about = {"run": run.label, "metric": f"noise/{kind}/{self.floor}"}
-                label = f"floor: {side} against itself"
+                label = f"floor: {side}"
                 entries.append(about | {"label": label, "floor": True, "value": found[kind]})
         return entries
 

@@ -214,8 +214,8 @@ def test_the_floor_of_each_side_beside_the_figures(tmp_path):
     for name in ("layer", "step", "position", "margin", "token", "prefix"):
         floors = panel(found, f"mismatch_by_{name}", floor=True)
         assert {label: entry["value"] for label, entry in floors.items()} == {
-            "floor: trainer against itself": FLOORS["trainer_batch_shape"],
-            "floor: engine against itself": FLOORS["engine_batch_shape"],
+            "floor: trainer": FLOORS["trainer_batch_shape"],
+            "floor: engine": FLOORS["engine_batch_shape"],
         }
     (floor,) = panel(found, "gap_by_own", floor=True).values()
     assert floor["metric"] == "noise/trainer_batch_shape/logp_mean_abs"
