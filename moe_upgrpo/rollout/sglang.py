@@ -9,6 +9,7 @@ import base64
 import http.client
 import json
 import os
+import pickle
 import queue
 import shutil
 import signal
@@ -18,15 +19,17 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
@@ -39,6 +42,8 @@ from moe_upgrpo.rollout.vllm import _eos_ids, _moe_layers
 MAX_REQUESTS = 256  # at once, each of a prompt with its samples
 NETWORK_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)
 ATTEMPTS = 3  # to sample a sequence that an update cut off
+Transfer = Literal["disk", "tensor", "distributed"]
+PART_BYTES = 256 << 20  # of the weights sent in one request
 SHARD_BYTES = 2 << 30  # of the files of an update
 LOG_LINES = 12  # of the server, in an error
 # Of torchrun and this environment: SGLang would take them for its own.
@@ -80,6 +85,7 @@ class SGLangEngine:
         url: str | None = None,
         leader: bool = True,
         python: str | Path | None = None,
+        transfer: Transfer = "disk",
         timeout: float = 60.0,
         generate_timeout: float = 1800.0,
         start_timeout: float = 300.0,
@@ -89,6 +95,8 @@ class SGLangEngine:
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if transfer not in get_args(Transfer):
+            raise UserError(f"transfer={transfer!r}: use one of {', '.join(get_args(Transfer))}.")
         if url is None and not leader:
             raise UserError("leader=False needs the url of the leader's server.")
         if url is not None and options:
@@ -105,7 +113,8 @@ class SGLangEngine:
         self._num_experts = _num_experts(config) if self.moe_layer_ids else 0
         self._eos_ids = _eos_ids(self.model_dir, config)
         self.timeout, self.generate_timeout = timeout, generate_timeout
-        self.leader = leader
+        self.leader, self.transfer = leader, transfer
+        self._group: _Group | None = None
         self.weight_version = 0
         self._half_updated_to: int | None = None
         self._updating = threading.Lock()
@@ -126,10 +135,12 @@ class SGLangEngine:
         self._held_dir = self.model_dir
         if self._server:
             self._server.start(self._held_dir, 0)
-        elif leader:
-            self._hand_over(self.model_dir, 0)
-        else:
+        elif not leader:
             self._wait_for_version(0)
+        elif transfer == "disk":
+            self._hand_over(partial(self._load, self.model_dir, 0), 0)
+        else:
+            self._hand_over(partial(self._send, _read(self.model_dir), 0), 0)
 
     @classmethod
     def shared(cls, model_dir: str | Path, dtype: str = "bfloat16", **arguments) -> SGLangEngine:
@@ -339,15 +350,31 @@ class SGLangEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`; what is being generated is aborted, and sampled again."""
+        if self.leader and self.transfer == "disk":
+            self._update_through_files(named_tensors, version)
+            return
+        # Followers go through the tensors; what is sent is kept until all are known to fit.
+        given = {
+            name: tensor.detach().clone() if self.leader else tensor.to("meta")
+            for name, tensor in named_tensors
+        }
+        check_weights(given, self._checkpoint_shapes, held=self.weight_version)
+        with self._updating:
+            if self.leader:
+                self._hand_over(partial(self._send, given, version), version)
+            else:
+                self._wait_for_version(version)
+        self._held_dir = None
+
+    def _update_through_files(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=self._weights.name))
         try:
             given = {name: t.to("meta") for name, t in self._write(named_tensors, folder)}
             check_weights(given, self._checkpoint_shapes, held=self.weight_version)
             with self._updating:
-                if self.leader:
-                    self._hand_over(folder, version)
-                else:
-                    self._wait_for_version(version)
+                self._hand_over(partial(self._load, folder, version), version)
             folder, self._held_dir = self._held_dir, folder
         finally:
             if folder != self.model_dir:
@@ -356,10 +383,7 @@ class SGLangEngine:
     def _write(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors on; the leader leaves them in `folder` as a checkpoint."""
-        if not self.leader:
-            yield from named_tensors
-            return
+        """Pass the tensors on, and leave them in `folder` as a checkpoint."""
         for file in self.model_dir.glob("*.json"):
             if not file.name.endswith(".index.json"):  # of files that have other names here
                 shutil.copy(file, folder)
@@ -374,15 +398,12 @@ class SGLangEngine:
         if shard:
             save_file(shard, folder / f"model-{written:05d}.safetensors")
 
-    def _hand_over(self, folder: Path, version: int) -> None:
-        """The server's weights from `folder`."""
+    def _hand_over(self, give: Callable[[], None], version: int) -> None:
+        """The server's weights by `give`, while it generates nothing."""
         try:
             self._call("/pause_generation", {"mode": "abort"})
             self._half_updated_to = version
-            self._call(
-                "/update_weights_from_disk",
-                {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
-            )
+            give()
         except UserError:
             # SGLang 0.5.23 goes on with a mixture under the old version's name
             # (weight_updater.py:193: what it would go back to is the folder that failed).
@@ -392,6 +413,39 @@ class SGLangEngine:
         finally:
             self._try("/continue_generation", {})
         self.weight_version, self._half_updated_to = version, None
+
+    def _load(self, folder: Path, version: int) -> None:
+        self._call(
+            "/update_weights_from_disk",
+            {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
+        )
+
+    def _send(self, state: dict[str, torch.Tensor], version: int) -> None:
+        """`state` as tensors, in parts; SGLang takes them between begin and end only."""
+        ranks = self._call("/server_info")["tp_size"]
+        self._call("/begin_weight_update", {})
+        try:
+            parts = _parts(state)
+            for part in parts:
+                last = part is parts[-1]
+                about = {"flush_cache": last, "weight_version": str(version) if last else None}
+                if self.transfer == "tensor":
+                    part = [(name, tensor.cpu()) for name, tensor in part]
+                    data = base64.b64encode(pickle.dumps(part)).decode()
+                    self._call(
+                        "/update_weights_from_tensor",
+                        about | {"serialized_named_tensors": [data] * ranks},
+                    )
+                else:
+                    self._group = self._group or _Group(self, ranks, part[0][1].is_cuda)
+                    self._group.broadcast(part, about)
+        except BaseException:
+            if self._group:
+                self._group.close()
+                self._group = None
+            self._try("/end_weight_update", {})
+            raise
+        self._call("/end_weight_update", {})
 
     def _wait_for_version(self, version: int) -> None:
         """Until the leader's update is through."""
@@ -535,18 +589,129 @@ class SGLangEngine:
         return True
 
     def restart(self) -> None:
-        """End the server, whatever its state, and start it with the weights that it held."""
+        """End the server, whatever its state, and start it with the weights that it held.
+
+        With `transfer` other than disk they went with the server: the engine then refuses to
+        sample until it is updated.
+        """
         if self._server is None:
             raise UserError(f"The server at {self.url} was not started here; restart it there.")
         self._server.stop()
-        self._server.start(self._held_dir, self.weight_version)
-        self._half_updated_to = None
+        self._group = None
+        if self._held_dir is None:  # sent, and gone with the server
+            self._server.start(self.model_dir, f"{self.weight_version}-lost")
+            self._half_updated_to = self.weight_version
+        else:
+            self._server.start(self._held_dir, self.weight_version)
+            self._half_updated_to = None
 
     def close(self) -> None:
         """See `Engine.close`; a server that was started here ends."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         if self._server is not None:
             self._server.stop()
         self._weights.cleanup()
+
+
+class _Group:
+    """The process group of `transfer="distributed"`: rank 0 here, the server's ranks after it.
+
+    Outside torch.distributed's groups, so that the trainer's need not know of it; the names are
+    those that SGLang's `init_custom_process_group` makes in the same store.
+    """
+
+    def __init__(self, engine: SGLangEngine, server_ranks: int, cuda: bool):
+        self._engine, self._name = engine, uuid.uuid4().hex
+        limit = timedelta(seconds=engine.timeout)
+        host = urlsplit(engine.url).hostname
+        # The address of this machine as the server's sees it.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            route.connect((host, 9))
+            address = route.getsockname()[0]
+        store = torch.distributed.TCPStore(
+            address, 0, is_master=True, wait_for_workers=False, timeout=limit
+        )
+        joined = _Asked(
+            engine,
+            "/init_weights_update_group",
+            {
+                "master_address": address,
+                "master_port": store.port,
+                "rank_offset": 1,
+                "world_size": 1 + server_ranks,
+                "group_name": self._name,
+                "backend": "nccl" if cuda else "gloo",
+            },
+        )
+        for prefix in (self._name, f"{self._name}/", "cuda/" if cuda else "cpu/"):
+            store = torch.distributed.PrefixStore(prefix, store)
+        try:
+            if cuda:
+                options = torch.distributed.ProcessGroupNCCL.Options()
+                options._timeout = limit
+                group = torch.distributed.ProcessGroupNCCL(store, 0, 1 + server_ranks, options)
+            else:
+                group = torch.distributed.ProcessGroupGloo(store, 0, 1 + server_ranks, limit)
+        except RuntimeError as error:
+            joined.check()
+            raise UserError(f"SGLang did not join the group for its weights: {error}") from error
+        joined.wait()
+        self._group = group
+
+    def broadcast(self, part: list[tuple[str, torch.Tensor]], about: dict) -> None:
+        names, tensors = zip(*part, strict=True)
+        asked = _Asked(
+            self._engine,
+            "/update_weights_from_distributed",
+            about
+            | {
+                "group_name": self._name,
+                "names": names,
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+            },
+        )
+        try:
+            works = [self._group.broadcast(tensor.contiguous(), 0) for tensor in tensors]
+            # Where the server refuses it never joins in: its answer ends the waiting.
+            while not all(work.is_completed() for work in works):
+                asked.check()
+                time.sleep(0.001)
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise UserError(f"Broadcasting the weights to SGLang failed: {error}") from error
+        asked.wait()
+
+    def close(self) -> None:
+        self._engine._try("/destroy_weights_update_group", {"group_name": self._name})
+        self._group = None
+
+
+class _Asked:
+    """A request whose answer comes while this side does its part."""
+
+    def __init__(self, engine: SGLangEngine, path: str, body: dict):
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._ask, args=(engine, path, body), daemon=True)
+        self._thread.start()
+
+    def _ask(self, engine: SGLangEngine, path: str, body: dict) -> None:
+        try:
+            engine._call(path, body)
+        except Exception as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what the request ended with, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        self._thread.join()
+        self.check()
 
 
 class _Server:
@@ -561,7 +726,7 @@ class _Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
-    def start(self, model_dir: Path, version: int) -> None:
+    def start(self, model_dir: Path, version: int | str) -> None:
         options = {
             "model_path": model_dir,
             "host": "127.0.0.1",
@@ -634,6 +799,23 @@ class _Server:
                 lines = lines[: end + 1]
                 break
         return f" From its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _parts(state: dict[str, torch.Tensor]) -> list[list[tuple[str, torch.Tensor]]]:
+    """The tensors in parts of about `PART_BYTES`."""
+    parts, size = [], PART_BYTES
+    for name, tensor in state.items():
+        if size >= PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append((name, tensor))
+        size += tensor.nbytes
+    return parts
 
 
 def _find_python(python: str | Path | None) -> Path:

@@ -269,6 +269,61 @@ def test_weights_in_several_files(engine, other_dir, monkeypatch):
     assert len(list(engine._held_dir.glob("*.safetensors"))) > 3
 
 
+@pytest.mark.parametrize("transfer", ["tensor", "distributed"])
+@pytest.mark.parametrize("part_bytes", [1 << 30, 40_000], ids=["whole", "in parts"])
+def test_weights_sent_are_to_the_bit_those_loaded_from_files(
+    engine, model_dir, other_dir, monkeypatch, transfer, part_bytes
+):
+    """Distributed over gloo; NCCL is not run."""
+    engine.update_weights(weights_of(other_dir).items(), version=1)
+    expected, sums = sample(engine), checksum(engine)
+    monkeypatch.setattr(sglang, "PART_BYTES", part_bytes)
+    # To a server that it did not start: version 0 is then sent as well.
+    sender = SGLangEngine(model_dir, "float32", url=engine.url, transfer=transfer, timeout=30)
+    assert checksum(engine) != sums
+    for version in (1, 2):
+        sender.update_weights(weights_of(other_dir).items(), version=version)
+        assert checksum(engine) == sums
+        assert same(expected, sample(sender))
+    sender.close()
+
+
+@pytest.mark.parametrize("transfer", ["tensor", "distributed"])
+def test_a_sent_update_that_fails_half_way_is_never_sampled_from(
+    engine, model_dir, other_dir, monkeypatch, transfer
+):
+    """The second of several parts has a tensor that does not fit."""
+    expected = sample(engine)
+    sender = SGLangEngine(model_dir, "float32", url=engine.url, transfer=transfer, timeout=30)
+    parts = sglang._parts
+
+    def broken(state):
+        first, *rest = parts(state)
+        name, _ = rest[0][0]
+        return [first, [(name, torch.zeros(5, 7))], *rest[1:]]  # SGLang would broadcast a row
+
+    monkeypatch.setattr(sglang, "PART_BYTES", 40_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(sglang, "_parts", broken)
+        with raises_within(40, "SGLang"):
+            sender.update_weights(weights_of(other_dir).items(), version=1)
+    with pytest.raises(UserError, match="failed half-way"):
+        sample(sender)
+    if engine.health():  # refused; else it ended
+        sender.update_weights(weights_of(model_dir).items(), version=2)
+        assert same(expected, sample(sender))
+    sender.close()
+
+
+def test_sending_to_a_server_that_does_not_listen_ends(engine, model_dir):
+    """SGLang takes tensors only in an update that was begun; in the broadcast nobody would join."""
+    sender = SGLangEngine(model_dir, "float32", url=engine.url, transfer="distributed", timeout=30)
+    part = list(weights_of(model_dir).items())
+    with raises_within(10, "must run between begin_weight_update"):
+        sender._group.broadcast(part, {})
+    sender.close()
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "dtype"])
 def test_wrong_weights_are_refused_and_change_nothing(engine, other_dir, fault):
     given = weights_of(other_dir)
@@ -671,6 +726,7 @@ def test_a_server_that_takes_too_long_to_start_is_ended(model_dir):
 def test_bad_arguments(model_dir, tmp_path, engine):
     for arguments, message in (
         ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"transfer": "ipc"}, "disk, tensor, distributed"),
         ({"url": engine.url, "max_total_tokens": 9}, "max_total_tokens given with a url"),
         ({"leader": False}, "needs the url"),
         ({"url": "localhost:30000"}, "http://HOST:PORT is needed"),
