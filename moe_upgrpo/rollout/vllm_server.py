@@ -1,0 +1,372 @@
+"""Rollouts from a vLLM server, which the ranks of the trainer share.
+
+P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import queue
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig
+from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.hf import _checkpoint_shapes
+from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE, _eos_ids, _moe_layers
+
+FLAGS = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --skip-tokenizer-init --enable-scale-out "
+    "--logprobs-mode processed_logprobs --enable-return-routed-experts (the last for MoE models)"
+)
+MAX_REQUESTS = 256  # at once
+SIGN_OF_LIFE = 5.0  # seconds between looks whether the server is there
+
+
+class VLLMServerEngine:
+    """`Engine` on a vLLM server at `url`, dense or MoE, that was started as `FLAGS` says.
+
+    The server is given the weights of `model_dir` at the start. Rank 0 of torch.distributed writes
+    new ones to `weights_dir`, which the server must see under the same path, and has them loaded;
+    making the engine and `update_weights` are collectives, and where rank 0 fails all ranks raise.
+
+    An update waits for what is being generated. The server names the weights that sampled each
+    response; one of other weights than this engine's is refused: after an update that failed
+    half-way, when the server was started again or when another trainer updated it. A further
+    `update_weights` makes the server usable again.
+
+    UserError is raised where the server does not answer a small question within `timeout` seconds,
+    also while it generates, a request within `generate_timeout`, or an update within
+    `update_timeout`.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        generate_timeout: float = 1800.0,
+        update_timeout: float = 600.0,
+        weights_dir: str | Path | None = None,
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
+        self.url = url.rstrip("/")
+        self.timeout, self.generate_timeout = timeout, generate_timeout
+        self.update_timeout = update_timeout
+        # A proxy named in the environment is for other addresses.
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._layers = config.num_hidden_layers
+        self._eos_ids = _eos_ids(model_dir, config)
+        self._weights = tempfile.TemporaryDirectory(prefix="vllm-weights-", dir=weights_dir)
+        self.weight_version = 0
+        # Another run's version 3 is not this one's.
+        self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
+        self.max_model_len = self._on_rank_0(self._check_server)
+        self._on_rank_0(lambda: self._load(Path(model_dir).absolute(), 0))
+
+    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on every rank; where it raises there, all do."""
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        told = [None, None]
+        if alone or dist.get_rank() == 0:
+            try:
+                told[0] = action()
+            except Exception as error:
+                told[1] = str(error) if isinstance(error, UserError) else repr(error)
+        if not alone:
+            dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise UserError(told[1])
+        return told[0]
+
+    def _check_server(self) -> int:
+        """The longest sequence that it takes."""
+        config = self._call("/server_info?config_format=json")["vllm_config"]
+        wrong = []
+        if config["model_config"]["logprobs_mode"] != "processed_logprobs":
+            wrong.append(f"logprobs_mode is {config['model_config']['logprobs_mode']}")
+        routes = (config["aux_output_config"] or {}).get("enable_return_routed_experts")
+        if self.moe_layer_ids and not routes:
+            wrong.append("it does not return routed experts")
+        if wrong:
+            raise UserError(
+                f"The server at {self.url} cannot be used: {'; '.join(wrong)}. Start it as: {FLAGS}"
+            )
+        return config["model_config"]["max_model_len"]
+
+    # --- Sampling --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        if not len(prompts) or samples_per_prompt < 1:
+            raise UserError(
+                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
+                "at least one of both is needed."
+            )
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("A prompt is empty; each needs at least one token.")
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature is {sampling.temperature}; vLLM takes 0 (greedy) or at least "
+                f"{LEAST_TEMPERATURE}."
+            )
+        salt = uuid.uuid4().hex  # of the prefix cache: shared within this call alone
+        prompts_N = [np.asarray(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
+        choices_N = self._ask(
+            [
+                {
+                    "token_ids": prompt.tolist(),
+                    "cache_salt": salt,
+                    "sampling_params": {
+                        "temperature": sampling.temperature,
+                        "max_tokens": sampling.max_new_tokens,
+                        "seed": int(request_seed),
+                        "stop_token_ids": self._eos_ids,
+                        "ignore_eos": True,  # those of `stop_token_ids` alone
+                        "logprobs": 0,  # of the sampled token only
+                        "detokenize": False,
+                        # Else the checkpoint's generation_config.json may set them.
+                        "top_p": 1.0,
+                        "top_k": 0,
+                        "min_p": 0.0,
+                        "repetition_penalty": 1.0,
+                    },
+                }
+                for prompt, request_seed in zip(prompts_N, seeds_N, strict=True)
+            ]
+        )
+        return [
+            self._rollout(prompt, choice, sampling)
+            for prompt, choice in zip(prompts_N, choices_N, strict=True)
+        ]
+
+    def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `Engine.routes`; in one pass up to the server's `max_num_batched_tokens` tokens."""
+        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
+            raise UserError(
+                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
+            )
+        choices = self._ask(
+            [
+                {
+                    # One token is always sampled; in the place of the last, never fed in.
+                    "token_ids": np.asarray(sequence[:-1]).tolist(),
+                    "cache_salt": uuid.uuid4().hex,
+                    "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False},
+                }
+                for sequence in sequences
+            ]
+        )
+        return [
+            self._moe_rows(choice, len(sequence) - 1)
+            for sequence, choice in zip(sequences, choices, strict=True)
+        ]
+
+    def _checked(self, answer: dict) -> dict:
+        """The one sample of an answer, whole and of this engine's weights."""
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise UserError(
+                f"vLLM ended a response with {choice['finish_reason']!r}: was the server paused, "
+                "or its requests aborted, by another?"
+            )
+        held = [span["version"] for span in choice["weight_versions"] or ()]
+        if held != [self._name(self.weight_version)]:
+            raise UserError(
+                f"vLLM at {self.url} sampled a response from weights {held}, not from "
+                f"{self._name(self.weight_version)} alone: an update failed half-way, or the "
+                "server was started again or updated by another. Update the weights."
+            )
+        return choice
+
+    def _rollout(self, prompt: np.ndarray, choice: dict, sampling: SamplingConfig) -> Rollout:
+        finished = choice["finish_reason"] == "stop"
+        tokens = choice["token_ids"]
+        if not finished and len(tokens) != sampling.max_new_tokens:
+            raise UserError(
+                f"vLLM cut a response to a prompt of {len(prompt)} tokens after {len(tokens)} of "
+                f"{sampling.max_new_tokens}: the server's max_model_len={self.max_model_len} has "
+                "no room for more. Raise it or lower max_new_tokens."
+            )
+        logged = choice["logprobs"]["content"]
+        if [item["token_id"] for item in logged] != tokens:
+            raise UserError("vLLM's log-probs do not belong to the tokens of the response.")
+        return Rollout(
+            prompt_ids=prompt,
+            response_ids=np.array(tokens, dtype=np.int64),
+            logp_rollout=np.array([item["logprob"] for item in logged], dtype=np.float32),
+            routes=self._moe_rows(choice, len(prompt) + len(tokens) - 1),
+            weight_version=self.weight_version,
+            finished=finished,
+        )
+
+    def _moe_rows(self, choice: dict, rows: int) -> np.ndarray:
+        """The routes of one request `[rows, L, K]`; base64 of an .npy with all layers' rows."""
+        if not self.moe_layer_ids:
+            return np.zeros((rows, 0, 0), dtype=np.uint8)
+        if choice["routed_experts"] is None:
+            raise UserError("vLLM returned a response without routed experts.")
+        file = io.BytesIO(base64.b64decode(choice["routed_experts"]))
+        routes = np.load(file, allow_pickle=False)
+        if routes.ndim != 3 or routes.shape[:2] != (rows, self._layers):
+            raise UserError(
+                f"vLLM returned routes of shape {routes.shape}; ({rows}, {self._layers}, K) needed."
+            )
+        return routes[:, list(self.moe_layer_ids)]
+
+    # --- Weights ---------------------------------------------------------------------------------
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """See `Engine.update_weights`."""
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        state = {
+            name: tensor.detach().to("cpu" if writes else "meta").contiguous()
+            for name, tensor in named_tensors
+        }
+        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
+
+        def hand_over() -> None:
+            with tempfile.TemporaryDirectory(dir=self._weights.name) as folder:
+                save_file(state, Path(folder) / "model.safetensors")
+                self._load(Path(folder), version)
+
+        self._on_rank_0(hand_over)
+        self.weight_version = version
+
+    def _load(self, folder: Path, version: int) -> None:
+        self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
+        try:
+            # Until all is loaded: what is sampled from a mixture bears this name.
+            self._call("/update_weight_version", {"new_version": f"half of {self._name(version)}"})
+            self._call(
+                "/collective_rpc",
+                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+                timeout=self.update_timeout,
+            )
+            if not self._call("/reset_prefix_cache", {})["success"]:
+                raise UserError(f"vLLM at {self.url} did not reset its prefix cache.")
+            self._call("/update_weight_version", {"new_version": self._name(version)})
+        except UserError:
+            with suppress(UserError):
+                self._call("/resume", {})
+            raise
+        self._call("/resume", {})
+
+    def _name(self, version: int) -> str:
+        return f"{self._run}-{version}"
+
+    # --- HTTP ------------------------------------------------------------------------------------
+
+    def _ask(self, bodies: Sequence[dict]) -> list[dict]:
+        """The responses to requests, while the server shows signs of life."""
+        waiting: queue.Queue = queue.Queue()
+        arrived: queue.Queue = queue.Queue()
+        for item in enumerate(bodies):
+            waiting.put(item)
+
+        def work() -> None:
+            while True:
+                try:
+                    i, body = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    answer = self._call("/inference/v1/generate", body, self.generate_timeout)
+                    arrived.put((i, self._checked(answer)))
+                except UserError as error:
+                    arrived.put((i, error))
+                    return
+
+        for _ in range(min(len(bodies), MAX_REQUESTS)):
+            # Not a pool, whose threads a dying process would wait for.
+            threading.Thread(target=work, daemon=True).start()
+        answers: list[dict | None] = [None] * len(bodies)
+        heard = time.monotonic()
+        try:
+            while None in answers:
+                try:
+                    i, answers[i] = arrived.get(timeout=SIGN_OF_LIFE)
+                    heard = time.monotonic()
+                except queue.Empty:
+                    if time.monotonic() - heard > self.generate_timeout:
+                        raise UserError(
+                            f"vLLM at {self.url} has answered none of {answers.count(None)} "
+                            f"requests for generate_timeout={self.generate_timeout:g} s."
+                        ) from None
+                    self._call("/health")
+                    continue
+                if isinstance(answers[i], UserError):
+                    raise answers[i]
+        finally:
+            while not waiting.empty():  # after a failure, nothing more is asked
+                waiting.get_nowait()
+        return answers
+
+    def _call(self, path: str, body: dict | None = None, timeout: float | None = None) -> Any:
+        """What the server answers to a GET, or to a POST of `body`."""
+        timeout = timeout or self.timeout
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with self._open(request, timeout=timeout) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")[:2000]
+            hint = f" Start it as: {FLAGS}" if error.code in (403, 404) else ""
+            raise UserError(
+                f"vLLM at {self.url} refused {path} ({error.code}): {text}.{hint}"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"vLLM at {self.url} is not there, or did not answer {path} within {timeout:g} s: "
+                f"{error!r}. See its log."
+            ) from None
+        return json.loads(text) if text else None
+
+    def health(self) -> bool:
+        """Whether the server answers, within `timeout` seconds."""
+        try:
+            self._call("/health")
+        except UserError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """See `Engine.close`; the server goes on."""
+        self._weights.cleanup()
