@@ -11,7 +11,7 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Engine
 
-EngineName = Literal["hf", "vllm"]
+EngineName = Literal["hf", "vllm", "sglang"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +38,20 @@ def make_engine(
     device: torch.device,
     max_tokens: int,
     seed: int = 0,
+    url: str | None = None,
     vllm: VLLMSettings | None = None,
 ) -> Engine:
-    """The engine `name` on a checkpoint; every rank of the job makes its own, all at once.
+    """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
-    `max_tokens`: of the longest sequence, prompt and response together.
+    hf and vllm: one in each rank. sglang: one server for all, that at `url` or, without, one that
+    rank 0 starts. `max_tokens`: of the longest sequence, prompt and response together.
     """
+    if url is not None and name != "sglang":
+        raise UserError(f"engine_url={url} with engine={name}: only sglang is reached by a URL.")
+    if name == "sglang":
+        from moe_upgrpo.rollout.sglang import SGLangEngine
+
+        return SGLangEngine.shared(model_dir, dtype, url=url)
     if name == "vllm":
         from moe_upgrpo.rollout.vllm import VLLMEngine
 

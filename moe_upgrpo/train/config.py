@@ -70,7 +70,9 @@ class TrainConfig:
     """Where warm-started checkpoints are kept."""
 
     engine: EngineName = "hf"
-    """Rollout engine in every rank: hf (transformers) or vllm."""
+    """Rollout engine: hf (transformers) or vllm in every rank, or an sglang server."""
+    engine_url: str | None = None
+    """The server, http://HOST:PORT. None: sglang is started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"

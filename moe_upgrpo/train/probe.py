@@ -39,7 +39,9 @@ class ProbeConfig:
     temperature: float = 1.0
     seed: int = 0
     engine: EngineName = "hf"
-    """Rollout engine: hf (transformers) or vllm."""
+    """Rollout engine: hf (transformers), vllm or sglang."""
+    engine_url: str | None = None
+    """The server, http://HOST:PORT. None: sglang is started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer."""
@@ -122,6 +124,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         device=groups.device(),
         max_tokens=max(map(len, prompt_ids)) + config.max_new_tokens,
         seed=config.seed,
+        url=config.engine_url,
     )
     rollouts = engine.generate(
         prompt_ids,

@@ -79,6 +79,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             device=groups.device(),
             max_tokens=task.max_prompt_tokens + sampling.max_new_tokens,
             seed=config.seed,
+            url=config.engine_url,
             vllm=config.vllm,
         )
         about = asdict(config) | {
