@@ -1,0 +1,82 @@
+"""Whole runs with the real engines: does accuracy rise, and how large is the mismatch?
+
+    OMP_NUM_THREADS=1 python benchmarks/engine_runs.py --output-dir runs/engines
+
+Runs of `make train`'s size (UP-GRPO, 60 steps, two ranks), one after the other: vLLM in process at
+TP1·EP2 and TP2·EP2, without replay and with R3, and an SGLang server at TP2·EP2. vLLM must be
+installed in this environment, SGLang in its own (`make test-engines` sets up both). One run each:
+the figures say that it works, not which is better. Exit status 1 where accuracy did not rise.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from moe_upgrpo.store import read_metrics
+
+ROOT = Path(__file__).parents[1]
+RUNS = {
+    f"{engine}-tp{tp}-ep{ep}-{replay}": (
+        *("--engine", engine, "--tp", str(tp), "--ep", str(ep), "--replay", replay),
+    )
+    for engine, tp, ep, replay in (
+        ("vllm", 1, 2, "none"),
+        ("vllm", 1, 2, "R3"),
+        ("vllm", 2, 2, "none"),
+        ("vllm", 2, 2, "R3"),
+        ("sglang", 2, 2, "none"),
+    )
+}
+
+
+def start(name: str, folder: Path, more: list[str]) -> None:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [str(torchrun), "--nproc-per-node", "2", "examples/train_moe.sh", *RUNS[name]]
+    command += ["--output-dir", str(folder), *more]
+    log = folder.with_suffix(".log")
+    with log.open("w") as output:
+        status = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if status.returncode:
+        sys.exit(f"{name} failed; see {log}")
+
+
+def main(output_dir: Path, steps: int = 60, options: list[str] | None = None) -> None:
+    output_dir = output_dir.absolute()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    print("| run | greedy, before → after | pass@1 | routers that differ | k3 | tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rose = True
+    for name in RUNS:
+        start(name, output_dir / name, ["--steps", str(steps), *(options or [])])
+        rows = read_metrics(output_dir / name)
+        first, last = rows[0], rows[-1]
+        steps_rows = rows[1:]
+        differ, compared = (
+            sum(row[f"mismatch/router_{part}"] for row in steps_rows)
+            for part in ("numerator", "denominator")
+        )
+        tokens = sum(row["tokens/sampled"] for row in steps_rows)
+        seconds = sum(row["time/total"] for row in steps_rows)
+        k3 = np.mean([row["logp_gap/k3"] for row in steps_rows])
+        print(
+            f"| {name} | {first['eval/greedy']:.3f} → {last['eval/greedy']:.3f} | "
+            f"{first['eval/pass@1']:.3f} → {last['eval/pass@1']:.3f} | "
+            f"{differ / compared:.2%} | {k3:.1e} | {tokens / seconds:,.0f} |",
+            flush=True,
+        )
+        rose = rose and last["eval/greedy"] > first["eval/greedy"]
+    sys.exit(not rose)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
