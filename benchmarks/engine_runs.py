@@ -50,14 +50,14 @@ def start(name: str, folder: Path, more: list[str]) -> None:
         sys.exit(f"{name} failed; see {log}")
 
 
-def main(output_dir: Path, steps: int = 60, options: list[str] | None = None) -> None:
+def main(output_dir: Path, steps: int = 60, cache_dir: Path = Path("runs/cache")) -> None:
     output_dir = output_dir.absolute()
     output_dir.mkdir(parents=True, exist_ok=True)
     print("| run | greedy, before → after | pass@1 | routers that differ | k3 | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     rose = True
     for name in RUNS:
-        start(name, output_dir / name, ["--steps", str(steps), *(options or [])])
+        start(name, output_dir / name, ["--steps", str(steps), "--cache-dir", str(cache_dir)])
         rows = read_metrics(output_dir / name)
         first, last = rows[0], rows[-1]
         steps_rows = rows[1:]
