@@ -9,6 +9,7 @@ import importlib.util
 import os
 import random
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -301,6 +302,8 @@ def _import_vllm():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # At its start it looks at every attribute of its modules, deprecated ones of torch included.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         import vllm
         import vllm.platforms

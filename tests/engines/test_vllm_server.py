@@ -24,6 +24,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout import SamplingConfig, vllm_server
+from moe_upgrpo.rollout.vllm import VLLMEngine
 from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 from tests.engines.trainer import (
     MOE,
@@ -157,6 +158,18 @@ def test_the_seed_decides_and_reloading_identical_weights_changes_nothing(engine
         engine.update_weights(weights_of(model_dir).items(), version=version)
         assert same(before, sample(engine, seed=4))
     assert len({tuple(r.response_ids) for r in before}) == len(before)  # no seed twice
+
+
+def test_the_samples_are_those_of_the_engine_in_process(engine, model_dir):
+    """In fp32 and for these seeds; rounding may turn a token where two are as likely."""
+    served = sample(engine, seed=6)
+    inside = VLLMEngine(model_dir, "float32", max_model_len=128)
+    try:
+        for a, b in zip(served, sample(inside, seed=6), strict=True):
+            np.testing.assert_array_equal(a.response_ids, b.response_ids)
+            np.testing.assert_allclose(a.logp_rollout, b.logp_rollout, atol=1e-5)
+    finally:
+        inside.close()
 
 
 def test_routes_of_given_sequences_are_the_trainers(engine, model_dir):
