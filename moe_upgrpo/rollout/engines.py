@@ -43,15 +43,19 @@ def make_engine(
 ) -> Engine:
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
-    hf and vllm: one in each rank. sglang: one server for all, that at `url` or, without, one that
-    rank 0 starts. `max_tokens`: of the longest sequence, prompt and response together.
+    hf, and vllm without `url`: one in each rank. Otherwise one server for all: that at `url`, or
+    one of SGLang that rank 0 starts. `max_tokens`: of the longest sequence, prompt and response together.
     """
-    if url is not None and name != "sglang":
-        raise UserError(f"engine_url={url} with engine={name}: only sglang is reached by a URL.")
+    if url is not None and name == "hf":
+        raise UserError(f"engine_url={url} with engine=hf: only vllm and sglang have servers.")
     if name == "sglang":
         from moe_upgrpo.rollout.sglang import SGLangEngine
 
         return SGLangEngine.shared(model_dir, dtype, url=url)
+    if name == "vllm" and url is not None:
+        from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(model_dir, url)
     if name == "vllm":
         from moe_upgrpo.rollout.vllm import VLLMEngine
 

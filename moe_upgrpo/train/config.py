@@ -72,7 +72,7 @@ class TrainConfig:
     engine: EngineName = "hf"
     """Rollout engine: hf (transformers) or vllm in every rank, or an sglang server."""
     engine_url: str | None = None
-    """The server, http://HOST:PORT. None: sglang is started here."""
+    """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -41,7 +41,7 @@ class ProbeConfig:
     engine: EngineName = "hf"
     """Rollout engine: hf (transformers), vllm or sglang."""
     engine_url: str | None = None
-    """The server, http://HOST:PORT. None: sglang is started here."""
+    """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer."""
