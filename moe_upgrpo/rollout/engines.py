@@ -44,7 +44,8 @@ def make_engine(
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
     hf, and vllm without `url`: one in each rank. Otherwise one server for all: that at `url`, or
-    one of SGLang that rank 0 starts. `max_tokens`: of the longest sequence, prompt and response together.
+    one of SGLang that rank 0 starts. `max_tokens`: of the longest sequence, prompt and response
+    together.
     """
     if url is not None and name == "hf":
         raise UserError(f"engine_url={url} with engine=hf: only vllm and sglang have servers.")
