@@ -8,20 +8,16 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import os
 import pickle
 import queue
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout import sglang_server
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
 from moe_upgrpo.rollout.checkpoint import check_weights
 from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
+from moe_upgrpo.rollout.sglang_group import WeightGroup
+from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
 from moe_upgrpo.rollout.vllm import _eos_ids, _moe_layers
 
 MAX_REQUESTS = 256  # at once, each of a prompt with its samples
@@ -45,14 +42,6 @@ ATTEMPTS = 3  # to sample a sequence that an update cut off
 Transfer = Literal["disk", "tensor", "distributed"]
 PART_BYTES = 256 << 20  # of the weights sent in one request
 SHARD_BYTES = 2 << 30  # of the files of an update
-LOG_LINES = 12  # of the server, in an error
-# Of torchrun and this environment: SGLang would take them for its own.
-NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
-                 "PYTHONPATH", "PYTHONHOME")  # fmt: skip
-INSTALL = (
-    "SGLang has an environment of its own: make .venv-sglang/.installed. To use another, give "
-    "python=, or its path in the variable SGLANG_PYTHON."
-)
 
 
 class SGLangEngine:
@@ -65,7 +54,7 @@ class SGLangEngine:
 
     Several ranks share one server. The one with `leader` gives it new weights; `update_weights` of
     the others goes through the tensors (making them is a collective), then waits until the server
-    has the version. `SGLangEngine.shared` arranges that.
+    has the version, which must be a new one. `SGLangEngine.shared` arranges that.
 
     Log-probs are those of log_softmax(logits / temperature). A response never spans two versions
     of the weights: what an update cuts off is sampled again. Every request has a seed of its own;
@@ -114,15 +103,15 @@ class SGLangEngine:
         self._eos_ids = _eos_ids(self.model_dir, config)
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.leader, self.transfer = leader, transfer
-        self._group: _Group | None = None
+        self._group: WeightGroup | None = None
         self.weight_version = 0
         self._half_updated_to: int | None = None
         self._updating = threading.Lock()
-        self._server: _Server | None = None
+        self._server: ServerProcess | None = None
         self._weights = tempfile.TemporaryDirectory(prefix="sglang-weights-", dir=weights_dir)
         if url is None:
-            self._server = _Server(
-                _find_python(python),
+            self._server = ServerProcess(
+                find_python(python),
                 {"dtype": dtype, "enable_return_routed_experts": bool(self.moe_layer_ids)}
                 | options,
                 log=Path(log or Path(self._weights.name) / "server.log").absolute(),
@@ -437,12 +426,17 @@ class SGLangEngine:
                         about | {"serialized_named_tensors": [data] * ranks},
                     )
                 else:
-                    self._group = self._group or _Group(self, ranks, part[0][1].is_cuda)
+                    if self._group is None:
+                        self._group = WeightGroup(
+                            self._call,
+                            urlsplit(self.url).hostname,
+                            ranks,
+                            cuda=part[0][1].is_cuda,
+                            timeout=self.timeout,
+                        )
                     self._group.broadcast(part, about)
         except BaseException:
-            if self._group:
-                self._group.close()
-                self._group = None
+            self._group = None  # of no more use; the next update makes another
             self._try("/end_weight_update", {})
             raise
         self._call("/end_weight_update", {})
@@ -615,192 +609,6 @@ class SGLangEngine:
         self._weights.cleanup()
 
 
-class _Group:
-    """The process group of `transfer="distributed"`: rank 0 here, the server's ranks after it.
-
-    Outside torch.distributed's groups, so that the trainer's need not know of it; the names are
-    those that SGLang's `init_custom_process_group` makes in the same store.
-    """
-
-    def __init__(self, engine: SGLangEngine, server_ranks: int, cuda: bool):
-        self._engine, self._name = engine, uuid.uuid4().hex
-        limit = timedelta(seconds=engine.timeout)
-        host = urlsplit(engine.url).hostname
-        # The address of this machine as the server's sees it.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-            route.connect((host, 9))
-            address = route.getsockname()[0]
-        store = torch.distributed.TCPStore(
-            address, 0, is_master=True, wait_for_workers=False, timeout=limit
-        )
-        joined = _Asked(
-            engine,
-            "/init_weights_update_group",
-            {
-                "master_address": address,
-                "master_port": store.port,
-                "rank_offset": 1,
-                "world_size": 1 + server_ranks,
-                "group_name": self._name,
-                "backend": "nccl" if cuda else "gloo",
-            },
-        )
-        for prefix in (self._name, f"{self._name}/", "cuda/" if cuda else "cpu/"):
-            store = torch.distributed.PrefixStore(prefix, store)
-        try:
-            if cuda:
-                options = torch.distributed.ProcessGroupNCCL.Options()
-                options._timeout = limit
-                group = torch.distributed.ProcessGroupNCCL(store, 0, 1 + server_ranks, options)
-            else:
-                group = torch.distributed.ProcessGroupGloo(store, 0, 1 + server_ranks, limit)
-        except RuntimeError as error:
-            joined.check()
-            raise UserError(f"SGLang did not join the group for its weights: {error}") from error
-        joined.wait()
-        self._group = group
-
-    def broadcast(self, part: list[tuple[str, torch.Tensor]], about: dict) -> None:
-        names, tensors = zip(*part, strict=True)
-        asked = _Asked(
-            self._engine,
-            "/update_weights_from_distributed",
-            about
-            | {
-                "group_name": self._name,
-                "names": names,
-                "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-                "shapes": [list(tensor.shape) for tensor in tensors],
-            },
-        )
-        try:
-            works = [self._group.broadcast(tensor.contiguous(), 0) for tensor in tensors]
-            # Where the server refuses it never joins in: its answer ends the waiting.
-            while not all(work.is_completed() for work in works):
-                asked.check()
-                time.sleep(0.001)
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            raise UserError(f"Broadcasting the weights to SGLang failed: {error}") from error
-        asked.wait()
-
-    def close(self) -> None:
-        self._engine._try("/destroy_weights_update_group", {"group_name": self._name})
-        self._group = None
-
-
-class _Asked:
-    """A request whose answer comes while this side does its part."""
-
-    def __init__(self, engine: SGLangEngine, path: str, body: dict):
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._ask, args=(engine, path, body), daemon=True)
-        self._thread.start()
-
-    def _ask(self, engine: SGLangEngine, path: str, body: dict) -> None:
-        try:
-            engine._call(path, body)
-        except Exception as error:
-            self._error = error
-
-    def check(self) -> None:
-        """Raise what the request ended with, if it did."""
-        if self._error is not None:
-            raise self._error
-
-    def wait(self) -> None:
-        self._thread.join()
-        self.check()
-
-
-class _Server:
-    """An SGLang server as a child process, on a port of its own."""
-
-    def __init__(self, python: Path, options: dict[str, Any], *, log: Path, start_timeout: float):
-        self.python, self.log, self.start_timeout = python, log, start_timeout
-        self.options = options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
-
-    def start(self, model_dir: Path, version: int | str) -> None:
-        options = {
-            "model_path": model_dir,
-            "host": "127.0.0.1",
-            "port": self.port,
-            "weight_version": version,
-            "skip_tokenizer_init": True,
-        } | self.options
-        arguments = [sglang_server.UNTIL_STDIN_CLOSES]
-        for name, value in options.items():
-            if value is not False and value is not None:
-                arguments.append(f"--{name.replace('_', '-')}")
-                arguments += [] if value is True else [str(value)]
-        with self.log.open("ab") as log:
-            self.log_start = log.tell()
-            self.process = subprocess.Popen(
-                [self.python, "-P", sglang_server.__file__, *arguments],
-                stdin=subprocess.PIPE,  # closes when this process ends, however it does
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)},
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + self.start_timeout
-        while not self._ready():
-            if self.process.poll() is not None:
-                raise UserError(
-                    f"SGLang ended with code {self.process.returncode} at its start."
-                    f"{self.log_end()}"
-                )
-            if time.monotonic() > deadline:
-                self.stop()
-                raise UserError(
-                    f"SGLang was not up after start_timeout={self.start_timeout:g} s."
-                    f"{self.log_end()}"
-                )
-            time.sleep(0.25)
-
-    def _ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/ready")
-            return connection.getresponse().status == 200
-        except NETWORK_ERRORS:
-            return False
-        finally:
-            connection.close()
-
-    def stop(self) -> None:
-        if self.process is None:
-            return
-        # The group: its scheduler is a process too, and may outlive it.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.process = None
-
-    def log_end(self) -> str:
-        """Where the log is, and the last exception in it, else its last lines."""
-        try:
-            text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
-        except OSError:
-            return ""
-        lines = text.splitlines()
-        for i in reversed(range(len(lines))):
-            if "Traceback (most recent call last)" in lines[i]:
-                end = i + 1
-                while end < len(lines) and lines[end].startswith(" "):
-                    end += 1
-                lines = lines[: end + 1]
-                break
-        return f" From its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
-
-
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -816,17 +624,6 @@ def _parts(state: dict[str, torch.Tensor]) -> list[list[tuple[str, torch.Tensor]
         parts[-1].append((name, tensor))
         size += tensor.nbytes
     return parts
-
-
-def _find_python(python: str | Path | None) -> Path:
-    """The Python of SGLang's environment."""
-    given = python or os.environ.get("SGLANG_PYTHON")
-    folders = dict.fromkeys((Path.cwd(), Path(__file__).parents[2]))
-    candidates = [Path(given)] if given else [f / ".venv-sglang/bin/python" for f in folders]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.absolute()  # not resolved: a virtual environment is found by its link
-    raise UserError(f"There is no {' or '.join(map(str, candidates))}. {INSTALL}")
 
 
 def _num_experts(config) -> int:

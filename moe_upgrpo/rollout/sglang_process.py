@@ -1,0 +1,124 @@
+"""A server of SGLang's own environment as a child of this process."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout import sglang_server
+
+LOG_LINES = 12  # of the server, in an error
+# Of torchrun and this environment: SGLang would take them for its own.
+NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
+                 "PYTHONPATH", "PYTHONHOME")  # fmt: skip
+INSTALL = (
+    "SGLang has an environment of its own: make .venv-sglang/.installed. To use another, give "
+    "python=, or its path in the variable SGLANG_PYTHON."
+)
+
+
+class ServerProcess:
+    """An SGLang server as a child process, on a port of its own."""
+
+    def __init__(self, python: Path, options: dict[str, Any], *, log: Path, start_timeout: float):
+        self.python, self.log, self.start_timeout = python, log, start_timeout
+        self.options = options
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self, model_dir: Path, version: int | str) -> None:
+        """Return once it is ready; UserError, and no server, after `start_timeout` seconds."""
+        options = {
+            "model_path": model_dir,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "weight_version": version,
+            "skip_tokenizer_init": True,
+        } | self.options
+        arguments = [sglang_server.UNTIL_STDIN_CLOSES]
+        for name, value in options.items():
+            if value is not False and value is not None:
+                arguments.append(f"--{name.replace('_', '-')}")
+                arguments += [] if value is True else [str(value)]
+        with self.log.open("ab") as log:
+            self.log_start = log.tell()
+            self.process = subprocess.Popen(
+                [self.python, "-P", sglang_server.__file__, *arguments],
+                stdin=subprocess.PIPE,  # closes when this process ends, however it does
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + self.start_timeout
+        while not self._ready():
+            code = self.process.poll()
+            if code is not None:
+                self.stop()  # what it had started
+                raise UserError(f"SGLang ended with code {code} at its start.{self.log_end()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise UserError(
+                    f"SGLang was not up after start_timeout={self.start_timeout:g} s."
+                    f"{self.log_end()}"
+                )
+            time.sleep(0.25)
+
+    def _ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """End it and all that it started, at once and in whatever state."""
+        if self.process is None:
+            return
+        # The group: its scheduler is a process too, and may outlive it.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process = None
+
+    def log_end(self) -> str:
+        """Where the log is, and the last exception in it, else its last lines."""
+        try:
+            text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        except OSError:
+            return ""
+        lines = text.splitlines()
+        for i in reversed(range(len(lines))):
+            if "Traceback (most recent call last)" in lines[i]:
+                end = i + 1
+                while end < len(lines) and lines[end].startswith(" "):
+                    end += 1
+                lines = lines[: end + 1]
+                break
+        return f" From its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+
+
+def find_python(python: str | Path | None) -> Path:
+    """The Python of SGLang's environment."""
+    given = python or os.environ.get("SGLANG_PYTHON")
+    folders = dict.fromkeys((Path.cwd(), Path(__file__).parents[2]))
+    candidates = [Path(given)] if given else [f / ".venv-sglang/bin/python" for f in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.absolute()  # not resolved: a virtual environment is found by its link
+    raise UserError(f"There is no {' or '.join(map(str, candidates))}. {INSTALL}")
