@@ -30,28 +30,33 @@ from transformers import AutoConfig
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig
 from moe_upgrpo.rollout.checkpoint import check_weights
-from moe_upgrpo.rollout.hf import _checkpoint_shapes
+from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE, _eos_ids, _moe_layers
+from moe_upgrpo.rollout.vllm_plugin import VERSIONS
 
 FLAGS = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --skip-tokenizer-init --enable-scale-out "
-    "--logprobs-mode processed_logprobs --enable-return-routed-experts (the last for MoE models)"
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --skip-tokenizer-init "
+    "--enable-scale-out --logprobs-mode processed_logprobs --enable-return-routed-experts "
+    "(the last for MoE models)"
 )
 MAX_REQUESTS = 256  # at once
 SIGN_OF_LIFE = 5.0  # seconds between looks whether the server is there
+HALF = "half of "  # the name of the weights while they are loaded
 
 
 class VLLMServerEngine:
     """`Engine` on a vLLM server at `url`, dense or MoE, that was started as `FLAGS` says.
 
-    The server is given the weights of `model_dir` at the start. Rank 0 of torch.distributed writes
-    new ones to `weights_dir`, which the server must see under the same path, and has them loaded;
-    making the engine and `update_weights` are collectives, and where rank 0 fails all ranks raise.
+    The server must serve `model_dir`, under this path or name, in `dtype`; it is asked for its
+    settings and for one short response, and given the weights of `model_dir`, at the start. Rank 0
+    of torch.distributed writes new ones to `weights_dir`, which the server must see under the same
+    path, and has them loaded; making the engine and `update_weights` are collectives, and where
+    rank 0 fails all ranks raise. The other calls are each rank's own.
 
-    An update waits for what is being generated. The server names the weights that sampled each
-    response; one of other weights than this engine's is refused: after an update that failed
-    half-way, when the server was started again or when another trainer updated it. A further
-    `update_weights` makes the server usable again.
+    An update waits for what is being generated. The server names the weights that it holds, and
+    those that sampled each response; with others than this engine's nothing is asked or taken:
+    after an update that failed half-way, when the server was started again or when another trainer
+    updated it. A further `update_weights` makes the server usable again.
 
     UserError is raised where the server does not answer a small question within `timeout` seconds,
     also while it generates, a request within `generate_timeout`, or an update within
@@ -62,12 +67,15 @@ class VLLMServerEngine:
         self,
         model_dir: str | Path,
         url: str,
+        dtype: str = "bfloat16",
         *,
         timeout: float = 30.0,
         generate_timeout: float = 1800.0,
         update_timeout: float = 600.0,
         weights_dir: str | Path | None = None,
     ):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
         self.url = url.rstrip("/")
@@ -75,17 +83,19 @@ class VLLMServerEngine:
         self.update_timeout = update_timeout
         # A proxy named in the environment is for other addresses.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        self.model_dir, self.dtype = Path(model_dir).absolute(), dtype
+        self._checkpoint_shapes = _checkpoint_shapes(self.model_dir)
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
         self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
         self._layers = config.num_hidden_layers
+        self._top_k = config.num_experts_per_tok if self.moe_layer_ids else 0
         self._eos_ids = _eos_ids(model_dir, config)
         self._weights = tempfile.TemporaryDirectory(prefix="vllm-weights-", dir=weights_dir)
         self.weight_version = 0
         # Another run's version 3 is not this one's.
         self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
         self.max_model_len = self._on_rank_0(self._check_server)
-        self._on_rank_0(lambda: self._load(Path(model_dir).absolute(), 0))
+        self._on_rank_0(self._first_response)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank; where it raises there, all do."""
@@ -105,17 +115,47 @@ class VLLMServerEngine:
     def _check_server(self) -> int:
         """The longest sequence that it takes."""
         config = self._call("/server_info?config_format=json")["vllm_config"]
+        model = config["model_config"]
+        served = self._call("/v1/models")["data"]
         wrong = []
-        if config["model_config"]["logprobs_mode"] != "processed_logprobs":
-            wrong.append(f"logprobs_mode is {config['model_config']['logprobs_mode']}")
-        routes = (config["aux_output_config"] or {}).get("enable_return_routed_experts")
-        if self.moe_layer_ids and not routes:
-            wrong.append("it does not return routed experts")
+        if not any(
+            str(self.model_dir) in (name["id"], name["root"])
+            or self.model_dir.resolve() == Path(name["root"]).resolve()
+            for name in served
+        ):
+            wrong.append(
+                f"it serves {served[0]['root']}, not {self.model_dir} (if these are the same: "
+                f"--served-model-name {self.model_dir})"
+            )
+        if model["dtype"] != f"torch.{self.dtype}":
+            wrong.append(f"its dtype is {model['dtype']} (--dtype {self.dtype})")
+        if model["quantization"]:
+            wrong.append(f"it quantizes with {model['quantization']}, which was not tried")
+        if model["logprobs_mode"] != "processed_logprobs":
+            wrong.append(
+                f"logprobs_mode is {model['logprobs_mode']} (--logprobs-mode processed_logprobs)"
+            )
+        if self.moe_layer_ids:
+            if not (config["aux_output_config"] or {}).get("enable_return_routed_experts"):
+                wrong.append("it returns no routed experts (--enable-return-routed-experts)")
+            version = self._call("/version")["version"]
+            if config["device_config"]["device"] == "cpu" and version not in VERSIONS:
+                wrong.append(
+                    f"vLLM {version} on CPU was not tried with MoE models ({', '.join(VERSIONS)} "
+                    "was, whose updates corrupt the experts without vllm_plugin.py)"
+                )
         if wrong:
             raise UserError(
                 f"The server at {self.url} cannot be used: {'; '.join(wrong)}. Start it as: {FLAGS}"
             )
-        return config["model_config"]["max_model_len"]
+        return model["max_model_len"]
+
+    def _first_response(self) -> None:
+        """Give the server the weights of version 0, and see what it answers."""
+        self._load(self.model_dir, 0)
+        prompt = np.zeros(min(3, self.max_model_len - 1), dtype=np.int64)
+        sampling = SamplingConfig(max_new_tokens=min(2, self.max_model_len - len(prompt)))
+        self.generate([prompt], sampling, samples_per_prompt=1, seed=0)
 
     # --- Sampling --------------------------------------------------------------------------------
 
@@ -135,6 +175,7 @@ class VLLMServerEngine:
             )
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("A prompt is empty; each needs at least one token.")
+        self._check_length("A prompt", prompts, sampling.max_new_tokens)
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
                 f"temperature is {sampling.temperature}; vLLM takes 0 (greedy) or at least "
@@ -177,6 +218,7 @@ class VLLMServerEngine:
             raise UserError(
                 f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
             )
+        self._check_length("A sequence", sequences, 0)
         choices = self._ask(
             [
                 {
@@ -189,9 +231,20 @@ class VLLMServerEngine:
             ]
         )
         return [
-            self._moe_rows(choice, len(sequence) - 1)
+            self._moe_rows(choice, len(sequence) - 1, np.asarray(sequence).tolist())
             for sequence, choice in zip(sequences, choices, strict=True)
         ]
+
+    def _check_length(self, what: str, sequences: Sequence[np.ndarray], new_tokens: int) -> None:
+        """Before anything is sampled: vLLM cuts a response that does not fit."""
+        longest = max(len(sequence) for sequence in sequences)
+        if longest + new_tokens > self.max_model_len:
+            raise UserError(
+                f"{what} has {longest} tokens"
+                + (f" and {new_tokens} new ones may follow" if new_tokens else "")
+                + f"; the server's max_model_len={self.max_model_len} allows "
+                f"{self.max_model_len - new_tokens}. Shorten it or raise --max-model-len."
+            )
 
     def _checked(self, answer: dict) -> dict:
         """The one sample of an answer, whole and of this engine's weights."""
@@ -203,45 +256,64 @@ class VLLMServerEngine:
             )
         held = [span["version"] for span in choice["weight_versions"] or ()]
         if held != [self._name(self.weight_version)]:
-            raise UserError(
-                f"vLLM at {self.url} sampled a response from weights {held}, not from "
-                f"{self._name(self.weight_version)} alone: an update failed half-way, or the "
-                "server was started again or updated by another. Update the weights."
-            )
+            raise self._other_weights(f"sampled a response from weights {held}")
         return choice
+
+    def _check_held(self) -> None:
+        """Raise unless the server's engine, beyond its HTTP side, answers and has the weights.
+
+        vLLM 0.32 ends when it samples after a load that broke off.
+        """
+        held = self._call("/weight_info")["weight_version"]
+        if held != self._name(self.weight_version):
+            raise self._other_weights(f"has weights {[held]}")
+
+    def _other_weights(self, what: str) -> UserError:
+        return UserError(
+            f"vLLM at {self.url} {what}, not {self._name(self.weight_version)} alone: an "
+            "update failed half-way, or the server was started again or updated by another. "
+            "Update the weights."
+        )
 
     def _rollout(self, prompt: np.ndarray, choice: dict, sampling: SamplingConfig) -> Rollout:
         finished = choice["finish_reason"] == "stop"
         tokens = choice["token_ids"]
+        named = f"{prompt.tolist()} -> {tokens}"
         if not finished and len(tokens) != sampling.max_new_tokens:
             raise UserError(
-                f"vLLM cut a response to a prompt of {len(prompt)} tokens after {len(tokens)} of "
-                f"{sampling.max_new_tokens}: the server's max_model_len={self.max_model_len} has "
-                "no room for more. Raise it or lower max_new_tokens."
+                f"vLLM cut the sequence {named} off after {len(tokens)} of "
+                f"{sampling.max_new_tokens} tokens. Does the server limit max_tokens?"
             )
         logged = choice["logprobs"]["content"]
         if [item["token_id"] for item in logged] != tokens:
-            raise UserError("vLLM's log-probs do not belong to the tokens of the response.")
+            raise UserError(f"vLLM's log-probs are not of the tokens of the sequence {named}.")
         return Rollout(
             prompt_ids=prompt,
             response_ids=np.array(tokens, dtype=np.int64),
             logp_rollout=np.array([item["logprob"] for item in logged], dtype=np.float32),
-            routes=self._moe_rows(choice, len(prompt) + len(tokens) - 1),
+            routes=self._moe_rows(choice, len(prompt) + len(tokens) - 1, named),
             weight_version=self.weight_version,
             finished=finished,
         )
 
-    def _moe_rows(self, choice: dict, rows: int) -> np.ndarray:
+    def _moe_rows(self, choice: dict, rows: int, named: str | list) -> np.ndarray:
         """The routes of one request `[rows, L, K]`; base64 of an .npy with all layers' rows."""
         if not self.moe_layer_ids:
             return np.zeros((rows, 0, 0), dtype=np.uint8)
         if choice["routed_experts"] is None:
-            raise UserError("vLLM returned a response without routed experts.")
-        file = io.BytesIO(base64.b64decode(choice["routed_experts"]))
-        routes = np.load(file, allow_pickle=False)
-        if routes.ndim != 3 or routes.shape[:2] != (rows, self._layers):
+            raise UserError(f"vLLM returned no routed experts for the sequence {named}.")
+        try:
+            file = io.BytesIO(base64.b64decode(choice["routed_experts"]))
+            routes = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
             raise UserError(
-                f"vLLM returned routes of shape {routes.shape}; ({rows}, {self._layers}, K) needed."
+                f"vLLM's routes of the sequence {named} are no array: {error}"
+            ) from error
+        needed = (rows, self._layers, self._top_k)
+        if routes.shape != needed or routes.dtype.kind != "u":
+            raise UserError(
+                f"vLLM returned routes of shape {routes.shape}, {routes.dtype}, for the sequence "
+                f"{named}; {needed}, unsigned, are needed."
             )
         return routes[:, list(self.moe_layer_ids)]
 
@@ -261,29 +333,42 @@ class VLLMServerEngine:
         def hand_over() -> None:
             with tempfile.TemporaryDirectory(dir=self._weights.name) as folder:
                 save_file(state, Path(folder) / "model.safetensors")
+                if _checkpoint_shapes(Path(folder)) != self._checkpoint_shapes:
+                    # vLLM would load the rest and go on.
+                    raise UserError(
+                        f"The weights written to {folder} are not whole: is it full? Version "
+                        f"{self.weight_version} stays in use."
+                    )
                 self._load(Path(folder), version)
 
+        if dist.is_initialized():
+            dist.barrier()  # a rank that still generates would meet the new weights
         self._on_rank_0(hand_over)
         self.weight_version = version
 
     def _load(self, folder: Path, version: int) -> None:
-        self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
         try:
+            self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
+            # After a load that broke off the next one completes it: vLLM 0.32 keeps what it had
+            # read and drops the surplus (reload/layerwise.py:105, :156), so that experts of both
+            # are mixed, without an error. The one after that is whole.
+            broke_off = self._call("/weight_info")["weight_version"].startswith(HALF)
             # Until all is loaded: what is sampled from a mixture bears this name.
-            self._call("/update_weight_version", {"new_version": f"half of {self._name(version)}"})
-            self._call(
-                "/collective_rpc",
-                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-                timeout=self.update_timeout,
-            )
+            self._call("/update_weight_version", {"new_version": HALF + self._name(version)})
+            for _ in range(2 if broke_off else 1):
+                self._call(
+                    "/collective_rpc",
+                    {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+                    timeout=self.update_timeout,
+                )
             if not self._call("/reset_prefix_cache", {})["success"]:
                 raise UserError(f"vLLM at {self.url} did not reset its prefix cache.")
             self._call("/update_weight_version", {"new_version": self._name(version)})
+            self._call("/resume", {})
         except UserError:
             with suppress(UserError):
-                self._call("/resume", {})
+                self._call("/resume", {}, timeout=min(SIGN_OF_LIFE, self.timeout))
             raise
-        self._call("/resume", {})
 
     def _name(self, version: int) -> str:
         return f"{self._run}-{version}"
@@ -292,6 +377,9 @@ class VLLMServerEngine:
 
     def _ask(self, bodies: Sequence[dict]) -> list[dict]:
         """The responses to requests, while the server shows signs of life."""
+        self._check_held()
+        call = uuid.uuid4().hex
+        bodies = [body | {"request_id": f"{call}-{i}"} for i, body in enumerate(bodies)]
         waiting: queue.Queue = queue.Queue()
         arrived: queue.Queue = queue.Queue()
         for item in enumerate(bodies):
@@ -326,13 +414,22 @@ class VLLMServerEngine:
                             f"vLLM at {self.url} has answered none of {answers.count(None)} "
                             f"requests for generate_timeout={self.generate_timeout:g} s."
                         ) from None
-                    self._call("/health")
+                    self._check_held()
                     continue
                 if isinstance(answers[i], UserError):
                     raise answers[i]
-        finally:
-            while not waiting.empty():  # after a failure, nothing more is asked
-                waiting.get_nowait()
+        except UserError:  # nothing more is asked, or computed
+            with suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
+            ids = [f"generate-tokens-{body['request_id']}" for body in bodies]
+            with suppress(UserError):
+                self._call(
+                    "/inference/v1/abort_requests",
+                    {"request_ids": ids},
+                    timeout=min(SIGN_OF_LIFE, self.timeout),
+                )
+            raise
         return answers
 
     def _call(self, path: str, body: dict | None = None, timeout: float | None = None) -> Any:

