@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
+from moe_upgrpo.rollout.checkpoint import check_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -100,13 +101,16 @@ class HFEngine:
             raise UserError("A prompt is empty; each needs at least one token.")
         generator = torch.Generator(self.device).manual_seed(seed)
         step = max(1, self.max_sequences // samples_per_prompt)
-        return [
-            rollout
-            for start in range(0, len(prompts), step)
-            for rollout in self._generate_batch(
-                prompts[start : start + step], sampling, samples_per_prompt, generator
-            )
-        ]
+        # The trainer's CPU backend is a torch function mode; transformers needs none of it, and a
+        # fifth of the time would go into it.
+        with torch._C.DisableTorchFunction():
+            return [
+                rollout
+                for start in range(0, len(prompts), step)
+                for rollout in self._generate_batch(
+                    prompts[start : start + step], sampling, samples_per_prompt, generator
+                )
+            ]
 
     def _generate_batch(
         self,
@@ -264,29 +268,7 @@ class HFEngine:
         # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
         # them would change the engine's weights behind its back.
         state = {name: tensor.detach().clone() for name, tensor in named_tensors}
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        expected = self._checkpoint_shapes
-        wrong = [
-            *(f"{name} is missing" for name in expected if name not in shapes),
-            *(f"{name} is unexpected" for name in shapes if name not in expected),
-            *(
-                f"{name} has shape {shape}, not {expected[name]}"
-                for name, shape in shapes.items()
-                if shape != expected.get(name, shape)
-            ),
-            *(
-                f"{name} is {tensor.dtype}, not bfloat16 or float32"
-                for name, tensor in state.items()
-                if tensor.dtype not in DTYPES.values()
-            ),
-        ]
-        if wrong:
-            raise UserError(
-                f"Weights refused: {'; '.join(wrong[:5])}"
-                + (f"; and {len(wrong) - 5} more faults" if len(wrong) > 5 else "")
-                + ". The names and shapes of the checkpoint that the engine started from are "
-                f"needed; version {self.weight_version} stays in use."
-            )
+        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
         with no_progress_bar():
             self._use(
                 type(self.model).from_pretrained(
