@@ -107,6 +107,7 @@ class SGLangEngine:
         self.weight_version = 0
         self._half_updated_to: int | None = None
         self._updating = threading.Lock()
+        self._run = uuid.uuid4().hex[:8]  # the server's names for weights: run:version
         self._server: ServerProcess | None = None
         self._weights = tempfile.TemporaryDirectory(prefix="sglang-weights-", dir=weights_dir)
         if url is None:
@@ -123,8 +124,9 @@ class SGLangEngine:
             raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
         self._held_dir = self.model_dir
         if self._server:
-            self._server.start(self._held_dir, 0)
+            self._server.start(self._held_dir, self._name(0))
         elif not leader:
+            self._run = self._call("/model_info")["weight_version"].partition(":")[0]
             self._wait_for_version(0)
         elif transfer == "disk":
             self._hand_over(partial(self._load, self.model_dir, 0), 0)
@@ -228,12 +230,13 @@ class SGLangEngine:
         meta = item["meta_info"]
         response = np.array(item["output_ids"], dtype=np.int64)
         named = f"the sequence {prompt.tolist()} -> {response.tolist()}"
-        version = meta["weight_versions"][0]["version"]
-        if version not in {str(v) for v in versions}:
+        name = meta["weight_versions"][0]["version"]
+        version = {self._name(v): v for v in versions}.get(name)
+        if version is None:
             raise UserError(
-                f"{named} was sampled from weights of version {version!r}, but this engine gave "
-                f"the server {self.weight_version}. Was the server started again, or updated by "
-                "another? Restart the engine."
+                f"{named} was sampled from weights {name!r}, but this engine gave the server "
+                f"{self._name(self.weight_version)!r}. Was the server started again, or updated by "
+                "another? Update it again, or restart the engine."
             )
         logged = [(token, logp) for logp, token, *_ in meta["output_token_logprobs"]]
         if [token for token, _ in logged] != response.tolist():
@@ -250,7 +253,7 @@ class SGLangEngine:
             response_ids=response,
             logp_rollout=np.array([logp for _, logp in logged], dtype=np.float32),
             routes=self._moe_rows(meta, len(prompt) + len(response) - 1, named),
-            weight_version=int(version),
+            weight_version=version,
             finished=finished,
         )
 
@@ -278,10 +281,10 @@ class SGLangEngine:
             if reason := _unusable(item):
                 raise UserError(f"SGLang did not compute {named}: {reason}.")
             meta = item["meta_info"]
-            if meta["cached_tokens"] or meta["weight_version"] != str(held):
+            if meta["cached_tokens"] or meta["weight_version"] != self._name(held):
                 raise UserError(
                     f"SGLang took {meta['cached_tokens']} tokens of {named} from its cache, with "
-                    f"weights of version {meta['weight_version']!r}; 0 of version {held} needed."
+                    f"weights {meta['weight_version']!r}; 0 of {self._name(held)!r} are needed."
                 )
             found.append(self._moe_rows(meta, len(sequence) - 1, named))
         return found
@@ -323,6 +326,10 @@ class SGLangEngine:
                 f"the routes for {named}; 0 ... {self._num_experts - 1} are allowed."
             )
         return routes.astype(routes_dtype(self._num_experts))
+
+    def _name(self, version: int) -> str:
+        """What the server calls the weights; another trainer's have another name."""
+        return f"{self._run}:{version}"
 
     def _usable_version(self) -> int:
         with self._updating:  # another thread's update is waited for
@@ -397,7 +404,9 @@ class SGLangEngine:
             # SGLang 0.5.23 goes on with a mixture under the old version's name
             # (weight_updater.py:193: what it would go back to is the folder that failed).
             if self._half_updated_to is not None:
-                self._try("/update_weight_version", {"new_version": f"{version}-failed"})
+                self._try(
+                    "/update_weight_version", {"new_version": f"{self._name(version)}-failed"}
+                )
             raise
         finally:
             self._try("/continue_generation", {})
@@ -406,7 +415,7 @@ class SGLangEngine:
     def _load(self, folder: Path, version: int) -> None:
         self._call(
             "/update_weights_from_disk",
-            {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
+            {"model_path": str(folder), "weight_version": self._name(version), "flush_cache": True},
         )
 
     def _send(self, state: dict[str, torch.Tensor], version: int) -> None:
@@ -417,7 +426,10 @@ class SGLangEngine:
             parts = _parts(state)
             for part in parts:
                 last = part is parts[-1]
-                about = {"flush_cache": last, "weight_version": str(version) if last else None}
+                about = {
+                    "flush_cache": last,
+                    "weight_version": self._name(version) if last else None,
+                }
                 if self.transfer == "tensor":
                     part = [(name, tensor.cpu()) for name, tensor in part]
                     data = base64.b64encode(pickle.dumps(part)).decode()
@@ -444,12 +456,12 @@ class SGLangEngine:
     def _wait_for_version(self, version: int) -> None:
         """Until the leader's update is through."""
         deadline = time.monotonic() + self.timeout
-        while (found := self._call("/model_info")["weight_version"]) != str(version):
+        while (found := self._call("/model_info")["weight_version"]) != self._name(version):
             if found.endswith("-failed") or time.monotonic() > deadline:
                 self._half_updated_to = version
                 raise UserError(
-                    f"The server at {self.url} has weights of version {found!r}; {version} was "
-                    "expected from the leading rank. See its error."
+                    f"The server at {self.url} has the weights {found!r}; {self._name(version)!r} "
+                    "were expected from the leading rank. See its error."
                 )
             time.sleep(0.05)
         self.weight_version, self._half_updated_to = version, None
@@ -593,10 +605,10 @@ class SGLangEngine:
         self._server.stop()
         self._group = None
         if self._held_dir is None:  # sent, and gone with the server
-            self._server.start(self.model_dir, f"{self.weight_version}-lost")
+            self._server.start(self.model_dir, f"{self._name(self.weight_version)}-lost")
             self._half_updated_to = self.weight_version
         else:
-            self._server.start(self._held_dir, self.weight_version)
+            self._server.start(self._held_dir, self._name(self.weight_version))
             self._half_updated_to = None
 
     def close(self) -> None:

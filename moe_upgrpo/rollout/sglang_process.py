@@ -37,13 +37,13 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
-    def start(self, model_dir: Path, version: int | str) -> None:
+    def start(self, model_dir: Path, weight_version: str) -> None:
         """Return once it is ready; UserError, and no server, after `start_timeout` seconds."""
         options = {
             "model_path": model_dir,
             "host": "127.0.0.1",
             "port": self.port,
-            "weight_version": version,
+            "weight_version": weight_version,
             "skip_tokenizer_init": True,
         } | self.options
         arguments = [sglang_server.UNTIL_STDIN_CLOSES]
