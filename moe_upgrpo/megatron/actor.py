@@ -181,6 +181,15 @@ class MegatronActor:
         """Experts in each MoE layer; 0 for a dense model."""
         return self.hf.num_experts if self.layer_ids else 0
 
+    def check_length(self, tokens: int) -> None:
+        """Raise UserError where the model has fewer positions than a sequence has tokens."""
+        limit = self.hf.max_position_embeddings
+        if tokens > limit:
+            raise UserError(
+                f"A sequence of {tokens} tokens, prompt and response together: the model has "
+                f"max_position_embeddings={limit}. Shorten the prompts or max_new_tokens."
+            )
+
     def parameter_count(self) -> int:
         """Parameters of the whole model."""
         return sum(tensor.numel() for _, tensor in self.export_weights())
@@ -189,6 +198,7 @@ class MegatronActor:
         """Padded micro-batches, as many on every rank, those that are missing without a sample."""
         if not samples:
             raise UserError("No samples for the actor on this rank: nothing to compute.")
+        self.check_length(max(len(sample.tokens) for sample in samples))
         for sample in samples:
             expected = (len(sample.tokens) - 1, len(self.layer_ids), self.top_k)
             if sample.routes is not None and sample.routes.shape != expected:

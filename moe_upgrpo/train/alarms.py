@@ -14,21 +14,38 @@ class Alarm:
     means: str
 
 
+def _exceeds(value: float, limit: float) -> bool:
+    return not value <= limit  # NaN as well
+
+
+def _is_stale(row: dict) -> bool:
+    """An update lies between the engine's weights and the trainer's: they differ by right."""
+    return row.get("staleness/mean", 0) > 0
+
+
 def _mismatch_above_noise(row: dict) -> bool:
     floors = [
         rate
         for name, rate in row.items()
         if name.startswith("noise/") and name.endswith("/router_rate")
     ]
-    return bool(floors) and row["mismatch/router_rate"] > max(0.05, 10 * max(floors))
+    if not floors or _is_stale(row):
+        return False
+    return _exceeds(row["mismatch/router_rate"], max(0.05, 10 * max(floors)))
 
 
 def _zero_filled(row: dict) -> bool:
-    return max(row.get("mismatch/zero_rows_by_layer", [0.0])) > 0.99
+    return _exceeds(max(row.get("mismatch/zero_rows_by_layer", [0.0])), 0.99)
+
+
+def _large_gap(row: dict) -> bool:
+    return not _is_stale(row) and _exceeds(row.get("logp_gap/k3", 0.0), 0.1)
 
 
 def _few_effective_tokens(row: dict) -> bool:
-    return row["loss/ratio_effective_sample_size"] < 0.5 * row["tokens/visited"]
+    if "loss/ratio_effective_sample_size" not in row:
+        return False
+    return _exceeds(0.5 * row["tokens/visited"], row["loss/ratio_effective_sample_size"])
 
 
 ALARMS: dict[str, Alarm] = {
@@ -47,7 +64,7 @@ ALARMS: dict[str, Alarm] = {
         "token a zero-filled row is an error.)",
     ),
     "large-log-prob-gap": Alarm(
-        lambda row: row["logp_gap/k3"] > 0.1,
+        _large_gap,
         "KL(rollout ‖ trainer at the rollout's weights) is above 0.1 per token, a hundred times "
         "what is published for MoE models: look for stale weights in the engine, another "
         "temperature, or rows joined to the wrong tokens.",
@@ -62,5 +79,5 @@ ALARMS: dict[str, Alarm] = {
 
 
 def raised(row: dict) -> list[str]:
-    """The names of the alarms that fire on a step's row."""
+    """The names of the alarms that fire on a step's row; those whose metrics it lacks do not."""
     return [name for name, alarm in ALARMS.items() if alarm.fires(row)]

@@ -143,8 +143,9 @@ def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict
     """
     first = actor.score(samples, record=("routes",))
     # In reverse order and in halves: other neighbours, other padding, other sizes of every product.
-    half = max(1, min(len(samples), actor.micro_batch_size) // 2)
-    reshaped = actor.score(samples[::-1], record=("routes",), micro_batch_size=half)[::-1]
+    size = min(len(samples), actor.micro_batch_size)
+    other = size // 2 if size > 1 else 2
+    reshaped = actor.score(samples[::-1], record=("routes",), micro_batch_size=other)[::-1]
     passes = {
         ComparisonKind.REPEAT: actor.score(samples, record=("routes",)),
         ComparisonKind.BATCH_SHAPE: reshaped,

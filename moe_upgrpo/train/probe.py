@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,9 +21,9 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.report import write_report
-from moe_upgrpo.rollout.base import SamplingConfig
+from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import EngineName, make_engine
-from moe_upgrpo.routing import RoutingCounts, compare_routes
+from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 from moe_upgrpo.train import alarms, analysis, record
 
@@ -56,15 +59,23 @@ class ProbeConfig:
     """Experts in each layer; needed with the two dumps."""
 
     def __post_init__(self):
-        dumps = (self.rollout_routes, self.train_routes, self.num_experts)
-        of_model = (self.model, self.prompts)
+        dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]
+        of_model = [x is not None for x in (self.model, self.prompts)]
         if not (all(dumps) and not any(of_model)) and not (all(of_model) and not any(dumps)):
             raise UserError(
                 "give either --model and --prompts, or --rollout-routes, --train-routes and "
                 "--num-experts."
             )
-        if self.samples < 1:
-            raise UserError(f"samples={self.samples}: at least 1 is needed.")
+        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: at least 1 is needed.")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: 0 or more is needed.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"temperature={self.temperature}: above 0 is needed; at 0 nothing is sampled."
+            )
 
 
 def probe(config: ProbeConfig) -> None:
@@ -73,42 +84,44 @@ def probe(config: ProbeConfig) -> None:
     run = RunFolder(config.output_dir)
     run.check_free()
     if config.model is None:
-        counts = _compare_dumps(config)
-        about = {"num_experts": config.num_experts, "top_k": counts.top_k}
-        about |= {"moe_layers": list(range(counts.num_layers))}
-        RunFolder.create(run.path, asdict(config) | {"loss": "none (probe of two dumps)"} | about)
-        row = {"step": 1} | record.measured(record.routing_sums(counts))
-        run.append_metrics(row)
-        _show(console, counts)
+        row = _compare_dumps(config, run)
     else:
         with groups.process_groups(Layout(), seed=config.seed):
-            counts, row = _probe_model(config, run)
-        _show(console, counts, row)
+            row = _probe_model(config, run)
+    row["alarms"] = alarms.raised(row)
+    run.append_metrics(row)
+    _show(console, row)
     write_report([config.output_dir], config.output_dir / "report.html")
     console.print(f"report: {config.output_dir / 'report.html'}", soft_wrap=True)
 
 
-def _compare_dumps(config: ProbeConfig) -> RoutingCounts:
-    def load(path: Path) -> torch.Tensor:
+_ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()}}
+
+
+def _compare_dumps(config: ProbeConfig, run: RunFolder) -> dict:
+    def load(path: Path) -> np.ndarray:
         try:
-            return torch.from_numpy(np.load(path))
+            array = np.load(path)
+            return array.astype(array.dtype.newbyteorder("="))  # torch takes the native order only
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not an .npy array of expert ids: {error}") from None
 
-    return compare_routes(
-        load(config.rollout_routes), load(config.train_routes), num_experts=config.num_experts
+    rollout, train = load(config.rollout_routes), load(config.train_routes)
+    for path, array in ((config.rollout_routes, rollout), (config.train_routes, train)):
+        if array.dtype.kind not in "iu":
+            raise UserError(
+                f"{path} holds {array.dtype}; integers [tokens, layers, top-k] are needed."
+            )
+    counts = compare_routes(
+        torch.from_numpy(rollout), torch.from_numpy(train), num_experts=config.num_experts
     )
+    about = {"num_experts": config.num_experts, "top_k": counts.top_k}
+    about |= {"moe_layers": list(range(counts.num_layers)), "loss": "none (probe of two dumps)"}
+    RunFolder.create(run.path, asdict(config) | about | _ALARMS)
+    return {"step": 1} | record.measured(record.routing_sums(counts, rollout))
 
 
-def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, dict]:
-    try:
-        prompts = [line for line in config.prompts.read_text().splitlines() if line]
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config.prompts} or the tokenizer of {config.model}: {error}") from None
-    if not prompts:
-        raise UserError(f"{config.prompts} holds no prompt: one a line is needed.")
-    sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
     actor = MegatronActor(
         config.model,
         Layout(),
@@ -116,64 +129,22 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         temperature=config.temperature,
         micro_batch_size=config.micro_batch,
     )
-    prompt_ids = [np.array(tokenizer(prompt).input_ids) for prompt in prompts]
+    prompts = _read_prompts(config, actor)
     engine = make_engine(
         config.engine,
         config.model,
         dtype=config.engine_dtype,
         device=groups.device(),
-        max_tokens=max(map(len, prompt_ids)) + config.max_new_tokens,
+        max_tokens=max(map(len, prompts)) + config.max_new_tokens,
         seed=config.seed,
         url=config.engine_url,
     )
-    rollouts = engine.generate(
-        prompt_ids,
-        sampling,
-        samples_per_prompt=config.samples,
-        seed=config.seed,
-    )
-    samples = [
-        Sample(
-            tokens=np.concatenate([r.prompt_ids, r.response_ids]), prompt_length=len(r.prompt_ids)
-        )
-        for r in rollouts
-    ]
-    if not actor.layer_ids:
-        raise UserError(f"{config.model} is a dense model: it has no routes to compare.")
-    native = actor.score(samples, record=("routes", "margins", "gates"))
-    held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
-    old = analysis.OldScores(
-        native=native,
-        held=actor.score(held, record=("routes", "gates")),
-        analysed=True,
-        counterpart=[s.log_probs for s in native],  # nothing was updated
-    )
-    passes = list(zip(*analysis.engine_passes(engine, samples), strict=True))
-    noise = analysis.trainer_noise_floor(actor, samples) | analysis.engine_noise_floor(
-        passes, samples, rollouts, num_experts=actor.num_experts
-    )
-    nothing = np.zeros(len(rollouts), np.float32)
-    step = record.StepRecord(
-        first_sequence=0,
-        group=config.samples,
-        replay="none",
-        weight_version=0,
-        rollouts=rollouts,
-        rewards=nothing,
-        advantages=nothing,
-        old=old,
-        reference=None,
-        updates=[],
-        logp_train=[s.log_probs for s in native],
-        clipped=[np.zeros(len(s.log_probs), bool) for s in native],
-        gradient_weight=[np.zeros(len(s.log_probs), np.float32) for s in native],
-        noise=noise,
-        num_experts=actor.num_experts,
-        updates_counted=0,
-    )
+    with closing(engine):
+        step = _step(config, prompts, actor, engine)
     RunFolder.create(
         run.path,
         asdict(config)
+        | _ALARMS
         | {
             "loss": "none (probe)",
             "layout": str(actor.layout),
@@ -192,43 +163,123 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> tuple[RoutingCounts, di
         num_experts=actor.num_experts,
     ).write(1, step.token_rows())
     # Nothing was rewarded or updated: what says so would only look like a result.
-    row = {"step": 1} | {
+    without = ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
+    return {"step": 1} | {
         name: value
         for name, value in (record.measured(step.sums()) | step.maxima()).items()
-        if not name.startswith(
-            ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
-        )
+        if not name.startswith(without)
     }
-    run.append_metrics(row)
-    engine.close()
-    return step.divergence, row
 
 
-def _show(console: Console, counts: RoutingCounts, row: dict | None = None) -> None:
-    table = Table("mismatch", "rate", "of", box=None)
-    for name, rate, of in (
-        ("routers that differ", counts.router_mismatch_rate, counts.routers_compared),
-        ("expert slots that differ", counts.slot_mismatch_rate, counts.slots_compared),
-        ("tokens that differ in any layer", counts.token_any_rate, counts.tokens_compared),
-    ):
-        table.add_row(name, f"{rate:.3%}", f"{of:,}")
-    for layer, rate in enumerate(counts.router_mismatch_by_layer.tolist()):
-        table.add_row(f"  MoE layer {layer}", f"{rate:.3%}", f"{counts.tokens_compared:,}")
-    console.print(table)
-    if row is None:
-        return
-    floors = {
-        side: max(row[f"noise/{side}_{kind}/router_rate"] for kind in ("repeat", "batch_shape"))
-        for side in ("trainer", "engine")
-    }
-    console.print(
-        f"noise floor: trainer {floors['trainer']:.3%}, engine {floors['engine']:.3%} of routers; "
-        f"held to the rollout's routes, {row['conditional/router_rate']:.3%} would still choose "
-        f"otherwise (conditional)\nlog-prob gap mean |d| "
-        f"{row['logp_gap/mean_abs']:.2e}, k3 {row['logp_gap/k3']:.2e}; of it numerics "
-        f"{row['gap/numerics/mean_abs']:.2e}, routing {row['gap/engine_routing/mean_abs']:.2e}",
-        soft_wrap=True,
+def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]:
+    """The token ids of each line, checked against the model's positions."""
+    try:
+        lines = [line for line in config.prompts.read_text().splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {config.prompts}: {error}") from None
+    if not lines:
+        raise UserError(f"{config.prompts} holds no prompt: one a line is needed.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config.model} has no tokenizer that can be read: {error}") from None
+    prompts = [np.array(tokenizer(line).input_ids) for line in lines]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    try:
+        actor.check_length(len(prompts[longest]) + config.max_new_tokens)
+    except UserError as error:
+        raise UserError(
+            f"{config.prompts}, prompt {longest + 1} ({len(prompts[longest])} tokens) with "
+            f"max_new_tokens={config.max_new_tokens}: {error}"
+        ) from None
+    return prompts
+
+
+def _step(
+    config: ProbeConfig, prompts: Sequence[np.ndarray], actor: MegatronActor, engine: Engine
+) -> record.StepRecord:
+    """What a step of training would record, without its update."""
+    sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    rollouts = engine.generate(
+        prompts, sampling, samples_per_prompt=config.samples, seed=config.seed
     )
-    for name in ("mismatch-above-noise", "large-log-prob-gap"):
-        if alarms.ALARMS[name].fires(row):
-            console.print(f"ALARM {name}: {alarms.ALARMS[name].means}", soft_wrap=True)
+    samples = [
+        Sample(
+            tokens=np.concatenate([r.prompt_ids, r.response_ids]), prompt_length=len(r.prompt_ids)
+        )
+        for r in rollouts
+    ]
+    native = actor.score(samples, record=("routes", "margins", "gates"))
+    old = analysis.OldScores(native=native, held=None)
+    noise = analysis.trainer_noise_floor(actor, samples)
+    if actor.layer_ids:
+        held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
+        old = analysis.OldScores(
+            native=native,
+            held=actor.score(held, record=("routes", "gates")),
+            analysed=True,
+            counterpart=[s.log_probs for s in native],  # nothing was updated
+        )
+        passes = list(zip(*analysis.engine_passes(engine, samples), strict=True))
+        noise |= analysis.engine_noise_floor(
+            passes, samples, rollouts, num_experts=actor.num_experts
+        )
+    nothing = np.zeros(len(rollouts), np.float32)
+    return record.StepRecord(
+        first_sequence=0,
+        group=config.samples,
+        replay="none",
+        weight_version=0,
+        rollouts=rollouts,
+        rewards=nothing,
+        advantages=nothing,
+        old=old,
+        reference=None,
+        updates=[],
+        logp_train=[s.log_probs for s in native],
+        clipped=[np.zeros(len(s.log_probs), bool) for s in native],
+        gradient_weight=[np.zeros(len(s.log_probs), np.float32) for s in native],
+        noise=noise,
+        num_experts=actor.num_experts,
+        updates_counted=0,
+    )
+
+
+def _show(console: Console, row: dict) -> None:
+    if "mismatch/router_rate" in row:
+        tokens, pairs = sum(row["mismatch/histogram"]), row["mismatch/router_denominator"]
+        table = Table("mismatch", "rate", "of", box=None)
+        table.add_row("routers that differ", f"{row['mismatch/router_rate']:.3%}", f"{pairs:,.0f}")
+        table.add_row("expert slots that differ", f"{row['mismatch/slot_rate']:.3%}", "the same")
+        any_layer = f"{row['mismatch/token_any_rate']:.3%}"
+        table.add_row("tokens that differ in any layer", any_layer, f"{tokens:,}")
+        for layer, rate in enumerate(row["mismatch/by_layer"]):
+            table.add_row(f"  MoE layer {layer}", f"{rate:.3%}", f"{tokens:,}")
+        console.print(table)
+    else:
+        console.print("a dense model: no routes to compare")
+    if "conditional/router_rate" in row:
+        trainer, engine = (
+            max(row[f"noise/{side}_{kind}/router_rate"] for kind in ("repeat", "batch_shape"))
+            for side in ("trainer", "engine")
+        )
+        console.print(
+            f"noise floor: trainer {trainer:.3%}, engine {engine:.3%} of routers; held to the "
+            f"rollout's routes, {row['conditional/router_rate']:.3%} would still choose otherwise "
+            "(conditional)",
+            soft_wrap=True,
+        )
+    if "logp_gap/k3" in row:
+        parts = ""
+        if "gap/numerics/mean_abs" in row:
+            numerics, routing = (
+                row[f"gap/{term}/mean_abs"] for term in ("numerics", "engine_routing")
+            )
+            parts = f"; of it numerics {numerics:.2e}, routing {routing:.2e}"
+        console.print(
+            f"log-prob gap mean |d| {row['logp_gap/mean_abs']:.2e}, k3 {row['logp_gap/k3']:.2e}"
+            f"{parts}",
+            soft_wrap=True,
+        )
+    for name in row["alarms"]:
+        console.print(f"ALARM {name}: {alarms.ALARMS[name].means}", soft_wrap=True)

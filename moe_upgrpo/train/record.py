@@ -226,11 +226,7 @@ class StepRecord:
 
     def _routing_sums(self) -> Sums:
         counts = self.divergence  # first: it names the sequence where routes cannot be
-        zeros_L = (self._routes_NLK[0] == 0).all(axis=2).sum(axis=0)
-        sums = routing_sums(counts) | {
-            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, counts.tokens_compared)
-            for layer, count in enumerate(zeros_L.tolist())
-        }
+        sums = routing_sums(counts, self._routes_NLK[0])
         if self.conditional is not None:
             sums |= count_sums("conditional", self.conditional)
         if self.old.analysed:
@@ -255,11 +251,16 @@ def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
     return float(k3(sampler, target).sum())
 
 
-def routing_sums(counts: RoutingCounts) -> Sums:
+def routing_sums(counts: RoutingCounts, rollout_NLK: np.ndarray) -> Sums:
     """Every metric of rollout against trainer that needs nothing but the two routes."""
+    zeros_L = (rollout_NLK == 0).all(axis=2).sum(axis=0)
     return count_sums("mismatch", counts) | {
         "mismatch/slot_rate": Metric(counts.slots_mismatched, counts.slots_compared),
         "mismatch/routers_per_token": Metric(counts.routers_mismatched, counts.tokens_compared),
+        **{
+            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, counts.tokens_compared)
+            for layer, count in enumerate(zeros_L.tolist())
+        },
     }
 
 

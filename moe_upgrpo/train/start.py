@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -72,16 +72,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens or task.max_response_tokens,
         )
-        engine = config.load_rollouts is None and make_engine(
-            config.engine,
-            model_dir,
-            dtype=config.engine_dtype,
-            device=groups.device(),
-            max_tokens=task.max_prompt_tokens + sampling.max_new_tokens,
-            seed=config.seed,
-            url=config.engine_url,
-            vllm=config.vllm,
-        )
+        max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
+        actor.check_length(max_tokens)
         about = asdict(config) | {
             "model": str(model_dir),
             "layout": str(layout),
@@ -93,31 +85,39 @@ def start(config: TrainConfig) -> Iterator[Job]:
             "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
             "policy_loss": asdict(PolicyLossConfig.preset(config.loss)),
         }
-        if rank == 0:
-            RunFolder.create(run.path, about)
-        groups.from_rank_0(None)  # nobody writes into the folder before it is there
-        display.say(
-            f"{config.loss} on {layout}, {world_size} rank(s), "
-            f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
-        )
-        job = Job(
-            config=config,
-            rank=rank,
-            world_size=world_size,
-            task=task,
-            actor=actor,
-            reference=reference,
-            behind=behind,
-            engine=engine or None,
-            sampling=sampling,
-            run=run,
-            display=display,
-        )
-        try:
-            yield job
-        finally:
-            if engine:
-                engine.close()
+        engine = None
+        if config.load_rollouts is None:
+            engine = make_engine(
+                config.engine,
+                model_dir,
+                dtype=config.engine_dtype,
+                device=groups.device(),
+                max_tokens=max_tokens,
+                seed=config.seed,
+                url=config.engine_url,
+                vllm=config.vllm,
+            )
+        with closing(engine) if engine else nullcontext():
+            if rank == 0:
+                RunFolder.create(run.path, about)
+            groups.from_rank_0(None)  # nobody writes into the folder before it is there
+            display.say(
+                f"{config.loss} on {layout}, {world_size} rank(s), "
+                f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
+            )
+            yield Job(
+                config=config,
+                rank=rank,
+                world_size=world_size,
+                task=task,
+                actor=actor,
+                reference=reference,
+                behind=behind,
+                engine=engine,
+                sampling=sampling,
+                run=run,
+                display=display,
+            )
 
 
 def routing(actor: MegatronActor) -> str:

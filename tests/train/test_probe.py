@@ -5,13 +5,16 @@ That engine and trainer are compared rightly: tests/train/test_record.py and tes
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import Qwen3MoeForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import read_metrics, read_tokens
 from moe_upgrpo.tasks import arithmetic
+from moe_upgrpo.train.probe import ProbeConfig
 from moe_upgrpo.train.warm_start import tiny_model_config
 
 
@@ -42,7 +45,7 @@ def test_two_dumps(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "routers that differ 10.000% 20" in lines
-    assert "expert slots that differ 7.500% 40" in lines
+    assert "expert slots that differ 7.500% the same" in lines
     assert "tokens that differ in any layer 10.000% 10" in lines
     (row,) = read_metrics(tmp_path / "out")
     assert row["mismatch/by_layer"] == [0.1, 0.1] and row["mismatch/histogram"] == [9, 0, 1]
@@ -65,6 +68,31 @@ def test_dumps_that_cannot_be_routes_of_the_same_tokens(train, words, tmp_path):
     assert not list((tmp_path / "out").iterdir())  # the same command, mended, may use it
 
 
+def test_zero_filled_routes_of_top_1_raise_their_alarm(tmp_path):
+    """One expert a token: a row that was never written passes for a choice of expert 0."""
+    ids = np.random.default_rng(0).integers(0, 8, (50, 2, 1))
+    np.save(tmp_path / "rollout.npy", ids * 0)
+    np.save(tmp_path / "train.npy", ids.astype(">i4"))  # another byte order is no fault
+    dumps = ("--rollout-routes", tmp_path / "rollout.npy", "--train-routes", tmp_path / "train.npy")
+    result = probe(*dumps, "--num-experts", 8, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0 and "ALARM zero-filled-routes" in result.stdout
+    assert read_metrics(tmp_path / "out")[0]["alarms"] == ["zero-filled-routes"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"micro_batch": 0}, "micro_batch=0"),
+        ({"temperature": 0.0}, "temperature=0.0: above 0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_bad_options(option, words):
+    with pytest.raises(UserError, match=words):
+        ProbeConfig(model=Path("m"), prompts=Path("p"), **option)
+
+
 def test_a_checkpoint(tmp_path):
     model, prompts, output = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "out"
     Qwen3MoeForCausalLM(tiny_model_config(layers=2, hidden=64)).save_pretrained(model)
@@ -78,8 +106,26 @@ def test_a_checkpoint(tmp_path):
     assert row["logp_gap/mean_abs"] < 1e-5 and row["mismatch/router_rate"] < 0.01
     assert row["mismatch/router_denominator"] == 2 * len(read_tokens(output)) > 0
     assert (output / "report.html").is_file()
+    assert row["alarms"] == []
+    prompts.write_text("1+2=\n" + "1+" * 40 + "\n")
+    long = probe("--model", model, "--prompts", prompts, "--output-dir", tmp_path / "long")
+    assert long.returncode == 2 and "prompt 2 (80 tokens)" in long.stderr
+    assert "max_position_embeddings=64" in long.stderr
     again = probe(*options)
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_a_dense_checkpoint_is_recognised(tmp_path):
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    config = tiny_model_config(layers=2, hidden=64, experts=0)
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    arithmetic.save_tokenizer(model)
+    prompts.write_text("1+2=\n")
+    result = probe("--model", model, "--prompts", prompts, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "a dense model: no routes to compare" in result.stdout
+    (row,) = read_metrics(tmp_path / "out")
+    assert row["logp_gap/mean_abs"] > 0 and "mismatch/router_rate" not in row
 
 
 def test_neither_model_nor_dumps():
