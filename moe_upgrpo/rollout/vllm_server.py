@@ -47,11 +47,11 @@ HALF = "half of "  # the name of the weights while they are loaded
 class VLLMServerEngine:
     """`Engine` on a vLLM server at `url`, dense or MoE, that was started as `FLAGS` says.
 
-    The server must serve `model_dir`, under this path or name, in `dtype`; it is asked for its
-    settings and for one short response, and given the weights of `model_dir`, at the start. Rank 0
-    of torch.distributed writes new ones to `weights_dir`, which the server must see under the same
-    path, and has them loaded; making the engine and `update_weights` are collectives, and where
-    rank 0 fails all ranks raise. The other calls are each rank's own.
+    The server must serve `model_dir`, under this path or name, in `dtype` (None: in any). At the
+    start it is asked for its settings, given the weights of `model_dir` and asked for a short
+    response. Rank 0 of torch.distributed writes new weights to `weights_dir`, which the server must
+    see under the same path, and has them loaded; making the engine and `update_weights` are
+    collectives, and where rank 0 fails all ranks raise. The other calls are each rank's own.
 
     An update waits for what is being generated. The server names the weights that it holds, and
     those that sampled each response; with others than this engine's nothing is asked or taken:
@@ -67,14 +67,14 @@ class VLLMServerEngine:
         self,
         model_dir: str | Path,
         url: str,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         *,
         timeout: float = 30.0,
         generate_timeout: float = 1800.0,
         update_timeout: float = 600.0,
         weights_dir: str | Path | None = None,
     ):
-        if dtype not in DTYPES:
+        if dtype not in (None, *DTYPES):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
@@ -127,7 +127,7 @@ class VLLMServerEngine:
                 f"it serves {served[0]['root']}, not {self.model_dir} (if these are the same: "
                 f"--served-model-name {self.model_dir})"
             )
-        if model["dtype"] != f"torch.{self.dtype}":
+        if self.dtype is not None and model["dtype"] != f"torch.{self.dtype}":
             wrong.append(f"its dtype is {model['dtype']} (--dtype {self.dtype})")
         if model["quantization"]:
             wrong.append(f"it quantizes with {model['quantization']}, which was not tried")

@@ -97,6 +97,11 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
+    def signal_children(self, number):
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                os.kill(int(pid), number)
+
     def kill(self):
         self.signal(signal.SIGKILL)
         self.process.wait()
@@ -132,17 +137,20 @@ def engine(server, model_dir):
     engine.close()
 
 
-def cached_tokens(engine) -> float:
-    """Prompt tokens that the server took from its prefix cache so far."""
+def metric(engine, name, having="") -> float:
+    """The sum of the server's own counts of that name."""
     with urllib.request.urlopen(f"{engine.url}/metrics", timeout=15) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(v.split()[-1]) for v in lines if v.startswith("vllm:prefix_cache_hits_total"))
+    found = [float(v.split()[-1]) for v in lines if v.startswith(f"vllm:{name}{{") and having in v]
+    assert found
+    return sum(found)
 
 
-def running(engine) -> float:
-    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=15) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(v.split()[-1]) for v in lines if v.startswith("vllm:num_requests_running"))
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -150,7 +158,7 @@ def test_fp32_log_probs_and_routes_are_the_trainers_through_three_updates(
     model_dir, engine, temperature
 ):
     """Prompts of mixed lengths, shared by many samples, and longer than a chunk (48 tokens)."""
-    cached_before = cached_tokens(engine)
+    cached_before = metric(engine, "prefix_cache_hits_total")
     torch.manual_seed(3)
     actor = MegatronActor(model_dir, Layout(), temperature=temperature)
     for version in range(4):
@@ -162,7 +170,8 @@ def test_fp32_log_probs_and_routes_are_the_trainers_through_three_updates(
         assert {r.weight_version for r in rollouts} == {engine.weight_version} == {version}
     assert engine.moe_layer_ids == (0, 1, 2) == tuple(actor.layer_ids)
     # There was a cache to go wrong: 32 of 40 and 64 of 70 prompt tokens, in most of the samples.
-    assert cached_tokens(engine) - cached_before > 4 * 3 * (32 + 64)
+    cached = metric(engine, "prefix_cache_hits_total") - cached_before
+    assert cached > 4 * 3 * (32 + 64)
 
 
 def test_the_engine_starts_from_its_checkpoint_whatever_the_server_held(
@@ -403,7 +412,7 @@ def test_bad_input_is_refused(engine, model_dir):
         VLLMServerEngine(model_dir, "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         VLLMServerEngine(model_dir, f"{engine.url}/without-development-endpoints")
-    with pytest.raises(UserError, match="float16'; allowed"):
+    with pytest.raises(UserError, match="'float16'; allowed"):
         VLLMServerEngine(model_dir, engine.url, "float16")
     sampling = SamplingConfig(max_new_tokens=8)
     for some, samples, message in (
@@ -422,8 +431,7 @@ def test_bad_input_is_refused(engine, model_dir):
         engine.routes(prompts(1))
 
 
-def test_a_server_that_hangs_is_an_error_in_time(engine, server, monkeypatch):
-    monkeypatch.setattr(vllm_server, "SIGN_OF_LIFE", 0.5)
+def test_a_server_that_hangs_is_an_error_in_time(engine, server):
     engine.timeout = 2
     server.signal(signal.SIGSTOP)
     begin = time.monotonic()
@@ -436,15 +444,33 @@ def test_a_server_that_hangs_is_an_error_in_time(engine, server, monkeypatch):
     assert engine.health()
 
 
+def test_what_hangs_behind_the_http_side_while_it_generates_is_an_error_in_time(
+    engine, server, monkeypatch
+):
+    """vLLM's engine alone is stopped: /health would go on to answer."""
+    monkeypatch.setattr(vllm_server, "SIGN_OF_LIFE", 0.5)
+    engine.timeout = 2
+    stop = threading.Timer(0.3, server.signal_children, [signal.SIGSTOP])
+    begin = time.monotonic()
+    stop.start()
+    try:
+        with pytest.raises(UserError, match=r"did not answer /weight_info within 2 s"):
+            while True:
+                sample(engine, samples=64)
+        assert time.monotonic() - begin < 20 and engine.health()
+    finally:
+        stop.join()
+        server.signal_children(signal.SIGCONT)
+    engine.timeout = 15
+    assert len(sample(engine)) == 16
+
+
 def test_a_request_that_takes_too_long_is_an_error_and_ends_on_the_server(engine):
     before = sample(engine)
     engine.generate_timeout = 0.3
     with pytest.raises(UserError, match=r"within 0\.3 s"):
         sample(engine, samples=64, new_tokens=50)
-    begin = time.monotonic()
-    while running(engine):  # its own count lags behind
-        assert time.monotonic() - begin < 10
-        time.sleep(0.2)
+    wait_until(lambda: metric(engine, "num_requests_running") == 0)
     engine.generate_timeout = 60
     assert same(before, sample(engine))
 
