@@ -524,13 +524,14 @@ def test_the_server_ends_with_a_trainer_that_is_killed(model_dir, tmp_path):
         "import sys, numpy as np\n"
         "from moe_upgrpo.rollout import SamplingConfig\n"
         "from moe_upgrpo.rollout.sglang import SGLangEngine\n"
-        "engine = SGLangEngine(sys.argv[1], 'float32', log=sys.argv[2])\n"
+        "engine = SGLangEngine(sys.argv[1], 'float32', log=sys.argv[2], weights_dir=sys.argv[3])\n"
         "print(engine._server.process.pid, flush=True)\n"
         "engine.generate([np.array([3])] * 64, SamplingConfig(max_new_tokens=900),\n"
         "                samples_per_prompt=64, seed=0)\n"
     )
     trainer = subprocess.Popen(
-        [sys.executable, "-c", program, model_dir, tmp_path / "log"], stdout=subprocess.PIPE
+        [sys.executable, "-c", program, model_dir, tmp_path / "log", tmp_path],
+        stdout=subprocess.PIPE,
     )
     group = int(trainer.stdout.readline())
     time.sleep(1)
