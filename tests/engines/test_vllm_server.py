@@ -475,6 +475,29 @@ def test_a_request_that_takes_too_long_is_an_error_and_ends_on_the_server(engine
     assert same(before, sample(engine))
 
 
+def test_after_a_failure_the_rest_of_the_call_is_aborted_on_the_server(engine, monkeypatch):
+    """The server is paused, so that all of it still waits when the engine gives up."""
+    before = metric(engine, "generation_tokens_total")
+    looks = iter(["the server is there"])
+
+    def look():
+        if not next(looks, None):
+            raise UserError("refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm_server, "SIGN_OF_LIFE", 0.5)
+        patched.setattr(engine, "_check_held", look)
+        engine._call("/pause?mode=keep", {})
+        try:
+            with pytest.raises(UserError, match="refused"):
+                sample(engine)
+        finally:
+            engine._call("/resume", {})
+    sample(engine, lengths=(3,), samples=1, new_tokens=2)
+    wait_until(lambda: metric(engine, "num_requests_running") == 0)
+    assert metric(engine, "generation_tokens_total") - before <= 4
+
+
 def test_a_server_killed_while_it_generates_and_started_again(engine, server, model_dir):
     """What the new server would sample before it has the weights is refused."""
     before = sample(engine)
