@@ -1,8 +1,12 @@
-"""What an engine takes as weights: the tensors of the checkpoint that it started from."""
+"""What engines read of a checkpoint folder, and what they take as new weights."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from transformers import GenerationConfig
 
 from moe_upgrpo.errors import UserError
 
@@ -31,3 +35,35 @@ def check_weights(
             f"Weights refused: {'; '.join(wrong[:5])}{more}. The names and shapes of the "
             f"checkpoint that the engine started from are needed; version {held} stays in use."
         )
+
+
+def checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint folder, read from the files' headers."""
+    shapes = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (the file is no dict)
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    if not shapes:
+        raise UserError(f"{model_dir} holds no *.safetensors; a Hugging Face checkpoint is needed.")
+    return shapes
+
+
+def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
+    """The layers whose checkpoint tensors belong to routed experts, `...layers.<i>...experts...`.
+
+    Those behind the model's `layers` (multi-token prediction) are not among them.
+    """
+    found = {int(m[1]) for m in (re.search(r"\.(\d+)\..*\bexperts\.", n) for n in names) if m}
+    return tuple(sorted(layer for layer in found if layer < layers))
+
+
+def eos_ids(model_dir: str | Path, config) -> list[int]:
+    """The tokens that end a sequence; UserError where the checkpoint names none."""
+    try:
+        ids = GenerationConfig.from_pretrained(model_dir).eos_token_id
+    except OSError:  # no such file
+        ids = config.eos_token_id
+    if ids is None:
+        raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
+    return [ids] if isinstance(ids, int) else list(ids)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
-from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.checkpoint import check_weights, checkpoint_shapes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -50,7 +49,7 @@ class HFEngine:
         self.max_sequences = max_sequences
         self.weight_version = 0
         self.config = AutoConfig.from_pretrained(model_dir)
-        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        self._checkpoint_shapes = checkpoint_shapes(Path(model_dir))
         with no_progress_bar():
             self._use(AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype))
         eos_ids = self.model.generation_config.eos_token_id
@@ -281,18 +280,6 @@ class HFEngine:
         """See `Engine.close`."""
         self._taps.clear()
         self.model = None
-
-
-def _checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint folder, read from the files' headers."""
-    shapes = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (the file is no dict)
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    if not shapes:
-        raise UserError(f"{model_dir} holds no *.safetensors; a Hugging Face checkpoint is needed.")
-    return shapes
 
 
 @contextmanager

@@ -30,11 +30,15 @@ from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
-from moe_upgrpo.rollout.checkpoint import check_weights
-from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
+from moe_upgrpo.rollout.checkpoint import (
+    check_weights,
+    checkpoint_shapes,
+    eos_ids,
+    moe_layers,
+)
+from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
-from moe_upgrpo.rollout.vllm import _eos_ids, _moe_layers
 
 MAX_REQUESTS = 256  # at once, each of a prompt with its samples
 NETWORK_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)
@@ -94,13 +98,13 @@ class SGLangEngine:
                 "here; give them to the server at the url when you start it."
             )
         self.model_dir = Path(model_dir).absolute()
-        self._checkpoint_shapes = _checkpoint_shapes(self.model_dir)
+        self._checkpoint_shapes = checkpoint_shapes(self.model_dir)
         config = AutoConfig.from_pretrained(self.model_dir).get_text_config()
-        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
         self._layers = config.num_hidden_layers
         self._top_k = getattr(config, "num_experts_per_tok", 0) if self.moe_layer_ids else 0
         self._num_experts = _num_experts(config) if self.moe_layer_ids else 0
-        self._eos_ids = _eos_ids(self.model_dir, config)
+        self._eos_ids = eos_ids(self.model_dir, config)
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.leader, self.transfer = leader, transfer
         self._group: WeightGroup | None = None

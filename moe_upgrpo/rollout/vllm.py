@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import vllm_plugin
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig
-from moe_upgrpo.rollout.checkpoint import check_weights
-from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
+from moe_upgrpo.rollout.checkpoint import (
+    check_weights,
+    checkpoint_shapes,
+    eos_ids,
+    moe_layers,
+)
+from moe_upgrpo.rollout.hf import DTYPES
 
 # Read by vLLM when it is imported or when an engine is made.
 ENVIRONMENT = {
@@ -84,10 +88,10 @@ class VLLMEngine:
                 raise UserError(f"{name} is {value}; at least {least} is needed.")
         if VLLMEngine._is_open:
             raise UserError("This process has a VLLMEngine; close it before you make another.")
-        self._checkpoint_shapes = _checkpoint_shapes(Path(model_dir))
+        self._checkpoint_shapes = checkpoint_shapes(Path(model_dir))
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
-        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
-        self._eos_ids = _eos_ids(model_dir, config)
+        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._eos_ids = eos_ids(model_dir, config)
         self.max_model_len = max_model_len
         self.weight_version = 0
         self._failed: str | None = None
@@ -310,25 +314,6 @@ def _import_vllm():
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(f"vLLM cannot be imported: {error}. {INSTALL}") from error
     return vllm
-
-
-def _moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
-    """The layers whose checkpoint tensors belong to routed experts, `...layers.<i>...experts...`.
-
-    Those behind the model's `layers` (multi-token prediction) are not among them.
-    """
-    found = {int(m[1]) for m in (re.search(r"\.(\d+)\..*\bexperts\.", n) for n in names) if m}
-    return tuple(sorted(layer for layer in found if layer < layers))
-
-
-def _eos_ids(model_dir: str | Path, config) -> list[int]:
-    try:
-        eos_ids = GenerationConfig.from_pretrained(model_dir).eos_token_id
-    except OSError:  # no such file
-        eos_ids = config.eos_token_id
-    if eos_ids is None:
-        raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
-    return [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
 
 
 @contextmanager

@@ -29,9 +29,14 @@ from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig
-from moe_upgrpo.rollout.checkpoint import check_weights
-from moe_upgrpo.rollout.hf import DTYPES, _checkpoint_shapes
-from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE, _eos_ids, _moe_layers
+from moe_upgrpo.rollout.checkpoint import (
+    check_weights,
+    checkpoint_shapes,
+    eos_ids,
+    moe_layers,
+)
+from moe_upgrpo.rollout.hf import DTYPES
+from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
 
 FLAGS = (
@@ -84,12 +89,12 @@ class VLLMServerEngine:
         # A proxy named in the environment is for other addresses.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.model_dir, self.dtype = Path(model_dir).absolute(), dtype
-        self._checkpoint_shapes = _checkpoint_shapes(self.model_dir)
+        self._checkpoint_shapes = checkpoint_shapes(self.model_dir)
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
-        self.moe_layer_ids = _moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
         self._layers = config.num_hidden_layers
         self._top_k = config.num_experts_per_tok if self.moe_layer_ids else 0
-        self._eos_ids = _eos_ids(model_dir, config)
+        self._eos_ids = eos_ids(model_dir, config)
         self._weights = tempfile.TemporaryDirectory(prefix="vllm-weights-", dir=weights_dir)
         self.weight_version = 0
         # Another run's version 3 is not this one's.
@@ -333,7 +338,7 @@ class VLLMServerEngine:
         def hand_over() -> None:
             with tempfile.TemporaryDirectory(dir=self._weights.name) as folder:
                 save_file(state, Path(folder) / "model.safetensors")
-                if _checkpoint_shapes(Path(folder)) != self._checkpoint_shapes:
+                if checkpoint_shapes(Path(folder)) != self._checkpoint_shapes:
                     # vLLM would load the rest and go on.
                     raise UserError(
                         f"The weights written to {folder} are not whole: is it full? Version "
