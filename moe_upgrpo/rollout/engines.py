@@ -56,7 +56,7 @@ def make_engine(
     if name == "vllm" and url is not None:
         from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 
-        return VLLMServerEngine(model_dir, url)
+        return VLLMServerEngine(model_dir, url, dtype)
     if name == "vllm":
         from moe_upgrpo.rollout.vllm import VLLMEngine
 
