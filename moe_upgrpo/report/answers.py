@@ -18,6 +18,8 @@ from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, rate
 
 # Of sequences; the ends of a 95% interval are then the 12th smallest and largest.
 RESAMPLES = 500
+# Tokens that differ; fewer do not tell whether their layers flip together.
+_MIN_DIFFERING = 10
 _SIGNS = (("positive", ">"), ("negative", "<"))
 
 
@@ -73,7 +75,7 @@ class Answers:
 
     def _floors(self, run: Run) -> list[Entry]:
         entries = []
-        for side, kinds in FLOOR_SIDES.items() if self.floor else ():
+        for side, kinds in FLOOR_SIDES.items() if self.floor and not run.stale_steps else ():
             found = {kind: run.pooled(f"noise/{kind}/{self.floor}") for kind in kinds}
             found = {kind: value for kind, value in found.items() if value is not None}
             if found:
@@ -120,6 +122,9 @@ class Clustering:
             f"{interval(any_layer, percent)} of tokens differ in at least one layer, "
             f"{interval(rows['any_layer_independent'], percent)} if layers were independent"
         )
+        if any_layer["numerator"] < _MIN_DIFFERING:
+            few = int(any_layer["numerator"])
+            return f"{text}; too few ({few}) to say whether they come together."
         if rows["dispersion"]["rate"] is not None:
             text += (
                 "; the variance of a token's mismatched layers is "
@@ -197,6 +202,12 @@ def _ends(rows: list[Entry]) -> tuple[Entry, Entry]:
     return rows[0], (known or rows)[-1]
 
 
+def _within(end: Entry, rows: list[Entry]) -> Entry | None:
+    """The first of ``rows`` whose group overlaps ``end``'s: each quantity has bins of its own."""
+    (low, high) = end["group"]
+    return next((r for r in rows if r["group"][0] <= high and r["group"][1] >= low), None)
+
+
 def _contrast(by: str) -> Callable[[Run, dict[str, list[Entry]]], str]:
     """Every quantity at the two ends of a grouping."""
 
@@ -214,9 +225,10 @@ def _contrast(by: str) -> Callable[[Run, dict[str, list[Entry]]], str]:
             quantity = entry["quantity"]
             if "_tail_" in quantity and not quantity.endswith("_1.1"):
                 continue
-            a, b = _ends(entry["rows"])
             form = number if quantity == "gap" or quantity.startswith("gradient") else percent
-            both = interval(a, form) + (f" → {interval(b, form)}" if a is not b else "")
+            a, b = _within(first, entry["rows"]), _within(last, entry["rows"][::-1])
+            texts = [interval(row, form) if row else "no such token" for row in (a, b)]
+            both = texts[0] if a is b else " → ".join(texts)
             parts.append(f"{_WORDS.get(quantity, entry['label'])} {both}")
         if first is last:
             return f"{groups[0]}, and no others: {'; '.join(parts)}."
@@ -338,11 +350,11 @@ def _mismatch(by: str, title: str) -> Answers:
 
 
 _READ_CONSEQUENCES = (
-    "Gap tails: share of tokens that trainer and engine, at equal weights, give probabilities more "
-    "than that factor apart, either way. Ratio tails: share whose ratio, trainer after the update "
-    "to trainer before it, is further than that factor from 1. Clipped: the loss's rule took the "
-    "gradient. Gradient weight: |A| times the loss's coefficient of ∇log π times its aggregation's "
-    "weight."
+    "Gap tails: share of tokens that trainer, before its update, and engine give probabilities "
+    "more than that factor apart, either way. Ratio tails: share whose ratio, trainer after the "
+    "update to trainer before it, is further than that factor from 1. Clipped: the loss's rule "
+    "took the gradient. Gradient weight: |A| times the loss's coefficient of ∇log π times its "
+    "aggregation's weight."
 )
 
 TOKEN_FIGURES: list[Answers | Clustering | Panels] = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from moe_upgrpo.report.runs import Run
 
@@ -21,6 +22,10 @@ FLOORS = {
     "engine_repeat": "floor: engine twice",
     "engine_batch_shape": "floor: engine, one pass",
 }
+
+
+# Fewer are too few to say whether a metric changes.
+MIN_STEPS = 5
 
 
 def percent(value: float) -> str:
@@ -72,6 +77,9 @@ class Curves:
                 metrics += [(f"noise/{k}/{self.floor}", label, True) for k, label in FLOORS.items()]
             for name, label, is_floor in metrics:
                 steps, values = run.series(name)
+                if is_floor:  # stale samples differ by an update too: no floor is beside them
+                    fresh = [i for i, step in enumerate(steps) if step not in run.stale_steps]
+                    steps, values = ([found[i] for i in fresh] for found in (steps, values))
                 if values:
                     entry = {"run": run.label, "metric": name, "label": label, "floor": is_floor}
                     entries.append(entry | {"steps": steps, "values": values})
@@ -109,7 +117,10 @@ class HeatMap:
 
 @dataclass(frozen=True, kw_only=True)
 class ByLayer:
-    """A list of L rates pooled over the steps; ``floor`` adds noise/KIND/by_layer."""
+    """A list of L rates pooled over the steps; ``floor`` adds noise/KIND/by_layer.
+
+    A run with stale samples gets no pooled floor: there, it is not comparable with the rates.
+    """
 
     key: str
     title: str
@@ -121,11 +132,11 @@ class ByLayer:
 
     def data(self, runs: Sequence[Run]) -> list[Entry]:
         metrics = [(self.metric, self.label, False)]
-        if self.floor:
-            metrics += [(f"noise/{kind}/by_layer", label, True) for kind, label in FLOORS.items()]
         entries = []
         for run in runs:
-            for name, label, is_floor in metrics:
+            floors = FLOORS if self.floor and not run.stale_steps else {}
+            pooled = [(f"noise/{kind}/by_layer", label, True) for kind, label in floors.items()]
+            for name, label, is_floor in metrics + pooled:
                 rates = run.pooled_by_layer(name)
                 if rates is not None:
                     entry = {"run": run.label, "metric": name, "label": label, "floor": is_floor}
@@ -139,19 +150,22 @@ class ByLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Tokens by their number of mismatched layers, summed over the steps, and the noise floors'."""
+    """Tokens by their number of mismatched layers, summed over the steps, and the noise floors'.
+
+    A run with stale samples gets no floors, as in `ByLayer`.
+    """
 
     key: str
     title: str
     read: str
-    says: Callable[[list[Entry]], str]
+    says: Callable[[Run, list[Entry]], str]
 
     def data(self, runs: Sequence[Run]) -> list[Entry]:
         metrics = [("mismatch/histogram", "engine against trainer", False)]
-        metrics += [(f"noise/{kind}/histogram", label, True) for kind, label in FLOORS.items()]
+        floors = [(f"noise/{kind}/histogram", label, True) for kind, label in FLOORS.items()]
         entries = []
         for run in runs:
-            for name, label, is_floor in metrics:
+            for name, label, is_floor in metrics if run.stale_steps else metrics + floors:
                 tokens_M = run.summed(name)
                 if tokens_M is None or not tokens_M.sum():
                     continue
@@ -167,7 +181,7 @@ class Histogram:
         return entries
 
     def finding(self, run: Run, entries: list[Entry]) -> str:
-        return self.says(entries) if entries else no_routes(run)
+        return self.says(run, entries) if entries else no_routes(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,28 +222,44 @@ def trend(run: Run, name: str, what: str, form: Format = number) -> str:
     """Beginning against end of a run, and whether the difference stands out of the step noise.
 
     The noise of one step is taken as the standard deviation of the differences of consecutive
-    values over √2; a change counts when it exceeds twice that of two means of n steps.
+    values over √2 or, of the reward, its standard error if that is larger. A change counts when it
+    is beyond the 95% interval (Student's t) of the difference between two means of n steps.
     """
     steps, values = run.series(name)
     if not values:
         return absent(run, name)
     if len(values) == 1:
         return f"{what} is {form(values[0])} at step {steps[0]}, the only one logged."
-    first, last, n = run.ends(name)
-    span = f"{n} steps" if n > 1 else "step logged"
-    noise = np.std(np.diff(values)) / np.sqrt(2)
-    if len(values) == 2:
-        verb = "goes"
-    elif abs(last - first) > 2 * noise * np.sqrt(2 / n):
-        verb = "rises" if last > first else "falls"
-    else:
+    if len(values) < MIN_STEPS:
         return (
-            f"{what} is {form(first)} in the first and {form(last)} in the last {span}: "
+            f"{what} is {form(values[0])} at step {steps[0]} and {form(values[-1])} at step "
+            f"{steps[-1]}: {len(values)} steps are too few to say whether it changes."
+        )
+    first, last, n = run.ends(name)
+    noise = np.std(np.diff(values), ddof=1) / np.sqrt(2)
+    if name == "reward/mean":
+        noise = max(noise, _reward_error(run))
+    if abs(last - first) <= student_t.ppf(0.975, len(values) - 2) * noise * np.sqrt(2 / n):
+        return (
+            f"{what} is {form(first)} in the first and {form(last)} in the last {n} steps: "
             "no change beyond the noise from step to step."
         )
+    verb = "rises" if last > first else "falls"
     return (
-        f"{what} {verb} from {form(first)} to {form(last)} between the first and the last {span}."
+        f"{what} {verb} from {form(first)} to {form(last)} between the first and the last {n} "
+        "steps."
     )
+
+
+def _reward_error(run: Run) -> float:
+    """Standard error of a step's mean reward, root mean square over the steps that tell it.
+
+    A step samples tokens/sampled ÷ response/length_mean sequences.
+    """
+    names = ("reward/std", "response/length_mean", "tokens/sampled")
+    known = [[row[n] for n in names] for row in run.rows if all(row.get(n) for n in names)]
+    squares = [std**2 * length / tokens for std, length, tokens in known]
+    return float(np.sqrt(np.mean(squares))) if squares else 0.0
 
 
 def says_trend(name: str, what: str, form: Format = number) -> Callable[[Run], str]:

@@ -15,8 +15,9 @@ from moe_upgrpo import __version__
 from moe_upgrpo.report import plots, sequences
 from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers
 from moe_upgrpo.report.figures import Panels, number, percent, plural, sentence
-from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING
+from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING, stale
 from moe_upgrpo.report.runs import Run, load_runs
+from moe_upgrpo.report.tokens import spans
 from moe_upgrpo.report.training import OUTCOME, UPDATES, accuracy
 
 FIGURES = [*OUTCOME, *ROUTING, *UPDATES]
@@ -144,6 +145,10 @@ def _notes(run: Run) -> list[str]:
         notes.append("A probe: engine and trainer are compared and nothing is trained.")
     elif sum(row["step"] > 0 for row in run.rows) == 1:
         notes.append("A run of one step: nothing here says how anything changes.")
+    if run.stale_steps:
+        notes.append(f"Generation overlaps with training: {stale(run)}")
+    if text := _unfinished(run):
+        notes.append(f"{sentence(text)}.")
     if run.is_dense:
         notes.append("A dense model: it has no MoE layer and so no routing figures.")
     if run.pooled("mismatch/router_rate") == 0:
@@ -155,6 +160,15 @@ def _notes(run: Run) -> list[str]:
     if run.tokens.table is None:
         notes.append(f"No figures by token: {run.tokens.note}")
     return notes
+
+
+def _unfinished(run: Run) -> str:
+    """What is there of a run without a row of a training step, else nothing."""
+    if any(row["step"] > 0 for row in run.rows):
+        return ""
+    table = run.tokens.table
+    held = f"the token log has {spans(table['step'].unique().to_pylist())}" if table else ""
+    return "; ".join(filter(None, ["no step finished", held]))
 
 
 def _has_floor(run: Run, side: str) -> bool:
@@ -180,34 +194,16 @@ def _alarm_lines(run: Run) -> dict[str, Any]:
     if any("alarms" in row for row in run.rows):
         none = "no alarm was raised."
     else:
-        none = "the run did not look for alarms."
+        none = f"{_unfinished(run) or 'the run did not look for alarms'}."
     lines = [
         {
             "name": alarm["name"],
-            "at": f"{plural(alarm['count'], 'time')}, at {_spans(alarm['steps'])}",
+            "at": f"{plural(alarm['count'], 'time')}, at {spans(alarm['steps'])}",
             "meaning": sentence(alarm["meaning"]) if alarm["meaning"] else "",
         }
         for alarm in _alarms(run)
     ]
     return {"run": run.label, "lines": lines, "none": sentence(none)}
-
-
-_MAX_SPANS = 12
-
-
-def _spans(steps: list[int]) -> str:
-    """'steps 1, 4 to 7 and 9'; of many spans the first and how many more."""
-    spans: list[list[int]] = []
-    for step in sorted(set(steps)):
-        if spans and step == spans[-1][1] + 1:
-            spans[-1][1] = step
-        else:
-            spans.append([step, step])
-    texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in spans]
-    if (hidden := len(texts) - _MAX_SPANS) > 0:
-        texts = [*texts[:_MAX_SPANS], f"{hidden} more places"]
-    last = f" and {texts[-1]}" if len(texts) > 1 else texts[0]
-    return f"step{'s' * (len(steps) > 1)} {', '.join(texts[:-1])}{last}"
 
 
 def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -332,31 +328,46 @@ def _about(runs: list[Run]) -> list[dict[str, Any]]:
 def _summary(runs: list[Run]) -> list[dict[str, Any]]:
     """The run in numbers: rows of the page's second table and of the JSON."""
 
+    def of_steps(run: Run, name: str) -> str:
+        """' (1 of 3 steps)' where a metric was not logged at every training step."""
+        total = sum(row["step"] > 0 for row in run.rows)
+        logged = sum(step > 0 for step in run.series(name)[0])
+        return f" ({logged} of {plural(total, 'step')})" if 0 < logged < total else ""
+
     def ends(name: str, form: Callable[[float], str] = number) -> Callable[[Run], str | None]:
         def cell(run: Run) -> str | None:
             found = run.ends(name)
             if found is None:
                 return None
             first, last, _ = found
-            return f"{form(first)} → {form(last)}" if len(run.series(name)[1]) > 1 else form(first)
+            both = len(run.series(name)[1]) > 1
+            return (f"{form(first)} → {form(last)}" if both else form(first)) + of_steps(run, name)
 
         return cell
 
     def end(name: str) -> Callable[[Run], str | None]:
-        return lambda run: number(run.ends(name)[1]) if run.ends(name) else None
+        def cell(run: Run) -> str | None:
+            found = run.ends(name)
+            return number(found[1]) + of_steps(run, name) if found else None
+
+        return cell
 
     def pooled(name: str, form: Callable[[float], str] = percent) -> Callable[[Run], str | None]:
-        return lambda run: None if run.pooled(name) is None else form(run.pooled(name))
+        def cell(run: Run) -> str | None:
+            value = run.pooled(name)
+            return None if value is None else form(value) + of_steps(run, name)
+
+        return cell
 
     def mean(name: str, form: Callable[[float], str] = number) -> Callable[[Run], str | None]:
         def cell(run: Run) -> str | None:
             values = run.series(name)[1]
-            return form(float(np.mean(values))) if values else None
+            return form(float(np.mean(values))) + of_steps(run, name) if values else None
 
         return cell
 
     def training_steps(run: Run) -> str:
-        return f"{sum(row['step'] > 0 for row in run.rows)}"
+        return _unfinished(run) or f"{sum(row['step'] > 0 for row in run.rows)}"
 
     def problems(run: Run) -> str | None:
         values = run.series("eval/problems")[1]
@@ -364,15 +375,16 @@ def _summary(runs: list[Run]) -> list[dict[str, Any]]:
 
     def floor(side: str) -> Callable[[Run], str | None]:
         def cell(run: Run) -> str | None:
-            found = [run.pooled(f"noise/{kind}/router_rate") for kind in FLOOR_SIDES[side]]
-            found = [value for value in found if value is not None]
-            return percent(max(found)) if found else None
+            names = [f"noise/{kind}/router_rate" for kind in FLOOR_SIDES[side]]
+            found = {name: value for name in names if (value := run.pooled(name)) is not None}
+            largest = max(found, key=found.get, default="")
+            return percent(found[largest]) + of_steps(run, largest) if found else None
 
         return cell
 
     def staleness(run: Run) -> str | None:
         steps = run.pooled("staleness/mean")
-        return number(steps) if steps else None
+        return number(steps) + of_steps(run, "staleness/mean") if steps else None
 
     def decomposition(run: Run) -> str | None:
         rows = [row for row in run.rows if row.get("time/decomposition") and row.get("time/total")]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 from moe_upgrpo.report.figures import (
     FLOORS,
@@ -31,36 +32,108 @@ _PASSES = {
 }
 
 
+# p below which more tokens differ between engine and trainer than within a side.
+_SIGNIFICANT = 0.01
+
+
+def _counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """Of the routes compared under ``name``: pairs that differ, pairs, tokens that do, tokens."""
+    if (tokens_M := run.summed(f"{name}/histogram", steps=steps)) is None:
+        return None
+    tokens = int(tokens_M.sum())
+    flips = int(tokens_M @ np.arange(len(tokens_M)))
+    return flips, tokens * (len(tokens_M) - 1), tokens - int(tokens_M[0]), tokens
+
+
+def _above(measured: tuple[int, int, int, int], floor: tuple[int, int, int, int]) -> str:
+    """Whether more tokens differ than within a side, by Fisher's exact test.
+
+    Tokens, not pairs: a token's layers flip together. Its sequence's tokens are not independent
+    either, hence the small p that is asked for.
+    """
+    rate, floor_rate = (flips / pairs for flips, pairs, _, _ in (measured, floor))
+    if rate <= floor_rate:
+        return ", no more than the largest floor"
+    table = [[hit, tokens - hit] for _, _, hit, tokens in (measured, floor)]
+    p = fisher_exact(table, alternative="greater").pvalue
+    seen = " against ".join(f"{hit:,} of {hit + same:,}" for hit, same in table) + " tokens"
+    if p >= _SIGNIFICANT:
+        return f", in {seen}: too few flips to tell from the floor"
+    much = (
+        f"{number(rate / floor_rate)} times the largest floor" if floor_rate else "above the floor"
+    )
+    return f", {much} (in {seen}; Fisher's exact test, p = {p:.1g})"
+
+
 def _says_floor(
     run: Run, metric: str, measured: str, form: Format, sides: Sequence[str] = tuple(_PASSES)
 ) -> str:
-    """Each side's own noise floor, and how far ``measured`` is above it on the same steps."""
-    steps: list[int] = []
-    texts, floors = [], []
+    """Each side's own noise floor, and how far ``measured`` is above it on the same steps.
+
+    Steps with stale samples are left out where others were analysed: what differs there is an
+    update too.
+    """
+    names = [f"noise/{side}_{kind}" for side in sides for kind in _PASSES[side]]
+    analysed = sorted({step for name in names for step in run.series(f"{name}/{metric}")[0]})
+    if not analysed:
+        return "no noise floor was measured"
+    fresh = [step for step in analysed if step not in run.stale_steps]
+    steps = fresh or analysed
+    texts, floors = [], {}
     for side in sides:
         found = []
         for kind, what in _PASSES[side].items():
-            name = f"noise/{side}_{kind}/{metric}"
-            value = run.pooled(name)
+            name = f"noise/{side}_{kind}"
+            value = run.pooled(f"{name}/{metric}", steps=steps)
             if value is not None:
-                steps = steps or run.series(name)[0]
-                floors.append(value)
-                found.append(f"{form(value)} ({what})")
+                floors[name] = value
+                found.append(f"{_counted(run, name, value, steps, metric, form)} ({what})")
         texts.append(
             f"the {side} differs from itself by {' and '.join(found)}"
             if found
             else f"the {side}'s own was not measured"
         )
-    if not floors:
-        return "no noise floor was measured"
-    text = f"noise floor at {plural(len(steps), 'analysed step')}: {'; '.join(texts)}"
+    at = plural(len(steps), "analysed step") + " of fresh samples" * bool(fresh != analysed)
+    text = f"noise floor at {at}: {'; '.join(texts)}"
     mean = run.pooled(measured, steps=steps)
     if mean is None:
         return text
-    text += f"; engine and trainer on those steps by {form(mean)}"
-    if mean and max(floors):
-        return text + f", {number(mean / max(floors))} times the largest floor"
-    return text + (", all of it above the floor" if mean else "")
+    shown = _counted(run, "mismatch", mean, steps, metric, form)
+    text += f"; engine and trainer on those steps by {shown}"
+    if not fresh:
+        return text + ", with an update between them"
+    largest = max(floors, key=floors.get)
+    if metric != "router_rate":
+        times = floors[largest] and mean / floors[largest]
+        return text + (f", {number(times)} times the largest floor" if times else "")
+    counts = [_counts(run, name, steps) for name in ("mismatch", largest)]
+    return text + (_above(*counts) if mean and all(counts) else "")
+
+
+def _counted(
+    run: Run, name: str, rate: float, steps: Sequence[int], metric: str, form: Format
+) -> str:
+    """'0.2%, 1 of 496': a rate and, of routers, its counts where they were logged."""
+    counts = _counts(run, name, steps) if metric == "router_rate" else None
+    return form(rate) + (f", {counts[0]:,} of {counts[1]:,}" if counts else "")
+
+
+def stale(run: Run) -> str:
+    """How many steps compare the trainer with an engine of older weights, if any."""
+    if not (steps := run.stale_steps):
+        return ""
+    found = run.series("staleness/mean")
+    ages = sorted({value for value in found[1] if value})
+    age = number(ages[0]) if len(ages) == 1 else f"{number(ages[0])} to {number(ages[-1])}"
+    return (
+        f"at {len(steps)} of {plural(len(found[0]), 'step')} the samples are of older weights than "
+        f"the trainer's (staleness/mean {age}): an update lies between the two, and is in what "
+        "differs."
+    )
+
+
+def _with_stale(run: Run, text: str) -> str:
+    return f"{text} {sentence(stale(run))}" if run.stale_steps else text
 
 
 def _says_routing(run: Run) -> str:
@@ -69,9 +142,10 @@ def _says_routing(run: Run) -> str:
         return no_routes(run)
     compared = sum(row.get("mismatch/router_denominator") or 0 for row in run.rows)
     floor = _says_floor(run, "router_rate", "mismatch/router_rate", percent)
+    floor = _with_stale(run, f"{sentence(floor)}.")
     if not router:
         of = f"0 of {compared:,.0f}" if compared else "none of the"
-        return f"{of} (token, layer) pairs compared differ. {sentence(floor)}."
+        return f"{of} (token, layer) pairs compared differ. {floor}"
     of = f" of {compared:,.0f} (token, layer) pairs" if compared else " of (token, layer) pairs"
     text = f"{percent(router)}{of} differ over the whole run"
     if any_layer is not None:
@@ -80,10 +154,10 @@ def _says_routing(run: Run) -> str:
         if by_layer is not None:
             independent = 1 - np.prod(1 - by_layer)
             text += f" ({percent(independent)} if layers flipped independently)"
-    return f"{text}. {sentence(floor)}."
+    return f"{text}. {floor}"
 
 
-def _says_histogram(entries: list[Entry]) -> str:
+def _says_histogram(run: Run, entries: list[Entry]) -> str:
     texts = []
     for entry in entries:
         tokens_M = np.array(entry["tokens"])
@@ -103,7 +177,8 @@ def _says_histogram(entries: list[Entry]) -> str:
     floors = [text for text, entry in zip(texts, entries, strict=True) if entry["floor"]]
     measured = [text for text, entry in zip(texts, entries, strict=True) if not entry["floor"]]
     ending = f"Tokens of the noise floor differ: {'; '.join(floors)}." if floors else ""
-    return " ".join([*(f"{text}." for text in measured), ending or "No noise floor was measured."])
+    ending = ending or sentence(stale(run) or "no noise floor was measured.")
+    return " ".join([*(f"{text}." for text in measured), ending])
 
 
 def _says_layers(run: Run) -> str:
@@ -114,10 +189,11 @@ def _says_layers(run: Run) -> str:
     if not rates.any():
         return f"no mismatch in any of the {len(rates)} MoE layers."
     top, low = int(rates.argmax()), int(rates.argmin())
-    return (
+    text = (
         f"over the whole run layer {ids[top]} differs most ({percent(rates[top])}) and layer "
         f"{ids[low]} least ({percent(rates[low])})."
     )
+    return _with_stale(run, text)
 
 
 def _says_depth(run: Run) -> str:
@@ -133,6 +209,8 @@ def _says_depth(run: Run) -> str:
             f"the mean rate is {percent(first)} in the lower half of the MoE layers and "
             f"{percent(second)} in the upper half"
         )
+    if run.stale_steps:
+        return _with_stale(run, f"{text}.")
     floors = []
     for side in _PASSES:
         found = [run.pooled_by_layer(f"noise/{side}_{kind}/by_layer") for kind in _PASSES[side]]
@@ -169,7 +247,11 @@ def _says_conditional(run: Run, panels: dict[str, list[Entry]]) -> str:
         text += (
             f"; most in layer {run.layer_ids(len(by_layer))[top]} ({percent(float(by_layer[top]))})"
         )
-    return text + "."
+    if (shared := run.pooled("conditional/gate_overlap")) is not None:
+        at = len(run.series("conditional/gate_overlap")[0])
+        text += f"; held and native gates overlap by {percent(shared)} in the mean"
+        text += f" (at {plural(at, 'step')})" * (at < len(steps))
+    return _with_stale(run, f"{text}.")
 
 
 def _says_gap(run: Run) -> str:
@@ -188,7 +270,7 @@ def _says_gap(run: Run) -> str:
         text += ". Under R3 the trainer is held to the engine's experts in this gap, not in its own"
         text += " floor"
     floor = _says_floor(run, "logp_mean_abs", "logp_gap/mean_abs", number, sides=("trainer",))
-    return f"{text}. {sentence(floor)}."
+    return f"{text}. {_with_stale(run, sentence(floor) + '.')}"
 
 
 _TERMS = {
@@ -239,7 +321,7 @@ ROUTING: list[Curves | HeatMap | ByLayer | Histogram | Panels] = [
             ("mismatch/slot_rate", "expert slots"),
         ),
         read="Share of tokens, of (token, layer) pairs and of expert slots in which engine and "
-        "trainer, each routing freely at equal weights, chose differently; 0 is agreement. Hollow "
+        "trainer, each routing freely, chose differently; 0 is agreement. Hollow "
         "marks are each side against itself, per (token, layer) pair: routers that lie no higher "
         "than they do say nothing about the other side.",
         says=_says_routing,
@@ -310,8 +392,8 @@ ROUTING: list[Curves | HeatMap | ByLayer | Histogram | Panels] = [
             ("logp_gap/mean_abs", "mean |gap|"),
             ("logp_gap/k3", "KL (k3)"),
         ),
-        read="Gap = log p of the trainer at the engine's weights − log p of the engine, per "
-        "sampled token; exp(gap) is an importance ratio that is off 1 before any update. Hollow "
+        read="Gap = log p of the trainer before its update − log p of the engine, per sampled "
+        "token; exp(gap) is an importance ratio that is off 1 before that update. Hollow "
         "marks are the mean |gap| of the trainer against itself; the engine's is not measured.",
         says=_says_gap,
         log_scale=True,

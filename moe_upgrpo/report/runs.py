@@ -35,6 +35,11 @@ class Run:
         ]
         return [step for step, _ in points], [value for _, value in points]
 
+    @property
+    def stale_steps(self) -> list[int]:
+        """Steps whose samples are of older weights than the trainer's: generation overlaps."""
+        return [step for step, value in zip(*self.series("staleness/mean"), strict=True) if value]
+
     def ends(self, name: str) -> tuple[float, float, int] | None:
         """Means of the first and of the last ``n`` values, and n; None without data."""
         _, values = self.series(name)
@@ -64,13 +69,14 @@ class Run:
             return None
         return float(np.average([row[name] for row in rows], weights=_weights(rows)))
 
-    def summed(self, name: str) -> np.ndarray | None:
-        """A list of counts summed over the steps ``[M]``; None where none was logged.
+    def summed(self, name: str, *, steps: Sequence[int] | None = None) -> np.ndarray | None:
+        """A list of counts summed over the run, or over ``steps`` ``[M]``; None if none was logged.
 
         Raises:
             UserError: lists of different lengths.
         """
         rows = [row for row in self.rows if row.get(name)]
+        rows = [row for row in rows if steps is None or row["step"] in steps]
         return self._matrix(name, rows).sum(axis=0).astype(np.int64) if rows else None
 
     def pass_at_k(self) -> list[str]:
@@ -130,15 +136,15 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        config = read_config(path)
+        config, rows = read_config(path), read_metrics(path)
         runs.append(
             Run(
                 label=name if names.count(name) == 1 else str(path),
                 path=path,
                 config=config,
                 environment=read_environment(path),
-                rows=read_metrics(path),
-                tokens=read_token_log(path, level=config.get("token_log")),
+                rows=rows,
+                tokens=read_token_log(path, config=config, rows=rows),
             )
         )
     return runs

@@ -93,7 +93,7 @@ def make_run(
                 "time/update": 0.6,
                 "time/logging": 0.1,
                 "time/total": 2.0,
-                "tokens/sampled": tokens,
+                "tokens/sampled": sequences * length if level == "full" else tokens,
                 "tokens_per_second": tokens / 2.0,
             }
             row["alarms"] = [ALARM] if step % 7 == 1 else []

@@ -8,6 +8,7 @@ import base64
 import json
 import re
 from html import unescape
+from math import comb
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,10 +18,10 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.report import plots, write_report
 from moe_upgrpo.report.answers import TOKEN_FIGURES
 from moe_upgrpo.report.figures import Curves, trend
-from moe_upgrpo.report.page import FIGURES, _spans
+from moe_upgrpo.report.page import FIGURES
 from moe_upgrpo.report.plots import moving_average
 from moe_upgrpo.report.runs import Run, load_runs
-from moe_upgrpo.report.tokens import TokenLog
+from moe_upgrpo.report.tokens import TokenLog, spans
 from moe_upgrpo.store import RunFolder, read_metrics
 from moe_upgrpo.store.metrics import metric
 from tests.report.synthetic import make_run, random_tokens, write_tokens
@@ -167,6 +168,8 @@ FLOOR = [
         "noise/engine_batch_shape/router_rate": 0.005,
         "noise/trainer_repeat/logp_mean_abs": 0.0,
         "noise/trainer_batch_shape/logp_mean_abs": 0.0,
+        "mismatch/histogram": [100 - round(100 * rate), round(100 * rate)],
+        "noise/trainer_batch_shape/histogram": [100 - round(100 * floor), round(100 * floor)],
     }
     for step, rate, floor in ((2, 0.1, 0.01), (4, 0.3, 0.03))
 ]
@@ -175,18 +178,21 @@ FLOOR = [
 def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
     """Floor (1% + 3%) / 2 = 2%, mismatch of those steps (10% + 30%) / 2 = 20%: 10 times.
 
-    The step without an analysis, at 90%, stays out of the comparison.
+    The step without an analysis, at 90%, stays out of the comparison. Of 44 tokens that differ
+    among 400, the test asks how likely 40 or more are on one side: hypergeometric, p = 7e-10.
     """
+    p = sum(comb(200, k) * comb(200, 44 - k) for k in range(40, 45)) / comb(400, 44)
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "mismatch/router_rate": 0.9}, *FLOOR))
     assert figure_of(data, "routing")["says"][0]["text"].endswith(
         "Noise floor at 2 analysed steps: the trainer differs from itself by 0% (the same forward "
-        "twice) and 2% (another batch shape); the engine differs from itself by 0.1% (the same "
-        "pass twice) and 0.5% (sampling against one pass over the whole sequence); engine and "
-        "trainer on those steps by 20%, 10 times the largest floor."
+        "twice) and 2%, 4 of 200 (another batch shape); the engine differs from itself by 0.1% "
+        "(the same pass twice) and 0.5% (sampling against one pass over the whole sequence); "
+        "engine and trainer on those steps by 20%, 40 of 200, 10 times the largest floor (in 40 "
+        f"of 200 against 4 of 200 tokens; Fisher's exact test, p = {p:.1g})."
     )
     assert figure_of(data, "logp_gap")["says"][0]["text"].endswith(
         "by 0 (the same forward twice) and 0 (another batch shape); engine and trainer on those "
-        "steps by 0.02, all of it above the floor."
+        "steps by 0.02."
     )
     floors = [entry for entry in figure_of(data, "routing")["data"] if entry["floor"]]
     assert [(e["metric"], e["steps"], e["values"]) for e in floors] == [
@@ -197,8 +203,82 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
     ]
     assert "was not measured in" not in html
     assert "floor: trainer twice (0)" in images_of(html)[0].decode()
-    assert summary_of(data)["Noise floor, routers, trainer"] == ["2%"]
-    assert summary_of(data)["Noise floor, routers, engine"] == ["0.5%"]
+    assert summary_of(data)["Noise floor, routers, trainer"] == ["2% (2 of 3 steps)"]
+    assert summary_of(data)["Noise floor, routers, engine"] == ["0.5% (2 of 3 steps)"]
+
+
+@pytest.mark.parametrize(
+    ("floor", "text"),
+    [
+        (
+            [124, 0, 0, 0, 0],
+            "1 of 496, in 1 of 124 against 0 of 124 tokens: too few flips to tell ",
+        ),
+        ([122, 2, 0, 0, 0], "1 of 496, no more than the largest floor."),
+    ],
+)
+def test_one_flip_is_not_above_the_floor(tmp_path, floor, text):
+    row = {
+        "step": 1,
+        "mismatch/router_rate": 1 / 496,
+        "mismatch/histogram": [123, 1, 0, 0, 0],
+        "noise/trainer_repeat/router_rate": floor[1] / 496,
+        "noise/trainer_repeat/histogram": floor,
+    }
+    _, data = write(tmp_path, run_of(tmp_path, row))
+    assert text in figure_of(data, "routing")["says"][0]["text"]
+    assert "above" not in figure_of(data, "routing")["says"][0]["text"]
+
+
+def test_stale_samples_are_not_held_against_a_floor(tmp_path):
+    """Step 4 has other weights in the engine: its 30% and its floor of 3% stay out."""
+    rows = [row | {"staleness/mean": float(row["step"] == 4)} for row in FLOOR]
+    path = run_of(tmp_path, *(row | LAYERS for row in rows))
+    html, data = write(tmp_path, path)
+    says = {f["key"]: f["says"][0]["text"] for f in data["figures"]}
+    note = (
+        "t 1 of 2 steps the samples are of older weights than the trainer's (staleness/mean 1): an "
+        "update lies between the two, and is in what differs."
+    )
+    assert data["notes"][0]["text"] == f"Generation overlaps with training: a{note}"
+    for key in ("routing", "histogram", "layers", "depth", "logp_gap"):
+        assert says[key].endswith(f". A{note}")
+    assert "Noise floor at 1 analysed step of fresh samples: the trainer" in says["routing"]
+    assert " on those steps by 10%, 5 of 20" in says["routing"]
+    for key in ("histogram", "depth"):
+        assert not any(entry["floor"] for entry in figure_of(data, key)["data"])
+    floors = [e["steps"] for e in figure_of(data, "routing")["data"] if e["floor"]]
+    assert floors == [[2]] * 4
+    assert "equal weights" not in html and "at the engine's weights" not in html
+
+
+def test_stale_samples_alone(tmp_path):
+    _, data = write(tmp_path, run_of(tmp_path, *(row | {"staleness/mean": 1.0} for row in FLOOR)))
+    text = figure_of(data, "routing")["says"][0]["text"]
+    assert "on those steps by 20%, 40 of 200, with an update between them. At 2 of 2" in text
+    assert "largest floor" not in text
+
+
+def test_figures_of_fewer_steps_say_so(tmp_path):
+    rows = [{"step": step, "mismatch/router_rate": 0.1} for step in (1, 2, 3)]
+    rows[0] |= {"conditional/router_rate": 0.0, "noise/engine_repeat/router_rate": 0.0}
+    _, data = write(tmp_path, run_of(tmp_path, *rows))
+    found = summary_of(data)
+    assert found["Routers that differ"] == ["10%"]
+    assert found["Conditional flips, routers"] == ["0% (1 of 3 steps)"]
+    assert found["Noise floor, routers, engine"] == ["0% (1 of 3 steps)"]
+
+
+def test_a_run_killed_before_its_first_step_was_finished(tmp_path):
+    path = run_of(tmp_path, {"step": 0, "eval/greedy": 0.5})
+    tokens = random_tokens(np.random.default_rng(0), 4)
+    for step in (1, 2, 3):
+        write_tokens(path, step, tokens, 4)
+    html, data = write(tmp_path, path)
+    text = "o step finished; the token log has steps 1 to 3"
+    assert summary_of(data)["Training steps"] == [f"n{text}"]
+    assert f'<p class="alarm">N{text}.</p>' in html
+    assert data["notes"][0]["text"] == f"N{text}."
 
 
 def test_the_floor_of_one_side_alone(tmp_path):
@@ -263,6 +343,7 @@ def test_conditional_divergence_stands_alone(tmp_path):
         "conditional/router_rate": 0.01,
         "conditional/token_any_rate": 0.02,
         "conditional/by_layer": [0.015, 0.005],
+        "conditional/gate_overlap": 0.996,
     }
     _, data = write(tmp_path, run_of(tmp_path, row, config={"moe_layers": [3, 7]}))
     for figure in data["figures"]:
@@ -277,7 +358,7 @@ def test_conditional_divergence_stands_alone(tmp_path):
     ]
     assert figure["says"][0]["text"] == (
         "At 1 step, 1% of (token, layer) pairs flip by themselves, 2% of tokens in at least one "
-        "layer; most in layer 3 (1.5%)."
+        "layer; most in layer 3 (1.5%); held and native gates overlap by 99.6% in the mean."
     )
     assert summary_of(data)["Conditional flips, routers"] == ["1%"]
 
@@ -372,9 +453,9 @@ def test_no_alarm(tmp_path, row, text):
 
 
 def test_steps_of_an_alarm_that_rings_always():
-    assert _spans([3]) == "step 3"
-    assert _spans(list(range(1, 301))) == "steps 1 to 300"
-    text = _spans(list(range(0, 100, 2)))
+    assert spans([3]) == "step 3"
+    assert spans(list(range(1, 301))) == "steps 1 to 300"
+    text = spans(list(range(0, 100, 2)))
     assert text.startswith("steps 0, 2, ") and text.endswith(", 22 and 38 more places")
 
 
@@ -425,7 +506,9 @@ def test_trend_in_words():
     """For 0,1,0,1,0,1 the means of 3 are 1/3 and 2/3, far within the noise of single steps."""
     assert trend_of() == "x was not logged."
     assert trend_of(2) == "x is 2 at step 1, the only one logged."
-    assert trend_of(2, 1) == "x goes from 2 to 1 between the first and the last step logged."
+    assert trend_of(0.4375, 0.5, 0.3125) == (
+        "x is 0.438 at step 1 and 0.312 at step 3: 3 steps are too few to say whether it changes."
+    )
     rising = trend_of(*range(10))
     assert rising == "x rises from 2 to 7 between the first and the last 5 steps."
     assert trend_of(*range(9, -1, -1)).startswith("x falls from 7 to 2")
@@ -433,7 +516,17 @@ def test_trend_in_words():
         "x is 0.333 in the first and 0.667 in the last 3 steps: no change beyond the noise from "
         "step to step."
     )
-    assert "no change" in trend_of(1, 1, 1, 1)
+    assert "no change" in trend_of(1, 1, 1, 1, 1)
+
+
+def test_the_noise_of_a_reward_is_at_least_its_standard_error():
+    """Per step 0.5 / √(128 / 4) = 0.088; 5 steps fall evenly by 0.02: only without it a fall."""
+    rows = [{"step": i, "reward/mean": 0.5 - 0.02 * i} for i in range(1, 6)]
+    spread = {"reward/std": 0.5, "response/length_mean": 4.0, "tokens/sampled": 128}
+    about = {"label": "run", "path": None, "config": {}, "environment": {}, "tokens": NO_TOKENS}
+    for more, text in (({}, "reward falls from"), (spread, "no change beyond the noise")):
+        run = Run(rows=[row | more for row in rows], **about)
+        assert text in trend(run, "reward/mean", "reward")
 
 
 def test_moving_average():
@@ -498,7 +591,7 @@ def test_no_mismatch_is_reported_as_none(tmp_path):
     assert figure_of(data, "routing")["says"][0]["text"] == (
         "0 of 50 (token, layer) pairs compared differ. Noise floor at 1 analysed step: the trainer "
         "differs from itself by 0.2% (another batch shape); the engine's own was not measured; "
-        "engine and trainer on those steps by 0%."
+        "engine and trainer on those steps by 0%, 0 of 50."
     )
     assert figure_of(data, "histogram")["says"][0]["text"].startswith(
         "0 of 25 tokens compared differ in any of 2 layers. "

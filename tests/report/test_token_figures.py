@@ -89,6 +89,10 @@ def test_by_hand(run):
         "2 tokens that agree → 1 tokens that differ in 2 layers: mean |gap| 0.1 (one sequence, no "
         "interval) → 0.4 (one sequence, no interval); gap beyond 1.1× 100% (one"
     )
+    assert says(found["by_own"]).endswith(
+        "gradient weight of A > 0 no such token → 3 (one sequence, no interval); gradient weight "
+        "of A < 0 3 (one sequence, no interval) → no such token."
+    )
     # Prefix 0, 2 in one sequence and 0, 0 in the other.
     assert rates(found, "gap_by_prefix", "mean |gap|") == pytest.approx([0.2, 0.2])
     assert rates(found, "clipped_by_prefix", "clipped") == pytest.approx([1 / 3, 0])
@@ -132,6 +136,7 @@ def test_mismatched_layers_against_independence_by_hand(run):
     # Var M = (4 + 1)/4 − (3/4)² = 11/16; independent 1/4 + 3/16 = 7/16.
     assert groups["dispersion"] == pytest.approx(11 / 7)
     assert "50% (" in says(figure) and "62.5% (" in says(figure)
+    assert says(figure).endswith("; too few (2) to say whether they come together.")
 
 
 def test_only_the_newest_files_of_a_long_log_are_read(run):
@@ -143,6 +148,44 @@ def test_only_the_newest_files_of_a_long_log_are_read(run):
     assert read_token_log(run).note == "12 response tokens of steps 1 to 3."
 
 
+def test_a_missing_step_and_missing_rows_are_named(run):
+    folder = RunFolder.create(run / "more", {})
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step, "tokens/sampled": 4 + step // 3})
+        if step != 2:
+            write_tokens(folder.path, step, FOUR, 2)
+    (text,) = (entry["text"] for entry in figures(folder.path)[1]["token_log"])
+    assert text == (
+        "8 response tokens of steps 1 and 3; step 2 is missing; step 3 has 4 rows for 5 tokens."
+    )
+    rows = [{"step": step, "tokens/sampled": 4} for step in (1, 2, 3)]
+    note = read_token_log(folder.path, rows=rows, max_rows=1).note
+    assert note == "4 response tokens of step 3; 1 older file not read."
+
+
+def test_a_step_that_a_sample_does_not_hold_is_not_missing(tmp_path):
+    path = make_run(tmp_path / "run", steps=3, level="sampled", share=0.5)
+    (path / "tokens" / "step-000002-rank-0000.parquet").unlink()
+    assert "of steps 1 and 3; step 2 is not in it. A" in figures(path)[1]["token_log"][0]["text"]
+
+
+def test_a_log_of_another_model_is_not_drawn(tmp_path):
+    path = RunFolder.create(
+        tmp_path / "run", {"moe_layers": [1, 2, 3], "top_k": 2, "num_experts": 8}
+    )
+    path.append_metrics({"step": 1})
+    write_tokens(path.path, 1, FOUR, 2)
+    found, data = figures(path.path)
+    text = (
+        "The token log is of another model: its MoE layers are [1, 2], top-2 of 8, those of "
+        "config.json [1, 2, 3], top-2 of 8."
+    )
+    assert data["token_log"][0]["text"] == text and data["sequences"] == []
+    assert {says(found[figure.key]) for figure in TOKEN_FIGURES} == {text}
+    same = {"moe_layers": [1, 2], "top_k": 2, "num_experts": 8}
+    assert read_token_log(path.path, config=same).table.num_rows == 4
+
+
 def test_good_files_beside_bad_ones_are_read(run):
     write_tokens(run, 1, FOUR, 2)
     write_tokens(run, 2, FOUR | {"overlap": [[2]] * 4}, 1)
@@ -151,7 +194,7 @@ def test_good_files_beside_bad_ones_are_read(run):
     log = read_token_log(run)
     assert log.table["step"].unique().to_pylist() == [1, 4]
     assert log.note == (
-        "8 response tokens of steps 1 to 4. Left out: step-000003-rank-0000.parquet (not "
+        "8 response tokens of steps 1 and 4. Left out: step-000003-rank-0000.parquet (not "
         "readable), step-000002-rank-0000.parquet (logged otherwise)."
     )
 
