@@ -107,6 +107,13 @@ def cpu_replacements() -> list[Replacement]:
         Replacement(torch.cuda, "current_stream", lambda *_: _DEFAULT_STREAM, streams),
         Replacement(torch.cuda, "default_stream", lambda *_: _DEFAULT_STREAM, streams),
         Replacement(torch.cuda, "stream", no_context, streams),
+        Replacement(
+            token_dispatcher.MoEAlltoAllTokenDispatcher,
+            "cuda_dtoh_stream",
+            _DEFAULT_STREAM,
+            "token_dispatcher.py:445 makes it of torch.cuda.Stream, which vLLM, once imported, has "
+            "replaced by a class whose events are None",
+        ),
         Replacement(torch.cuda, "synchronize", nothing, "parallel_state.py:198"),
         Replacement(
             megatron_random.CudaRNGStatesTracker,
