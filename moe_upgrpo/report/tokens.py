@@ -137,6 +137,8 @@ def _gaps(table: pa.Table, rows: Sequence[dict[str, Any]], found: set[int], *, c
         # By chance, a sample may hold no sequence of a step.
         how = f"{verb} missing" if about["share"] == 1 else f"{verb} not in it"
         text += f"; {spans(missing)} {how}"
+    if logged and (unfinished := held.keys() - logged):
+        text += f"; {spans(unfinished)} not finished"
     if about["share"] == 1:
         for step in sorted(held.keys() & logged.keys()):
             if logged[step] and logged[step] != held[step] and not (cut and step == first):

@@ -161,6 +161,8 @@ def test_a_missing_step_and_missing_rows_are_named(run):
     rows = [{"step": step, "tokens/sampled": 4} for step in (1, 2, 3)]
     note = read_token_log(folder.path, rows=rows, max_rows=1).note
     assert note == "4 response tokens of step 3; 1 older file not read."
+    note = read_token_log(folder.path, rows=rows[:2]).note
+    assert note == "8 response tokens of steps 1 and 3; step 2 is missing; step 3 not finished."
 
 
 def test_a_step_that_a_sample_does_not_hold_is_not_missing(tmp_path):
