@@ -116,6 +116,25 @@ class SamplingConfig:
         return self.temperature or 1.0
 
 
+def check_prompts(prompts: Sequence[np.ndarray], samples_per_prompt: int) -> None:
+    """Raise UserError unless there is something to sample, from prompts of at least one token."""
+    if not len(prompts) or samples_per_prompt < 1:
+        raise UserError(
+            f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
+            "at least one of both is needed."
+        )
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("A prompt is empty; each needs at least one token.")
+
+
+def check_sequences(sequences: Sequence[np.ndarray]) -> None:
+    """Raise UserError unless there are sequences, each with a row of routes."""
+    if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
+        raise UserError(
+            f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
+        )
+
+
 class Engine(Protocol):
     """Samples responses and takes new weights."""
 

@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils import logging as transformers_logging
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
+from moe_upgrpo.rollout.base import (
+    Rollout,
+    SamplingConfig,
+    check_prompts,
+    check_sequences,
+    routes_dtype,
+)
 from moe_upgrpo.rollout.checkpoint import check_weights, checkpoint_shapes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -91,13 +97,7 @@ class HFEngine:
         seed: int,
     ) -> list[Rollout]:
         """See `Engine.generate`."""
-        if not len(prompts) or samples_per_prompt < 1:
-            raise UserError(
-                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
-                "at least one of both is needed."
-            )
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("A prompt is empty; each needs at least one token.")
+        check_prompts(prompts, samples_per_prompt)
         generator = torch.Generator(self.device).manual_seed(seed)
         step = max(1, self.max_sequences // samples_per_prompt)
         # The trainer's CPU backend is a torch function mode; transformers needs none of it, and a
@@ -178,10 +178,7 @@ class HFEngine:
     @torch.inference_mode()
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`."""
-        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
-            raise UserError(
-                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
-            )
+        check_sequences(sequences)
         found = []
         for start in range(0, len(sequences), self.max_sequences):
             batch = sequences[start : start + self.max_sequences]

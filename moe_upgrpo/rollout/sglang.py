@@ -29,7 +29,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig, routes_dtype
+from moe_upgrpo.rollout.base import (
+    Rollout,
+    SamplingConfig,
+    check_prompts,
+    check_sequences,
+    routes_dtype,
+)
 from moe_upgrpo.rollout.checkpoint import (
     check_weights,
     checkpoint_shapes,
@@ -169,13 +175,7 @@ class SGLangEngine:
         seed: int,
     ) -> list[Rollout]:
         """See `Engine.generate`."""
-        if not len(prompts) or samples_per_prompt < 1:
-            raise UserError(
-                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
-                "at least one of both is needed."
-            )
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("A prompt is empty; each needs at least one token.")
+        check_prompts(prompts, samples_per_prompt)
         prompts_N = [np.asarray(p) for p in prompts for _ in range(samples_per_prompt)]
         seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
         params_N = [
@@ -263,10 +263,7 @@ class SGLangEngine:
 
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`; in one pass up to `chunked_prefill_size` tokens."""
-        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
-            raise UserError(
-                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
-            )
+        check_sequences(sequences)
         held = self._usable_version()
         # One token is always sampled; in the place of the last, which is never fed in.
         answers = self._ask(

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import vllm_plugin
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import (
     check_weights,
     checkpoint_shapes,
@@ -153,13 +153,7 @@ class VLLMEngine:
         seed: int,
     ) -> list[Rollout]:
         """See `Engine.generate`."""
-        if not len(prompts) or samples_per_prompt < 1:
-            raise UserError(
-                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
-                "at least one of both is needed."
-            )
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("A prompt is empty; each needs at least one token.")
+        check_prompts(prompts, samples_per_prompt)
         self._check_length("A prompt", prompts, sampling.max_new_tokens)
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
@@ -198,10 +192,7 @@ class VLLMEngine:
 
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`; in one pass up to `max_num_batched_tokens` tokens."""
-        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
-            raise UserError(
-                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
-            )
+        check_sequences(sequences)
         self._check_length("A sequence", sequences, 0)
         # One token is always sampled; in the place of the last, which is never fed in.
         params = self._vllm.SamplingParams(

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig
+from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import (
     check_weights,
     checkpoint_shapes,
@@ -173,13 +173,7 @@ class VLLMServerEngine:
         seed: int,
     ) -> list[Rollout]:
         """See `Engine.generate`."""
-        if not len(prompts) or samples_per_prompt < 1:
-            raise UserError(
-                f"{len(prompts)} prompts with {samples_per_prompt} samples each asked for; "
-                "at least one of both is needed."
-            )
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("A prompt is empty; each needs at least one token.")
+        check_prompts(prompts, samples_per_prompt)
         self._check_length("A prompt", prompts, sampling.max_new_tokens)
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
@@ -219,10 +213,7 @@ class VLLMServerEngine:
 
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`; in one pass up to the server's `max_num_batched_tokens` tokens."""
-        if not len(sequences) or any(len(sequence) < 2 for sequence in sequences):
-            raise UserError(
-                f"{len(sequences)} sequences given; at least one is needed, of 2 tokens or more."
-            )
+        check_sequences(sequences)
         self._check_length("A sequence", sequences, 0)
         choices = self._ask(
             [
