@@ -68,7 +68,7 @@ def main(model: Path, pairs: int = 20) -> None:
     with start(config) as job:
         for pair in range(pairs + 2):
             order = (True, False) if pair % 2 else (False, True)
-            seconds = {on: step(job, 2 * pair + 1 + on, recording=on) for on in order}
+            seconds = {on: step(job, 2 * pair + 1 + i, recording=on) for i, on in enumerate(order)}
             if pair >= 2:  # the first steps warm up
                 ratios.append(seconds[True] / seconds[False])
         if job.rank == 0:
