@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.tasks.base import Problem
+from moe_upgrpo.tasks.base import Problem, Tokens, refill_indices
 
 # One token per character. 32 tokens, a multiple of what tensor parallelism may divide by; the
 # characters that addition does not use are there for tasks to come.
@@ -53,7 +53,9 @@ class ArithmeticTask:
         prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
         return Problem(prompt=prompt, prompt_ids=encode(prompt), answer=str(a + b))
 
-    def training_problems(self, count: int, *, seed: int, step: int) -> list[Problem]:
+    def training_problems(
+        self, count: int, *, seed: int, step: int, refill: int = 0
+    ) -> list[Problem]:
         """`count` different training problems drawn by (seed, step); see `Task`.
 
         Raises UserError if there are not that many.
@@ -64,8 +66,11 @@ class ArithmeticTask:
                 f"{count} training problems asked for; {self.digits}-digit addition has "
                 f"{len(training)}, and at least 1 is needed."
             )
-        drawn = np.random.default_rng((seed, step)).choice(training, size=count, replace=False)
-        return [self.problem(*divmod(int(index), 10**self.digits)) for index in drawn]
+        total = len(training)
+        drawn = np.random.default_rng((seed, step)).choice(total, size=count, replace=False)
+        if refill:
+            drawn = refill_indices(drawn, total, count, seed=seed, step=step, refill=refill)
+        return [self.problem(*divmod(int(i), 10**self.digits)) for i in training[drawn]]
 
     def heldout_problems(self) -> list[Problem]:
         _, heldout = self._split
@@ -75,9 +80,39 @@ class ArithmeticTask:
         """The one response with reward 1: the answer's digits and EOS."""
         return np.append(encode(problem.answer), EOS_ID)
 
-    def reward(self, problem: Problem, response_ids: Sequence[int] | np.ndarray) -> float:
+    def reward(self, problem: Problem, response_ids: Tokens) -> float:
         """1.0 if the response is exactly the answer in plain digits followed by EOS, else 0.0."""
         return float(np.array_equal(np.asarray(response_ids), self.solution_ids(problem)))
+
+    def answer_classes(self, responses: Sequence[Tokens]) -> list[int | None]:
+        """Responses that ended are equal token by token; one that did not gives no answer."""
+        seen: dict[tuple, int] = {}
+        return [
+            seen.setdefault(tuple(ids), len(seen)) if ids[-1] == EOS_ID else None
+            for ids in responses
+        ]
+
+    def check_model(self, model_dir: Path) -> None:
+        """Raise UserError where the model's tokenizer is not this task's."""
+        from transformers import AutoTokenizer
+
+        sample = self.problem(1, 2)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            fits = tokenizer(sample.prompt).input_ids == sample.prompt_ids.tolist()
+            fits = fits and tokenizer.eos_token_id == EOS_ID
+        except (OSError, ValueError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{model_dir} has no tokenizer that writes {sample.prompt!r} as the task's tokens "
+                f"{sample.prompt_ids.tolist()} and ends with token {EOS_ID}: the arithmetic task "
+                "trains models that were warm-started for it (leave --model out), or checkpoints "
+                "of such runs. Any other model trains on problems of a file: --data FILE."
+            )
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +141,7 @@ def encode(text: str) -> np.ndarray:
     return np.array([_ID_OF[character] for character in text], dtype=np.int64)
 
 
-def decode(ids: Sequence[int] | np.ndarray) -> str:
+def decode(ids: Tokens) -> str:
     """The text of token ids; special tokens stay visible as `<eos>`, `<pad>`, `<unk>`."""
     return "".join(VOCABULARY[index] for index in ids)
 
