@@ -48,7 +48,6 @@ def step(job: Job, number: int, *, recording: bool) -> float:
             rollouts=rollouts,
             rewards=rewards,
             advantages=advantages,
-            old=old,
             reference=reference,
             noise={},
             num_experts=job.actor.num_experts,

@@ -70,7 +70,7 @@ class Update:
     loss: float  # this rank's share; the sum over data-parallel ranks is the loss
     metrics: dict[str, Metric]  # of moe_upgrpo.losses, this rank's sums
     grad_norm: float  # over all ranks, before clipping
-    routes: list[np.ndarray] | None = None  # as in Scored, of the training forward
+    scored: list[Scored] | None = None  # the training forward as `score` has it, where asked for
     # (token, layer) pairs whose router, run again in the backward, would have chosen other experts
     # than in the forward; it was held to those of the forward. 0 where kernels are deterministic.
     recompute_flips: int = 0
@@ -228,6 +228,8 @@ class MegatronActor:
         On every rank of the copy: what `on_logits` returned for each, what was recorded of each by
         name ([B, S, L, ...]), and the number of recomputed routers that chose other experts.
         """
+        if unknown := set(record) - set(RECORDS):
+            raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
         visits = [
             [self.tap.visit(c, len(b.tokens_BS), b.routes_BSLK, record) for b in batches]
             for c in range(len(self.chunks))
@@ -291,8 +293,6 @@ class MegatronActor:
         Samples that carry routes are scored with those replayed. record: any of "routes",
         "margins" and "gates".
         """
-        if unknown := set(record) - set(RECORDS):
-            raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
         for chunk in self.chunks:
             chunk.eval()
 
@@ -305,6 +305,17 @@ class MegatronActor:
         size = micro_batch_size or self.micro_batch_size
         batches = self._micro_batches(samples, size)
         outputs, traces, _ = self._run(batches, on_logits, train=False, record=record)
+        return self._scored(samples, size, outputs, traces, record)
+
+    def _scored(
+        self,
+        samples: Sequence[Sample],
+        size: int,
+        outputs: Sequence[tuple[np.ndarray, np.ndarray]],
+        traces: Sequence[dict[str, np.ndarray]],
+        record: Collection[str],
+    ) -> list[Scored]:
+        """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches."""
         scored = []
         for i, sample in enumerate(samples):
             m, b = divmod(i, size)
@@ -327,11 +338,12 @@ class MegatronActor:
         return found
 
     def update(
-        self, samples: Sequence[Sample], loss: PolicyLossConfig, *, record: bool = False
+        self, samples: Sequence[Sample], loss: PolicyLossConfig, *, record: Collection[str] = ()
     ) -> Update:
         """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
-        Every rank gives the same number of samples. `record`: hand over the routes used. Raises
+        Every rank gives the same number of samples. record: as of `score`; with any, what this
+        forward saw is handed over as `score` would. Raises
         UserError on every rank, before any weight changes, where a log-prob is not finite.
         """
         for chunk in self.chunks:
@@ -362,9 +374,10 @@ class MegatronActor:
                     "diverged or are broken. Lower the learning rate or clip the gradient; the "
                     "weights were not changed by this step."
                 )
+            old_BS = batch.old_log_probs_BS
             result = policy_loss(
                 log_probs_BS,
-                batch.old_log_probs_BS,
+                log_probs_BS.detach() if old_BS is None else old_BS,
                 batch.advantages_BS,
                 batch.mask_BS,
                 config=loss,
@@ -372,18 +385,16 @@ class MegatronActor:
                 global_tokens=counts[0],
                 global_sequences=counts[1],
             )
+            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight]
+            if record:
+                arrays_BS.append(token_entropy(logits_BSv.detach(), self.temperature))
             return result.loss * undo_means, _Seen(
-                arrays=tuple(
-                    tensor.detach().cpu().numpy()
-                    for tensor in (log_probs_BS, result.clipped, result.gradient_weight)
-                ),
+                arrays=tuple(tensor.detach().cpu().numpy() for tensor in arrays_BS),
                 loss=float(result.loss.detach()),
                 metrics=merge_metrics([result.metrics]),  # as plain numbers
             )
 
-        seen, traces, flips = self._run(
-            batches, on_logits, train=True, record=("routes",) if record else ()
-        )
+        seen, traces, flips = self._run(batches, on_logits, train=True, record=record)
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
         if problems:
             raise UserError(problems[0])
@@ -395,7 +406,10 @@ class MegatronActor:
             [seen[m].arrays[kind][b][sample.response_rows] for sample, m, b in rows]
             for kind in range(3)
         )
-        routes = [self._routing(traces[m], b, sample, ())["routes"] for sample, m, b in rows]
+        scored = None
+        if record:
+            outputs = [(one.arrays[0], one.arrays[3]) for one in seen]
+            scored = self._scored(samples, size, outputs, traces, record)
         return Update(
             log_probs=log_probs,
             clipped=clipped,
@@ -403,7 +417,7 @@ class MegatronActor:
             loss=sum(one.loss for one in seen),
             metrics=merge_metrics([one.metrics for one in seen]),
             grad_norm=float(grad_norm),
-            routes=routes if record else None,
+            scored=scored,
             recompute_flips=flips,
         )
 
@@ -428,7 +442,8 @@ class MegatronActor:
 class _Seen:
     """What the loss made of one micro-batch."""
 
-    arrays: tuple[np.ndarray, ...] = ()  # [B, S]: log-probs, clipped, gradient weight
+    # [B, S]: log-probs, clipped, gradient weight and, where anything is recorded, entropy
+    arrays: tuple[np.ndarray, ...] = ()
     loss: float = 0.0
     metrics: dict[str, Metric] | None = None
     problem: str | None = None

@@ -145,6 +145,18 @@ def cpu_replacements() -> list[Replacement]:
     ]
 
 
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Without the mode that `apply` put into this thread, for code of others: it slows every call
+    of torch, and vLLM's and transformers' have thousands in a step."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_function_stack() and isinstance(
+            torch.overrides._get_current_function_mode(), _CpuForCuda
+        ):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
+
+
 def has_cuda() -> bool:
     return torch.cuda.is_available()
 

@@ -21,7 +21,9 @@ class Sample:
 
     tokens: np.ndarray  # [P+T] integers
     prompt_length: int
-    old_log_probs: np.ndarray | None = None  # [T] float32; this and the next for updates only
+    # [T] float32; this and the next for updates only. None: the update's own, so that the old policy
+    # is the one that it starts from.
+    old_log_probs: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     advantage: float = 0.0
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
@@ -39,7 +41,7 @@ class Batch:
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
     mask_BS: torch.Tensor  # bool: rows whose target is a response token
-    old_log_probs_BS: torch.Tensor  # 0 outside the mask, as the next two
+    old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next two; None: not given
     rollout_log_probs_BS: torch.Tensor
     advantages_BS: torch.Tensor
     routes_BSLK: torch.Tensor | None  # int16, NO_ROUTE where the router chooses; None: native
@@ -73,6 +75,9 @@ def make_batch(
             size = (*shape, *sample.routes.shape[1:])
             routes = torch.full(size, NO_ROUTE, dtype=torch.int16)
             break
+    given_old = {sample.old_log_probs is not None for sample in samples}
+    if len(given_old) > 1:
+        raise ValueError("Some samples have old log-probs and others have none.")
     for b, sample in enumerate(samples):
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
@@ -91,7 +96,7 @@ def make_batch(
         tokens_BS=tokens,
         targets_BS=tokens.roll(-1, dims=1),
         mask_BS=mask,
-        old_log_probs_BS=old,
+        old_log_probs_BS=old if True in given_old else None,
         rollout_log_probs_BS=rollout,
         advantages_BS=advantages,
         routes_BSLK=routes,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from moe_upgrpo.errors import UserError
+
+Dispatcher = Literal["alltoall", "allgather"]
 
 
 def moe_layers(model) -> list[int]:
@@ -26,10 +29,12 @@ class Layout:
     """Sizes of the parallel groups; data parallelism is what the other sizes leave of the ranks.
 
     tp: tensor parallelism of everything but the experts, with sequence parallelism where tp > 1.
-    ep: expert parallelism, by all-to-all.
+    ep: expert parallelism.
     etp: tensor parallelism inside an expert. None means 1 with ep > 1, and tp with ep = 1.
     pp: pipeline stages, each an equal share of the layers.
     vpp: chunks of layers on each pipeline stage, run interleaved.
+    dispatcher: how tokens get to their experts. alltoall sends each to its experts' ranks;
+        allgather sends all to every rank of the experts, and a rank sums what its experts add.
     """
 
     tp: int = 1
@@ -37,12 +42,17 @@ class Layout:
     etp: int | None = None
     pp: int = 1
     vpp: int = 1
+    dispatcher: Dispatcher = "alltoall"
 
     def __post_init__(self):
         for name in ("tp", "ep", "etp", "pp", "vpp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: a parallel size is at least 1.")
+        if self.dispatcher not in get_args(Dispatcher):
+            raise UserError(
+                f"dispatcher={self.dispatcher!r}: use one of {', '.join(get_args(Dispatcher))}."
+            )
         if self.ep == 1 and self.expert_tp != self.tp:
             # Megatron-Core marks expert weights as expert-parallel only where ep > 1
             # (tensor_parallel/layers.py:886). Otherwise their gradients are reduced over the
@@ -52,11 +62,11 @@ class Layout:
                 "leaves the experts' gradients unreduced over the tensor-parallel ranks and trains "
                 f"wrongly without an error. Use etp={self.tp} (the default) or ep > 1."
             )
-
-        if self.ep > 1 and self.expert_tp > 1:
+        if self.ep > 1 and self.expert_tp > 1 and self.dispatcher == "alltoall":
             raise UserError(
-                f"ep={self.ep} with etp={self.etp}: both above 1 is not supported; Megatron-Core's "
-                "all-to-all then gathers shards of different sizes, which gloo refuses. Use etp=1."
+                f"ep={self.ep} with etp={self.etp}: both above 1 is not supported by "
+                "dispatcher='alltoall'; Megatron-Core's all-to-all then gathers shards of "
+                "different sizes, which gloo refuses. Use etp=1, or dispatcher='allgather'."
             )
         if self.vpp > 1 and self.pp == 1:
             raise UserError(
@@ -78,6 +88,7 @@ class Layout:
         etp: int | None = None,
         pp: int = 1,
         vpp: int = 1,
+        dispatcher: Dispatcher = "alltoall",
     ) -> Layout:
         """Sizes not given: 2 where each pipeline stage has an even number of ranks, else 1."""
         default = 2 if world_size // max(pp, 1) % 2 == 0 else 1
@@ -87,6 +98,7 @@ class Layout:
             etp=etp,
             pp=pp,
             vpp=vpp,
+            dispatcher=dispatcher,
         )
 
     def check_world(self, world_size: int) -> None:
@@ -133,4 +145,5 @@ class Layout:
         etp = f"·ETP{self.etp}" if self.etp is not None else ""
         pp = f"·PP{self.pp}" if self.pp > 1 else ""
         vpp = f"·VPP{self.vpp}" if self.vpp > 1 else ""
-        return f"TP{self.tp}·EP{self.ep}{etp}{pp}{vpp}"
+        dispatcher = f"·{self.dispatcher}" if self.dispatcher != "alltoall" else ""
+        return f"TP{self.tp}·EP{self.ep}{etp}{pp}{vpp}{dispatcher}"

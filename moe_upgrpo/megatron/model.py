@@ -85,7 +85,7 @@ def transformer_config(
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
-            moe_token_dispatcher_type="alltoall",
+            moe_token_dispatcher_type=layout.dispatcher,
             moe_grouped_gemm=False,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,

@@ -46,7 +46,6 @@ def train(config: TrainConfig) -> Path:
                     rollouts=rollouts,
                     rewards=rewards,
                     advantages=advantages,
-                    old=old,
                     reference=reference,
                     noise=noise,
                     num_experts=job.actor.num_experts,

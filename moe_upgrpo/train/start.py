@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, PolicyLossConfig
-from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
@@ -228,12 +228,13 @@ class Job:
     def _sample(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
         """This rank's part of the responses; touches no other rank, so that a thread may do it."""
         mine = _share(problems, self.copy_rank, self.copy_size)
-        return self.engine.generate(
-            [problem.prompt_ids for problem in mine],
-            self.sampling,
-            samples_per_prompt=self.config.group,
-            seed=self._seed(_SAMPLING, step, self.rank),
-        )
+        with backend.suspended():
+            return self.engine.generate(
+                [problem.prompt_ids for problem in mine],
+                self.sampling,
+                samples_per_prompt=self.config.group,
+                seed=self._seed(_SAMPLING, step, self.rank),
+            )
 
     def generate_ahead(self, step: int) -> None:
         """With overlap, begin to generate a step's batch with the weights that the engine holds."""
@@ -277,7 +278,8 @@ class Job:
         if self._ahead:
             self._ahead.result()
         if self.engine is not None:
-            self.engine.update_weights(self.actor.export_weights(), version=step)
+            with backend.suspended():
+                self.engine.update_weights(self.actor.export_weights(), version=step)
 
     def samples(self, rollouts: Sequence[Rollout], advantages: np.ndarray) -> list[Sample]:
         return [
@@ -290,17 +292,28 @@ class Job:
             for r, advantage in zip(rollouts, advantages, strict=True)
         ]
 
+    @property
+    def old_from_update(self) -> bool:
+        """Whether the update starts at the old policy and ends after one optimizer step.
+
+        Its forward is the old policy's then: a ratio is exactly 1, and no forward of its own needed.
+        """
+        config = self.config
+        return config.replay == "none" and config.minibatches * config.epochs == 1
+
     def _analyses(self, step: int) -> bool:
         every = self.config.analyse_every
         return every > 0 and (step - 1) % every == 0
 
     def score_old(
         self, step: int, samples: Sequence[Sample], rollouts: Sequence[Rollout]
-    ) -> OldScores:
+    ) -> OldScores | None:
         """The trainer's scores at the old weights: native, and under R3 held to the rollout's
-        routes too."""
+        routes too. None: the step's only optimizer step makes the same forward, see `update`."""
+        if self.old_from_update and not self._analyses(step):
+            return None
         gates = ("gates",) if self._analyses(step) else ()
-        native = self.actor.score(samples, record=("routes", "margins", *gates))
+        native = self.actor.score(samples, record=(*OLD_RECORDS, *gates))
         if self.config.replay != "R3":
             return OldScores(native=native, held=None)
         held = self.actor.score(_held(samples, rollouts), record=("routes", *gates))
@@ -311,7 +324,7 @@ class Job:
         step: int,
         samples: Sequence[Sample],
         rollouts: Sequence[Rollout],
-        old: OldScores,
+        old: OldScores | None,
     ) -> dict[str, Metric]:
         """Begin to take the gap apart, and the noise floors of both sides, where this step does."""
         if not self._analyses(step):
@@ -346,31 +359,41 @@ class Job:
         self,
         samples: Sequence[Sample],
         rollouts: Sequence[Rollout],
-        old: OldScores,
+        old: OldScores | None,
         step: int,
     ) -> dict[str, Any]:
-        """All optimizer steps on a batch; what each sequence's last visit saw."""
+        """All optimizer steps on a batch; what each sequence's last visit saw.
+
+        Without `old`, the one optimizer step's own forward is the old policy's.
+        """
         replay = self.config.replay
         if replay == "R2":
             samples = _held(samples, old.native)
         elif replay == "R3":
             samples = _held(samples, rollouts)
-        batch = [
-            replace(sample, old_log_probs=scored.log_probs)
-            for sample, scored in zip(samples, old.policy(replay), strict=True)
-        ]
+        if not self.old_from_update:
+            samples = [
+                replace(sample, old_log_probs=scored.log_probs)
+                for sample, scored in zip(samples, old.policy(replay), strict=True)
+            ]
+        record = () if old else OLD_RECORDS
         shuffle = np.random.default_rng(self._seed(_SHUFFLING, step, self.dp_rank))
-        updates, last = [], {name: [None] * len(batch) for name in _OF_LAST_VISIT}
+        updates, last = [], {name: [None] * len(samples) for name in _OF_LAST_VISIT}
         for epoch in range(self.config.epochs):
-            for indices in np.split(shuffle.permutation(len(batch)), self.config.minibatches):
-                if old.counterpart is not None and epoch == self.config.epochs - 1:
-                    self._score_counterpart([batch[i] for i in indices], indices, old)
-                update = self.actor.update([batch[i] for i in indices], self.loss)
+            for indices in np.split(shuffle.permutation(len(samples)), self.config.minibatches):
+                batch = [samples[i] for i in indices]
+                if old and old.counterpart is not None and epoch == self.config.epochs - 1:
+                    self._score_counterpart(batch, indices, old)
+                update = self.actor.update(batch, self.loss, record=record)
                 updates.append(update)
                 for name, column in _OF_LAST_VISIT.items():
                     for i, values in zip(indices, getattr(update, column), strict=True):
                         last[name][i] = values
+        if old is None:
+            native = [update.scored[i] for i in np.argsort(indices)]
+            old = OldScores(native=native, held=None)
         return {
+            "old": old,
             "updates": updates,
             "updates_counted": len(updates) if self.dp_rank == 0 else 0,
             **last,
@@ -459,6 +482,8 @@ class Job:
         return self.run.path
 
 
+# What is recorded of the old policy's routing.
+OLD_RECORDS = ("routes", "margins")
 # Of `StepRecord`, and of `Update`.
 _OF_LAST_VISIT = {
     "logp_train": "log_probs",

@@ -43,6 +43,9 @@ LAYOUTS = {
     "TP2·PP2": ("mixed", 4, Layout(tp=2, pp=2)),
     "EP2·PP2": ("mixed", 4, Layout(ep=2, pp=2)),
     "TP2·EP2·PP2·VPP2": ("mixed", 4, Layout(tp=2, ep=2, pp=2, vpp=2)),
+    "EP2 allgather": ("tiny", 2, Layout(ep=2, dispatcher="allgather")),
+    "TP2·EP2 allgather": ("tiny", 2, Layout(tp=2, ep=2, dispatcher="allgather")),
+    "TP2·EP2·ETP2 allgather": ("tiny", 4, Layout(tp=2, ep=2, etp=2, dispatcher="allgather")),
     "dense TP2": ("dense", 2, Layout(tp=2)),
     "dense PP2": ("dense", 2, Layout(pp=2)),
     "dense PP2·VPP2": ("dense", 2, Layout(pp=2, vpp=2)),
@@ -146,7 +149,7 @@ def measure(layout: Layout, checkpoint, dtype: str = "float32") -> dict:
                 for loss in LOSSES if (kind, recompute) == ("native", "none") else LOSSES[:1]:
                     key = (kind, recompute, loss)
                     result["update"][key] = trained.update(
-                        batch, PolicyLossConfig.preset(loss), record=True
+                        batch, PolicyLossConfig.preset(loss), record=RECORDS
                     )
                     result["gradient"][key] = gradients_by_name(trained)
         result["sgd"] = after_step(SGD)

@@ -11,7 +11,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
-from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.megatron.tap import Visit
@@ -103,7 +103,28 @@ def test_nothing_is_recorded_where_nothing_is_asked_for(actor):
     (scored,) = actor.score([SAMPLE], record=())
     assert scored.routes.shape == (4, 0, 0) and scored.own_routes is scored.routes
     assert scored.margins is None and scored.gates is None
-    assert actor.update([SAMPLE], LOSS).routes is None
+    assert actor.update([SAMPLE], LOSS).scored is None
+    with pytest.raises(UserError, match=r"record=\['scores'\]: use any of routes, margins, gates"):
+        actor.update([SAMPLE], LOSS, record=("scores",))
+
+
+def test_without_old_log_probs_the_old_policy_is_the_one_that_the_update_starts_from(
+    tiny_checkpoint,
+):
+    """A ratio of 1 and the gradient that old log-probs from a forward before would have given."""
+    with groups.process_groups(Layout()):
+        settings = OptimizerSettings(algorithm="sgd", lr=0.0, clip_grad=0.0)
+        actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=settings)
+        (before,) = actor.score([SAMPLE], record=())
+        grpo = PolicyLossConfig.preset("grpo")
+        given = actor.update([replace(SAMPLE, old_log_probs=before.log_probs)], grpo)
+        own = actor.update([replace(SAMPLE, old_log_probs=None)], grpo)
+        stale = actor.update([SAMPLE], grpo)
+    assert own.grad_norm == given.grad_norm != stale.grad_norm
+    assert own.loss == given.loss == -1.0  # the mean of -advantage x ratio
+    assert np.array_equal(own.log_probs[0], before.log_probs)
+    with pytest.raises(ValueError, match="Some samples have old log-probs"):
+        make_batch([SAMPLE, replace(SAMPLE, old_log_probs=None)])
 
 
 def test_a_recomputation_that_did_not_happen_is_an_error(actor):

@@ -79,14 +79,14 @@ def test_all_ranks_of_a_copy_get_the_same(ranks):
         for key, a in rank["update"].items():
             b = twin["update"][key]
             assert (a.loss, a.grad_norm, a.metrics) == (b.loss, b.grad_norm, b.metrics)
-            for field in ("log_probs", "clipped", "gradient_weight", "routes"):
+            for field in ("log_probs", "clipped", "gradient_weight"):
                 for x, y in zip(getattr(a, field), getattr(b, field), strict=True):
                     assert np.array_equal(x, y)
 
 
 def test_what_an_update_saw_equals_one_process(ranks, one_process):
     for key, expected in one_process["update"].items():
-        for field in ("log_probs", "clipped", "gradient_weight", "routes"):
+        for field in ("log_probs", "clipped", "gradient_weight"):
             actual = in_order(ranks, lambda r, f=field, k=key: getattr(r["update"][k], f))
             for a, e in zip(actual, getattr(expected, field), strict=True):
                 assert a.shape == e.shape and a.dtype == e.dtype
@@ -95,6 +95,15 @@ def test_what_an_update_saw_equals_one_process(ranks, one_process):
         assert loss == pytest.approx(expected.loss, rel=1e-4, abs=1e-5)
         for rank in ranks:
             assert rank["update"][key].recompute_flips == 0
+
+
+def test_an_update_hands_over_what_its_forward_saw_as_a_score_does(ranks):
+    for rank in ranks:
+        assert {recompute for _, recompute, _ in rank["update"]} >= {"none"}
+        for (kind, *_), update in rank["update"].items():
+            for a, e in zip(update.scored, rank["scored"][kind], strict=True):
+                for field in ("log_probs", "entropy", "routes", "own_routes", "margins", "gates"):
+                    assert np.array_equal(getattr(a, field), getattr(e, field)), (kind, field)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,8 @@ def test_expert_gradients_unreduced_by_megatron_are_refused(measured, checkpoint
     with pytest.raises(UserError, match="etp=1 and tp=2"):
         Layout(tp=2, ep=1, etp=1)
     unchecked = object.__new__(Layout)
-    for field, value in {"tp": 2, "ep": 1, "etp": 1, "pp": 1, "vpp": 1}.items():
+    fields = {"tp": 2, "ep": 1, "etp": 1, "pp": 1, "vpp": 1, "dispatcher": "alltoall"}
+    for field, value in fields.items():
         object.__setattr__(unchecked, field, value)
     key = ("native", "none", "up-grpo")
     gradient = run_ranks(2, measure, unchecked, checkpoints["tiny"])[0]["gradient"][key]

@@ -47,7 +47,7 @@ def test_planted_routes_give_what_they_give_in_one_process(name, measured):
         for rank in ranks:
             assert_close(rank["gradient"]["planted", recompute, "up-grpo"], expected)
         update = in_order(
-            ranks, lambda rank, r=recompute: rank["update"]["planted", r, "up-grpo"].routes
+            ranks, lambda rank, r=recompute: rank["update"]["planted", r, "up-grpo"].scored
         )
         for used, n in zip(update, native, strict=True):
-            assert np.array_equal(used, np.sort((n.routes + 3) % 8, axis=-1))
+            assert np.array_equal(used.routes, np.sort((n.routes + 3) % 8, axis=-1))

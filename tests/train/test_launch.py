@@ -295,6 +295,18 @@ def test_the_layouts_leave_the_same_token_log(first_step):
                 assert a.equals(b), name
 
 
+def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(first_step):
+    """One optimizer step in a step: an analysed one scores its samples, another does not."""
+    scored = first_step("--tp", "1", "--ep", "2")
+    own = first_step("--tp", "1", "--ep", "2", "--analyse-every", "0")
+    assert set(own["ratio"].to_pylist()) == {1.0}
+    assert np.array_equal(own["logp_old"], own["logp_train"])
+    for name in ("token_id", "layers_mismatched", "overlap", "clipped"):
+        assert own[name].equals(scored[name]), name
+    for name in ("logp_old", "logp_train", "logp_rollout", "margin_min", "gradient_weight"):
+        np.testing.assert_allclose(own[name], scored[name], atol=2e-5, err_msg=name)
+
+
 def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
     folder, _ = run
     trained = folder / "checkpoints" / f"step-{STEPS:06d}"

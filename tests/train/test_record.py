@@ -298,7 +298,7 @@ class FakeActor:
     def __init__(self):
         self.seen: list[list[int]] = []
 
-    def update(self, samples, loss) -> Update:
+    def update(self, samples, loss, *, record) -> Update:
         self.seen.append([int(s.tokens[0]) for s in samples])
         visit = len(self.seen)
         return Update(
