@@ -21,8 +21,7 @@ class Sample:
 
     tokens: np.ndarray  # [P+T] integers
     prompt_length: int
-    # [T] float32; this and the next for updates only. None: the update's own, so that the old policy
-    # is the one that it starts from.
+    # [T] float32; this and the next for updates only. None: those of the update's own forward.
     old_log_probs: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     advantage: float = 0.0

@@ -296,7 +296,7 @@ class Job:
     def old_from_update(self) -> bool:
         """Whether the update starts at the old policy and ends after one optimizer step.
 
-        Its forward is the old policy's then: a ratio is exactly 1, and no forward of its own needed.
+        Its forward is the old policy's then: ratios are exactly 1, and no other forward is needed.
         """
         config = self.config
         return config.replay == "none" and config.minibatches * config.epochs == 1
