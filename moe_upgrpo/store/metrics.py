@@ -151,6 +151,22 @@ METRICS: dict[str, Metric] = {
         _PROBLEMS,
         "share",
     ),
+    "eval/avg@K": Metric(
+        "mean over the K samples of 1[right]: the estimate of pass@1, under its other name",
+        _PROBLEMS,
+        "share",
+    ),
+    "eval/maj@K": Metric(
+        "share whose most frequent answer among K samples is right; a tie of t answers counts the "
+        "right ones among them as 1/t, samples without an answer do not vote",
+        _PROBLEMS,
+        "share",
+    ),
+    "eval/best@K": Metric(
+        "share with a right answer among K samples: pass@K of all samples, under its other name",
+        _PROBLEMS,
+        "share",
+    ),
     "eval/problems": Metric("held-out problems evaluated", "none", "problems"),
     "time/generate": Metric("rollout", "none", "s"),
     "time/old_log_probs": Metric("forward at the old weights, routes recorded", "none", "s"),
@@ -174,7 +190,7 @@ METRICS: dict[str, Metric] = {
 
 # Names with a variable part, and their entries.
 _FAMILIES = {
-    r"^eval/pass@\d+$": "eval/pass@K",
+    r"^eval/(pass|avg|maj|best)@\d+$": r"eval/\1@K",
     r"^gap/(numerics|staleness|engine_routing|update|routing_shift)/": "gap/TERM/",
     r"^counterfactual/(engine_routing|routing_shift)/": "counterfactual/TERM/",
     r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",

@@ -2,5 +2,6 @@
 
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.tasks.base import Problem, Task
+from moe_upgrpo.tasks.math_task import MathTask
 
-__all__ = ["ArithmeticTask", "Problem", "Task"]
+__all__ = ["ArithmeticTask", "MathTask", "Problem", "Task"]

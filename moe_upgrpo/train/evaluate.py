@@ -3,6 +3,7 @@
 N problems, n samples of each, c correct ones among them.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,10 +16,12 @@ from moe_upgrpo.tasks.base import Problem, Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalCounts:
-    """Per problem: whether greedy decoding was right `[N]` and how many of n samples `[N]`."""
+    """Per problem: whether greedy decoding was right `[N]`, how many of n samples were `[N]`, and
+    whether their majority was `[N]` (`majority_vote`)."""
 
     greedy_N: np.ndarray
     correct_N: np.ndarray
+    majority_N: np.ndarray
     samples: int
 
 
@@ -36,21 +39,29 @@ def count_correct(
     A share without problems (more ranks than problems) gives empty counts.
     """
     if not problems:
-        nothing = np.zeros(0, dtype=np.int64)
-        return EvalCounts(greedy_N=nothing, correct_N=nothing, samples=samples)
+        nothing = np.zeros(0)
+        return EvalCounts(greedy_N=nothing, correct_N=nothing, majority_N=nothing, samples=samples)
     prompts = [problem.prompt_ids for problem in problems]
 
-    def right(config: SamplingConfig, each: int) -> np.ndarray:
+    def responses(config: SamplingConfig, each: int) -> list[list[np.ndarray]]:
+        """By problem."""
         rollouts = engine.generate(prompts, config, samples_per_prompt=each, seed=seed)
-        rewards = [
-            task.reward(problems[index // each], rollout.response_ids) == 1.0
-            for index, rollout in enumerate(rollouts)
-        ]
-        return np.array(rewards, dtype=np.int64).reshape(len(problems), each).sum(axis=1)
+        ids = [rollout.response_ids for rollout in rollouts]
+        return [ids[start : start + each] for start in range(0, len(ids), each)]
 
+    greedy, correct, majority = [], [], []
+    for problem, (response,) in zip(
+        problems, responses(replace(sampling, temperature=0.0), 1), strict=True
+    ):
+        greedy.append(task.reward(problem, response) == 1.0)
+    for problem, of_problem in zip(problems, responses(sampling, samples), strict=True):
+        right = [task.reward(problem, response) == 1.0 for response in of_problem]
+        correct.append(sum(right))
+        majority.append(majority_vote(right, task.answer_classes(of_problem)))
     return EvalCounts(
-        greedy_N=right(replace(sampling, temperature=0.0), 1),
-        correct_N=right(sampling, samples),
+        greedy_N=np.array(greedy, dtype=np.int64),
+        correct_N=np.array(correct),
+        majority_N=np.array(majority),
         samples=samples,
     )
 
@@ -58,14 +69,17 @@ def count_correct(
 def finish(shares: Sequence[EvalCounts], *, ks: Sequence[int] = ()) -> dict[str, float]:
     """The metrics of all shares together; their order and sizes do not matter.
 
-    eval/greedy = share of problems right under greedy decoding; eval/pass@k = mean of `pass_at_k`
-    over problems, for k = 1, each of `ks` and the number of samples; eval/problems = N.
+    Means over problems: eval/greedy, right under greedy decoding; eval/pass@k, `pass_at_k`, for
+    k = 1, each of `ks` and the number of samples n; eval/avg@n, c/n; eval/maj@n, `majority_vote`;
+    eval/best@n, 1[c >= 1]. By their formulas avg@n is pass@1 and best@n is pass@n: they stand here
+    under the names by which results are published. eval/problems = N.
 
     Raises UserError if there are no problems, the shares' numbers of samples differ, or k > n.
     """
     counts = {share.samples for share in shares}
     greedy_N = np.concatenate([[], *(share.greedy_N for share in shares)])
     correct_N = np.concatenate([[], *(share.correct_N for share in shares)])
+    majority_N = np.concatenate([[], *(share.majority_N for share in shares)])
     if not len(greedy_N) or len(counts) != 1:
         raise UserError(
             f"{len(greedy_N)} problems in {len(shares)} shares with {sorted(counts)} samples each; "
@@ -75,10 +89,26 @@ def finish(shares: Sequence[EvalCounts], *, ks: Sequence[int] = ()) -> dict[str,
     return {
         "eval/problems": len(greedy_N),
         "eval/greedy": float(greedy_N.mean()),
+        f"eval/avg@{samples}": float((correct_N / samples).mean()),
+        f"eval/maj@{samples}": float(majority_N.mean()),
+        f"eval/best@{samples}": float((correct_N >= 1).mean()),
     } | {
         f"eval/pass@{k}": float(pass_at_k(samples, correct_N, k).mean())
         for k in sorted({1, *ks, samples})
     }
+
+
+def majority_vote(right: Sequence[bool], classes: Sequence[int | None]) -> float:
+    """Whether the answer that most samples of a problem give is right.
+
+    Each sample votes for the class of its answer (`Task.answer_classes`); one without an answer
+    does not vote. A class is right if its first sample is. Where t classes tie for most votes, one
+    of them is drawn: the result is the share of right ones among the t, the chance of a right
+    draw. Without any vote 0.
+    """
+    votes = Counter(answer for answer in classes if answer is not None)
+    tied = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(right[classes.index(answer)] for answer in tied) / len(tied) if tied else 0.0
 
 
 def pass_at_k(samples: int, correct_N: np.ndarray, k: int) -> np.ndarray:

@@ -5,8 +5,16 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import Rollout, SamplingConfig
+from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import ArithmeticTask
-from moe_upgrpo.train.evaluate import EvalCounts, count_correct, evaluate, finish, pass_at_k
+from moe_upgrpo.train.evaluate import (
+    EvalCounts,
+    count_correct,
+    evaluate,
+    finish,
+    majority_vote,
+    pass_at_k,
+)
 
 TASK = ArithmeticTask()
 SAMPLING = SamplingConfig(max_new_tokens=4)
@@ -57,8 +65,31 @@ def test_evaluate_by_hand():
             "eval/pass@1": (0 + 1 / 2 + 1) / 3,
             "eval/pass@2": (0 + 5 / 6 + 1) / 3,
             "eval/pass@4": 2 / 3,
+            "eval/avg@4": (0 + 1 / 2 + 1) / 3,
+            "eval/best@4": 2 / 3,
+            # Wrong answers are all the same one: 4 wrong, 2 against 2 (half a point), 4 right.
+            "eval/maj@4": (0 + 1 / 2 + 1) / 3,
         }
     )
+    for name in result:
+        assert metric(name).meaning
+
+
+@pytest.mark.parametrize(
+    ("right", "classes", "expected"),
+    [
+        ([1, 1, 0], [0, 0, 1], 1),
+        ([1, 0, 0], [0, 1, 1], 0),
+        ([1, 0, 0], [0, 1, 2], 1 / 3),  # three tie, one is right
+        ([0, 0, 1, 1], [0, 0, 1, 1], 1 / 2),
+        ([0, 0, 1], [None, None, 0], 1),  # two say nothing
+        ([0, 0], [None, None], 0),
+        ([0, 1, 1, 0, 0], [0, 1, 1, 2, None], 1),
+        ([1], [0], 1),
+    ],
+)
+def test_majority_vote(right, classes, expected):
+    assert majority_vote([bool(x) for x in right], classes) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -85,13 +116,16 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
 
 
 def test_no_success_without_data():
-    none = EvalCounts(greedy_N=np.zeros(0), correct_N=np.zeros(0), samples=4)
-    one = EvalCounts(greedy_N=np.ones(1), correct_N=np.ones(1), samples=4)
+    def counts(problems, samples=4):
+        ones = np.ones(problems)
+        return EvalCounts(greedy_N=ones, correct_N=ones, majority_N=ones, samples=samples)
+
+    none, one = counts(0), counts(1)
     for shares in ([], [none]):
         with pytest.raises(UserError, match="0 problems"):
             finish(shares)
     with pytest.raises(UserError, match=r"\[2, 4\] samples"):
-        finish([one, EvalCounts(greedy_N=np.ones(1), correct_N=np.ones(1), samples=2)])
+        finish([one, counts(1, samples=2)])
     with pytest.raises(UserError, match="pass@5 from 4 samples"):
         finish([one], ks=[5])
     with pytest.raises(UserError, match="pass@0"):
