@@ -216,6 +216,10 @@ class MegatronActor:
         shape = (1, 1)
         if self.layout.pp > 1:  # the stages exchange tensors of one shape
             shape = min(size, len(samples)), max(len(s.tokens) for s in samples)
+        if self.layout.ep > 1 and self.layout.dispatcher == "allgather":
+            # So do the data-parallel ranks that share experts.
+            widest = {"B": min(size, len(samples)), "S": max(len(s.tokens) for s in samples)}
+            shape = tuple(map(int, groups.largest(widest).values()))
         return [
             make_batch(part, multiple_of=self.layout.tp, shape=shape).to(device()) for part in parts
         ]

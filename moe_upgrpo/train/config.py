@@ -12,7 +12,7 @@ import yaml
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig
-from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import EngineName, VLLMSettings
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
@@ -80,13 +80,15 @@ class TrainConfig:
     tp: int | None = None
     """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
     ep: int | None = None
-    """Expert parallelism, by all-to-all. None: 2 on an even number of ranks, else 1."""
+    """Expert parallelism. None: 2 on an even number of ranks, else 1."""
     etp: int | None = None
     """Tensor parallelism inside an expert. None: 1 with ep > 1, else tp."""
     pp: int = 1
     """Pipeline parallelism: stages of consecutive layers."""
     vpp: int = 1
     """Virtual pipeline: parts of the model that each stage holds in turn."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens get to their experts: each to its experts' ranks, or all to every such rank."""
     recompute: Literal["none", "full"] = "none"
     """full: keep no activations of a layer, run it again in the backward pass."""
 
@@ -169,6 +171,7 @@ class TrainConfig:
             etp=self.etp,
             pp=self.pp,
             vpp=self.vpp,
+            dispatcher=self.dispatcher,
         )
         layout.check_world(world_size)
         if self.prompts % world_size:

@@ -54,6 +54,7 @@ def test_expert_tensor_parallelism(layout, expert_tp):
         ({"ep": 2, "pp": 2}, 6, r"ep\*etp\*pp=4 does not divide the 6 rank"),
         ({"pp": 3}, 4, r"tp\*pp=3 does not divide the 4 rank"),
         ({"vpp": 2}, 2, "vpp=2 with pp=1"),
+        ({"dispatcher": "flex"}, 2, "dispatcher='flex': use one of alltoall, allgather"),
     ],
 )
 def test_ranks_that_do_not_divide(sizes, world_size, words):

@@ -1,0 +1,199 @@
+"""A training state in Megatron's distributed checkpoints: written in one layout, read in any.
+
+Every tensor is kept under its name in the whole model, with the part that each rank holds: weights,
+and of the optimizer its fp32 weights and moments (`fully_reshardable`: of Megatron-Core 0.16.1's
+formats the one that other tensor-, expert- and pipeline-parallel sizes can read). Line numbers are
+those of the released megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+
+from moe_upgrpo.errors import UserError
+
+# Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
+# writes them; otherwise every rank would hold all parts in memory.
+_OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
+
+
+class _Writer(TorchDistSaveShardedStrategy):
+    """Megatron's format, by torch's own writer, in this process; files are on disk on return.
+
+    Megatron's writer forks a process for each file and starts a server to hear from them
+    (filesystem_async.py:53), seconds for any save, and waits for ever for one that is killed.
+    """
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save_state(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    frozen: Sequence[torch.nn.Module] = (),
+) -> None:
+    """Write weights, optimizer and schedule into an empty folder that every rank sees.
+
+    A collective, after at least one optimizer step. `frozen`: a second model's chunks, whose
+    weights are kept too. Raises what writing raises, on every rank or on the one that failed.
+    """
+    model = _model_state(chunks)
+    state = {
+        "model": model,
+        "optimizer": _optimizer_state(optimizer, model, is_loading=False),
+        "scheduler": scheduler.state_dict(),
+        "frozen": _frozen_state(frozen),
+    }
+    dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
+
+
+def load_state(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    frozen: Sequence[torch.nn.Module] = (),
+) -> None:
+    """Read what `save_state` wrote, in this or another layout, bit for bit. A collective.
+
+    Raises UserError where the folder holds another model's state, or not all that is asked for.
+    """
+    try:
+        # First the schedule: the optimizer's state is allocated with the number of its steps.
+        schedule = dist_checkpointing.load_common_state_dict(str(folder))["scheduler"]
+        for part in _parts(optimizer):
+            _allocate(part, steps=schedule["num_steps"])
+        model = _model_state(chunks)
+        state = {
+            "model": model,
+            "optimizer": _optimizer_state(optimizer, model, is_loading=True),
+            "frozen": _frozen_state(frozen),
+        }
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
+        raise UserError(
+            f"{folder} does not hold this model's training state: {str(error)[:500]}"
+        ) from error
+    for parts, key in ((chunks, "model"), (frozen, "frozen")):
+        for i, chunk in enumerate(unwrap_model(list(parts))):
+            chunk.load_state_dict(loaded[key][str(i)])
+    for i, part in enumerate(_parts(optimizer)):
+        _set_state(part, loaded["optimizer"][str(i)], steps=schedule["num_steps"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    scheduler.step(increment=0)  # gives the optimizer the rate
+
+
+def _model_state(chunks: Sequence[torch.nn.Module]) -> dict:
+    """Chunk -> its parameters' names, and for each its name in the whole model and this part."""
+    # Each layer under its own number: layers may be of different kinds.
+    return {
+        str(i): chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        for i, chunk in enumerate(unwrap_model(list(chunks)))
+    }
+
+
+def _frozen_state(chunks: Sequence[torch.nn.Module]) -> dict:
+    state = _model_state(chunks)
+    add_prefix_for_sharding(state, "frozen.")
+    return state
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense and of expert parameters that this rank has anything for."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model: dict, *, is_loading: bool) -> dict:
+    """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`."""
+    return {
+        str(i): _part_state(part, model, is_loading) for i, part in enumerate(_parts(optimizer))
+    }
+
+
+def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
+    """fp32 weights and moments of one part.
+
+    Not `part.sharded_state_dict`: that keeps the parameter groups as well, whose number depends on
+    the layout (they follow from the settings and the schedule), and it needs the state of torch's
+    Adam before it makes it (distrib_optimizer.py:659).
+    """
+    if isinstance(part, DistributedOptimizer):
+        return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
+    # SGD without momentum has no state but the fp32 weights of a bf16 model.
+    parameters = {id(sharded.data): sharded for sharded in _sharded(model)}
+    return {
+        str(i): make_sharded_optimizer_tensor(
+            parameters[id(parameter)], main, prefix="optimizer.state.param"
+        )
+        for i, (parameter, main) in enumerate(_main_parameters(part))
+    }
+
+
+def _sharded(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    for value in nested_values(model):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            yield value
+
+
+def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, its fp32 copy) of an optimizer that is not distributed."""
+    groups = zip(
+        getattr(part, "float16_groups", ()),
+        getattr(part, "fp32_from_float16_groups", ()),
+        strict=True,
+    )
+    for parameters, mains in groups:
+        yield from zip(parameters, mains, strict=True)
+
+
+def _allocate(part: MegatronOptimizer, *, steps: int) -> None:
+    if isinstance(part, DistributedOptimizer):
+        param_groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": steps}
+            for group in part.optimizer.param_groups
+        ]
+        part.load_state_dict({"optimizer": {"param_groups": param_groups}})
+
+
+def _set_state(part: MegatronOptimizer, values: dict, *, steps: int) -> None:
+    if not isinstance(part, DistributedOptimizer):
+        for i, (_, main) in enumerate(_main_parameters(part)):
+            main.data.copy_(values[str(i)])
+        return
+    # distrib_optimizer.py:941 looks for the step of torch's Adam among the tensors of the
+    # checkpoint, where it is not.
+    states = list(part.optimizer.state.values())
+    counted = [state for state in states if state.pop("step", None) is not None]
+    part.load_parameter_state_from_fully_reshardable(values)
+    for state in counted:
+        state["step"] = torch.tensor(float(steps))
