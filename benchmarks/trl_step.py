@@ -1,13 +1,14 @@
 """A full RL step here against TRL's GRPOTrainer: same model, batch and machine, in turn.
 
-    OMP_NUM_THREADS=1 python benchmarks/trl_step.py [--engine vllm]
+    OMP_NUM_THREADS=1 python benchmarks/trl_step.py [--engine hf] [--prompts 16 32 64] [--ep 2]
 
-A random Qwen3-MoE of 1.0M parameters; 16 prompts × 8 responses of at most 16 tokens, one optimizer
-step, fp32, no reference model, rewards at random (what is sampled does not matter here). TRL: one
-process, one thread, its own generation. Here: two ranks on two cores (TP1·EP2), the routes of both
-sides recorded, compared and logged, which TRL does not do. Each round runs both, one after the
-other; of each run the median over its steps but the first three. Printed: the sampled tokens per
-second of both, and the median over the rounds of the ratio of the times per sampled token.
+A random Qwen3-MoE of 1.0M parameters; 16, 32 (as `make train`) and 64 prompts × 8 responses of at
+most 16 tokens, one optimizer step, fp32, no reference model, rewards at random (what is sampled
+does not matter here). TRL: one process, one thread, its own generation. Here: two ranks on two
+cores, data-parallel (or expert-parallel, --ep 2), the routes of both sides recorded, compared and
+logged, which TRL does not do. Each round runs both, one after the other; of each run the median
+over its steps but the first three. Printed: the sampled tokens per second of both, and the median
+over the rounds of the ratio of the times per sampled token.
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).parents[1]
-PROMPTS, GROUP, NEW_TOKENS, WARM_UP = 16, 8, 16, 3
+GROUP, NEW_TOKENS, WARM_UP = 8, 16, 3
 
 TRL = """
 import json, sys, time
@@ -77,15 +78,15 @@ def rate(rows: list[tuple[float, float]]) -> float:
     return statistics.median(tokens / seconds for tokens, seconds in rows[WARM_UP:])
 
 
-def trl(model: Path, folder: Path, steps: int) -> float:
+def trl(model: Path, folder: Path, steps: int, prompts: int) -> float:
     folder.mkdir()
-    sizes = map(str, (steps, PROMPTS, GROUP, NEW_TOKENS))
+    sizes = map(str, (steps, prompts, GROUP, NEW_TOKENS))
     run([sys.executable, "-c", TRL, str(model), str(folder), *sizes])
     rows = json.loads((folder / "rows.json").read_text())
     return rate([(row["tokens"], row["seconds"]) for row in rows])
 
 
-def here(model: Path, folder: Path, steps: int, engine: str) -> float:
+def here(model: Path, folder: Path, steps: int, prompts: int, engine: str, ep: int) -> float:
     from moe_upgrpo.store import read_metrics
 
     run(
@@ -93,7 +94,7 @@ def here(model: Path, folder: Path, steps: int, engine: str) -> float:
             *(str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2"),
             *("examples/train_moe.sh", "--engine", engine, "--engine-dtype", "float32"),
             *("--model", str(model), "--output-dir", str(folder), "--steps", str(steps)),
-            *("--tp", "1", "--ep", "2", "--prompts", str(PROMPTS), "--group", str(GROUP)),
+            *("--tp", "1", "--ep", str(ep), "--prompts", str(prompts), "--group", str(GROUP)),
             *("--minibatches", "1", "--max-new-tokens", str(NEW_TOKENS), "--loss", "grpo"),
             *("--no-reference-kl", "--analyse-every", "0", "--eval-every", str(10 * steps)),
             *("--eval-problems", "2", "--eval-samples", "1"),
@@ -103,7 +104,13 @@ def here(model: Path, folder: Path, steps: int, engine: str) -> float:
     return rate([(row["tokens/sampled"], row["time/total"]) for row in rows])
 
 
-def main(engine: Literal["hf", "vllm"] = "vllm", rounds: int = 3, steps: int = 15) -> None:
+def main(
+    engine: Literal["hf", "vllm"] = "vllm",
+    prompts: tuple[int, ...] = (16, 32, 64),
+    ep: Literal[1, 2] = 1,
+    rounds: int = 5,
+    steps: int = 15,
+) -> None:
     import torch
     from transformers import Qwen3MoeForCausalLM
 
@@ -115,17 +122,19 @@ def main(engine: Literal["hf", "vllm"] = "vllm", rounds: int = 3, steps: int = 1
         torch.manual_seed(0)
         Qwen3MoeForCausalLM(tiny_model_config()).save_pretrained(model)
         arithmetic.save_tokenizer(model)
-        ratios = []
-        for i in range(rounds):
-            theirs = trl(model, Path(scratch) / f"trl-{i}", steps)
-            ours = here(model, Path(scratch) / f"here-{i}", steps, engine)
-            ratios.append(theirs / ours)
-            print(f"TRL {theirs:,.0f} tokens/s, here ({engine}) {ours:,.0f} tokens/s", flush=True)
-        low, high = min(ratios), max(ratios)
-        print(
-            f"time per sampled token, here / TRL: median {statistics.median(ratios):.2f} of "
-            f"{rounds} rounds ({low:.2f} to {high:.2f})"
-        )
+        for size in prompts:
+            ratios = []
+            for i in range(rounds):
+                theirs = trl(model, Path(scratch) / f"trl-{size}-{i}", steps, size)
+                ours = here(model, Path(scratch) / f"here-{size}-{i}", steps, size, engine, ep)
+                ratios.append(theirs / ours)
+                print(f"TRL {theirs:,.0f} tokens/s, here ({engine}) {ours:,.0f} tokens/s")
+            print(
+                f"{size} x {GROUP} sequences: time per sampled token, here / TRL: median "
+                f"{statistics.median(ratios):.2f} of {rounds} rounds "
+                f"({min(ratios):.2f} to {max(ratios):.2f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
