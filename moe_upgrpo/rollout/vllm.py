@@ -174,6 +174,7 @@ class VLLMEngine:
                     logprobs=0,  # of the sampled token only
                     flat_logprobs=True,
                     detokenize=False,
+                    skip_clone=True,  # each request has its own
                 )
                 for request_seed in seeds_N
             ],
