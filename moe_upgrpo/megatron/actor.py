@@ -30,10 +30,11 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
 from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
+from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
-from moe_upgrpo.megatron.layout import Layout, moe_layers
+from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
-from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
@@ -174,12 +175,12 @@ class MegatronActor:
     @property
     def top_k(self) -> int:
         """Experts per token; 0 for a dense model."""
-        return self.hf.num_experts_per_tok if self.layer_ids else 0
+        return top_k(self.hf)
 
     @property
     def num_experts(self) -> int:
         """Experts in each MoE layer; 0 for a dense model."""
-        return self.hf.num_experts if self.layer_ids else 0
+        return num_experts(self.hf)
 
     def check_length(self, tokens: int) -> None:
         """Raise UserError where the model has fewer positions than a sequence has tokens."""

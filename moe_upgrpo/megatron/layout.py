@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.families import family, moe_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Dispatcher = Literal["alltoall", "allgather"]
-
-
-def moe_layers(model) -> list[int]:
-    """The layers of a Hugging Face config that hold experts, counted from 0; none: a dense model.
-
-    The rule is that of transformers (modeling_qwen3_moe.py:308).
-    """
-    if not getattr(model, "num_experts", 0):
-        return []
-    return [
-        layer
-        for layer in range(model.num_hidden_layers)
-        if layer not in model.mlp_only_layers and (layer + 1) % model.decoder_sparse_step == 0
-    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,25 +106,25 @@ class Layout:
         """Copies of the model on `world_size` ranks."""
         return world_size // (self.tp * self.pp)
 
-    def check_model(self, model) -> None:
-        """Raise UserError where the Hugging Face config `model` does not divide into the layout."""
-        experts = moe_layers(model)
+    def check_model(self, hf: PretrainedConfig) -> None:
+        """Raise UserError where the model does not divide into the layout."""
+        of_family, experts = family(hf), moe_layers(hf)
         sizes = [
-            ("tp", self.tp, ("num_attention_heads", "num_key_value_heads", "vocab_size")),
+            ("tp", self.tp, of_family.tp_sizes),
             ("pp*vpp", self.pp * self.vpp, ("num_hidden_layers",)),
         ]
         if experts:
-            sizes.append(("ep", self.ep, ("num_experts",)))
-            sizes.append(("etp", self.expert_tp, ("moe_intermediate_size",)))
+            sizes.append(("ep", self.ep, (of_family.experts,)))
+            sizes.append(("etp", self.expert_tp, (of_family.expert_size,)))
         elif self.ep > 1:
             raise UserError(
-                f"ep={self.ep} for a model of type {model.model_type!r} without experts: use ep=1."
+                f"ep={self.ep} for a model of type {hf.model_type!r} without experts: use ep=1."
             )
-        if len(experts) < model.num_hidden_layers:
+        if len(experts) < hf.num_hidden_layers:
             sizes.append(("tp", self.tp, ("intermediate_size",)))
         for name, size, fields in sizes:
             for field in fields:
-                value = getattr(model, field)
+                value = getattr(hf, field)
                 if value % size:
                     raise UserError(
                         f"{name}={size} does not divide the model's {field}={value}. Choose {name} "

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.groups import device
-from moe_upgrpo.megatron.layout import Layout, moe_layers
+from moe_upgrpo.megatron.layout import Layout
 
-MODEL_TYPES = ("qwen3_moe", "qwen3")
 RECOMPUTE = {
     "none": {},
     # The smallest units: what has to be kept beside their inputs is one layer's activations.
@@ -37,51 +37,62 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def read_model_config(model_dir: Path) -> PretrainedConfig:
-    """The Hugging Face config of a checkpoint folder, refused by name where it is not supported."""
-    if not (Path(model_dir) / "config.json").is_file():
-        raise UserError(
-            f"{model_dir} holds no config.json: a Hugging Face checkpoint folder is expected "
-            "(config.json, *.safetensors, tokenizer files)."
-        )
-    config = AutoConfig.from_pretrained(model_dir)
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(
-            f"{model_dir} is a {config.model_type!r} model; the trainer supports "
-            f"{' and '.join(MODEL_TYPES)}."
-        )
-    unsupported = {
-        "attention_bias": config.attention_bias,
-        "sliding_window": config.use_sliding_window and config.sliding_window,
-        "rope type": _rope(config)["rope_type"] != "default" and _rope(config)["rope_type"],
-        "hidden_act": config.hidden_act != "silu" and config.hidden_act,
-    }
-    for field, value in unsupported.items():
-        if value:
-            raise UserError(
-                f"{model_dir}: {field}={value} is not supported for {config.model_type} models."
-            )
-    return config
+class LatentNorm(RMSNorm):
+    """Of MLA's latents: transformers takes 1e-6 there whatever rms_norm_eps is."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__(config, hidden_size, 1e-6)
 
 
-def _rope(config: PretrainedConfig) -> dict:
-    return config.rope_parameters
+class LatentCoreAttention(DotProductAttention):
+    """Megatron's local attention does not take the head sizes that MLA gives it (line 55).
+
+    It needs neither: its output has kv_channels for each head, which are MLA's v_head_dim.
+    """
+
+    def __init__(self, *args, k_channels: int, v_channels: int, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A linear layer that is whole on every tensor-parallel rank and takes sequence shards."""
+
+    def __init__(self, config: TransformerConfig, rows: int):
+        super().__init__(config.hidden_size, rows, bias=False, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+class LatentAttention(MLASelfAttention):
+    """MLA whose down projection of keys and values is whole on every tensor-parallel rank.
+
+    Megatron's local layer spec splits it by columns and gathers its output with a backward that
+    takes the rank's own gradient alone (multi_latent_attention.py:615): the rotary key's, which is
+    the sum over the heads of all ranks, is then wrong without an error. Whole, as in Megatron's
+    spec with Transformer Engine, the other branch (line 630) sums it.
+    """
+
+    def __init__(self, config: MLATransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.linear_kv_down_proj = ReplicatedLinear(
+            config, config.kv_lora_rank + config.qk_pos_emb_head_dim
+        )
 
 
 def transformer_config(
     hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
-    """Megatron's config of a Qwen3 model; experts dropless, no auxiliary loss, router in fp32."""
-    experts = moe_layers(hf)
+    """Megatron's config of a model; experts dropless, no auxiliary loss, router in fp32."""
+    experts, of_family = moe_layers(hf), family(hf)
     moe = {}
     if experts:
         moe = dict(
             moe_layer_freq=[int(layer in experts) for layer in range(hf.num_hidden_layers)],
-            moe_ffn_hidden_size=hf.moe_intermediate_size,
-            num_moe_experts=hf.num_experts,
-            moe_router_topk=hf.num_experts_per_tok,
-            # Qwen3-MoE normalises the gates of the chosen experts: softmax after top-k, not before.
-            moe_router_pre_softmax=not hf.norm_topk_prob,
+            moe_ffn_hidden_size=getattr(hf, of_family.expert_size),
+            num_moe_experts=num_experts(hf),
+            moe_router_topk=top_k(hf),
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
@@ -90,17 +101,17 @@ def transformer_config(
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
         )
-    return TransformerConfig(
+    settings = of_family.settings(hf)
+    latent = settings.get("multi_latent_attention")
+    return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        kv_channels=hf.head_dim,
         ffn_hidden_size=hf.intermediate_size,
         **moe,
+        **settings,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
-        qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -142,7 +153,12 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     for spec in block.layer_specs:
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if config.multi_latent_attention:
+            layer.self_attention.module = LatentAttention
+            attention.q_layernorm = attention.kv_layernorm = LatentNorm
+            attention.core_attention = LatentCoreAttention
+        elif config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     return block
 
 
@@ -172,7 +188,7 @@ def build_model(
                 parallel_output=True,
                 share_embeddings_and_output_weights=hf.tie_word_embeddings,
                 position_embedding_type="rope",
-                rotary_base=_rope(hf)["rope_theta"],
+                rotary_base=hf.rope_parameters["rope_theta"],
                 vp_stage=vp_stage,
             ).to(device())
         )

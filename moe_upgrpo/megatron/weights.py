@@ -1,17 +1,15 @@
-"""Hugging Face Qwen3 weights in and out of a sharded Megatron model: one mapping table.
+"""Hugging Face weights in and out of a sharded Megatron model, by the table of the model's family.
 
 Only concatenation and splitting happen on the way, so a round trip is exact to the bit.
-
-Shapes: H hidden, D head dimension, G key/value heads, Q query heads per key/value head,
-I intermediate size, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,151 +17,14 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.megatron.layout import moe_layers
-
-Tensors = list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How Hugging Face tensors lie in one Megatron tensor and along which axis ranks share it.
-
-    fuse: Hugging Face tensors -> one array with the shared axis at `axis` (None: not shared).
-    split: its inverse. local_shape: what a rank's flat 2-d shard is viewed as before it is joined.
-    """
-
-    fuse: Callable[[Tensors, PretrainedConfig], torch.Tensor]
-    split: Callable[[torch.Tensor, PretrainedConfig], Tensors]
-    axis: int | None
-    local_shape: Callable[[torch.Tensor, PretrainedConfig], tuple[int, ...]]
-
-    def shard(self, tensors: Tensors, hf: PretrainedConfig, rank: int, size: int) -> torch.Tensor:
-        full = self.fuse(tensors, hf)
-        part = full if self.axis is None else full.chunk(size, dim=self.axis)[rank]
-        return part.reshape(-1, part.shape[-1]) if part.dim() == 3 else part
-
-    def join(self, shards: Tensors, hf: PretrainedConfig) -> Tensors:
-        if self.axis is None:
-            return self.split(shards[0], hf)
-        parts = [shard.reshape(self.local_shape(shard, hf)) for shard in shards]
-        return self.split(torch.cat(parts, dim=self.axis), hf)
-
-
-def _fuse_qkv(qkv: Tensors, hf: PretrainedConfig) -> torch.Tensor:
-    """Query, key and value rows [Q·D | D | D] of each key/value head together: [G, (Q+2)·D, H]."""
-    return torch.cat([t.reshape(hf.num_key_value_heads, -1, t.shape[-1]) for t in qkv], dim=1)
-
-
-def _split_qkv(full: torch.Tensor, hf: PretrainedConfig) -> Tensors:
-    rows_q = hf.num_attention_heads // hf.num_key_value_heads * hf.head_dim
-    parts = full.split([rows_q, hf.head_dim, hf.head_dim], dim=1)
-    return [part.reshape(-1, part.shape[-1]) for part in parts]
-
-
-def _same_shape(shard: torch.Tensor, hf: PretrainedConfig) -> tuple[int, ...]:
-    return tuple(shard.shape)
-
-
-def _one(axis: int | None) -> Form:
-    return Form(lambda tensors, hf: tensors[0], lambda full, hf: [full], axis, _same_shape)
-
-
-WHOLE, ROWS, COLUMNS = _one(None), _one(0), _one(1)
-QKV = Form(
-    _fuse_qkv,
-    _split_qkv,
-    0,
-    lambda shard, hf: (
-        -1,
-        (hf.num_attention_heads // hf.num_key_value_heads + 2) * hf.head_dim,
-        shard.shape[-1],
-    ),
-)
-GATE_UP = Form(  # each rank holds its rows of the gate above its rows of the up projection
-    lambda tensors, hf: torch.stack(tensors),  # [2, I, H]
-    lambda full, hf: list(full),
-    1,
-    lambda shard, hf: (2, -1, shard.shape[-1]),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A row of the table: a Megatron parameter, the Hugging Face tensors in it, and their form."""
-
-    megatron: str
-    hugging_face: tuple[str, ...]
-    form: Form
-
-
-_ATTENTION = "model.layers.{layer}.self_attn."
-_MLP = "model.layers.{layer}.mlp."
-_EXPERT = _MLP + "experts.{expert}."
-
-# {layer} counts the model's layers, {expert} the model's experts on the right and the rank's own on
-# the left. A rule of mlp.{...} without experts is of the dense layers.
-QWEN3: tuple[Rule, ...] = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ROWS),
-    Rule(
-        "decoder.layers.{layer}.input_layernorm.weight",
-        ("model.layers.{layer}.input_layernorm.weight",),
-        WHOLE,
-    ),
-    Rule(
-        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
-        tuple(_ATTENTION + name for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")),
-        QKV,
-    ),
-    Rule(
-        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
-        (_ATTENTION + "q_norm.weight",),
-        WHOLE,
-    ),
-    Rule(
-        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
-        (_ATTENTION + "k_norm.weight",),
-        WHOLE,
-    ),
-    Rule(
-        "decoder.layers.{layer}.self_attention.linear_proj.weight",
-        (_ATTENTION + "o_proj.weight",),
-        COLUMNS,
-    ),
-    Rule(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-        ("model.layers.{layer}.post_attention_layernorm.weight",),
-        WHOLE,
-    ),
-    Rule(
-        "decoder.layers.{layer}.mlp.router.weight",
-        ("model.layers.{layer}.mlp.gate.weight",),
-        WHOLE,
-    ),
-    Rule(
-        "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight",
-        (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-        GATE_UP,
-    ),
-    Rule(
-        "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        (_EXPERT + "down_proj.weight",),
-        COLUMNS,
-    ),
-    Rule(
-        "decoder.layers.{layer}.mlp.linear_fc1.weight",
-        (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
-        GATE_UP,
-    ),
-    Rule("decoder.layers.{layer}.mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), COLUMNS),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE),
-    Rule("output_layer.weight", ("lm_head.weight",), ROWS),
-)
+from moe_upgrpo.megatron.families import Rule, Tensors, family, moe_layers, num_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,48 +35,62 @@ class _Entry:
     parameters: list[str]  # one name, or one for each local expert
     names: list[list[str]]  # Hugging Face names: of it, or of every expert of the model
 
-    @property
-    def is_expert(self) -> bool:
-        return "{expert}" in self.rule.megatron
-
 
 def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
     """The table written out for one model, in the same order on every rank."""
-    of_layers = set(range(hf.num_hidden_layers))
-    of_experts = set(moe_layers(hf))
-    experts = hf.num_experts if of_experts else 0
+    experts, moe = num_experts(hf), set(moe_layers(hf))
     experts_here = experts // parallel_state.get_expert_model_parallel_world_size()
-    for rule in QWEN3:
-        is_expert = "{expert}" in rule.megatron
-        layers = of_layers if "{layer}" in rule.megatron else {0}
-        if is_expert or ".mlp.router." in rule.megatron:
-            layers = of_experts
-        elif ".mlp." in rule.megatron:
-            layers = of_layers - of_experts
-        for layer in sorted(layers):
+    for rule in family(hf).rules(hf):
+        for layer in rule.layers(hf.num_hidden_layers, moe):
             yield _Entry(
                 rule,
                 [
                     rule.megatron.format(layer=layer, expert=e)
-                    for e in range(experts_here if is_expert else 1)
+                    for e in range(experts_here if rule.is_expert else 1)
                 ],
                 [
                     [name.format(layer=layer, expert=e) for name in rule.hugging_face]
-                    for e in range(experts if is_expert else 1)
+                    for e in range(experts if rule.is_expert else 1)
                 ],
             )
 
 
-def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters, their layers counted over the whole model as in the table."""
+# Transformer Engine's layers have norms inside the linear layers that follow them, and all experts
+# of a rank in one module. Not run: it takes a GPU.
+_TE_NAMES = {
+    r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
+    r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",
+    r"linear_(q|kv)_up_proj\.layer_norm_weight": r"\1_layernorm.weight",
+    r"mlp\.experts\.linear_fc(\d)\.weight(\d+)": (
+        r"mlp.experts.local_experts.\2.linear_fc\1.weight"
+    ),
+}
+
+
+def _local_name(name: str) -> str:
+    for pattern, replacement in _TE_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """This rank's weights, under the names of the local layer spec, layers counted over the model.
+
+    Among them the routers' selection bias, which is fp32 in a model of any dtype.
+    """
     found = {}
     for chunk in unwrap_model(list(chunks)):
-        for name, parameter in chunk.named_parameters():
+        named = dict(chunk.named_parameters())
+        for name, module in chunk.named_modules():
+            if isinstance(module, TopKRouter) and module.expert_bias is not None:
+                module.expert_bias.data = module.expert_bias.float()
+                named[f"{name}.expert_bias"] = module.expert_bias
+        for name, parameter in named.items():
             if name.startswith("decoder.layers."):
                 *start, layer, rest = name.split(".", 3)
                 number = chunk.decoder.layers[int(layer)].layer_number  # counts from 1
                 name = ".".join([*start, str(number - 1), rest])
-            found[name] = parameter
+            found[_local_name(name)] = parameter
     return found
 
 
@@ -240,8 +115,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
         optional = {"lm_head.weight"} if hf.tie_word_embeddings else set()
         checkpoint.check_names({n for e in whole for names in e.names for n in names}, optional)
         for entry in entries:
-            group = etp_group if entry.is_expert else tp_group
-            first_expert = ep_rank * len(entry.parameters) if entry.is_expert else 0
+            group = etp_group if entry.rule.is_expert else tp_group
+            first_expert = ep_rank * len(entry.parameters) if entry.rule.is_expert else 0
             for i, name in enumerate(entry.parameters):
                 if name not in parameters:  # of another pipeline stage
                     continue
@@ -329,7 +204,7 @@ def export_weights(
             continue
         form = entry.rule.form
         local = _from_stage(entry, parameters, stages)
-        if not entry.is_expert:
+        if not entry.rule.is_expert:
             shards = [local] if form.axis is None else _gather(local, tp_group)
             yield from zip(entry.names[0], form.join([s[0] for s in shards], hf), strict=True)
             continue
@@ -340,7 +215,7 @@ def export_weights(
             yield from zip(names, form.join(shards, hf), strict=True)
 
 
-def _stages(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple]:
+def _stages(parameters: dict[str, torch.Tensor]) -> dict[str, tuple]:
     """Name -> (rank of the pipeline stage that holds it, shape, dtype), over all stages."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return dict(

@@ -4,7 +4,8 @@ import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron.layout import Layout, moe_layers
+from moe_upgrpo.megatron.families import moe_layers
+from moe_upgrpo.megatron.layout import Layout
 
 
 def test_defaults_by_number_of_ranks():

@@ -5,8 +5,9 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, tap
+from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.tap import NO_ROUTE, RouterTap
 from moe_upgrpo.megatron.weights import load_weights
 

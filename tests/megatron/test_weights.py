@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.model import build_model, read_model_config
+from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
 from tests.ranks import run_ranks
 
@@ -89,7 +90,7 @@ def drop(state):
 
 
 def add(state):
-    state["model.layers.7.extra"] = torch.zeros(1)
+    state["model.layers.1.extra"] = torch.zeros(1)
 
 
 def narrow(state):
@@ -105,7 +106,7 @@ def narrow_gate(state):
     ("change", "words"),
     [
         (drop, ["1 tensor(s) are missing", Q_PROJ]),
-        (add, ["are not of this model", "model.layers.7.extra"]),
+        (add, ["are not of this model", "model.layers.1.extra"]),
         (narrow, [Q_PROJ, "(64, 64)", "does not fit"]),
         (narrow_gate, ["experts.3.gate_proj.weight", "(32, 32)", "does not fit"]),
     ],
