@@ -40,19 +40,20 @@ def make_engine(
     seed: int = 0,
     url: str | None = None,
     vllm: VLLMSettings | None = None,
+    server_log: str | Path | None = None,
 ) -> Engine:
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
     hf, and vllm without `url`: one in each rank. Otherwise one server for all: that at `url`, or
-    one of SGLang that rank 0 starts. `max_tokens`: of the longest sequence, prompt and response
-    together.
+    one of SGLang that rank 0 starts, whose output goes to `server_log`. `max_tokens`: of the
+    longest sequence, prompt and response together.
     """
     if url is not None and name == "hf":
         raise UserError(f"engine_url={url} with engine=hf: only vllm and sglang have servers.")
     if name == "sglang":
         from moe_upgrpo.rollout.sglang import SGLangEngine
 
-        return SGLangEngine.shared(model_dir, dtype, url=url)
+        return SGLangEngine.shared(model_dir, dtype, url=url, log=server_log)
     if name == "vllm" and url is not None:
         from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 

@@ -45,6 +45,7 @@ from moe_upgrpo.rollout.checkpoint import (
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
+from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 MAX_REQUESTS = 256  # at once, each of a prompt with its samples
 NETWORK_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)
@@ -73,7 +74,8 @@ class SGLangEngine:
     Where the server gives no sign of life for `timeout` seconds, has not generated after
     `generate_timeout` or is not up after `start_timeout`, UserError is raised; so it is when it
     died. An update takes at most `timeout`. `restart` brings a server that was started here back
-    with the weights it held.
+    with the weights it held. The server's output is appended to `log`, which stays; without it only
+    its end is seen, in errors.
     """
 
     def __init__(
@@ -119,13 +121,14 @@ class SGLangEngine:
         self._updating = threading.Lock()
         self._run = uuid.uuid4().hex[:8]  # the server's names for weights: run:version
         self._server: ServerProcess | None = None
-        self._weights = tempfile.TemporaryDirectory(prefix="sglang-weights-", dir=weights_dir)
+        self._weights = WeightsFolder("moe_upgrpo-sglang-", weights_dir)
         if url is None:
             self._server = ServerProcess(
                 find_python(python),
                 {"dtype": dtype, "enable_return_routed_experts": bool(self.moe_layer_ids)}
                 | options,
                 log=Path(log or Path(self._weights.name) / "server.log").absolute(),
+                log_stays=log is not None,
                 start_timeout=start_timeout,
             )
             url = self._server.url

@@ -28,8 +28,17 @@ INSTALL = (
 class ServerProcess:
     """An SGLang server as a child process, on a port of its own."""
 
-    def __init__(self, python: Path, options: dict[str, Any], *, log: Path, start_timeout: float):
+    def __init__(
+        self,
+        python: Path,
+        options: dict[str, Any],
+        *,
+        log: Path,
+        log_stays: bool,
+        start_timeout: float,
+    ):
         self.python, self.log, self.start_timeout = python, log, start_timeout
+        self.log_stays = log_stays
         self.options = options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -97,7 +106,7 @@ class ServerProcess:
         self.process = None
 
     def log_end(self) -> str:
-        """Where the log is, and the last exception in it, else its last lines."""
+        """The last exception in the log, else its last lines, and where the log stays."""
         try:
             text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
         except OSError:
@@ -110,7 +119,8 @@ class ServerProcess:
                     end += 1
                 lines = lines[: end + 1]
                 break
-        return f" From its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+        where = f"its log {self.log}" if self.log_stays else "its log (log=FILE keeps it)"
+        return f" From {where}:\n" + "\n".join(lines[-LOG_LINES:])
 
 
 def find_python(python: str | Path | None) -> Path:

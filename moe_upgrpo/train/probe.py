@@ -138,6 +138,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
         max_tokens=max(map(len, prompts)) + config.max_new_tokens,
         seed=config.seed,
         url=config.engine_url,
+        server_log=run.path / "engine.log",
     )
     with closing(engine):
         step = _step(config, prompts, actor, engine)

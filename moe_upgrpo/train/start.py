@@ -96,6 +96,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 seed=config.seed,
                 url=config.engine_url,
                 vllm=config.vllm,
+                server_log=run.path / "engine.log",
             )
         with closing(engine) if engine else nullcontext():
             if rank == 0:

@@ -24,7 +24,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.rollout import sglang
+from moe_upgrpo.rollout import engines, sglang
 from moe_upgrpo.rollout.sglang import SGLangEngine
 from moe_upgrpo.routing import compare_routes
 from tests.engines.sglang_proxy import altering
@@ -708,6 +708,43 @@ def test_a_server_that_does_not_start_is_an_error_with_the_end_of_its_log(model_
     """The trainer's own environment has no sglang."""
     with raises_within(60, r"ended with code 1 at its start(.|\n)*sglang"):
         SGLangEngine(model_dir, "float32", python=sys.executable)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_log_stays_where_it_was_asked_for_and_else_no_lost_file_is_named(
+    model_dir, tmp_path, kept
+):
+    """After a failed start; the message ends with the last lines that the server wrote."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nfor i in $(seq 40); do echo line $i; done; exit 3\n")
+    python.chmod(0o755)
+    log = tmp_path / "engine.log"
+    with pytest.raises(UserError, match="ended with code 3 at its start") as error:
+        SGLangEngine(model_dir, python=python, weights_dir=tmp_path, log=log if kept else None)
+    message = str(error.value)
+    assert message.endswith("\n".join(f"line {i}" for i in range(29, 41)))
+    if kept:
+        assert f"From its log {log}:" in message
+        assert log.read_text().splitlines() == [f"line {i}" for i in range(1, 41)]
+    else:
+        assert "log=FILE keeps it" in message and str(tmp_path) not in message
+
+
+def test_make_engine_hands_the_path_of_the_log_on(model_dir, tmp_path, monkeypatch):
+    """Train and probe give it a path in their run folder; such runs are not made here."""
+    monkeypatch.setenv("SGLANG_PYTHON", "/bin/false")
+    log = tmp_path / "run" / "engine.log"
+    log.parent.mkdir()
+    with pytest.raises(UserError, match=f"ended with code 1 at its start. From its log {log}"):
+        engines.make_engine(
+            "sglang",
+            model_dir,
+            dtype="float32",
+            device=torch.device("cpu"),
+            max_tokens=8,
+            server_log=log,
+        )
+    assert log.exists()
 
 
 def test_a_server_that_takes_too_long_to_start_is_ended(model_dir):
