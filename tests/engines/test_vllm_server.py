@@ -204,6 +204,46 @@ def test_the_samples_are_those_of_the_engine_in_process(engine, model_dir):
         inside.close()
 
 
+def test_a_bf16_server_answers_as_a_fresh_engine_on_each_of_its_weights(
+    model_dir, other_dir, tmp_path
+):
+    """On a CPU with AMX without `_allow_amx` its worker ends at the first request (SIGILL).
+
+    To the last bit: one request at a time, so that both compute in the same batches.
+    """
+
+    def one_by_one(engine):
+        return [r for n in (3, 40, 70) for r in sample(engine, (n,), samples=1, new_tokens=40)]
+
+    third = saved(tmp_path / "c", Qwen3MoeConfig(**MOE), 2)
+    flags = Server.ROLLOUTS.replace("float32", "bfloat16")
+    server = Server(model_dir, tmp_path / "server.log", flags)
+    try:
+        engine = VLLMServerEngine(model_dir, server.url, "bfloat16", timeout=15)
+        answers = [one_by_one(engine)]
+        held = [model_dir, other_dir, third, model_dir, model_dir]
+        for version, folder in enumerate(held[1:], start=1):
+            engine.update_weights(weights_of(folder).items(), version=version)
+            answers.append(one_by_one(engine))
+        engine.close()
+    finally:
+        server.kill()
+    for folder in (model_dir, other_dir, third):
+        fresh = VLLMEngine(
+            folder,
+            "bfloat16",
+            max_model_len=128,
+            max_num_seqs=16,
+            max_num_batched_tokens=48,
+            block_size=32,
+        )
+        expected = one_by_one(fresh)
+        fresh.close()
+        assert sum(len(r.response_ids) for r in expected) > 60
+        for where, answer in zip(held, answers, strict=True):
+            assert same(expected, answer) if where == folder else differs(expected, answer)
+
+
 def test_routes_of_given_sequences_are_the_trainers(engine, model_dir):
     actor = MegatronActor(model_dir, Layout())
     rollouts = sample(engine, lengths=(70, 40, 3), samples=3)
