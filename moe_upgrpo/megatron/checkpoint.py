@@ -8,7 +8,7 @@ those of the released megatron-core 0.16.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.actor import MegatronActor
 
 # Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
 # writes them; otherwise every rank would hold all parts in memory.
@@ -54,35 +54,26 @@ class _Writer(TorchDistSaveShardedStrategy):
         )
 
 
-def save_state(
-    folder: Path,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    frozen: Sequence[torch.nn.Module] = (),
-) -> None:
-    """Write weights, optimizer and schedule into an empty folder that every rank sees.
+def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None = None) -> None:
+    """Write an actor's weights, optimizer and schedule, and a frozen one's weights.
 
-    A collective, after at least one optimizer step. `frozen`: a second model's chunks, whose
-    weights are kept too. Raises what writing raises, on every rank or on the one that failed.
+    Into an empty folder that every rank sees; a collective, after at least one optimizer step.
+    Raises OSError where a file cannot be written.
     """
-    model = _model_state(chunks)
+    model = _model_state(actor)
     state = {
         "model": model,
-        "optimizer": _optimizer_state(optimizer, model, is_loading=False),
-        "scheduler": scheduler.state_dict(),
+        "optimizer": _optimizer_state(actor.optimizer, model, is_loading=False),
+        "scheduler": actor.scheduler.state_dict(),
         "frozen": _frozen_state(frozen),
     }
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
+    try:
+        dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
+    except torch_checkpoint.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
-def load_state(
-    folder: Path,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    frozen: Sequence[torch.nn.Module] = (),
-) -> None:
+def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None = None) -> None:
     """Read what `save_state` wrote, in this or another layout, bit for bit. A collective.
 
     Raises UserError where the folder holds another model's state, or not all that is asked for.
@@ -90,12 +81,12 @@ def load_state(
     try:
         # First the schedule: the optimizer's state is allocated with the number of its steps.
         schedule = dist_checkpointing.load_common_state_dict(str(folder))["scheduler"]
-        for part in _parts(optimizer):
+        for part in _parts(actor.optimizer):
             _allocate(part, steps=schedule["num_steps"])
-        model = _model_state(chunks)
+        model = _model_state(actor)
         state = {
             "model": model,
-            "optimizer": _optimizer_state(optimizer, model, is_loading=True),
+            "optimizer": _optimizer_state(actor.optimizer, model, is_loading=True),
             "frozen": _frozen_state(frozen),
         }
         loaded = dist_checkpointing.load(state, str(folder))
@@ -103,26 +94,26 @@ def load_state(
         raise UserError(
             f"{folder} does not hold this model's training state: {str(error)[:500]}"
         ) from error
-    for parts, key in ((chunks, "model"), (frozen, "frozen")):
-        for i, chunk in enumerate(unwrap_model(list(parts))):
-            chunk.load_state_dict(loaded[key][str(i)])
-    for i, part in enumerate(_parts(optimizer)):
+    for one, name in ((actor, "model"), (frozen, "frozen")):
+        for i, chunk in enumerate(unwrap_model(list(one.chunks)) if one else ()):
+            chunk.load_state_dict(loaded[name][str(i)])
+    for i, part in enumerate(_parts(actor.optimizer)):
         _set_state(part, loaded["optimizer"][str(i)], steps=schedule["num_steps"])
-    scheduler.load_state_dict(loaded["scheduler"])
-    scheduler.step(increment=0)  # gives the optimizer the rate
+    actor.scheduler.load_state_dict(schedule)
+    actor.scheduler.step(increment=0)  # gives the optimizer the rate
 
 
-def _model_state(chunks: Sequence[torch.nn.Module]) -> dict:
+def _model_state(actor: MegatronActor) -> dict:
     """Chunk -> its parameters' names, and for each its name in the whole model and this part."""
     # Each layer under its own number: layers may be of different kinds.
     return {
         str(i): chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        for i, chunk in enumerate(unwrap_model(list(chunks)))
+        for i, chunk in enumerate(unwrap_model(list(actor.chunks)))
     }
 
 
-def _frozen_state(chunks: Sequence[torch.nn.Module]) -> dict:
-    state = _model_state(chunks)
+def _frozen_state(actor: MegatronActor | None) -> dict:
+    state = _model_state(actor) if actor else {}
     add_prefix_for_sharding(state, "frozen.")
     return state
 

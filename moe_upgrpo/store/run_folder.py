@@ -1,5 +1,6 @@
 """The folder that a run leaves: config.json, env.json, metrics.jsonl, tokens/, checkpoints/."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +18,7 @@ from typing import Any
 
 from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.token_log import token_files
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
@@ -84,18 +88,43 @@ class RunFolder:
         parts = (self.config_path, self.metrics_path, self.tokens, self.checkpoints)
         if found := [part.name for part in parts if part.exists()]:
             raise UserError(
-                f"{self.path} already holds a run ({', '.join(found)}): choose another "
-                "--output-dir or delete the folder"
+                f"{self.path} already holds a run ({', '.join(found)}): continue it by --resume "
+                f"{self.path}, choose another --output-dir or delete the folder"
             )
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other jobs out of the folder while this process lives; UserError where one is in.
+
+        The lock is of the process: it ends with it, however that ends.
+        """
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another job is writing into {self.path}: wait until it has ended, or end it"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
     @classmethod
-    def resume(cls, path: str | Path, *, step: int) -> "RunFolder":
-        """Continue a run from its checkpoint after ``step``.
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        step: int | None,
+        config: dict[str, Any] | None = None,
+        changed: dict[str, Any] | None = None,
+    ) -> "RunFolder":
+        """Continue a run from its checkpoint after ``step``; None: from the start, without one.
 
         What was logged of later steps is dropped, so that the steps run again appear once:
         metrics rows and token files with a step above ``step``, and the remains of a write that
         was cut short. No row is lost if a step writes its token files, then its metrics row, then
-        its checkpoint.
+        its checkpoint. ``config`` takes the place of the run's; env.json tells of this start under
+        "resumed", with ``changed``, what is other than it was.
 
         Raises:
             UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the
@@ -103,6 +132,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         read_config(run.path)
+        step = -1 if step is None else step
         rows = _parse_metrics(run.metrics_path) if run.metrics_path.exists() else []
         last = max((row["step"] for row in rows), default=0)
         if last < step:
@@ -119,15 +149,21 @@ class RunFolder:
         for file, file_step in token_files(run.tokens):
             if file_step > step:
                 file.unlink()
+        if config is not None:
+            environment = _read_json(run.env_path) if run.env_path.is_file() else {}
+            start = {"step": max(step, 0), "changed": changed or {}} | _environment()
+            environment["resumed"] = [*environment.get("resumed", []), start]
+            _write_json(run.env_path, environment)
+            _write_json(run.config_path, config)
         return run
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one step's metrics as a line of strict JSON; on disk when this returns.
 
-        The file is opened and closed for each row: what was appended survives the process being
-        killed. numpy and torch scalars and arrays are written as numbers and lists. A non-finite
-        float is written as null, a gap in a curve: strict JSON has no NaN, and the step on which a
-        run goes bad must stay readable. Names and meanings: `moe_upgrpo.store.metrics`.
+        The file is opened, synced and closed for each row: what was appended survives. numpy and
+        torch scalars and arrays are written as numbers and lists. A non-finite float is written as
+        null, a gap in a curve: strict JSON has no NaN, and the step on which a run goes bad must
+        stay readable. Names and meanings: `moe_upgrpo.store.metrics`.
 
         Raises:
             UserError: no integer "step" ≥ 0 in the row.
@@ -137,6 +173,8 @@ class RunFolder:
             raise UserError(f'a metrics row needs an integer "step" ≥ 0, got {step!r}')
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(_to_line(row))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -206,7 +244,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 def _write_text(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.tmp")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    publish(part, file)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.schema import COLUMNS, LEVELS, TokenLayout, file_metadata
 from moe_upgrpo.store.token_log import by_sequence
 
@@ -111,7 +111,7 @@ class TokenLogWriter:
             use_dictionary=[name for name in table.column_names if name not in _DISTINCT],
             use_byte_stream_split=[name for name in table.column_names if name in _SPLIT],
         )
-        os.replace(part, file)
+        publish(part, file)
         return file
 
     def _table(self, step: int, arrays: dict[str, np.ndarray]) -> pa.Table:

@@ -1,0 +1,127 @@
+"""The checkpoints that a run is resumed from: each a folder that is whole or not there.
+
+A checkpoint is written into a folder whose name begins with a dot, gets a manifest of its files,
+and becomes whole by one rename. Who writes what into it, this module does not know.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import publish, sync
+
+VERSION = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The folders ``state-000020`` in a run's ``checkpoints``; one process begins and commits."""
+
+    folder: Path
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write the state after ``step`` into; what was cut short is removed."""
+        self.remove_unfinished()
+        part = self.folder / f".{self._of(step).name}"
+        part.mkdir(parents=True)
+        return part
+
+    def commit(self, part: Path, step: int, files: dict[str, Any], about: dict[str, Any]) -> Path:
+        """Make the checkpoint whole: its manifest, of ``files`` from `describe`, then its name."""
+        manifest = {"version": VERSION, "step": step} | about | {"files": files}
+        (part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        sync(part / _MANIFEST)
+        for folder in part.rglob("*/"):
+            sync(folder)
+        publish(part, self._of(step))
+        return self._of(step)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the ``keep`` newest. Renamed first: what has the name stays whole."""
+        for path in self.all()[:-keep]:
+            doomed = path.rename(path.with_name(f".{path.name}"))
+            shutil.rmtree(doomed)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed job left of a checkpoint half written, or half removed."""
+        for path in self.folder.glob(".*/"):
+            shutil.rmtree(path)
+
+    def all(self) -> list[Path]:
+        """The whole checkpoints, the oldest first."""
+        return sorted(self.folder.glob("state-??????"))
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"state-{step:06d}"
+
+
+def names(part: Path) -> list[str]:
+    """The files in a checkpoint's folder but the manifest, relative to it."""
+    found = (str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != _MANIFEST)
+
+
+def describe(part: Path, files: Iterable[str]) -> dict[str, Any]:
+    """Name -> size and SHA-256 of files in ``part``, each synced to disk."""
+    found = {}
+    for name in files:
+        sync(part / name)
+        found[name] = _described(part / name)
+    return found
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: there is none, it is not JSON, or it is of a newer version than this one reads.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, _ = manifest["version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}") from None
+    if version != VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of version {version}, written by a newer moe_upgrpo; this one "
+            f"reads version {VERSION}. Resume with the moe_upgrpo that wrote it "
+            f"({manifest.get('moe_upgrpo')}), or delete the folder to resume from an older "
+            "checkpoint."
+        )
+    return manifest
+
+
+def faults(path: Path, expected: dict[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's files ``expected`` (a part of its manifest's)."""
+    wrong = []
+    for name, about in expected.items():
+        file = path / name
+        if not file.is_file():
+            wrong.append(f"{file} is missing: {_damaged(path)}")
+        elif file.stat().st_size != about["bytes"]:
+            wrong.append(
+                f"{file} has {file.stat().st_size} bytes, {about['bytes']} were written: "
+                f"{_damaged(path)}"
+            )
+        elif _described(file) != about:
+            wrong.append(f"{file} holds other bytes than were written: {_damaged(path)}")
+    return wrong
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"the checkpoint is damaged. Delete {path} to resume from the checkpoint before it, or "
+        "from the start where there is none."
+    )
