@@ -105,7 +105,6 @@ class MegatronActor:
         self.recompute = recompute
         self.hf = read_model_config(self.model_dir)
         self.chunks = build_model(self.hf, layout, getattr(torch, dtype), recompute)
-        load_weights(self.chunks, self.hf, self.model_dir)
         self.tap = RouterTap(self.chunks)
         if self.tap.layer_ids != moe_layers(self.hf):
             raise RuntimeError(
@@ -114,6 +113,8 @@ class MegatronActor:
             )
         if dtype == "bfloat16":
             self.chunks = [Float16Module(get_model_config(chunk), chunk) for chunk in self.chunks]
+        # Last: Float16Module rounds the routers' selection bias, which stays fp32, with the rest.
+        load_weights(self.chunks, self.hf, self.model_dir)
         self.optimizer = None
         if optimizer is None:
             for chunk in self.chunks:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
 
@@ -39,6 +41,16 @@ def mends() -> list[Replacement]:
                 None,
                 "moe_utils.py:1192 reads a name that is only defined where Transformer Engine is "
                 "installed: the router raises NameError without it",
+            )
+        )
+    if not gpt_layer_specs.HAVE_TE:
+        found.append(
+            Replacement(
+                multi_latent_attention,
+                "HAVE_TE",
+                False,
+                "multi_latent_attention.py:39 takes Transformer Engine to be installed where it is "
+                "not (its stand-ins import), and line 185 asks isinstance of one of them",
             )
         )
     return found

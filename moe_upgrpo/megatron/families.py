@@ -178,7 +178,7 @@ _LATENT_QUERY = _in_layer(
     "self_attention.",
     "self_attn.",
     {
-        "linear_q_down_proj": ("q_a_proj", ROWS),
+        "linear_q_down_proj": ("q_a_proj", WHOLE),
         "q_layernorm": ("q_a_layernorm", WHOLE),
         "linear_q_up_proj": ("q_b_proj", ROWS),
     },

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
@@ -50,35 +50,8 @@ class LatentCoreAttention(DotProductAttention):
     It needs neither: its output has kv_channels for each head, which are MLA's v_head_dim.
     """
 
-    def __init__(self, *args, k_channels: int, v_channels: int, **kwargs):
+    def __init__(self, *args, k_channels=None, v_channels=None, **kwargs):
         super().__init__(*args, **kwargs)
-
-
-class ReplicatedLinear(torch.nn.Linear):
-    """A linear layer that is whole on every tensor-parallel rank and takes sequence shards."""
-
-    def __init__(self, config: TransformerConfig, rows: int):
-        super().__init__(config.hidden_size, rows, bias=False, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return super().forward(x), None
-
-
-class LatentAttention(MLASelfAttention):
-    """MLA whose down projection of keys and values is whole on every tensor-parallel rank.
-
-    Megatron's local layer spec splits it by columns and gathers its output with a backward that
-    takes the rank's own gradient alone (multi_latent_attention.py:615): the rotary key's, which is
-    the sum over the heads of all ranks, is then wrong without an error. Whole, as in Megatron's
-    spec with Transformer Engine, the other branch (line 630) sums it.
-    """
-
-    def __init__(self, config: MLATransformerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self.linear_kv_down_proj = ReplicatedLinear(
-            config, config.kv_lora_rank + config.qk_pos_emb_head_dim
-        )
 
 
 def transformer_config(
@@ -154,9 +127,13 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
         if config.multi_latent_attention:
-            layer.self_attention.module = LatentAttention
             attention.q_layernorm = attention.kv_layernorm = LatentNorm
             attention.core_attention = LatentCoreAttention
+            # Whole on every tensor-parallel rank, as in the spec with Transformer Engine. The local
+            # spec splits them by columns and gathers their output with a backward that takes the
+            # rank's own gradient alone (multi_latent_attention.py:615): that of the rotary key, a
+            # sum over the heads of all ranks, is then wrong without an error.
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     return block

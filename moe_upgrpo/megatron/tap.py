@@ -48,8 +48,8 @@ class _Trace:
     intact: torch.Tensor | bool = True  # whether every token went to K experts, those of used_NK
     flips: torch.Tensor | int = 0  # rows whose own top-k was another one when recomputed
 
-    def choose(self, scores_NE, native_NK, again: bool) -> torch.Tensor:
-        """The experts to use, [N, K] int64, best first."""
+    def choose(self, scores_NE, ranked_NE, native_NK, again: bool) -> torch.Tensor:
+        """The experts to use, [N, K] int64, best first. ranked: what the top-k was taken over."""
         own_NK = native_NK.to(torch.int16)
         if again:
             self.recomputations += 1
@@ -61,7 +61,7 @@ class _Trace:
         self.forwards += 1
         self.own_NK = self.used_NK = own_NK
         if "margins" in self.record:
-            self.margins_N = _margins(scores_NE.detach(), native_NK.shape[1])
+            self.margins_N = _margins(ranked_NE, native_NK.shape[1])
         if self.given_NK is None:
             return native_NK
         if self.given_NK.shape != native_NK.shape:
@@ -111,12 +111,24 @@ def _margins(scores_NE: torch.Tensor, top_k: int) -> torch.Tensor:
     """s_(K) − s_(K+1), [N] float32: how far the router's own choice is from another set.
 
     s are the scores that the top-k is taken over: logits (Qwen3-MoE), probabilities where the
-    softmax comes first, scores with the selection bias where the router has one.
+    softmax comes first, scores with the selection bias where the router has one. Where the router
+    chooses groups of experts first, those of the chosen groups: a set with experts of another group
+    may be nearer.
     """
     if top_k == scores_NE.shape[1]:
         return scores_NE.new_full(scores_NE.shape[:1], torch.inf, dtype=torch.float32)
     best = scores_NE.float().topk(top_k + 1, dim=1).values
     return best[:, -2] - best[:, -1]
+
+
+def _of_best_groups(scores_NE, top_k: int, groups: int, kept: int) -> torch.Tensor:
+    """The scores with −inf outside the chosen groups, as moe_utils.py:556 chooses them: those with
+    the largest sums of their best top_k / kept scores."""
+    scores_NGX = scores_NE.unflatten(1, (groups, -1))
+    best_NG = scores_NGX.topk(top_k // kept, dim=2).values.sum(dim=2)
+    chosen_NG = torch.zeros_like(best_NG, dtype=torch.bool)
+    chosen_NG.scatter_(1, best_NG.topk(kept, dim=1).indices, True)
+    return scores_NGX.masked_fill(~chosen_NG.unsqueeze(2), -torch.inf).flatten(1)
 
 
 class Visit:
@@ -232,13 +244,11 @@ class _Hook:
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, native=None):
         trace = self._tap.trace(self._number)
-        if group_topk and "margins" in trace.record:
-            raise UserError(
-                f"moe_router_group_topk={group_topk}: margins of group-limited routing are not "
-                "supported, its top-k is not taken over all scores. Do not record margins."
-            )
         best, native_NK = native(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        chosen_NK = trace.choose(scores, native_NK, self._tap.again)
+        ranked = scores.detach()
+        if group_topk and "margins" in trace.record:
+            ranked = _of_best_groups(ranked, topk, num_groups, group_topk)
+        chosen_NK = trace.choose(scores, ranked, native_NK, self._tap.again)
         if chosen_NK is native_NK:
             return best, native_NK
         return scores.gather(1, chosen_NK), chosen_NK

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from moe_upgrpo.megatron.layout import Layout
 from tests.megatron.measured import LAYOUTS, measure
@@ -21,10 +29,57 @@ SIZES = dict(
 )
 
 
+LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+    num_key_value_heads=4,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=20,
+    moe_intermediate_size=32,
+    num_experts_per_tok=4,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.7,
+)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=4,
+    beta_slow=1,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+)
+FAMILIES = {
+    "deepseek": DeepseekV3Config(
+        **LATENT,
+        q_lora_rank=16,
+        n_routed_experts=16,
+        n_group=4,
+        topk_group=2,
+        rope_parameters=YARN,
+    ),
+    # As Moonlight: queries without a latent, no groups, another epsilon, no scaling of positions.
+    "moonlight": DeepseekV3Config(
+        **(LATENT | dict(num_hidden_layers=2)),
+        q_lora_rank=None,
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+        rms_norm_eps=1e-2,
+    ),
+    "mixtral": MixtralConfig(**(SIZES | dict(num_hidden_layers=2)), num_local_experts=8),
+}
+
+
 def save_random(model, path):
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is skipped or swapped
             torch.nn.init.uniform_(weight, 0.5, 1.5)
+    for name, bias in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            torch.nn.init.normal_(bias, std=0.2)
     model.save_pretrained(path)
     return path
 
@@ -48,6 +103,9 @@ def checkpoints(tiny_checkpoint, tmp_path_factory):
         "tiny": tiny_checkpoint,
         "mixed": save_random(Qwen3MoeForCausalLM(mixed), folder / "mixed"),
         "dense": save_random(Qwen3ForCausalLM(dense), folder / "dense"),
+    } | {
+        name: save_random(AutoModelForCausalLM.from_config(config), folder / name)
+        for name, config in FAMILIES.items()
     }
 
 
