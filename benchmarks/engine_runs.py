@@ -108,7 +108,7 @@ def main(
         if name == SERVED:
             model = read_config(output_dir / next(iter(RUNS)))["model"]  # of the first run
             with vllm_server(model, output_dir / "vllm-server.log") as url:
-                start(name, output_dir / name, [*more, "--engine-url", url])
+                start(name, output_dir / name, [*more, "--model", model, "--engine-url", url])
         else:
             start(name, output_dir / name, more)
         rows = read_metrics(output_dir / name)
