@@ -1,0 +1,328 @@
+"""What a rank of the trainer holds, keeps for the backward pass and sends. Imports no Megatron.
+
+Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
+layers (Megatron-Core's own modules, without Transformer Engine), in the manner of Korthikanti et
+al. 2022 (arXiv:2205.05198), sections 4.1 and 4.2, with RMSNorm, SwiGLU, grouped queries, QK-norm
+and routed experts in the place of GPT's layers, and no dropout. tests/megatron/test_plan.py
+compares the sums with what autograd keeps.
+
+n tokens of a micro-batch = sequences x padded length S; h hidden size, D head dimension, c bytes of
+a number in the trainer's dtype, V vocabulary, E experts, K of them per token, I the inner size of
+an expert or MLP; t = tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.families import family, head_dim, moe_layers, num_experts, top_k
+from moe_upgrpo.megatron.layout import Layout
+
+Bytes = dict[str, float]
+Attention = Literal["local", "fused"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What of a Hugging Face config memory depends on."""
+
+    hidden: int
+    vocab: int
+    tied: bool
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    qk_norm: bool
+    inner: int  # of a dense layer's MLP
+    moe_layers: int
+    experts: int
+    top_k: int
+    expert_inner: int
+
+    @classmethod
+    def of(cls, hf) -> Sizes:
+        """Raises UserError for a family whose layers are not counted here."""
+        kind = family(hf)
+        settings = kind.settings(hf)
+        other = {"multi_latent_attention", "moe_shared_expert_intermediate_size"} & set(settings)
+        if other:
+            raise UserError(
+                f"A {hf.model_type!r} model ({', '.join(sorted(other))}): its activations are not "
+                "counted here. plan takes models of grouped queries without shared experts."
+            )
+        return cls(
+            hidden=hf.hidden_size,
+            vocab=hf.vocab_size,
+            tied=hf.tie_word_embeddings,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            kv_heads=hf.num_key_value_heads,
+            head=head_dim(hf),
+            qk_norm=settings["qk_layernorm"],
+            inner=hf.intermediate_size,
+            moe_layers=len(moe_layers(hf)),
+            experts=num_experts(hf),
+            top_k=top_k(hf),
+            expert_inner=getattr(hf, kind.expert_size) if moe_layers(hf) else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """What each rank of a pipeline stage holds; its ranks hold tensors of the same shapes."""
+
+    index: int
+    shared: int  # parameters outside of experts: copies on all data-parallel ranks
+    expert: int  # of this rank's experts: copies where the expert group repeats
+    layers: int  # with attention
+    moe_layers: int
+    first: bool
+    last: bool
+
+    @property
+    def parameters(self) -> int:
+        return self.shared + self.expert
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Sequences of padded length S in one forward of a rank."""
+
+    sequences: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+def expert_copies(layout: Layout, world_size: int) -> int:
+    """Ranks that hold the same experts."""
+    return world_size // (layout.ep * layout.expert_tp * layout.pp)
+
+
+def own_parameters(stage: Stage, layout: Layout, world_size: int) -> float:
+    """Parameters whose optimizer state a rank keeps under the distributed optimizer."""
+    dp = layout.data_parallel(world_size)
+    return stage.shared / dp + stage.expert / expert_copies(layout, world_size)
+
+
+def weights(
+    stage: Stage, layout: Layout, world_size: int, *, dtype: str, algorithm: str = "adam"
+) -> Bytes:
+    """Held for the whole run by the rank of a trained model.
+
+    parameters c; gradients 4 (fp32, whole on every data-parallel rank); Adam 8 (two moments) and
+    with bf16 4 (fp32 weights), split over the ranks that hold the same parameter. SGD is not split
+    and has the fp32 weights alone.
+    """
+    c = DTYPE_BYTES[dtype]
+    master = 4 if c == 2 else 0
+    if algorithm == "adam":
+        optimizer = (8 + master) * own_parameters(stage, layout, world_size)
+    else:
+        optimizer = master * stage.parameters
+    return {
+        "parameters": c * stage.parameters,
+        "gradients": 4 * stage.parameters,
+        "optimizer": optimizer,
+    }
+
+
+def layer_activations(
+    model: Sizes,
+    layout: Layout,
+    batch: MicroBatch,
+    *,
+    dtype: str,
+    moe: bool,
+    imbalance: float = 1.0,
+    attention: Attention = "local",
+) -> Bytes:
+    """What autograd keeps of one layer and micro-batch, for one rank.
+
+    norms     2·(8h + 4)/t: input and normalised input in fp32, of both
+    qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc
+    attention q, and k and v repeated to the query heads, c each, and the output c, /t; local also
+              the softmax, 4 (and its copy in bf16, 2) for each query head and key, /t, and the mask
+    router    h·c/t input; 5E + 24K for the maps, /t
+    experts   (K·x/t)·(h·c·etp + 6·I·c): x the imbalance; input, gate and up, gate, silu, product,
+              product with the router's weight
+    mlp       (dense layers) h·c/t input and 5·I·c/t: gate and up, gate, silu, product
+    """
+    c, t = DTYPE_BYTES[dtype], layout.tp
+    n, length = batch.tokens, batch.length
+    h, head = model.hidden, model.head
+    heads, kv_heads = model.heads / t, model.kv_heads / t
+    # In fp32 the key's norm keeps the whole of the fused projection's output, in bf16 a copy.
+    key_in = 4 * kv_heads * head if c == 2 else 4 * (heads + 2 * kv_heads) * head
+    qk_norm = heads * (8 * head + 4) + key_in + 4 * kv_heads * (head + 1)
+    kept = {
+        "norms": 2 * n * (8 * h + 4) / t,
+        "qkv": n * (h * c / t + qk_norm * model.qk_norm) + 4 * length * head * c,
+        "attention": 4 * n * heads * head * c,
+    }
+    if attention == "local":
+        kept["attention scores"] = n * length * heads * (4 if c == 4 else 6) + length**2
+    if moe:
+        K = model.top_k
+        etp = layout.expert_tp
+        kept["router"] = n * (h * c + 5 * model.experts + 24 * K) / t
+        # With etp the tokens of all its ranks are gathered, and each computes a part of I.
+        kept["experts"] = n * K / t * imbalance * c * (h * etp + 6 * model.expert_inner)
+    else:
+        kept["mlp"] = n * c / t * (h + 5 * model.inner)
+    return kept
+
+
+def activations(
+    model: Sizes,
+    layout: Layout,
+    stage: Stage,
+    batch: MicroBatch,
+    *,
+    dtype: str,
+    recompute: str = "none",
+    micro_batches: int = 1,
+    imbalance: float = 1.0,
+    attention: Attention = "local",
+) -> Bytes:
+    """What a rank of `stage` keeps at its fullest moment, logits aside.
+
+    A pipeline stage keeps several micro-batches: pp − stage of them, and with vpp parts of the
+    model (2·(pp − stage − 1) + (vpp − 1)·pp + 1) of its vpp parts. recompute=full keeps each
+    layer's input (h·c/t) and one layer at a time.
+    """
+    given = dict(dtype=dtype, imbalance=imbalance, attention=attention)
+    of_layer = {
+        moe: layer_activations(model, layout, batch, moe=moe, **given)
+        for moe in (True, False)
+        if (stage.moe_layers if moe else stage.layers - stage.moe_layers)
+    }
+    counts = {True: stage.moe_layers, False: stage.layers - stage.moe_layers}
+    behind = layout.pp - stage.index
+    kept_batches = min(behind, micro_batches)
+    if layout.vpp > 1:
+        parts = 2 * (behind - 1) + (layout.vpp - 1) * layout.pp + 1
+        kept_batches = min(parts, micro_batches * layout.vpp) / layout.vpp
+    kept: Bytes = {}
+    if recompute == "full":
+        inputs = batch.tokens * model.hidden * DTYPE_BYTES[dtype] / layout.tp
+        kept["layer inputs"] = kept_batches * stage.layers * inputs
+        kept |= max(of_layer.values(), key=lambda layer: sum(layer.values()))
+    else:
+        for moe, layer in of_layer.items():
+            for name, size in layer.items():
+                kept[name] = kept.get(name, 0) + kept_batches * counts[moe] * size
+    return kept
+
+
+def logits(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose: str) -> float:
+    """Of the last stage's head, at its fullest moment: n·V/t numbers of
+
+    4 (logits, always fp32) + 4 (softmax, kept) in an "update", and in its backward 2 more for bf16;
+    16 more where the "recorded update" makes the old policy's entropy as well; 4 + 16 in a "score".
+    And the last norm and the head's input, n·(8h + 4 + h·c)/t.
+    """
+    c = DTYPE_BYTES[dtype]
+    per_logit = {"update": 8 + (c if c == 2 else 0), "recorded update": 24, "score": 20}[purpose]
+    head = 8 * model.hidden + 4 + model.hidden * c
+    return batch.tokens * (per_logit * model.vocab + head) / layout.tp
+
+
+def working_space(
+    model: Sizes,
+    layout: Layout,
+    batch: MicroBatch,
+    *,
+    dtype: str,
+    purpose: str,
+    attention: Attention = "local",
+) -> float:
+    """Of one layer while it is computed, beside what is kept: eight tensors of the queries' size,
+    8·n·(heads·D)·c/t, and with local attention for each query head and key 8 in an update and 16 in
+    a "score", of which nothing is kept. The factors were read off CPU runs (tests/megatron)."""
+    heads = model.heads / layout.tp
+    each = 16 if purpose == "score" else 8
+    scores = each * batch.tokens * batch.length * heads if attention == "local" else 0
+    return scores + 8 * batch.tokens * heads * model.head * DTYPE_BYTES[dtype]
+
+
+def gathered_layer(model: Sizes, *, dtype: str) -> float:
+    """The largest that is made whole at once when the weights leave for an engine: a layer's
+    experts (or its MLP), or the embedding, once gathered and once joined."""
+    h, c = model.hidden, DTYPE_BYTES[dtype]
+    inner = max(model.inner, model.experts * model.expert_inner)
+    return 2 * c * h * max(2 * inner, model.vocab)
+
+
+def model_parameters(model: Sizes) -> int:
+    """Parameters of the whole model, written out by hand from its sizes."""
+    h, head = model.hidden, model.head
+    q, kv = model.heads * head, model.kv_heads * head
+    attention = h * (q + 2 * kv) + q * h + 2 * head * model.qk_norm + 2 * h  # with two norms
+    dense = (model.layers - model.moe_layers) * 3 * h * model.inner
+    moe = model.moe_layers * model.experts * (3 * h * model.expert_inner + h)  # with the router
+    embeddings = model.vocab * h * (1 if model.tied else 2)
+    return model.layers * attention + dense + moe + embeddings + h
+
+
+def active_parameters(model: Sizes) -> int:
+    """Those that one token uses: all but the experts that are not among its K."""
+    idle = model.moe_layers * (model.experts - model.top_k)
+    return model_parameters(model) - idle * 3 * model.hidden * model.expert_inner
+
+
+def communication(
+    model: Sizes,
+    layout: Layout,
+    stage: Stage,
+    world_size: int,
+    *,
+    tokens: float,
+    dtype: str,
+    forwards: int,
+    backwards: int,
+    optimizer_steps: int,
+) -> Bytes:
+    """Bytes that a rank of `stage` sends in an RL step whose copy of the model passes `tokens`.
+
+    tensor-parallel   for each layer and forward n·h·c·(t − 1)/t for each of two gathers and two
+                      reductions (attention, and a dense MLP); half as much again in a backward
+    expert-parallel   dispatch and combine, each and in the backward too: alltoall n·K/t·h·c·(ep −
+                      1)/ep, and (etp − 1) times n·K/t·h·c; allgather n/t·h·c·(ep·etp − 1)
+    pipeline          n·h·c/t to the next part of the model, and its gradient back
+    data-parallel     an optimizer step reduces fp32 gradients, 4·P·(d − 1)/d, and gathers the new
+                      parameters, c·P·(d − 1)/d, over the d ranks with the same parameters
+    engine            after a step, the rank's parameters to the ranks of its copy
+    """
+    c, t = DTYPE_BYTES[dtype], layout.tp
+    hidden = tokens * model.hidden * c
+    passes = forwards + 1.5 * backwards
+    sharded = 2 * stage.layers + 2 * (stage.layers - stage.moe_layers)
+    sent: Bytes = {"tensor-parallel": passes * sharded * hidden * (t - 1) / t}
+    if stage.moe_layers:
+        etp = layout.expert_tp
+        crossing = model.top_k * ((layout.ep - 1) / layout.ep + etp - 1)
+        if layout.dispatcher == "allgather":
+            crossing = layout.ep * etp - 1
+        each = hidden / t * crossing
+        sent["expert-parallel"] = (forwards + backwards) * stage.moe_layers * 2 * each
+    if layout.pp > 1:
+        crossings = forwards * (layout.vpp - stage.last) + backwards * (layout.vpp - stage.first)
+        sent["pipeline"] = crossings * hidden / t
+    copies = (
+        (stage.shared, layout.data_parallel(world_size)),
+        (stage.expert, expert_copies(layout, world_size)),
+    )
+    sent["data-parallel"] = optimizer_steps * sum(
+        (4 + c) * parameters * (d - 1) / d for parameters, d in copies
+    )
+    sent["engine"] = c * (
+        stage.shared * (t - 1) + stage.expert * (layout.ep * layout.expert_tp - 1)
+    )
+    return sent
