@@ -6,6 +6,7 @@ Runs of `make train`'s size (UP-GRPO, 60 steps, two ranks), one after the other:
 TP1·EP2 and TP2·EP2, without replay and with R3, and a vLLM and an SGLang server at TP2·EP2. vLLM
 must be installed in this environment, SGLang in its own (`make test-engines` sets up both). One run
 each: the figures say that it works, not which is better. Exit status 1 where accuracy did not rise.
+`--runs` names some of them; the vLLM server is given the model of the first run in `--output-dir`.
 """
 
 import os
