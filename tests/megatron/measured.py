@@ -1,7 +1,8 @@
 """What the layouts are compared on: one job for each layout measures all that is asked of it.
 
-Three random checkpoints: `tiny` (2 MoE layers), `mixed` (4 layers, the second one dense, gates not
-renormalised), `dense` (4 layers without experts, embeddings tied).
+Random checkpoints: `tiny` (2 MoE layers), `mixed` (4 layers, the second one dense, gates not
+renormalised), `dense` (4 layers without experts, embeddings tied), and one or two of each further
+family, described in conftest.py.
 """
 
 from dataclasses import replace
@@ -46,6 +47,11 @@ LAYOUTS = {
     "EP2 allgather": ("tiny", 2, Layout(ep=2, dispatcher="allgather")),
     "TP2·EP2 allgather": ("tiny", 2, Layout(tp=2, ep=2, dispatcher="allgather")),
     "TP2·EP2·ETP2 allgather": ("tiny", 4, Layout(tp=2, ep=2, etp=2, dispatcher="allgather")),
+    "mixtral TP2·EP2": ("mixtral", 2, Layout(tp=2, ep=2)),
+    "deepseek TP2": ("deepseek", 2, Layout(tp=2)),
+    "deepseek EP2 allgather": ("deepseek", 2, Layout(ep=2, dispatcher="allgather")),
+    "deepseek TP2·EP2·PP2·VPP2": ("deepseek", 4, Layout(tp=2, ep=2, pp=2, vpp=2)),
+    "moonlight TP2·EP2": ("moonlight", 2, Layout(tp=2, ep=2)),
     "dense TP2": ("dense", 2, Layout(tp=2)),
     "dense PP2": ("dense", 2, Layout(pp=2)),
     "dense PP2·VPP2": ("dense", 2, Layout(pp=2, vpp=2)),
@@ -71,12 +77,19 @@ def make_samples() -> list[Sample]:
 
 
 def gradients_by_name(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    """What the last update left in the gradient buffers, under Hugging Face names."""
+    """What the last update left in the gradient buffers, under Hugging Face names.
+
+    Without the routers' selection bias, which is no parameter and has none.
+    """
     parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
     weights = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.data.copy_(parameter.main_grad)
-    gradients = {name: tensor.clone() for name, tensor in actor.export_weights()}
+    gradients = {
+        name: tensor.clone()
+        for name, tensor in actor.export_weights()
+        if not name.endswith("e_score_correction_bias")
+    }
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data.copy_(weight)
     return gradients
@@ -125,7 +138,7 @@ def measure(layout: Layout, checkpoint, dtype: str = "float32") -> dict:
             # The model's own routes, the ids of each row in another order, and every other expert
             # instead, as an engine might have chosen.
             batches["own"] = with_routes(mine, native, lambda routes: routes[:, :, ::-1])
-            batches["planted"] = with_routes(mine, native, lambda routes: (routes + 3) % 8)
+            batches["planted"] = with_routes(mine, native, lambda r: (r + 3) % frozen.num_experts)
         result = {
             "dp_rank": dp_rank,
             "about": (frozen.layer_ids, frozen.top_k, frozen.num_experts, frozen.parameter_count()),

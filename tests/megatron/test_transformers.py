@@ -1,19 +1,23 @@
 """One process computes what transformers computes, and records what its routers did.
 
-For the three checkpoints of measured.py: a model of MoE layers, one with a dense layer and gates
-that are not renormalised, one without experts and with tied embeddings.
+For the checkpoints of measured.py: Qwen3-MoE, also with a dense layer and gates that are not
+renormalised, dense Qwen3 with tied embeddings, Mixtral, DeepSeek-V3 with and without groups of
+experts, latent queries and YaRN.
 """
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_upgrpo.losses import PolicyLossConfig, policy_loss
 from tests.megatron.compare import assert_close
 from tests.megatron.measured import LOSSES, TEMPERATURE, make_samples
 
-CHECKPOINTS = ("tiny", "mixed", "dense")
+CHECKPOINTS = ("tiny", "mixed", "dense", "mixtral", "deepseek", "moonlight")
+BIASED = ("deepseek", "moonlight")
+BIAS = "e_score_correction_bias"
 
 
 def load(checkpoint):
@@ -26,7 +30,7 @@ def log_probs_of(model, sample) -> torch.Tensor:
     return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0][sample.response_rows]
 
 
-def by_name_on_disk(tensors) -> dict[str, torch.Tensor]:
+def by_name_on_disk(tensors, model_type: str) -> dict[str, torch.Tensor]:
     """transformers fuses the experts of a layer; on disk each has tensors of its own."""
     by_name = {}
     for name, tensor in tensors:
@@ -41,6 +45,10 @@ def by_name_on_disk(tensors) -> dict[str, torch.Tensor]:
                 by_name[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = down
         else:
             by_name[name] = tensor
+    if model_type == "mixtral":
+        old = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        for here, there in old.items():
+            by_name = {name.replace(here, there): tensor for name, tensor in by_name.items()}
     return by_name
 
 
@@ -48,7 +56,9 @@ def by_name_on_disk(tensors) -> dict[str, torch.Tensor]:
 def test_log_probs_equal_transformers(checkpoint, measured, checkpoints):
     model = load(checkpoints[checkpoint])
     (one,) = measured(checkpoint)
-    assert one["about"][-1] == sum(parameter.numel() for parameter in model.parameters())
+    biases = [tensor for name, tensor in model.named_buffers() if name.endswith(BIAS)]
+    assert len(biases) == (len(one["about"][0]) if checkpoint in BIASED else 0)
+    assert one["about"][-1] == sum(t.numel() for t in (*model.parameters(), *biases))
     for scored, sample in zip(one["scored"]["native"], make_samples(), strict=True):
         expected = log_probs_of(model, sample).detach().numpy()
         assert np.abs(scored.log_probs - expected).max() <= 1e-5
@@ -77,45 +87,89 @@ def test_the_gradient_equals_transformers(checkpoint, loss, measured, checkpoint
         config=PolicyLossConfig.preset(loss),
         rollout_log_probs=rows["rollout"],
     ).loss.backward()
-    expected = by_name_on_disk((name, p.grad) for name, p in model.named_parameters())
+    gradients = ((name, p.grad) for name, p in model.named_parameters())
+    expected = by_name_on_disk(gradients, model.config.model_type)
     (one,) = measured(checkpoint)
     assert_close(one["gradient"]["native", "none", loss], expected, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny", "mixed"])
-def test_routes_margins_and_gates_by_hand(checkpoint, measured, checkpoints):
-    """From the inputs of transformers' routers and their weights, with numpy.
+def selection_scores(checkpoint, logits_TLE, biases_LE) -> np.ndarray:
+    """What the top-k is taken over, in float64."""
+    if checkpoint in ("tiny", "mixtral"):  # their gates are renormalised: logits will do
+        return logits_TLE
+    if checkpoint == "mixed":
+        weights_TLE = np.exp(logits_TLE)
+        return weights_TLE / weights_TLE.sum(axis=-1, keepdims=True)
+    scores_TLE = 1 / (1 + np.exp(-logits_TLE)) + biases_LE
+    if checkpoint == "deepseek":  # the best 2 of 4 groups of 4, by the sum of their best 2
+        scores_TLGX = scores_TLE.reshape(*scores_TLE.shape[:2], 4, 4)
+        of_group_TLG = np.sort(scores_TLGX, axis=-1)[..., -2:].sum(axis=-1)
+        second_TL1 = np.sort(of_group_TLG, axis=-1)[..., -2:-1]
+        scores_TLGX[of_group_TLG < second_TL1] = -np.inf
+        scores_TLE = scores_TLGX.reshape(scores_TLE.shape)
+    return scores_TLE
 
-    tiny renormalises its gates: Megatron then takes its top-k over the logits. mixed does not: the
-    softmax over all experts comes first, and margins are differences of probabilities.
-    """
+
+def all_gates(checkpoint, logits_TLE, routes_TLK) -> np.ndarray:
+    if checkpoint in BIASED:
+        gates_TLK = np.take_along_axis(1 / (1 + np.exp(-logits_TLE)), routes_TLK, axis=-1)
+        return 1.7 * gates_TLK / gates_TLK.sum(axis=-1, keepdims=True)
+    weights_TLE = np.exp(logits_TLE)
+    weights_TLE /= weights_TLE.sum(axis=-1, keepdims=True)
+    gates_TLK = np.take_along_axis(weights_TLE, routes_TLK, axis=-1)
+    return gates_TLK if checkpoint == "mixed" else gates_TLK / gates_TLK.sum(-1, keepdims=True)
+
+
+ABOUT = {
+    "tiny": ([0, 1], 2, 8),
+    "mixed": ([0, 2, 3], 2, 8),
+    "mixtral": ([0, 1], 2, 8),
+    "deepseek": ([1, 2, 3], 4, 16),
+    "moonlight": ([1], 4, 8),
+}
+
+
+@pytest.mark.parametrize("checkpoint", ABOUT)
+def test_routes_margins_and_gates_by_hand(checkpoint, measured, checkpoints):
+    """From the inputs of transformers' routers and their weights, with numpy."""
     model = load(checkpoints[checkpoint])
-    seen = {}
+    seen, biases_LE = {}, []
     for i, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.register_forward_hook(
                 lambda gate, args, _, i=i: seen.update({i: (args[0] @ gate.weight.T).detach()})
             )
+            biases_LE.append(getattr(layer.mlp.gate, BIAS, torch.zeros(1)).numpy())
     (one,) = measured(checkpoint)
     layers, top_k, experts, _ = one["about"]
-    assert (layers, top_k, experts) == ([0, 1] if checkpoint == "tiny" else [0, 2, 3], 2, 8)
+    assert (layers, top_k, experts) == ABOUT[checkpoint]
     for scored, sample in zip(one["scored"]["native"], make_samples(), strict=True):
         log_probs_of(model, sample)
         rows = len(sample.tokens) - 1
         logits_TLE = np.stack([seen[i].reshape(-1, experts)[:rows].numpy() for i in layers], axis=1)
-        weights_TLE = np.exp(logits_TLE.astype(np.float64))
-        weights_TLE /= weights_TLE.sum(axis=-1, keepdims=True)
-        scores_TLE = logits_TLE if checkpoint == "tiny" else weights_TLE
+        logits_TLE = logits_TLE.astype(np.float64)
+        scores_TLE = selection_scores(checkpoint, logits_TLE, np.stack(biases_LE))
         routes_TLK = np.sort(np.argsort(-scores_TLE, axis=-1)[..., :top_k], axis=-1)
-        gates_TLK = np.take_along_axis(weights_TLE, routes_TLK, axis=-1)
-        if checkpoint == "tiny":
-            gates_TLK = gates_TLK / gates_TLK.sum(axis=-1, keepdims=True)
         descending = -np.sort(-scores_TLE, axis=-1)
         assert np.array_equal(scored.routes, routes_TLK)
+        gates_TLK = all_gates(checkpoint, logits_TLE, routes_TLK)
         np.testing.assert_allclose(scored.gates, gates_TLK, atol=1e-5)
         margins_TL = descending[..., top_k - 1] - descending[..., top_k]
         np.testing.assert_allclose(scored.margins, margins_TL, atol=1e-5)
         assert scored.margins.dtype == scored.gates.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_selection_bias_stays_as_the_checkpoint_has_it(dtype, measured, checkpoints):
+    """To the bit, in fp32 also where the model is bf16, after an optimizer step."""
+    source = load_file(checkpoints["deepseek"] / "model.safetensors")
+    biases = {name: tensor for name, tensor in source.items() if name.endswith(BIAS)}
+    assert len(biases) == 3
+    (one,) = measured("deepseek", dtype)
+    for name, bias in biases.items():
+        assert bias.dtype == torch.float32 and not torch.equal(bias, bias.bfloat16().float())
+        for weights in (one["weights"], one["sgd"], one["distributed"]):
+            assert weights[name].dtype == torch.float32 and torch.equal(weights[name], bias)
 
 
 def test_planted_routes_are_the_ones_used(measured, checkpoints):
