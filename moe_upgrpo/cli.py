@@ -54,11 +54,12 @@ def _parse(what, arguments: list[str], prog: str):
 
 
 def _train(arguments: list[str]) -> None:
-    from moe_upgrpo.train.config import TrainConfig, file_arguments, files_named
+    from moe_upgrpo.train.config import TrainConfig, file_arguments, named, run_arguments
 
     _one_thread()
-    from_files = [option for file in files_named(arguments) for option in file_arguments(file)]
-    config = _parse(TrainConfig, [*from_files, *arguments], "train_moe.sh")
+    from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
+    from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
+    config = _parse(TrainConfig, [*from_run, *from_files, *arguments], "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     silence_upstream()
 
@@ -151,6 +152,6 @@ def _describe(error: Exception) -> str:
     if any(words in str(error) for words in lost_peer):
         return (
             f"rank {_rank()} lost another rank, which was killed or ended without a message. What "
-            "was logged until then is complete; start again with another --output-dir."
+            "was logged until then is complete; --resume RUN goes on from its last checkpoint."
         )
     return f"on rank {_rank()}:\n{''.join(traceback.format_exception(error))}"

@@ -73,6 +73,14 @@ def _end_groups() -> None:
     dist.destroy_process_group()
 
 
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
 def data_parallel() -> tuple[int, int]:
     """This rank's index among the data-parallel ranks, and how many there are."""
     group = parallel_state.get_data_parallel_group()

@@ -65,6 +65,15 @@ def check_new(folder: str | Path) -> None:
         raise UserError(f"{folder} holds rollouts already: choose another folder to save them in")
 
 
+def drop_after(folder: str | Path, step: int) -> None:
+    """Remove the rollouts of later steps, and of a step that was cut short."""
+    for file in Path(folder).glob("step-*.parquet"):
+        if int(file.name.split("-")[1]) > step:
+            file.unlink()
+    for part in Path(folder).glob(".step-*.tmp"):
+        part.unlink()
+
+
 def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
     """All ranks' rollouts of a step, in the order of the ranks that wrote them.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -15,6 +15,7 @@ from moe_upgrpo.losses import PRESETS, PolicyLossConfig
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import EngineName, VLLMSettings
+from moe_upgrpo.store import read_config
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.warm_start import WarmStartConfig
 
@@ -55,6 +56,13 @@ class TrainConfig:
     """Of everything random: problems, sampling, the order of mini-batches."""
     output_dir: Path | None = None
     """The run folder; must not hold another run. None: runs/LOSS-DATE-TIME."""
+    resume: Path | None = None
+    """Run folder to continue from its newest checkpoint, with its settings; layout, steps, engine
+    URL, evaluation and checkpoints may be given anew."""
+    save_every: int = 20
+    """Steps between checkpoints to resume from; the last step has one too; 0: none."""
+    keep: int = 2
+    """Newest checkpoints to keep; an older one goes once a new one is whole."""
     save_rollouts: Path | None = None
     """Folder to keep every step's rollouts in."""
     load_rollouts: Path | None = None
@@ -136,11 +144,11 @@ class TrainConfig:
                 f"record; it serves {', '.join(served)}."
             )
         ArithmeticTask(self.digits)
-        for name in ("seed", "analyse_every"):
+        for name in ("seed", "analyse_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: 0 or more is needed.")
         for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
-                     "eval_samples", "eval_problems"):  # fmt: skip
+                     "eval_samples", "eval_problems", "keep"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
         if (self.token_log == "sampled") != (self.token_log_share != 1):
@@ -163,7 +171,8 @@ class TrainConfig:
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
-        dense = self.model is None and not self.tiny.experts
+        tiny = self.model is None or self.resume is not None  # whose config.json names the model
+        dense = tiny and not self.tiny.experts
         layout = Layout.for_world(
             world_size,
             tp=self.tp,
@@ -189,14 +198,88 @@ class TrainConfig:
         return layout
 
 
-def files_named(arguments: Sequence[str]) -> list[Path]:
-    """The files of every `--config FILE` and `--config=FILE` among command line arguments."""
-    files = []
+# What may be given anew where a run is resumed: it says where the run is computed, how far it goes
+# and how it is watched. Everything else says what the run is.
+MAY_CHANGE = {
+    "steps": "a run goes on where it ended; fewer than are done is refused",
+    "tp": "the layout, and with it the number of ranks: checkpoints are of the whole model",
+    "ep": "the layout",
+    "etp": "the layout",
+    "pp": "the layout",
+    "vpp": "the layout",
+    "dispatcher": "how experts are reached",
+    "recompute": "memory",
+    "micro_batch": "memory",
+    "vllm": "memory",
+    "engine_url": "where the engine is; which engine it is may not change",
+    "cache_dir": "not used any more: the start model is there",
+    "eval_every": "evaluation",
+    "eval_samples": "evaluation",
+    "eval_problems": "evaluation",
+    "reference_kl": "a measurement, and the memory of a second model",
+    "save_every": "checkpoints",
+    "keep": "checkpoints",
+}
+# Which folder, and how the options came.
+_NO_SETTINGS = ("config", "resume", "output_dir")
+
+
+def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
+    """Setting -> [the run's value, the value now] of what a resumed run changes.
+
+    `stored` is the run's config.json; a setting that it does not know had its default. Raises
+    UserError naming both values of a setting that may not change.
+    """
+    if config.output_dir is not None and config.output_dir.resolve() != config.resume.resolve():
+        raise UserError(
+            f"--output-dir {config.output_dir} with --resume {config.resume}: a run is continued "
+            "in its own folder. Leave --output-dir out."
+        )
+    now, before = dict(_settings(asdict(config))), dict(_settings(stored))
+    before = dict(_settings(asdict(TrainConfig()))) | before
+    changed = {n: [before.get(n), v] for n, v in now.items() if before.get(n) != v}
+    wrong = [name for name in changed if name.partition(".")[0] not in MAY_CHANGE]
+    if wrong:
+        values = "; ".join(f"{n} was {changed[n][0]}, now {changed[n][1]}" for n in wrong)
+        raise UserError(
+            f"--resume {config.resume}: {values}. That would be another run: leave the option out, "
+            f"or start one with another --output-dir. May change: {', '.join(MAY_CHANGE)}."
+        )
+    return changed
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value as JSON has it) of the settings among `values`."""
+    known = {field.name for field in fields(TrainConfig)} - {*_NO_SETTINGS}
+    for name, value in values.items():
+        if not prefix and name not in known:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + name, [str(v) if isinstance(v, Path) else v for v in value]
+        else:
+            yield prefix + name, str(value) if isinstance(value, Path) else value
+
+
+def named(option: str, arguments: Sequence[str]) -> list[Path]:
+    """The paths of every `OPTION PATH` and `OPTION=PATH` among command line arguments."""
+    paths = []
     for i, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if option == "--config" and (value or arguments[i + 1 :]):
-            files.append(Path(value or arguments[i + 1]))
-    return files
+        name, _, value = argument.partition("=")
+        if name == option and (value or arguments[i + 1 :]):
+            paths.append(Path(value or arguments[i + 1]))
+    return paths
+
+
+def run_arguments(path: Path) -> list[str]:
+    """The settings of a run folder as the command line would have them; see `file_arguments`."""
+    return [
+        word
+        for name, value in _settings(read_config(path))
+        if value is not None  # the default of every setting that can be None
+        for word in _option(name, value)
+    ]
 
 
 def file_arguments(path: Path) -> list[str]:
@@ -213,17 +296,20 @@ def file_arguments(path: Path) -> list[str]:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: lines of `option: value` are needed.")
-    return list(_flatten(values, prefix="--"))
+    return list(_flatten(values, prefix=""))
 
 
 def _flatten(values: dict, prefix: str) -> Iterator[str]:
     for key, value in values.items():
-        option = prefix + str(key).replace("_", "-")
         if isinstance(value, dict):
-            yield from _flatten(value, f"{option}.")
-        elif isinstance(value, bool):
-            yield option if value else f"{prefix}no-{str(key).replace('_', '-')}"
-        elif isinstance(value, list):
-            yield from (option, *map(str, value))
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield from (option, str(value))
+            yield from _option(f"{prefix}{key}", value)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    *outer, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return ["--" + ".".join([*outer, last if value else f"no-{last}"])]
+    option = "--" + ".".join([*outer, last])
+    return [option, *map(str, value)] if isinstance(value, list) else [option, str(value)]

@@ -20,8 +20,10 @@ from moe_upgrpo.train.start import Job, start
 def train(config: TrainConfig) -> Path:
     """Run the RL steps of `config` and return the run folder. Every rank of the job calls it."""
     with start(config) as job:
-        job.log_evaluation(step=0)
-        for step in range(1, config.steps + 1):
+        if job.done == 0:
+            job.log_evaluation(step=0)
+        for step in range(job.done + 1, config.steps + 1):
+            job.seed_global_generators(step)
             clock = Clock()
             with clock("generate"):
                 problems = job.problems(step)
@@ -55,6 +57,7 @@ def train(config: TrainConfig) -> Path:
             with clock("logging"):
                 job.log_tokens(step, record)
             job.log_step(step, record, clock)
+            job.save_checkpoint(step)
         return job.finish()
 
 

@@ -47,6 +47,11 @@ class Display:
             self._explained.add(name)
             self.say(f"ALARM at step {row['step']}: {name}{means}")
 
+    def resumed(self, done: int, changed: dict[str, list]) -> None:
+        self._bar.update(self._task, completed=done)
+        anew = "".join(f"; {name} {old} → {new}" for name, (old, new) in changed.items())
+        self.say(f"resumed after step {done}{anew}")
+
     def step(self, row: dict) -> None:
         """One finished step; a line of its own where there is no bar, or where it was evaluated."""
         routing = (

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
@@ -22,19 +25,19 @@ from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
-from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
+from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
 from moe_upgrpo.rollout.engines import make_engine
-from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
+from moe_upgrpo.store import RunFolder, TokenLogWriter, read_config, read_metrics
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
-from moe_upgrpo.train import alarms, analysis, evaluate, record
+from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
-from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.config import TrainConfig, changes
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
 
 # What a stream of random numbers is for; the step and the rank complete its seed.
-_SAMPLING, _SHUFFLING, _EVALUATION = range(3)
+_SAMPLING, _SHUFFLING, _EVALUATION, _GLOBAL = range(4)
 
 
 @contextmanager
@@ -47,8 +50,13 @@ def start(config: TrainConfig) -> Iterator[Job]:
     with groups.process_groups(layout, seed=config.seed), display:
         # Ranks start at different seconds; the folder has one name.
         started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
-        run = RunFolder(config.output_dir or Path("runs") / f"{config.loss}-{started}")
-        if rank == 0:
+        output_dir = config.resume or config.output_dir
+        run = RunFolder(output_dir or Path("runs") / f"{config.loss}-{started}")
+        found, changed = resume.Checkpoint(), {}
+        if config.resume:
+            changed = changes(read_config(run.path), config)
+            found = resume.find(run, config.steps)
+        elif rank == 0:
             run.check_free()
             if config.save_rollouts:
                 check_new(config.save_rollouts)
@@ -68,6 +76,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
         needs_behind = config.overlap and config.analyse_every > 0
         behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
+        resume.load(found, actor, behind)
         sampling = SamplingConfig(
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens or task.max_response_tokens,
@@ -98,15 +107,27 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 vllm=config.vllm,
                 server_log=run.path / "engine.log",
             )
-        with closing(engine) if engine else nullcontext():
-            if rank == 0:
+        with (
+            closing(engine) if engine else nullcontext(),
+            run.locked() if rank == 0 else nullcontext(),
+            _full_disk_named(run),
+        ):
+            ahead = found.rollouts()
+            if rank == 0 and config.resume:
+                if config.save_rollouts:
+                    drop_after(config.save_rollouts, found.step)
+                step = found.step if found.path else None
+                RunFolder.resume(run.path, step=step, config=about, changed=changed)
+            elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
             display.say(
                 f"{config.loss} on {layout}, {world_size} rank(s), "
                 f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
             )
-            yield Job(
+            if config.resume:
+                display.resumed(found.step, changed)
+            job = Job(
                 config=config,
                 rank=rank,
                 world_size=world_size,
@@ -118,7 +139,25 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 sampling=sampling,
                 run=run,
                 display=display,
+                done=found.step,
+                ahead=ahead,
             )
+            if found.step:
+                job.update_engine(found.step)
+            yield job
+
+
+@contextmanager
+def _full_disk_named(run: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"no space is left to write {error.filename or f'into {run.path}'} ({error}). What was "
+            f"logged and the last checkpoint are whole: free space, then --resume {run.path}."
+        ) from error
 
 
 def routing(actor: MegatronActor) -> str:
@@ -183,13 +222,21 @@ class Job:
     sampling: SamplingConfig
     run: RunFolder
     display: Display
+    done: int  # steps
+    ahead: InitVar[list[Rollout] | None]  # everyone's rollouts of the next step, sampled ahead
 
-    def __post_init__(self):
+    def __post_init__(self, ahead: list[Rollout] | None):
         self.loss = PolicyLossConfig.preset(self.config.loss)
         self._thread = ThreadPoolExecutor(1, "generate")
         self._ahead: Future | None = None
         self.dp_rank, self.dp_size = groups.data_parallel()
         self.copy_rank, self.copy_size = groups.model_parallel()
+        if ahead is not None:
+            of_copy = _share(ahead, self.dp_rank, self.dp_size)
+            self._ahead = Future()
+            self._ahead.set_result(_share(of_copy, self.copy_rank, self.copy_size))
+        # With overlap, the only step whose batch is sampled with the weights that it trains.
+        self._fresh_step = self.done + 1 if ahead is None else None
         self.token_log = TokenLogWriter(
             self.run.tokens,
             rank=self.dp_rank,
@@ -207,6 +254,17 @@ class Job:
     def _seed(self, purpose: int, step: int, rank: int) -> int:
         entropy = np.random.SeedSequence((self.config.seed, purpose, step, rank))
         return int(entropy.generate_state(1)[0])
+
+    def seed_global_generators(self, step: int) -> None:
+        """Whatever draws from them gives in a resumed run what it would have given."""
+        seed = self._seed(_GLOBAL, step, self.rank)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _stale(self, step: int) -> bool:
+        """Whether the step's batch was sampled ahead, with older weights than it trains."""
+        return self.config.overlap and step != self._fresh_step
 
     def problems(self, step: int) -> list[Problem]:
         """This data-parallel rank's share of the step's problems."""
@@ -264,7 +322,7 @@ class Job:
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Nothing is trained on that other weights have sampled than those meant."""
-        expected = max(0, step - 1 - self.config.overlap)
+        expected = step - 1 - self._stale(step)
         for i, rollout in enumerate(rollouts):
             if rollout.weight_version != expected:
                 raise UserError(
@@ -338,7 +396,7 @@ class Job:
             old.held = self.actor.score(_held(samples, rollouts), record=("routes", "gates"))
         if self.config.replay != "R3":
             old.counterpart = [None] * len(samples)
-        if self.behind is not None and step > 1:
+        if self.behind is not None and self._stale(step):
             held = _held(samples, rollouts)
             old.behind = [s.log_probs for s in self.behind.score(held, record=())]
         old.seconds = time.perf_counter() - begin
@@ -348,7 +406,7 @@ class Job:
         mine = _share(samples, self.copy_rank, self.copy_size)
         passes = groups.gather_in_model_copy(analysis.engine_passes(self.engine, mine))
         # The engine that sampled these held other weights than it does now.
-        stale = self.config.overlap and step > 1
+        stale = self._stale(step)
         return floors | analysis.engine_noise_floor(
             list(zip(*passes, strict=True)),
             samples,
@@ -468,9 +526,29 @@ class Job:
         )
         return evaluate.finish(groups.gather_everywhere([counts]))
 
+    def save_checkpoint(self, step: int) -> None:
+        """Keep the state to resume from, where it is due: the last that a step does."""
+        every, last = self.config.save_every, step == self.config.steps
+        if not every or (step % every and not last):
+            return
+        ahead = None
+        if self.config.overlap and not last:
+            rollouts = groups.gather_in_model_copy(self._ahead.result())
+            ahead = rollouts if self.copy_rank == 0 else None
+        resume.save(
+            self.run,
+            step,
+            actor=self.actor,
+            behind=self.behind,
+            ahead=ahead,
+            keep=self.config.keep,
+        )
+
     def finish(self) -> Path:
         """Keep the trained weights, write the report, say what came of it."""
-        self.actor.save(self.run.checkpoints / f"step-{self.config.steps:06d}")
+        trained = self.run.checkpoints / f"step-{self.config.steps:06d}"
+        if groups.from_rank_0(not trained.exists()):
+            self.actor.save(trained)
         if self.rank == 0:
             self.display.summary(read_metrics(self.run.path))
             try:

@@ -38,7 +38,8 @@ def test_create_writes_config_and_environment(tmp_path):
 
 def test_create_refuses_another_run(tmp_path):
     RunFolder.create(tmp_path / "run", {})
-    with pytest.raises(UserError, match=r"already holds a run \(config\.json, tokens\): continue it by --resume"):
+    found = r"already holds a run \(config\.json, tokens\): continue it by --resume"
+    with pytest.raises(UserError, match=found):
         RunFolder.create(tmp_path / "run", {})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):

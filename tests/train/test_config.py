@@ -8,7 +8,7 @@ import tyro
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.settings import OptimizerSettings
-from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments, files_named
+from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments, named
 
 
 def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
@@ -33,7 +33,7 @@ def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_pa
     ],
 )
 def test_files_named_on_the_command_line(arguments, files):
-    assert files_named(arguments) == [Path(file) for file in files]
+    assert named("--config", arguments) == [Path(file) for file in files]
 
 
 def test_no_option_at_all_starts_a_run(monkeypatch):

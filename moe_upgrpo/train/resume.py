@@ -1,0 +1,125 @@
+"""The checkpoints of a run: what is kept of a job after a step, and how a job goes on from it.
+
+Random numbers need no keeping: every stream is seeded by the run's seed, its purpose, the step and
+the rank. Nor does the engine: it gets the weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moe_upgrpo import __version__
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.checkpoint import load_state, save_state
+from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
+from moe_upgrpo.store import RunFolder
+from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names, read_manifest
+
+_ROLLOUTS = "rollouts"
+# Of a Hugging Face config: who wrote it and how it is to be loaded, not what the model is.
+_NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Where a run is continued: after `step`, from `path`; step 0 is the start, without a file."""
+
+    step: int = 0
+    path: Path | None = None
+    manifest: dict[str, Any] | None = None
+
+    def rollouts(self) -> list[Rollout] | None:
+        """All ranks' rollouts of the next step, where they were sampled ahead."""
+        if self.path is None or not (self.path / _ROLLOUTS).is_dir():
+            return None
+        return load_rollouts(self.path / _ROLLOUTS, self.step + 1)
+
+
+def find(run: RunFolder, steps: int) -> Checkpoint:
+    """The run's newest checkpoint. Every rank reads it.
+
+    Raises UserError where it is not readable, or where nothing is left to do up to `steps`.
+    """
+    whole = Checkpoints(run.checkpoints).all()
+    found = Checkpoint()
+    if whole:
+        manifest = read_manifest(whole[-1])
+        found = Checkpoint(step=manifest["step"], path=whole[-1], manifest=manifest)
+    finished = found.step == steps and (run.checkpoints / f"step-{steps:06d}").is_dir()
+    if found.step > steps or finished:
+        raise UserError(
+            f"{run.path} has done {found.step} steps and --steps is {steps}: nothing is left to "
+            "do. Give more --steps to go on."
+        )
+    return found
+
+
+def load(found: Checkpoint, actor: MegatronActor, behind: MegatronActor | None) -> None:
+    """Put a checkpoint's state into the actors, once it is known to be whole and of this model.
+
+    A collective. Raises UserError on every rank: files damaged, another model.
+    """
+    if found.path is None:
+        return
+    mine, theirs = _model(actor), found.manifest["model"]
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            raise UserError(
+                f"{found.path} is a checkpoint of another model: its {name} is {theirs[name]}, "
+                f"that of {actor.model_dir} is {mine[name]}. Resume with the model of the run."
+            )
+    files = found.manifest["files"]
+    if wrong := groups.gather_everywhere(faults(found.path, _part(files))):
+        raise UserError(wrong[0])
+    load_state(found.path, actor, behind)
+
+
+def save(
+    run: RunFolder,
+    step: int,
+    *,
+    actor: MegatronActor,
+    behind: MegatronActor | None,
+    ahead: Sequence[Rollout] | None,
+    keep: int,
+) -> None:
+    """Keep the state after `step`, then prune. A collective.
+
+    ahead: this data-parallel rank's rollouts of the next step, on one rank of each model copy.
+    """
+    checkpoints = Checkpoints(run.checkpoints)
+    first = groups.rank() == 0
+    part = groups.from_rank_0(checkpoints.begin(step) if first else None)
+    save_state(part, actor, behind)
+    if ahead is not None:
+        save_rollouts(part / _ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
+    groups.from_rank_0(None)  # every rank's files are there
+    described = groups.gather_everywhere(
+        list(describe(part, _part(dict.fromkeys(names(part)))).items())
+    )
+    if first:
+        about = {
+            "model": _model(actor),
+            "layout": str(actor.layout),
+            "moe_upgrpo": __version__,
+            "megatron-core": version("megatron-core"),
+        }
+        checkpoints.commit(part, step, dict(described), about)
+        checkpoints.prune(keep)
+
+
+def _part(files: dict[str, Any]) -> dict[str, Any]:
+    """The files that this rank reads."""
+    mine = sorted(files)[groups.rank() :: groups.world_size()]
+    return {name: files[name] for name in mine}
+
+
+def _model(actor: MegatronActor) -> dict[str, Any]:
+    return {n: v for n, v in actor.hf.to_dict().items() if n not in _NOT_OF_THE_MODEL}
