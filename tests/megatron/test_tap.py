@@ -43,20 +43,6 @@ def test_the_fused_router_is_refused(model):
         RouterTap([model])
 
 
-def test_margins_of_group_limited_routing_are_refused(model):
-    recorder = RouterTap([model])
-    for router in routers(model):
-        router.config.moe_router_num_groups, router.config.moe_router_group_topk = 4, 2
-    with recorder.installed(), recorder.visit(0, 1, record=("routes",)):
-        forward(model)
-    with (
-        pytest.raises(UserError, match="moe_router_group_topk=2"),
-        recorder.installed(),
-        recorder.visit(0, 1, record=("margins",)),
-    ):
-        forward(model)
-
-
 def test_a_router_that_drops_tokens_is_an_error(model):
     routers(model)[1].register_forward_hook(
         lambda module, inputs, outputs: (outputs[0], outputs[1] & (torch.arange(8) > 3))
@@ -191,6 +177,18 @@ def test_margins_by_hand():
     assert tap._margins(scores_NE, 1).tolist() == [1.5, 3.0]
     assert tap._margins(scores_NE, 2).tolist() == [1.5, 0.0]
     assert tap._margins(scores_NE, 4).tolist() == [float("inf")] * 2
+
+
+def test_margins_of_group_limited_routing_by_hand():
+    """Groups (5, 1), (4, 3), (6, −9): the first two have the larger sums, and the best expert of
+    all is in neither. Top-2 of (5, 1, 4, 3) is (5, 4), and 3 the next."""
+    scores_NE = torch.tensor([[5.0, 1.0, 4.0, 3.0, 6.0, -9.0]])
+    ranked_NE = tap._of_best_groups(scores_NE, 4, 3, 2)  # by their best 4 / 2
+    assert ranked_NE.tolist() == [[5.0, 1.0, 4.0, 3.0, -torch.inf, -torch.inf]]
+    assert tap._margins(ranked_NE, 2).tolist() == [1.0]
+    assert tap._margins(ranked_NE, 4).tolist() == [torch.inf]
+    by_best = tap._of_best_groups(scores_NE, 2, 3, 2)  # by their best 2 / 2
+    assert by_best.tolist() == [[5.0, 1.0, -torch.inf, -torch.inf, 6.0, -9.0]]
 
 
 def test_the_hooks_are_gone_after_recording(model):

@@ -172,34 +172,41 @@ def test_the_selection_bias_stays_as_the_checkpoint_has_it(dtype, measured, chec
             assert weights[name].dtype == torch.float32 and torch.equal(weights[name], bias)
 
 
-def test_planted_routes_are_the_ones_used(measured, checkpoints):
-    """Against transformers with its expert choice forced by hand: log-probs and gates."""
-    model = load(checkpoints["tiny"])
-    scored = measured("tiny")[0]["scored"]
+@pytest.mark.parametrize("checkpoint", ["tiny", "deepseek"])
+def test_planted_routes_are_the_ones_used(checkpoint, measured, checkpoints):
+    """Against transformers with its expert choice forced by hand: log-probs and gates.
+
+    Those of deepseek lie in more groups than its router would choose.
+    """
+    model = load(checkpoints[checkpoint])
+    scored = measured(checkpoint)[0]["scored"]
+    layers, _, experts, _ = measured(checkpoint)[0]["about"]
     for sample, native, planted in zip(
         make_samples(), scored["native"], scored["planted"], strict=True
     ):
-        expected = np.sort((native.routes + 3) % 8, axis=-1)
+        expected = np.sort((native.routes + 3) % experts, axis=-1)
         assert np.array_equal(planted.routes, expected)
         assert not np.array_equal(planted.log_probs, native.log_probs)
         gates_TLK = np.empty(expected.shape)
 
-        def force(layer: int, expected=expected, gates_TLK=gates_TLK):
+        def force(row: int, layer: int, expected=expected, gates_TLK=gates_TLK):
             def replace_choice(module, args):
                 hidden, indices, _ = args
                 router = model.model.layers[layer].mlp.gate
-                rows = torch.from_numpy(expected[:, layer].astype(np.int64))
+                rows = torch.from_numpy(expected[:, row].astype(np.int64))
                 rows = torch.cat([rows, indices[len(rows) :]])  # the last token: native
-                probabilities = (hidden @ router.weight.T).softmax(-1).gather(1, rows)
-                gates_NK = probabilities / probabilities.sum(-1, keepdim=True)
-                gates_TLK[:, layer] = gates_NK[:-1].detach()
+                logits = hidden @ router.weight.T
+                biased = checkpoint in BIASED
+                scores_NK = (logits.sigmoid() if biased else logits.softmax(-1)).gather(1, rows)
+                gates_NK = scores_NK / scores_NK.sum(-1, keepdim=True) * (1.7 if biased else 1)
+                gates_TLK[:, row] = gates_NK[:-1].detach()
                 return hidden, rows, gates_NK
 
             return replace_choice
 
         handles = [
-            layer.mlp.experts.register_forward_pre_hook(force(i))
-            for i, layer in enumerate(model.model.layers)
+            model.model.layers[layer].mlp.experts.register_forward_pre_hook(force(row, layer))
+            for row, layer in enumerate(layers)
         ]
         log_probs = log_probs_of(model, sample).detach().numpy()
         for handle in handles:
