@@ -6,6 +6,7 @@ the rank. Nor does the engine: it gets the weights again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -122,4 +123,5 @@ def _part(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(actor: MegatronActor) -> dict[str, Any]:
-    return {n: v for n, v in actor.hf.to_dict().items() if n not in _NOT_OF_THE_MODEL}
+    config = json.loads(actor.hf.to_json_string(use_diff=False))
+    return {name: value for name, value in config.items() if name not in _NOT_OF_THE_MODEL}
