@@ -1,8 +1,7 @@
 """HFEngine on tiny random models, held against forwards that share none of its code.
 
 The reference is a plain transformers model, eager experts, one unpadded sequence at a time, no KV
-cache; routes come from its router logits. Not covered: CUDA, sharded checkpoints, MoE families
-other than Qwen3.
+cache; routes come from its routers. Not covered: CUDA, sharded checkpoints.
 """
 
 from functools import cache
@@ -13,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GPT2Config,
+    MixtralConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -45,12 +46,36 @@ MOE = SIZES | dict(
 )
 
 
+LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+    num_key_value_heads=2,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=32,
+    n_group=4,
+    topk_group=2,
+)
+FAMILIES = {
+    "mixtral": MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=8),
+    "deepseek_v3": DeepseekV3Config(**LATENT),
+}
+
+
 def saved(folder, config, seed):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is not updated
             torch.nn.init.uniform_(weight, 0.5, 1.5)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(bias, std=0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -329,6 +354,41 @@ def test_a_router_that_sees_other_rows_is_an_error(engine, monkeypatch):
     monkeypatch.setattr(block, "forward", lambda hidden: whole(hidden[:, -1:]) + 0 * hidden)
     with pytest.raises(RuntimeError, match=r"layers\.2\.mlp\.experts"):
         sample(engine)
+
+
+@torch.no_grad()
+def by_gates(model_dir, rollout):
+    """Log-probs `[T]` and routes `[S-1, L, K]`, each row ascending, by hooks on the routers."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    routes = []
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda gate, _, out: routes.append(out[2]))
+    sequence = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+    logits = model(torch.from_numpy(sequence)[None], use_cache=False).logits[0].double()
+    rows = torch.arange(len(rollout.prompt_ids), len(sequence)) - 1
+    logp = logits.log_softmax(dim=-1)[rows, torch.from_numpy(rollout.response_ids)].numpy()
+    return logp, np.sort(torch.stack(routes, dim=1)[:-1].numpy(), axis=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family, tmp_path):
+    """After an update too: weights of their names on disk, the routers' selection bias in fp32."""
+    folders = [saved(tmp_path / str(seed), FAMILIES[family], seed) for seed in (0, 1)]
+    engine = HFEngine(folders[0], "float32", "cpu")
+    layers, top_k, experts = {"mixtral": ((0, 1), 2, 8), "deepseek_v3": ((1, 2), 4, 16)}[family]
+    assert (engine.moe_layer_ids, engine.num_experts) == (layers, experts)
+    for version, folder in enumerate(folders):
+        if version:
+            engine.update_weights(weights_of(folder).items(), version=version)
+        rollouts = sample(engine, samples=3)
+        assert len(rollouts) == 12
+        for rollout in rollouts:
+            logp, routes = by_gates(folder, rollout)
+            assert routes.shape[1:] == (len(layers), top_k)
+            assert np.array_equal(np.sort(rollout.routes, axis=-1), routes)
+            np.testing.assert_allclose(rollout.logp_rollout, logp, atol=1e-5)
 
 
 def test_dense_layers_have_no_rows(tmp_path):
