@@ -49,7 +49,7 @@ def mends() -> list[Replacement]:
                 multi_latent_attention,
                 "HAVE_TE",
                 False,
-                "multi_latent_attention.py:39 takes Transformer Engine to be installed where it is "
+                "multi_latent_attention.py:62 takes Transformer Engine to be installed where it is "
                 "not (its stand-ins import), and line 185 asks isinstance of one of them",
             )
         )

@@ -312,7 +312,7 @@ def _deepseek_v3_limits(hf: PretrainedConfig) -> list[Limit]:
             field="topk_group",
             value=hf.topk_group,
             # transformers adds the best two scores of a group to choose groups, Megatron-Core the
-            # best top-k / topk_group (moe_utils.py:556).
+            # best top-k / topk_group (moe_utils.py:554).
             supported="half of num_experts_per_tok, or n_group",
             ok=not _limits_groups(hf) or top_k // hf.topk_group == 2,
         ),

@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import Adam
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.layout import Layout
@@ -54,6 +60,39 @@ class LatentCoreAttention(DotProductAttention):
         super().__init__(*args, **kwargs)
 
 
+def uses_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: where it is installed on a machine with CUDA."""
+    return gpt_layer_specs.HAVE_TE and has_cuda()
+
+
+def _fuses_gradient_accumulation() -> bool:
+    """Whether Apex's kernel adds weight gradients to the buffers that are reduced."""
+    return layers._grad_accum_fusion_available and has_cuda()
+
+
+def code_paths() -> dict[str, str]:
+    """Which implementation is used of what Megatron-Core has several of, on this machine.
+
+    The paths through Transformer Engine and Apex were not run: they take a GPU and builds from
+    source. The router is Megatron's Python class on all of them; its fused kernel stays off
+    (moe_router_fusion), because it returns before anything is recorded or replayed
+    (moe_utils.py:652).
+    """
+    te = uses_transformer_engine()
+    spec = TESpecProvider() if te else LocalSpecProvider()
+    experts, _ = spec.grouped_mlp_modules(te, False)
+    return {
+        "layer spec": "Transformer Engine" if te else "local (torch)",
+        "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
+        "linear layers": spec.column_parallel_linear().__name__,
+        "attention": spec.core_attention().__name__,
+        "experts": experts.__name__,
+        "router": f"{TopKRouter.__name__}, unfused",
+        "gradient accumulation": "Apex, fused" if _fuses_gradient_accumulation() else "torch",
+        "optimizer": f"{Adam.__module__}.{Adam.__name__}",
+    }
+
+
 def transformer_config(
     hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
@@ -70,7 +109,7 @@ def transformer_config(
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
             moe_token_dispatcher_type=layout.dispatcher,
-            moe_grouped_gemm=False,
+            moe_grouped_gemm=uses_transformer_engine(),
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
         )
@@ -108,20 +147,26 @@ def transformer_config(
         # Not skipped although every weight is loaded: initialisation also marks the weights that
         # tensor parallelism splits (layers.py:883), and gradient norms are wrong without the mark.
         perform_initialization=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=uses_transformer_engine(),
+        # Megatron's own fused rotation of MLA is for YaRN alone.
+        apply_rope_fusion=uses_transformer_engine() and not latent,
+        bias_dropout_fusion=False,  # dropout is 0
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_gradient_accumulation(),
     )
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron-Core's own layers without Transformer Engine, with the norm of this module."""
+    """Megatron-Core's own layers; without Transformer Engine, with the norm of this module."""
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        config,
+        use_transformer_engine=uses_transformer_engine(),
+        normalization="RMSNorm",
+        vp_stage=vp_stage,
     )
+    if uses_transformer_engine():
+        return block
     block.layer_norm = RMSNorm
     for spec in block.layer_specs:
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
@@ -131,7 +176,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.core_attention = LatentCoreAttention
             # Whole on every tensor-parallel rank, as in the spec with Transformer Engine. The local
             # spec splits them by columns and gathers their output with a backward that takes the
-            # rank's own gradient alone (multi_latent_attention.py:615): that of the rotary key, a
+            # rank's own gradient alone (multi_latent_attention.py:607): that of the rotary key, a
             # sum over the heads of all ranks, is then wrong without an error.
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:

@@ -1,7 +1,7 @@
 """Which experts the trainer's routers use, for every token of whole sequences: recorded, replayed.
 
 It stands where Megatron-Core's own `RouterReplay` stands, on each router's `router_replay`, and is
-called from inside its top-k (moe_utils.py:700), so gates, gradients and dispatch are Megatron's.
+called from inside its top-k (moe_utils.py:705), so gates, gradients and dispatch are Megatron's.
 Megatron's own class (router_replay.py) is not used because it replays every row, padding included,
 keeps its instances in a list by construction order, and tells micro-batches apart by the order in
 which they come.
@@ -122,7 +122,7 @@ def _margins(scores_NE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def _of_best_groups(scores_NE, top_k: int, groups: int, kept: int) -> torch.Tensor:
-    """The scores with −inf outside the chosen groups, as moe_utils.py:556 chooses them: those with
+    """The scores with −inf outside the chosen groups, as moe_utils.py:554 chooses them: those with
     the largest sums of their best top_k / kept scores."""
     scores_NGX = scores_NE.unflatten(1, (groups, -1))
     best_NG = scores_NGX.topk(top_k // kept, dim=2).values.sum(dim=2)
@@ -173,7 +173,7 @@ class RouterTap:
             if any(router.config.moe_router_fusion for router in routers):
                 raise UserError(
                     "moe_router_fusion=True: the fused router returns no native top-k to record "
-                    "(moe_utils.py:608). Turn the fusion off to record routes."
+                    "(moe_utils.py:652). Turn the fusion off to record routes."
                 )
             self.routers |= {router.layer_number: router for router in routers}
             self._by_chunk.append([router.layer_number for router in routers])

@@ -1,0 +1,145 @@
+"""Which models are taken and how they are built; what they compute is in test_transformers.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
+from safetensors.torch import load_file, save_file
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import families, model, weights
+from moe_upgrpo.megatron.groups import process_groups
+from moe_upgrpo.megatron.layout import Layout
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 16}
+
+
+def changed(source, folder, fields):
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fields", "words"),
+    [
+        ("tiny", {"model_type": "gpt_oss"}, "'gpt_oss' model; .*qwen3, qwen3_moe, mixtral, deep"),
+        ("tiny", {"model_type": None}, "None model; the trainer supports"),
+        ("tiny", {"attention_bias": True}, "attention_bias=True .* qwen3_moe .*: False"),
+        ("tiny", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8 .*: None"),
+        ("tiny", {"hidden_act": "gelu"}, "hidden_act=gelu .* supported: silu"),
+        ("tiny", {"rope_parameters": YARN}, "rope_type=yarn .* supported: default"),
+        (
+            "tiny",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 .* supported: 1.0",
+        ),
+        ("tiny", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8"),
+        ("dense", {"layer_types": ["sliding_attention"] * 4}, "layer_types=.*full_attention"),
+        ("mixtral", {"sliding_window": 8}, "sliding_window=8 .*mixtral"),
+        ("deepseek", {"rope_parameters": YARN}, "rope_parameters=.*mscale.* both given"),
+        (
+            "deepseek",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type=linear .*: default or yarn",
+        ),
+        ("deepseek", {"rope_interleave": False}, "rope_interleave=False .*: True"),
+        ("deepseek", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("deepseek", {"topk_group": 1}, "topk_group=1 .*half of num_experts_per_tok"),
+        ("deepseek", {"scoring_func": "softmax"}, "scoring_func=softmax .*: sigmoid"),
+        ("deepseek", {"n_shared_experts": 0}, "n_shared_experts=0 .*: 1 or more"),
+        ("deepseek", {"attention_bias": True}, "attention_bias=True"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(checkpoint, fields, words, checkpoints, tmp_path):
+    with pytest.raises(UserError, match=words):
+        families.read_model_config(changed(checkpoints[checkpoint], tmp_path / "c", fields))
+
+
+def test_multi_token_prediction_layers_are_refused_by_name(checkpoints, tmp_path):
+    folder = changed(checkpoints["deepseek"], tmp_path / "c", {})
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.4.enorm.weight"] = state["model.norm.weight"].clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors .*model\.layers\.4\.enorm.* multi-token"):
+        families.read_model_config(folder)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{"])
+def test_a_folder_without_a_config_is_refused(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"holds no config\.json, or none that can be read"):
+        families.read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "expected"),
+    [("alltoall", MoEAlltoAllTokenDispatcher), ("allgather", MoEAllGatherTokenDispatcher)],
+)
+def test_the_dispatcher_asked_for_is_built(dispatcher, expected, tiny_checkpoint):
+    layout = Layout(dispatcher=dispatcher)
+    with process_groups(layout):
+        hf = families.read_model_config(tiny_checkpoint)
+        (chunk,) = model.build_model(hf, layout, torch.float32)
+        for layer in chunk.decoder.layers:
+            assert type(layer.mlp.token_dispatcher) is expected
+
+
+def test_rl_defaults(checkpoints):
+    """Dropless, no auxiliary loss, fp32 router, selection bias frozen, the unfused router."""
+    for name in ("tiny", "mixtral", "deepseek"):
+        hf = families.read_model_config(checkpoints[name])
+        with process_groups(Layout()):
+            config = model.transformer_config(hf, Layout(), torch.bfloat16)
+        assert config.moe_router_dtype == "fp32"
+        assert config.moe_router_load_balancing_type == "none"
+        assert config.moe_aux_loss_coeff == 0
+        assert config.moe_expert_capacity_factor is None
+        assert config.moe_router_fusion is False
+        assert config.moe_router_enable_expert_bias == (name == "deepseek")
+        assert config.moe_router_bias_update_rate == 0 or name != "deepseek"
+
+
+def test_code_paths_without_a_gpu():
+    """Those with Transformer Engine and Apex are not covered: they need one."""
+    assert model.code_paths() == {
+        "layer spec": "local (torch)",
+        "norm": "torch.nn.RMSNorm",
+        "linear layers": "ColumnParallelLinear",
+        "attention": "DotProductAttention",
+        "experts": "SequentialMLP",
+        "router": "TopKRouter, unfused",
+        "gradient accumulation": "torch",
+        "optimizer": "torch.optim.adamw.AdamW",
+    }
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("0.self_attention.linear_qkv.layer_norm_weight", "0.input_layernorm.weight"),
+        ("1.mlp.linear_fc1.layer_norm_weight", "1.pre_mlp_layernorm.weight"),
+        (
+            "2.self_attention.linear_q_up_proj.layer_norm_weight",
+            "2.self_attention.q_layernorm.weight",
+        ),
+        (
+            "2.self_attention.linear_kv_up_proj.layer_norm_weight",
+            "2.self_attention.kv_layernorm.weight",
+        ),
+        ("3.mlp.experts.linear_fc2.weight11", "3.mlp.experts.local_experts.11.linear_fc2.weight"),
+        ("3.mlp.shared_experts.linear_fc2.weight", "3.mlp.shared_experts.linear_fc2.weight"),
+        ("3.mlp.router.weight", "3.mlp.router.weight"),
+    ],
+)
+def test_the_names_of_transformer_engines_layers(theirs, ours):
+    """As gpt_layer_specs.py and the two maps of Megatron-Bridge have them; no model is built."""
+    assert weights._local_name(f"decoder.layers.{theirs}") == f"decoder.layers.{ours}"
