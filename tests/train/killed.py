@@ -1,0 +1,41 @@
+"""examples/train_moe.sh in which one rank ends by SIGKILL as it enters a function that is named.
+
+    torchrun --nproc-per-node 2 tests/train/killed.py MODULE:FUNCTION NTH RANK [options of training]
+
+It is killed at the NTH call of its own. A function that is imported by name elsewhere has to be
+named where it is used.
+"""
+
+import functools
+import importlib
+import os
+import signal
+import sys
+
+
+def kill_at(place: str, nth: int) -> None:
+    module, _, path = place.partition(":")
+    *outer, name = path.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def counted(*args, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **keywords)
+
+    setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    place, nth, rank, *options = sys.argv[1:]
+    sys.argv[1:] = options
+    if os.environ["RANK"] == rank:
+        kill_at(place, int(nth))
+    from moe_upgrpo.cli import main
+
+    main(["train"])

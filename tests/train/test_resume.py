@@ -1,0 +1,290 @@
+"""A run that is killed and resumed: real torchrun, two ranks, SIGKILL.
+
+In the same layout the resumed run leaves what an unbroken one does, bit for bit: the token log, the
+metrics but times, the checkpoint after the last step with weights and optimizer. hf engine.
+
+Not covered here: several nodes; the death of the whole machine, for which files are synced before
+they get their names; engines other than hf, which need not repeat a response bit for bit.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_upgrpo.store import read_config, read_environment, read_metrics, read_tokens
+from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
+from tests.train.test_launch import TORCHRUN, assert_fails, launch, options, torchrun
+
+STEPS, SAVE_EVERY = 4, 2
+MORE = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--engine-dtype", "float32")
+MORE = (*MORE, "--analyse-every", "1", "--eval-every", "2")
+OVERLAP = ("--overlap", "--save-every", "1")
+
+
+def killed(place: str, nth: int, rank: int, *arguments: str) -> None:
+    """A job of two ranks of which one is killed there."""
+    command = (str(TORCHRUN), "--nproc-per-node", "2", "tests/train/killed.py")
+    result = launch(*command, place, str(nth), str(rank), *arguments, timeout_s=120)
+    assert result.returncode != 0
+    assert f"Signal {signal.SIGKILL.value}" in result.stderr, result.stderr[-3000:]
+    assert f"rank      : {rank}" in result.stderr
+
+
+def whole_run(folder: Path, cache: Path, *more: str) -> Path:
+    result = torchrun(2, *options(folder, cache, *MORE, *more), timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("whole")
+    return whole_run(folder / "run", cache, "--save-rollouts", str(folder / "rollouts"))
+
+
+@pytest.fixture(scope="module")
+def overlapped(tmp_path_factory, cache):
+    return whole_run(tmp_path_factory.mktemp("overlapped") / "run", cache, *OVERLAP)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """All that two runs leave, but for times."""
+    assert read_tokens(run).equals(read_tokens(expected))
+
+    def rows(folder):
+        return [
+            {n: v for n, v in row.items() if not n.startswith("time/") and "per_second" not in n}
+            for row in read_metrics(folder)
+        ]
+
+    assert rows(run) == rows(expected)
+    last = f"state-{STEPS:06d}"
+    manifests = [read_manifest(folder / "checkpoints" / last) for folder in (run, expected)]
+    # Tensors, schedule, rollouts sampled ahead; torch's index of them holds the folder's name.
+    files = [{n: f for n, f in m["files"].items() if n != ".metadata"} for m in manifests]
+    assert files[0] == files[1] and sum(name.endswith(".distcp") for name in files[0]) == 2
+    weights = [
+        (folder / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors").read_bytes()
+        for folder in (run, expected)
+    ]
+    assert weights[0] == weights[1]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (expected / "checkpoints").iterdir())
+    left = [path for path in run.rglob(".*") if path.name not in (".lock", ".metadata")]
+    assert not left, left
+
+
+# name -> function that one rank enters no more, at which call of the rank, and the rank; and the
+# steps that had a metrics row and the newest whole checkpoint.
+# 2 mini-batches; 1 score of the step, 1 of the reference, and those of the analysis.
+MOMENTS = {
+    "in the update": ("moe_upgrpo.megatron.actor:MegatronActor.update", 6, 1, [0, 1, 2], 2),
+    "before the checkpoint gets its name": (
+        *("moe_upgrpo.store.checkpoints:publish", 2, 0),
+        *([0, 1, 2, 3, 4], 2),
+    ),
+}
+SLOW_MOMENTS = {
+    "in the first evaluation": ("moe_upgrpo.train.evaluate:finish", 1, 0, [], None),
+    "before the first step": ("moe_upgrpo.train.start:Job.problems", 1, 1, [0], None),
+    "in generation": ("moe_upgrpo.train.start:save_rollouts", 3, 0, [0, 1, 2], 2),
+    "in the old log-probs": ("moe_upgrpo.train.start:Job.score_old", 3, 1, [0, 1, 2], 2),
+    "in the analysis": (
+        *("moe_upgrpo.train.analysis:trainer_noise_floor", 3, 0),
+        *([0, 1, 2], 2),
+    ),
+    "in the weight hand-over": (
+        *("moe_upgrpo.rollout.hf:HFEngine._use", 4, 1),  # one is its own at the start
+        *([0, 1, 2], 2),
+    ),
+    "before the token file gets its name": (
+        *("moe_upgrpo.store.token_writer:publish", 3, 0),
+        *([0, 1, 2], 2),
+    ),
+    "before the metrics row": ("moe_upgrpo.store:RunFolder.append_metrics", 4, 0, [0, 1, 2], 2),
+    "after the metrics row": ("moe_upgrpo.train.resume:save", 2, 1, [0, 1, 2, 3, 4], 2),
+    "as the first checkpoint is begun": (
+        *("moe_upgrpo.store.checkpoints:Checkpoints.begin", 1, 0),
+        *([0, 1, 2], None),
+    ),
+    "in the writing of tensors": (
+        *("torch.distributed.checkpoint:FileSystemWriter.write_data", 2, 1),
+        *([0, 1, 2, 3, 4], 2),
+    ),
+    "before the tensors' index": (
+        *("torch.distributed.checkpoint:FileSystemWriter.finish", 2, 0),
+        *([0, 1, 2, 3, 4], 2),
+    ),
+    "before the manifest": (
+        *("moe_upgrpo.store.checkpoints:Checkpoints.commit", 2, 0),
+        *([0, 1, 2, 3, 4], 2),
+    ),
+    "before the pruning": (
+        *("moe_upgrpo.store.checkpoints:Checkpoints.prune", 2, 0),
+        *([0, 1, 2, 3, 4], 4),
+    ),
+    "as the trained model is written": (
+        *("moe_upgrpo.megatron.weights:save_torch_state_dict", 1, 0),
+        *([0, 1, 2, 3, 4], 4),
+    ),
+    "in the report": ("moe_upgrpo.report:write_report", 1, 0, [0, 1, 2, 3, 4], 4),
+}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [*MOMENTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MOMENTS)],
+)
+def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_path):
+    place, nth, rank, steps, newest = (MOMENTS | SLOW_MOMENTS)[moment]
+    run, rollouts = tmp_path / "run", tmp_path / "rollouts"
+    killed(place, nth, rank, *options(run, cache, *MORE, "--save-rollouts", str(rollouts)))
+    logged = read_metrics(run) if steps else []
+    assert [row["step"] for row in logged] == steps
+    found = Checkpoints(run / "checkpoints").all()
+    assert [path.name for path in found[-1:]] == ([f"state-{newest:06d}"] if newest else [])
+
+    result = torchrun(2, "--resume", str(run), timeout_s=120)
+    if moment == "in the report":  # the run itself is whole
+        assert_fails(result, "has done 4 steps and --steps is 4")
+    else:
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert f"resumed after step {newest or 0}" in result.stdout
+        resumed = read_environment(run)["resumed"]
+        assert [(start["step"], start["changed"]) for start in resumed] == [(newest or 0, {})]
+    assert_same_run(run, whole)
+    for saved in sorted(rollouts.iterdir()):
+        assert saved.read_bytes() == (whole.parent / "rollouts" / saved.name).read_bytes()
+    assert len(list(rollouts.iterdir())) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [5, 7], ids=["mini-batch 1 of step 3", "mini-batch 1 of step 4"])
+def test_overlapped_generation_is_resumed_too(nth, overlapped, cache, tmp_path):
+    """The batch that was sampled ahead comes from the checkpoint, with the weights behind it."""
+    run = tmp_path / "run"
+    place = "moe_upgrpo.megatron.actor:MegatronActor.update"
+    killed(place, nth, 1, *options(run, cache, *MORE, *OVERLAP))
+    result = torchrun(2, "--resume", str(run), timeout_s=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, overlapped)
+    assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_more_steps_after_an_overlapped_run_begin_on_policy(overlapped, tmp_path):
+    """Nothing was sampled ahead of its end."""
+    run = shutil.copytree(overlapped, tmp_path / "run")
+    result = torchrun(2, "--resume", str(run), "--steps", "6", timeout_s=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1, 0, 1]
+
+
+def as_of_step_2(whole: Path, folder: Path, **settings) -> Path:
+    """A copy of the run as if it had been killed in step 3, and started with `settings`."""
+    run = shutil.copytree(whole, folder)
+    shutil.rmtree(run / "checkpoints" / "state-000004")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    (run / "config.json").write_text(json.dumps(read_config(run) | settings))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, ()),
+        pytest.param(2, ("--tp", "1", "--ep", "1", "--pp", "2"), marks=pytest.mark.slow),
+        pytest.param(4, ("--tp", "2", "--ep", "2", "--pp", "2"), marks=pytest.mark.slow),
+    ],
+    ids=["one rank", "PP2", "TP2·EP2·PP2"],
+)
+def test_another_layout_goes_on_with_the_same_training(ranks, layout, whole, tmp_path):
+    """From TP2·EP2, on the same rollouts: to the rounding of fp32 that grows over two steps."""
+    rollouts = str(whole.parent / "rollouts")
+    run = as_of_step_2(whole, tmp_path / "run", save_rollouts=None, load_rollouts=rollouts)
+    result = torchrun(ranks, "--resume", str(run), *layout, timeout_s=180)
+    assert result.returncode == 0, result.stderr[-3000:]
+    order = [("step", "ascending"), ("sequence", "ascending"), ("position", "ascending")]
+    found, expected = (read_tokens(folder).sort_by(order) for folder in (run, whole))
+    assert len(found) == len(expected) > 100
+    for name in ("step", "token_id", "reward", "advantage"):
+        assert found[name].equals(expected[name]), name
+    for name in ("logp_old", "logp_train"):
+        a, b = (table[name].to_numpy() for table in (found, expected))
+        assert np.abs(a - b).max() < 1e-2 and np.abs(a - b).mean() < 1e-4, name
+    for a, b in zip(read_metrics(run)[1:], read_metrics(whole)[1:], strict=True):
+        for name in ("grad_norm", "entropy/mean", "kl/warm_start", "loss/policy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+    assert read_config(run)["world_size"] == ranks
+
+
+def test_more_steps(whole, tmp_path):
+    """From a checkpoint whose run had come to its end, and with other settings that may change."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    config = read_config(run) | {"save_rollouts": None}
+    (run / "config.json").write_text(json.dumps(config))
+    more = ("--steps", "5", "--keep", "1", "--eval-every", "5", "--no-reference-kl")
+    result = torchrun(2, "--resume", str(run), *more, timeout_s=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert "kl/warm_start" in rows[4] and "kl/warm_start" not in rows[5]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["state-000005", "step-000004", "step-000005"]
+    (start,) = read_environment(run)["resumed"]
+    assert start["changed"] == {
+        "steps": [4, 5],
+        "keep": [2, 1],
+        "eval_every": [2, 5],
+        "reference_kl": [True, False],
+    }
+    assert read_config(run)["steps"] == 5
+
+
+def test_what_may_not_change_is_named_with_both_values(whole):
+    before = read_metrics(whole)
+    result = torchrun(2, "--resume", str(whole), "--seed", "3", "--optimizer.lr", "0.5")
+    assert_fails(result, "seed was 0, now 3", "optimizer.lr was 0.0001, now 0.5", "another run")
+    assert read_metrics(whole) == before and not (whole / ".lock").read_bytes()
+
+
+def test_a_truncated_checkpoint(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    broken = run / "checkpoints" / "state-000004" / "__1_0.distcp"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    result = torchrun(2, "--resume", str(run), "--steps", "5")
+    assert_fails(result, str(broken), "is damaged. Delete", "the checkpoint before it")
+    assert len(read_metrics(run)) == len(read_metrics(whole))
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
+    """No file may grow above 1 MB here, which gives EFBIG where a full disk gives ENOSPC."""
+    run = tmp_path / "run"
+    more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
+    command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
+    limited = f"ulimit -f 1000; exec {' '.join([*command, *options(run, cache, *more)])}"
+    result = launch("bash", "-c", limited, timeout_s=120)
+    assert_fails(result, "no space is left to write", f"--resume {run}")
+    assert not Checkpoints(run / "checkpoints").all()
+    assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
+
+
+def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('locked', flush=True); time.sleep(100)"
+    )
+    command = ["python3", "-c", holder, str(run / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            result = torchrun(2, "--resume", str(run), "--steps", "5")
+        finally:
+            other.kill()
+    assert_fails(result, "another job is writing into")
