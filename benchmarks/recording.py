@@ -21,7 +21,6 @@ from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.loop import verified
 from moe_upgrpo.train.record import StepRecord
 from moe_upgrpo.train.start import Job, start
 
@@ -29,9 +28,8 @@ from moe_upgrpo.train.start import Job, start
 def step(job: Job, number: int, *, recording: bool) -> float:
     """Seconds of one RL step from rollouts to new engine weights."""
     begin = time.perf_counter()
-    problems = job.problems(number)
-    rollouts = job.generate(problems, number)
-    rewards = verified(job, problems, rollouts)
+    batch = job.batch(number)
+    rollouts, rewards = batch.rollouts, job.rewards(batch)
     advantages = group_advantages(torch.from_numpy(rewards), job.config.group).numpy()
     samples = job.samples(rollouts, advantages)
     wanted = ("routes", "margins") if recording else ()
@@ -48,6 +46,7 @@ def step(job: Job, number: int, *, recording: bool) -> float:
             rollouts=rollouts,
             rewards=rewards,
             advantages=advantages,
+            sampled=batch.sampled,
             reference=reference,
             noise={},
             num_experts=job.actor.num_experts,

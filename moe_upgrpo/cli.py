@@ -59,7 +59,13 @@ def _train(arguments: list[str]) -> None:
     _one_thread()
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
-    config = _parse(TrainConfig, [*from_run, *from_files, *arguments], "train_moe.sh")
+    try:
+        config = _parse(TrainConfig, [*from_run, *from_files, *arguments], "train_moe.sh")
+    except SystemExit as end:
+        if end.code and from_files and _rank() == 0:
+            files = ", ".join(map(str, named("--config", arguments)))
+            print(f"The options come from {files} and from the command line.", file=sys.stderr)
+        raise
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     silence_upstream()
 

@@ -29,6 +29,25 @@ _VISITS = "token visits by optimizer steps"
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("mean reward", _SEQUENCES, "reward"),
     "reward/std": Metric("standard deviation of the reward", _SEQUENCES, "reward"),
+    "reward/correct_rate": Metric(
+        "share of right responses; under dynamic sampling of all that were sampled, also of groups "
+        "that were left out",
+        "responses sampled for the step",
+        "share",
+    ),
+    "groups/mixed_rate": Metric(
+        "share of groups with right and wrong responses: any other has advantages of 0, unless "
+        "its rewards differ by length",
+        "groups sampled for the step",
+        "share",
+    ),
+    "groups/sampled": Metric("groups sampled for the step, refills included", "none", "groups"),
+    "groups/kept": Metric("groups trained on", "none", "groups"),
+    "verifier/killed_rate": Metric(
+        "share of responses that took the verifier too long; they count as wrong",
+        "responses sampled for the step",
+        "share",
+    ),
     "response/length_mean": Metric("mean response length", _SEQUENCES, "tokens"),
     "response/finished_rate": Metric(
         "share of responses ended by the end token", _SEQUENCES, "share"

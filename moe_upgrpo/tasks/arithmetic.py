@@ -31,6 +31,8 @@ class ArithmeticTask:
     mirrored sum `cd+ab=` is another problem and may be a training one.
     """
 
+    killed = 0
+
     def __init__(self, digits: int = 2):
         if digits not in (1, 2, 3):
             raise UserError(f"digits is {digits}; 1, 2 or 3 are allowed: all problems are listed.")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +50,9 @@ class Task(Protocol):
         """For each of the responses to one problem, which answer it gives: equal numbers for equal
         answers, None where it gives none. Majority votes count these."""
 
-    def check_model(self, model_dir: Path) -> None:
-        """Raise UserError where the model does not speak the task's tokens."""
+    @property
+    def killed(self) -> int:
+        """Responses so far that took the verifier too long; they count as wrong."""
 
     def close(self) -> None:
         """Free what the verifier holds; the task is not used afterwards."""

@@ -140,9 +140,6 @@ class MathTask:
         """Responses so far that took the verifier too long; they count as wrong."""
         return self._verifier.killed
 
-    def check_model(self, model_dir: Path) -> None:
-        """Checked when the prompts were written."""
-
     def close(self) -> None:
         self._verifier.close()
 

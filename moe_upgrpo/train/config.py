@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,11 +73,28 @@ class TrainConfig:
     model: Path | None = None
     """Hugging Face checkpoint folder (qwen3_moe). None: a tiny model, warm-started and cached."""
     digits: int = 2
-    """The task: addition of two numbers of this many digits."""
+    """The task where there is no --data: addition of two numbers of this many digits."""
     tiny: TinyModel = field(default_factory=TinyModel)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     cache_dir: Path = Path("runs/cache")
     """Where warm-started checkpoints are kept."""
+
+    data: tuple[Path, ...] = ()
+    """Files of problems to train on, .jsonl or .parquet: docs/data.md."""
+    eval_data: tuple[Path, ...] = ()
+    """Files of held-out problems. None: no evaluation."""
+    prompt_field: str | None = None
+    """Of the files. None: prompt, question or problem."""
+    answer_field: str | None = None
+    """Of the files. None: answer, reward_model.ground_truth, ground_truth, label or solution."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, where it has one; none; or a file with a Jinja template."""
+    chat_template_kwargs: str = "{}"
+    """JSON of what the template takes, {"enable_thinking": false} for instance."""
+    instruction: str = ""
+    """Text after each question."""
+    max_prompt_tokens: int | None = None
+    """Longer training problems are left out; a longer held-out one is an error. None: no limit."""
 
     engine: EngineName = "hf"
     """Rollout engine: hf (transformers) or vllm in every rank, or an sglang server."""
@@ -114,7 +133,16 @@ class TrainConfig:
     """Generate the next batch while the update runs: one step off-policy."""
     temperature: float = 1.0
     max_new_tokens: int | None = None
-    """Longest response. None: the longest right answer of the task."""
+    """Longest response. None: the longest sum; with --data it must be said."""
+    reward_wrong: float = 0.0
+    """Reward of a wrong response; a right one's is 1."""
+    overlong_buffer: int = 0
+    """DAPO: the last so many tokens before max_new_tokens cost reward, linearly; 0: off."""
+    overlong_penalty: float = 1.0
+    """Taken off at max_new_tokens."""
+    max_refills: int = 0
+    """DAPO's dynamic sampling: no group that is all right or all wrong is trained on, up to so many
+    more batches are sampled in their place; 0: off."""
     advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
@@ -144,7 +172,9 @@ class TrainConfig:
                 f"record; it serves {', '.join(served)}."
             )
         ArithmeticTask(self.digits)
-        for name in ("seed", "analyse_every", "save_every"):
+        self._check_data()
+        self._check_rewards()
+        for name in ("seed", "analyse_every", "save_every", "overlong_buffer", "max_refills"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: 0 or more is needed.")
         for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
@@ -167,6 +197,54 @@ class TrainConfig:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(
                 f"max_new_tokens={self.max_new_tokens}: at least 1 is needed, or leave it out."
+            )
+
+    def _check_data(self) -> None:
+        if self.data:
+            needed = {
+                "model": "the tiny model knows the signs of sums only",
+                "max_new_tokens": "nobody knows how long the answers are",
+            }
+            for name, why in needed.items():
+                if getattr(self, name) is None:
+                    option = name.replace("_", "-")
+                    raise UserError(f"data without {name}: {why}. Give --{option}.")
+            if self.digits != TrainConfig.digits:
+                raise UserError(
+                    f"digits={self.digits} with data: sums or the files' problems, not both."
+                )
+            if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+                raise UserError(
+                    f"max_prompt_tokens={self.max_prompt_tokens}: at least 1 is needed."
+                )
+        elif given := [
+            name
+            for name in ("eval_data", "prompt_field", "answer_field", "chat_template",
+                         "chat_template_kwargs", "instruction", "max_prompt_tokens")
+            if getattr(self, name) != getattr(TrainConfig, name)
+        ]:  # fmt: skip
+            raise UserError(f"{', '.join(given)} without data: --data FILE is missing.")
+
+    def _check_rewards(self) -> None:
+        if not -math.inf < self.reward_wrong < 1:
+            raise UserError(f"reward_wrong={self.reward_wrong}: a number below 1 is needed.")
+        if not 0 <= self.overlong_penalty < math.inf:
+            raise UserError(f"overlong_penalty={self.overlong_penalty}: 0 or more is needed.")
+        longest = self.max_new_tokens or ArithmeticTask(self.digits).max_response_tokens
+        if self.overlong_buffer > longest:
+            raise UserError(
+                f"overlong_buffer={self.overlong_buffer}: more than the longest response's "
+                f"{longest} tokens."
+            )
+        if self.overlong_penalty != 1 and not self.overlong_buffer:
+            raise UserError(
+                f"overlong_penalty={self.overlong_penalty} without overlong_buffer: nothing is "
+                "overlong. Give both or none."
+            )
+        if self.max_refills and self.overlap:
+            raise UserError(
+                f"max_refills={self.max_refills} with overlap: refills would be sampled with newer "
+                "weights than the batch they fill. Leave one out."
             )
 
     def layout(self, world_size: int) -> Layout:
@@ -213,6 +291,8 @@ MAY_CHANGE = {
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
     "cache_dir": "not used any more: the start model is there",
+    "max_refills": "how long a step looks for groups",
+    "eval_data": "evaluation",
     "eval_every": "evaluation",
     "eval_samples": "evaluation",
     "eval_problems": "evaluation",
@@ -285,26 +365,66 @@ def run_arguments(path: Path) -> list[str]:
 def file_arguments(path: Path) -> list[str]:
     """The options in a YAML (or JSON) file as the command line would have them.
 
-    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: names, kinds and mistakes are then
-    those of the command line, whose own options come after and win.
+    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: kinds of values and their mistakes
+    are those of the command line, whose own options come after and win.
+
+    Raises UserError, which names the file: it cannot be read, or a field is not known (the nearest
+    one is named) or stands there twice.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
+        if not isinstance(values, dict):
+            raise UserError("lines of `option: value` are needed.")
+        return list(_flatten(values, TrainConfig, prefix=""))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: lines of `option: value` are needed.")
-    return list(_flatten(values, prefix=""))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
 
 
-def _flatten(values: dict, prefix: str) -> Iterator[str]:
+class _Loader(yaml.SafeLoader):
+    """YAML without fields that stand there twice, of which the last would win silently."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in lines:
+                raise UserError(f"{name!r} stands in line {lines[name]} and in line {line}.")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _flatten(values: dict, cls: type, prefix: str) -> Iterator[str]:
+    known = {f.name: f.default_factory for f in fields(cls) if f.name not in ("config", "resume")}
     for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(_unknown(f"{prefix}{name}"))
+        group = known[name] if is_dataclass(known[name]) else None
+        if group and not isinstance(value, dict):
+            inner = ", ".join(f.name for f in fields(group))
+            raise UserError(f"{prefix}{name} is {value!r}; it is a group of the fields {inner}.")
+        if group:
+            yield from _flatten(value, group, f"{prefix}{name}.")
         else:
-            yield from _option(f"{prefix}{key}", value)
+            as_text = json.dumps(value) if isinstance(value, dict) else value
+            yield from _option(f"{prefix}{name}", as_text)
+
+
+def _unknown(given: str) -> str:
+    names = [f.name for f in fields(TrainConfig)]
+    for f in fields(TrainConfig):
+        if is_dataclass(f.default_factory):
+            names += [f"{f.name}.{inner.name}" for inner in fields(f.default_factory)]
+    # `lr` at the top is optimizer.lr.
+    near = [name for name in names if name.split(".")[-1] == given.split(".")[-1]]
+    near = near or get_close_matches(given, names, n=1)
+    if given in names:
+        return f"{given} is an option of the command line only."
+    return f"{given!r} is not a field" + (f"; {near[0]!r} is." if near else ".")
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.record import StepRecord
-from moe_upgrpo.train.start import Job, start
+from moe_upgrpo.train.start import start
 
 
 def train(config: TrainConfig) -> Path:
@@ -26,9 +24,8 @@ def train(config: TrainConfig) -> Path:
             job.seed_global_generators(step)
             clock = Clock()
             with clock("generate"):
-                problems = job.problems(step)
-                rollouts = job.generate(problems, step)
-                rewards = verified(job, problems, rollouts)
+                batch = job.batch(step)
+                rollouts, rewards = batch.rollouts, job.rewards(batch)
                 advantages = group_advantages(
                     torch.from_numpy(rewards), config.group, config.advantage
                 ).numpy()
@@ -48,6 +45,7 @@ def train(config: TrainConfig) -> Path:
                     rollouts=rollouts,
                     rewards=rewards,
                     advantages=advantages,
+                    sampled=batch.sampled,
                     reference=reference,
                     noise=noise,
                     num_experts=job.actor.num_experts,
@@ -59,22 +57,6 @@ def train(config: TrainConfig) -> Path:
             job.log_step(step, record, clock)
             job.save_checkpoint(step)
         return job.finish()
-
-
-def verified(job: Job, problems: list, rollouts: list) -> np.ndarray:
-    """The verifier's reward of each response, float32; it must be finite."""
-    group = job.config.group
-    rewards = np.array(
-        [job.task.reward(problems[i // group], r.response_ids) for i, r in enumerate(rollouts)],
-        dtype=np.float32,
-    )
-    if not np.isfinite(rewards).all():
-        i = int(np.flatnonzero(~np.isfinite(rewards))[0])
-        raise UserError(
-            f"The verifier gave the reward {rewards[i]} to a response to "
-            f"{problems[i // group].prompt!r}: rewards must be finite numbers."
-        )
-    return rewards
 
 
 class Clock:

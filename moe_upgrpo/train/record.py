@@ -25,6 +25,7 @@ from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
 from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
+from moe_upgrpo.train.batch import Sampled
 
 Sums = dict[str, Metric]
 
@@ -48,6 +49,7 @@ class StepRecord:
     gradient_weight: Sequence[np.ndarray]  # [T], of that visit
     noise: Sums  # the noise floors, where this step measures them
     num_experts: int
+    sampled: Sampled | None = None  # None: nothing was sampled for training
     updates_counted: int  # optimizer steps on the first data-parallel rank, 0 on the others
 
     @property
@@ -214,6 +216,8 @@ class StepRecord:
             "logp_gap/mean_abs": (float(np.abs(gap_N).sum()), tokens),
             "logp_gap/k3": (_k3_sum(self._logp_old_N, self._logp_rollout_N), tokens),
         }
+        if self.sampled is not None:
+            pairs |= self.sampled.shares()
         if self.reference is not None:
             reference_N = np.concatenate([s.log_probs for s in self.reference])
             pairs["kl/warm_start"] = (_k3_sum(reference_N, self._logp_old_N), tokens)
@@ -286,6 +290,8 @@ def measured(sums: Sums) -> dict[str, float | list[float]]:
         variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
         metrics["reward/std"] = math.sqrt(max(variance, 0.0))
         metrics["tokens/sampled"] = sums["response/length_mean"].numerator
+    if "groups/kept" in sums:
+        metrics["groups/kept"], metrics["groups/sampled"] = sums["groups/kept"]
     if "mismatch/router_rate" in sums:
         routers = sums["mismatch/router_rate"]
         metrics["mismatch/router_numerator"] = routers.numerator

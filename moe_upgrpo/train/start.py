@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, PolicyLossConfig
@@ -28,10 +27,10 @@ from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
 from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_config, read_metrics
-from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask
-from moe_upgrpo.tasks.base import Problem
+from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
 from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.batch import Batch, Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig, changes
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
@@ -60,11 +59,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             run.check_free()
             if config.save_rollouts:
                 check_new(config.save_rollouts)
-        task = ArithmeticTask(config.digits)
-        model_dir = config.model or groups.from_rank_0(
-            _warm_started(config, task, layout, display) if rank == 0 else None
-        )
-        check_tokenizer(task, Path(model_dir))
+        task, model_dir = _task_and_model(config, layout, display, rank)
         task.training_problems(config.prompts, seed=config.seed, step=1)  # are there that many?
         settings = {
             "dtype": config.dtype,
@@ -108,6 +103,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 server_log=run.path / "engine.log",
             )
         with (
+            closing(task),
             closing(engine) if engine else nullcontext(),
             run.locked() if rank == 0 else nullcontext(),
             _full_disk_named(run),
@@ -167,22 +163,31 @@ def routing(actor: MegatronActor) -> str:
     return f"{len(actor.layer_ids)} MoE layers of {actor.num_experts} experts, top-{actor.top_k}"
 
 
-def check_tokenizer(task: ArithmeticTask, model_dir: Path) -> None:
-    """Raise UserError where the model does not speak the task's tokens."""
-    sample = task.problem(1, 2)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        fits = tokenizer(sample.prompt).input_ids == sample.prompt_ids.tolist()
-        fits = fits and tokenizer.eos_token_id == EOS_ID
-    except (OSError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{model_dir} has no tokenizer that writes {sample.prompt!r} as the task's tokens "
-            f"{sample.prompt_ids.tolist()} and ends with token {EOS_ID}: the arithmetic task "
-            "trains models that were warm-started for it (leave --model out), or checkpoints of "
-            "such runs."
+def _task_and_model(
+    config: TrainConfig, layout: Layout, display: Display, rank: int
+) -> tuple[Task, Path]:
+    """The task and the folder of the model, which speaks its tokens."""
+    if config.data:
+        task = MathTask(
+            config.data,
+            config.eval_data,
+            model_dir=config.model,
+            prompt_field=config.prompt_field,
+            answer_field=config.answer_field,
+            chat_template=config.chat_template,
+            chat_template_kwargs=config.chat_template_kwargs,
+            instruction=config.instruction,
+            max_prompt_tokens=config.max_prompt_tokens,
         )
+        for note in task.notes:
+            display.say(note)
+        return task, config.model
+    task = ArithmeticTask(config.digits)
+    model_dir = config.model or groups.from_rank_0(
+        _warm_started(config, task, layout, display) if rank == 0 else None
+    )
+    task.check_model(Path(model_dir))
+    return task, Path(model_dir)
 
 
 def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
@@ -214,7 +219,7 @@ class Job:
     config: TrainConfig
     rank: int
     world_size: int
-    task: ArithmeticTask
+    task: Task
     actor: MegatronActor
     reference: MegatronActor | None
     behind: MegatronActor | None  # at the weights that sampled the batch, where they are older
@@ -251,9 +256,9 @@ class Job:
     def first_sequence(self) -> int:
         return self.dp_rank * (self.config.prompts // self.dp_size) * self.config.group
 
-    def _seed(self, purpose: int, step: int, rank: int) -> int:
-        entropy = np.random.SeedSequence((self.config.seed, purpose, step, rank))
-        return int(entropy.generate_state(1)[0])
+    def _seed(self, purpose: int, step: int, rank: int, refill: int = 0) -> int:
+        numbers = (self.config.seed, purpose, step, rank, *([refill] if refill else []))
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def seed_global_generators(self, step: int) -> None:
         """Whatever draws from them gives in a resumed run what it would have given."""
@@ -266,25 +271,91 @@ class Job:
         """Whether the step's batch was sampled ahead, with older weights than it trains."""
         return self.config.overlap and step != self._fresh_step
 
-    def problems(self, step: int) -> list[Problem]:
-        """This data-parallel rank's share of the step's problems."""
+    def problems(self, step: int, refill: int = 0) -> list[Problem]:
+        """This data-parallel rank's share of the step's problems, or of a refill of them."""
         everyone = self.task.training_problems(
-            self.config.prompts, seed=self.config.seed, step=step
+            self.config.prompts, seed=self.config.seed, step=step, refill=refill
         )
         return _share(everyone, self.dp_rank, self.dp_size)
 
-    def generate(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
-        """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
+    def batch(self, step: int) -> Batch:
+        """This data-parallel rank's groups of the step, sampled or loaded, and judged."""
+        groups_needed = self.config.prompts // self.dp_size
         if self.engine is None:
-            return self._loaded(problems, step)
-        mine = self._ahead.result() if self._ahead else self._sample(problems, step)
+            problems, rollouts = self._loaded(step)
+            return collect(
+                lambda refill: self._judged(problems, rollouts),
+                groups=groups_needed,
+                max_refills=0,
+            )
+
+        def sample(refill: int) -> tuple[list[Group], int]:
+            problems = self.problems(step, refill)
+            if not problems:
+                raise UserError("no problems are left for another batch")
+            return self._judged(problems, self.generate(problems, step, refill))
+
+        try:
+            batch = collect(sample, groups=groups_needed, max_refills=self.config.max_refills)
+        except UserError as error:
+            if not self.config.max_refills:
+                raise
+            raise UserError(
+                f"step {step} with max_refills={self.config.max_refills}: {error}"
+            ) from None
+        if self.config.save_rollouts and self.copy_rank == 0:
+            save_rollouts(self.config.save_rollouts, step, self.dp_rank, batch.rollouts)
+        return batch
+
+    def _judged(
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Group], int]:
+        """The rollouts in groups with the verifier's verdicts, and how many took it too long.
+
+        Each rank of a model copy judges a part, so that all have the same verdicts: whether an
+        answer takes too long may differ from one call to the next.
+        """
+        size = self.config.group
+        before = self.task.killed
+        verdicts = [
+            self.task.reward(problem, rollout.response_ids)
+            for problem, rollout in _share(
+                [(problems[i // size], r) for i, r in enumerate(rollouts)],
+                self.copy_rank,
+                self.copy_size,
+            )
+        ]
+        correct = np.array(groups.gather_in_model_copy(verdicts), np.float32)
+        killed = sum(groups.gather_in_model_copy([self.task.killed - before]))
+        if not np.isin(correct, (0, 1)).all():
+            i = int(np.flatnonzero(~np.isin(correct, (0, 1)))[0])
+            raise UserError(
+                f"The verifier gave {correct[i]} to a response to {problems[i // size].prompt!r}: "
+                "1 for a right and 0 for a wrong one are needed."
+            )
+        return [
+            Group(rollouts=rollouts[i : i + size], correct_G=correct[i : i + size])
+            for i in range(0, len(rollouts), size)
+        ], killed
+
+    def rewards(self, batch: Batch) -> np.ndarray:
+        return shaped_rewards(
+            batch.correct_B,
+            np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
+            wrong=self.config.reward_wrong,
+            max_length=self.sampling.max_new_tokens,
+            overlong_buffer=self.config.overlong_buffer,
+            overlong_factor=self.config.overlong_penalty,
+        )
+
+    def generate(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
+        """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
+        mine = self._ahead.result() if self._ahead else self._sample(problems, step, refill)
         rollouts = groups.gather_in_model_copy(mine)
         self._check_versions(rollouts, step)
-        if self.config.save_rollouts and self.copy_rank == 0:
-            save_rollouts(self.config.save_rollouts, step, self.dp_rank, rollouts)
         return rollouts
 
-    def _sample(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+    def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """This rank's part of the responses; touches no other rank, so that a thread may do it."""
         mine = _share(problems, self.copy_rank, self.copy_size)
         with backend.suspended():
@@ -292,7 +363,7 @@ class Job:
                 [problem.prompt_ids for problem in mine],
                 self.sampling,
                 samples_per_prompt=self.config.group,
-                seed=self._seed(_SAMPLING, step, self.rank),
+                seed=self._seed(_SAMPLING, step, self.rank, refill),
             )
 
     def generate_ahead(self, step: int) -> None:
@@ -302,23 +373,29 @@ class Job:
                 self.behind.take_weights(self.actor)
             self._ahead = self._thread.submit(self._sample, self.problems(step), step)
 
-    def _loaded(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
-        """This data-parallel rank's share of a step's saved rollouts, if they answer `problems`."""
+    def _loaded(self, step: int) -> tuple[list[Problem], list[Rollout]]:
+        """This rank's share of a step's saved rollouts, and the problems that they answer."""
         everyone = load_rollouts(self.config.load_rollouts, step)
-        expected = self.config.prompts * self.config.group
+        expected, size = self.config.prompts * self.config.group, self.config.group
         mine = _share(everyone, self.dp_rank, self.dp_size)
-        answers = len(everyone) == expected and all(
-            np.array_equal(r.prompt_ids, problems[i // self.config.group].prompt_ids)
-            for i, r in enumerate(mine)
-        )
-        if not answers:
+        known = {
+            problem.prompt_ids.tobytes(): problem
+            for refill in range(1 + self.config.max_refills)
+            for problem in self.task.training_problems(
+                self.config.prompts, seed=self.config.seed, step=step, refill=refill
+            )
+        }
+        answered = [known.get(rollout.prompt_ids.tobytes()) for rollout in mine]
+        problems = answered[::size]
+        whole = all(problem is problems[i // size] for i, problem in enumerate(answered))
+        if len(everyone) != expected or not whole or None in problems:
             raise UserError(
                 f"{self.config.load_rollouts}: the {len(everyone)} rollouts of step {step} do not "
-                f"answer the {expected} prompts of this run. Use the digits, seed, prompts and "
-                "group of the run that saved them."
+                f"answer the {expected} prompts of this run. Use the digits or data, seed, "
+                "prompts, group and max_refills of the run that saved them."
             )
         self._check_versions(mine, step)
-        return mine
+        return problems, mine
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Nothing is trained on that other weights have sampled than those meant."""
@@ -495,7 +572,7 @@ class Job:
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         row["alarms"] = alarms.raised(row)
         due = step % self.config.eval_every == 0 or step == self.config.steps
-        if due and self.engine is not None:
+        if due and self.evaluates:
             row |= self._evaluate(step)
         if self.rank == 0:
             self.run.append_metrics(row)
@@ -505,6 +582,9 @@ class Job:
         """A row of its own for the model before the first step."""
         if self.engine is None:
             self.display.say(f"rollouts from {self.config.load_rollouts}: no evaluation")
+        elif not self.evaluates:
+            self.display.say("no --eval-data: no evaluation")
+        if not self.evaluates:
             return
         row = {"step": step} | self._evaluate(step)
         if self.rank == 0:
@@ -513,6 +593,10 @@ class Job:
                 f"warm start: held-out greedy {row['eval/greedy']:.3f}, "
                 f"pass@1 {row['eval/pass@1']:.3f}"
             )
+
+    @property
+    def evaluates(self) -> bool:
+        return self.engine is not None and len(self.task.heldout_problems()) > 0
 
     def _evaluate(self, step: int) -> dict[str, float]:
         problems = self.task.heldout_problems()[: self.config.eval_problems]

@@ -7,6 +7,7 @@ import pytest
 import tyro
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments, named
 
@@ -60,12 +61,52 @@ def test_a_file_that_cannot_be_read(text, words, tmp_path):
         file_arguments(file)
 
 
-def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepps: 3", "'stepps' is not a field; 'steps' is"),
+        ("max-refils: 3", "'max_refils' is not a field; 'max_refills' is"),
+        ("optimizer: {lrr: 1}", "'optimizer.lrr' is not a field; 'optimizer.lr' is"),
+        ("lr: 1", "'lr' is not a field; 'optimizer.lr' is"),
+        ("optimiser: {lr: 1}", "'optimiser' is not a field; 'optimizer' is"),
+        ("zzzzzz: 1", r"'zzzzzz' is not a field\.$"),
+        ("optimizer: 3", "optimizer is 3; it is a group of the fields algorithm, lr"),
+        ("steps: 1\nloss: grpo\nsteps: 2", "'steps' stands in line 1 and in line 3"),
+        ("eval_every: 1\neval-every: 2", "'eval_every' stands in line 1 and in line 2"),
+        ("config: other.yaml", "config is an option of the command line only"),
+    ],
+)
+def test_a_field_that_cannot_be_names_the_file_and_the_nearest(text, words, tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("stepps: 3\n")
-    with pytest.raises(SystemExit):
-        tyro.cli(TrainConfig, args=file_arguments(file))
-    assert "--steps" in capsys.readouterr().err
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^--config .*config.yaml: {words}"):
+        file_arguments(file)
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    for given, nearest in (("--stepps", "--steps"), ("--optimizer.lrr", "--optimizer.lr ")):
+        with pytest.raises(SystemExit):
+            tyro.cli(TrainConfig, args=[given, "3"])
+        assert nearest in capsys.readouterr().err
+
+
+def test_the_recipes_that_are_shipped():
+    recipe = Path(__file__).parents[2] / "examples/configs/dapo.yaml"
+    needed = ["--model", "model", "--data", "a.jsonl", "b.parquet"]
+    config = tyro.cli(TrainConfig, args=[*file_arguments(recipe), *needed])
+    assert config.data == (Path("a.jsonl"), Path("b.parquet"))
+    loss = PolicyLossConfig.preset(config.loss)
+    # The numbers of the paper: section 4.1 and verl's script.
+    assert (loss.clip_low, loss.clip_high, loss.dual_clip) == (0.2, 0.28, 10)
+    assert loss.aggregation == "token-mean"
+    assert (config.prompts, config.group, config.prompts // config.minibatches) == (512, 16, 32)
+    assert (config.max_new_tokens, config.overlong_buffer) == (20 * 1024, 4 * 1024)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.1)
+    assert config.optimizer.warmup_steps == 10 * config.minibatches * config.epochs
+    config.layout(8)
+
+
+DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +121,22 @@ def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path, capsys):
         ({"seed": -1}, "seed=-1"),
         ({"digits": 9}, "digits is 9"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"data": ("a.jsonl",)}, "data without model: .* Give --model"),
+        ({"data": ("a",), "model": Path("m")}, "data without max_new_tokens.*--max-new-tokens"),
+        (DATA | {"digits": 3}, "digits=3 with data"),
+        (DATA | {"max_prompt_tokens": 0}, "max_prompt_tokens=0"),
+        (
+            {"eval_data": ("a",), "instruction": "Think."},
+            "eval_data, instruction without data: --data FILE is missing",
+        ),
+        ({"reward_wrong": 1.0}, "reward_wrong=1.0"),
+        ({"overlong_buffer": 5}, "overlong_buffer=5: more than the longest response's 4 tokens"),
+        (DATA | {"overlong_buffer": 10}, "overlong_buffer=10.* 9 tokens"),
+        ({"overlong_buffer": -1}, "overlong_buffer=-1"),
+        ({"overlong_penalty": 2.0}, "overlong_penalty=2.0 without overlong_buffer"),
+        ({"overlong_buffer": 1, "overlong_penalty": -1.0}, "overlong_penalty=-1.0"),
+        ({"max_refills": -1}, "max_refills=-1"),
+        ({"max_refills": 1, "overlap": True}, "max_refills=1 with overlap.* Leave one out"),
     ],
 )
 def test_values_that_cannot_be(options, words):

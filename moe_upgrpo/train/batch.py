@@ -1,0 +1,128 @@
+"""What one step trains on: groups of responses with the verifier's verdicts, and their rewards.
+
+G responses to a problem are a group. Shapes: B responses of this data-parallel rank, the G of a
+problem adjacent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_upgrpo.losses import dynamic_sampling, overlong_penalty
+from moe_upgrpo.rollout.base import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The responses to one problem and whether each is right `[G]`."""
+
+    rollouts: Sequence[Rollout]
+    correct_G: np.ndarray
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are right and wrong ones; the advantages of any other group are 0."""
+        return bool(self.correct_G.max() > self.correct_G.min())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Counts over everything that was sampled for a step, whether it is trained on or not."""
+
+    groups: int
+    mixed: int
+    kept: int
+    responses: int
+    correct: int
+    killed: int  # responses that took the verifier too long
+
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """Numerators and denominators, by the metric's name."""
+        return {
+            "reward/correct_rate": (self.correct, self.responses),
+            "verifier/killed_rate": (self.killed, self.responses),
+            "groups/mixed_rate": (self.mixed, self.groups),
+            "groups/kept": (self.kept, self.groups),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This data-parallel rank's groups of a step."""
+
+    groups: Sequence[Group]
+    sampled: Sampled
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def correct_B(self) -> np.ndarray:
+        return np.concatenate([group.correct_G for group in self.groups])
+
+
+def collect(
+    sample: Callable[[int], tuple[Sequence[Group], int]], *, groups: int, max_refills: int
+) -> Batch:
+    """The batch of `groups` groups from generation batches: `sample(r)` makes batch r and says how
+    many of its responses took the verifier too long.
+
+    Without refills the first batch is it. With them DAPO's dynamic sampling (arXiv 2503.14476,
+    eq. 11): only mixed groups are kept, and batches 1 to `max_refills` are sampled until there
+    are enough; the surplus of the last one is dropped.
+
+    Raises UserError if `max_refills` refills do not give enough.
+    """
+    refill, counts = itertools.count(), []
+
+    def generate() -> list[tuple[Group, np.ndarray]]:
+        batch, killed = sample(next(refill))
+        counts.append(
+            (
+                len(batch),
+                sum(group.mixed for group in batch),
+                sum(len(group.correct_G) for group in batch),
+                int(sum(group.correct_G.sum() for group in batch)),
+                killed,
+            )
+        )
+        return [(group, group.correct_G) for group in batch]
+
+    pairs = dynamic_sampling(generate, groups, 1 + max_refills) if max_refills else generate()
+    of_all, mixed, responses, correct, killed = np.sum(counts, axis=0).tolist()
+    return Batch(
+        groups=[group for group, _ in pairs],
+        sampled=Sampled(
+            groups=of_all,
+            mixed=mixed,
+            kept=len(pairs),
+            responses=responses,
+            correct=correct,
+            killed=killed,
+        ),
+    )
+
+
+def shaped_rewards(
+    correct_B: np.ndarray,
+    lengths_B: np.ndarray,
+    *,
+    wrong: float = 0.0,
+    max_length: int,
+    overlong_buffer: int = 0,
+    overlong_factor: float = 1.0,
+) -> np.ndarray:
+    """The rewards `[B]` float32: 1 for a right response, `wrong` for another, and with a buffer
+    DAPO's penalty for overlong ones added (`overlong_penalty`), right or wrong.
+    """
+    rewards_B = np.where(correct_B == 1, 1.0, wrong)
+    if overlong_buffer:
+        lengths = torch.from_numpy(lengths_B)
+        rewards_B += overlong_penalty(lengths, max_length, overlong_buffer, overlong_factor).numpy()
+    return rewards_B.astype(np.float32)

@@ -1,0 +1,160 @@
+"""Groups, dynamic sampling, shaped rewards, and a job's batches from a scripted engine.
+
+Whole runs with them are in test_data_runs.py.
+"""
+
+import numpy as np
+import pytest
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.tasks import ArithmeticTask
+from moe_upgrpo.train import start
+from moe_upgrpo.train.batch import Group, collect, shaped_rewards
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.start import Job
+from tests.train.test_evaluate import ScriptedEngine
+
+
+def group(*correct):
+    return Group(rollouts=[f"{correct}{i}" for i in range(2)], correct_G=np.float32(correct))
+
+
+RIGHT, WRONG, MIXED, OTHER = group(1, 1), group(0, 0), group(1, 0), group(0, 1)
+
+
+def test_without_refills_every_group_is_kept():
+    batch = collect(lambda refill: ([RIGHT, MIXED], 1), groups=2, max_refills=0)
+    assert batch.groups == [RIGHT, MIXED]
+    assert batch.rollouts == [*RIGHT.rollouts, *MIXED.rollouts]
+    assert batch.correct_B.tolist() == [1, 1, 1, 0]
+    assert batch.sampled.shares() == {
+        "reward/correct_rate": (3, 4),
+        "verifier/killed_rate": (1, 4),
+        "groups/mixed_rate": (1, 2),
+        "groups/kept": (2, 2),
+    }
+
+
+def test_refills_take_the_place_of_groups_that_teach_nothing():
+    batches = [[RIGHT, MIXED], [WRONG, RIGHT], [OTHER, MIXED]]
+    asked = []
+
+    def sample(refill):
+        asked.append(refill)
+        return batches[refill], refill
+
+    batch = collect(sample, groups=2, max_refills=5)
+    assert batch.groups == [MIXED, OTHER]  # the last one's surplus is dropped
+    assert asked == [0, 1, 2]
+    # 6 groups, 3 of them mixed, 2 trained on; right: 2+1, 0+2, 1+1 of 12.
+    assert batch.sampled.shares() == {
+        "reward/correct_rate": (7, 12),
+        "verifier/killed_rate": (3, 12),
+        "groups/mixed_rate": (3, 6),
+        "groups/kept": (2, 6),
+    }
+
+
+def test_refills_are_bounded():
+    asked = []
+    with pytest.raises(UserError, match="0 groups whose rewards differ, 1 are needed"):
+        collect(lambda r: (asked.append(r), ([RIGHT, WRONG], 0))[1], groups=1, max_refills=2)
+    assert asked == [0, 1, 2]
+
+
+def test_shaped_rewards():
+    """At most 20 tokens, the last 4 of them dear: nothing at 16, half of the penalty at 18."""
+    correct, lengths = np.float32([1, 0, 1, 0, 1]), np.array([16, 16, 18, 20, 20])
+    assert shaped_rewards(correct, lengths, max_length=20).tolist() == [1, 0, 1, 0, 1]
+    shaped = shaped_rewards(correct, lengths, wrong=-1, max_length=20, overlong_buffer=4)
+    assert shaped.tolist() == [1, -1, 0.5, -2, 0]
+    assert shaped.dtype == np.float32
+    half = shaped_rewards(correct, lengths, max_length=20, overlong_buffer=4, overlong_factor=0.5)
+    assert half.tolist() == [1, 0, 0.75, -0.5, 0.5]
+
+
+class Sampling:
+    temperature, max_new_tokens = 1.0, 4
+
+
+def job(monkeypatch, *, task=None, **options):
+    """One rank of a job that samples with the scripted engine: a + b is right a % 5 times of 4."""
+    monkeypatch.setattr(start.groups, "gather_in_model_copy", lambda items: list(items))
+    job = object.__new__(Job)
+    job.config = TrainConfig(**({"group": 4, "prompts": 6, "minibatches": 1} | options))
+    job.task, job.engine = task or ArithmeticTask(), ScriptedEngine()
+    job.rank = job.dp_rank = job.copy_rank = 0
+    job.dp_size = job.copy_size = 1
+    job._ahead, job.sampling = None, Sampling()
+    job._check_versions = lambda rollouts, step: None  # the scripted engine's is always 0
+    return job
+
+
+def prompts(batch):
+    return [bytes(group.rollouts[0].prompt_ids) for group in batch.groups]
+
+
+def test_a_job_keeps_mixed_groups_and_does_it_again_the_same_way(monkeypatch):
+    dynamic = job(monkeypatch, max_refills=20)
+    batch = dynamic.batch(3)
+    assert len(batch.groups) == 6 and len(set(prompts(batch))) == 6
+    for group in batch.groups:
+        a = 10 * group.rollouts[0].prompt_ids[0] + group.rollouts[0].prompt_ids[1] - 33
+        assert group.correct_G.tolist() == [i < a % 5 for i in range(4)]
+        assert a % 5 not in (0, 4)
+    assert prompts(dynamic.batch(3)) == prompts(batch)
+    assert prompts(dynamic.batch(4)) != prompts(batch)
+    # Two ranks share the step's problems and fill their shares for themselves.
+    dynamic.dp_size = 2
+    shares = []
+    for dynamic.dp_rank in (0, 1):
+        shares.append(prompts(dynamic.batch(3)))
+    assert [len(share) for share in shares] == [3, 3]
+    assert not set(shares[0]) & set(shares[1])
+
+
+def test_a_refill_samples_with_seeds_of_its_own(monkeypatch):
+    seeds = [job(monkeypatch)._seed(0, 1, 0, refill) for refill in range(3)]
+    assert len(set(seeds)) == 3
+    assert seeds[0] == job(monkeypatch)._seed(0, 1, 0)
+
+
+def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
+    short = job(monkeypatch, max_refills=1, prompts=5000, group=2)  # of 8,999
+    with pytest.raises(UserError, match=r"step 1 with max_refills=1: no problems are left"):
+        short.batch(1)
+
+    class Never(ArithmeticTask):
+        def reward(self, problem, response_ids):
+            return 0.0
+
+    never = job(monkeypatch, max_refills=1, task=Never())
+    with pytest.raises(UserError, match=r"step 1 with max_refills=1: .*2 gave 0 groups"):
+        never.batch(1)
+
+
+def test_a_verdict_that_is_none_names_its_prompt(monkeypatch):
+    class Broken(ArithmeticTask):
+        def reward(self, problem, response_ids):
+            return float("nan")
+
+    broken = job(monkeypatch, task=Broken())
+    with pytest.raises(UserError, match=r"gave nan to a response to '\d\d\+\d\d='"):
+        broken.batch(1)
+
+
+def test_each_rank_of_a_model_copy_judges_its_part_and_has_all_verdicts(monkeypatch):
+    whole = job(monkeypatch)
+    problems = whole.problems(1)
+    rollouts = whole.generate(problems, 1)
+    expected, _ = whole._judged(problems, rollouts)
+    parts = []
+    monkeypatch.setattr(
+        start.groups, "gather_in_model_copy", lambda items: parts.append(list(items)) or list(items)
+    )
+    whole.copy_size = 2
+    for whole.copy_rank in (0, 1):
+        whole._judged(problems, rollouts)
+    verdicts = [*parts[0], *parts[2]]  # parts[1] and parts[3] count what was killed
+    assert [len(part) for part in parts] == [12, 1, 12, 1]
+    assert verdicts == [x for group in expected for x in group.correct_G]
