@@ -8,6 +8,8 @@ those of the released megatron-core 0.16.1.
 
 from __future__ import annotations
 
+import errno
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,7 +72,16 @@ def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
     try:
         dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
     except torch_checkpoint.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
+        raise _told(next(iter(error.failures.values()))[0]) from error
+    except RuntimeError as error:
+        raise _told(error) from error
+
+
+def _told(error: BaseException) -> BaseException:
+    """torch says of a write that failed only where the file then ended (inline_container.cc:672)."""
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+        return OSError(errno.ENOSPC, f"torch could not write all of a file: {error}")
+    return error
 
 
 def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None = None) -> None:
@@ -89,7 +100,9 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
             "optimizer": _optimizer_state(actor.optimizer, model, is_loading=True),
             "frozen": _frozen_state(frozen),
         }
-        loaded = dist_checkpointing.load(state, str(folder))
+        with warnings.catch_warnings():  # of what torch will one day do otherwise
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
         raise UserError(
             f"{folder} does not hold this model's training state: {str(error)[:500]}"

@@ -151,8 +151,8 @@ def _full_disk_named(run: RunFolder) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"no space is left to write {error.filename or f'into {run.path}'} ({error}). What was "
-            f"logged and the last checkpoint are whole: free space, then --resume {run.path}."
+            f"no space is left in {run.path} or beside it ({error}). What was logged and the last "
+            f"checkpoint are whole: free space, then --resume {run.path}."
         ) from error
 
 
