@@ -263,8 +263,10 @@ def test_a_truncated_checkpoint(whole, tmp_path):
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
-    """No file may grow above 1 MB here, which torch reports as it does a full disk; the warm-started
-    model is there already. A full disk under the logs: test_a_full_disk_under_the_logs."""
+    """No file may grow above 1 MB here: torch says then what it says of a full disk.
+
+    That the logs' own writes are named is tests/store/test_run_folder.py's.
+    """
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
