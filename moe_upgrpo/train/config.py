@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig
+from moe_upgrpo.megatron.families import moe_layers
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import EngineName, VLLMSettings
 from moe_upgrpo.store import read_config
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.train.warm_start import WarmStartConfig
+from moe_upgrpo.train.stand_in import stand_in_config
+from moe_upgrpo.train.tracking import Tracker
+from moe_upgrpo.train.warm_start import WarmStartConfig, tiny_model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class TinyModel:
     experts: int = 8
     top_k: int = 2
     expert_intermediate: int = 64
+    like: Path | None = None
+    """Model folder, or one with its config.json: take that architecture, of that many experts."""
 
     def __post_init__(self):
         for name in ("hidden", "expert_intermediate"):
@@ -42,6 +48,13 @@ class TinyModel:
             raise UserError(f"tiny.experts={self.experts}: 0 (a dense model) or more is needed.")
         if self.top_k < 1 or (self.experts and self.top_k > self.experts):
             raise UserError(f"tiny.top_k={self.top_k}: 1 to tiny.experts={self.experts}.")
+
+    def hugging_face(self) -> PretrainedConfig:
+        """Its config; of the arithmetic vocabulary."""
+        sizes = {n: getattr(self, n) for n in ("layers", "hidden", "expert_intermediate")}
+        if self.like is not None:
+            return stand_in_config(self.like, **sizes)
+        return tiny_model_config(**sizes, experts=self.experts, top_k=self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +74,8 @@ class TrainConfig:
     resume: Path | None = None
     """Run folder to continue from its newest checkpoint, with its settings; layout, steps, engine
     URL, evaluation and checkpoints may be given anew."""
+    track: tuple[Tracker, ...] = ("none",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb or both."""
     save_every: int = 20
     """Steps between checkpoints to resume from; the last step has one too; 0: none."""
     keep: int = 2
@@ -250,7 +265,7 @@ class TrainConfig:
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
         tiny = self.model is None or self.resume is not None  # whose config.json names the model
-        dense = tiny and not self.tiny.experts
+        dense = tiny and not moe_layers(self.tiny.hugging_face())
         layout = Layout.for_world(
             world_size,
             tp=self.tp,
@@ -297,6 +312,7 @@ MAY_CHANGE = {
     "eval_samples": "evaluation",
     "eval_problems": "evaluation",
     "reference_kl": "a measurement, and the memory of a second model",
+    "track": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
 }

@@ -33,7 +33,9 @@ from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.batch import Batch, Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig, changes
 from moe_upgrpo.train.progress import Display
-from moe_upgrpo.train.warm_start import tiny_model_config, warm_start
+from moe_upgrpo.train.tracking import Tracking
+from moe_upgrpo.train.tracking import check as check_trackers
+from moe_upgrpo.train.warm_start import warm_start
 
 # What a stream of random numbers is for; the step and the rank complete its seed.
 _SAMPLING, _SHUFFLING, _EVALUATION, _GLOBAL = range(4)
@@ -45,6 +47,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     layout = config.layout(world_size)
+    check_trackers(config.track)
     display = Display(config.steps, shown=rank == 0)
     with groups.process_groups(layout, seed=config.seed), display:
         # Ranks start at different seconds; the folder has one name.
@@ -106,6 +109,9 @@ def start(config: TrainConfig) -> Iterator[Job]:
             closing(task),
             closing(engine) if engine else nullcontext(),
             run.locked() if rank == 0 else nullcontext(),
+            closing(
+                Tracking(config.track if rank == 0 else (), run.path, about, done=found.step)
+            ) as tracking,
             _full_disk_named(run),
         ):
             ahead = found.rollouts()
@@ -134,6 +140,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 engine=engine,
                 sampling=sampling,
                 run=run,
+                tracking=tracking,
                 display=display,
                 done=found.step,
                 ahead=ahead,
@@ -191,14 +198,7 @@ def _task_and_model(
 
 
 def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
-    tiny = config.tiny
-    model = tiny_model_config(
-        layers=tiny.layers,
-        hidden=tiny.hidden,
-        experts=tiny.experts,
-        top_k=tiny.top_k,
-        expert_intermediate=tiny.expert_intermediate,
-    )
+    model = config.tiny.hugging_face()
     layout.check_model(model)
     try:
         config.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -226,6 +226,7 @@ class Job:
     engine: Engine | None  # None where rollouts are loaded
     sampling: SamplingConfig
     run: RunFolder
+    tracking: Tracking
     display: Display
     done: int  # steps
     ahead: InitVar[list[Rollout] | None]  # everyone's rollouts of the next step, sampled ahead
@@ -576,6 +577,7 @@ class Job:
             row |= self._evaluate(step)
         if self.rank == 0:
             self.run.append_metrics(row)
+            self.tracking.log(row)
             self.display.step(row)
 
     def log_evaluation(self, step: int) -> None:
@@ -589,6 +591,7 @@ class Job:
         row = {"step": step} | self._evaluate(step)
         if self.rank == 0:
             self.run.append_metrics(row)
+            self.tracking.log(row)
             self.display.say(
                 f"warm start: held-out greedy {row['eval/greedy']:.3f}, "
                 f"pass@1 {row['eval/pass@1']:.3f}"

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import struct
+import time
 
 import numpy as np
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_upgrpo.errors import UserError
@@ -59,31 +62,39 @@ def test_tensorboard_has_every_number_and_a_resumed_run_once(run):
     assert scalars(run, "mismatch/by_layer/3")[0] == (1, 0.75)
 
 
+def records(file) -> list[bytes]:
+    """Those of LevelDB's log format: blocks of 32 KiB, each part with checksum, length and type."""
+    data, at, found, parts = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole, or its last part
+            found.append(parts)
+            parts = b""
+    return found
+
+
 def wandb_rows(run) -> list[tuple[str, dict]]:
-    """(run id, numbers) of every record of the folder's offline files, in order."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """(run id, numbers) of every row in the folder's offline files, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
     rows = []
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        identity = file.stem.removeprefix("run-")
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for data in records(file):
+            record = Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
-                rows.append((identity, values))
+                rows.append((file.stem, values))
     return rows
 
 
 @pytest.fixture
 def fresh_wandb():
     """wandb reads the environment once in a process, unless it is torn down."""
-    import wandb
-
     wandb.teardown()
     yield
     wandb.teardown()
@@ -94,9 +105,11 @@ def test_wandb_has_every_number_and_a_resumed_run_is_the_same_run(run, fresh_wan
     first = Tracking(["wandb", "tensorboard"], run)
     first.log(ROW)
     first.close()
+    time.sleep(1)  # wandb names its folder by the second
     second = Tracking(["wandb"], run, done=3)
     second.log(ROW | {"step": 4})
     second.close()
+    wandb.teardown()  # the files are then whole
     rows = wandb_rows(run)
     assert [values["step"] for _, values in rows] == [3, 4]
     assert len({identity for identity, _ in rows}) == 1

