@@ -262,25 +262,27 @@ def first_step(cache, tmp_path_factory):
     Qwen3MoeForCausalLM(config).save_pretrained(model)
     arithmetic.save_tokenizer(model)
 
-    def start(*layout: str):
+    def start(*layout: str, ranks: int = 2):
         folder = tmp_path_factory.mktemp("layout") / "r"
         more = ("--steps", "1", "--minibatches", "1", "--analyse-every", "1", *layout)
         more = (*more, "--model", str(model), "--max-new-tokens", "8")
-        result = torchrun(2, *options(folder, cache, *more))
+        result = torchrun(ranks, *options(folder, cache, *more), timeout_s=120)
         assert result.returncode == 0, result.stderr[-3000:]
         return read_tokens(folder).sort_by([("sequence", "ascending"), ("position", "ascending")])
 
     return start
 
 
-def test_the_layouts_leave_the_same_token_log(first_step):
-    """TP2·EP2 against two pipeline stages with recomputed activations, and against data
-    parallelism with EP2, whose ranks write a file each."""
-    expected = first_step("--tp", "2", "--ep", "2")
+def test_the_layouts_leave_the_same_token_log(first_step, tmp_path):
+    """TP2·EP2 against two pipeline stages with recomputed activations, against data parallelism
+    with EP2, whose ranks write a file each, and against TP2·EP2·DP2 on four ranks."""
+    saved = str(tmp_path / "rollouts")  # four ranks would sample others
+    expected = first_step("--tp", "2", "--ep", "2", "--save-rollouts", saved)
     assert expected["layers_mismatched"].to_numpy().sum() > 10
     stages = ("--tp", "1", "--ep", "1", "--pp", "2", "--recompute", "full")
-    for layout in (stages, ("--tp", "1", "--ep", "2")):
-        found = first_step(*layout)
+    four = ("--tp", "2", "--ep", "2", "--load-rollouts", saved)
+    for ranks, layout in ((2, stages), (2, ("--tp", "1", "--ep", "2")), (4, four)):
+        found = first_step(*layout, ranks=ranks)
         assert found.column_names == expected.column_names
         for name in found.column_names:
             a, b = found[name].combine_chunks(), expected[name].combine_chunks()
