@@ -1,4 +1,4 @@
-"""The command line: `moe-upgrpo train|probe|report`, also `python -m moe_upgrpo`."""
+"""The command line: `moe-upgrpo COMMAND`, also `python -m moe_upgrpo COMMAND`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
-from tyro.conf import Positional
+from rich.console import Console
+from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
 
@@ -24,6 +25,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   train              train by RL on the ranks of this job (see examples/train_moe.sh)
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
   report RUN [RUN …] write report.html from one run folder or several
+  plan               what a training run needs of each GPU, and whether it fits; takes its options
+  doctor             what is installed here, which code paths that selects, what is missing
 
 `moe-upgrpo COMMAND --help` lists the options of a command."""
 
@@ -31,7 +34,13 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. `argv` are words that come before those of the command line."""
     arguments = [*(argv or ()), *sys.argv[1:]]
-    commands = {"train": _train, "probe": _probe, "report": _report}
+    commands = {
+        "train": _train,
+        "probe": _probe,
+        "report": _report,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -53,19 +62,26 @@ def _parse(what, arguments: list[str], prog: str):
         return tyro.cli(what, args=arguments, prog=prog, console_outputs=_rank() == 0)
 
 
-def _train(arguments: list[str]) -> None:
-    from moe_upgrpo.train.config import TrainConfig, file_arguments, named, run_arguments
+def _parse_with_files(cls, arguments: list[str], prog: str):
+    """The options of a resumed run and of config files, and over them the command line's."""
+    from moe_upgrpo.train.config import file_arguments, named, run_arguments
 
-    _one_thread()
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
     try:
-        config = _parse(TrainConfig, [*from_run, *from_files, *arguments], "train_moe.sh")
+        return _parse(cls, [*from_run, *from_files, *arguments], prog)
     except SystemExit as end:
         if end.code and from_files and _rank() == 0:
             files = ", ".join(map(str, named("--config", arguments)))
             print(f"The options come from {files} and from the command line.", file=sys.stderr)
         raise
+
+
+def _train(arguments: list[str]) -> None:
+    from moe_upgrpo.train.config import TrainConfig
+
+    _one_thread()
+    config = _parse_with_files(TrainConfig, arguments, "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     silence_upstream()
 
@@ -116,6 +132,46 @@ def _report(arguments: list[str]) -> None:
         print(write_report(runs, output or folder / "report.html"))
 
     _parse(report, arguments, "moe-upgrpo report")
+
+
+def _plan(arguments: list[str]) -> None:
+    from moe_upgrpo.train.plan import PlanConfig, check_fits, make_plan, show
+
+    silence_upstream()
+    plan = make_plan(_parse_with_files(PlanConfig, arguments, "moe-upgrpo plan"))
+    show(plan, _console())
+    try:
+        check_fits(plan)
+    except UserError as error:
+        _fail(str(error), status=1)
+
+
+def _doctor(arguments: list[str]) -> None:
+    def doctor(strict: bool = False, as_json: Annotated[bool, arg(name="json")] = False) -> None:
+        """What is installed, which code paths that selects, and how to get what is missing.
+
+        Args:
+            strict: exit with 1 where nothing can train.
+            as_json: print JSON, for a bug report.
+        """
+        from moe_upgrpo.train.doctor import diagnose, show
+
+        silence_upstream()
+        found = diagnose()
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            show(found, _console())
+        if strict and not found.can_train:
+            _fail("nothing can train here; doctor's table says why.", status=1)
+
+    _parse(doctor, arguments, "moe-upgrpo doctor")
+
+
+def _console() -> Console:
+    """Square brackets are those of pip; where there is no terminal, lines are wide."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
 
 
 def _rank() -> int:
