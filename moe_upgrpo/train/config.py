@@ -86,7 +86,7 @@ class TrainConfig:
     """Folder of a run's saved rollouts to train on: no engine, no evaluation."""
 
     model: Path | None = None
-    """Hugging Face checkpoint folder (qwen3_moe). None: a tiny model, warm-started and cached."""
+    """Hugging Face checkpoint folder: docs/models.md. None: a tiny model, warm-started, cached."""
     digits: int = 2
     """The task where there is no --data: addition of two numbers of this many digits."""
     tiny: TinyModel = field(default_factory=TinyModel)
