@@ -111,7 +111,7 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
         for i, chunk in enumerate(unwrap_model(list(one.chunks)) if one else ()):
             chunk.load_state_dict(loaded[name][str(i)])
     for i, part in enumerate(_parts(actor.optimizer)):
-        _set_state(part, loaded["optimizer"][str(i)], steps=schedule["num_steps"])
+        _set_state(part, loaded["optimizer"].get(str(i), {}), steps=schedule["num_steps"])
     actor.scheduler.load_state_dict(schedule)
     actor.scheduler.step(increment=0)  # gives the optimizer the rate
 
