@@ -69,7 +69,7 @@ def prompts(problems):
         ("46", "", False),
         ("\\frac{1}{2}", "Answer: 0.5", True),
         ("x^2+2x+1", "\\boxed{(x+1)^2}", True),
-        ("It is 40 + 6 = 46\n#### 46", "The answer is 46.", True),  # GSM8K
+        ("Half of 92 is <<92/2=46>>46 eggs.\n#### 46", "The answer is 46.", True),  # GSM8K
         ("Adding gives \\boxed{46}.", "46", True),  # MATH
         ("46", "\\boxed{46}" + " 1" * 20_000, True),  # the box is far from the end
         ("46", " 1" * 20_000, False),  # 5 s where math-verify reads all of it
@@ -113,6 +113,8 @@ def test_a_task_reads_writes_and_judges(task):
     assert task.max_response_tokens is None
     assert task.reward(heldout, spoken("It is 101")) == 1.0
     assert task.reward(heldout, np.array(spoken("It is 102"))) == 0.0
+    # Special tokens are no part of the text: here <s> inside the number.
+    assert task.reward(heldout, [*spoken("10")[:-1], 0, *spoken("1")]) == 1.0
     assert task.answer_classes([spoken("101"), spoken("7"), spoken("It is 101")]) == [0, 1, 0]
     assert [note.split(" ")[0] for note in task.notes] == ["--data", "--eval-data"]
 
@@ -142,8 +144,15 @@ def test_refills_of_the_arithmetic_task():
     assert task.training_count == 90  # of 100
     assert [len(batch) for batch in batches] == [30, 30, 30, 0, 0]
     assert len({prompt for batch in batches for prompt in batch}) == 90
-    drawn = refill_indices(np.array([1]), 3, 2, seed=0, step=0, refill=1)
-    assert sorted(drawn) == [0, 2]
+
+
+def test_refills_are_a_shuffle_by_seed_and_step():
+    def drawn(seed, step, refill=1):
+        return refill_indices(np.array([1]), 21, 10, seed=seed, step=step, refill=refill).tolist()
+
+    assert sorted(drawn(0, 1) + drawn(0, 1, refill=2)) == [0, *range(2, 21)]
+    assert drawn(0, 1, refill=3) == []
+    assert len({tuple(drawn(seed, step)) for seed in (0, 1) for step in (1, 2)}) == 4
 
 
 def test_too_many_problems_asked_for(task):
@@ -155,9 +164,9 @@ def test_too_many_problems_asked_for(task):
 def test_prompts_that_are_too_long(model, tmp_path):
     train = write(tmp_path / "train.jsonl", ("1+1?", 2), ("1+1 and then some more?", 3))
     heldout = write(tmp_path / "eval.jsonl", ("2+2?", 4))
-    task = MathTask([train], [heldout], model_dir=model, max_prompt_tokens=30)
-    assert len(task.training_problems(1, seed=0, step=1)) == 1
-    assert "1 training problems of more than 30 tokens left out" in task.notes
+    task = MathTask([train], [heldout], model_dir=model, max_prompt_tokens=22)
+    assert len(task.training_problems(1, seed=0, step=1)) == 1  # the shorter one has 22
+    assert "1 training problems of more than 22 tokens left out" in task.notes
     with pytest.raises(UserError, match="a held-out problem has 41 tokens"):
         MathTask([heldout], [train], model_dir=model, max_prompt_tokens=30)
     with pytest.raises(UserError, match="no training problem is that short; the shortest has 22"):
@@ -192,7 +201,8 @@ def test_chat_templates(model, tmp_path):
     own.write_text("{{ messages[-1].content }}=")
     assert prompt(chat_template=str(own)).prompt == "1+1?="
     plain = prompt(write(tmp_path / "plain.jsonl", ("1+1?", 2)), chat_template="none")
-    assert plain.prompt == "1+1?" and len(plain.prompt_ids) == 4
+    assert plain.prompt == "1+1?"
+    assert plain.prompt_ids.tolist() == [0, *(VOCABULARY[c] for c in "1+1?")]
     with pytest.raises(UserError, match="a chat of 2 messages needs a chat template"):
         prompt(chat_template="none")
     own.write_text("{{ raise_exception('no system role') }}")

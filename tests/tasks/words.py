@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 TEMPLATE = (
@@ -18,6 +18,10 @@ def save_words(folder: Path, *, template: str | None = TEMPLATE, **config) -> Pa
     tokenizer = Tokenizer(models.BPE(VOCABULARY, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # Plain text begins with <s>, as with Llama's tokenizers; a template writes its own.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", additional_special_tokens=["<s>"]
     )
