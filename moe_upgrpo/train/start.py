@@ -112,7 +112,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             closing(
                 Tracking(config.track if rank == 0 else (), run.path, about, done=found.step)
             ) as tracking,
-            _full_disk_named(run),
+            full_disk_named(run),
         ):
             ahead = found.rollouts()
             if rank == 0 and config.resume:
@@ -151,7 +151,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
 
 
 @contextmanager
-def _full_disk_named(run: RunFolder) -> Iterator[None]:
+def full_disk_named(run: RunFolder) -> Iterator[None]:
+    """Raise UserError that says how to go on where a write found no space."""
     try:
         yield
     except OSError as error:

@@ -16,8 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_upgrpo.store import read_config, read_environment, read_metrics, read_tokens
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.store import (
+    RunFolder,
+    TokenLogWriter,
+    read_config,
+    read_environment,
+    read_metrics,
+    read_tokens,
+)
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
+from moe_upgrpo.train import resume, start
+from tests.store.rows import full_columns
 from tests.train.test_launch import TORCHRUN, assert_fails, launch, options, torchrun
 
 STEPS, SAVE_EVERY = 4, 2
@@ -263,10 +277,7 @@ def test_a_truncated_checkpoint(whole, tmp_path):
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
-    """No file may grow above 1 MB here: torch says then what it says of a full disk.
-
-    That the logs' own writes are named is tests/store/test_run_folder.py's.
-    """
+    """No file may grow above 1 MB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
@@ -275,6 +286,37 @@ def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
     assert not Checkpoints(run / "checkpoints").all()
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("what", ["metrics", "tokens"])
+def test_a_full_disk_under_the_logs(what, tmp_path):
+    """/dev/full has no space, for any user."""
+    run = RunFolder.create(tmp_path / "run", {})
+    writer = TokenLogWriter(run.tokens, rank=0, layer_ids=range(3), top_k=2, num_experts=8)
+    run.append_metrics({"step": 0})
+    if what == "metrics":
+        shutil.move(run.metrics_path, tmp_path / "metrics")
+        run.metrics_path.symlink_to("/dev/full")
+    else:
+        (run.tokens / ".step-000001-rank-0000.parquet.tmp").symlink_to("/dev/full")
+    told = pytest.raises(UserError, match=f"no space is left .* --resume {run.path}")
+    with told, start.full_disk_named(run):
+        writer.write(1, full_columns())
+        run.append_metrics({"step": 1})
+    if what == "metrics":
+        shutil.move(tmp_path / "metrics", run.metrics_path)
+    RunFolder.resume(run.path, step=0)
+    assert [row["step"] for row in read_metrics(run.path)] == [0]
+    assert list(run.tokens.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_model(whole, tiny_checkpoint):
+    """As where a folder was copied from another run."""
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=OptimizerSettings())
+        found = resume.find(RunFolder(whole), steps=9)
+        with pytest.raises(UserError, match=r"of another model: its \w+ is .*, that of .*tiny is"):
+            resume.load(found, actor, None)
 
 
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
