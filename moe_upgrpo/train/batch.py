@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import dynamic_sampling, overlong_penalty
 from moe_upgrpo.rollout.base import Rollout
 
@@ -94,7 +95,18 @@ def collect(
         )
         return [(group, group.correct_G) for group in batch]
 
-    pairs = dynamic_sampling(generate, groups, 1 + max_refills) if max_refills else generate()
+    try:
+        pairs = dynamic_sampling(generate, groups, 1 + max_refills) if max_refills else generate()
+    except UserError:
+        if len(counts) <= max_refills:
+            raise  # of a batch itself
+        sampled, mixed, *_ = np.sum(counts, axis=0)
+        last = " All problems were tried." if not counts[-1][0] else ""
+        raise UserError(
+            f"max_refills={max_refills}: {sampled} groups were sampled, {mixed} of them have right "
+            f"and wrong responses; {groups} are needed.{last} Allow more refills, give larger "
+            "groups or fewer prompts, or problems that the model solves now and then."
+        ) from None
     of_all, mixed, responses, correct, killed = np.sum(counts, axis=0).tolist()
     return Batch(
         groups=[group for group, _ in pairs],

@@ -294,17 +294,10 @@ class Job:
         def sample(refill: int) -> tuple[list[Group], int]:
             problems = self.problems(step, refill)
             if not problems:
-                raise UserError("no problems are left for another batch")
+                return [], 0  # every problem has been sampled
             return self._judged(problems, self.generate(problems, step, refill))
 
-        try:
-            batch = collect(sample, groups=groups_needed, max_refills=self.config.max_refills)
-        except UserError as error:
-            if not self.config.max_refills:
-                raise
-            raise UserError(
-                f"step {step} with max_refills={self.config.max_refills}: {error}"
-            ) from None
+        batch = collect(sample, groups=groups_needed, max_refills=self.config.max_refills)
         if self.config.save_rollouts and self.copy_rank == 0:
             save_rollouts(self.config.save_rollouts, step, self.dp_rank, batch.rollouts)
         return batch

@@ -57,7 +57,8 @@ def test_refills_take_the_place_of_groups_that_teach_nothing():
 
 def test_refills_are_bounded():
     asked = []
-    with pytest.raises(UserError, match="0 groups whose rewards differ, 1 are needed"):
+    words = "max_refills=2: 6 groups were sampled, 0 of them have right and wrong .*; 1 are needed"
+    with pytest.raises(UserError, match=words):
         collect(lambda r: (asked.append(r), ([RIGHT, WRONG], 0))[1], groups=1, max_refills=2)
     assert asked == [0, 1, 2]
 
@@ -121,7 +122,7 @@ def test_a_refill_samples_with_seeds_of_its_own(monkeypatch):
 
 def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
     short = job(monkeypatch, max_refills=1, prompts=5000, group=2)  # of 8,999
-    with pytest.raises(UserError, match=r"step 1 with max_refills=1: no problems are left"):
+    with pytest.raises(UserError, match=r"max_refills=1: 5000 groups .* All problems were tried"):
         short.batch(1)
 
     class Never(ArithmeticTask):
@@ -129,8 +130,21 @@ def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
             return 0.0
 
     never = job(monkeypatch, max_refills=1, task=Never())
-    with pytest.raises(UserError, match=r"step 1 with max_refills=1: .*2 gave 0 groups"):
+    with pytest.raises(
+        UserError, match=r"12 groups were sampled, 0 of them .*; 6 are needed\. Allow"
+    ):
         never.batch(1)
+
+
+def test_what_a_batch_itself_says_is_not_hidden(monkeypatch):
+    broken = job(monkeypatch, max_refills=1)
+
+    def check(rollouts, step):
+        raise UserError("another weight version")
+
+    broken._check_versions = check
+    with pytest.raises(UserError, match=r"^another weight version$"):
+        broken.batch(1)
 
 
 def test_a_verdict_that_is_none_names_its_prompt(monkeypatch):
