@@ -27,7 +27,8 @@ class Group:
 
     @property
     def mixed(self) -> bool:
-        """Whether there are right and wrong ones; the advantages of any other group are 0."""
+        """Whether there are right and wrong ones. Any other group has advantages of 0, unless its
+        rewards differ by length."""
         return bool(self.correct_G.max() > self.correct_G.min())
 
 
