@@ -40,7 +40,7 @@ $(STAMP): setup.py
 
 # What the tests compare with, beside what training needs.
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev,parity]'
+	$(BIN)/python -m pip install --quiet --editable '.[report,math,tracking,dev,parity]'
 	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1 trl==1.16.0
 	@touch $@
 

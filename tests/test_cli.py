@@ -9,6 +9,9 @@ import pytest
 from tests.report.synthetic import make_run
 
 
+COMMANDS = ("train", "probe", "report", "plan", "doctor")
+
+
 def command(*arguments, cwd=None) -> subprocess.CompletedProcess:
     words = [sys.executable, "-m", "moe_upgrpo", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd)
@@ -18,18 +21,25 @@ def test_without_a_command_or_with_help_it_lists_the_commands():
     for arguments in ((), ("--help",)):
         result = command(*arguments)
         assert result.returncode == 0
-        assert all(name in result.stdout for name in ("train", "probe", "report"))
+        assert all(name in result.stdout for name in COMMANDS)
 
 
 def test_an_unknown_command_names_the_known():
     result = command("repotr")
     assert result.returncode == 2
-    assert result.stderr == "error: 'repotr' is not a command; known: train, probe, report.\n"
+    known = ", ".join(COMMANDS)
+    assert result.stderr == f"error: 'repotr' is not a command; known: {known}.\n"
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("train", "--loss"), ("probe", "--rollout-routes"), ("report", "--output")],
+    [
+        ("train", "--loss"),
+        ("probe", "--rollout-routes"),
+        ("report", "--output"),
+        ("plan", "--gpus-per-node"),
+        ("doctor", "--strict"),
+    ],
 )
 def test_every_command_has_help(name, words):
     result = command(name, "--help")

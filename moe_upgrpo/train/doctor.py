@@ -125,7 +125,7 @@ def diagnose(
 
 
 def _base(installed: Installed, problems: list[str]) -> list[Item]:
-    """The requirements in this package's own metadata, which a newer pip cannot have changed."""
+    """What this package's own metadata requires without an extra."""
     items = []
     try:
         requires = importlib.metadata.requires("moe_upgrpo") or []
@@ -174,7 +174,7 @@ def _code_paths() -> dict[str, str]:
     from moe_upgrpo.megatron import backend, model
 
     on = "CUDA, NCCL" if backend.has_cuda() else "CPU, gloo: stands in for CUDA's calls"
-    return {"device": on} | getattr(model, "code_paths", dict)()
+    return {"device": on} | model.code_paths()
 
 
 def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
@@ -249,9 +249,7 @@ def _vllm(installed: Installed, cuda: bool) -> Item:
         note = f"its mends are for CPU builds and touch nothing here; {NOT_RUN}"
         return Item(name="vllm", version=gpu, state="ok", feature=feature, note=note)
     known = cpu.partition("+")[0] in VERSIONS
-    registered = importlib.metadata.entry_points(
-        group="vllm.general_plugins", name="moe_upgrpo"
-    ) or installed.entry_points("moe_upgrpo", "vllm.general_plugins")
+    registered = installed.entry_points("moe_upgrpo", "vllm.general_plugins")
     leftover = [n for n in ("torchvision", "torchaudio", "torchcodec") if installed.version(n)]
     notes = [
         "plugin registered" if registered else "plugin not registered",

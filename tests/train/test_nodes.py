@@ -13,11 +13,6 @@ from moe_upgrpo.store import read_config, read_metrics, read_tokens
 from tests.train.test_launch import GROUP, PROMPTS, ROOT, SCRIPT, TORCHRUN, options
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

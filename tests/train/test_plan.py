@@ -1,0 +1,205 @@
+"""The plan of a run, the configs for eight GPUs, and their stand-in on a CPU.
+
+What the arithmetic is held to: tests/megatron/test_plan.py. Not covered: a GPU; the configs
+themselves were not run on any.
+"""
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig
+
+from moe_upgrpo.cli import _parse_with_files
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import memory
+from moe_upgrpo.megatron.memory import Sizes
+from moe_upgrpo.store import read_config, read_metrics
+from moe_upgrpo.train.config import TinyModel, TrainConfig
+from moe_upgrpo.train.plan import (
+    DoesNotFit,
+    PlanConfig,
+    check_fits,
+    make_plan,
+    show,
+)
+from tests.train.test_launch import ROOT, torchrun
+
+CONFIGS = ROOT / "examples" / "configs"
+MOE, DENSE = CONFIGS / "qwen3-30b-a3b.yaml", CONFIGS / "qwen3-14b-base.yaml"
+STAND_IN = CONFIGS / "stand-in.yaml"
+GB = 1e9
+
+
+def planned(*words: str, monkeypatch) -> PlanConfig:
+    monkeypatch.chdir(ROOT)  # the configs name folders as seen from there
+    return _parse_with_files(PlanConfig, list(map(str, words)), "plan")
+
+
+def shown(plan) -> str:
+    console = Console(file=io.StringIO(), width=140, markup=False)
+    show(plan, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    # Hand-worked. 30B: 48 x (128 x 3·2048·768 + 2048·128 + 2048·(4096 + 2·512) + 4096·2048 + 256 +
+    # 4096) + 2·151936·2048 + 2048; 14B: 40 x (3·5120·17408 + 5120·(5120 + 2·1024) + 5120² + 256 +
+    # 10240) + 2·151936·5120 + 5120.
+    [
+        ("qwen3-30b-a3b", 30_532_122_624, 30_532_122_624 - 48 * 120 * 3 * 2048 * 768),
+        ("qwen3-14b-base", 14_768_307_200, 14_768_307_200),
+    ],
+)
+def test_the_published_models_have_their_published_sizes(name, total, active):
+    model = Sizes.of(AutoConfig.from_pretrained(CONFIGS / "models" / name))
+    assert memory.model_parameters(model) == total
+    assert memory.active_parameters(model) == active
+    assert f"{total / 1e9:.1f}" == {"qwen3-30b-a3b": "30.5", "qwen3-14b-base": "14.8"}[name]
+
+
+def test_thirty_billion_parameters_fit_on_eight_gpus(monkeypatch):
+    """TP2·EP8: 2 + 4 bytes for what a rank holds; 12 for a quarter of what four ranks share."""
+    plan = make_plan(planned("--config", MOE, "--server-gb", 24, monkeypatch=monkeypatch))
+    check_fits(plan)
+    (stage,) = plan.stages
+    expert = 48 * 16 * 3 * 2048 * 768  # 16 of the 128 experts of each layer
+    # Attention, embeddings and head are halved; norms and routers are whole on both ranks.
+    halved = 48 * (2048 * (4096 + 2 * 512) + 4096 * 2048) + 2 * 151936 * 2048
+    shared = halved // 2 + 48 * (2048 * 128 + 256 + 4096) + 2048
+    assert (stage.stage.expert, stage.stage.shared) == (expert, shared)
+    assert stage.held == {
+        "parameters": 2 * (expert + shared),
+        "gradients": 4 * (expert + shared),
+        "optimizer": 12 * (expert + shared / 4),
+        "engine: server": 24 * GB,
+    }
+    # Of the whole sequence in fp32, half the vocabulary, five times.
+    logits = 9216 * 151936 / 2 * 20
+    scores = 16 * 9216 * 9216 * 16  # sixteen query heads; more than the logits
+    assert scores > logits
+    assert stage.moments["old log-probs"]["layer in work"] == pytest.approx(scores, rel=0.05)
+    text = shown(plan)
+    for words in ("30.53B parameters, 3.35B", "TP2·EP8", "assumptions", "Korthikanti",
+                  "--server-gb", "expert-parallel", "token log: routes"):  # fmt: skip
+        assert words in text
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(monkeypatch):
+    config = planned("--config", MOE, "--gpu-memory-gb", 80, monkeypatch=monkeypatch)
+    plan = make_plan(config)
+    with pytest.raises(DoesNotFit) as error:
+        check_fits(plan)
+    message = str(error.value)
+    assert message.startswith("does not fit: rank 0 to 7 needs 94.3 GB (at the moment: old log-")
+    assert "of 73.2 GB, which is 80 GB less the reserve" in message
+    assert "The largest: optimizer 45.8 GB" in message
+    # The optimizer's share halves on twice the ranks, with the experts on two of them each.
+    assert "Enough by itself: " in message and "--nodes 2 (" in message
+    twice = make_plan(replace(config, nodes=2))
+    assert f"--nodes 2 ({twice.fullest.peak / GB:.1f} GB)" in message
+    check_fits(twice)
+
+
+def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
+    plan = make_plan(planned("--config", DENSE, monkeypatch=monkeypatch))
+    check_fits(plan)
+    (stage,) = plan.stages
+    assert stage.held["engine: model"] == 2 * 14_768_307_200
+    assert stage.held["engine: cache"] == 16 * 2**30
+    assert stage.moments["weights to the engine"] == {"whole model": 2 * 14_768_307_200}
+    assert plan.fullest.fullest == "weights to the engine"
+    # A server elsewhere takes nothing here, and hf keeps keys and values of 64 sequences: 40
+    # layers, 8 heads of 128, in bf16, twice, and one layer once more while it grows.
+    away = make_plan(replace(plan.config, engine_url="http://elsewhere:1"))
+    assert away.fullest.peak < stage.peak - 60 * GB
+    hf = make_plan(replace(plan.config, engine="hf"))
+    cache = 2 * 40 * 8 * 128 * 2 * 64 * 9216
+    assert hf.stages[0].moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
+
+
+def test_pipeline_stages_are_planned_one_by_one(monkeypatch):
+    words = ("--config", MOE, "--pp", 2, "--tp", 1, "--ep", 4)
+    plan = make_plan(planned(*words, monkeypatch=monkeypatch))
+    first, last = plan.stages
+    assert (first.ranks, last.ranks) == (range(4), range(4, 8))
+    assert first.stage.layers == last.stage.layers == 24
+    assert "logits" not in {n for parts in first.moments.values() for n in parts}
+    # The first stage keeps the inputs of two micro-batches.
+    inputs = [s.moments["update"]["layer inputs"] for s in plan.stages]
+    assert inputs == [2 * 24 * 9216 * 2048 * 2, 24 * 9216 * 2048 * 2]
+    assert first.sent["pipeline"] > 0
+    assert "stage 1, rank 4 to 7" in shown(plan)
+
+
+def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
+    base = planned("--config", MOE, monkeypatch=monkeypatch)
+    for change, words in (
+        ({"max_prompt_tokens": None}, "max_prompt_tokens is not given"),
+        ({"engine": "sglang", "engine_url": None}, "give --engine-url"),
+        ({"max_new_tokens": 50_000}, "max_position_embeddings=40960"),
+        ({"tp": 8}, "num_key_value_heads=4"),
+        ({"model": tmp_path}, "holds no config.json"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_plan(replace(base, **change))
+    for wrong in ({"imbalance": 0.5}, {"gpu_memory_gb": 0}, {"nodes": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            replace(base, **wrong)
+
+
+def test_the_tiny_model_needs_next_to_nothing():
+    plan = make_plan(PlanConfig(gpus_per_node=2))
+    check_fits(plan)
+    assert plan.fullest.peak < 0.5 * GB
+
+
+@pytest.mark.parametrize("like", ["qwen3-30b-a3b", "qwen3-14b-base"])
+def test_a_stand_in_has_the_architecture(like):
+    folder = CONFIGS / "models" / like
+    big, small = AutoConfig.from_pretrained(folder), TinyModel(like=folder).hugging_face()
+    same = ("model_type", "tie_word_embeddings", "rms_norm_eps")
+    if big.model_type == "qwen3_moe":
+        same += ("num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step")
+    for name in same:
+        assert getattr(small, name) == getattr(big, name), name
+    ratios = [c.num_attention_heads / c.num_key_value_heads for c in (big, small)]
+    assert ratios[0] == ratios[1]
+    assert memory.model_parameters(Sizes.of(small)) < 2e7
+    assert TrainConfig(tiny=TinyModel(like=folder)).layout(2).ep == (1 if like[6:9] == "14b" else 2)
+
+
+def test_a_stand_in_of_another_family_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    with pytest.raises(UserError, match="'mixtral' model"):
+        TinyModel(like=tmp_path).hugging_face()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [MOE, DENSE], ids=lambda path: path.stem)
+def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache):
+    words = ("--config", str(config), "--config", str(STAND_IN), "--cache-dir", str(cache))
+    result = torchrun(2, *words, "--output-dir", str(tmp_path / "run"), timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    of_run = read_config(tmp_path / "run")
+    layout, experts = ("TP2·EP2", 128) if config == MOE else ("TP2·EP1", 0)
+    assert (of_run["layout"], of_run["num_experts"]) == (layout, experts)
+    for name, value in {"loss": "up-grpo", "recompute": "full", "dtype": "bfloat16"}.items():
+        assert of_run[name] == value
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+
+
+def test_the_command_prints_and_refuses():
+    command = [sys.executable, "-m", "moe_upgrpo", "plan", "--gpus-per-node", "2"]
+    result = subprocess.run(
+        [*command, "--gpu-memory-gb", "2.13"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "assumptions" in result.stdout
+    assert result.stderr.startswith("error: does not fit: rank 0 to 1 needs ")
