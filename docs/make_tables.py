@@ -1,4 +1,4 @@
-"""Fills the tables of docs/token-log.md and docs/mismatch.md from the code.
+"""Fills the tables of docs/token-log.md, docs/mismatch.md and docs/checkpoints.md from the code.
 
     python docs/make_tables.py
 
@@ -13,6 +13,7 @@ from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.train.alarms import ALARMS
+from moe_upgrpo.train.config import MAY_CHANGE
 
 DOCS = Path(__file__).parent
 
@@ -44,6 +45,11 @@ PAGES = {
         "metrics": markdown_table().rstrip("\n"),
         "alarms": table(
             ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
+        ),
+    },
+    "checkpoints.md": {
+        "may_change": table(
+            ["setting", "what it is"], [[f"`{name}`", text] for name, text in MAY_CHANGE.items()]
         ),
     },
 }

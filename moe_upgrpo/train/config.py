@@ -448,4 +448,5 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return ["--" + ".".join([*outer, last if value else f"no-{last}"])]
     option = "--" + ".".join([*outer, last])
-    return [option, *map(str, value)] if isinstance(value, list) else [option, str(value)]
+    # With "=" a value may begin with a dash.
+    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]

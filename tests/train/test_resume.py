@@ -11,10 +11,12 @@ import json
 import shutil
 import signal
 import subprocess
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
@@ -31,6 +33,7 @@ from moe_upgrpo.store import (
 )
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
+from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
 from tests.store.rows import full_columns
 from tests.train.test_launch import TORCHRUN, assert_fails, launch, options, torchrun
 
@@ -317,6 +320,66 @@ def test_a_checkpoint_of_another_model(whole, tiny_checkpoint):
         found = resume.find(RunFolder(whole), steps=9)
         with pytest.raises(UserError, match=r"of another model: its \w+ is .*, that of .*tiny is"):
             resume.load(found, actor, None)
+
+
+OTHERS = TrainConfig(
+    loss="up-gspo",
+    seed=7,
+    instruction="-- Think:\n- step by step",
+    data=(Path("a file.jsonl"), Path("b.parquet")),
+    model=Path("some/model"),
+    prompt_field="question",
+    max_new_tokens=9,
+    max_prompt_tokens=30,
+    reward_wrong=-1.0,
+    epochs=2,
+    reference_kl=False,
+    optimizer=OptimizerSettings(algorithm="sgd", lr=3e-7),
+    tiny=TinyModel(experts=4),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OTHERS], ids=["defaults", "others"])
+def test_the_settings_of_a_run_come_back_from_its_folder(config, tmp_path):
+    """The model's path apart, which config.json has in the place of None."""
+    run = RunFolder.create(tmp_path / "run", asdict(config) | {"layout": "TP2·EP2", "top_k": 2})
+    arguments = [*run_arguments(run.path), "--resume", str(run.path)]
+    resumed = tyro.cli(TrainConfig, args=arguments)
+    assert resumed == replace(config, resume=run.path)
+    assert changes(read_config(run.path), resumed) == {}
+
+
+def test_settings_that_a_run_did_not_know_had_their_defaults():
+    """Its config.json was written before they were there."""
+    stored = json.loads(json.dumps(asdict(TrainConfig()), default=str))
+    del stored["replay"], stored["optimizer"]["beta2"], stored["keep"]
+    now = TrainConfig(resume=Path("runs/a"))
+    assert changes(stored, now) == {}
+    assert changes(stored, replace(now, keep=5)) == {"keep": [2, 5]}
+    with pytest.raises(UserError, match="replay was none, now R3"):
+        changes(stored, replace(now, replay="R3"))
+    with pytest.raises(UserError, match="continued in its own folder"):
+        changes(stored, replace(now, output_dir=Path("runs/b")))
+    assert changes(stored, replace(now, output_dir=Path("runs/../runs/a"))) == {}
+
+
+@pytest.mark.parametrize("name", [*MAY_CHANGE, *vars(OTHERS)])
+def test_every_setting_may_or_may_not_change(name):
+    assert name in {field.name for field in fields(TrainConfig)}
+    science = ("loss", "seed", "model", "data", "optimizer", "prompts", "group", "engine", "dtype")
+    assert not (name in MAY_CHANGE and name in science)
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run folder: it holds no config\.json"):
+        run_arguments(tmp_path)
+
+
+def test_fewer_steps_than_are_done(whole):
+    with pytest.raises(UserError, match="has done 4 steps and --steps is 3: nothing is left"):
+        resume.find(RunFolder(whole), steps=3)
+    assert resume.find(RunFolder(whole), steps=5).step == 4
+    assert resume.find(RunFolder(whole.parent / "none"), steps=5).step == 0
 
 
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
