@@ -2,11 +2,24 @@
 
 import re
 from pathlib import Path
+from shutil import copytree
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").read_text())[1]
+
+
+class BuildWithPatches(build_py):
+    """`patches/` is beside the package in a checkout, in it in a wheel."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "moe_upgrpo/patches"
+            copytree(ROOT / "patches", target, dirs_exist_ok=True)
+
 
 setup(
     name="moe_upgrpo",
@@ -16,6 +29,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    cmdclass={"build_py": BuildWithPatches},
     packages=find_packages(include=["moe_upgrpo", "moe_upgrpo.*"]),
     package_data={"moe_upgrpo": ["report/*.html", "report/*.css"]},
     python_requires=">=3.11",

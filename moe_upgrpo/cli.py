@@ -27,6 +27,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   report RUN [RUN …] write report.html from one run folder or several
   plan               what a training run needs of each GPU, and whether it fits; takes its options
   doctor             what is installed here, which code paths that selects, what is missing
+  patch              list, show, apply, verify, revert: small diffs for the stacks used with it
 
 `moe-upgrpo COMMAND --help` lists the options of a command."""
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "report": _report,
         "plan": _plan,
         "doctor": _doctor,
+        "patch": _patch,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -166,6 +168,12 @@ def _doctor(arguments: list[str]) -> None:
             _fail("nothing can train here; doctor's table says why.", status=1)
 
     _parse(doctor, arguments, "moe-upgrpo doctor")
+
+
+def _patch(arguments: list[str]) -> None:
+    from moe_upgrpo.patching.command import PatchCommand, run
+
+    run(_parse(PatchCommand, arguments, "moe-upgrpo patch"), _console())
 
 
 def _console() -> Console:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "moe_upgrpo"
 # Each may import those before it (and itself).
 ORDER = (
     "errors",
+    "patching",
     "losses",
     "routing",
     "stats",
@@ -59,7 +60,8 @@ def test_there_are_files_to_check():
 
 
 @pytest.mark.parametrize(
-    "part", ["losses", "routing", "stats", "store", "megatron.layout", "train.config"]
+    "part",
+    ["losses", "routing", "stats", "store", "megatron.layout", "megatron.memory", "train.config"],
 )
 def test_pure_parts_import_without_megatron_or_engines(part):
     code = (

@@ -1,0 +1,19 @@
+"""`moe-upgrpo patch`: small diffs for the stacks this package works with, and what keeps them safe.
+
+It imports none of the stacks, needs neither patch nor git, and changes nothing that it does not
+know to the last bit.
+"""
+
+from moe_upgrpo.patching.checkout import Checkout, UnknownRevision, find, recognise
+from moe_upgrpo.patching.series import Patch, Series, all_series, load
+
+__all__ = [
+    "Checkout",
+    "Patch",
+    "Series",
+    "UnknownRevision",
+    "all_series",
+    "find",
+    "load",
+    "recognise",
+]

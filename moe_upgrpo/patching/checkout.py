@@ -1,0 +1,290 @@
+"""One installed or checked-out stack: which revision it is, in which state, and changing that.
+
+The state is read off the files' checksums alone, so that nothing that is remembered can be wrong:
+each file is at one of the contents of its chain (upstream's, then after each patch), or modified.
+A file is replaced by renaming a finished one over it. A process that is killed half-way leaves
+each file whole at the one or the other end, which `apply` and `revert` both start from.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.patching.series import Series, checksum, of_stack
+
+FIND = """
+import importlib.util, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ImportError:
+        spec = None
+    found[name] = spec and spec.origin
+print(json.dumps(found))
+"""
+IMPORT = """
+import importlib, json, sys, warnings
+warnings.simplefilter("ignore")
+print(json.dumps({name: importlib.import_module(name).__file__ for name in sys.argv[1:]}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A stack whose revision is known. `root`: the folder that holds the top-level package."""
+
+    series: Series
+    root: Path
+
+    def read(self, file: str) -> bytes | None:
+        try:
+            return (self.root / file).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{self.root} cannot be read: {error}.") from error
+
+    def modified(self) -> list[str]:
+        """The files that are at no content of their chains."""
+        series = self.series
+        return [f for f in series.files if checksum(self.read(f)) not in series.checksums(f)]
+
+    @property
+    def state(self) -> str:
+        """clean, applied, partly applied (by a crash, or not all of the series) or modified."""
+        if self.modified():
+            return "modified"
+        at = {
+            (chain.index(checksum(self.read(file))), len(chain) - 1)
+            for file in self.series.files
+            for chain in [self.series.checksums(file)]
+        }
+        if all(index == 0 for index, _ in at):
+            return "clean"
+        return "applied" if all(index == last for index, last in at) else "partly applied"
+
+    def apply(self) -> list[str]:
+        """Bring every file to the end of its chain; the files changed, none where all are there."""
+        return self._bring({f: len(self.series.checksums(f)) - 1 for f in self.series.files})
+
+    def revert(self) -> list[str]:
+        """Bring every file to what upstream has, bit for bit; the files changed."""
+        return self._bring(dict.fromkeys(self.series.files, 0))
+
+    def _bring(self, ends: dict[str, int]) -> list[str]:
+        with _locked(self.root):
+            if modified := self.modified():
+                raise UserError(
+                    f"{self.root} has {', '.join(modified)} neither as "
+                    f"{self.series.stack} {self.series.version} has it nor patched by this "
+                    "command. Nothing was changed. Restore it (reinstall, or git restore) first."
+                )
+            changes = {}
+            for file, end in ends.items():
+                before = self.read(file)
+                after = self.series.move(file, before, end)
+                if after != before:
+                    changes[file] = after
+            self._replace(changes)
+        return sorted(changes)
+
+    def _replace(self, changes: dict[str, bytes | None]) -> None:
+        """All of the changes or none: an error half-way puts back what was there."""
+        done = []
+        try:
+            try:
+                for file, content in changes.items():
+                    target, new, old = self._places(file)
+                    if target.exists():
+                        shutil.copy2(target, old)
+                        _sync(old)
+                    if content is not None:
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        new.write_bytes(content)
+                        if target.exists():
+                            shutil.copymode(target, new)
+                        _sync(new)
+                for file, content in changes.items():
+                    target, new, _ = self._places(file)
+                    if content is None:
+                        target.unlink()
+                    else:
+                        os.replace(new, target)
+                    done.append(file)
+                for folder in {self._places(file)[0].parent for file in changes}:
+                    _sync(folder)
+            except BaseException:
+                for file in done:
+                    target, _, old = self._places(file)
+                    if old.exists():
+                        os.replace(old, target)
+                    else:
+                        target.unlink()
+                raise
+        except OSError as error:
+            raise UserError(
+                f"{self.root} cannot be changed: {error}. It is {self.state}. Give yourself write "
+                "access, or patch a copy with --root."
+            ) from error
+        finally:
+            for file in self.series.files:
+                with suppress(OSError):
+                    for left in self._places(file)[1:]:
+                        left.unlink(missing_ok=True)
+
+    def _places(self, file: str) -> tuple[Path, Path, Path]:
+        """The file, and beside it what it becomes and what it was."""
+        target = self.root / file
+        name = f".{target.name}.moe_upgrpo"
+        return target, target.with_name(f"{name}.new"), target.with_name(f"{name}.old")
+
+    def verify(self, python: str) -> list[str]:
+        """Import the changed modules in a fresh process; their names. UserError if they are not
+        the patched ones or cannot be imported."""
+        if self.state != "applied":
+            raise UserError(
+                f"{self.series.stack} in {self.root} is {self.state}, not applied: "
+                f"moe-upgrpo patch apply {self.series.stack} first."
+            )
+        modules = {_module(f): f for f in self.series.files if f.endswith(".py")}
+        path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+        found = _run(python, IMPORT, list(modules), os.environ | {"PYTHONPATH": path})
+        for name, file in modules.items():
+            if Path(found[name]).resolve() != (self.root / file).resolve():
+                raise UserError(f"{python} imports {name} from {found[name]}, not {self.root}.")
+        return list(modules)
+
+
+class UnknownRevision(UserError):
+    """A stack in a revision that has no patches here."""
+
+
+def find(stack: str, root: Path | None, python: str) -> Checkout:
+    """The stack below `root`, or else the one that `python` imports.
+
+    Raises UserError where there is none or its revision has no patches here.
+    """
+    versions = of_stack(stack)
+    if root is None:
+        root = installed([versions[0].module], python)[versions[0].module]
+        if root is None:
+            raise UserError(
+                f"{python} has no {versions[0].module}: install {stack}, name another --python, "
+                "or the folder of a checkout with --root."
+            )
+    return recognise(versions, root)
+
+
+def installed(modules: list[str], python: str) -> dict[str, Path | None]:
+    """The folder that holds the top-level package of each module that `python` finds."""
+    found = _run(python, FIND, modules, dict(os.environ))
+    return {
+        name: Path(origin).parents[name.count(".") + 1] if origin else None
+        for name, origin in found.items()
+    }
+
+
+def recognise(versions: list[Series], root: Path) -> Checkout:
+    """By git's HEAD, the installed distribution, or else by the files themselves.
+
+    Raises UnknownRevision, naming the known ones, where it is none of them.
+    """
+    known = " or ".join(f"{s.version}{f' ({s.commit[:10]})' if s.commit else ''}" for s in versions)
+    package = versions[0].module.replace(".", "/")
+    stack = versions[0].stack
+    if not (root / package).is_dir():
+        raise UserError(f"{root} has no {package}: --root is the folder that holds the package.")
+    if commit := _head(root):
+        for series in versions:
+            if series.commit == commit:
+                return Checkout(series, root)
+        raise UnknownRevision(f"{root} is {stack} at {commit}; there are patches for {known}.")
+    for series in versions:
+        if series.distribution is None:
+            continue
+        for found in importlib.metadata.distributions(name=series.distribution, path=[str(root)]):
+            if found.version == series.version:
+                return Checkout(series, root)
+            raise UnknownRevision(
+                f"{root} has {series.distribution} {found.version}; there are patches for {known}."
+            )
+    for series in versions:
+        if not Checkout(series, root).modified():
+            return Checkout(series, root)
+    raise UnknownRevision(
+        f"{root} says no revision (neither git nor an installed distribution), and its files are "
+        f"those of none with patches: {known}."
+    )
+
+
+def _head(root: Path) -> str | None:
+    """The commit that is checked out; None where `root` is not a git checkout."""
+    git = root / ".git"
+    if git.is_file():  # a worktree or a submodule
+        git = root / git.read_text().removeprefix("gitdir:").strip()
+    try:
+        head = (git / "HEAD").read_text().strip()
+    except OSError:
+        return None
+    if not head.startswith("ref: "):
+        return head
+    ref = head.removeprefix("ref: ")
+    common = git / "commondir"
+    folders = [git, git / common.read_text().strip()] if common.exists() else [git]
+    for folder in folders:
+        with suppress(OSError):
+            return (folder / ref).read_text().strip()
+        with suppress(OSError):
+            for line in (folder / "packed-refs").read_text().splitlines():
+                if line.endswith(f" {ref}"):
+                    return line.split()[0]
+    return "a commit that cannot be read"
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One change at a time; the lock goes with the process, however it ends."""
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process is patching {root}; wait for it.") from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _run(python: str, code: str, names: list[str], environment: dict[str, str]) -> dict[str, str]:
+    try:
+        done = subprocess.run(
+            [python, "-c", code, *names], capture_output=True, text=True, env=environment
+        )
+    except OSError as error:
+        raise UserError(f"--python {python} cannot be run: {error}.") from error
+    if done.returncode:
+        raise UserError(f"{python} cannot import {', '.join(names)}:\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
