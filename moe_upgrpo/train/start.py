@@ -110,7 +110,12 @@ def start(config: TrainConfig) -> Iterator[Job]:
             closing(engine) if engine else nullcontext(),
             run.locked() if rank == 0 else nullcontext(),
             closing(
-                Tracking(config.track if rank == 0 else (), run.path, about, done=found.step)
+                Tracking(
+                    config.track if rank == 0 else (),
+                    run.path,
+                    about,
+                    done=found.step if config.resume else None,
+                )
             ) as tracking,
             full_disk_named(run),
         ):

@@ -38,8 +38,8 @@ class Tracking:
     """Every number of a metrics row, under its name; those of a list as name/0, name/1, …
 
     tensorboard: events in RUN/tensorboard. wandb: project `moe_upgrpo` (WANDB_PROJECT), the run
-    named as its folder, its files in RUN/wandb; WANDB_MODE=offline needs no network. `done` steps
-    of a resumed run are kept, what was shown of later ones is shown again.
+    named as its folder, its files in RUN/wandb; WANDB_MODE=offline needs no network. Of a resumed
+    run the first `done` steps are kept; later ones are shown again. `done` is None for a new run.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Tracking:
         run_path: Path,
         config: Mapping[str, Any] | None = None,
         *,
-        done: int = 0,
+        done: int | None = None,
     ):
         config = json.loads(json.dumps(config or {}, default=str))
         make = {"tensorboard": _TensorBoard, "wandb": _WandB}
@@ -80,13 +80,12 @@ def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class _TensorBoard:
-    def __init__(self, run_path: Path, config: dict[str, Any], done: int):
+    def __init__(self, run_path: Path, config: dict[str, Any], done: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard leaves out what earlier files have of the steps from purge_step on.
-        self._writer = SummaryWriter(
-            str(run_path / "tensorboard"), purge_step=done + 1 if done else None
-        )
+        first = done and done + 1  # without a checkpoint a run begins again, at step 0
+        self._writer = SummaryWriter(str(run_path / "tensorboard"), purge_step=first)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -98,7 +97,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    def __init__(self, run_path: Path, config: dict[str, Any], done: int):
+    def __init__(self, run_path: Path, config: dict[str, Any], done: int | None):
         import wandb
 
         path = run_path.resolve()

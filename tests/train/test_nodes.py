@@ -21,7 +21,7 @@ def free_port() -> int:
 
 def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
     agents = []
-    words = options(tmp_path / "run", cache, "--steps", "2")
+    words = options(tmp_path / "run", cache, "--steps", "2", "--track", "tensorboard", "wandb")
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}")
     for _ in range(2):
         command = (TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, SCRIPT, *words)
@@ -29,7 +29,7 @@ def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
             subprocess.Popen(
                 list(map(str, command)),
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -48,6 +48,8 @@ def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
     sequences = read_tokens(tmp_path / "run", steps=[2])["sequence"].to_numpy()
     assert set(sequences) == set(range(PROMPTS * GROUP))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
 
 
 def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
