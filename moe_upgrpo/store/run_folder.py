@@ -67,9 +67,9 @@ class RunFolder:
         """
         run = cls(Path(path))
         run.check_free()
-        run.tokens.mkdir()
-        _write_json(run.config_path, config)
+        _write_json(run.config_path, config)  # first: a run that is killed now can be resumed
         _write_json(run.env_path, _environment())
+        run.tokens.mkdir()
         return run
 
     def check_free(self) -> None:
