@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.token_log import token_files
 
@@ -149,6 +150,7 @@ class RunFolder:
         for file, file_step in token_files(run.tokens):
             if file_step > step:
                 file.unlink()
+        Checkpoints(run.checkpoints).remove_unfinished()
         if config is not None:
             environment = _read_json(run.env_path) if run.env_path.is_file() else {}
             start = {"step": max(step, 0), "changed": changed or {}} | _environment()

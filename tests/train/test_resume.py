@@ -97,7 +97,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 # name -> function that one rank enters no more, at which call of the rank, and the rank; and the
-# steps that had a metrics row and the newest whole checkpoint.
+# steps that had a metrics row and the newest whole checkpoint. Rank 0 writes both.
 # 2 mini-batches; 1 score of the step, 1 of the reference, and those of the analysis.
 MOMENTS = {
     "in the update": ("moe_upgrpo.megatron.actor:MegatronActor.update", 6, 1, [0, 1, 2], 2),
@@ -116,7 +116,7 @@ SLOW_MOMENTS = {
         *([0, 1, 2], 2),
     ),
     "in the weight hand-over": (
-        *("moe_upgrpo.rollout.hf:HFEngine._use", 4, 1),  # one is its own at the start
+        *("moe_upgrpo.rollout.hf:HFEngine._use", 4, 0),  # one is its own at the start
         *([0, 1, 2], 2),
     ),
     "before the token file gets its name": (
