@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.tasks import MathTask, arithmetic
+from moe_upgrpo.tasks import MathTask, arithmetic, math_worker
 from moe_upgrpo.tasks.base import refill_indices
 from moe_upgrpo.tasks.math_verifier import MathVerifier
 from tests.tasks.words import VOCABULARY, save_words
@@ -93,6 +93,13 @@ def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged():
     thread.join(timeout=60)
     verifier.close()
     assert found == [False, True] and verifier.killed == 1
+
+
+def test_only_the_answer_of_a_reference_is_parsed():
+    """math-verify finds it in prose as well, but reads all of that as LaTeX first."""
+    assert math_worker._boxed("48/2 = <<48/2=24>>24 clips.\n#### 24") == "\\boxed{24}"
+    assert math_worker._boxed("\\frac{1}{2}") == "\\boxed{\\frac{1}{2}}"
+    assert math_worker._boxed("so \\boxed{2}") == "so \\boxed{2}"
 
 
 def test_equal_answers_are_one_class(verifier):

@@ -115,6 +115,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
                 assert pass_at_k(n, np.array([c]), k) == pytest.approx([expected])
 
 
+def test_best_of_n_takes_one_right_sample():
+    once = np.array([1, 0])
+    counts = EvalCounts(greedy_N=once, correct_N=once, majority_N=np.array([0.5, 0]), samples=4)
+    result = finish([counts])
+    assert (result["eval/best@4"], result["eval/maj@4"], result["eval/avg@4"]) == (0.5, 0.25, 0.125)
+
+
 def test_no_success_without_data():
     def counts(problems, samples=4):
         ones = np.ones(problems)
