@@ -20,9 +20,15 @@ from moe_upgrpo.megatron.memory import Stage
 
 @contextmanager
 def _as_rank(rank: int, world_size: int, layout: Layout) -> Iterator[None]:
-    """This process at the place of one rank: groups without peers, tensors without memory."""
+    """This process at the place of one rank: groups without peers, tensors without memory.
+
+    Always as on a machine without CUDA and Transformer Engine, so that it is the same everywhere:
+    the shapes are, and generators and streams of a GPU are not wanted.
+    """
     meta = torch.device("meta")
     with (
+        mock.patch.object(backend, "has_cuda", lambda: False),
+        mock.patch.object(model_module, "has_cuda", lambda: False),
         backend.apply(),
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         mock.patch.object(model_module, "device", lambda: meta),

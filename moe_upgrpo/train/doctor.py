@@ -23,7 +23,7 @@ from rich.table import Table
 from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 
-NOT_RUN = "not run: no machine of ours could"
+NOT_RUN = "not run (no machine of ours could)"
 SOURCE = "make setup, or pip install -e . in the repository"
 
 
@@ -180,15 +180,18 @@ def _code_paths() -> dict[str, str]:
 def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
     """Where they are installed they are used, or not at all; none is required."""
     here = "" if cuda else " (needs an NVIDIA GPU; this machine has none)"
-    feature = "faster layers on GPUs"
     items = []
-    for name, get in (
+    for name, feature, get in (
         (
             "transformer_engine",
+            "faster layers on GPUs",
             "pip install --no-build-isolation 'transformer_engine[pytorch]'",
         ),
-        ("flash-attn", "pip install --no-build-isolation flash-attn"),
-        ("grouped_gemm", "pip install --no-build-isolation grouped_gemm"),
+        (
+            "flash-attn",
+            "Transformer Engine's attention",
+            "pip install --no-build-isolation flash-attn",
+        ),
     ):
         version = installed.version(name)
         items.append(
@@ -201,6 +204,15 @@ def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
                 get="" if version else get + here,
             )
         )
+    items.append(
+        Item(
+            name="grouped_gemm",
+            version=installed.version("grouped_gemm"),
+            state="unused",
+            feature="nothing here",
+            note="experts are Megatron-Core's SequentialMLP, or Transformer Engine's grouped MLP",
+        )
+    )
     version = installed.version("apex")
     source = (
         "NVIDIA's is built from source: git clone https://github.com/NVIDIA/apex, then "
