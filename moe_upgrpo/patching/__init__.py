@@ -5,7 +5,7 @@ know to the last bit.
 """
 
 from moe_upgrpo.patching.checkout import Checkout, UnknownRevision, find, recognise
-from moe_upgrpo.patching.series import Patch, Series, all_series, load
+from moe_upgrpo.patching.series import Patch, Series, all_series, load, of_stack
 
 __all__ = [
     "Checkout",
@@ -15,5 +15,6 @@ __all__ = [
     "all_series",
     "find",
     "load",
+    "of_stack",
     "recognise",
 ]

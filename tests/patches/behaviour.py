@@ -1,0 +1,203 @@
+"""What the Megatron-Core that this process imports does where each patch acts: a check for each.
+
+    PYTHONPATH=DIR:. python -m tests.patches.behaviour FOLDER
+
+DIR: a copy of Megatron-Core, patched or not. Prints JSON: for each check its error, or null. The
+package's own mends of the fault in question are off; its stand-ins for CUDA are on.
+"""
+
+import json
+import multiprocessing
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.megatron import backend, groups, model
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.layout import Layout
+from tests import ranks
+from tests.megatron.conftest import FAMILIES, SIZES, save_random
+from tests.megatron.measured import NO_STEP, gradients_by_name, make_samples
+
+CONFIG = Qwen3MoeConfig(
+    **SIZES,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    tie_word_embeddings=False,
+)
+
+
+def router_without_transformer_engine(_):
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    logits = moe_utils.router_gating_linear(x, w, None, torch.float32)
+    torch.testing.assert_close(logits, x @ w.T)
+    logits.sum().backward()
+    torch.testing.assert_close(x.grad, w.detach().sum(0).expand(5, 4))
+
+
+def mla_without_transformer_engine(_):
+    with mock.patch.object(backend, "mends", list), groups.process_groups(Layout()):
+        assert len(model.build_model(FAMILIES["moonlight"], Layout(), torch.float32)) == 1
+
+
+def splits_on_cpu(_):
+    splits = moe_utils.maybe_move_tensor_to_cpu(torch.tensor([3, 1]), as_numpy=True)
+    assert isinstance(splits, np.ndarray) and splits.tolist() == [3, 1]
+    assert torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.tensor([3, 1])))
+
+
+def replay_with_router_fusion(_):
+    """The kernel is Transformer Engine's, so one that takes the first experts stands in for it."""
+
+    def kernel(logits, topk, **_):
+        first = torch.zeros_like(logits, dtype=torch.bool)
+        first[:, :topk] = True
+        return first / topk, first
+
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    with (
+        mock.patch.object(moe_utils, "HAVE_TE", True),
+        mock.patch.object(moe_utils, "fused_topk_with_score_function", kernel, create=True),
+    ):
+        replay = RouterReplay()
+        replay.set_target_indices(torch.tensor([[0, 2], [1, 3]]))
+        replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        _, routes = moe_utils.topk_routing_with_score_function(
+            logits, 2, fused=True, router_replay=replay
+        )
+        assert routes.nonzero()[:, 1].tolist() == [0, 2, 1, 3], routes
+        replay.set_router_replay_action(RouterReplayAction.RECORD)
+        moe_utils.topk_routing_with_score_function(logits, 2, fused=True, router_replay=replay)
+        assert replay.get_recorded_indices().tolist() == [[3, 2], [0, 1]]
+        _, routes = moe_utils.topk_routing_with_score_function(logits, 2, fused=True)
+        assert routes.nonzero()[:, 1].tolist() == [0, 1, 0, 1]  # without a replay, the kernel's
+
+
+def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.Tensor]:
+    """Of one update on this rank. The layout is one that the package may refuse."""
+    layout = object.__new__(Layout)
+    for name in Layout.__dataclass_fields__:
+        object.__setattr__(layout, name, (sizes | {"dispatcher": "alltoall"}).get(name, 1))
+
+    def config(*args):
+        made = transformer_config(*args)
+        for name, value in settings.items():
+            setattr(made, name, value)
+        return made
+
+    transformer_config = model.transformer_config
+    with (
+        mock.patch.object(model, "transformer_config", config),
+        groups.process_groups(layout),
+    ):
+        actor = MegatronActor(checkpoint, layout, micro_batch_size=2, optimizer=NO_STEP)
+        actor.update(make_samples(), PolicyLossConfig.preset("grpo"))
+        return gradients_by_name(actor)
+
+
+@cache
+def one_process(folder: Path) -> dict[str, torch.Tensor]:
+    return ranks.run_ranks(1, gradients, folder, {}, {})[0]
+
+
+def compare(folder: Path, sizes: dict, settings: dict) -> None:
+    """Two ranks against one: no tensor's gradient is further off than rounding."""
+    one = one_process(folder)
+    assert len(one) > 100
+    for rank in ranks.run_ranks(2, gradients, folder, sizes, settings):
+        off = {n: float((rank[n] - one[n]).norm() / (one[n].norm() + 1e-6)) for n in one}
+        worst = max(off, key=off.get)
+        wrong = [name for name in off if not off[name] < 1e-4]
+        assert not wrong, f"{len(wrong)} of {len(off)} gradients are wrong, {worst} by {off[worst]}"
+
+
+def expert_gradients_with_etp(folder):
+    compare(folder, {"tp": 2, "etp": 1}, {})
+
+
+def two_interleaved_stages(folder):
+    """batch_p2p_comm without overlap is Megatron-Core's default."""
+    compare(
+        folder, {"pp": 2, "vpp": 2, "etp": 1}, {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+    )
+
+
+def send_and_deallocate() -> bool:
+    """Rank 0 frees an output as the schedule does, before rank 1 has begun to receive it."""
+    with groups.process_groups(Layout(pp=2)):
+        config = ModelParallelConfig(
+            pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, batch_p2p_comm=False
+        )
+        stages = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), config)
+        shape = (256, 1, 256)
+        expected = torch.arange(256.0 * 256).reshape(shape)
+        if groups.rank() == 0:
+            output = expected.clone()
+            storage = StorageWeakRef(output.untyped_storage())
+            _, handles = stages.send_forward_recv_forward(
+                output, recv_prev=False, tensor_shape=shape, overlap_p2p_comm=True
+            )
+            deallocate_output_tensor(output, True)
+            assert not storage.expired(), "the storage is freed and still to be sent"
+            torch.distributed.barrier()
+            for handle in handles.values():
+                handle.wait()
+            del handles, handle
+            return storage.expired()  # and then it is freed
+        torch.distributed.barrier()
+        received, handles = stages.send_forward_recv_forward(
+            None, recv_prev=True, tensor_shape=shape, overlap_p2p_comm=True
+        )
+        handles["recv_prev"].wait()
+        return torch.equal(received, expected)
+
+
+def outputs_in_flight(_):
+    assert ranks.run_ranks(2, send_and_deallocate, timeout_s=30) == [True, True]
+
+
+CHECKS = (
+    # Those that fork come first, before this process has groups of its own.
+    expert_gradients_with_etp,
+    two_interleaved_stages,
+    outputs_in_flight,
+    router_without_transformer_engine,
+    mla_without_transformer_engine,
+    splits_on_cpu,
+    replay_with_router_fusion,
+)
+
+
+def main():
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    ranks._context = multiprocessing.get_context("fork")  # without another import of everything
+    checkpoint = save_random(Qwen3MoeForCausalLM(CONFIG), folder / "checkpoint")
+    found = {}
+    for check in CHECKS:
+        try:
+            check(checkpoint)
+            found[check.__name__] = None
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+    print(json.dumps({"megatron": moe_utils.__file__, "checks": found}))
+
+
+if __name__ == "__main__":
+    main()
