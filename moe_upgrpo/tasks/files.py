@@ -130,11 +130,13 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict | UserError]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
                 if not isinstance(row, dict):
                     row = UserError("an object {...} is needed.")
-            except ValueError as error:  # of JSON or of UTF-8
-                row = UserError(f"not JSON ({error}).")
+            except UnicodeDecodeError as error:
+                row = UserError(f"not UTF-8 ({error.reason}).")
+            except json.JSONDecodeError as error:
+                row = UserError(f"not JSON ({error.msg}, character {error.pos + 1}).")
             yield f"line {number}", row
 
 

@@ -96,7 +96,7 @@ def test_what_is_left_out_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"question": "1+1?"', r"line 2: not JSON \(.*char"),
+        ('{"question": "1+1?"', r"line 2: not JSON \(.*, character 20"),
         ("[1]", "line 2: an object .* is needed"),
         ('"text"', "line 2: an object .* is needed"),
         ('{"question": "1+1?"}', "line 2: the answer is missing; a text or a number"),
@@ -122,7 +122,7 @@ def test_a_broken_line_is_named(line, words, tmp_path):
 def test_bytes_that_are_no_text_are_named(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_bytes(b'{"question": "1+0?", "answer": "1"}\n{"question": "\xff", "answer": "1"}\n')
-    with pytest.raises(UserError, match="line 2: not JSON"):
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
         read_problems(file)
 
 
