@@ -1,0 +1,1 @@
+"""The exact benchmark: bias and variance of every policy loss, by enumeration. See `study`."""
