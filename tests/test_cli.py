@@ -8,8 +8,7 @@ import pytest
 
 from tests.report.synthetic import make_run
 
-
-COMMANDS = ("train", "probe", "report", "plan", "doctor")
+COMMANDS = ("train", "probe", "report", "plan", "doctor", "patch")
 
 
 def command(*arguments, cwd=None) -> subprocess.CompletedProcess:
@@ -39,6 +38,7 @@ def test_an_unknown_command_names_the_known():
         ("report", "--output"),
         ("plan", "--gpus-per-node"),
         ("doctor", "--strict"),
+        ("patch", "revert"),
     ],
 )
 def test_every_command_has_help(name, words):

@@ -183,9 +183,12 @@ def test_the_command_as_json_of_this_installation():
     assert found["code_paths"]
 
 
-def test_strict_ends_with_1_where_nothing_can_train(tmp_path):
-    (tmp_path / "megatron").mkdir()
-    (tmp_path / "megatron" / "__init__.py").write_text("raise ImportError('broken')\n")
+@pytest.mark.parametrize("package", ["megatron", "torch"])
+def test_strict_ends_with_1_where_nothing_can_train(package, tmp_path):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('broken')\n")
     broken = command("--strict", PYTHONPATH=str(tmp_path))
-    assert broken.returncode == 1 and "Megatron-Core cannot be imported: broken" in broken.stdout
+    name = "Megatron-Core" if package == "megatron" else package
+    assert broken.returncode == 1, broken.stderr
+    assert f"{name} cannot be imported: broken" in broken.stdout
     assert "nothing can train here" in broken.stderr

@@ -106,7 +106,10 @@ def diagnose(
         problems.append(f"torch cannot be imported: {error}")
     cuda = bool(facts.get("cuda"))
     items += _gpu_packages(installed, cuda)
-    items += [_vllm(installed, cuda), _sglang()]
+    try:
+        items += [_vllm(installed, cuda), _sglang()]
+    except Exception as error:  # their modules import torch
+        problems.append(f"the engines cannot be looked at: {error}")
     items += _extras(installed)
     paths = {}
     if not problems:
