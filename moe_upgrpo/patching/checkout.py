@@ -106,6 +106,7 @@ class Checkout:
             try:
                 for file, content in changes.items():
                     target, new, old = self._places(file)
+                    old.unlink(missing_ok=True)  # of a process that was killed
                     if target.exists():
                         shutil.copy2(target, old)
                         _sync(old)
@@ -117,11 +118,11 @@ class Checkout:
                         _sync(new)
                 for file, content in changes.items():
                     target, new, _ = self._places(file)
+                    done.append(file)
                     if content is None:
                         target.unlink()
                     else:
                         os.replace(new, target)
-                    done.append(file)
                 for folder in {self._places(file)[0].parent for file in changes}:
                     _sync(folder)
             except BaseException:
@@ -130,7 +131,7 @@ class Checkout:
                     if old.exists():
                         os.replace(old, target)
                     else:
-                        target.unlink()
+                        target.unlink(missing_ok=True)
                 raise
         except OSError as error:
             raise UserError(

@@ -211,6 +211,23 @@ def test_an_error_half_way_changes_nothing(patches, root, monkeypatch, at):
     assert len(calls) > at and files_below(root) == before
 
 
+def test_what_a_killed_process_left_is_not_what_was_there(patches, root, monkeypatch):
+    (root / "toy/.n.py.moe_upgrpo.old").write_text("stale = 1\n")
+
+    original = os.replace
+
+    def replace(source, target):
+        if source.name == ".n.py.moe_upgrpo.new":
+            raise OSError(5, "Input/output error")
+        return original(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", replace)
+        with pytest.raises(UserError, match=r"Input/output error.*It is clean"):
+            toy(root).apply()
+    assert files_below(root) == whole(0)
+
+
 def test_a_read_only_folder(patches):
     """Also as root, whom no permission keeps from writing: the child is nobody then."""
     with tempfile.TemporaryDirectory() as folder:
