@@ -66,8 +66,9 @@ def _parse(what, arguments: list[str], prog: str):
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
-    from moe_upgrpo.train.config import file_arguments, named, run_arguments
+    from moe_upgrpo.train.config import check_supported, file_arguments, named, run_arguments
 
+    check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
     try:

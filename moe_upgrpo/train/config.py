@@ -358,6 +358,33 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, str(value) if isinstance(value, Path) else value
 
 
+_CONTEXT = (
+    "context parallelism is not supported: each rank sees whole sequences. tp (with sequence "
+    "parallelism) and recompute=full save activations."
+)
+_PACKED = (
+    "packed sequences are not supported: sequences are padded to the longest of their micro-batch. "
+    "A smaller micro_batch pads less."
+)
+# By the names that Megatron-LM, verl, slime and NeMo-RL give them.
+NOT_SUPPORTED = {
+    "cp": _CONTEXT,
+    "context_parallel_size": _CONTEXT,
+    "packed_sequences": _PACKED,
+    "sequence_packing": _PACKED,
+    "use_remove_padding": _PACKED,
+    "use_dynamic_batch_size": _PACKED,
+}
+
+
+def check_supported(arguments: Sequence[str]) -> None:
+    """Raise UserError where an option asks for what other stacks have and this one has not."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in NOT_SUPPORTED:
+            raise UserError(f"{argument}: {NOT_SUPPORTED[name]}")
+
+
 def named(option: str, arguments: Sequence[str]) -> list[Path]:
     """The paths of every `OPTION PATH` and `OPTION=PATH` among command line arguments."""
     paths = []
@@ -431,6 +458,8 @@ def _flatten(values: dict, cls: type, prefix: str) -> Iterator[str]:
 
 
 def _unknown(given: str) -> str:
+    if given in NOT_SUPPORTED:
+        return f"{given}: {NOT_SUPPORTED[given]}"
     names = [f.name for f in fields(TrainConfig)]
     for f in fields(TrainConfig):
         if is_dataclass(f.default_factory):

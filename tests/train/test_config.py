@@ -9,7 +9,13 @@ import tyro
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron.settings import OptimizerSettings
-from moe_upgrpo.train.config import TinyModel, TrainConfig, file_arguments, named
+from moe_upgrpo.train.config import (
+    TinyModel,
+    TrainConfig,
+    check_supported,
+    file_arguments,
+    named,
+)
 
 
 def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
@@ -70,6 +76,7 @@ def test_a_file_that_cannot_be_read(text, words, tmp_path):
         ("lr: 1", "'lr' is not a field; 'optimizer.lr' is"),
         ("optimiser: {lr: 1}", "'optimiser' is not a field; 'optimizer' is"),
         ("zzzzzz: 1", r"'zzzzzz' is not a field\.$"),
+        ("cp: 2", "cp: context parallelism is not supported"),
         ("optimizer: 3", "optimizer is 3; it is a group of the fields algorithm, lr"),
         ("steps: 1\nloss: grpo\nsteps: 2", "'steps' stands in line 1 and in line 3"),
         ("eval_every: 1\neval-every: 2", "'eval_every' stands in line 1 and in line 2"),
@@ -81,6 +88,20 @@ def test_a_field_that_cannot_be_names_the_file_and_the_nearest(text, words, tmp_
     file.write_text(text)
     with pytest.raises(UserError, match=f"^--config .*config.yaml: {words}"):
         file_arguments(file)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--cp", "--cp: context parallelism is not supported.* tp "),
+        ("--context-parallel-size=2", "--context-parallel-size=2: context parallelism"),
+        ("--use-remove-padding", "packed sequences are not supported.* micro_batch"),
+    ],
+)
+def test_what_other_stacks_have_and_this_one_has_not_is_refused_by_name(option, words):
+    with pytest.raises(UserError, match=words):
+        check_supported(["--steps", "3", option, "2"])
+    check_supported(["--steps", "3"])
 
 
 def test_an_unknown_option_names_the_nearest(capsys):
