@@ -69,7 +69,9 @@ def main(arguments: Arguments) -> int:
         cells, conditions = computed(arguments)
     report = Report(cells, conditions)
     report.crossings.to_parquet(out / "crossings.parquet")
-    (out / "summary.json").write_text(json.dumps(report.summary(), indent=1) + "\n")
+    (out / "summary.json").write_text(
+        json.dumps(report.summary(), indent=1, allow_nan=False) + "\n"
+    )
     report.draw(out)
     for name, make in report.sections().items():
         print(f"\n## {name}\n\n{make()}")
