@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact [--output-dir runs/exact] [--page docs/exact.md]
 
-Run from the repository's root; about 5 minutes of one core. --quick takes seconds on a smaller
+Run from the repository's root, with the extras report and dev; about 5 minutes of one core. --quick takes seconds on a smaller
 policy and grid; --read makes tables and figures again from an output folder. Writes cells.parquet
 (a row for each policy, mismatch, inner step, mode, loss, advantages and part), conditions.parquet,
 crossings.parquet, summary.json and the figures; --page fills that page's tables and draws its
@@ -28,8 +28,8 @@ from moe_upgrpo.errors import UserError
 @dataclass
 class Arguments:
     output_dir: Path = Path("runs/exact")
-    policies: int = 8
-    """Random policies, at least 2; intervals are over them."""
+    policies: int | None = None
+    """Random policies, at least 2 (intervals are over them); None: 8, or 2 with --quick."""
     first: int = 0
     """Number of the first policy."""
     quick: bool = False
@@ -41,7 +41,8 @@ class Arguments:
 
 def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame]:
     grid = QUICK if arguments.quick else Grid()
-    grid = replace(grid, policies=arguments.policies)
+    if arguments.policies is not None:
+        grid = replace(grid, policies=arguments.policies)
     pairs = []
     for seed in range(arguments.first, arguments.first + grid.policies):
         begun = time.process_time()
@@ -57,7 +58,7 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def main(arguments: Arguments) -> int:
-    if arguments.policies < 2:
+    if arguments.policies is not None and arguments.policies < 2:
         raise UserError(f"policies: {arguments.policies} given; allowed: at least 2, for intervals")
     torch.set_num_threads(1)
     out = arguments.output_dir

@@ -326,7 +326,7 @@ def test_crossing_by_hand():
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("exact")
-    assert command.main(command.Arguments(output_dir=out, policies=2, quick=True)) == 0
+    assert command.main(command.Arguments(output_dir=out, quick=True)) == 0
     return out
 
 
