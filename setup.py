@@ -62,6 +62,8 @@ setup(
             "omegaconf",
             "codetiming",
             "orjson",
+            "hydra-core",
+            "peft",
             "accelerate",
             "datasets",
         ],
@@ -69,5 +71,6 @@ setup(
     entry_points={
         "console_scripts": ["moe-upgrpo=moe_upgrpo.cli:main"],
         "vllm.general_plugins": ["moe_upgrpo=moe_upgrpo.rollout.vllm_plugin:register"],
+        "verl.plugins": ["moe_upgrpo=moe_upgrpo.integrations.verl"],
     },
 )

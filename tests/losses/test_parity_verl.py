@@ -93,7 +93,9 @@ def verl_loss(name: str, batch, mode: str, **fields):
 
 
 def test_every_registered_loss_is_compared_or_accounted_for():
-    assert set(core_algos.POLICY_LOSS_REGISTRY) == AGREE.keys() | DIFFER.keys()
+    # Ours are there too, by the entry point of moe_upgrpo: tests/integrations.
+    theirs = {name for name in core_algos.POLICY_LOSS_REGISTRY if "moe_upgrpo/" not in name}
+    assert theirs == AGREE.keys() | DIFFER.keys()
 
 
 def batch_for(name: str):

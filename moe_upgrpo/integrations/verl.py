@@ -1,0 +1,274 @@
+"""verl 0.9.1: every preset as a policy loss, registered by the entry point `verl.plugins`.
+
+verl imports this module when it is imported itself (verl/__init__.py:60), and says nothing where
+that fails but at level DEBUG (line 74): hence `check`, `LossConfig` and
+
+    python -m moe_upgrpo.integrations.verl moe_upgrpo/up-grpo
+
+A loss is named `moe_upgrpo/PRESET`: verl has losses of its own called gspo, sapo and cispo. With
+MOE_UPGRPO_RUN set, `verl_engine` writes the routing log of the Megatron engine. Flags, metrics and
+limits: docs/verl.md.
+
+Shapes: B sequences, T response tokens.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo import core_algos
+from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import verl_install
+from moe_upgrpo.losses import (
+    BRANCHES,
+    GLOSSARY,
+    PRESETS,
+    PolicyLoss,
+    PolicyLossConfig,
+    aggregation_weights,
+    policy_loss,
+)
+
+PREFIX = "moe_upgrpo/"
+
+# verl's actor field -> (its default, our field). verl's config always holds a number, so a number
+# other than the default is taken as set by the user; the preset's holds otherwise.
+CLIPS = {
+    "clip_ratio_low": (0.2, "clip_low"),
+    "clip_ratio_high": (0.2, "clip_high"),
+    "clip_ratio_c": (3.0, "dual_clip"),
+    "tau_pos": (1.0, "sapo_tau_positive"),
+    "tau_neg": (1.05, "sapo_tau_negative"),
+}
+
+
+def loss_config(preset: str, actor: Any, mode: str, length: int) -> PolicyLossConfig:
+    """The preset with what the user changed: the actor's clips, then `policy_loss.settings`.
+
+    actor: verl's ActorConfig. mode: verl's loss_agg_mode, which always holds. length: T, by which
+    verl divides under seq-mean-token-sum-norm where loss_scale_factor is not set.
+
+    Raises:
+        UserError: a clip that the loss does not have, settings that cannot be, a loss that needs
+            what verl does not hand over.
+    """
+    config = PRESETS[preset]
+    settings = dict(actor.policy_loss.get("settings") or {})
+    branches = (
+        BRANCHES[settings.get(sign, getattr(config, sign))]
+        for sign in ("positive", "negative")
+        if settings.get(sign, getattr(config, sign)) in BRANCHES
+    )
+    used = {name for branch in branches for name in branch.fields}
+    changes = {}
+    for name, (default, ours) in CLIPS.items():
+        value = actor.get(name, default)
+        if value is None and name.startswith("clip_ratio_"):
+            value = actor.clip_ratio  # verl's rule
+        if value == default:
+            continue
+        if ours not in used:
+            raise UserError(
+                f"actor.{name}: {value} given; {PREFIX}{preset} has no {ours}. Leave it at verl's "
+                f"{default}; the fields of this loss, as policy_loss.settings.NAME: "
+                f"{', '.join(sorted(used)) or 'none'}"
+            )
+        changes[ours] = value
+    # The sum over all tokens is the mean with a denominator of 1: verl's token-sum.
+    changes["aggregation"] = "token-mean" if mode == "token-sum" else mode
+    changes["token_sum_norm"] = actor.global_batch_info.get("loss_scale_factor") or length
+    return _with(config, changes | settings)
+
+
+def _with(config: PolicyLossConfig, settings: dict[str, Any]) -> PolicyLossConfig:
+    unknown = settings.keys() - vars(config).keys()
+    if unknown:
+        raise UserError(
+            f"policy_loss.settings: {', '.join(sorted(unknown))} given; allowed: "
+            f"{', '.join(vars(config))}"
+        )
+    config = replace(config, **settings)
+    if config.arguments:
+        raise UserError(
+            f"policy_loss.settings: {settings} given; this loss needs "
+            f"{', '.join(sorted(config.arguments))}, which verl does not hand to a policy loss"
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class VerlLoss:
+    """A preset as verl calls it; what it returns is tested against verl's own of the same name."""
+
+    preset: str
+
+    def evaluate(
+        self,
+        *,
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, PolicyLoss]:
+        """The scalar that verl wants and the library's result.
+
+        verl's data-parallel ranks average gradients, so that its losses (core_algos.py:1140) are
+        dp_size times this rank's share of the global mean: Σ/(N/dp_size). rollout_is_weights
+        `[B, T]` multiply both signs, as in verl's own losses.
+        """
+        of_batch = config.global_batch_info
+        ours = loss_config(self.preset, config, loss_agg_mode, response_mask.shape[-1])
+        dp_size = of_batch.get("dp_size") or 1
+        tokens, sequences = (
+            of_batch.get(name) for name in ("batch_num_tokens", "global_batch_size")
+        )
+        if loss_agg_mode == "token-sum":
+            tokens = 1
+        needed = tokens if ours.aggregation == "token-mean" else sequences
+        if dp_size > 1 and needed is None:
+            raise UserError(
+                f"global_batch_info: {of_batch} given with dp_size {dp_size}; allowed: with "
+                "batch_num_tokens (token-mean) or global_batch_size (the other modes)"
+            )
+        totals = {
+            "global_tokens": None if tokens is None else tokens / dp_size,
+            "global_sequences": None if sequences is None else sequences / dp_size,
+        }
+        result = policy_loss(
+            log_prob, old_log_prob, advantages, response_mask, config=ours, **totals
+        )
+        if rollout_is_weights is None:
+            return result.loss, result
+        mask = response_mask.bool()
+        self._check_weights(ours, rollout_is_weights, mask)
+        weights_B = aggregation_weights(
+            mask.sum(-1).to(log_prob.dtype),
+            ours.aggregation,
+            **totals,
+            token_sum_norm=ours.token_sum_norm,
+        )
+        weighted_BT = result.per_token * torch.where(mask, rollout_is_weights, 0.0)
+        return (weighted_BT.sum(-1) * weights_B).sum(), result
+
+    def _check_weights(self, ours: PolicyLossConfig, weights_BT: Tensor, mask: Tensor) -> None:
+        if not (BRANCHES[ours.positive].coupled or BRANCHES[ours.negative].coupled):
+            return
+        first_B1 = weights_BT.gather(1, mask.int().argmax(dim=1, keepdim=True))
+        if bool(((weights_BT != first_B1) & mask).any()):
+            raise UserError(
+                f"rollout_is_weights: one for each token given with {PREFIX}{self.preset}, a loss "
+                "of whole sequences; allowed: algorithm.rollout_correction.rollout_is=sequence "
+                f"(or take {PREFIX}gspo-token)"
+            )
+
+    def __call__(self, **arguments: Any) -> tuple[Tensor, dict[str, float]]:
+        """(loss, metrics): each metric `actor/NAME` of the loss library, 0 where nothing was
+        counted, and pg_clipfrac and pg_clipfrac_lower as verl's own losses have them."""
+        loss, result = self.evaluate(**arguments)
+        names = list(result.metrics)
+        pairs = torch.stack(
+            [torch.as_tensor(x).double() for name in names for x in result.metrics[name]]
+        ).tolist()  # one wait for the device
+        counts = dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
+        metrics = {
+            f"actor/{name}": GLOSSARY[name].value(*pair) if pair[1] else 0.0
+            for name, pair in counts.items()
+        }
+        tokens = counts["ppo_kl"][1] or 1.0
+        bounds = ("clip_fraction_positive_upper", "clip_fraction_negative_lower")
+        metrics["actor/pg_clipfrac"] = sum(counts[bound][0] for bound in bounds) / tokens
+        dual = counts.get("dual_clip_fraction", (0.0, 0.0))[0]
+        metrics["actor/pg_clipfrac_lower"] = dual / tokens
+        return loss, metrics
+
+
+LOSSES = {PREFIX + name: VerlLoss(name) for name, p in PRESETS.items() if not p.arguments}
+
+
+def check(loss_mode: str | None = None) -> list[str]:
+    """The names that verl finds in this process; print a line on them.
+
+    Raises:
+        UserError: the entry point is not installed or switched off, a name is missing from verl's
+            registry or taken by another, or loss_mode is none of verl's losses.
+    """
+    registry = core_algos.POLICY_LOSS_REGISTRY
+    found = [ep.name for ep in entry_points(group="verl.plugins") if ep.value == _MODULE]
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if not found:
+        raise UserError(
+            f"verl.plugins: no entry point {_MODULE}; install moe_upgrpo with pip in the "
+            "environment of verl's workers (a folder on PYTHONPATH has no entry points)"
+        )
+    if policy != "auto" and not {*found} & {name.strip() for name in policy.split(",")}:
+        raise UserError(
+            f"VERL_USE_EXTERNAL_PLUGINS: {policy!r} given; allowed: auto, or a list with {found[0]}"
+        )
+    wrong = [name for name, loss in LOSSES.items() if registry.get(name) != loss]
+    if wrong:
+        raise UserError(f"verl's registry lacks, or has another loss under: {', '.join(wrong)}")
+    if loss_mode is not None and loss_mode not in registry:
+        raise UserError(f"loss_mode: {loss_mode!r} given; allowed: {', '.join(registry)}")
+    print(
+        f"moe_upgrpo: {len(LOSSES)} losses registered in verl (pid {os.getpid()})"
+        + (f"; in use: {loss_mode}" if loss_mode else "")
+        + (f"; routing log: {verl_install.folder()}" if verl_install.folder() else ""),
+        flush=True,
+    )
+    return list(LOSSES)
+
+
+@dataclass
+class LossConfig(VerlLossConfig):
+    """verl's `policy_loss` config with a check and with `settings`: fields of `PolicyLossConfig`.
+
+    Chosen by `actor_rollout_ref.actor.policy_loss._target_`, it is built in every worker before the
+    model is, so that a plugin that did not load or a wrong setting ends the job there.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self.loss_mode)
+        loss = core_algos.POLICY_LOSS_REGISTRY[self.loss_mode]
+        if isinstance(loss, VerlLoss):
+            _with(PRESETS[loss.preset], dict(self.settings))
+        elif self.settings:
+            raise UserError(
+                f"policy_loss.settings: {dict(self.settings)} given with loss_mode "
+                f"{self.loss_mode!r}; allowed with {PREFIX}PRESET alone"
+            )
+
+
+_MODULE = "moe_upgrpo.integrations.verl"
+
+if __name__ != "__main__":
+    for _name, _loss in LOSSES.items():
+        core_algos.register_policy_loss(_name)(_loss)
+    verl_install.when_imported()
+
+
+def main() -> None:
+    """Check in a fresh process what verl's own loader made of the plugin."""
+    if _MODULE not in sys.modules:
+        sys.exit(
+            "verl did not load the plugin moe_upgrpo. Its reason: "
+            'python -c "import logging; logging.basicConfig(level=10); import verl"'
+        )
+    try:
+        sys.modules[_MODULE].check(*sys.argv[1:2])
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,529 @@
+"""The routing log of verl 0.9.1's Megatron engine: rollout against trainer, token by token.
+
+Stands around `MegatronEngine.forward_backward_batch`, the one place that both the old log-probs and
+the update go through, on every rank:
+
+- the forward of the old log-probs is native with router_replay.mode `disabled` and `R2` (which
+  records it): the routers' own outputs are taken from forward hooks. Under `R3` it is held to the
+  rollout's routes; one more forward without replay gives the native routes, and the held one what
+  each router would have chosen (`RouterReplay.get_replay_topk` computes that and drops it);
+- in the update, the policy loss is evaluated once more on detached log-probs: its gradient says
+  which tokens the loss's own rule cut, whatever loss it is;
+- after the last mini-batch the step's token rows and metrics are written.
+
+The rows of verl's `routed_experts` are indexed by the input's position and padded with zeros: the
+token at position p takes row p - 1, and only tokens of the response mask count.
+
+Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
+"""
+
+import functools
+import hashlib
+import os
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import verl.workers.utils.losses as verl_losses
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
+from verl.models.mcore.util import (
+    postprocess_bshd_engine,
+    postprocess_thd_engine,
+    preprocess_bshd_engine,
+    preprocess_thd_engine,
+)
+from verl.utils import tensordict_utils as tu
+from verl.utils.megatron_utils import unwrap_model
+from verl.utils.metric import AggregationType, Metric
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import verl_install
+from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step
+from moe_upgrpo.integrations.verl import VerlLoss
+from moe_upgrpo.losses import Metric as Sums
+
+ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches
+REWARDS = ("token_level_rewards", "token_level_scores", "rm_scores")
+# Reported to verl under actor/, next to the sums they are made of.
+REPORTED = (
+    "mismatch/router_rate",
+    "mismatch/router_numerator",
+    "mismatch/router_denominator",
+    "mismatch/slot_rate",
+    "mismatch/token_any_rate",
+    "mismatch/routers_per_token",
+    "conditional/router_rate",
+    "conditional/token_any_rate",
+    "logp_gap/mean_abs",
+    "logp_gap/k3",
+    "gap/numerics/mean_abs",
+    "gap/update/mean_abs",
+    "counterfactual/engine_routing/mean_abs",
+    "clip/positive",
+    "clip/negative",
+)
+
+
+def install(module) -> None:
+    """Wrap `forward_backward_batch` of the module's MegatronEngine; once."""
+    engine_class = module.MegatronEngine
+    original = engine_class.forward_backward_batch
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def forward_backward_batch(self, data, loss_function, forward_only=False):
+        # The reference model and the critic have engines of their own.
+        if self.engine_config.forward_only or self.is_value_model:
+            return original(self, data, loss_function, forward_only)
+        if not hasattr(self, "moe_upgrpo_log"):
+            self.moe_upgrpo_log = EngineLog(self, original)
+        log = self.moe_upgrpo_log
+        return log.score(data, loss_function) if forward_only else log.update(data, loss_function)
+
+    engine_class.forward_backward_batch = forward_backward_batch
+
+
+@dataclass(kw_only=True)
+class _Scored:
+    """A sequence at the old weights; on ranks that write nothing, empty."""
+
+    rollout_SLK: np.ndarray | None = None
+    native_SLK: np.ndarray | None = None
+    own_SLK: np.ndarray | None = None
+    native_logp: np.ndarray | None = None  # [S], value p - 1 for the token at p
+    entropy: np.ndarray | None = None
+
+
+class EngineLog:
+    """The log of one engine on one rank."""
+
+    def __init__(self, engine, forward_backward):
+        self.engine = engine
+        self.mode = engine.engine_config.router_replay.mode
+        self._forward_backward = functools.partial(forward_backward, engine)
+        refused = {
+            "dynamic_context_parallel": engine.engine_config.dynamic_context_parallel,
+            "LoRA": engine.peft_cls is not None,
+            "use_fused_kernels": engine.engine_config.use_fused_kernels,
+            "moe_router_fusion under R3": self.mode == "R3" and engine.tf_config.moe_router_fusion,
+        }
+        for name, given in refused.items():
+            if given:
+                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}; unset it")
+        self.routers = [
+            [m for m in getattr(c, "decoder", c).modules() if isinstance(m, TopKRouter)]
+            for c in unwrap_model(engine.module)
+        ]
+        self.writes = engine.is_mp_src_rank_with_outputs()
+        self.step = 0
+        self.log: RunLog | None = None
+        self.layer_ids: list[int] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self.scored: dict[str, list[_Scored]] = {}
+        self.visits = Counter()
+        self.logged: dict[tuple[str, int], LoggedSequence] = {}
+        self.gathered = Step()
+
+    # --- old log-probs
+
+    def score(self, data, loss_function) -> Any:
+        """A forward without update: the first of a batch is that of the old log-probs."""
+        keys = _keys(data)
+        if self.scored.keys() & set(keys):  # the same sequences again: not the old log-probs
+            return self._forward_backward(data, loss_function, True)
+        rollout = data["routed_experts"]
+        data = data.clone(recurse=False)
+        data[ROW] = torch.arange(len(keys))
+        native_output = None
+        if self.mode == "R3":
+            native = data.clone(recurse=False)
+            tu.assign_non_tensor(native, enable_routing_replay=False)
+            native_output, native_parts = self._recorded(native, loss_function)
+            output, own_parts = self._recorded(data, loss_function, own=True)
+        else:
+            if self.mode == "R2":
+                # With the rollout's routes in the batch, verl would replay those (:938).
+                data = data.exclude("routed_experts")
+            output, native_parts = self._recorded(data, loss_function)
+        native = self._joined(native_parts)
+        own = self._joined(own_parts) if self.mode == "R3" else None
+        if self.writes:
+            self._open()
+        lengths = data["input_ids"].offsets().diff().tolist()
+        routes = rollout.unbind() if self.writes else [None] * len(keys)
+        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+            scored = _Scored()
+            if self.writes:
+                scored = _Scored(
+                    rollout_SLK=self._moe_layers(routes[row].cpu().numpy())[: length - 1],
+                    native_SLK=native[row][: length - 1],
+                    own_SLK=own[row][: length - 1] if own else None,
+                    native_logp=_of_row(native_output, "log_probs", row),
+                    entropy=_of_row(output, "entropy", row),
+                )
+            self.scored.setdefault(key, []).append(scored)
+        return output
+
+    def _recorded(self, data, loss_function, own: bool = False) -> tuple[Any, dict]:
+        """The forward, and for each row and each layer of this rank the experts `[S, K]`.
+
+        own: what the routers would choose without replay, else what they chose.
+        """
+        found: dict[int, dict[int, np.ndarray]] = {}  # row, layer number
+        current: dict[int, torch.Tensor] = {}
+        engine = self.engine
+        forward_step = type(engine).forward_step
+
+        def step(batch_iter, model, *args, **kwargs):
+            batch = next(batch_iter)
+            current.clear()
+            result = forward_step(engine, iter([batch]), model, *args, **kwargs)
+            numbers = sorted(current)
+            if numbers:
+                routes = torch.stack([current[n] for n in numbers], dim=1)
+                for row, routes_SLK in zip(
+                    batch[ROW].tolist(), self._by_sequence(routes, batch), strict=True
+                ):
+                    layers = routes_SLK.short().cpu().numpy().swapaxes(0, 1)
+                    found.setdefault(row, {}).update(zip(numbers, layers, strict=True))
+            return result
+
+        with self._watched(current, own):
+            engine.forward_step = step
+            try:
+                output = self._forward_backward(data, loss_function, True)
+            finally:
+                del engine.forward_step
+        return output, found
+
+    @contextmanager
+    def _watched(self, current: dict[int, torch.Tensor], own: bool):
+        """Inside, `current` takes each router's experts `[N, K]` int32, by layer number."""
+        undo = []
+
+        def chosen(router, _, outputs):
+            map_NE = outputs[1]
+            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
+            # A token that was not sent to K experts has no K ids to compare.
+            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
+            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
+
+        def would_choose(router):
+            replay, get = router.router_replay, router.router_replay.get_replay_topk
+
+            @functools.wraps(get)
+            def watching(scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+                limits = dict(num_groups=num_groups, group_topk=group_topk)
+                _, ids_NK = default_compute_topk(scores, topk, **limits)
+                current[router.layer_number] = ids_NK.int()
+                return get(scores, topk, **limits, default_compute_topk=default_compute_topk)
+
+            replay.get_replay_topk = watching
+            undo.append(lambda: delattr(replay, "get_replay_topk"))
+
+        for router in (r for chunk in self.routers for r in chunk):
+            if own:
+                would_choose(router)
+            else:
+                undo.append(router.register_forward_hook(chosen).remove)
+        try:
+            yield
+        finally:
+            for function in undo:
+                function()
+
+    def _by_sequence(self, routes_NLK: torch.Tensor, batch) -> list[torch.Tensor]:
+        """Rows of this rank's shard of a micro-batch -> `[S, L, K]` of each sequence.
+
+        The shards of sequence and context parallelism are joined by verl's own functions, in the
+        layouts in which its forward splits a micro-batch (model_forward.py:286 and 380).
+        """
+        config = self.engine.tf_config
+        if config.sequence_parallel:
+            routes_NLK = gather_from_sequence_parallel_region(
+                routes_NLK.contiguous(), tensor_parallel_output_grad=False
+            )
+        input_ids = batch["input_ids"].to(routes_NLK.device)
+        fp8 = config.fp8 in ("e4m3", "hybrid")
+        if self.engine.engine_config.use_remove_padding:
+            layout = self.engine._get_context_parallel_layout(unwrap_model(self.engine.module)[0])
+            bucket = None
+            if self.engine.engine_config.pad_to_length:
+                bucket = self.engine.engine_config.pad_to_length_bucket
+            _, packed, _ = preprocess_thd_engine(
+                input_ids,
+                pre_process=True,
+                use_fp8_padding=fp8,
+                pad_to_length_bucket=bucket,
+                cp_layout=layout,
+            )
+            nested = postprocess_thd_engine(
+                routes_NLK[None], packed, input_ids, len(input_ids), cp_layout=layout
+            )
+        else:
+            _, mask_BS, _ = preprocess_bshd_engine(
+                input_ids,
+                use_fp8_padding=fp8,
+                forced_max_seqlen=tu.get_non_tensor_data(batch, "forced_max_seqlen", None),
+            )
+            routes_BSLK = routes_NLK.unflatten(0, mask_BS.T.shape).transpose(0, 1).contiguous()
+            nested = postprocess_bshd_engine(routes_BSLK, mask_BS)
+        return list(nested.unbind())
+
+    def _joined(self, mine: dict) -> dict[int, np.ndarray] | None:
+        """Row -> `[S, L, K]` of all layers, on the ranks that write; the pipeline's stages join.
+
+        Every rank with the first tensor- and context-parallel rank takes part.
+        """
+        ranks = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        if ranks != (0, 0):
+            return None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = dist.get_process_group_ranks(group)[-1]
+        stages = [None] * dist.get_world_size(group) if dist.get_rank() == last else None
+        dist.gather_object(mine, stages, dst=last, group=group)
+        if not self.writes:
+            return None
+        by_row: dict[int, dict[int, np.ndarray]] = {}
+        for stage in stages:
+            for row, layers in stage.items():
+                by_row.setdefault(row, {}).update(layers)
+        numbers = sorted(next(iter(by_row.values()), {}))
+        self.layer_ids = [n - 1 for n in numbers] or self.layer_ids
+        return {
+            row: np.stack([layers[n] for n in numbers], axis=1) for row, layers in by_row.items()
+        }
+
+    def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
+        """Of an engine that also fills rows for dense layers, the MoE layers alone."""
+        layers = routes_SLK.shape[1]
+        if layers == len(self.layer_ids):
+            return routes_SLK
+        if layers == self.engine.tf_config.num_layers:
+            return routes_SLK[:, self.layer_ids]
+        raise UserError(
+            f"routed_experts: {layers} layers given; the model has {len(self.layer_ids)} MoE "
+            f"layers of {self.engine.tf_config.num_layers}"
+        )
+
+    def _open(self) -> None:
+        if self.log is not None:
+            return
+        engine, share = self.engine, os.environ.get("MOE_UPGRPO_TOKENS", "1")
+        try:
+            share = float(share)
+        except ValueError:
+            raise UserError(
+                f"MOE_UPGRPO_TOKENS: {share!r} given; allowed: a share of the sequences, 0 < x <= 1"
+            ) from None
+        sizes = engine.engine_config
+        self.log = RunLog(
+            verl_install.folder(),
+            {
+                "stack": f"verl {version('verl')}",
+                "model": str(engine.model_config.local_path),
+                "layout": f"tp {sizes.tensor_model_parallel_size}, "
+                f"pp {sizes.pipeline_model_parallel_size}, ep {sizes.expert_model_parallel_size}, "
+                f"cp {sizes.context_parallel_size}",
+                "replay": "none" if self.mode == "disabled" else self.mode,
+                "engine": "verl rollout",
+            },
+            group=parallel_state.get_data_parallel_group(),
+            layer_ids=self.layer_ids,
+            top_k=engine.tf_config.moe_router_topk,
+            num_experts=engine.tf_config.num_moe_experts,
+            share=share,
+        )
+
+    # --- update
+
+    def update(self, data, loss_function) -> Any:
+        """An optimizer step: what the loss sees of each token, and the log after the last one."""
+        keys = _keys(data)
+        data[ROW] = torch.arange(len(keys))
+        seen: dict[int, dict[str, Any]] = {}
+        with self._watched_loss(seen) as loss:
+            output = self._forward_backward(data, loss(loss_function), False)
+        if self.writes:
+            self.gathered.updates += 1
+            self._add(data, keys, seen)
+        if tu.get_non_tensor_data(data, "update_lr_scheduler", False):
+            self.step += 1
+            if self.writes:
+                self.gathered.sequences = list(self.logged.values())
+                metrics = self.log.write_step(self.step, self.gathered)
+                output["metrics"] |= {
+                    name: Metric(value=metrics[name], aggregation=AggregationType.MEAN)
+                    for name in REPORTED
+                    if name in metrics
+                }
+            self._clear()
+        return output
+
+    @contextmanager
+    def _watched_loss(self, seen: dict[int, dict[str, Any]]):
+        """Gives a wrapper for verl's loss function; `seen` takes its tokens, by row."""
+        rows: list[int] = []
+        get = verl_losses.get_policy_loss_fn
+
+        def watched(name):
+            policy_loss = get(name)
+
+            def call(**arguments):
+                result = policy_loss(**arguments)
+                self._see(policy_loss, arguments, rows, seen)
+                return result
+
+            return call
+
+        def wrapper(loss_function):
+            @functools.wraps(loss_function)
+            def call(*args, data, **kwargs):
+                rows[:] = data[ROW].tolist()
+                return loss_function(*args, data=data, **kwargs)
+
+            return call
+
+        if not self.writes:
+            yield lambda loss_function: loss_function
+            return
+        verl_losses.get_policy_loss_fn = watched
+        try:
+            yield wrapper
+        finally:
+            verl_losses.get_policy_loss_fn = get
+
+    def _see(self, policy_loss, arguments: dict, rows: list[int], seen: dict) -> None:
+        leaf_BT = arguments["log_prob"].detach().requires_grad_()
+        arguments = arguments | {"log_prob": leaf_BT}
+        dp_size = arguments["config"].global_batch_info.get("dp_size") or 1
+        with torch.enable_grad():
+            if isinstance(policy_loss, VerlLoss):
+                loss, result = policy_loss.evaluate(**arguments)
+                self.gathered.loss_metrics.append(
+                    {name: Sums(*map(float, pair)) for name, pair in result.metrics.items()}
+                )
+            else:
+                loss, _ = policy_loss(**arguments)
+            (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
+        self.gathered.loss_sum += float(loss) / dp_size
+        advantages_BT, mask_BT = arguments["advantages"], arguments["response_mask"].bool()
+        clipped_BT = (grad_BT == 0) & (advantages_BT != 0) & mask_BT
+        for sign, here_BT in (("positive", advantages_BT > 0), ("negative", advantages_BT < 0)):
+            self.gathered.clips[sign] += [
+                int((clipped_BT & here_BT).sum()),
+                int((mask_BT & here_BT).sum()),
+            ]
+        columns = {
+            "logp_train": leaf_BT.detach(),
+            "logp_old": arguments["old_log_prob"],
+            "advantage": advantages_BT,
+            "clipped": clipped_BT,
+            "gradient_weight": grad_BT.abs() / dp_size,
+            "mask": mask_BT,
+        }
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        for i, row in enumerate(rows):
+            seen[row] = {name: array[i] for name, array in arrays.items()}
+
+    def _add(self, data, keys: list[str], seen: dict[int, dict[str, Any]]) -> None:
+        prompt_lengths = _prompt_lengths(data)
+        rewards = next((data[name] for name in REWARDS if name in data), None)
+        if "rollout_log_probs" not in data or rewards is None:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the batch lacks "
+                + ("a reward" if rewards is None else "rollout_log_probs")
+                + "; the routing log needs actor_rollout_ref.rollout.calculate_log_probs=True and "
+                f"one of {', '.join(REWARDS)}"
+            )
+        uids = tu.get(data, "uid")
+        tokens = data["input_ids"].unbind()
+        for row, key in enumerate(keys):
+            token = seen[row]
+            kept_N = np.flatnonzero(token["mask"])
+            if not len(kept_N):  # a sequence that fills up the batch
+                continue
+            if key not in self.scored:
+                raise UserError(
+                    "MOE_UPGRPO_RUN: a sequence is updated whose old log-probs this rank did not "
+                    "compute: the routing log needs a forward at the old weights "
+                    "(algorithm.rollout_correction.bypass_mode=False)"
+                )
+            copies = self.scored[key]
+            copy = self.visits[key] % len(copies)
+            self.visits[key] += 1
+            scored, positions = copies[copy], prompt_lengths[row] + kept_N
+            ids = tokens[row].cpu().numpy()
+            of_token = {
+                name: token[name][kept_N].astype(float)
+                for name in ("advantage", "logp_old", "logp_train", "gradient_weight")
+            }
+            uid = ids[: prompt_lengths[row]].tobytes().hex() if uids is None else str(uids[row])
+            self.logged[key, copy] = LoggedSequence(
+                prompt=uid,
+                token_ids=ids,
+                positions=positions,
+                reward=float(_row(rewards, row).sum()),
+                logp_rollout=_row(data["rollout_log_probs"], row)[kept_N].astype(float),
+                clipped=token["clipped"][kept_N],
+                rollout_routes=scored.rollout_SLK,
+                train_routes=scored.native_SLK,
+                own_routes=scored.own_SLK,
+                native_logp=_taken(scored.native_logp, positions - 1),
+                entropy=_taken(scored.entropy, positions - 1),
+                **of_token,
+            )
+
+
+def _keys(data) -> list[str]:
+    """What a sequence is known by from one forward to the next: its tokens, routes, log-probs."""
+    if "routed_experts" not in data:
+        raise UserError(
+            "MOE_UPGRPO_RUN: the batch has no routed_experts; the routing log needs "
+            "actor_rollout_ref.rollout.enable_rollout_routing_replay=True"
+        )
+    rows = [data["input_ids"].unbind()]
+    if "rollout_log_probs" in data:
+        rows.append([_row(data["rollout_log_probs"], i) for i in range(len(rows[0]))])
+    keys = []
+    for parts in zip(*rows, strict=True):
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(np.ascontiguousarray(torch.as_tensor(part).cpu().numpy()).tobytes())
+        keys.append(digest.hexdigest())
+    return keys
+
+
+def _row(column: torch.Tensor, row: int) -> np.ndarray:
+    """One sequence of a padded or nested `[B, T]`."""
+    return column[row].detach().cpu().numpy()
+
+
+def _prompt_lengths(data) -> list[int]:
+    prompts = data["prompts"]
+    if prompts.is_nested:
+        return prompts.offsets().diff().tolist()
+    return data["attention_mask"][:, : prompts.shape[1]].sum(dim=1).tolist()
+
+
+def _of_row(output, name: str, row: int) -> np.ndarray | None:
+    if output is None or name not in output["model_output"]:
+        return None
+    return output["model_output"][name][row].detach().float().cpu().numpy().astype(float)
+
+
+def _taken(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    return None if values is None else values[indices]

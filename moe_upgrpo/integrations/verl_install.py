@@ -1,0 +1,50 @@
+"""Puts the routing log into verl's Megatron engine when verl imports it, and not before.
+
+verl's rollout servers and its driver load the plugin too; they need neither Megatron nor the log.
+"""
+
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from pathlib import Path
+
+ENGINE = "verl.workers.engine.megatron.transformer_impl"
+
+
+def folder() -> Path | None:
+    """The run folder that MOE_UPGRPO_RUN names; None: no routing log."""
+    path = os.environ.get("MOE_UPGRPO_RUN")
+    return Path(path) if path else None
+
+
+def when_imported() -> None:
+    """`verl_engine.install` once verl's engine is there; nothing without MOE_UPGRPO_RUN."""
+    if folder() is None:
+        return
+    if ENGINE in sys.modules:
+        _install(sys.modules[ENGINE])
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+def _install(module) -> None:
+    from moe_upgrpo.integrations import verl_engine
+
+    verl_engine.install(module)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != ENGINE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            _install(module)
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,323 @@
+# ruff: noqa: E402
+"""verl's own Megatron engine on CPU ranks over gloo. A script, because verl patches Megatron.
+
+    python -m tests.integrations.verl_ranks CHECKPOINT FOLDER
+
+verl is imported once; each job then forks its ranks. What is not verl's here, and why:
+
+- the platform: verl has none for CPUs; this one is set by verl's own `set_platform`;
+- the bridge (the model and its weights): mbridge and Megatron-Bridge build layers of Transformer
+  Engine alone; here moe_upgrpo.megatron builds and loads the same GPTModel;
+- attention over packed sequences, which Megatron's local attention refuses.
+
+All else is verl's: engine, micro-batches, forward, replay, loss, DDP, distributed optimizer.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+import types
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+os.environ["MOE_UPGRPO_RUN"] = "set in each job"
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import Float16Module
+from verl.plugin.platform.platform_cuda import PlatformCUDA
+from verl.plugin.platform.platform_manager import set_platform
+
+from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron.layout import Layout
+
+
+class Cpu(PlatformCUDA):
+    device_name = "cpu"
+    device_module = torch.cpu
+
+    def is_available(self):
+        return True
+
+    def current_device(self):
+        return "cpu"
+
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def empty_cache(self):
+        pass
+
+
+set_platform(Cpu())
+
+
+class Attention(DotProductAttention):
+    """Causal attention, sequence by sequence; padding is on the right, so no mask is needed."""
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        def attend(q, k, v):
+            return super(Attention, self).forward(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+
+        if packed_seq_params is None:
+            return attend(query, key, value)
+        ends = packed_seq_params.cu_seqlens_q_padded.tolist()
+        parts = [
+            attend(*(x[start:end, None] for x in (query, key, value)))
+            for start, end in pairwise(ends)
+        ]
+        return torch.cat(parts).squeeze(1)
+
+
+class Bridge:
+    """What the engine asks of mbridge's AutoBridge."""
+
+    @classmethod
+    def from_config(cls, hf_config, dtype):
+        self = cls()
+        self.hf = hf_config
+        layout = Layout(
+            tp=parallel_state.get_tensor_model_parallel_world_size(),
+            ep=parallel_state.get_expert_model_parallel_world_size(),
+            pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        self.config = model.transformer_config(hf_config, layout, dtype)
+        self.config.variable_seq_lengths = True
+        return self
+
+    def set_extra_args(self, **kwargs):
+        pass
+
+    def get_model(self, *, wrap_with_ddp, ddp_config, **kwargs):
+        spec = model.block_spec(self.config, None)
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = Attention
+        chunk = Float16Module(
+            self.config,
+            GPTModel(
+                config=self.config,
+                transformer_layer_spec=spec,
+                vocab_size=self.hf.vocab_size,
+                max_sequence_length=self.hf.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=False,
+            ),
+        )
+        config = DistributedDataParallelConfig(**ddp_config)
+        return [DistributedDataParallel(self.config, config, chunk)]
+
+    def load_weights(self, chunks, path):
+        weights.load_weights([c.module.module for c in chunks], self.hf, Path(path))
+
+
+bridge = types.ModuleType("verl.models.mcore.mbridge")
+bridge.AutoBridge = Bridge
+bridge.freeze_moe_router = bridge.make_value_model = None
+sys.modules[bridge.__name__] = bridge
+
+# After the stand-ins. The plugin has been loaded by `import verl` and waits for this import.
+from tensordict import TensorDict
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import ActorConfig, HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
+from verl.workers.config.actor import PolicyLossConfig, RouterReplayConfig
+from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
+
+
+def engine_of(checkpoint, mode: str, packed: bool, **sizes) -> MegatronEngineWithLMHead:
+    model_config = HFModelConfig(
+        path=str(checkpoint),
+        load_tokenizer=False,
+        override_config={"attn_implementation": "eager"},
+        use_remove_padding=packed,
+    )
+    model_config.tokenizer = types.SimpleNamespace(pad_token_id=0)
+    engine_config = McoreEngineConfig(
+        vanilla_mbridge=True,
+        use_remove_padding=packed,
+        use_dynamic_bsz=False,
+        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1,
+        router_replay=RouterReplayConfig(mode=mode),
+        **sizes,
+    )
+    optimizer = McoreOptimizerConfig(
+        lr=1e-2, lr_decay_steps=9, lr_warmup_steps=0, total_training_steps=9
+    )
+    engine = MegatronEngineWithLMHead(model_config, engine_config, optimizer, CheckpointConfig())
+    engine.initialize()
+    return engine
+
+
+def nested(parts):
+    return torch.nested.as_nested_tensor([torch.as_tensor(p) for p in parts], layout=torch.jagged)
+
+
+def batch_of(sequences: list[dict]) -> TensorDict:
+    """As verl's trainer hands it to a worker: nested, without padding."""
+    names = {
+        "prompts": lambda s: s["prompt"],
+        "responses": lambda s: s["response"],
+        "input_ids": lambda s: s["prompt"] + s["response"],
+        "position_ids": lambda s: list(range(len(s["prompt"] + s["response"]))),
+        "response_mask": lambda s: s["mask"],
+        "loss_mask": lambda s: s["mask"],
+        "rollout_log_probs": lambda s: torch.tensor(s["logp_rollout"]),
+        "advantages": lambda s: torch.full((len(s["response"]),), s["advantage"]),
+        "rm_scores": lambda s: torch.tensor([0.0] * (len(s["response"]) - 1) + [s["reward"]]),
+        "routed_experts": lambda s: torch.tensor(s["routes"], dtype=torch.int16),
+    }
+    tensors = {name: nested([of(s) for s in sequences]) for name, of in names.items()}
+    tensors["temperature"] = torch.ones(len(sequences))
+    return tu.get_tensordict(
+        tensors | {"uid": [s["uid"] for s in sequences]},
+        non_tensor_dict={"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
+    )
+
+
+def step(checkpoint, folder, sequences, mode, loss_mode, packed, minibatches, sizes):
+    """One RL step as verl's worker makes it, on this rank: old log-probs, then the update."""
+    os.environ["MOE_UPGRPO_RUN"] = str(folder)
+    dist.init_process_group("gloo")
+    with backend.apply():
+        for name in ("get_rng_state", "set_rng_state", "manual_seed"):
+            setattr(torch.cuda, name, lambda *_: torch.empty(0))
+        megatron_random._set_cuda_rng_state = lambda *_, **__: None
+        engine = engine_of(checkpoint, mode, packed, **sizes)
+        rank, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+        share = len(sequences) // size
+        data = batch_of(sequences[rank * share : (rank + 1) * share])
+        replays = mode != "disabled"
+        tu.assign_non_tensor(
+            data, enable_routing_replay=replays, calculate_entropy=True, compute_loss=False
+        )
+        with engine.eval_mode():
+            output = engine.infer_batch(data.clone(recurse=False))
+        found = {"source": engine.is_mp_src_rank_with_outputs(), "dp": rank}
+        old = exchange(engine, output)
+        data["old_log_probs"] = nested(
+            [
+                old["log_probs"][i][len(s["prompt"]) - 1 : -1]
+                for i, s in enumerate(sequences[rank * share : (rank + 1) * share])
+            ]
+        )
+        if "routed_experts" in old:  # R2: what the trainer writes back
+            data["routed_experts"] = nested(old["routed_experts"])
+        actor = ActorConfig(
+            strategy="megatron",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=2,
+            policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        )
+        tu.assign_non_tensor(data, global_batch_size=len(sequences) // minibatches)
+        metrics = []
+        with engine.train_mode():
+            for i, part in enumerate(tu.chunk_tensordict(data, minibatches)):
+                tu.assign_non_tensor(part, update_lr_scheduler=i == minibatches - 1)
+                result = engine.train_batch(
+                    part, loss_function=lambda **kwargs: ppo_loss(actor, **kwargs)
+                )
+                if found["source"]:
+                    result.pop("model_output")
+                    metrics.append(of_worker(engine, result))
+        found["metrics"] = metrics
+        found["recorded"] = [x.numpy() for x in old.get("routed_experts", ())]
+        return found
+
+
+def exchange(engine, output) -> dict[str, list]:
+    """The output of the last stage on every rank of the replica, as the trainer's data has it."""
+    mine = {}
+    if engine.is_mp_src_rank_with_outputs():
+        mine = {n: [t.float() if t.is_floating_point() else t for t in x.unbind()]
+                for n, x in output["model_output"].items()}  # fmt: skip
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (engine.get_data_parallel_rank(), mine))
+    return next(m for dp, m in everyone if m and dp == engine.get_data_parallel_rank())
+
+
+def of_worker(engine, output) -> dict:
+    """The metrics as verl's worker reduces them over micro-batches and data-parallel ranks."""
+    from verl.utils.metric import Metric
+    from verl.utils.torch_functional import allgather_dict_into_dict
+
+    metrics = output["metrics"]
+    metrics.pop("grad_norm")
+    gathered = allgather_dict_into_dict(data=metrics, group=engine.get_data_parallel_group())
+    return {
+        name: float(Metric.aggregate_dp(values))
+        for name, values in gathered.items()
+        if isinstance(values[0], Metric)
+    }
+
+
+def job(rank, world, port, results, function, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        results.put((rank, pickle.dumps(function(*arguments)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def on_ranks(world, function, *arguments) -> list:
+    """What each rank returned, or the first traceback."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = context.Queue()
+    ranks = [
+        context.Process(
+            target=job, args=(r, world, port, results, function, arguments), daemon=True
+        )
+        for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    found = {}
+    try:
+        for _ in ranks:
+            rank, value, error = results.get(timeout=120)
+            if error:
+                return [error]
+            found[rank] = pickle.loads(value)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [found[rank] for rank in sorted(found)]
+
+
+def main(checkpoint: str, folder: str):
+    folder = Path(folder)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    results = {}
+    for name, spec in jobs.items():
+        world = spec.pop("world")
+        results[name] = on_ranks(world, step, checkpoint, folder / name, *spec.values())
+    (folder / "results.pkl").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
