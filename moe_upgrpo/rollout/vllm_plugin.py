@@ -7,6 +7,7 @@ versions nothing is touched, and one log line says so.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import cache, wraps
@@ -104,6 +105,9 @@ def _return_routed_experts() -> None:
     from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+    if "execute_model" in vars(CPUModelRunner):
+        return  # wired on disk, by patches/vllm
+
     CPUModelRunner.routes_connector = None
 
     @_around(CPUModelRunner, "initialize_kv_cache")
@@ -171,6 +175,10 @@ def _prepack_updated_experts() -> None:
     an error.
     """
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+
+    setup = unquantized_fused_moe_method.UnquantizedFusedMoEMethod._setup_kernel
+    if inspect.getsource(setup).count(".process_weights_after_loading(") > 1:
+        return  # done on disk, by patches/vllm; packed twice, the experts would be others
 
     @_around(unquantized_fused_moe_method.UnquantizedFusedMoEMethod, "_setup_kernel")
     def setup(original, self, layer, **weights):

@@ -20,13 +20,14 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import backend, groups, model
+from moe_upgrpo.megatron import backend, families, groups, model
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from tests import ranks
@@ -89,7 +90,11 @@ def replay_with_router_fusion(_):
 
 
 def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.Tensor]:
-    """Of one update on this rank. The layout is one that the package may refuse."""
+    """Of one update on this rank. The layout is one that the package may refuse, and latent
+    attention is the local layer spec's own, which the package replaces."""
+    for rule in (*families._LATENT_ATTENTION, *families._LATENT_QUERY):
+        if "_down_proj" in rule.megatron:
+            object.__setattr__(rule, "form", families.ROWS)
     layout = object.__new__(Layout)
     for name in Layout.__dataclass_fields__:
         object.__setattr__(layout, name, (sizes | {"dispatcher": "alltoall"}).get(name, 1))
@@ -103,6 +108,7 @@ def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.
     transformer_config = model.transformer_config
     with (
         mock.patch.object(model, "transformer_config", config),
+        mock.patch.object(model, "Linear", ColumnParallelLinear),
         groups.process_groups(layout),
     ):
         actor = MegatronActor(checkpoint, layout, micro_batch_size=2, optimizer=NO_STEP)
@@ -127,13 +133,19 @@ def compare(folder: Path, sizes: dict, settings: dict) -> None:
 
 
 def expert_gradients_with_etp(folder):
-    compare(folder, {"tp": 2, "etp": 1}, {})
+    compare(folder / "qwen3_moe", {"tp": 2, "etp": 1}, {})
+
+
+def rotary_key_gradient(folder):
+    compare(folder / "deepseek", {"tp": 2, "etp": 2}, {})
 
 
 def two_interleaved_stages(folder):
     """batch_p2p_comm without overlap is Megatron-Core's default."""
     compare(
-        folder, {"pp": 2, "vpp": 2, "etp": 1}, {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+        folder / "qwen3_moe",
+        {"pp": 2, "vpp": 2, "etp": 1},
+        {"overlap_p2p_comm": False, "batch_p2p_comm": True},
     )
 
 
@@ -174,6 +186,7 @@ def outputs_in_flight(_):
 CHECKS = (
     # Those that fork come first, before this process has groups of its own.
     expert_gradients_with_etp,
+    rotary_key_gradient,
     two_interleaved_stages,
     outputs_in_flight,
     router_without_transformer_engine,
@@ -188,11 +201,12 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ranks._context = multiprocessing.get_context("fork")  # without another import of everything
-    checkpoint = save_random(Qwen3MoeForCausalLM(CONFIG), folder / "checkpoint")
+    for name, hf in (("qwen3_moe", CONFIG), ("deepseek", FAMILIES["deepseek"])):
+        save_random(AutoModelForCausalLM.from_config(hf), folder / name)
     found = {}
     for check in CHECKS:
         try:
-            check(checkpoint)
+            check(folder)
             found[check.__name__] = None
         except Exception:
             found[check.__name__] = traceback.format_exc()

@@ -93,5 +93,10 @@ def test_two_interleaved_stages(checked):
     wrong_before_right_after(checked, "two_interleaved_stages", "135 of 135 gradients are wrong")
 
 
+def test_rotary_key_gradient(checked):
+    """Of the local layer spec's latent attention, which the package itself does without."""
+    wrong_before_right_after(checked, "rotary_key_gradient", "gradients are wrong")
+
+
 def test_outputs_in_flight(checked):
     wrong_before_right_after(checked, "outputs_in_flight", "freed and still to be sent")
