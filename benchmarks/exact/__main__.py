@@ -2,8 +2,9 @@
 
     python -m benchmarks.exact [--output-dir runs/exact] [--page docs/exact.md]
 
-Run from the repository's root, with the extras report and dev; about 5 minutes of one core. --quick takes seconds on a smaller
-policy and grid; --read makes tables and figures again from an output folder. Writes cells.parquet
+Run from the repository's root, with the extras report and dev; about 5 minutes of one core. --quick
+takes seconds on a smaller policy and grid; --read makes tables and figures again from an output
+folder. Writes cells.parquet
 (a row for each policy, mismatch, inner step, mode, loss, advantages and part), conditions.parquet,
 crossings.parquet, summary.json and the figures; --page fills that page's tables and draws its
 figures into img/ beside it. Exit status 1 if a check fails that must hold exactly or to rounding.
