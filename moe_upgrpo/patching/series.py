@@ -76,7 +76,10 @@ class Series:
         return [chain[0][0], *(after for _, after in chain)]
 
     def move(self, file: str, content: bytes | None, to: int) -> bytes | None:
-        """The file's content after its first `to` patches, from that after any number of them."""
+        """The file's content after its first `to` patches, from that after any number of them.
+
+        Raises UserError where it is not what series.yaml says.
+        """
         known, patches = self.checksums(file), self.of_file(file)
         at = known.index(checksum(content))
         for step in range(at, to):
@@ -87,7 +90,10 @@ class Series:
         if known[to] is None and content == b"":
             content = None
         if checksum(content) != known[to]:
-            raise RuntimeError(f"{self.folder}: {file} does not come out as series.yaml says.")
+            raise UserError(
+                f"{self.folder}: {file} does not come out as series.yaml says, so one of the two "
+                "was changed. Nothing was written; reinstall moe_upgrpo."
+            )
         return content
 
 

@@ -243,7 +243,8 @@ def test_a_read_only_folder(patches):
                 if os.geteuid() == 0:
                     os.setuid(65534)
                 checkout.apply()
-            except UserError as error:
+                os.write(writing, b"changed")
+            except (UserError, OSError) as error:
                 os.write(writing, str(error).encode())
             finally:
                 os._exit(0)
@@ -360,6 +361,10 @@ def test_verify_imports_the_patched_files_and_no_others(patches, root, tmp_path,
     monkeypatch.setenv("PYTHONPATH", str(make(tmp_path / "other")))
     assert toy(root).verify(sys.executable) == ["toy.a", "toy.b", "toy.n"]
     assert "imported by" in say("verify", "toy", root)
+    (root / "toy/__init__.py").write_text(f"__path__ = [{str(tmp_path / 'other/toy')!r}]\n")
+    make(tmp_path / "other", 2)
+    with pytest.raises(UserError, match=r"imports toy.a from .*other/toy/a.py, not"):
+        toy(root).verify(sys.executable)
     (root / "toy/__init__.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match=r"cannot import toy.a, (.|\n)*nothing_of_that_name"):
         toy(root).verify(sys.executable)
@@ -386,6 +391,19 @@ def test_lines_elsewhere_are_not_taken():
     assert diffs.apply(b"a\nc\n", hunks) == b"b\nc\n"
     with pytest.raises(ValueError, match="lines 1"):
         diffs.apply(b"z\na\nc\n", hunks)
+
+
+def test_a_carriage_return_within_a_line_does_not_end_it():
+    hunks = diffs.parse(b"--- a/x\n+++ b/x\n@@ -2 +2 @@\n-a\rb\n+c\r\n", "x.patch")["x"]
+    assert diffs.apply(b"a\rz\na\rb\n", hunks) == b"a\rz\nc\r\n"
+
+
+def test_a_diff_that_was_changed_since_is_refused(patches, root):
+    diff = patches / "0002-two.patch"
+    diff.write_text(diff.read_text().replace("+new = 2", "+new = 3"))
+    with pytest.raises(UserError, match=r"toy/a.py does not come out as series.yaml says"):
+        toy(root).apply()
+    assert files_below(root) == whole(0)
 
 
 def test_a_manifest_that_does_not_fit_its_diffs_is_refused(patches, root):
