@@ -95,6 +95,11 @@ class RunLog:
         problem = None
         if self.rank == 0:
             try:
+                if RunFolder(path).config_path.exists():
+                    raise UserError(
+                        f"{path} already holds a run: name a new folder (a job that is resumed "
+                        "writes one of its own), or delete it"
+                    )
                 RunFolder.create(path, config)
             except UserError as error:
                 problem = str(error)

@@ -7,8 +7,8 @@ the update go through, on every rank:
   records it): the routers' own outputs are taken from forward hooks. Under `R3` it is held to the
   rollout's routes; one more forward without replay gives the native routes, and the held one what
   each router would have chosen (`RouterReplay.get_replay_topk` computes that and drops it);
-- in the update, the policy loss is evaluated once more on detached log-probs: its gradient says
-  which tokens the loss's own rule cut, whatever loss it is;
+- in the update, the policy loss is evaluated a second time, on detached log-probs: its gradient
+  says which tokens the loss's own rule cut, whatever loss it is;
 - after the last mini-batch the step's token rows and metrics are written.
 
 The rows of verl's `routed_experts` are indexed by the input's position and padded with zeros: the
@@ -50,7 +50,7 @@ from moe_upgrpo.integrations.verl import VerlLoss
 from moe_upgrpo.losses import Metric as Sums
 
 ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches
-REWARDS = ("token_level_rewards", "token_level_scores", "rm_scores")
+REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")  # the last with a KL penalty
 # Reported to verl under actor/, next to the sums they are made of.
 REPORTED = (
     "mismatch/router_rate",
@@ -141,6 +141,7 @@ class EngineLog:
         keys = _keys(data)
         if self.scored.keys() & set(keys):  # the same sequences again: not the old log-probs
             return self._forward_backward(data, loss_function, True)
+        self._clear()  # a batch that was never updated, such as under critic_warmup
         rollout = data["routed_experts"]
         data = data.clone(recurse=False)
         data[ROW] = torch.arange(len(keys))
@@ -383,9 +384,9 @@ class EngineLog:
             policy_loss = get(name)
 
             def call(**arguments):
-                result = policy_loss(**arguments)
-                self._see(policy_loss, arguments, rows, seen)
-                return result
+                with torch.random.fork_rng():  # so that a loss that draws, draws the same again
+                    self._see(policy_loss, arguments, rows, seen)
+                return policy_loss(**arguments)
 
             return call
 

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def sequences(checkpoint) -> list[dict]:
 
 JOBS = {  # name -> ranks, router_replay.mode, loss, packed, sizes
     "observe": (1, "disabled", "moe_upgrpo/up-grpo", True, {}),
-    "unpacked": (2, "disabled", "vanilla", False, {}),  # two data-parallel ranks
+    "unpacked": (2, "disabled", "vanilla", False, {}),  # two data-parallel ranks, padded data
     "R2": (2, "R2", "moe_upgrpo/grpo", True, {"pipeline_model_parallel_size": 2}),
     "R3": (2, "R3", "moe_upgrpo/up-grpo", True, {
         "tensor_model_parallel_size": 2,
@@ -386,6 +387,23 @@ def test_r3_tells_native_from_held(runs):
     assert row["conditional/router_rate"] == pytest.approx(
         column["layers_mismatched_conditional"].sum() / (L * len(changed))
     )
+
+
+def test_rows_of_dense_layers_are_left_out():
+    """Engines give a row for each layer of the model, also for those without a router."""
+    from moe_upgrpo.integrations.verl_engine import EngineLog
+
+    def chosen(layers: int, moe: list[int]):
+        log = SimpleNamespace(
+            layer_ids=moe, engine=SimpleNamespace(tf_config=SimpleNamespace(num_layers=3))
+        )
+        routes = np.arange(layers)[None, :, None]
+        return EngineLog._moe_layers(log, routes)[0, :, 0].tolist()
+
+    assert chosen(3, [1, 2]) == [1, 2]
+    assert chosen(2, [1, 2]) == [0, 1]
+    with pytest.raises(UserError, match="4 layers given; the model has 2 MoE layers of 3"):
+        chosen(4, [1, 2])
 
 
 def test_the_report_opens_the_run(runs):

@@ -139,6 +139,7 @@ from verl.workers.config import ActorConfig, HFModelConfig, McoreEngineConfig, M
 from verl.workers.config.actor import PolicyLossConfig, RouterReplayConfig
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
 
 def engine_of(checkpoint, mode: str, packed: bool, **sizes) -> MegatronEngineWithLMHead:
@@ -167,6 +168,47 @@ def engine_of(checkpoint, mode: str, packed: bool, **sizes) -> MegatronEngineWit
 
 def nested(parts):
     return torch.nested.as_nested_tensor([torch.as_tensor(p) for p in parts], layout=torch.jagged)
+
+
+def padded(parts, left: bool = False):
+    parts = [torch.as_tensor(p) for p in parts]
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_side=side)
+
+
+def padded_batch_of(sequences: list[dict]) -> TensorDict:
+    """As verl's older trainer hands it to a worker: padded, then verl's own way out of it."""
+    prompts, responses = ([s[side] for s in sequences] for side in ("prompt", "response"))
+    sides = padded(prompts, left=True), padded(responses)
+    there = (
+        padded([[1] * len(p) for p in prompts], left=True),
+        padded([[1] * len(r) for r in responses]),
+    )
+    width = sides[0].shape[1]
+    routes = [[[[0] * 2] * 2] * (width - len(s["prompt"])) + s["routes"] for s in sequences]
+    mask = torch.cat(there, dim=1)
+    of_token = {
+        "response_mask": [s["mask"] for s in sequences],
+        "rollout_log_probs": [s["logp_rollout"] for s in sequences],
+        "advantages": [[s["advantage"]] * len(s["response"]) for s in sequences],
+        "token_level_scores": [[0.0] * (len(s["response"]) - 1) + [s["reward"]] for s in sequences],
+    }
+    data = {
+        "prompts": sides[0],
+        "responses": sides[1],
+        "input_ids": torch.cat(sides, dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "routed_experts": padded(routes).to(torch.int16),
+        "temperature": torch.ones(len(sequences)),
+        **{name: padded(rows) for name, rows in of_token.items()},
+    }
+    return left_right_2_no_padding(
+        tu.get_tensordict(
+            data | {"uid": [s["uid"] for s in sequences]},
+            non_tensor_dict={"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
+        )
+    )
 
 
 def batch_of(sequences: list[dict]) -> TensorDict:
@@ -202,7 +244,8 @@ def step(checkpoint, folder, sequences, mode, loss_mode, packed, minibatches, si
         engine = engine_of(checkpoint, mode, packed, **sizes)
         rank, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         share = len(sequences) // size
-        data = batch_of(sequences[rank * share : (rank + 1) * share])
+        mine = sequences[rank * share : (rank + 1) * share]
+        data = batch_of(mine) if packed else padded_batch_of(mine)
         replays = mode != "disabled"
         tu.assign_non_tensor(
             data, enable_routing_replay=replays, calculate_entropy=True, compute_loss=False
@@ -211,12 +254,12 @@ def step(checkpoint, folder, sequences, mode, loss_mode, packed, minibatches, si
             output = engine.infer_batch(data.clone(recurse=False))
         found = {"source": engine.is_mp_src_rank_with_outputs(), "dp": rank}
         old = exchange(engine, output)
-        data["old_log_probs"] = nested(
-            [
-                old["log_probs"][i][len(s["prompt"]) - 1 : -1]
-                for i, s in enumerate(sequences[rank * share : (rank + 1) * share])
-            ]
-        )
+        if packed:
+            data["old_log_probs"] = nested(
+                [old["log_probs"][i][len(x["prompt"]) - 1 : -1] for i, x in enumerate(mine)]
+            )
+        else:
+            data["old_log_probs"] = no_padding_2_padding(nested(old["log_probs"]), data)
         if "routed_experts" in old:  # R2: what the trainer writes back
             data["routed_experts"] = nested(old["routed_experts"])
         actor = ActorConfig(
