@@ -62,7 +62,16 @@ def test_there_are_files_to_check():
 
 @pytest.mark.parametrize(
     "part",
-    ["losses", "routing", "stats", "store", "megatron.layout", "megatron.memory", "train.config"],
+    [
+        "losses",
+        "routing",
+        "stats",
+        "store",
+        "megatron.layout",
+        "megatron.memory",
+        "train.config",
+        "integrations.run_log",
+    ],
 )
 def test_pure_parts_import_without_megatron_or_engines(part):
     code = (

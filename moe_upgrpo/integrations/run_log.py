@@ -20,8 +20,7 @@ from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
-from moe_upgrpo.train.analysis import count_sums
-from moe_upgrpo.train.record import measured, routing_sums
+from moe_upgrpo.train.sums import count_sums, measured, routing_sums
 
 
 @dataclass(kw_only=True)

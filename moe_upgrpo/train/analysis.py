@@ -19,8 +19,9 @@ from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.rollout.base import Engine, Rollout
-from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
+from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.decomposition import decompose, decompose_under_replay
+from moe_upgrpo.train.sums import count_sums
 
 
 @dataclass(kw_only=True)
@@ -102,19 +103,6 @@ def gap_terms(
         "gap_update": found.update.numpy(),
         shift: found.routing_shift.numpy(),
     }
-
-
-def count_sums(prefix: str, counts: RoutingCounts) -> dict[str, Metric]:
-    """The sums of a comparison under the names of `store.metrics`; a histogram's are its counts."""
-    sums = {
-        f"{prefix}/router_rate": Metric(counts.routers_mismatched, counts.routers_compared),
-        f"{prefix}/token_any_rate": Metric(counts.tokens_mismatched, counts.tokens_compared),
-    }
-    for layer, count in enumerate(counts.routers_mismatched_by_layer.tolist()):
-        sums[f"{prefix}/by_layer/{layer}"] = Metric(count, counts.tokens_compared)
-    for layers, count in enumerate(counts.token_histogram.tolist()):
-        sums[f"{prefix}/histogram/{layers}"] = Metric(count, counts.tokens_compared)
-    return sums
 
 
 def compare_responses(

@@ -8,8 +8,6 @@ Shapes: N response tokens of this rank, L MoE layers, P prompt and T response to
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +20,11 @@ from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.routing import ComparisonKind, RoutingCounts, RoutingDivergence, compare_routes
+from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
-from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
+from moe_upgrpo.train.analysis import OldScores, gap_terms
 from moe_upgrpo.train.batch import Sampled
-
-Sums = dict[str, Metric]
+from moe_upgrpo.train.sums import Sums, count_sums, measured, routing_sums
 
 
 @dataclass(kw_only=True)
@@ -253,50 +250,6 @@ def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
     """Sum over tokens of the k3 estimate of KL(sampler || target)."""
     sampler, target = (torch.from_numpy(x).double() for x in (logp_sampler, logp_target))
     return float(k3(sampler, target).sum())
-
-
-def routing_sums(counts: RoutingCounts, rollout_NLK: np.ndarray) -> Sums:
-    """Every metric of rollout against trainer that needs nothing but the two routes."""
-    zeros_L = (rollout_NLK == 0).all(axis=2).sum(axis=0)
-    return count_sums("mismatch", counts) | {
-        "mismatch/slot_rate": Metric(counts.slots_mismatched, counts.slots_compared),
-        "mismatch/routers_per_token": Metric(counts.routers_mismatched, counts.tokens_compared),
-        **{
-            f"mismatch/zero_rows_by_layer/{layer}": Metric(count, counts.tokens_compared)
-            for layer, count in enumerate(zeros_L.tolist())
-        },
-    }
-
-
-_LIST = re.compile(r"(.*)/(\d+)")
-
-
-def measured(sums: Sums) -> dict[str, float | list[float]]:
-    """The metrics that do not come from the loss, from sums over all ranks.
-
-    Names that end in a number are the entries of a list; a histogram's are counts, not rates.
-    """
-    metrics: dict = {}
-    for name, (numerator, denominator) in sums.items():
-        if not denominator:
-            continue
-        if entry := _LIST.fullmatch(name):
-            is_count = entry[1].endswith("/histogram")
-            value = int(numerator) if is_count else numerator / denominator
-            metrics.setdefault(entry[1], []).append(value)
-        else:
-            metrics[name] = numerator / denominator
-    if "reward/mean" in metrics:
-        variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
-        metrics["reward/std"] = math.sqrt(max(variance, 0.0))
-        metrics["tokens/sampled"] = sums["response/length_mean"].numerator
-    if "groups/kept" in sums:
-        metrics["groups/kept"], metrics["groups/sampled"] = sums["groups/kept"]
-    if "mismatch/router_rate" in sums:
-        routers = sums["mismatch/router_rate"]
-        metrics["mismatch/router_numerator"] = routers.numerator
-        metrics["mismatch/router_denominator"] = routers.denominator
-    return metrics
 
 
 def finish(
