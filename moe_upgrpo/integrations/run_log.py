@@ -64,6 +64,15 @@ class Step:
     )  # token visits clipped, and all, by the sign of A
 
 
+def check_free(path: Path) -> None:
+    """UserError where a run lies there already."""
+    if RunFolder(path).config_path.exists():
+        raise UserError(
+            f"{path} already holds a run: name a new folder (a job that is resumed writes one of "
+            "its own), or delete it"
+        )
+
+
 class RunLog:
     """Writes the steps of one data-parallel rank into a run folder that all ranks share."""
 
@@ -94,11 +103,7 @@ class RunLog:
         problem = None
         if self.rank == 0:
             try:
-                if RunFolder(path).config_path.exists():
-                    raise UserError(
-                        f"{path} already holds a run: name a new folder (a job that is resumed "
-                        "writes one of its own), or delete it"
-                    )
+                check_free(path)
                 RunFolder.create(path, config)
             except UserError as error:
                 problem = str(error)

@@ -45,7 +45,7 @@ from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import verl_install
-from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step
+from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
 from moe_upgrpo.integrations.verl import VerlLoss
 from moe_upgrpo.losses import Metric as Sums
 
@@ -123,6 +123,9 @@ class EngineLog:
             for c in unwrap_model(engine.module)
         ]
         self.writes = engine.is_mp_src_rank_with_outputs()
+        self.folder, self.share = verl_install.folder(), _share()
+        check_free(self.folder)
+        self.loss_mode = ""
         self.step = 0
         self.log: RunLog | None = None
         self.layer_ids: list[int] = []
@@ -158,8 +161,6 @@ class EngineLog:
             output, native_parts = self._recorded(data, loss_function)
         native = self._joined(native_parts)
         own = self._joined(own_parts) if self.mode == "R3" else None
-        if self.writes:
-            self._open()
         lengths = data["input_ids"].offsets().diff().tolist()
         routes = rollout.unbind() if self.writes else [None] * len(keys)
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
@@ -323,22 +324,16 @@ class EngineLog:
     def _open(self) -> None:
         if self.log is not None:
             return
-        engine, share = self.engine, os.environ.get("MOE_UPGRPO_TOKENS", "1")
-        try:
-            share = float(share)
-        except ValueError:
-            raise UserError(
-                f"MOE_UPGRPO_TOKENS: {share!r} given; allowed: a share of the sequences, 0 < x <= 1"
-            ) from None
-        sizes = engine.engine_config
+        engine, sizes = self.engine, self.engine.engine_config
         self.log = RunLog(
-            verl_install.folder(),
+            self.folder,
             {
                 "stack": f"verl {version('verl')}",
                 "model": str(engine.model_config.local_path),
                 "layout": f"tp {sizes.tensor_model_parallel_size}, "
                 f"pp {sizes.pipeline_model_parallel_size}, ep {sizes.expert_model_parallel_size}, "
                 f"cp {sizes.context_parallel_size}",
+                "loss": self.loss_mode,
                 "replay": "none" if self.mode == "disabled" else self.mode,
                 "engine": "verl rollout",
             },
@@ -346,7 +341,7 @@ class EngineLog:
             layer_ids=self.layer_ids,
             top_k=engine.tf_config.moe_router_topk,
             num_experts=engine.tf_config.num_moe_experts,
-            share=share,
+            share=self.share,
         )
 
     # --- update
@@ -364,6 +359,7 @@ class EngineLog:
         if tu.get_non_tensor_data(data, "update_lr_scheduler", False):
             self.step += 1
             if self.writes:
+                self._open()
                 self.gathered.sequences = list(self.logged.values())
                 metrics = self.log.write_step(self.step, self.gathered)
                 output["metrics"] |= {
@@ -381,7 +377,7 @@ class EngineLog:
         get = verl_losses.get_policy_loss_fn
 
         def watched(name):
-            policy_loss = get(name)
+            policy_loss, self.loss_mode = get(name), name
 
             def call(**arguments):
                 with torch.random.fork_rng():  # so that a loss that draws, draws the same again
@@ -487,6 +483,19 @@ class EngineLog:
                 entropy=_taken(scored.entropy, positions - 1),
                 **of_token,
             )
+
+
+def _share() -> float:
+    given = os.environ.get("MOE_UPGRPO_TOKENS", "1")
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(
+            f"MOE_UPGRPO_TOKENS: {given!r} given; allowed: a share of the sequences, 0 < x <= 1"
+        )
+    return share
 
 
 def _keys(data) -> list[str]:

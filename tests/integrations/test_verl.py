@@ -332,7 +332,9 @@ def test_the_token_log_of_an_engine_step(runs, name):
     half = len(batch) // (4 if name == "unpacked" else 2)
     early = column["sequence"] % (2 * half) < half
     assert not moved[early].any() and moved[~early].mean() > 0.9
-    assert read_config(folder / name)["replay"] == ("none" if JOBS[name][1] == "disabled" else name)
+    config = read_config(folder / name)
+    assert config["replay"] == ("none" if JOBS[name][1] == "disabled" else name)
+    assert (config["loss"], config["stack"]) == (JOBS[name][2], "verl 0.9.1")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -404,6 +406,18 @@ def test_rows_of_dense_layers_are_left_out():
     assert chosen(2, [1, 2]) == [0, 1]
     with pytest.raises(UserError, match="4 layers given; the model has 2 MoE layers of 3"):
         chosen(4, [1, 2])
+
+
+def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):
+    from moe_upgrpo.integrations import run_log, verl_engine
+
+    with pytest.raises(UserError, match=r"needs .*enable_rollout_routing_replay=True"):
+        verl_engine._keys({"input_ids": None})
+    with pytest.raises(UserError, match="already holds a run: name a new folder"):
+        run_log.check_free(runs[0] / "R2")
+    monkeypatch.setenv("MOE_UPGRPO_TOKENS", "5%")
+    with pytest.raises(UserError, match="MOE_UPGRPO_TOKENS: '5%' given"):
+        verl_engine._share()
 
 
 def test_the_report_opens_the_run(runs):
