@@ -38,6 +38,7 @@ from moe_upgrpo.rollout.checkpoint import (
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
+from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 FLAGS = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --skip-tokenizer-init "
@@ -95,7 +96,7 @@ class VLLMServerEngine:
         self._layers = config.num_hidden_layers
         self._top_k = config.num_experts_per_tok if self.moe_layer_ids else 0
         self._eos_ids = eos_ids(model_dir, config)
-        self._weights = tempfile.TemporaryDirectory(prefix="vllm-weights-", dir=weights_dir)
+        self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.weight_version = 0
         # Another run's version 3 is not this one's.
         self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
