@@ -142,7 +142,7 @@ class EngineLog:
     def score(self, data, loss_function) -> Any:
         """A forward without update: the first of a batch is that of the old log-probs."""
         keys = _keys(data)
-        if self.scored.keys() & set(keys):  # the same sequences again: not the old log-probs
+        if set(keys) <= self.scored.keys():  # the same sequences again, such as for a reference
             return self._forward_backward(data, loss_function, True)
         self._clear()  # a batch that was never updated, such as under critic_warmup
         rollout = data["routed_experts"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
@@ -260,9 +261,10 @@ def runs(tiny_checkpoint, tmp_path_factory):
     folder, batch = tmp_path_factory.mktemp("verl"), sequences(tiny_checkpoint)
     jobs = {
         name: dict(world=world, sequences=batch, mode=mode, loss_mode=loss, packed=packed,
-                   minibatches=2, sizes=sizes)
+                   sizes=sizes, steps=1, epochs=1)
         for name, (world, mode, loss, packed, sizes) in JOBS.items()
     }  # fmt: skip
+    jobs["again"] = jobs["observe"] | dict(steps=2, epochs=2)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = fresh(
         "-m", "tests.integrations.verl_ranks", str(tiny_checkpoint), str(folder), cwd=REPOSITORY
@@ -335,6 +337,28 @@ def test_the_token_log_of_an_engine_step(runs, name):
     config = read_config(folder / name)
     assert config["replay"] == ("none" if JOBS[name][1] == "disabled" else name)
     assert (config["loss"], config["stack"]) == (JOBS[name][2], "verl 0.9.1")
+
+
+def test_steps_and_epochs(runs):
+    """Rows are of a token's last visit, once; sums are of all visits; a forward that was followed
+    by no update leaves nothing."""
+    folder, batch, _ = runs
+    tokens = len(rows_of(batch))
+    first, second = read_metrics(folder / "again")
+    assert (first["step"], second["step"]) == (1, 2)
+    assert first["tokens/sampled"] == second["tokens/sampled"] == tokens
+    (once,) = read_metrics(folder / "observe")
+    for name in ("router_rate", "by_layer", "histogram"):
+        assert first[f"mismatch/{name}"] == once[f"mismatch/{name}"]
+    for step, row in ((1, first), (2, second)):
+        rows = read_tokens(folder / "again" / "tokens")
+        rows = rows.filter(pc.equal(rows["step"], step))
+        found = list(zip(*(rows[n].to_pylist() for n in ("sequence", "position")), strict=True))
+        assert found == rows_of(batch)
+        assert np.abs(np.array(rows["ratio"].to_pylist()) - 1).min() > 0  # all in the second epoch
+        sums = np.abs(np.array(rows["logp_old"]) - np.array(rows["logp_rollout"])).sum()
+        assert row["logp_gap/mean_abs"] == pytest.approx(sums / tokens, rel=1e-5)
+    assert second["logp_gap/mean_abs"] != first["logp_gap/mean_abs"]
 
 
 @pytest.mark.parametrize("name", JOBS)

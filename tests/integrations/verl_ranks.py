@@ -22,6 +22,7 @@ import sys
 import traceback
 import types
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -233,8 +234,8 @@ def batch_of(sequences: list[dict]) -> TensorDict:
     )
 
 
-def step(checkpoint, folder, sequences, mode, loss_mode, packed, minibatches, sizes):
-    """One RL step as verl's worker makes it, on this rank: old log-probs, then the update."""
+def train(checkpoint, folder, sequences, mode, loss_mode, packed, sizes, steps, epochs) -> dict:
+    """RL steps as verl's worker makes them, on this rank; what the last one gave."""
     os.environ["MOE_UPGRPO_RUN"] = str(folder)
     dist.init_process_group("gloo")
     with backend.apply():
@@ -245,43 +246,52 @@ def step(checkpoint, folder, sequences, mode, loss_mode, packed, minibatches, si
         rank, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         share = len(sequences) // size
         mine = sequences[rank * share : (rank + 1) * share]
-        data = batch_of(mine) if packed else padded_batch_of(mine)
-        replays = mode != "disabled"
-        tu.assign_non_tensor(
-            data, enable_routing_replay=replays, calculate_entropy=True, compute_loss=False
-        )
-        with engine.eval_mode():
-            output = engine.infer_batch(data.clone(recurse=False))
-        found = {"source": engine.is_mp_src_rank_with_outputs(), "dp": rank}
-        old = exchange(engine, output)
-        if packed:
-            data["old_log_probs"] = nested(
-                [old["log_probs"][i][len(x["prompt"]) - 1 : -1] for i, x in enumerate(mine)]
-            )
-        else:
-            data["old_log_probs"] = no_padding_2_padding(nested(old["log_probs"]), data)
-        if "routed_experts" in old:  # R2: what the trainer writes back
-            data["routed_experts"] = nested(old["routed_experts"])
-        actor = ActorConfig(
-            strategy="megatron",
-            rollout_n=1,
-            ppo_micro_batch_size_per_gpu=2,
-            policy_loss=PolicyLossConfig(loss_mode=loss_mode),
-        )
-        tu.assign_non_tensor(data, global_batch_size=len(sequences) // minibatches)
-        metrics = []
-        with engine.train_mode():
-            for i, part in enumerate(tu.chunk_tensordict(data, minibatches)):
-                tu.assign_non_tensor(part, update_lr_scheduler=i == minibatches - 1)
-                result = engine.train_batch(
-                    part, loss_function=lambda **kwargs: ppo_loss(actor, **kwargs)
-                )
-                if found["source"]:
-                    result.pop("model_output")
-                    metrics.append(of_worker(engine, result))
-        found["metrics"] = metrics
-        found["recorded"] = [x.numpy() for x in old.get("routed_experts", ())]
+        if steps > 1:  # a forward without an update, as under critic_warmup
+            scored(engine, batch_of(mine[:2]), mode)
+        for _ in range(steps):
+            found = one_step(engine, mine, mode, loss_mode, packed, epochs)
         return found
+
+
+def scored(engine, data: TensorDict, mode: str) -> dict[str, list]:
+    """The old log-probs, and the routes that R2 records."""
+    tu.assign_non_tensor(
+        data, enable_routing_replay=mode != "disabled", calculate_entropy=True, compute_loss=False
+    )
+    with engine.eval_mode():
+        return exchange(engine, engine.infer_batch(data.clone(recurse=False)))
+
+
+def one_step(engine, mine, mode, loss_mode, packed, epochs) -> dict:
+    """Old log-probs, then an optimizer step for each half of the sequences in each epoch."""
+    data = batch_of(mine) if packed else padded_batch_of(mine)
+    old = scored(engine, data, mode)
+    if packed:
+        data["old_log_probs"] = nested(
+            [old["log_probs"][i][len(x["prompt"]) - 1 : -1] for i, x in enumerate(mine)]
+        )
+    else:
+        data["old_log_probs"] = no_padding_2_padding(nested(old["log_probs"]), data)
+    if "routed_experts" in old:  # R2: what the trainer writes back
+        data["routed_experts"] = nested(old["routed_experts"])
+    actor = ActorConfig(
+        strategy="megatron",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+    )
+    tu.assign_non_tensor(data, global_batch_size=None)
+    source, metrics = engine.is_mp_src_rank_with_outputs(), []
+    with engine.train_mode():
+        for i in range(2 * epochs):
+            part = tu.chunk_tensordict(data, 2)[i % 2]
+            tu.assign_non_tensor(part, update_lr_scheduler=i == 2 * epochs - 1)
+            result = engine.train_batch(part, loss_function=partial(ppo_loss, actor))
+            if source:
+                result.pop("model_output")
+                metrics.append(of_worker(engine, result))
+    recorded = [x.numpy() for x in old.get("routed_experts", ())]
+    return {"source": source, "metrics": metrics, "recorded": recorded}
 
 
 def exchange(engine, output) -> dict[str, list]:
@@ -358,7 +368,7 @@ def main(checkpoint: str, folder: str):
     results = {}
     for name, spec in jobs.items():
         world = spec.pop("world")
-        results[name] = on_ranks(world, step, checkpoint, folder / name, *spec.values())
+        results[name] = on_ranks(world, train, checkpoint, folder / name, *spec.values())
     (folder / "results.pkl").write_bytes(pickle.dumps(results))
 
 
