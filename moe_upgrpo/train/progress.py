@@ -79,7 +79,8 @@ class Display:
         if evaluated:
             table = Table("held-out", "warm start", "best", "last", box=None)
             for name in sorted(key for key in evaluated[0] if key.startswith("eval/")):
-                if name == "eval/problems":
+                # pass@1 and pass@n by their other names
+                if name.startswith(("eval/problems", "eval/avg@", "eval/best@")):
                     continue
                 values = [row[name] for row in evaluated]
                 shown = (values[0], max(values), values[-1])

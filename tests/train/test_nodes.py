@@ -19,6 +19,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
     agents = []
     words = options(tmp_path / "run", cache, "--steps", "2", "--track", "tensorboard", "wandb")
