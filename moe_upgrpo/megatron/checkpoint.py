@@ -139,9 +139,9 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 def _optimizer_state(optimizer: MegatronOptimizer, model: dict, *, is_loading: bool) -> dict:
     """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`."""
-    return {
-        str(i): _part_state(part, model, is_loading) for i, part in enumerate(_parts(optimizer))
-    }
+    states = (_part_state(part, model, is_loading) for part in _parts(optimizer))
+    # Without the empty ones of SGD: how many parts there are depends on the layout.
+    return {str(i): state for i, state in enumerate(states) if state}
 
 
 def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
