@@ -1,4 +1,7 @@
-"""The folder that a run leaves: config.json, env.json, metrics.jsonl, tokens/, checkpoints/."""
+"""The folder that a run leaves.
+
+config.json, env.json, metrics.jsonl, tokens/, evaluations/ and checkpoints/.
+"""
 
 import fcntl
 import json
@@ -19,6 +22,7 @@ from typing import Any
 from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
+from moe_upgrpo.store.evaluations import evaluation_files
 from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.token_log import token_files
 
@@ -50,6 +54,10 @@ class RunFolder:
     @property
     def tokens(self) -> Path:
         return self.path / "tokens"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
 
     @property
     def checkpoints(self) -> Path:
@@ -122,10 +130,10 @@ class RunFolder:
         """Continue a run from its checkpoint after ``step``; None: from the start, without one.
 
         What was logged of later steps is dropped, so that the steps run again appear once:
-        metrics rows and token files with a step above ``step``, and the remains of a write that
-        was cut short. No row is lost if a step writes its token files, then its metrics row, then
-        its checkpoint. ``config`` takes the place of the run's; env.json tells of this start under
-        "resumed", with ``changed``, what is other than it was.
+        metrics rows, token files and evaluations with a step above ``step``, and the remains of a
+        write that was cut short. No row is lost if a step writes its token files and evaluation,
+        then its metrics row, then its checkpoint. ``config`` takes the place of the run's; env.json
+        tells of this start under "resumed", with ``changed``, what is other than it was.
 
         Raises:
             UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the
@@ -145,9 +153,9 @@ class RunFolder:
             kept = [row for row in rows if row["step"] <= step]
             _write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
-        for part in run.tokens.glob(".*.tmp"):
+        for part in (*run.tokens.glob(".*.tmp"), *run.evaluations.glob(".*.tmp")):
             part.unlink()
-        for file, file_step in token_files(run.tokens):
+        for file, file_step in token_files(run.tokens) + evaluation_files(run.evaluations):
             if file_step > step:
                 file.unlink()
         Checkpoints(run.checkpoints).remove_unfinished()

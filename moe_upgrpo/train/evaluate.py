@@ -98,6 +98,22 @@ def finish(shares: Sequence[EvalCounts], *, ks: Sequence[int] = ()) -> dict[str,
     }
 
 
+def by_problem(shares: Sequence[EvalCounts], problems: Sequence[Problem]) -> dict[str, list]:
+    """The columns of `moe_upgrpo.store.write_evaluation`, in the order of `problems`.
+
+    Share r of R has problems r, r + R, r + 2R, ...
+    """
+    rows = {}
+    for rank, share in enumerate(shares):
+        places = range(rank, len(problems), len(shares))
+        counts = zip(share.greedy_N, share.correct_N, share.majority_N, strict=True)
+        for place, (greedy, correct, majority) in zip(places, counts, strict=True):
+            rows[place] = (bool(greedy), share.samples, int(correct), float(majority))
+    ordered = [(place, problem.prompt, *rows[place]) for place, problem in enumerate(problems)]
+    names = ("problem", "prompt", "greedy", "samples", "correct", "majority")
+    return dict(zip(names, map(list, zip(*ordered, strict=True)), strict=True))
+
+
 def majority_vote(right: Sequence[bool], classes: Sequence[int | None]) -> float:
     """Whether the answer that most samples of a problem give is right.
 

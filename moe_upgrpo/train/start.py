@@ -26,7 +26,13 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
 from moe_upgrpo.rollout.engines import make_engine
-from moe_upgrpo.store import RunFolder, TokenLogWriter, read_config, read_metrics
+from moe_upgrpo.store import (
+    RunFolder,
+    TokenLogWriter,
+    read_config,
+    read_metrics,
+    write_evaluation,
+)
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
 from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
@@ -610,7 +616,10 @@ class Job:
             samples=self.config.eval_samples,
             seed=self._seed(_EVALUATION, step, self.rank),
         )
-        return evaluate.finish(groups.gather_everywhere([counts]))
+        shares = groups.gather_everywhere([counts])
+        if self.rank == 0:
+            write_evaluation(self.run.evaluations, step, evaluate.by_problem(shares, problems))
+        return evaluate.finish(shares)
 
     def save_checkpoint(self, step: int) -> None:
         """Keep the state to resume from, where it is due: the last that a step does."""

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from moe_upgrpo.rollout.cache import load_rollouts
-from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.store import read_config, read_evaluations, read_metrics, read_tokens
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import MathTask, arithmetic
 from moe_upgrpo.train.warm_start import tiny_model_config
@@ -62,6 +62,13 @@ def test_a_run_of_the_dapo_recipe_on_a_file(run, files):
     assert read_config(folder)["policy_loss"]["clip_high"] == 0.28
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "eval/maj@32" in row] == [0, 2]
+    evaluated = read_evaluations(folder).to_pylist()
+    assert [(row["step"], row["prompt"], row["samples"]) for row in evaluated] == [
+        (step, "9-8=", 32) for step in (0, 2)
+    ]
+    for row, of_problem in zip((rows[0], rows[2]), evaluated, strict=True):
+        assert row["eval/avg@32"] == of_problem["correct"] / 32
+        assert row["eval/maj@32"] == pytest.approx(of_problem["majority"])
     task = MathTask([files / "train.jsonl"], model_dir=files / "model")
     for row in rows[1:]:
         rollouts = load_rollouts(files / "rollouts", row["step"])

@@ -9,6 +9,7 @@ from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import ArithmeticTask
 from moe_upgrpo.train.evaluate import (
     EvalCounts,
+    by_problem,
     count_correct,
     evaluate,
     finish,
@@ -137,3 +138,19 @@ def test_no_success_without_data():
         finish([one], ks=[5])
     with pytest.raises(UserError, match="pass@0"):
         finish([one], ks=[0])
+
+
+def test_the_ranks_shares_in_the_order_of_the_problems():
+    """Three problems on two ranks: the first and the third, and the second."""
+    shares = [
+        count_correct(ScriptedEngine(), PROBLEMS[r::2], TASK, sampling=SAMPLING, samples=4, seed=0)
+        for r in range(2)
+    ]
+    assert by_problem(shares, PROBLEMS) == {
+        "problem": [0, 1, 2],
+        "prompt": ["10+03=", "42+08=", "94+05="],
+        "greedy": [False, True, False],
+        "samples": [4, 4, 4],
+        "correct": [0, 2, 4],
+        "majority": [0.0, 0.5, 1.0],
+    }
