@@ -28,7 +28,7 @@ from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
-from moe_upgrpo.megatron import groups, tap
+from moe_upgrpo.megatron import backend, groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
@@ -123,6 +123,9 @@ class MegatronActor:
             self._prepare_training(optimizer)
 
     def _prepare_training(self, settings: OptimizerSettings) -> None:
+        if settings.frozen == "router":
+            for router in self.tap.routers.values():
+                router.weight.requires_grad_(False)
         config = get_model_config(self.chunks[0])
         split_state = settings.algorithm == "adam"
         self.chunks = [
@@ -152,6 +155,11 @@ class MegatronActor:
             ),
             self.chunks,
         )
+        if not backend.has_cuda():
+            # torch's Adam takes one call for all weights only on a GPU of its own accord, and
+            # Megatron leaves it there (optimizer/__init__.py:363).
+            for group in self.optimizer.param_groups:
+                group["foreach"] = True
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.backend import has_cuda
+from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.layout import Layout
@@ -86,7 +87,7 @@ def code_paths() -> dict[str, str]:
         "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
         "linear layers": spec.column_parallel_linear().__name__,
         "attention": spec.core_attention().__name__,
-        "experts": experts.__name__,
+        "experts": experts.__name__ if has_cuda() else GroupedExperts.__name__,
         "router": f"{TopKRouter.__name__}, unfused",
         "gradient accumulation": "Apex, fused" if _fuses_gradient_accumulation() else "torch",
         "optimizer": f"{Adam.__module__}.{Adam.__name__}",
@@ -181,6 +182,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if (experts := getattr(layer.mlp.submodules, "experts", None)) and not has_cuda():
+            experts.module = GroupedExperts
     return block
 
 

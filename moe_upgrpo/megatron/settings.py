@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from moe_upgrpo.errors import UserError
 
@@ -17,6 +18,7 @@ class OptimizerSettings:
     algorithm: adam, or sgd (then without the split state: Megatron-Core splits Adam's only).
     warmup_steps: optimizer steps over which lr rises linearly to its value, and then stays.
     clip_grad: largest gradient norm; 0 means no clipping.
+    frozen: weights that are not trained: nothing, or router, those of the MoE layers' routers.
     """
 
     algorithm: str = "adam"
@@ -27,6 +29,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     warmup_steps: int = 10
     clip_grad: float = 1.0
+    frozen: Literal["nothing", "router"] = "nothing"
 
     def __post_init__(self):
         if self.algorithm not in ("adam", "sgd"):

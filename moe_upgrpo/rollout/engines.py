@@ -12,6 +12,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Engine
 
 EngineName = Literal["hf", "vllm", "sglang"]
+EngineWeights = Literal["as-trained", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,7 @@ def make_engine(
     model_dir: str | Path,
     *,
     dtype: str,
+    weights: EngineWeights = "as-trained",
     device: torch.device,
     max_tokens: int,
     seed: int = 0,
@@ -46,8 +48,10 @@ def make_engine(
 
     hf, and vllm without `url`: one in each rank. Otherwise one server for all: that at `url`, or
     one of SGLang that rank 0 starts, whose output goes to `server_log`. `max_tokens`: of the
-    longest sequence, prompt and response together.
+    longest sequence, prompt and response together. `weights`: hf alone rounds them.
     """
+    if weights != "as-trained" and name != "hf":
+        raise UserError(f"engine_weights={weights!r} with engine={name}: allowed with engine=hf.")
     if url is not None and name == "hf":
         raise UserError(f"engine_url={url} with engine=hf: only vllm and sglang have servers.")
     if name == "sglang":
@@ -72,4 +76,4 @@ def make_engine(
         )
     from moe_upgrpo.rollout.hf import HFEngine
 
-    return HFEngine(model_dir, dtype=dtype, device=device)
+    return HFEngine(model_dir, dtype=dtype, device=device, weights=weights)

@@ -36,6 +36,8 @@ class HFEngine:
     Sampling is an explicit loop over a KV cache and not `model.generate`: a prompt is computed
     once for all its samples, and finished sequences leave the batch, which is several times
     faster. At most `max_sequences` are in flight at once.
+
+    weights="fp8" stands in for an engine that serves quantised weights: see `fp8_rounded`.
     """
 
     def __init__(
@@ -44,10 +46,14 @@ class HFEngine:
         dtype: str = "bfloat16",
         device: str | torch.device | None = None,
         *,
+        weights: str = "as-trained",
         max_sequences: int = 512,
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if weights not in ("as-trained", "fp8"):
+            raise UserError(f"weights is {weights!r}; allowed: as-trained, fp8.")
+        self.weights = weights
         if max_sequences < 1:
             raise UserError(f"max_sequences is {max_sequences}; at least 1 is needed.")
         self.dtype = DTYPES[dtype]
@@ -86,6 +92,10 @@ class HFEngine:
                 lambda module, args, tap=self._taps[name]: tap.append(args[1])
             )
         self.model = model.to(self.device).eval().requires_grad_(False)
+        if self.weights == "fp8":
+            for name, weight in self.model.named_parameters():
+                if is_rounded(name, weight):
+                    weight.copy_(fp8_rounded(weight))
 
     @torch.inference_mode()
     def generate(
@@ -277,6 +287,26 @@ class HFEngine:
         """See `Engine.close`."""
         self._taps.clear()
         self.model = None
+
+
+# Kept by published FP8 recipes: the router, the embedding, the head and the norms' vectors.
+_KEPT = ("embed_tokens", "lm_head", "mlp.gate.weight", "norm")
+
+
+def is_rounded(name: str, weight: torch.Tensor) -> bool:
+    """Whether a weight of a transformers model is one that FP8 engines round."""
+    return weight.ndim >= 2 and not any(kept in name for kept in _KEPT)
+
+
+def fp8_rounded(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as e4m3 with one scale for each matrix would have it, in its own dtype.
+
+    s = max|w| / 448; w' = e4m3(w / s) · s, where 448 is the largest e4m3 number; the matrices of
+    stacked experts `[E, ...]` have a scale each. Activations stay as they are.
+    """
+    scale = weight.float().abs().amax(dim=(-2, -1), keepdim=True) / 448
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return ((weight.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(weight.dtype)
 
 
 @contextmanager

@@ -14,11 +14,11 @@ import yaml
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig
+from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.families import moe_layers
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
-from moe_upgrpo.rollout.engines import EngineName, VLLMSettings
+from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
 from moe_upgrpo.store import read_config
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.stand_in import stand_in_config
@@ -65,6 +65,10 @@ class TrainConfig:
     """YAML file of these options; those of the command line win."""
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
+    correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    old_log_probs: Literal["trainer", "rollout"] = "trainer"
+    """What the ratio is taken to: the trainer's log-probs at the old weights, or the rollout's
+    (bypass): the ratio then has the mismatch in it."""
     steps: int = 60
     """RL steps: a batch of rollouts and the optimizer steps on it."""
     seed: int = 0
@@ -117,6 +121,10 @@ class TrainConfig:
     """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    engine_weights: EngineWeights = "as-trained"
+    """fp8: engine hf samples with weights rounded to e4m3, as an FP8 server would."""
+    engine_every: int = 1
+    """Steps between weight updates of the engine: rollouts are up to one less stale."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
     tp: int | None = None
@@ -151,6 +159,9 @@ class TrainConfig:
     """Longest response. None: the longest sum; with --data it must be said."""
     reward_wrong: float = 0.0
     """Reward of a wrong response; a right one's is 1."""
+    false_positives: float = 0.0
+    """Share of the wrong responses that are rewarded as right in training, drawn at random: a
+    verifier that errs."""
     overlong_buffer: int = 0
     """DAPO: the last so many tokens before max_new_tokens cost reward, linearly; 0: off."""
     overlong_penalty: float = 1.0
@@ -178,9 +189,11 @@ class TrainConfig:
     """Most held-out problems to use."""
     reference_kl: bool = True
     """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
+    report: bool = True
+    """Write report.html at the end."""
 
     def __post_init__(self):
-        if "router_log_probs" in PolicyLossConfig.preset(self.loss).arguments:
+        if "router_log_probs" in self.policy_loss().arguments:
             served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
             raise UserError(
                 f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
@@ -193,7 +206,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: 0 or more is needed.")
         for name in ("steps", "prompts", "minibatches", "epochs", "micro_batch", "eval_every",
-                     "eval_samples", "eval_problems", "keep"):  # fmt: skip
+                     "eval_samples", "eval_problems", "keep", "engine_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
         if (self.token_log == "sampled") != (self.token_log_share != 1):
@@ -203,6 +216,12 @@ class TrainConfig:
             )
         if not 0 < self.token_log_share <= 1:
             raise UserError(f"token_log_share={self.token_log_share}: above 0 and below 1.")
+        self._check_engine_every()
+        if self.correction.active and self.old_log_probs == "rollout":
+            raise UserError(
+                "correction with old_log_probs=rollout: the ratio is taken to the rollout already, "
+                "and would be corrected twice. Leave one out."
+            )
         if self.overlap and self.load_rollouts is not None:
             raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
         if self.group < 2:
@@ -213,6 +232,22 @@ class TrainConfig:
             raise UserError(
                 f"max_new_tokens={self.max_new_tokens}: at least 1 is needed, or leave it out."
             )
+
+    def _check_engine_every(self) -> None:
+        every = self.engine_every
+        if every == 1:
+            return
+        if self.overlap or self.analyse_every:
+            raise UserError(
+                f"engine_every={every} with overlap or analyse_every={self.analyse_every}: the "
+                "weights that sampled are not kept. Give --no-overlap and --analyse-every 0."
+            )
+        for name in ("steps", "eval_every", "save_every"):
+            if getattr(self, name) % every:
+                raise UserError(
+                    f"{name}={getattr(self, name)} is not a multiple of engine_every={every}: "
+                    "the engine evaluates, and is resumed, with the newest weights."
+                )
 
     def _check_data(self) -> None:
         if self.data:
@@ -241,6 +276,13 @@ class TrainConfig:
             raise UserError(f"{', '.join(given)} without data: --data FILE is missing.")
 
     def _check_rewards(self) -> None:
+        if not 0 <= self.false_positives < 1:
+            raise UserError(f"false_positives={self.false_positives}: 0 or more and below 1.")
+        if self.false_positives and self.max_refills:
+            raise UserError(
+                "false_positives with max_refills: groups are kept or dropped by the true "
+                "verdicts. Leave one out."
+            )
         if not -math.inf < self.reward_wrong < 1:
             raise UserError(f"reward_wrong={self.reward_wrong}: a number below 1 is needed.")
         if not 0 <= self.overlong_penalty < math.inf:
@@ -261,6 +303,11 @@ class TrainConfig:
                 f"max_refills={self.max_refills} with overlap: refills would be sampled with newer "
                 "weights than the batch they fill. Leave one out."
             )
+
+    def policy_loss(self) -> PolicyLossConfig:
+        """The preset, with this run's rollout correction."""
+        changed = {"correction": self.correction} if self.correction.active else {}
+        return PolicyLossConfig.preset(self.loss, **changed)
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
@@ -315,6 +362,7 @@ MAY_CHANGE = {
     "track": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
+    "report": "how the run is watched",
 }
 # Which folder, and how the options came.
 _NO_SETTINGS = ("config", "resume", "output_dir")

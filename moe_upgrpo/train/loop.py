@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> Path:
             clock = Clock()
             with clock("generate"):
                 batch = job.batch(step)
-                rollouts, rewards = batch.rollouts, job.rewards(batch)
+                rollouts, rewards = batch.rollouts, job.rewards(batch, step)
                 advantages = group_advantages(
                     torch.from_numpy(rewards), config.group, config.advantage
                 ).numpy()

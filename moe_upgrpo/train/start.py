@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import Metric, PolicyLossConfig
+from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
@@ -44,7 +44,7 @@ from moe_upgrpo.train.tracking import check as check_trackers
 from moe_upgrpo.train.warm_start import warm_start
 
 # What a stream of random numbers is for; the step and the rank complete its seed.
-_SAMPLING, _SHUFFLING, _EVALUATION, _GLOBAL = range(4)
+_SAMPLING, _SHUFFLING, _EVALUATION, _GLOBAL, _VERDICTS = range(5)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             "top_k": actor.top_k,
             "parameters": actor.parameter_count(),
             "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
-            "policy_loss": asdict(PolicyLossConfig.preset(config.loss)),
+            "policy_loss": asdict(config.policy_loss()),
         }
         engine = None
         if config.load_rollouts is None:
@@ -104,6 +104,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 config.engine,
                 model_dir,
                 dtype=config.engine_dtype,
+                weights=config.engine_weights,
                 device=groups.device(),
                 max_tokens=max_tokens,
                 seed=config.seed,
@@ -244,7 +245,7 @@ class Job:
     ahead: InitVar[list[Rollout] | None]  # everyone's rollouts of the next step, sampled ahead
 
     def __post_init__(self, ahead: list[Rollout] | None):
-        self.loss = PolicyLossConfig.preset(self.config.loss)
+        self.loss = self.config.policy_loss()
         self._thread = ThreadPoolExecutor(1, "generate")
         self._ahead: Future | None = None
         self.dp_rank, self.dp_size = groups.data_parallel()
@@ -344,9 +345,11 @@ class Job:
             for i in range(0, len(rollouts), size)
         ], killed
 
-    def rewards(self, batch: Batch) -> np.ndarray:
+    def rewards(self, batch: Batch, step: int) -> np.ndarray:
+        draw = np.random.default_rng(self._seed(_VERDICTS, step, self.dp_rank))
+        mistaken_B = draw.random(len(batch.correct_B)) < self.config.false_positives
         return shaped_rewards(
-            batch.correct_B,
+            np.where(mistaken_B, 1, batch.correct_B),
             np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
             wrong=self.config.reward_wrong,
             max_length=self.sampling.max_new_tokens,
@@ -406,6 +409,7 @@ class Job:
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Nothing is trained on that other weights have sampled than those meant."""
         expected = step - 1 - self._stale(step)
+        expected -= expected % self.config.engine_every
         for i, rollout in enumerate(rollouts):
             if rollout.weight_version != expected:
                 raise UserError(
@@ -419,7 +423,7 @@ class Job:
         """Give the engine the trainer's weights, once it has finished what it is generating."""
         if self._ahead:
             self._ahead.result()
-        if self.engine is not None:
+        if self.engine is not None and step % self.config.engine_every == 0:
             with backend.suspended():
                 self.engine.update_weights(self.actor.export_weights(), version=step)
 
@@ -513,7 +517,9 @@ class Job:
             samples = _held(samples, old.native)
         elif replay == "R3":
             samples = _held(samples, rollouts)
-        if not self.old_from_update:
+        if self.config.old_log_probs == "rollout":
+            samples = [replace(s, old_log_probs=s.rollout_log_probs) for s in samples]
+        elif not self.old_from_update:
             samples = [
                 replace(sample, old_log_probs=scored.log_probs)
                 for sample, scored in zip(samples, old.policy(replay), strict=True)
@@ -646,6 +652,8 @@ class Job:
             self.actor.save(trained)
         if self.rank == 0:
             self.display.summary(read_metrics(self.run.path))
+            if not self.config.report:
+                return self.run.path
             try:
                 from moe_upgrpo.report import write_report
 

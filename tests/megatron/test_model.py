@@ -116,7 +116,7 @@ def test_code_paths_without_a_gpu():
         "norm": "torch.nn.RMSNorm",
         "linear layers": "ColumnParallelLinear",
         "attention": "DotProductAttention",
-        "experts": "SequentialMLP",
+        "experts": "GroupedExperts",
         "router": "TopKRouter, unfused",
         "gradient accumulation": "torch",
         "optimizer": "torch.optim.adamw.AdamW",
