@@ -24,6 +24,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
   train              train by RL on the ranks of this job (see examples/train_moe.sh)
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
+  compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several
   plan               what a training run needs of each GPU, and whether it fits; takes its options
   doctor             what is installed here, which code paths that selects, what is missing
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = {
         "train": _train,
         "probe": _probe,
+        "compare": _compare,
         "report": _report,
         "plan": _plan,
         "doctor": _doctor,
@@ -135,6 +137,44 @@ def _report(arguments: list[str]) -> None:
         print(write_report(runs, output or folder / "report.html"))
 
     _parse(report, arguments, "moe-upgrpo report")
+
+
+def _compare(arguments: list[str]) -> None:
+    def compare(
+        config: Positional[Path | None] = None,
+        output: Path | None = None,
+        parallel: int | None = None,
+        report_only: bool = False,
+    ) -> None:
+        """Run every arm with every seed, as many runs at a time as there are cores, and report.
+
+        What was run already is not run again: the same command goes on where it stopped.
+
+        Args:
+            config: YAML file of the comparison: examples/compare.
+            output: its folder. Default: runs/compare/NAME.
+            parallel: runs at a time. Default: one for each core and rank.
+            report_only: make report.html and report.json of what is in --output; run nothing.
+        """
+        from moe_upgrpo.compare.plan import read_plan
+        from moe_upgrpo.compare.report import write_report
+        from moe_upgrpo.compare.run import compare as run
+
+        if parallel is not None and parallel < 1:
+            raise UserError(f"parallel={parallel}: at least 1 is needed.")
+        if report_only:
+            if output is None:
+                raise UserError("--report-only without --output: which comparison?")
+            print(write_report(output))
+            return
+        if config is None:
+            raise UserError("no config given; usage: moe-upgrpo compare CONFIG.")
+        plan = read_plan(config)
+        folder = output or Path("runs/compare") / plan.name
+        run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
+        print(write_report(folder))
+
+    _parse(compare, arguments, "moe-upgrpo compare")
 
 
 def _plan(arguments: list[str]) -> None:

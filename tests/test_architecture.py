@@ -21,6 +21,7 @@ ORDER = (
     "rollout",
     "megatron",
     "train",
+    "compare",
     "integrations",
 )
 

@@ -18,3 +18,9 @@ def publish(part: Path, path: Path) -> None:
     sync(part)
     os.replace(part, path)
     sync(path.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    publish(part, file)

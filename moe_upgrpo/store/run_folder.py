@@ -23,7 +23,7 @@ from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
-from moe_upgrpo.store.files import publish
+from moe_upgrpo.store.files import write_text
 from moe_upgrpo.store.token_log import token_files
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
@@ -151,7 +151,7 @@ class RunFolder:
             )
         if rows:
             kept = [row for row in rows if row["step"] <= step]
-            _write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
+            write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
         for part in (*run.tokens.glob(".*.tmp"), *run.evaluations.glob(".*.tmp")):
             part.unlink()
@@ -248,13 +248,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    _write_text(file, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.tmp")
-    part.write_text(text, encoding="utf-8")
-    publish(part, file)
+    write_text(file, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -275,7 +269,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {"moe_upgrpo": __version__} | {p: _version(p) for p in _PACKAGES},
-        "git": _git_state(),
+        "git": git_state(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_count": torch.cuda.device_count(),
@@ -289,7 +283,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit of this package's source, and whether tracked files differ from it."""
     here = Path(__file__).parent
 

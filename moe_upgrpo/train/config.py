@@ -453,6 +453,14 @@ def run_arguments(path: Path) -> list[str]:
     ]
 
 
+def options(values: dict[str, Any]) -> list[str]:
+    """Options as the command line would have them, of a mapping as `file_arguments` reads it.
+
+    Raises UserError where a field is not known.
+    """
+    return list(_flatten(values, TrainConfig, prefix=""))
+
+
 def file_arguments(path: Path) -> list[str]:
     """The options in a YAML (or JSON) file as the command line would have them.
 
@@ -466,7 +474,7 @@ def file_arguments(path: Path) -> list[str]:
         values = yaml.load(path.read_text(), _Loader)
         if not isinstance(values, dict):
             raise UserError("lines of `option: value` are needed.")
-        return list(_flatten(values, TrainConfig, prefix=""))
+        return options(values)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,214 @@
+"""What a comparison is, all of it said before the first run: arms, seeds, endpoint, contrasts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.train.config import TrainConfig, options
+
+Summary = Literal["mean", "last", "best"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Primary:
+    """The endpoint that the comparison is decided by.
+
+    mean: over the evaluations after step 0, the area under the curve in steps; last; best.
+    """
+
+    metric: str = "eval/pass@1"
+    summary: Summary = "mean"
+
+    def __post_init__(self):
+        if not self.metric.startswith("eval/"):
+            raise UserError(f"primary.metric={self.metric!r}: a metric eval/... is needed.")
+        if self.summary not in ("mean", "last", "best"):
+            raise UserError(f"primary.summary={self.summary!r}: use mean, last or best.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRates:
+    """How every arm's learning rate is chosen: the same values, seeds and steps for each.
+
+    The value with the highest mean of `metric` over the last half of the steps, averaged over
+    `seeds`, which no compared run uses; the metric is of training, so that held-out problems choose
+    nothing. A run that ended early counts with 0 for the steps it lacks.
+    """
+
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    metric: str = "reward/correct_rate"
+
+    def __post_init__(self):
+        if len(set(self.values)) < 2 or not self.seeds or self.steps < 2:
+            raise UserError(
+                f"learning_rates: {len(set(self.values))} values, {len(self.seeds)} seeds, "
+                f"{self.steps} steps; at least 2 values, 1 seed and 2 steps are needed."
+            )
+        if self.metric.startswith("eval/"):
+            raise UserError("learning_rates.metric: held-out problems must not choose anything.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms × seeds of one training job, and what will be asked of the results."""
+
+    name: str
+    question: str
+    base: dict[str, Any]
+    """Options of `train` that all arms share."""
+    arms: dict[str, dict[str, Any]]
+    """Options of each arm, over those of `base`."""
+    seeds: tuple[int, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    """Pairs (arm, the arm it is compared with), tested together: Holm's correction is over them."""
+    primary: Primary = field(default_factory=Primary)
+    learning_rates: LearningRates | None = None
+    """None: the options say the learning rate."""
+    warm_start_by_seed: bool = True
+    """Where the model is a warm-started one: seed s starts from warm start s."""
+    nproc: int = 1
+    """Ranks of a run."""
+    confidence: float = 0.95
+
+    def __post_init__(self):
+        if len(self.arms) < 2 or not self.contrasts:
+            raise UserError("a comparison needs at least 2 arms and 1 contrast.")
+        for arm in (arm for pair in self.contrasts for arm in pair):
+            if arm not in self.arms:
+                raise UserError(f"contrasts: {arm!r} is not an arm; known: {', '.join(self.arms)}.")
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise UserError(f"seeds={list(self.seeds)}: at least 2, all different.")
+        if self.learning_rates and {*self.seeds} & {*self.learning_rates.seeds}:
+            raise UserError("learning_rates.seeds: other seeds than those compared are needed.")
+        if self.nproc < 1:
+            raise UserError(f"nproc={self.nproc}: at least 1 is needed.")
+        for name in self.arms:
+            given = {*self.base, *self.arms[name]} & {"seed", "output_dir", "resume", "config"}
+            if given:
+                raise UserError(f"arm {name}: {', '.join(given)} is set by the comparison.")
+            self.config(Run(arm=name, seed=self.seeds[0])).layout(self.nproc)
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """The options of `train` of one run."""
+        found = _merged(self.base, self.arms[run.arm], {"seed": run.seed, "report": False})
+        if self.warm_start_by_seed and "model" not in found:
+            found = _merged(found, {"warm_start": {"seed": run.seed}})
+        if run.lr is not None:
+            found = _merged(found, {"optimizer": {"lr": run.lr}})
+        if run.tuning:
+            found |= {"steps": self.learning_rates.steps}
+            found |= {"eval_every": self.learning_rates.steps, "eval_problems": 1}
+        return found
+
+    def config(self, run: Run) -> TrainConfig:
+        """The same, checked. Raises UserError that names the arm."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                return tyro.cli(TrainConfig, args=options(self.options(run)), prog=run.arm)
+        except SystemExit:
+            raise UserError(f"arm {run.arm}:\n{said.getvalue()}") from None
+        except UserError as error:
+            raise UserError(f"arm {run.arm}: {error}") from None
+
+    def tuning(self) -> list[Run]:
+        """The runs that choose the learning rates."""
+        if self.learning_rates is None:
+            return []
+        return [
+            Run(arm=arm, seed=seed, lr=lr, tuning=True)
+            for seed in self.learning_rates.seeds
+            for lr in self.learning_rates.values
+            for arm in self.arms
+        ]
+
+    def runs(self, rates: dict[str, float]) -> list[Run]:
+        """The compared runs, all arms of a seed before the next seed."""
+        return [Run(arm=a, seed=s, lr=rates.get(a)) for s in self.seeds for a in self.arms]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of a comparison; lr None: as the options say."""
+
+    arm: str
+    seed: int
+    lr: float | None = None
+    tuning: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in paths."""
+        rate = f"-lr{self.lr:g}" if self.tuning else ""
+        return f"{'tuning-' if self.tuning else ''}{self.arm}{rate}-seed{self.seed}"
+
+
+def read_plan(path: Path) -> Comparison:
+    """The comparison in a YAML (or JSON) file. Raises UserError that names the file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise UserError("fields of a comparison are needed: name, question, base, arms, ...")
+        return from_values(values)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def from_values(values: dict[str, Any]) -> Comparison:
+    known = {f.name for f in fields(Comparison)}
+    if unknown := [name for name in values if name not in known]:
+        raise UserError(f"{', '.join(unknown)}: not a field; known: {', '.join(sorted(known))}.")
+    needed = ("name", "question", "base", "arms", "seeds", "contrasts")
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{', '.join(missing)} is missing.")
+    try:
+        made = dict(values)
+        made["arms"] = {name: options or {} for name, options in values["arms"].items()}
+        made["seeds"] = tuple(values["seeds"])
+        made["contrasts"] = tuple((first, second) for first, second in values["contrasts"])
+        if values.get("primary") is not None:
+            made["primary"] = Primary(**values["primary"])
+        if values.get("learning_rates") is not None:
+            rates = values["learning_rates"]
+            lists = {name: tuple(rates[name]) for name in ("values", "seeds")}
+            made["learning_rates"] = LearningRates(**rates | lists)
+        return Comparison(**made)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"a field has the wrong form: {error}.") from None
+
+
+def default_parallel(nproc: int) -> int:
+    """Runs at a time: one for each core that a rank can have to itself."""
+    return max(1, len(os.sched_getaffinity(0)) // nproc)
+
+
+def _merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Later values win; groups of options are merged field by field."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            key = key.replace("-", "_")
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = _merged(found[key], value) if both else value
+    return found
