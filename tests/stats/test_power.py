@@ -123,7 +123,7 @@ def test_the_paired_test_with_one_seed_or_no_spread():
 def test_the_spread_of_drawn_runs():
     """All five parts come back, from normal chances that stay within 0 and 1."""
     rng = np.random.default_rng(0)
-    seeds, problems, n = 200, 400, 8
+    seeds, problems, n = 40, 2000, 8
     true = Spread(accuracy=0.5, problems=0.1, gain=0.05, seed=0.03, seed_problem=0.06)
     base_N = 0.5 + 0.1 * rng.normal(size=problems)
     gain_N = 0.05 * rng.normal(size=problems)
@@ -141,7 +141,7 @@ def test_the_spread_of_drawn_runs():
         for p_N in (base_N, base_N + gain_N)
     ]
     found = power.spread_of(arms[0], n, arms[1])
-    for name, tolerance in {"accuracy": 0.01, "problems": 0.01, "gain": 0.005, "seed": 0.004,
+    for name, tolerance in {"accuracy": 0.01, "problems": 0.01, "gain": 0.005, "seed": 0.008,
                             "seed_problem": 0.003}.items():  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(true, name), abs=tolerance), name
     assert found.within == pytest.approx(true.within, abs=0.005)
