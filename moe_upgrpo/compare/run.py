@@ -48,7 +48,7 @@ def compare(
     write_plan(plan, folder)
     pool = parallel or default_parallel(plan.nproc)
     tuning = plan.tuning()
-    missing = [run for run in tuning if not _file(folder, run).exists()]
+    missing = [run for run in tuning if not data_file(folder, run).exists()]
     _prepare(plan, missing or plan.runs({}), pool, say)
     _run_all(plan, folder, tuning, pool, say)
     rates = choose_rates(plan, folder)
@@ -82,7 +82,7 @@ def choose_rates(plan: Comparison, folder: Path) -> dict[str, float]:
         return {}
     scores: dict[str, dict[float, list[float]]] = {arm: {} for arm in plan.arms}
     for run in plan.tuning():
-        found = dict(zip(*data.read(_file(folder, run)).series(asked.metric), strict=True))
+        found = dict(zip(*data.read(data_file(folder, run)).series(asked.metric), strict=True))
         late = [found.get(s, 0.0) for s in range(asked.steps // 2 + 1, asked.steps + 1)]
         scores[run.arm].setdefault(run.lr, []).append(float(np.mean(late)))
     rates = {
@@ -100,7 +100,7 @@ def choose_rates(plan: Comparison, folder: Path) -> dict[str, float]:
     return rates
 
 
-def _file(folder: Path, run: Run) -> Path:
+def data_file(folder: Path, run: Run) -> Path:
     return folder / "data" / f"{run.key}.parquet"
 
 
@@ -139,7 +139,7 @@ def _warm_started(config: TrainConfig) -> str | None:
 def _run_all(
     plan: Comparison, folder: Path, runs: Sequence[Run], pool: int, say: Callable[[str], None]
 ) -> None:
-    missing = [run for run in runs if not _file(folder, run).exists()]
+    missing = [run for run in runs if not data_file(folder, run).exists()]
     if not missing:
         return
     say(f"{len(missing)} of {len(runs)} runs to do, {pool} at a time")
@@ -169,14 +169,7 @@ def _run_all(
 def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     """Run it to its end and keep its data; what to say of it."""
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    options = folder / "logs" / f"{run.key}.yaml"
-    options.write_text(yaml.safe_dump(plan.options(run)))
-    if path.exists() and Checkpoints(RunFolder(path).checkpoints).all():
-        what = ["--resume", str(path)]
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before a checkpoint
-        what = ["--config", str(options), "--output-dir", str(path)]
+    what = train_words(plan, folder, run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(plan.nproc), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
     begin = time.monotonic()
@@ -195,22 +188,10 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     said = log.read_text()
     if status and (status < 0 or _KILLED.search(said)):
         raise UserError(f"{run.key} was stopped ({log}); the same command goes on from there.")
-    config = plan.config(run)
     if status and not any(row["step"] > 0 for row in rows):
         raise UserError(f"{run.key} ended before its first step; {log} ends with:\n{_tail(said)}")
-    about = data.About(
-        arm=run.arm,
-        seed=run.seed,
-        tuning=run.tuning,
-        lr=config.optimizer.lr,
-        steps=config.steps,
-        status="crashed" if status else "finished",
-        message=_tail(said) if status else "",
-        seconds=None if "--resume" in what else seconds,
-        config=_without_paths(read_config(path)),
-        environment=_without_paths(read_environment(path)),
-    )
-    data.write(_file(folder, run), data.RunData(about=about, rows=rows))
+    crashed = _tail(said) if status else None
+    keep(plan, folder, run, rows, crashed=crashed, seconds=None if "--resume" in what else seconds)
     shutil.rmtree(RunFolder(path).checkpoints, ignore_errors=True)
     if status:
         return f"CRASHED at step {rows[-1]['step']}, kept as such"
@@ -218,6 +199,43 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     measured = last.get(plan.primary.metric)
     result = f"{plan.primary.metric} {measured:.3f}, " if measured is not None else ""
     return f"{'' if run.tuning else result}{seconds:.0f} s"
+
+
+def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:
+    """The options of `train` that start a run, or continue it from its newest checkpoint."""
+    path, options = folder / "runs" / run.key, folder / "logs" / f"{run.key}.yaml"
+    options.parent.mkdir(parents=True, exist_ok=True)
+    options.write_text(yaml.safe_dump(plan.options(run)))
+    if path.exists() and Checkpoints(RunFolder(path).checkpoints).all():
+        return ["--resume", str(path)]
+    shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before a checkpoint
+    return ["--config", str(options), "--output-dir", str(path)]
+
+
+def keep(
+    plan: Comparison,
+    folder: Path,
+    run: Run,
+    rows: Sequence[dict[str, Any]],
+    *,
+    crashed: str | None,
+    seconds: float | None,
+) -> None:
+    """Write the data of a run that has ended; with that it is done. `crashed`: by which error."""
+    path, config = folder / "runs" / run.key, plan.config(run)
+    about = data.About(
+        arm=run.arm,
+        seed=run.seed,
+        tuning=run.tuning,
+        lr=config.optimizer.lr,
+        steps=config.steps,
+        status="finished" if crashed is None else "crashed",
+        message=crashed or "",
+        seconds=seconds,
+        config=_without_paths(read_config(path)),
+        environment=_without_paths(read_environment(path)),
+    )
+    data.write(data_file(folder, run), data.RunData(about=about, rows=rows))
 
 
 def _tail(said: str) -> str:
