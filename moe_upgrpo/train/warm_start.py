@@ -107,6 +107,9 @@ class WarmStartConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     clip_grad_norm: float = 1.0
+    random_router: bool = False
+    """Leave the routers as they were initialised. Trained ones of models this small decide with
+    wide margins; random ones are as near to ties as those of large models."""
 
     def __post_init__(self):
         if not 0 < self.target_pass_at_1 < 1:
@@ -184,8 +187,11 @@ def _train(
     if model_config.model_type == "qwen3_moe":
         model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.random_router:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(not name.endswith(".mlp.gate.weight"))
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [weight for weight in model.parameters() if weight.requires_grad],
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
