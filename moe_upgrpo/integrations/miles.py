@@ -1,0 +1,165 @@
+"""miles (radixark/miles): every preset as its custom loss, and the log of its Megatron actor.
+
+    --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.miles.loss
+    --custom-megatron-init-path moe_upgrpo.integrations.miles.init
+
+Flags, metrics and limits: docs/slime.md.
+"""
+
+from argparse import Namespace
+from contextlib import ExitStack, contextmanager
+
+from miles.backends.training_utils import cp_utils
+from miles.backends.training_utils.loss_hub import losses
+from miles.utils.misc import load_function
+from miles.utils.replay_base import all_replay_managers, routing_replay_manager
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.slime_loss import check_loss, replaced, stack_loss
+
+HERE = "moe_upgrpo.integrations.miles"
+ROWS = "moe_upgrpo_rows"  # in the rollout's data while `Miles.rows` lays them out
+
+
+def loss(args: Namespace, batch, logits: Tensor, sum_of_sample_mean):
+    """--custom-loss-function-path: see `slime_loss.stack_loss`."""
+    if args.qkv_format != "thd" and args.context_parallel_size > 1:
+        raise UserError(
+            f"--qkv-format: {args.qkv_format} given with context parallelism; allowed with it: thd"
+        )
+    return stack_loss(
+        losses,
+        cp_utils.slice_log_prob_with_cp,
+        f"{HERE}.sequence_sum",
+        args,
+        batch,
+        logits,
+        sum_of_sample_mean,
+    )
+
+
+def sequence_sum(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
+    """Reducer of seq-mean-token-sum: the stack divides by the number of rollouts."""
+    return cp_utils.get_sum_of_sample_mean(
+        total_lengths, response_lengths, loss_masks, calculate_per_token_loss=True
+    )
+
+
+def init(args: Namespace) -> None:
+    """--custom-megatron-init-path: check the settings before the model is built; install the log.
+
+    Raises:
+        UserError: settings that cannot be; a run folder that holds a run already.
+    """
+    from moe_upgrpo.integrations import slime_log  # Megatron's model code, for the log alone
+
+    check_loss(args, f"{HERE}.loss")
+    mode = slime_log.check_replay(args)
+    if slime_log.run_folder():
+        refused = {
+            f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
+            "independent data-parallel replicas (--ft-components)": getattr(
+                args, "indep_dp", False
+            ),
+            "multi-LoRA": getattr(args, "multi_lora", False),
+        }
+        for name, given in refused.items():
+            if given:
+                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}; unset it")
+        slime_log.install(Miles(), args, mode)
+
+
+class Miles:
+    """`slime_log.Stack` of miles."""
+
+    name = "miles"
+    losses = losses
+
+    def __init__(self):
+        # The actor's module calls the init hook, so that it is loaded.
+        from miles.backends.megatron_utils import actor, model
+        from miles.ray.rollout import train_data_conversion
+
+        self.actor, self.model = actor, model
+        self.partition: list[int] = []
+        original = train_data_conversion.process_rollout_data_shard
+
+        def shard(args, rollout_data):
+            self.partition = list(rollout_data["partition"])  # miles drops it
+            return original(args, rollout_data)
+
+        train_data_conversion.process_rollout_data_shard = shard
+
+    def rows(self, args, data_iterator, num_microbatches, ids):
+        """Through miles' own layout for replayed routes; it pads with -1."""
+        from miles.backends.training_utils.replay_data import fill_replay_data
+
+        found = []
+        data = data_iterator[0].rollout_data
+        data[ROWS] = [x[:, None, None] for x in ids]
+        fill_replay_data(
+            args=args,
+            models=None,
+            data_iterator=data_iterator,
+            num_microbatches=num_microbatches,
+            rollout_data=data,
+            data_key=ROWS,
+            replay_list=[],
+            register_replay_list_func=lambda _, rows, **__: found.append(rows[:, 0, 0]),
+        )
+        return found
+
+    @contextmanager
+    def stage(self, name: str):
+        with ExitStack() as undo:
+            for manager in all_replay_managers:
+                undo.enter_context(replaced(manager, stage=name))
+            yield
+
+    @contextmanager
+    def watched(self, see):
+        """Through the place where miles' tests compare the two sides."""
+        manager = routing_replay_manager
+        checks, check = manager.enable_check_replay_result, manager.check_replay_result
+
+        def watching(topk_fn, scores, topk, top_indices, *args, **kwargs):
+            see(topk_fn(scores, topk, *args, **kwargs)[1])
+            if checks:
+                check(topk_fn, scores, topk, top_indices, *args, **kwargs)
+
+        with replaced(manager, enable_check_replay_result=True, check_replay_result=watching):
+            yield
+
+    def rewind(self):
+        for manager in all_replay_managers:
+            manager.clear_all_forward()
+
+    def forward_arguments(self, rollout_id):
+        return {"rollout_id": rollout_id}
+
+    def loss_of(self, args, batch):
+        reducer = cp_utils.get_sum_of_sample_mean(
+            batch["total_lengths"],
+            batch["response_lengths"],
+            batch["loss_masks"],
+            args.calculate_per_token_loss,
+            denominators=batch.get("rollout_mask_sums"),
+        )
+        if args.loss_type == "custom_loss":
+            return load_function(args.custom_loss_function_path), reducer
+        return losses.policy_loss_function, reducer
+
+    def rewards(self, data):
+        """Of the whole batch in raw_reward, of this rank's sequences in rewards."""
+        if "raw_reward" in data and len(self.partition) == len(data["tokens"]):
+            return [data["raw_reward"][i] for i in self.partition]
+        return data["rewards"]
+
+    def report(self, args, rollout_id, metrics):
+        from miles.utils.metric_utils import compute_rollout_step
+        from miles.utils.tracking_utils import tracking
+
+        row = {f"rollout/{name}": value for name, value in metrics.items()}
+        step = {"rollout/step": compute_rollout_step(args, rollout_id)}
+        tracking.log(args, row | step, step_key="rollout/step")

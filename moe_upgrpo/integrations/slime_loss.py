@@ -1,0 +1,248 @@
+"""A preset inside slime's or miles' own policy_loss_function, which stays as it is around it.
+
+Log-probs, TIS, OPSM, the KL and entropy terms and the reducers are the stack's; replaced is its
+`compute_policy_loss`, for the length of a call. `moe_upgrpo.integrations.slime` and `.miles` say
+which module of the stack that is. Flags: docs/slime.md.
+
+Shapes: B sequences of a micro-batch, T tokens of the longest response.
+"""
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import (
+    BRANCHES,
+    PRESETS,
+    Metric,
+    PolicyLossConfig,
+    RolloutCorrection,
+    policy_loss,
+)
+
+# The stack's flag -> (its default, our field). The flag always holds a number, so a number other
+# than the default is taken as set by the user; the preset's holds otherwise.
+CLIPS = {
+    "eps_clip": (0.2, "clip_low"),
+    "eps_clip_high": (0.2, "clip_high"),
+    "eps_clip_c": (None, "dual_clip"),
+}
+SUMS = "_numerator", "_denominator"
+
+
+def loss_config(args: Namespace) -> PolicyLossConfig:
+    """The preset `moe_upgrpo_loss` with what the flags and `moe_upgrpo_settings` change.
+
+    Both names come from the stack's --custom-config-path. The aggregation is that of the stack's
+    reducer: token-mean with --calculate-per-token-loss; else the settings' or the preset's where
+    that is one over sequences, and the mean of sequence means otherwise.
+
+    Raises:
+        UserError: no such loss or field, settings that cannot be, or that the stack cannot do.
+    """
+    name = getattr(args, "moe_upgrpo_loss", None)
+    if name not in PRESETS:
+        raise UserError(
+            f"moe_upgrpo_loss: {name!r} given in --custom-config-path; allowed: "
+            f"{', '.join(PRESETS)}"
+        )
+    preset = PRESETS[name]
+    settings = getattr(args, "moe_upgrpo_settings", None) or {}
+    if not isinstance(settings, dict) or settings.keys() - vars(preset).keys():
+        raise UserError(
+            f"moe_upgrpo_settings: {settings!r} given; allowed: fields of {', '.join(vars(preset))}"
+        )
+    signs = [settings.get(sign, getattr(preset, sign)) for sign in ("positive", "negative")]
+    used = {field for sign in signs if sign in BRANCHES for field in BRANCHES[sign].fields}
+    changes = {}
+    for flag, (default, ours) in CLIPS.items():
+        value = getattr(args, flag, default)
+        if value == default:
+            continue
+        if ours not in used:
+            raise UserError(
+                f"--{flag.replace('_', '-')}: {value} given; {name} has no {ours}. Leave it at "
+                f"{default}; the fields of this loss, in moe_upgrpo_settings: "
+                f"{', '.join(sorted(used)) or 'none'}"
+            )
+        changes[ours] = value
+    if isinstance(correction := settings.get("correction"), dict):
+        try:
+            settings = settings | {"correction": RolloutCorrection(**correction)}
+        except TypeError as error:
+            raise UserError(f"moe_upgrpo_settings: correction {correction}: {error}") from None
+    aggregation = settings.get("aggregation", preset.aggregation)
+    if args.calculate_per_token_loss:
+        if settings.get("aggregation", "token-mean") != "token-mean":
+            raise UserError(
+                f"aggregation: {aggregation!r} given with --calculate-per-token-loss; allowed with "
+                "it: token-mean"
+            )
+        aggregation = "token-mean"
+    elif "aggregation" not in settings and aggregation == "token-mean":
+        aggregation = "seq-mean-token-mean"
+    elif aggregation == "token-mean":
+        raise UserError("aggregation: 'token-mean' given; add --calculate-per-token-loss")
+    config = replace(preset, **(changes | settings | {"aggregation": aggregation}))
+    _check_stack(args, name, config)
+    return config
+
+
+def check_loss(args: Namespace, path: str) -> None:
+    """UserError where the flags of the loss do not belong together. path: of our loss."""
+    if args.loss_type == "custom_loss" and args.custom_loss_function_path == path:
+        loss_config(args)
+    elif getattr(args, "moe_upgrpo_loss", None):
+        raise UserError(
+            f"moe_upgrpo_loss: {args.moe_upgrpo_loss} given in --custom-config-path, but another "
+            f"loss is chosen; add --loss-type custom_loss --custom-loss-function-path {path}"
+        )
+
+
+def _check_stack(args: Namespace, name: str, config: PolicyLossConfig) -> None:
+    if "router_log_probs" in config.arguments:
+        raise UserError(
+            f"moe_upgrpo_loss: {name} given; it needs log-probs of the router, which the stack "
+            "does not hand to a loss. Take another, or router_shift_floor: null in "
+            "moe_upgrpo_settings"
+        )
+    coupled = [s for s in (config.positive, config.negative) if BRANCHES[s].coupled]
+    if args.use_tis and coupled:
+        raise UserError(
+            f"--use-tis: given with {name}, a loss of whole sequences ({coupled[0]}); allowed: its "
+            "correction in moe_upgrpo_settings with a weight for sequences (or take gspo-token)"
+        )
+    if getattr(args, "custom_pg_loss_reducer_function_path", None):
+        raise UserError(
+            f"--custom-pg-loss-reducer-function-path: {args.custom_pg_loss_reducer_function_path} "
+            "given; take aggregation in moe_upgrpo_settings instead"
+        )
+
+
+@contextmanager
+def replaced(module: ModuleType, **names: Any):
+    """The module's attributes replaced, inside."""
+    before = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def scored_by(found: Any) -> dict[str, list[Tensor]]:
+    """What get_log_probs_and_entropy returned: slime has a tensor before the dict."""
+    return found[1] if isinstance(found, tuple) else found
+
+
+def stack_loss(
+    module: ModuleType,
+    slice_with_cp: Callable[[Tensor, int, int], Tensor],
+    sequence_sum_path: str,
+    args: Namespace,
+    batch: dict[str, Any],
+    logits: Tensor,
+    sum_of_sample_mean: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of the stack's policy_loss_function with our loss for its inner one.
+
+    Metrics: the stack's, its pg_clipfrac being our `clipped`, and two sums for each of the
+    library's, NAME_numerator and NAME_denominator: the stack scales both alike, so that their
+    quotient is the metric over all micro-batches and ranks.
+
+    module: has policy_loss_function and the functions that it calls. slice_with_cp(whole, total,
+    response): this context-parallel rank's part of a response, the reverse of all_gather_with_cp.
+    sequence_sum_path: of the reducer for sums over a sequence.
+    """
+    config = loss_config(args)
+    ours = copy.copy(args)
+    ours.advantage_estimator = (
+        "grpo"  # no ratios of whole sequences beforehand, no other inner loss
+    )
+    if config.aggregation.startswith("seq-mean-token-sum"):
+        ours.custom_pg_loss_reducer_function_path = sequence_sum_path
+    lengths = list(zip(batch["total_lengths"], batch["response_lengths"], strict=True))
+    get_log_probs = module.get_log_probs_and_entropy
+    log_probs: list[Tensor] = []
+    metrics: dict[str, Metric] = {}
+
+    def kept(*arguments, **keywords):
+        found = get_log_probs(*arguments, **keywords)
+        log_probs[:] = scored_by(found)["log_probs"]
+        return found
+
+    def whole(parts: list[Tensor]) -> Tensor:
+        """`[B, T]`, of whole responses also where context parallelism has split them."""
+        rows = [
+            module.all_gather_with_cp(part, total, response)
+            for part, (total, response) in zip(parts, lengths, strict=True)
+        ]
+        return pad_sequence(rows, batch_first=True)
+
+    def of_batch(name: str) -> list[Tensor]:
+        if not batch.get(name):
+            raise UserError(
+                f"moe_upgrpo_loss: {args.moe_upgrpo_loss} given; the batch lacks {name}, which it "
+                "needs"
+            )
+        return batch[name]
+
+    def inner(ppo_kl, advantages, *_, **__):
+        if args.use_rollout_logprobs:
+            old = of_batch("rollout_log_probs")
+        else:
+            old = batch.get("log_probs") or [x.detach() for x in log_probs]
+        mu = "rollout_log_probs" in config.arguments
+        result = policy_loss(
+            whole(log_probs),
+            whole([x.detach() for x in old]),
+            whole([x.detach() for x in batch["advantages"]]),
+            pad_sequence(list(batch["loss_masks"]), batch_first=True),
+            config=config,
+            rollout_log_probs=whole(of_batch("rollout_log_probs")) if mu else None,
+            # The stack's reducer divides.
+            global_tokens=1,
+            global_sequences=1,
+        )
+        metrics.update(result.metrics)
+        norm = config.token_sum_norm if config.aggregation.endswith("-norm") else 1
+        per_token, clipped = (
+            torch.cat(
+                [
+                    slice_with_cp(row_T[:response], total, response)
+                    for row_T, (total, response) in zip(rows_BT, lengths, strict=True)
+                ]
+            )
+            for rows_BT in (result.per_token / norm, result.clipped.float())
+        )
+        return per_token, clipped
+
+    with replaced(module, get_log_probs_and_entropy=kept, compute_policy_loss=inner):
+        loss, reported = module.policy_loss_function(ours, batch, logits, sum_of_sample_mean)
+    for name, sums in metrics.items():
+        reported |= {
+            name + suffix: torch.as_tensor(part).detach().to(loss)
+            for suffix, part in zip(SUMS, sums, strict=True)
+        }
+    return loss, reported
+
+
+def library_sums(reported: dict[str, float]) -> dict[str, Metric]:
+    """The library's metrics among those that `stack_loss` reports."""
+    numerator, denominator = SUMS
+    return {
+        name.removesuffix(numerator): Metric(value, reported[name[: -len(numerator)] + denominator])
+        for name, value in reported.items()
+        if name.endswith(numerator)
+    }

@@ -1,0 +1,513 @@
+# ruff: noqa: E402
+"""slime's or miles' own training actor on CPU ranks over gloo. A script: it imports the checkout.
+
+    python -m tests.integrations.slime_ranks slime|miles CHECKOUT CHECKPOINT FOLDER
+
+The stack is imported once; each job then forks its ranks. What is not the stack's here, and why:
+
+- modules that are not installed here: `STAND_INS`; nothing of them is used, but for get_args;
+- its Megatron: the lines that slime's patch puts into two files are put into megatron-core 0.16.1,
+  those of miles' fork likewise (radixark/Megatron-LM 2e64d78);
+- building the model and loading its weights, Transformer Engine's: moe_upgrpo.megatron does it;
+- attention over packed sequences and with context parallelism, which Megatron's local one refuses;
+- Ray, trackers, weight updates, the scheduler of the learning rate.
+
+All else is the stack's: actor.train_actor, its layout of batches, replay, forward_only, train,
+loss dispatch, advantages, and Megatron-Core's schedules, DDP and distributed optimizer.
+"""
+
+import copy
+import os
+import pickle
+import socket
+import sys
+import traceback
+import types
+import warnings
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import MagicMock
+
+warnings.filterwarnings("ignore")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+STAND_INS = [
+    *("sglang", "sglang_router", "torch_memory_saver", "megatron.training", "megatron.bridge"),
+    "mbridge",
+]
+STACK, CHECKOUT = sys.argv[1:3]
+ANCHORS = {  # the line of megatron-core 0.16.1 that the stack's lines stand before
+    "megatron.core.transformer.moe.moe_utils": '    if score_function == "softmax":',
+    "megatron.core.transformer.moe.router": "    def _maintain_float32_expert_bias(self):",
+}
+
+
+class StandIn(types.ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+
+def added_lines(module: str) -> str:
+    """What the stack's Megatron has more than NVIDIA's in a file, for routing replay."""
+    if STACK == "miles":
+        register = (
+            "        from miles.utils.replay_base import routing_replay_manager\n"
+            '        routing_replay_manager.register_to_module(self, "routing_replay")\n'
+        )
+        replay = (
+            "    from miles.utils.replay_base import routing_replay_manager\n"
+            "    compute_topk = routing_replay_manager.get_topk_fn(_compute_topk, "
+            "return_probs=True)\n"
+        )
+        return replay if module.endswith("moe_utils") else register
+    patch = Path(CHECKOUT, "docker/patch/latest/megatron.patch").read_text()
+    path = module.replace(".", "/") + ".py"
+    (of_file,) = [x for x in patch.split("diff --git ") if x.startswith(f"a/{path} ")]
+    lines = [x[1:] for x in of_file.splitlines() if x.startswith("+") and x[:3] != "+++"]
+    return "\n".join(lines) + "\n"
+
+
+class Patched(SourceFileLoader):
+    def get_code(self, name):
+        source = Path(self.path).read_text()
+        head, anchor, tail = source.partition(ANCHORS[name] + "\n")
+        assert anchor, name
+        return compile(head + added_lines(name) + anchor + tail, self.path, "exec")
+
+
+class Finder(MetaPathFinder, Loader):
+    def find_spec(self, name, path, target=None):
+        if any(name == x or name.startswith(x + ".") for x in STAND_INS):
+            return ModuleSpec(name, self, is_package=True)
+        spec = PathFinder.find_spec(name, path) if name in ANCHORS else None
+        if spec:
+            spec.loader = Patched(name, spec.origin)
+        return spec
+
+    def create_module(self, spec):
+        return StandIn(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+sys.meta_path.insert(0, Finder())
+sys.path.append(CHECKOUT)
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import Float16Module
+from transformers import AutoConfig
+
+from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron.layout import Layout
+
+STAND_INS.append("triton")  # not for Megatron and torch, which can do without it
+if STACK == "slime":
+    from slime.backends.megatron_utils import actor as actor_module
+    from slime.backends.megatron_utils import cp_utils
+    from slime.backends.megatron_utils import loss as loss_module
+    from slime.backends.megatron_utils import model as model_module
+    from slime.utils import accelerator
+    from slime.utils.accelerator.cuda import CUDAAccelerator
+    from slime.utils.misc import load_function
+
+    class Cpu(CUDAAccelerator):
+        name = device_type = "cpu"
+
+        def is_available(self):
+            return True
+
+        def current_device(self):
+            return "cpu"
+
+        def device(self, index=None):
+            return torch.device("cpu")
+
+    accelerator.set_accelerator(Cpu())
+else:
+    from miles.backends.megatron_utils import actor as actor_module
+    from miles.backends.megatron_utils import model as model_module
+    from miles.backends.megatron_utils import parallel as megatron_parallel
+    from miles.backends.training_utils import cp_utils, parallel
+    from miles.backends.training_utils import loss as loss_module
+    from miles.ray.rollout import train_data_conversion
+    from miles.utils.ft_utils.process_group_utils import GroupInfo
+    from miles.utils.misc import load_function
+
+
+class Args(Namespace):
+    """The flags that matter here; the others are off."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def args_of(**flags) -> Args:
+    ours = f"moe_upgrpo.integrations.{STACK}"
+    defaults = dict(
+        loss_type="custom_loss",
+        custom_loss_function_path=f"{ours}.loss",
+        custom_megatron_init_path=f"{ours}.init",
+        advantage_estimator="grpo",
+        eps_clip=0.2,
+        eps_clip_high=0.2,
+        entropy_coef=0.0,
+        kl_coef=0.0,
+        kl_loss_type="k3",
+        tis_clip=2.0,
+        tis_clip_low=0.0,
+        rollout_temperature=1.0,
+        rollout_top_p=1.0,
+        log_probs_chunk_size=-1,
+        compute_advantages_and_returns=True,
+        calculate_per_token_loss=False,
+        use_dynamic_batch_size=True,
+        use_dynamic_global_batch_size=False,
+        qkv_format="thd",
+        data_pad_size_multiplier=4,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        micro_batch_size=1,
+        seq_length=64,
+        sequence_parallel=False,
+        use_rollout_routing_replay=False,
+        use_routing_replay=False,
+        check_for_nan_in_loss_and_grad=True,
+        profile_target=(),
+        log_reward_category=None,
+        hf_checkpoint="tiny",
+        num_layers=2,
+        num_experts=8,
+        rollout_batch_size=2,
+        n_samples_per_prompt=4,
+        global_batch_size=4,
+    )
+    args = Args(**(defaults | flags))
+    args.use_routing_replay = args.use_routing_replay or args.use_rollout_routing_replay
+    return args
+
+
+class Attention(DotProductAttention):
+    """Causal, sequence by sequence. Under context parallelism each rank makes the whole of it."""
+
+    def __init__(self, config, *args, **kwargs):
+        config = copy.copy(config)
+        config.context_parallel_size = 1
+        super().__init__(config, *args, **kwargs)
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        size = parallel_state.get_context_parallel_world_size()
+        ends = [end // size for end in packed_seq_params.cu_seqlens_q.tolist()]
+        parts = []
+        for start, end in pairwise(ends):
+            mine = zigzag(end - start) if size > 1 else slice(None)
+            q, k, v = (whole(x[start:end], mine, size) for x in (query, key, value))
+            out = super().forward(
+                *(x[:, None] for x in (q, k, v)), None, attn_mask_type=AttnMaskType.causal
+            )
+            parts.append(out[mine])
+        return torch.cat(parts).squeeze(1)
+
+
+def zigzag(length: int) -> torch.Tensor:
+    """The positions in the whole sequence of this rank's `length` ones."""
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    chunks = torch.arange(length * size).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - rank - 1]])
+
+
+def whole(part, mine, size):
+    if size == 1:
+        return part
+    everything = part.new_zeros(len(part) * size, *part.shape[1:]).index_copy(0, mine, part)
+    return dist.nn.all_reduce(everything, group=parallel_state.get_context_parallel_group())
+
+
+def set_up(args: Args) -> None:
+    """Process groups, and what the stack keeps in its process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+    )
+    model_module.get_args = lambda: args
+    if STACK == "miles":
+        megatron_parallel.get_args = lambda: args
+        trivial = GroupInfo(rank=0, size=1, group=None)
+        parallel.set_parallel_state(megatron_parallel.create_megatron_parallel_state(trivial))
+
+
+# --- losses
+
+
+def losses(jobs: list[dict], data: dict, context_parallel_size: int) -> list[dict]:
+    """Of each job, a set of flags: value, gradient on the logits and metrics of the dispatch."""
+    found = []
+    set_up(args_of(context_parallel_size=context_parallel_size))
+    with backend.apply():
+        for flags in jobs:
+            args = args_of(context_parallel_size=context_parallel_size, **flags)
+            found.append(one_loss(args, data))
+    return found
+
+
+def one_loss(args: Args, data: dict) -> dict:
+    total, response = data["total_lengths"], data["response_lengths"]
+
+    def sliced(rows):
+        return [
+            cp_utils.slice_log_prob_with_cp(row, t, r)
+            for row, t, r in zip(rows, total, response, strict=True)
+        ]
+
+    def logits_slice(rows):  # with the stack's own padding of each sequence
+        return torch.cat([cp_utils.slice_with_cp(row, 0.0) for row in rows])[None]
+
+    leaves = [x.clone().requires_grad_() for x in data["logits"]]
+    batch = {
+        "unconcat_tokens": data["tokens"],
+        "total_lengths": total,
+        "response_lengths": response,
+        "loss_masks": data["loss_masks"],
+        "rollout_mask_sums": torch.stack([mask.sum() for mask in data["loss_masks"]]).float(),
+        **{
+            name: sliced(data[name])
+            for name in ("log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
+        },
+    }
+    sizes = {"step_global_batch_size": 4} if STACK == "slime" else {"num_rollouts": 4}
+    if STACK == "miles":
+        sizes["apply_megatron_loss_scaling"] = True
+    loss, tokens, logged = loss_module.loss_function(
+        args, batch, 1, logits=logits_slice(leaves), **sizes
+    )
+    loss.backward()
+    values = dict(zip(logged["keys"], logged["values"].tolist()[1:], strict=True))
+    return {
+        "loss": loss.item(),
+        "tokens": float(tokens),
+        "values": values,
+        "grads": [x.grad for x in leaves],
+    }
+
+
+# --- the actor
+
+
+def chunk_of(args: Args, checkpoint: str):
+    """A pipeline stage with its weights, in Megatron's DDP."""
+    hf = AutoConfig.from_pretrained(checkpoint)
+    layout = Layout(
+        tp=args.tensor_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+    )
+    config = model.transformer_config(hf, layout, torch.bfloat16)
+    config.context_parallel_size = args.context_parallel_size
+    config.sequence_parallel = args.sequence_parallel
+    config.variable_seq_lengths = True
+    spec = model.block_spec(config, None)
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = Attention
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    chunk = DistributedDataParallel(config, ddp, Float16Module(config, gpt))
+    weights.load_weights([gpt], hf, Path(checkpoint))
+    return chunk
+
+
+def actor_of(args: Args, checkpoint: str):
+    """The stack's actor as its init leaves it."""
+    load_function(args.custom_megatron_init_path)(args)
+    actor = object.__new__(actor_module.MegatronTrainRayActor)
+    if STACK == "miles":
+        for manager in actor_module.all_replay_managers:
+            manager.register_replay_list_func = actor_module.register_replay_list_sequential
+            manager.enabled = bool(getattr(args, f"use_{manager.name}_replay"))
+        actor_module.routing_replay_manager.register_replay_list_func = (
+            actor_module.register_replay_list_moe
+        )
+        actor._heartbeat = actor._ft_test_action_executor = MagicMock()
+        actor.with_ref = actor.with_opd_teacher = False
+    chunk = chunk_of(args, checkpoint)
+    actor.args, actor.model, actor.role = args, [chunk], "actor"
+    actor.optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True,
+            params_dtype=torch.bfloat16, clip_grad=1.0,
+        ),
+        actor.model,
+    )  # fmt: skip
+    actor.opt_param_scheduler = MagicMock(get_lr=lambda group: 1e-2)
+    actor.weights_backuper = MagicMock(backup_tags=["actor"])
+    actor._active_model_tag = "actor"
+    actor.prof = MagicMock()
+    actor.weight_updater = MagicMock(pop_metrics=dict)
+    actor.rollout_data_postprocess = None
+    actor_module.Timer().start("train_wait")
+    return actor
+
+
+def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
+    """This rank's part as the actor gets it from Ray: two optimizer steps, micro-batches of two."""
+    rank, size = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    partition = list(range(rank, len(sequences), size))
+    mine = [sequences[i] for i in partition]
+    lengths = [(len(s["prompt"] + s["response"]), len(s["response"])) for s in mine]
+    half = len(mine) // 2
+    data = {
+        "partition": partition,
+        "tokens": [torch.tensor(s["prompt"] + s["response"]) for s in mine],
+        "total_lengths": [total for total, _ in lengths],
+        "response_lengths": [response for _, response in lengths],
+        "loss_masks": [torch.tensor(s["mask"], dtype=torch.int) for s in mine],
+        "rollout_mask_sums": torch.tensor([float(sum(s["mask"])) for s in mine]),
+        "rollout_log_probs": [
+            cp_utils.slice_log_prob_with_cp(torch.tensor(s["logp_rollout"]), *both)
+            for s, both in zip(mine, lengths, strict=True)
+        ],
+        "rewards": [s["advantage"] for s in mine],
+        "rollout_routed_experts": [torch.tensor(s["routes"][:-1]).int() for s in mine],
+        # not in order, as balancing by length has it
+        "micro_batch_indices": [
+            list(reversed(range(start, start + 2))) for start in range(0, len(mine), 2)
+        ],
+        "num_microbatches": [half // 2] * 2,
+    }
+    raw = [s["reward"] for s in sequences]
+    if STACK == "slime":
+        data |= {
+            "raw_reward": raw,
+            "local_raw_reward": [raw[i] for i in partition],
+            "global_batch_sizes": [len(sequences) // 2] * 2,
+        }
+        return data
+    whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
+    data |= {
+        "raw_reward": raw,
+        "num_rollouts": [len(sequences) // 2] * 2,
+        "total_lengths": whole_lengths,
+    }
+    return train_data_conversion.process_rollout_data_shard(args, data)
+
+
+def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, steps: int) -> dict:
+    os.environ |= {
+        "MOE_UPGRPO_RUN": str(folder),
+        "ENABLE_ROUTING_REPLAY": str(int(bool(flags.get("use_rollout_routing_replay")))),
+    }
+    args = args_of(**flags)
+    set_up(args)
+    reported = []
+    with backend.apply():
+        for name in ("get_rng_state", "set_rng_state", "manual_seed"):
+            setattr(torch.cuda, name, lambda *_: torch.empty(0))
+        megatron_random._set_cuda_rng_state = lambda *_, **__: None
+        empty_like = torch.empty_like
+        torch.empty_like = lambda *a, pin_memory=False, **k: empty_like(*a, **k)
+        actor = actor_of(args, checkpoint)
+        actor_module.log_perf_data = lambda *a, **k: None
+        if STACK == "slime":
+            from slime.observability import logging_utils, train_metric_utils
+
+            train_metric_utils.log_perf_data = lambda *a, **k: None
+            logging_utils.log = lambda a, row, step_key: reported.append(row)
+        else:
+            from miles.utils.tracking_utils import tracking
+
+            tracking.log = lambda a, row, step_key: reported.append(row)
+        more = {} if STACK == "slime" else {"witness_info": None, "attempt": 0}
+        for rollout_id in range(steps):
+            data = rollout_data_of(args, sequences)
+            actor.train_actor(rollout_id, data, **more)
+    return {"reported": reported}
+
+
+def job(rank, world, port, function, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        return rank, pickle.dumps(function(*arguments))
+    except BaseException:
+        return rank, traceback.format_exc()
+
+
+def on_ranks(world, function, *arguments) -> list | str:
+    """What each rank returned, or the first traceback."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pool = ProcessPoolExecutor(world, mp_context=get_context("fork"))
+    ranks = [pool.submit(job, r, world, port, function, arguments) for r in range(world)]
+    found = {}
+    try:
+        for done in as_completed(ranks, timeout=240):
+            rank, result = done.result()
+            if isinstance(result, str):
+                return result
+            found[rank] = pickle.loads(result)
+    finally:
+        for process in pool._processes.values():
+            process.kill()
+    return [found[rank] for rank in sorted(found)]
+
+
+def main(checkpoint: str, folder: str):
+    folder = Path(folder)
+    jobs = pickle.loads((folder / "jobs.pkl").read_bytes())
+    results = {}
+    for name, job in jobs.items():
+        if name.startswith("losses"):
+            results[name] = on_ranks(job["world"], losses, *job["arguments"])
+        else:
+            results[name] = on_ranks(
+                job["world"], train, checkpoint, folder / name, *job["arguments"]
+            )
+    (folder / "results.pkl").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[3:])
