@@ -1,0 +1,308 @@
+"""Megatron-LM's own RL (`megatron/rl`): every preset in place of `calculate_grpo_loss`.
+
+`moe-upgrpo patch apply megatron-lm` makes train_rl.py import `calculate_grpo_loss` from here and
+hand over the loss mask and the tokens. What it does is said by the environment of all ranks:
+
+    MOE_UPGRPO_LOSS           a preset; unset: Megatron-LM's own loss
+    MOE_UPGRPO_LOSS_SETTINGS  JSON, fields of `PolicyLossConfig`: {"clip_low": 0.1}
+    MOE_UPGRPO_RUN            a new folder for the routing log (megatron_lm_log); unset: none
+
+Megatron-LM wants the losses of the tokens and divides their sum itself: with
+--calculate-per-token-loss by the response tokens of the optimizer step, else by those of the
+micro-batch, averaging over micro-batches and ranks. A loss with one weight for each sequence is
+scaled so that this comes out as the mean over the sequences of the collection (what one call of
+`prepare_data_for_update` made of its rollouts).
+
+Shapes: B rows of a micro-batch (of a packed bin, its sequences), T positions; the log-prob at
+index t is that of the token at t + 1. Flags and limits: docs/megatron-lm.md.
+"""
+
+import functools
+import inspect
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.rl import rl_utils
+from megatron.training import get_args
+from torch import Tensor
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import (
+    BRANCHES,
+    PRESETS,
+    Metric,
+    PolicyLossConfig,
+    RolloutCorrection,
+    aggregation_weights,
+    policy_loss,
+)
+
+CLAMP_DEFAULT = 0.01  # of --grpo-clamp-eps-lower and -upper (arguments.py:2740)
+LOSSES = {n: p for n, p in PRESETS.items() if "router_log_probs" not in p.arguments}
+
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def asked() -> PolicyLossConfig | None:
+    """The preset that the environment names, with its settings; None: no preset.
+
+    Raises:
+        UserError: a preset or settings that cannot be.
+    """
+    name, given = (os.environ.get(f"MOE_UPGRPO_LOSS{end}") for end in ("", "_SETTINGS"))
+    if not name:
+        if given:
+            raise UserError(
+                "MOE_UPGRPO_LOSS_SETTINGS is set, MOE_UPGRPO_LOSS is not: name a preset"
+            )
+        return None
+    if name not in LOSSES:
+        raise UserError(f"MOE_UPGRPO_LOSS: {name!r} given; allowed: {', '.join(LOSSES)}")
+    try:
+        settings = json.loads(given or "{}")
+        if isinstance(settings.get("correction"), dict):
+            settings["correction"] = RolloutCorrection(**settings["correction"])
+        config = replace(LOSSES[name], **settings)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given ({error}); allowed: a JSON object of "
+            f"{', '.join(vars(LOSSES[name]))}"
+        ) from error
+    if "router_log_probs" in config.arguments:
+        raise UserError(
+            f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given; router_shift_floor needs the router's "
+            "log-probs, which Megatron-LM does not hand to a loss"
+        )
+    return config
+
+
+def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -> PolicyLossConfig:
+    """--grpo-clamp-eps-lower and -upper, where they are set and `settings` does not name the field.
+
+    Raises:
+        UserError: a loss whose clip is on another scale than that of the ratio of a token.
+    """
+    changes = {
+        name: value
+        for name, value in clamps.items()
+        if value != CLAMP_DEFAULT and name not in settings
+    }
+    if changes and "ppo" not in (config.positive, config.negative):
+        raise UserError(
+            f"--grpo-clamp-eps-lower, --grpo-clamp-eps-upper: {changes} given with the branches "
+            f"{config.positive} and {config.negative}, whose bounds are not those of GRPO. Leave "
+            f"both at {CLAMP_DEFAULT} (the preset's hold then), or set clip_low and clip_high in "
+            "MOE_UPGRPO_LOSS_SETTINGS"
+        )
+    return replace(config, **changes)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a collection, over all data-parallel ranks."""
+
+    tokens: float
+    sequences: float
+    micro_batches: float
+
+    def divisor(self, per_token: bool, tokens: float) -> float:
+        """What a micro-batch's sum of token losses is divided by in the end, `tokens` its own.
+
+        With --calculate-per-token-loss all tokens, else its tokens times the micro-batches.
+        """
+        return self.tokens if per_token else max(tokens, 1.0) * self.micro_batches
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sequences of a micro-batch: `[B, T]` indices into its flattened tensors, and which of
+    them there are (the rows of a packed bin differ in length)."""
+
+    index_BT: Tensor
+    there_BT: Tensor
+
+    @classmethod
+    def of(cls, shape: torch.Size, seq_starts, seq_lengths, device) -> "Rows":
+        if seq_starts is None:
+            index_BT = torch.arange(shape.numel(), device=device).view(shape)
+            return cls(index_BT, torch.ones_like(index_BT, dtype=torch.bool))
+        # A sequence has a log-prob less than tokens. A bin that fills up the batch has none.
+        lengths = seq_lengths or [0]
+        offsets_T = torch.arange(max(*lengths, 2) - 1, device=device)
+        starts_B1, lengths_B1 = (
+            torch.tensor(x, dtype=torch.long, device=device)[:, None]
+            for x in (seq_starts[: len(seq_lengths)] or [0], lengths)
+        )
+        there_BT = offsets_T < lengths_B1 - 1
+        return cls(torch.where(there_BT, starts_B1 + offsets_T, 0), there_BT)
+
+    def take(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1)[self.index_BT]
+
+    def put_back(self, x_BT: Tensor, shape: torch.Size) -> Tensor:
+        """Zeros where no sequence is."""
+        flat = x_BT.new_zeros(shape.numel())
+        return flat.index_put((self.index_BT[self.there_BT],), x_BT[self.there_BT]).view(shape)
+
+
+def evaluate(
+    given: dict[str, Any], loss_mask: Tensor, config: PolicyLossConfig | None, counts: Counts | None
+) -> tuple[Terms, dict[str, Metric]]:
+    """What `rl_utils.calculate_grpo_loss` returns, with the policy term of `config`, and the
+    library's metrics. `given`: its arguments; counts: None, those of this micro-batch.
+
+    The fifth and sixth are Megatron-LM's only in form: positive, and negative, tokens whose
+    gradient the loss's own rule took away.
+    """
+    terms = rl_utils.calculate_grpo_loss(**given)
+    if config is None:
+        return terms, {}
+    _, kl_term, ratios, entropy_term, *_ = terms
+    current = given["current_logprobs"]
+    shape, device = current.shape, current.device
+    rows = Rows.of(shape, given.get("seq_starts"), given.get("seq_lengths"), device)
+    mask_BT = (rows.take(loss_mask) > 0) & rows.there_BT
+    advantages_B = given["advantages"].to(device)
+    if not len(advantages_B):
+        advantages_B = advantages_B.new_zeros(1)
+    advantages_BT = advantages_B.view(-1, 1).expand(mask_BT.shape)
+    inference, weights_BT = given.get("inference_logprobs"), None
+    reads_rollout = "rollout_log_probs" in config.arguments
+    _check_correction(config, inference is not None, given.get("is_truncation_coef"))
+    if inference is not None and not reads_rollout:
+        weights_BT = (given["old_logprobs"].float() - inference.to(device).float()).exp()
+        if given.get("is_truncation_coef") is not None:
+            weights_BT = weights_BT.clamp(max=given["is_truncation_coef"])
+        weights_BT = rows.take(weights_BT)
+    tokens, lengths_B = float(mask_BT.sum()), mask_BT.sum(dim=1)
+    counts = counts or Counts(max(tokens, 1.0), max(float((lengths_B > 0).sum()), 1.0), 1.0)
+    totals = {"global_tokens": max(tokens, 1.0), "global_sequences": counts.sequences}
+    result = policy_loss(
+        rows.take(current),
+        rows.take(given["old_logprobs"]),
+        advantages_BT,
+        mask_BT,
+        config=config,
+        rollout_log_probs=rows.take(inference) if reads_rollout else None,
+        **totals,
+    )
+    policy_BT = result.per_token
+    if weights_BT is not None:
+        policy_BT = policy_BT * torch.where(mask_BT, weights_BT, 0.0)
+    if config.aggregation != "token-mean":
+        weights_B = aggregation_weights(
+            lengths_B.float(), config.aggregation, token_sum_norm=config.token_sum_norm, **totals
+        )
+        divisor = counts.divisor(get_args().calculate_per_token_loss, tokens)
+        policy_BT = policy_BT * weights_B[:, None] * divisor
+    loss = (
+        rows.put_back(policy_BT, shape)
+        + given["kl_beta"] * kl_term
+        - given["entropy_weight"] * entropy_term
+    )
+    cut = [
+        rows.put_back(result.clipped & side, shape)
+        for side in (advantages_BT > 0, advantages_BT < 0)
+    ]
+    return (loss, kl_term, ratios, entropy_term, *cut), result.metrics
+
+
+def _check_correction(config: PolicyLossConfig, given: bool, truncation: float | None) -> None:
+    if "rollout_log_probs" in config.arguments:
+        if not given or truncation is not None:
+            raise UserError(
+                "this loss reads the rollout's log-probs itself: it needs "
+                "--rl-inference-logprobs-is-correction, and "
+                "--rl-importance-sampling-truncation-coef has no part in it (leave it out; "
+                '{"correction": {"high": ...}} is the bound of a correction)'
+            )
+    elif given and (BRANCHES[config.positive].coupled or BRANCHES[config.negative].coupled):
+        raise UserError(
+            "--rl-inference-logprobs-is-correction weights every token, and the loss is one of "
+            "whole sequences. Take gspo-token, or one weight for each sequence: "
+            'MOE_UPGRPO_LOSS_SETTINGS={"correction": {"weight": "sequence-tis", "positive": true}}'
+        )
+
+
+class Hooks:
+    """What stands around the functions of `rl_utils`."""
+
+    def __init__(self, config: PolicyLossConfig | None, settings: set[str], log=None):
+        self.config, self.settings, self.log = config, settings, log
+        self.counts: Counts | None = None
+        self.rows: tuple | None = None
+
+    def calculate_grpo_loss(self, *, loss_mask: Tensor, tokens: Tensor, **given) -> Terms:
+        """Called by the patched train_rl.py for every micro-batch of the update."""
+        config = self.config
+        if config is not None:
+            clamps = {"clip_low": given["clamp_eps_lower"], "clip_high": given["clamp_eps_upper"]}
+            config = with_clamps(config, self.settings, **clamps)
+        terms, _ = evaluate(given, loss_mask, config, self.counts)
+        if self.log is not None:
+            self.log.see(given, loss_mask, tokens, config, self.counts)
+        return terms
+
+    def install(self) -> None:
+        prepare, trajectories = rl_utils.prepare_data_for_update, rl_utils.prepare_trajectories
+
+        @functools.wraps(trajectories)
+        def prepare_trajectories(rows, *args, **kwargs):
+            made = trajectories(rows, *args, **kwargs)
+            self.rows = rows, *made[:2]
+            return made
+
+        @functools.wraps(prepare)
+        def prepare_data_for_update(*args, **kwargs):
+            bound = inspect.signature(prepare).bind(*args, **kwargs).arguments
+            if self.log is not None:
+                self.log.begin(bound["model"], bound["rollouts"], bound["request_ledger"])
+            result = prepare(*args, **kwargs)
+            packed = rl_utils.get_rl_runtime_state().packing_context
+            rows, trajs, generated = self.rows
+            if packed is None:
+                mask = generated & (trajs != bound["tokenizer"].pad)
+                micro_batches = len(rows) / get_args().micro_batch_size
+                here = [mask[:, 1:].sum(), mask[:, 1:].any(dim=1).sum(), micro_batches]
+            else:
+                info = packed.packing_info
+                mine = [i for bin_ in info.bin_seq_indices for i in bin_]
+                here = [packed.packed_loss_mask[:, 1:].sum(), len(mine), len(packed.packed_trajs)]
+                has = packed.original_generation_masks[mine][:, 1:].any(dim=1)
+                here[1] = has.sum()
+            total = torch.tensor([float(x) for x in here], dtype=torch.float64).cuda()
+            dist.all_reduce(total, group=mpu.get_data_parallel_group())
+            self.counts = Counts(*total.tolist())
+            if self.log is not None:
+                self.log.collected(rows, trajs, packed)
+            return result
+
+        rl_utils.prepare_trajectories = prepare_trajectories
+        rl_utils.prepare_data_for_update = prepare_data_for_update
+
+
+def folder() -> Path | None:
+    path = os.environ.get("MOE_UPGRPO_RUN")
+    return Path(path) if path else None
+
+
+def loss_name() -> str:
+    return os.environ.get("MOE_UPGRPO_LOSS") or "grpo of Megatron-LM"
+
+
+_config = asked()
+_log = None
+if folder() is not None:
+    from moe_upgrpo.integrations.megatron_lm_log import CollectionLog
+
+    _log = CollectionLog(folder())
+hooks = Hooks(_config, set(json.loads(os.environ.get("MOE_UPGRPO_LOSS_SETTINGS") or "{}")), _log)
+if _config is not None or _log is not None:
+    hooks.install()
+calculate_grpo_loss = hooks.calculate_grpo_loss

@@ -1,0 +1,372 @@
+"""The routing log of Megatron-LM's own RL: its inference against its trainer, token by token.
+
+- inference: with --moe-enable-routing-replay its engine records `routing_indices` of each request
+  (inference_request.py:518) and nothing of megatron/rl reads them. They are put into the ledger of
+  finished requests, which all ranks share, and out of the answer that goes over HTTP;
+- trainer: forward hooks of the routers in the forward of the old log-probs, at the weights that
+  the update starts from;
+- update: the loss is evaluated a second time on detached log-probs; its gradient says which tokens
+  the loss's own rule cut, whatever loss it is.
+
+A step of the log is a collection; it is written when the next begins, or at the end of the job.
+
+Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
+"""
+
+import functools
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.inference.inference_request import FinishedRequestRecord
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.rl import rl_utils
+from megatron.training import get_args
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import megatron_lm
+from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
+from moe_upgrpo.losses import Metric
+
+
+@dataclass
+class Sequence:
+    """A row that this rank trains on. rollout: None where it only fills up the batch.
+
+    turn: of a rollout of several turns that are not a prefix chain, else None: all of them.
+    """
+
+    key: bytes
+    rollout: Any
+    turn: int | None
+    prompt: str
+    train_SLK: np.ndarray = field(default=None, repr=False)
+
+
+class CollectionLog:
+    """The log of one rank."""
+
+    def __init__(self, path: Path):
+        check_free(path)
+        self.path = path
+        self.log: RunLog | None = None
+        self.step = 0
+        self.layer_ids: list[int] = []
+        self._clear()
+        self._install()
+
+    def _clear(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.by_key: dict[bytes, list[int]] = defaultdict(list)
+        self.visits: Counter = Counter()
+        self.logged: dict[int, LoggedSequence] = {}
+        self.gathered = Step()
+        self.seen = self.micro_batches = 0
+        self.recorded: list[torch.Tensor] = []  # [N, L, K] of each micro-batch
+        self.recording = False
+
+    def _install(self) -> None:
+        from_request = FinishedRequestRecord.from_request.__func__
+        compute, forward = rl_utils.compute_logprobs_batch, rl_utils.logprobs_forward_step
+        shutdown = rl_utils.rl_inference_interface_shutdown
+
+        @functools.wraps(from_request)
+        def with_routes(cls, request):
+            record = from_request(cls, request)
+            record.routing_indices, request.routing_indices = request.routing_indices, None
+            return record
+
+        @functools.wraps(compute)
+        def compute_logprobs_batch(*args, **kwargs):
+            # The first of a collection is that of the old log-probs, the second the reference's.
+            self.recording = not self.recorded
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                self.recording = False
+
+        @functools.wraps(forward)
+        def logprobs_forward_step(data_iterator, model, *args, **kwargs):
+            if not self.recording:
+                return forward(data_iterator, model, *args, **kwargs)
+            return self._recorded(model, lambda: forward(data_iterator, model, *args, **kwargs))
+
+        @functools.wraps(shutdown)
+        def rl_inference_interface_shutdown():
+            self.finish()
+            return shutdown()  # ends the process
+
+        FinishedRequestRecord.from_request = classmethod(with_routes)
+        rl_utils.compute_logprobs_batch = compute_logprobs_batch
+        rl_utils.logprobs_forward_step = logprobs_forward_step
+        rl_utils.rl_inference_interface_shutdown = rl_inference_interface_shutdown
+
+    # --- a collection: rollouts, and the forward of the old log-probs
+
+    def begin(self, model: list, groups, request_ledger: dict[str, Any]) -> None:
+        """Before Megatron-LM takes the requests' records out of the ledger."""
+        self.finish()
+        self._clear()
+        self._check(model)
+        self.rollouts = [(r, str(i)) for i, group in enumerate(groups) for r in group]
+        self.routes = {
+            name: routes
+            for name, record in request_ledger.items()
+            if (routes := getattr(record, "routing_indices", None)) is not None
+        }
+        if request_ledger and not self.routes:
+            raise UserError(
+                "MOE_UPGRPO_RUN: no finished request has routing_indices; the routing log needs "
+                "--moe-enable-routing-replay (and no --moe-router-fusion, under which nothing is "
+                "recorded)"
+            )
+
+    def _check(self, model: list) -> None:
+        args = get_args()
+        inference = [
+            f"rl_inference_{name}_parallel_size"
+            for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor_model")
+        ]
+        refused = {
+            "pipeline stages: inference records the routers of one stage alone": (
+                args.pipeline_model_parallel_size > 1
+            ),
+            "--context-parallel-size": args.context_parallel_size > 1,
+            "--rl-training-cuda-graphs: they run no hooks": args.rl_training_cuda_graphs,
+            "a separate inference model (--rl-inference-…-parallel-size): inference would also "
+            "record the trainer's routers": any(
+                getattr(args, name, None) is not None for name in inference
+            ),
+        }
+        for name, there in refused.items():
+            if there:
+                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}")
+        routers = {
+            r.layer_number: r
+            for r in rl_utils.unwrap_model(model[0]).modules()
+            if isinstance(r, TopKRouter) and not getattr(r, "is_mtp_layer", False)
+        }
+        if not routers:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the model has no MoE layer whose routes could be logged"
+            )
+        self.routers = dict(sorted(routers.items()))
+        self.layer_ids = [number - 1 for number in self.routers]
+        self.config = get_attr_wrapped_model(model[0], "config")
+
+    def _recorded(self, model, forward) -> Any:
+        current: dict[int, torch.Tensor] = {}
+
+        def chosen(router, _, outputs):
+            map_NE = outputs[1]
+            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
+            # A token that was not sent to K experts has no K ids to compare.
+            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
+            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
+
+        hooks = [r.register_forward_hook(chosen) for r in self.routers.values()]
+        try:
+            result = forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if current.keys() != self.routers.keys():
+            raise UserError(
+                f"MOE_UPGRPO_RUN: of the routers of layers {list(self.routers)} those of "
+                f"{list(current)} ran in the forward of the old log-probs; is it a CUDA graph?"
+            )
+        routes_NLK = torch.stack([current[number] for number in self.routers], dim=1)
+        if self.config.sequence_parallel:
+            routes_NLK = gather_from_sequence_parallel_region(
+                routes_NLK.contiguous(), tensor_parallel_output_grad=False
+            )
+        self.recorded.append(routes_NLK.short().cpu())
+        return result
+
+    def collected(self, rows: list, trajs: torch.Tensor, packed) -> None:
+        """The rows that this rank trains on, in the order in which the loader has them."""
+        number = {id(rollout): i for i, (rollout, _) in enumerate(self.rollouts)}
+        named = [self._named(row, number) for row in rows]
+        if packed is None:
+            width, routes = trajs.shape[1], []
+            for routes_NLK in self.recorded:  # position-major
+                routes.extend(routes_NLK.unflatten(0, (width, -1)).unbind(dim=1))
+            found = zip(named, trajs, routes, strict=True)
+        else:
+            ranks = [None] * mpu.get_data_parallel_world_size()
+            dist.all_gather_object(ranks, named, group=mpu.get_data_parallel_group())
+            everywhere = [name for rank in ranks for name in rank]
+            info = packed.packing_info
+            found = []
+            for i, indices in enumerate(info.bin_seq_indices):
+                for start, index in zip(info.seq_starts[i], indices, strict=False):
+                    here = slice(start, start + info.seq_lengths[index])
+                    sides = packed.packed_trajs[i, here], self.recorded[i][here]
+                    found.append((everywhere[index], *sides))
+        self.micro_batches = len(self.recorded)
+        for (index, turn), tokens_S, routes_SLK in found:
+            rollout, prompt = (None, "") if index is None else self.rollouts[index]
+            sequence = Sequence(_key(tokens_S), rollout, turn, prompt, routes_SLK.numpy()[:-1])
+            self.by_key[sequence.key].append(len(self.sequences))
+            self.sequences.append(sequence)
+
+    @staticmethod
+    def _named(row, number: dict[int, int]) -> tuple[int | None, int | None]:
+        if row is None:
+            return None, None
+        rollout, turn = row if isinstance(row, tuple) else (row, None)
+        return number[id(rollout)], turn
+
+    # --- the update
+
+    def see(
+        self, given: dict, loss_mask: torch.Tensor, tokens: torch.Tensor, config, counts
+    ) -> None:
+        """A micro-batch of the update; arguments as `megatron_lm.evaluate` has them."""
+        leaf = given["current_logprobs"].detach().float().requires_grad_()
+        alone = given | {"current_logprobs": leaf, "kl_beta": 0.0, "entropy_weight": 0.0}
+        mask = loss_mask.to(leaf.device) > 0
+        with torch.enable_grad():
+            terms, metrics = megatron_lm.evaluate(alone, loss_mask, config, counts)
+            divisor = counts.divisor(get_args().calculate_per_token_loss, float(mask.sum()))
+            share = torch.where(mask, terms[0].float(), 0.0).sum() / divisor
+            (grad,) = torch.autograd.grad(share, leaf)
+        self.seen += 1
+        self.gathered.loss_sum += float(share)
+        if metrics:
+            numbers = {name: Metric(*map(float, pair)) for name, pair in metrics.items()}
+            self.gathered.loss_metrics.append(numbers)
+        starts, lengths = given.get("seq_starts"), given.get("seq_lengths")
+        rows = megatron_lm.Rows.of(leaf.shape, starts, lengths, leaf.device)
+        of_token = {
+            "mask": mask,
+            "logp_train": leaf.detach(),
+            "logp_old": given["old_logprobs"],
+            "pull": grad,
+        }
+        of_token = {
+            n: rows.take(x.to(leaf.device)).float().cpu().numpy() for n, x in of_token.items()
+        }
+        of_token["mask"] = (of_token["mask"] > 0) & rows.there_BT.cpu().numpy()
+        if starts is None:
+            sequences = tokens.unbind()
+        else:
+            sequences = [tokens[0, s : s + n] for s, n in zip(starts, lengths, strict=False)]
+        advantages = given["advantages"].float().tolist()
+        for i, (tokens_S, advantage) in enumerate(zip(sequences, advantages, strict=True)):
+            self._add(tokens_S, advantage, {name: rows_[i] for name, rows_ in of_token.items()})
+
+    def _add(self, tokens_S: torch.Tensor, advantage: float, token: dict[str, np.ndarray]) -> None:
+        key = _key(tokens_S)
+        if key not in self.by_key:
+            raise UserError(
+                "MOE_UPGRPO_RUN: a sequence is updated that was not in the last collection"
+            )
+        copies = self.by_key[key]
+        index = copies[self.visits[key] % len(copies)]
+        self.visits[key] += 1
+        sequence = self.sequences[index]
+        positions = np.flatnonzero(token["mask"]) + 1
+        clipped = (token["pull"] == 0) & (advantage != 0)
+        if advantage:
+            sign = "positive" if advantage > 0 else "negative"
+            self.gathered.clips[sign] += [clipped[positions - 1].sum(), len(positions)]
+        rollout_SLK, logp_S = self._of_rollout(sequence, len(tokens_S))
+        # What inference did not compute: a token that an environment appended, evicted requests.
+        there = (rollout_SLK[:, 0, 0] != -2) & np.isfinite(logp_S[1:])
+        positions = positions[there[positions - 1]]
+        if not len(positions):
+            return
+        at = positions - 1
+        self.logged[index] = LoggedSequence(
+            prompt=sequence.prompt,
+            token_ids=tokens_S.cpu().numpy(),
+            positions=positions,
+            reward=float(np.sum(sequence.rollout.reward)),
+            advantage=np.full(len(positions), advantage),
+            logp_rollout=logp_S[positions],
+            logp_old=token["logp_old"][at].astype(float),
+            logp_train=token["logp_train"][at].astype(float),
+            clipped=clipped[at],
+            gradient_weight=np.abs(token["pull"][at]).astype(float),
+            rollout_routes=rollout_SLK,
+            train_routes=sequence.train_SLK,
+        )
+
+    def _of_rollout(self, sequence: Sequence, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Routes `[S - 1, L, K]`, -2 where there are none, and log-probs `[S]`, NaN likewise.
+
+        Of several turns in one row, the routes are those with which the token was generated.
+        """
+        rollout, turn = sequence.rollout, sequence.turn
+        routes_SLK = np.full_like(sequence.train_SLK, -2)
+        logp_S = np.full(length, np.nan)
+        if getattr(rollout, "logprobs", None) is None:
+            return routes_SLK, logp_S
+        turns = range(len(rollout.trajectory)) if turn is None else [turn]
+        masks = [np.flatnonzero(np.asarray(rollout.generation_mask[t])) for t in turns]
+        logps = [float(x) for t in turns for x in rollout.logprobs[t]]
+        for position, logp in zip(np.unique(np.concatenate(masks)), logps, strict=False):
+            if position < length:  # a packed row ends before its padding, and so may the turn
+                logp_S[position] = logp
+        for t, positions in zip(turns, masks, strict=True):
+            routes = self.routes.get(rollout.completion_ids[t]) if rollout.completion_ids else None
+            if routes is None:
+                continue
+            if routes.shape[1:] != routes_SLK.shape[1:]:
+                raise UserError(
+                    f"routing_indices: {routes.shape[1]} layers and top-{routes.shape[2]} given; "
+                    f"the model has {routes_SLK.shape[1]} MoE layers and top-{routes_SLK.shape[2]}"
+                )
+            at = positions[(positions > 0) & (positions <= len(routes))] - 1
+            at = at[at < len(routes_SLK)]
+            routes_SLK[at] = routes[at]
+        return routes_SLK, logp_S
+
+    # --- writing
+
+    def finish(self) -> None:
+        """Write the collection that was trained on, if there was one; on every rank."""
+        if not self.seen or mpu.get_tensor_model_parallel_rank() != 0:
+            return
+        self.seen, passes = 0, self.seen / self.micro_batches
+        found = torch.tensor(float(len(self.logged))).cuda()
+        dist.all_reduce(found, group=mpu.get_data_parallel_group())
+        if not found:  # all from an earlier job's rollout bank, or evicted
+            print("moe_upgrpo: a collection without routes is not logged", flush=True)
+            return
+        args = get_args()
+        if self.log is None:
+            self.log = RunLog(
+                self.path,
+                {
+                    "stack": f"Megatron-LM, Megatron-Core {megatron.core.__version__}",
+                    "model": str(args.pretrained_checkpoint or args.load),
+                    "layout": f"tp {args.tensor_model_parallel_size}, pp 1, "
+                    f"ep {args.expert_model_parallel_size}, cp 1",
+                    "loss": megatron_lm.loss_name(),
+                    "replay": "none",
+                    "engine": "Megatron-Core inference",
+                },
+                group=mpu.get_data_parallel_group(),
+                layer_ids=self.layer_ids,
+                top_k=self.config.moe_router_topk,
+                num_experts=self.config.num_moe_experts,
+            )
+        self.step += 1
+        self.gathered.sequences = [self.logged[i] for i in sorted(self.logged)]
+        self.gathered.updates = passes
+        self.log.write_step(self.step, self.gathered)
+
+
+def _key(tokens_S: torch.Tensor) -> bytes:
+    return hashlib.blake2b(tokens_S.cpu().numpy().tobytes(), digest_size=16).digest()
