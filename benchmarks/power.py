@@ -99,7 +99,7 @@ def parts() -> str:
 
 
 def needed() -> str:
-    """Runs of each arm for 80% power, and the power of three, five and ten."""
+    """Runs of each arm for 80% power, the power of some, and what five find with 80%."""
     rows = []
     for name, (problems, samples, other) in SETS.items():
         for label, spread in SPREADS.items():
@@ -112,11 +112,15 @@ def needed() -> str:
                 power.power_of(DELTA, Design(seeds=s, **given), spread, question="these")
                 for s in (3, 5, 10)
             ]
+            five = Design(seeds=5, **given)
+            seen = (power.detectable(five, spread, question=q) for q in ("these", "such"))
             least = power.problems_needed(DELTA, spread.gain)
             such = seeds["such"] or f"never: {least} problems at least"
-            rows.append([name, label, seeds["these"], *(f"{p:.0%}" for p in powers), such])
+            percent = (f"{p:.0%}" for p in powers)
+            rows.append([name, label, seeds["these"], *percent, such, *map(points, seen)])
     heads = ["problems", "spread", "**runs of each arm, these problems**"]
     heads += ["power of 3", "of 5", "of 10", "**runs, such problems**"]
+    heads += ["points that 5 runs find, these", "such"]
     return table(heads, rows)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from moe_upgrpo.errors import UserError
 
@@ -176,6 +176,17 @@ def seeds_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)
     return high
+
+
+def detectable(design: Design, spread: Spread, *, question: Question, wanted: float = 0.8) -> float:
+    """The difference that a design finds with power `wanted`. UserError with one seed."""
+    error = standard_error(design, spread, question=question)
+
+    def missing(errors: float) -> float:
+        found = power_of(errors * error, design, spread, question=question)
+        return found - wanted
+
+    return error * float(optimize.brentq(missing, 0, 1000))
 
 
 def problems_needed(

@@ -1,6 +1,7 @@
 """Files that are whole or not there, also after a power cut: written aside, synced, renamed."""
 
 import os
+import uuid
 from pathlib import Path
 
 
@@ -21,6 +22,7 @@ def publish(part: Path, path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.tmp")
+    """Of several processes that write the same file at once, on any machine, one wins."""
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)

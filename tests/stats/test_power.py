@@ -76,6 +76,18 @@ def test_the_fewest_seeds_and_problems():
         assert (seeds is not None) == enough
 
 
+def test_the_difference_that_a_design_finds():
+    design = Design(problems=30, samples=32, seeds=5)
+    for question in ("these", "such"):
+        found = power.detectable(design, SPREAD, question=question)
+        assert power.power_of(found, design, SPREAD, question=question) == pytest.approx(0.8)
+    # One t-test of 34 pairs finds d = .5: see problems_needed.
+    many = Design(problems=10**9, samples=10**9, seeds=34)
+    only_seeds = Spread(accuracy=0.5, problems=0, gain=0, seed=0.1, seed_problem=0)
+    found = power.detectable(many, only_seeds, question="these") / (0.1 * math.sqrt(2))
+    assert found == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_test_over_problems_of_one_run_each_takes_seeds_for_methods():
     design = Design(problems=10, samples=10**9, seeds=1)
     # Seen 2·.05/10 = .01; in truth .01 + 2·.01 = .03: 2Φ(−1.96/√3) = 2Φ(−1.1316) = .2578.
