@@ -53,18 +53,27 @@ def write(file: Path, run: RunData) -> None:
     columns = {}
     for name in names:
         values = [row.get(name) for row in run.rows]
-        given = [value for value in values if value is not None]
-        if all(isinstance(value, numbers.Real) for value in given) and given:
-            whole = all(isinstance(value, int) for value in given)
-            columns[name] = pa.array(values, pa.int64() if whole else pa.float64())
-        elif given and all(isinstance(value, list) for value in given):
-            if all(isinstance(x, numbers.Real) for value in given for x in value):
-                columns[name] = pa.array(values, pa.list_(pa.float64()))
+        if (kind := _kind([value for value in values if value is not None])) is not None:
+            columns[name] = pa.array(values, kind)
     about = {_ABOUT: json.dumps(asdict(run.about)).encode()}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     pq.write_table(pa.table(columns).replace_schema_metadata(about), unfinished, compression="zstd")
     unfinished.replace(file)
+
+
+def _kind(given: list) -> pa.DataType | None:
+    """Of numbers, or of lists of numbers; None where they are neither."""
+
+    def numeric(values) -> bool:
+        return all(isinstance(value, numbers.Real) for value in values)
+
+    if given and numeric(given):
+        return pa.int64() if all(isinstance(value, int) for value in given) else pa.float64()
+    if given and all(isinstance(value, list) for value in given):
+        inner = [x for value in given for x in value]
+        return pa.list_(pa.float64()) if inner and numeric(inner) else None
+    return None
 
 
 def read(file: Path) -> RunData:

@@ -58,7 +58,7 @@ def end(plan: Comparison, folder: Path, key: str, *, crashed: bool = False) -> N
     if last == steps and crashed:
         raise UserError(f"{path} has done its {steps} steps: --end keeps it.")
     try:
-        keep(plan, folder, run, rows, crashed=CRASHED if crashed else None, seconds=None)
+        keep(folder, run, rows, crashed=CRASHED if crashed else None, seconds=None)
     except FileNotFoundError:  # another machine of the job kept it at the same moment
         if not _done(folder, key):
             raise

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,8 @@ class Comparison:
             given = {*self.base, *self.arms[name]} & {"seed", "output_dir", "resume", "config"}
             if given:
                 raise UserError(f"arm {name}: {', '.join(given)} is set by the comparison.")
-            self.config(Run(arm=name, seed=self.seeds[0])).layout(self.nproc)
+            for run in (Run(arm=name, seed=self.seeds[0]), *self.tuning()[:1]):
+                self.config(run).layout(self.nproc)
 
     def options(self, run: Run) -> dict[str, Any]:
         """The options of `train` of one run."""
@@ -119,7 +121,8 @@ class Comparison:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
                 return tyro.cli(TrainConfig, args=options(self.options(run)), prog=run.arm)
         except SystemExit:
-            raise UserError(f"arm {run.arm}:\n{said.getvalue()}") from None
+            words = re.sub(r"[─╭╮╰╯│]|-{3,}", " ", said.getvalue()).split()  # tyro draws a box
+            raise UserError(f"arm {run.arm}: {' '.join(words)}") from None
         except UserError as error:
             raise UserError(f"arm {run.arm}: {error}") from None
 

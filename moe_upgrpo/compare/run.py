@@ -170,12 +170,10 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     """Run it to its end and keep its data; what to say of it."""
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
     what = train_words(plan, folder, run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(plan.nproc), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
     begin = time.monotonic()
     with log.open("w") as out:
         child = subprocess.Popen(
-            command,
+            _command(plan.nproc, what),
             stdout=out,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
@@ -191,7 +189,7 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     if status and not any(row["step"] > 0 for row in rows):
         raise UserError(f"{run.key} ended before its first step; {log} ends with:\n{_tail(said)}")
     crashed = _tail(said) if status else None
-    keep(plan, folder, run, rows, crashed=crashed, seconds=None if "--resume" in what else seconds)
+    keep(folder, run, rows, crashed=crashed, seconds=None if "--resume" in what else seconds)
     shutil.rmtree(RunFolder(path).checkpoints, ignore_errors=True)
     if status:
         return f"CRASHED at step {rows[-1]['step']}, kept as such"
@@ -205,7 +203,7 @@ def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:
     """The options of `train` that start a run, or continue it from its newest checkpoint."""
     path, options = folder / "runs" / run.key, folder / "logs" / f"{run.key}.yaml"
     options.parent.mkdir(parents=True, exist_ok=True)
-    options.write_text(yaml.safe_dump(plan.options(run)))
+    write_text(options, yaml.safe_dump(plan.options(run)))
     if path.exists() and Checkpoints(RunFolder(path).checkpoints).all():
         return ["--resume", str(path)]
     shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before a checkpoint
@@ -213,7 +211,6 @@ def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:
 
 
 def keep(
-    plan: Comparison,
     folder: Path,
     run: Run,
     rows: Sequence[dict[str, Any]],
@@ -222,20 +219,26 @@ def keep(
     seconds: float | None,
 ) -> None:
     """Write the data of a run that has ended; with that it is done. `crashed`: by which error."""
-    path, config = folder / "runs" / run.key, plan.config(run)
+    path = folder / "runs" / run.key
+    config = read_config(path)
     about = data.About(
         arm=run.arm,
         seed=run.seed,
         tuning=run.tuning,
-        lr=config.optimizer.lr,
-        steps=config.steps,
+        lr=config["optimizer"]["lr"],
+        steps=config["steps"],
         status="finished" if crashed is None else "crashed",
         message=crashed or "",
         seconds=seconds,
-        config=_without_paths(read_config(path)),
+        config=_without_paths(config),
         environment=_without_paths(read_environment(path)),
     )
     data.write(data_file(folder, run), data.RunData(about=about, rows=rows))
+
+
+def _command(nproc: int, what: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(nproc), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
 
 
 def _tail(said: str) -> str:

@@ -1,0 +1,95 @@
+"""What a comparison's config may say, and the options that each of its runs gets."""
+
+import pytest
+
+from moe_upgrpo.compare.plan import Run, from_values, read_plan
+from moe_upgrpo.errors import UserError
+
+VALUES = {
+    "name": "one",
+    "question": "?",
+    "base": {"steps": 4, "prompts": 8, "optimizer": {"lr": 1e-3, "clip-grad": 0.5}},
+    "arms": {"grpo": {"loss": "grpo"}, "up": {"loss": "up-grpo", "optimizer": {"lr": 2e-3}}},
+    "seeds": [0, 1],
+    "contrasts": [["up", "grpo"]],
+}
+RATES = {"values": [1e-4, 3e-4], "seeds": [7], "steps": 2}
+
+
+def test_options_of_a_run():
+    plan = from_values(VALUES)
+    given = plan.options(Run(arm="up", seed=1))
+    assert given["optimizer"] == {"lr": 2e-3, "clip_grad": 0.5}  # the arm's over the base's
+    assert given["warm_start"] == {"seed": 1} and given["seed"] == 1
+    config = plan.config(Run(arm="up", seed=1))
+    assert (config.loss, config.seed, config.warm_start.seed) == ("up-grpo", 1, 1)
+    assert (config.optimizer.lr, config.optimizer.clip_grad, config.report) == (2e-3, 0.5, False)
+
+
+def test_a_chosen_learning_rate_wins():
+    plan = from_values(VALUES | {"learning_rates": RATES})
+    config = plan.config(Run(arm="up", seed=1, lr=5e-4))
+    assert config.optimizer.lr == 5e-4 and config.steps == 4
+    tuning = plan.config(plan.tuning()[0])
+    assert tuning.steps == 2 and tuning.seed == 7 and tuning.eval_problems == 1
+
+
+def test_every_arm_has_the_same_budget():
+    tuning = from_values(VALUES | {"learning_rates": RATES}).tuning()
+    by_arm = {arm: sorted((r.lr, r.seed) for r in tuning if r.arm == arm) for arm in VALUES["arms"]}
+    assert by_arm["grpo"] == by_arm["up"] == [(1e-4, 7), (3e-4, 7)]
+    assert len({run.key for run in tuning}) == len(tuning)
+
+
+def test_seeds_are_whole_before_the_next():
+    runs = from_values(VALUES).runs({"grpo": 1e-4, "up": 3e-4})
+    assert [(r.seed, r.arm, r.lr) for r in runs] == [
+        (0, "grpo", 1e-4),
+        (0, "up", 3e-4),
+        (1, "grpo", 1e-4),
+        (1, "up", 3e-4),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"arm": {}}, "arm: not a field; known: arms, base"),
+        ({"seeds": [0, 0]}, "at least 2, all different"),
+        ({"seeds": [0]}, "at least 2, all different"),
+        ({"seeds": 3}, "a field has the wrong form"),
+        ({"contrasts": [["up", "dapo"]]}, "'dapo' is not an arm; known: grpo, up"),
+        ({"contrasts": []}, "at least 2 arms and 1 contrast"),
+        ({"arms": {"a": {"loss": "grpo"}, "up": {"los": 1}}, "contrasts": [["a", "up"]]}, "'los'"),
+        ({"arms": {"a": {"loss": "grpo"}, "up": {"loss": "gpo"}}, "contrasts": [["a", "up"]]},
+         "Error parsing TrainConfig: preset: 'gpo' given"),
+        ({"base": {"seed": 3}}, "seed is set by the comparison"),
+        ({"base": {"prompts": "many"}}, "arm grpo:"),
+        ({"base": {"prompts": 7, "minibatches": 3}}, "cannot be split into 3 mini-batches"),
+        ({"primary": {"metric": "reward/mean"}}, "a metric eval/... is needed"),
+        ({"primary": {"summary": "sum"}}, "use mean, last or best"),
+        ({"learning_rates": RATES | {"seeds": [0]}}, "other seeds than those compared"),
+        ({"learning_rates": RATES | {"values": [1e-4]}}, "at least 2 values"),
+        ({"learning_rates": RATES | {"metric": "eval/greedy"}}, "held-out problems must not choose"),
+        ({"nproc": 0}, "nproc=0"),
+    ],
+)  # fmt: skip
+def test_mistakes(changed, says):
+    with pytest.raises(UserError, match="."):
+        try:
+            from_values(VALUES | changed)
+        except UserError as error:
+            assert says in str(error)
+            raise
+
+
+def test_file(tmp_path):
+    file = tmp_path / "plan.yaml"
+    with pytest.raises(UserError, match="No such file"):
+        read_plan(file)
+    file.write_text("name: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_plan(file)
+    file.write_text("name: one")
+    with pytest.raises(UserError, match=r"plan.yaml: question, base, .* is missing"):
+        read_plan(file)
