@@ -23,7 +23,8 @@ VALUES = {
 # argv: --config FILE --output-dir DIR. pass@1 is seed + step / 10; the arm b with seed 1 may fail.
 JOB = """
 import json, os, pathlib, signal, sys, yaml
-options = yaml.safe_load(open(sys.argv[2])); out = pathlib.Path(sys.argv[4]); out.mkdir(parents=True)
+options = yaml.safe_load(open(sys.argv[2]))
+out = pathlib.Path(sys.argv[4]); out.mkdir(parents=True)
 mode = os.environ.get("MODE", "") if (options["loss"], options["seed"]) == ("up-grpo", 1) else ""
 lr = options.get("optimizer", {"lr": 1e-4})["lr"]
 (out / "config.json").write_text(json.dumps(
@@ -91,7 +92,7 @@ def test_a_crash_counts(jobs, tmp_path, monkeypatch):
 
 def test_a_run_that_cannot_start_stops_everything(jobs, tmp_path, monkeypatch):
     monkeypatch.setenv("MODE", "setup")
-    with pytest.raises(UserError, match="b-seed1 ended before its first step(?s:.*)not finite"):
+    with pytest.raises(UserError, match=r"b-seed1 ended before its first step(?s:.*)not finite"):
         do(tmp_path / "out")
     assert not (tmp_path / "out/data/b-seed1.parquet").exists()
 
