@@ -395,9 +395,12 @@ class TrainLog:
         loss_of, reducer = stack.loss_of(alone, batch)
         again = replaced(stack.losses, get_log_probs_and_entropy=lambda *_, **__: detached)
         with torch.enable_grad(), again:
-            loss, _ = loss_of(alone, batch, logits, reducer)
-            grads = torch.autograd.grad(loss, leaves)
+            loss, _ = loss_of(alone, batch, logits.detach(), reducer)
+            # Not autograd.grad(loss, leaves): a context-parallel rank without tokens of a sequence
+            # would leave out its part in the backward of all_gather_with_cp, and the others wait.
+            loss.backward()
         with torch.no_grad():
+            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
             logp, grad = self._whole([x.detach() for x in leaves], batch), self._whole(grads, batch)
             loss = loss.detach().clone()
             if parallel_state.get_context_parallel_world_size() > 1:

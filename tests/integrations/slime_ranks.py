@@ -37,7 +37,14 @@ warnings.filterwarnings("ignore")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 STAND_INS = [
-    *("sglang", "sglang_router", "torch_memory_saver", "megatron.training", "megatron.bridge"),
+    *(
+        "sglang",
+        "sglang_router",
+        "mooncake",
+        "torch_memory_saver",
+        "megatron.training",
+        "megatron.bridge",
+    ),
     "mbridge",
 ]
 STACK, CHECKOUT = sys.argv[1:3]
@@ -440,6 +447,7 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
     with backend.apply():
         for name in ("get_rng_state", "set_rng_state", "manual_seed"):
             setattr(torch.cuda, name, lambda *_: torch.empty(0))
+        torch.cuda.mem_get_info = lambda *_: (1, 1)
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
         empty_like = torch.empty_like
         torch.empty_like = lambda *a, pin_memory=False, **k: empty_like(*a, **k)
@@ -469,6 +477,9 @@ def job(rank, world, port, function, arguments):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    import faulthandler
+
+    faulthandler.dump_traceback_later(30)
     try:
         return rank, pickle.dumps(function(*arguments))
     except BaseException:
@@ -484,7 +495,7 @@ def on_ranks(world, function, *arguments) -> list | str:
     ranks = [pool.submit(job, r, world, port, function, arguments) for r in range(world)]
     found = {}
     try:
-        for done in as_completed(ranks, timeout=240):
+        for done in as_completed(ranks, timeout=60):
             rank, result = done.result()
             if isinstance(result, str):
                 return result
