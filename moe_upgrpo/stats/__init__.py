@@ -7,7 +7,13 @@ from moe_upgrpo.stats.bootstrap import (
     rates,
     resampled_sums,
 )
-from moe_upgrpo.stats.paired import Comparison, compare_paired, holm
+from moe_upgrpo.stats.paired import (
+    Comparison,
+    compare_paired,
+    compare_pairs,
+    holm,
+    mean_interval,
+)
 from moe_upgrpo.stats.weights import TAILS, chi_square, effective_sample_size, ratio_tails
 
 __all__ = [
@@ -17,8 +23,10 @@ __all__ = [
     "chi_square",
     "cluster_sums",
     "compare_paired",
+    "compare_pairs",
     "effective_sample_size",
     "holm",
+    "mean_interval",
     "percentile_interval",
     "rates",
     "ratio_tails",

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import compare_paired, holm
+from moe_upgrpo.stats import compare_paired, compare_pairs, holm, mean_interval
 
 
 def test_holm_by_hand():
@@ -70,3 +70,57 @@ def test_pairing_beats_the_noise_of_the_seeds():
 def test_bad_input(results, message):
     with pytest.raises(UserError, match=message):
         compare_paired(results, baseline="base")
+
+
+def test_pairs_are_chosen_freely_and_corrected_together():
+    """c − b = 1, 2, 3 and b − a = 0: as above p is 1 − √(12/14), doubled by Holm."""
+    results = {"a": {0: 1.0, 1: 5.0, 2: 9.0}, "b": {0: 1.0, 1: 5.0, 2: 9.0}}
+    results["c"] = {0: 2.0, 1: 7.0, 2: 12.0}
+    first, second = compare_pairs(results, [("c", "b"), ("b", "a")])
+    assert (first.method, first.other, second.method, second.other) == ("c", "b", "b", "a")
+    assert first.p_holm == pytest.approx(2 * (1 - math.sqrt(12 / 14)))
+    assert (first.seeds, first.difference, second.p_holm) == (3, 2, 1)
+    (alone,) = compare_pairs(results, [("b", "c")])
+    assert (alone.difference, alone.p_holm) == (-2, pytest.approx(1 - math.sqrt(12 / 14)))
+    assert (alone.low, alone.high) == pytest.approx((-first.high, -first.low))
+
+
+def test_missing_seeds_only_where_they_are_allowed():
+    results = {"a": {0: 1.0, 1: 2.0, 3: 9.0}, "b": {0: 2.0, 1: 5.0, 2: 7.0}}
+    with pytest.raises(UserError, match=r"b has seeds \[0, 1, 2\], a has \[0, 1, 3\]"):
+        compare_pairs(results, [("b", "a")])
+    (row,) = compare_pairs(results, [("b", "a")], common_seeds=True)
+    assert (row.seeds, row.difference) == (2, 2)
+    with pytest.raises(UserError, match=r"at least two seeds, got \[0\] of b and a"):
+        compare_pairs({"a": {0: 1.0}, "b": {0: 2.0, 1: 3.0}}, [("b", "a")], common_seeds=True)
+
+
+def test_a_constant_difference():
+    (row,) = compare_pairs({"a": {0: 1.0, 1: 2.0}, "b": {0: 2.0, 1: 3.0}}, [("b", "a")])
+    assert (row.difference, row.low, row.high, row.p_value) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "at least one pair"),
+        ([("a", "c")], "'c' has no results"),
+        ([("a", "a")], "a is compared with itself"),
+    ],
+)
+def test_bad_pairs(pairs, message):
+    with pytest.raises(UserError, match=message):
+        compare_pairs({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}, pairs)
+
+
+def test_interval_of_a_mean_by_hand():
+    """1, 2, 3: mean 2, s = 1, t with 2 degrees of freedom 4.302653 (95%) and 2.919986 (90%)."""
+    assert mean_interval([1, 2, 3]) == pytest.approx(
+        (2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5)
+    )
+    assert mean_interval([1, 2, 3], 0.9)[2] == pytest.approx(2 + 2.919986 / 3**0.5)
+    mean, low, high = mean_interval([5.0])
+    assert mean == 5 and math.isnan(low) and math.isnan(high)
+    for bad in ([], [math.nan], [math.inf, 1]):
+        with pytest.raises(UserError, match="finite figures, at least one"):
+            mean_interval(bad)
