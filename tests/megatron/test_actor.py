@@ -159,3 +159,25 @@ def test_a_dense_model_has_no_routes_and_that_is_no_error(checkpoints):
         assert np.array_equal(replayed.log_probs, scored.log_probs)
         with pytest.raises(UserError, match=r"this model takes \(4, 0, 0\)"):
             actor.score([replace(SAMPLE, routes=np.zeros((4, 2, 2), np.int16))])
+
+
+@pytest.mark.parametrize("frozen", ["router", "nothing"])
+def test_frozen_routers_stay_and_the_rest_trains_as_before(frozen, tiny_checkpoint):
+    """One SGD step without clipping: every other weight moves as it does with trained routers."""
+
+    def after(settings: OptimizerSettings) -> dict[str, torch.Tensor]:
+        with groups.process_groups(Layout()):
+            actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=settings)
+            before = {n: w.clone() for n, w in actor.export_weights()}
+            actor.update([SAMPLE], LOSS)
+            return {n: w.clone() - before[n] for n, w in actor.export_weights()}
+
+    settings = OptimizerSettings(algorithm="sgd", lr=0.1, warmup_steps=0, clip_grad=0.0)
+    free, held = after(settings), after(replace(settings, frozen=frozen))
+    routers = {name for name in free if name.endswith("mlp.gate.weight")}
+    assert len(routers) == 2 and all(free[name].abs().max() > 0 for name in routers)
+    for name, moved in held.items():
+        if name in routers and frozen == "router":
+            assert torch.equal(moved, torch.zeros_like(moved))
+        else:
+            assert torch.equal(moved, free[name]), name

@@ -22,7 +22,7 @@ from transformers import (
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import SamplingConfig
-from moe_upgrpo.rollout.hf import HFEngine
+from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded
 
 EOS = 1
 VOCABULARY = 16
@@ -457,3 +457,36 @@ def test_bad_input_is_refused(engine, model_dir, tmp_path):
     endless = saved(tmp_path, Qwen3MoeConfig(**MOE | {"eos_token_id": None}), 0)
     with pytest.raises(UserError, match="eos_token_id"):
         HFEngine(endless)
+
+
+def test_fp8_rounding_by_hand():
+    """e4m3 has three mantissa bits: steps of 1/8 from 1 to 2, of 2 from 16 to 32, and 2^-9 below
+    2^-6. The scale is 1 where the largest entry is 448; each stacked expert has its own."""
+    given = torch.tensor([[448.0, 1.06, -1.07], [17.0, 19.0, 0.003]])
+    expected = torch.tensor([[448.0, 1.0, -1.125], [16.0, 20.0, 2 * 2**-9]])
+    assert torch.equal(fp8_rounded(given), expected)
+    both = fp8_rounded(torch.stack([given, given / 4]))  # powers of two change no mantissa
+    assert torch.equal(both, torch.stack([expected, expected / 4]))
+    assert torch.equal(fp8_rounded(torch.zeros(2, 2)), torch.zeros(2, 2))
+    assert fp8_rounded(given.bfloat16()).dtype == torch.bfloat16
+
+
+def test_fp8_weights_are_rounded_again_after_an_update(model_dir, other_dir):
+    engine = HFEngine(model_dir, "float32", "cpu", weights="fp8")
+    engine.update_weights(weights_of(other_dir).items(), version=1)
+    assert same(sample(engine), sample(HFEngine(other_dir, "float32", "cpu", weights="fp8")))
+    assert differs(sample(engine), sample(HFEngine(other_dir, "float32", "cpu")))
+    plain = HFEngine(other_dir, "float32", "cpu").model.state_dict()
+    rounded = {
+        name for name, weight in engine.model.state_dict().items()
+        if not torch.equal(weight, plain[name])
+    }  # fmt: skip
+    assert rounded and not any(
+        part in name for name in rounded for part in ("embed", "lm_head", "mlp.gate.", "norm")
+    )
+    kinds = {name.split("layers.0.")[1] for name in rounded if "layers.0." in name}
+    assert kinds == {
+        *(f"self_attn.{x}_proj.weight" for x in "qkvo"),
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }

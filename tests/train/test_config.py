@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.train.config import (
     TinyModel,
@@ -158,6 +158,19 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"overlong_buffer": 1, "overlong_penalty": -1.0}, "overlong_penalty=-1.0"),
         ({"max_refills": -1}, "max_refills=-1"),
         ({"max_refills": 1, "overlap": True}, "max_refills=1 with overlap.* Leave one out"),
+        ({"false_positives": 1.0}, "false_positives=1.0"),
+        ({"false_positives": 0.1, "max_refills": 1}, "false_positives with max_refills"),
+        ({"engine_every": 0}, "engine_every=0"),
+        ({"engine_every": 2}, "engine_every=2 with overlap or analyse_every=20"),
+        ({"engine_every": 3, "analyse_every": 0}, "eval_every=20 is not a multiple"),
+        (
+            {"old_log_probs": "rollout", "correction": RolloutCorrection(weight="token-tis")},
+            "would be corrected twice",
+        ),
+        (
+            {"loss": "gspo", "correction": RolloutCorrection(weight="token-tis")},
+            "correction.weight: 'token-tis' given",
+        ),
     ],
 )
 def test_values_that_cannot_be(options, words):

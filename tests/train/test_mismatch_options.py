@@ -1,0 +1,64 @@
+"""What makes the engine and the verifier worse on purpose, seen in what a run leaves."""
+
+import numpy as np
+import pytest
+
+from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from tests.train.test_launch import options, torchrun
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mismatch") / "run"
+    result = torchrun(
+        1,
+        *options(folder, cache),
+        *("--loss", "symmetric-ratio", "--old-log-probs", "rollout", "--engine-every", "2"),
+        *("--false-positives", "0.5", "--analyse-every", "0", "--steps", str(STEPS)),
+        *("--eval-every", str(STEPS), "--save-every", "0", "--engine-weights", "fp8"),
+        "--no-report",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_ratio_is_taken_to_the_rollout(run):
+    """symmetric-ratio's gradient weight is |A| · ratio / tokens, the tokens of a mini-batch: a
+    whole number comes out of it with the ratio to the rollout, and none with that to π_old."""
+    rows = read_tokens(run).to_pandas()
+    trained = rows[rows.advantage != 0]
+    assert len(trained) > 50
+
+    def tokens(policy: str) -> np.ndarray:
+        ratio = np.exp(trained.logp_train - trained[policy])
+        return (trained.advantage.abs() * ratio / trained.gradient_weight).to_numpy()
+
+    def off(values: np.ndarray) -> float:
+        return np.abs(values - values.round()).max()
+
+    assert off(tokens("logp_rollout")) < 0.02 and tokens("logp_rollout").min() > 10
+    assert off(tokens("logp_old")) > 0.1
+
+
+def test_the_engine_takes_every_second_update(run):
+    rows = read_tokens(run, columns=["step", "staleness"]).to_pandas()
+    assert rows.groupby("step").staleness.unique().map(list).to_dict() == {
+        1: [0], 2: [1], 3: [0], 4: [1],
+    }  # fmt: skip
+
+
+def test_wrong_answers_are_rewarded_half_the_time(run):
+    """By the rewards; the verdicts that are reported are the true ones."""
+    rows = read_metrics(run)[1:]
+    wrong = sum((1 - row["reward/correct_rate"]) * 32 for row in rows)
+    rewarded = sum((row["reward/mean"] - row["reward/correct_rate"]) * 32 for row in rows)
+    assert wrong > 40
+    assert abs(rewarded / wrong - 0.5) < 4 * 0.5 / np.sqrt(wrong)  # four standard errors
+    assert all(row["reward/mean"] >= row["reward/correct_rate"] for row in rows)
+
+
+def test_no_report_where_none_is_asked_for(run):
+    assert not (run / "report.html").exists()
+    assert read_config(run)["engine_weights"] == "fp8"
