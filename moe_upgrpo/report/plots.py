@@ -18,7 +18,7 @@ from moe_upgrpo.report.figures import ByLayer, Curves, HeatMap, Histogram, Panel
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-_SOFT = "#475569"
+SOFT = "#475569"
 _INTERVAL = ("rate", "low", "high")
 # Mark and line of each kind of noise floor.
 _FLOORS = {
@@ -27,14 +27,14 @@ _FLOORS = {
     "engine_repeat": ("^", "-."),
     "engine_batch_shape": ("D", (0, (6, 2))),
 }
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": _SOFT,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "axes.grid": True,
     "grid.color": "#e2e8f0",
     "grid.linewidth": 0.8,
@@ -82,14 +82,14 @@ def draw(figure: Any, data: list[dict[str, Any]], labels: list[str]) -> list[tup
 
 def svg(canvas: Figure) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         canvas.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 
 
 @contextmanager
 def _canvas(**style: Any) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE | style):
+    with matplotlib.rc_context(STYLE | style):
         canvas = Figure(figsize=_SIZE, layout="constrained")
         yield canvas, canvas.subplots()
 
@@ -146,7 +146,7 @@ def _draw_curves(
 
 def _metric_handle(i: int, several: bool) -> Line2D:
     if several:
-        return Line2D([], [], color=_SOFT, ls=_LINES[i % len(_LINES)])
+        return Line2D([], [], color=SOFT, ls=_LINES[i % len(_LINES)])
     return Line2D([], [], color=color_of(i))
 
 
@@ -171,7 +171,7 @@ def _kind(entry: dict[str, Any]) -> str:
 
 
 def _floor_style(entry: dict[str, Any], labels: list[str]) -> tuple[str, tuple[str, Any]]:
-    color = color_of(labels.index(entry["run"])) if len(labels) > 1 else _SOFT
+    color = color_of(labels.index(entry["run"])) if len(labels) > 1 else SOFT
     return color, _FLOORS[_kind(entry)]
 
 
@@ -181,7 +181,7 @@ def _floor_legend(floors: list[dict[str, Any]], key: str) -> tuple[list[Line2D],
     for label in dict.fromkeys(entry["label"] for entry in floors):
         mine = [entry for entry in floors if entry["label"] == label]
         marker, line = _FLOORS[_kind(mine[0])]
-        handles.append(Line2D([], [], color=_SOFT, ls=line, marker=marker, mfc="none", lw=0.8))
+        handles.append(Line2D([], [], color=SOFT, ls=line, marker=marker, mfc="none", lw=0.8))
         zero = not any(np.any(entry[key]) for entry in mine)
         names.append(f"{label} (0)" if zero else label)
     return handles, names
@@ -278,7 +278,7 @@ def _measured_and_floors(data: list[dict[str, Any]], key: str, canvas: Figure) -
     floors = [entry for entry in data if entry["floor"]]
     if floors:
         named = list(dict.fromkeys(entry["label"] for entry in data if not entry["floor"]))
-        measured = [Line2D([], [], color=_SOFT, marker="o", ms=4) for _ in named]
+        measured = [Line2D([], [], color=SOFT, marker="o", ms=4) for _ in named]
         _two_legends(canvas, measured, named, *_floor_legend(floors, key))
 
 
@@ -314,7 +314,7 @@ def _draw_answers(
     for label in dict.fromkeys(entry["label"] for entry in floors):
         mine = [entry for entry in floors if entry["label"] == label]
         line = _FLOORS[_kind(mine[0])][1]
-        kinds.append(Line2D([], [], color=_SOFT, ls=line, lw=0.9))
+        kinds.append(Line2D([], [], color=SOFT, ls=line, lw=0.9))
         names = [*names, label if any(entry["value"] for entry in mine) else f"{label} (0)"]
     if len(names) > 1:
         _legend(canvas, kinds, names, ncols=2 if floors else min(len(names), 4))
@@ -343,7 +343,7 @@ def _draw_signs(
     axes.set_xticks(range(len(quantities)), [q.replace(" ", "\n", 1) for q in quantities])
     axes.grid(axis="x", visible=False)
     return names, [
-        Line2D([], [], ls="", marker="os^"[i], color=_SOFT if several else color_of(i))
+        Line2D([], [], ls="", marker="os^"[i], color=SOFT if several else color_of(i))
         for i in range(len(names))
     ]
 
@@ -400,8 +400,8 @@ def _draw_clustering(
         axes.plot(entry["layers"], np.where(found > 0, found, np.nan), "o-", color=color, ms=4)
         axes.plot(entry["layers"], np.where(free > 0, free, np.nan), "o:", color=color, mfc="none")
     kinds = [
-        Line2D([], [], color=_SOFT, marker="o", ms=4),
-        Line2D([], [], color=_SOFT, marker="o", mfc="none", ls=":"),
+        Line2D([], [], color=SOFT, marker="o", ms=4),
+        Line2D([], [], color=SOFT, marker="o", mfc="none", ls=":"),
     ]
     _legend(canvas, kinds, ["found", "if independent"], ncols=2)
     # Independent layers would make many mismatches absurdly rare: down to what was found.
