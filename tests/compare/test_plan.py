@@ -1,5 +1,7 @@
 """What a comparison's config may say, and the options that each of its runs gets."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_upgrpo.compare.plan import Run, from_values, read_plan
@@ -81,6 +83,14 @@ def test_mistakes(changed, says):
         except UserError as error:
             assert says in str(error)
             raise
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path("examples/compare").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_comparisons_that_are_shipped(path):
+    plan = read_plan(path)
+    assert plan.name == path.stem and len(plan.seeds) >= 2
 
 
 def test_file(tmp_path):
