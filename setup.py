@@ -31,7 +31,7 @@ setup(
     license_files=["LICENSE"],
     cmdclass={"build_py": BuildWithPatches},
     packages=find_packages(include=["moe_upgrpo", "moe_upgrpo.*"]),
-    package_data={"moe_upgrpo": ["report/*.html", "report/*.css"]},
+    package_data={"moe_upgrpo": ["report/*.html", "report/*.css", "compare/*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -120,10 +120,10 @@ def matched_reward(runs: Sequence[RunData]) -> float | None:
 
 def step_at_reward(run: RunData, level: float, width: int) -> int | None:
     """The last step of the first window of `width` steps whose mean reward is `level` or more."""
-    steps, values = zip(*curve(run, REWARD).items(), strict=True) if run.rows else ((), ())
-    for i, mean in enumerate(smoothed(values, width)):
+    found = curve(run, REWARD)
+    for i, mean in enumerate(smoothed(list(found.values()), width)):
         if mean >= level:
-            return steps[i + width - 1]
+            return list(found)[i + width - 1]
     return None
 
 
