@@ -1,5 +1,600 @@
-"""stub"""
+"""The report of a comparison: one HTML page, its data as JSON, and every figure as an SVG file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from scipy import stats
+
+import moe_upgrpo
+from moe_upgrpo import __version__
+from moe_upgrpo.compare import figures
+from moe_upgrpo.compare.data import RunData, read_all
+from moe_upgrpo.compare.measures import (
+    SAID,
+    Measure,
+    evaluations,
+    matched_reward,
+    measures,
+    step_at_reward,
+    summary,
+    window,
+)
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.report.figures import number, plural, sentence
+from moe_upgrpo.report.plots import svg
+from moe_upgrpo.stats import Comparison, compare_pairs, mean_interval
+from moe_upgrpo.store.files import write_text
+
+Results = dict[str, dict[int, float]]
+"""arm → seed → figure."""
 
 
-def write_report(folder):
-    return folder
+def write_report(folder: Path) -> Path:
+    """Write report.html, report.json and figures/*.svg of a comparison's folder.
+
+    They are made of plan.json, learning_rates.json and data/*.parquet alone, and are the same
+    whenever they are made. The JSON is strict (null for what is not finite) and holds:
+
+    - ``plan``, ``learning_rates``: as they were written
+    - ``progress``: runs done, planned and crashed; missing ones by name
+    - ``runs``: arm, seed, status, message, lr, seconds, ``primary`` and all measures of each
+    - ``primary``: a row for each planned contrast (`compare_pairs`) with its verdict and half-width
+    - ``arms``: of each measure and arm mean, low, high (t interval over seeds) and runs
+    - ``exploratory``: the contrasts of every measure but the primary one
+    - ``matched_reward``: the level R*, the window, and how many runs of each arm reach it
+    - ``figures``: key, title, read and the numbers drawn
+
+    Raises:
+        UserError: the folder holds no comparison, no finished run, or a run that is not planned.
+    """
+    folder = Path(folder)
+    written, plan = _read_plan(folder)
+    rates = _read_json(folder / "learning_rates.json") if plan["learning_rates"] else None
+    runs, tuning = read_all(folder), read_all(folder, tuning=True)
+    by_arm = _by_arm(runs, plan, folder)
+    metric, how = plan["primary"]["metric"], plan["primary"]["summary"]
+    confidence = plan["confidence"]
+    primary = {
+        arm: {run.about.seed: summary(run, metric, how) for run in found}
+        for arm, found in by_arm.items()
+    }
+    contrasts = _contrasts(primary, plan)
+    all_measures = measures(runs)
+    results = {m.key: _results(m, by_arm) for m in all_measures}
+    label = f"{metric.removeprefix('eval/')}, {how}"
+    drawn = figures.draw_all(
+        by_arm,
+        primary=primary,
+        primary_label=label,
+        contrasts=contrasts,
+        confidence=confidence,
+        width=window(runs),
+    )
+    data = {
+        "moe_upgrpo": __version__,
+        "plan": written,
+        "learning_rates": rates,
+        "progress": _progress(plan, by_arm),
+        "runs": [_run_row(run, primary, all_measures) for run in runs],
+        "primary": [_verdict(c, len(plan["contrasts"]), confidence) for c in contrasts],
+        "arms": [_by_arm_row(m, results[m.key], confidence) for m in all_measures],
+        "exploratory": [
+            {"measure": m.key, "contrasts": found}
+            for m in all_measures
+            if m.key != f"{metric}/{how}"
+            and (found := [_verdict(c, None, confidence) for c in _contrasts(results[m.key], plan)])
+        ],
+        "matched_reward": _matched(by_arm, runs),
+        "figures": [{k: v for k, v in one.items() if k != "canvas"} for one in drawn],
+    }
+    pictures = {one["key"]: svg(one["canvas"]) for one in drawn}
+    for key, picture in pictures.items():
+        (folder / "figures").mkdir(exist_ok=True)
+        write_text(folder / "figures" / f"{key}.svg", picture)
+    write_text(folder / "report.json", json.dumps(_finite(data), allow_nan=False, indent=1) + "\n")
+    output = folder / "report.html"
+    write_text(output, _page(data, runs, tuning, by_arm, all_measures, pictures))
+    return output
+
+
+# What is read.
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; is this the folder of a comparison?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
+
+
+def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """plan.json and the plan in it: not checked again, options of that time may have gone since."""
+    written = _read_json(folder / "plan.json")
+    needed = {"name", "question", "base", "arms", "seeds", "contrasts", "primary", "confidence"}
+    plan = written.get("plan", {}) if isinstance(written, dict) else {}
+    if missing := sorted((needed | {"learning_rates"}) - {*plan}):
+        raise UserError(f"{folder}/plan.json is not a comparison's: it lacks {', '.join(missing)}.")
+    return written, plan
+
+
+def _by_arm(
+    runs: Sequence[RunData], plan: Mapping[str, Any], folder: Path
+) -> dict[str, list[RunData]]:
+    """The runs of every arm, arms in the order of the plan, also those without a run yet."""
+    found: dict[str, list[RunData]] = {arm: [] for arm in plan["arms"]}
+    for run in sorted(runs, key=lambda run: run.about.seed):
+        arm, seed = run.about.arm, run.about.seed
+        if arm not in found or seed not in plan["seeds"]:
+            raise UserError(f"{folder}/data has a run of arm {arm} with seed {seed}: not planned.")
+        if seed in [other.about.seed for other in found[arm]]:
+            raise UserError(f"{folder}/data has the run of arm {arm} with seed {seed} twice.")
+        found[arm].append(run)
+    return found
+
+
+# What is computed.
+
+
+def _results(measure: Measure, by_arm: Mapping[str, Sequence[RunData]]) -> Results:
+    return {
+        arm: {
+            run.about.seed: float(value) for run in runs if (value := measure.of(run)) is not None
+        }
+        for arm, runs in by_arm.items()
+    }
+
+
+def _contrasts(results: Results, plan: Mapping[str, Any]) -> list[Comparison]:
+    """The planned pairs over the seeds that both have; without those that have fewer than two."""
+    pairs = [(a, b) for a, b in plan["contrasts"] if len({*results[a]} & {*results[b]}) > 1]
+    if not pairs:
+        return []
+    return compare_pairs(results, pairs, confidence=plan["confidence"], common_seeds=True)
+
+
+def _verdict(c: Comparison, planned: int | None, confidence: float) -> dict[str, Any]:
+    """A contrast as a row; `needed` with `planned`: the difference that shows beside any others."""
+    half = (c.high - c.low) / 2
+    if c.p_holm < 1 - confidence:
+        verdict = "higher" if c.difference > 0 else "lower"
+    else:
+        verdict = "not told apart"
+    row = {
+        "arm": c.method,
+        "other": c.other,
+        "seeds": c.seeds,
+        "difference": c.difference,
+        "low": c.low,
+        "high": c.high,
+        "half_width": half,
+        "p": c.p_value,
+        "p_holm": c.p_holm,
+        "verdict": verdict,
+    }
+    if planned is not None:
+        ppf = stats.t(c.seeds - 1).ppf
+        row["needed"] = half * ppf(1 - (1 - confidence) / 2 / planned) / ppf((1 + confidence) / 2)
+    return row
+
+
+def _by_arm_row(measure: Measure, results: Results, confidence: float) -> dict[str, Any]:
+    values = []
+    for arm, by_seed in results.items():
+        entry: dict[str, Any] = {"arm": arm, "runs": len(by_seed)}
+        if by_seed:
+            ends = mean_interval(list(by_seed.values()), confidence)
+            entry |= dict(zip(("mean", "low", "high"), ends, strict=True))
+        values.append(entry)
+    return {"measure": measure.key, "label": measure.label, "values": values}
+
+
+def _run_row(run: RunData, primary: Results, all_measures: Sequence[Measure]) -> dict[str, Any]:
+    about = run.about
+    row = {name: getattr(about, name) for name in ("arm", "seed", "status", "message", "lr")}
+    row |= {"seconds": about.seconds, "primary": primary[about.arm][about.seed]}
+    return row | {"measures": {m.key: m.of(run) for m in all_measures}}
+
+
+def _progress(plan: Mapping[str, Any], by_arm: Mapping[str, Sequence[RunData]]) -> dict[str, Any]:
+    runs = [run for found in by_arm.values() for run in found]
+    have = {(run.about.arm, run.about.seed) for run in runs}
+    missing = [f"{a}, seed {s}" for s in plan["seeds"] for a in plan["arms"] if (a, s) not in have]
+    return {
+        "done": len(runs),
+        "planned": len(plan["seeds"]) * len(plan["arms"]),
+        "crashed": sum(run.about.status == "crashed" for run in runs),
+        "missing": missing,
+    }
+
+
+def _matched(
+    by_arm: Mapping[str, Sequence[RunData]], runs: Sequence[RunData]
+) -> dict[str, Any] | None:
+    """How many runs of each arm reach R*, and how many are there in their first window."""
+    level, width = matched_reward(runs), window(runs)
+    if level is None:
+        return None
+    rows = []
+    for arm, found in by_arm.items():
+        steps = [step for run in found if (step := step_at_reward(run, level, width)) is not None]
+        at_once = sum(step == width for step in steps)
+        rows.append({"arm": arm, "runs": len(found), "reach": len(steps), "at_once": at_once})
+    return {"level": level, "window": width, "arms": rows}
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have, and numpy's as Python's."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# What is said.
+
+
+def points(value: float, signed: bool = True) -> str:
+    """A difference of shares in points: 0.021 is +2.1; smaller ones with more digits."""
+    shown = 100 * value
+    digits = 1 if abs(shown) >= 0.95 or shown == 0 else 2
+    text = f"{shown:+.{digits}f}" if signed else f"{shown:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.995 else "1"
+
+
+def _sentence(row: Mapping[str, Any], confidence: float) -> dict[str, str]:
+    """The verdict on a primary contrast, in words."""
+    numbers = (
+        f"{confidence:.0%} interval {points(row['low'])} to {points(row['high'])}, "
+        f"{plural(row['seeds'], 'paired seed')}, p {_is(row['p'])}, "
+        f"after Holm's correction {_is(row['p_holm'])}"
+    )
+    needed = (
+        f"A difference of less than {points(row['half_width'], False)} points could not have been "
+        f"told from zero here, and only one of {points(row['needed'], False)} shows whatever the "
+        "other contrasts do."
+    )
+    if row["verdict"] == "not told apart":
+        text = f"the difference is {points(row['difference'])} points ({numbers}). {needed}"
+    else:
+        size = points(abs(row["difference"]), False)
+        text = f"by {size} points ({numbers}). {needed}"
+    return {"pair": f"{row['arm']} against {row['other']}", "verdict": row["verdict"], "text": text}
+
+
+def _is(p: float) -> str:
+    text = p_text(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _cell_mean(entry: Mapping[str, Any], is_share: bool, full: int) -> str:
+    if not entry["runs"]:
+        return "–"
+    mean, half = entry["mean"], (entry["high"] - entry["low"]) / 2
+    text = f"{100 * mean:.1f}" if is_share else number(mean)
+    if math.isfinite(half):
+        text += f" ± {100 * half:.1f}" if is_share else f" ± {number(half)}"
+    few = f" ({entry['runs']})" if entry["runs"] != full else ""
+    return text.replace("-", "−") + ("%" if is_share else "") + few
+
+
+def _cell_contrast(row: Mapping[str, Any], is_share: bool, full: int) -> dict[str, Any]:
+    def show(value: float) -> str:
+        return points(value) if is_share else f"{value:+.3g}".replace("-", "−")
+
+    few = f", {row['seeds']} seeds" if row["seeds"] != full else ""
+    return {
+        "text": f"{show(row['difference'])} [{show(row['low'])}, {show(row['high'])}]",
+        "p": f"p {_is(row['p'])}, Holm {p_text(row['p_holm'])}{few}",
+        "verdict": "" if row["verdict"] == "not told apart" else row["verdict"],
+    }
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _commit(git: Mapping[str, Any] | None) -> str:
+    if not git or not git.get("commit"):
+        return "not known"
+    return git["commit"][:12] + (" with uncommitted changes" if git.get("changed") else "")
+
+
+def _counted(texts: Sequence[str]) -> str:
+    """'a' where all are alike, else 'a (3 runs); b (2 runs)'."""
+    counts = Counter(texts)
+    if len(counts) == 1:
+        return texts[0]
+    return "; ".join(f"{text} ({plural(n, 'run')})" for text, n in counts.most_common())
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    gpu, count = environment.get("gpu"), environment.get("gpu_count")
+    parts = [f"{count} × {gpu}" if gpu else "no GPU"]
+    if environment.get("cpu_count"):
+        parts.insert(0, plural(environment["cpu_count"], "CPU core"))
+    return ", ".join(filter(None, [*parts, environment.get("platform")]))
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    known = {"python": environment.get("python")} | dict(environment.get("versions") or {})
+    return ", ".join(f"{name} {version}" for name, version in known.items() if version)
+
+
+def _start(run: RunData) -> datetime | None:
+    started = run.about.environment.get("started")
+    return datetime.fromisoformat(started) if started else None
+
+
+def _ran(runs: Sequence[RunData], tuning: Sequence[RunData], written: Mapping[str, Any]) -> list:
+    """Rows (name, text): with what, where and for how long."""
+    seconds = [run.about.seconds for run in runs if run.about.seconds is not None]
+    rows = []
+    if seconds:
+        unknown = len(runs) - len(seconds)
+        not_known = f"; of {plural(unknown, 'resumed run')} not known" if unknown else ""
+        median = f"median {_hours(float(np.median(seconds)))} each"
+        rows.append(
+            (
+                "Wall-clock of the compared runs",
+                f"{_hours(sum(seconds))} added up, {median}{not_known}",
+            )
+        )
+    if spent := [run.about.seconds for run in tuning if run.about.seconds is not None]:
+        text = f"{plural(len(tuning), 'run')}, {_hours(sum(spent))} added up"
+        rows.append(("Choosing learning rates", text))
+    ends = [
+        (start, start + timedelta(seconds=run.about.seconds))
+        for run in [*tuning, *runs]
+        if (start := _start(run)) and run.about.seconds is not None
+    ]
+    if ends:
+        length = max(e for _, e in ends) - min(s for s, _ in ends)
+        begin = f"from {min(ends)[0]:%Y-%m-%d %H:%M} UTC"
+        text = f"{_hours(length.total_seconds())}, pauses included, {begin}"
+        rows.append(("First start to last end", text))
+    environments = [run.about.environment for run in runs]
+    rows += [
+        ("Machine", _counted([_machine(found) for found in environments])),
+        ("Ranks of a run", str(written["plan"].get("nproc", 1))),
+        ("Versions", _counted([_versions(found) for found in environments])),
+        ("Commit of the runs", _counted([_commit(found.get("git")) for found in environments])),
+    ]
+    if problems := {int(x) for run in runs for x in run.series("eval/problems")[1]}:
+        rows.append(("Held-out problems", ", ".join(f"{n:,}" for n in sorted(problems))))
+    sizes = {run.about.config.get("parameters") for run in runs} - {None}
+    if sizes:
+        texts = [f"{size / 1e6:,.2f}M parameters" for size in sorted(sizes)]
+        rows.append(("Model", ", ".join(texts)))
+    return rows
+
+
+def _warnings(
+    written: Mapping[str, Any],
+    rates: Mapping[str, Any] | None,
+    runs: Sequence[RunData],
+    tuning: Sequence[RunData],
+    gains: Mapping[str, tuple[float, float, float]],
+) -> list[str]:
+    """What a reader must know before the answer."""
+    found = []
+    said = datetime.fromisoformat(written["written"])
+    early = sum((start := _start(run)) is not None and start < said for run in [*tuning, *runs])
+    if early:
+        total = len(tuning) + len(runs)
+        found.append(
+            f"{early} of {total} runs started before plan.json was written: for them, the plan "
+            "was not written beforehand."
+        )
+    for arm, found_rates in (rates or {}).items():
+        tried = [score["lr"] for score in found_rates["scores"]]
+        chosen = found_rates["chosen"]
+        if chosen in (min(tried), max(tried)):
+            end = "lowest" if chosen == min(tried) else "highest"
+            beyond = "lower" if chosen == min(tried) else "higher"
+            found.append(
+                f"{arm}: the chosen learning rate {chosen:g} is the {end} that was tried; a "
+                f"{beyond} one might have done better."
+            )
+        others = {run.about.lr for run in runs if run.about.arm == arm} - {chosen}
+        if others:
+            used = ", ".join(f"{lr:g}" for lr in sorted(others))
+            found.append(f"{arm}: runs used the learning rate {used}, chosen was {chosen:g}.")
+    flat = [arm for arm, (_, low, _) in gains.items() if not low > 0]
+    if flat:
+        found.append(
+            f"Not told to be better than the warm start by the primary endpoint: {', '.join(flat)}."
+        )
+    return found
+
+
+def _gains(
+    by_arm: Mapping[str, Sequence[RunData]], primary: Results, metric: str, confidence: float
+) -> dict[str, tuple[float, float, float]]:
+    """arm → mean and interval of the primary figure − the same metric before training."""
+    found = {}
+    for arm, runs in by_arm.items():
+        before = {run.about.seed: evaluations(run, metric).get(0) for run in runs}
+        values = [primary[arm][seed] - x for seed, x in before.items() if x is not None]
+        if values:
+            found[arm] = mean_interval(values, confidence)
+    return found
+
+
+def _gain(found: tuple[float, float, float] | None) -> str:
+    if found is None:
+        return "–"
+    mean, low, high = (points(x) if math.isfinite(x) else "?" for x in found)
+    return f"{mean} [{low}, {high}]"
+
+
+# The page.
+
+
+def _page(
+    data: Mapping[str, Any],
+    runs: Sequence[RunData],
+    tuning: Sequence[RunData],
+    by_arm: Mapping[str, Sequence[RunData]],
+    all_measures: Sequence[Measure],
+    pictures: Mapping[str, str],
+) -> str:
+    plan, confidence = data["plan"]["plan"], data["plan"]["plan"]["confidence"]
+    metric, how = plan["primary"]["metric"], plan["primary"]["summary"]
+    primary_key = f"{metric}/{how}"
+    primary = {arm: {} for arm in by_arm}
+    for row in data["runs"]:
+        primary[row["arm"]][row["seed"]] = row["primary"]
+    gains = _gains(by_arm, primary, metric, confidence)
+    by_key = {m.key: m for m in all_measures}
+    full = {arm: len(found) for arm, found in by_arm.items()}
+
+    def arm_rows(held_out: bool) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": row["label"],
+                "main": row["measure"] == primary_key,
+                "cells": [
+                    _cell_mean(entry, by_key[row["measure"]].is_share, full[entry["arm"]])
+                    for entry in row["values"]
+                ],
+            }
+            for row in data["arms"]
+            if row["measure"].startswith("eval/") == held_out
+        ]
+
+    def contrast_rows() -> list[dict[str, Any]]:
+        rows = []
+        for entry in data["exploratory"]:
+            measure = by_key[entry["measure"]]
+            cells = {(row["arm"], row["other"]): row for row in entry["contrasts"]}
+            rows.append(
+                {
+                    "name": measure.label + (", points" if measure.is_share else ""),
+                    "cells": [
+                        _cell_contrast(cells[a, b], measure.is_share, min(full[a], full[b]))
+                        if (a, b) in cells
+                        else None
+                        for a, b in plan["contrasts"]
+                    ],
+                }
+            )
+        return rows
+
+    tested = [row["p"] for entry in data["exploratory"] for row in entry["contrasts"]]
+    asked = plan["learning_rates"]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(
+            [Path(__file__).parent, Path(moe_upgrpo.__file__).parent / "report"]
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("comparison.html").render(
+        plan=plan,
+        written=data["plan"]["written"].replace("T", " ").replace("+00:00", " UTC"),
+        code=_commit(data["plan"].get("code")),
+        progress=data["progress"],
+        seeds=figures.span(list(full.values())),
+        crashes=[run.about for run in runs if run.about.status == "crashed"],
+        warnings=_warnings(data["plan"], data["learning_rates"], runs, tuning, gains),
+        answers=[_sentence(row, confidence) for row in data["primary"]],
+        untested=[
+            f"{a} against {b}"
+            for a, b in plan["contrasts"]
+            if (a, b) not in [(row["arm"], row["other"]) for row in data["primary"]]
+        ],
+        metric=metric.removeprefix("eval/"),
+        how=SAID[how],
+        arms=[
+            {
+                "name": arm,
+                "color": figures.style_of(i)["color"],
+                "options": _yaml(plan["arms"][arm]),
+                "runs": plural(full[arm], "run"),
+                "crashed": sum(run.about.status == "crashed" for run in by_arm[arm]),
+                "lr": _counted([f"{run.about.lr:g}" for run in by_arm[arm]]) if full[arm] else "–",
+                "gain": _gain(gains.get(arm)),
+            }
+            for i, arm in enumerate(by_arm)
+        ],
+        base=_yaml(plan["base"]),
+        asked=asked,
+        rates=_rates(data["learning_rates"]),
+        ran=_ran(runs, tuning, data["plan"]),
+        held_out=arm_rows(True),
+        others=arm_rows(False),
+        contrast_heads=[f"{a} − {b}" for a, b in plan["contrasts"]],
+        contrast_rows=contrast_rows(),
+        tests=len(tested),
+        below=sum(p < 1 - confidence for p in tested),
+        alpha=1 - confidence,
+        by_chance=f"{len(tested) * (1 - confidence):.0f}",
+        matched=data["matched_reward"],
+        figures=[
+            {
+                "key": one["key"],
+                "title": one["title"],
+                "read": one["read"],
+                "source": "data:image/svg+xml;base64,"
+                + base64.b64encode(pictures[one["key"]].encode()).decode(),
+            }
+            for one in data["figures"]
+        ],
+        definitions=[{"name": m.label, "text": sentence(m.meaning)} for m in all_measures],
+        runs=[
+            row | {"shown": f"{row['primary']:.1%}", "time": _hours(row["seconds"])}
+            if row["seconds"] is not None
+            else row | {"shown": f"{row['primary']:.1%}", "time": "–"}
+            for row in data["runs"]
+        ],
+        confidence=f"{confidence:.0%}",
+        version=__version__,
+    )
+
+
+def _yaml(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False).strip() if values else "{}"
+
+
+def _rates(rates: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The scores by learning rate and arm, the chosen ones marked."""
+    if rates is None:
+        return None
+    values = sorted({score["lr"] for found in rates.values() for score in found["scores"]})
+    rows = []
+    for arm, found in rates.items():
+        scores = {score["lr"]: score["by_seed"] for score in found["scores"]}
+        cells = [
+            {
+                "mean": f"{np.mean(scores[lr]):.3f}" if lr in scores else "–",
+                "seeds": ", ".join(f"{x:.3f}" for x in scores.get(lr, [])),
+                "chosen": lr == found["chosen"],
+            }
+            for lr in values
+        ]
+        rows.append({"arm": arm, "cells": cells})
+    return {"values": [f"{lr:g}" for lr in values], "rows": rows}
