@@ -84,15 +84,19 @@ def over_seeds(runs: Sequence[RunData], metric: str, confidence: float) -> dict[
 def draw_all(
     by_arm: ByArm,
     *,
+    all_runs: ByArm,
     primary: Mapping[str, Mapping[int, float]],
     primary_label: str,
     contrasts: Sequence[Comparison],
     confidence: float,
     width: int,
 ) -> list[Drawing]:
-    """All figures that there is data for. `primary`: arm → seed → figure; `width` smooths."""
+    """All figures that there is data for: curves of `by_arm`, the strip of `all_runs`.
+
+    `primary`: arm → seed → figure; `width`: steps that KL against reward is smoothed over.
+    """
     runs = [run for found in by_arm.values() for run in found]
-    made = [_strip(by_arm, primary, primary_label, confidence)]
+    made = [_strip(all_runs, primary, primary_label, confidence)]
     if contrasts:
         made.append(_forest(list(by_arm), contrasts, primary_label))
     evaluated = [

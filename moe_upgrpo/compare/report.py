@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -59,53 +60,116 @@ def write_report(folder: Path) -> Path:
         UserError: the folder holds no comparison, no finished run, or a run that is not planned.
     """
     folder = Path(folder)
-    written, plan = _read_plan(folder)
-    rates = _read_json(folder / "learning_rates.json") if plan["learning_rates"] else None
-    runs, tuning = read_all(folder), read_all(folder, tuning=True)
-    by_arm = _by_arm(runs, plan, folder)
-    metric, how = plan["primary"]["metric"], plan["primary"]["summary"]
-    confidence = plan["confidence"]
-    primary = {
-        arm: {run.about.seed: summary(run, metric, how) for run in found}
-        for arm, found in by_arm.items()
-    }
-    contrasts = _contrasts(primary, plan)
-    all_measures = measures(runs)
-    results = {m.key: _results(m, by_arm) for m in all_measures}
-    label = f"{metric.removeprefix('eval/')}, {how}"
+    loaded = load(folder)
     drawn = figures.draw_all(
-        by_arm,
-        primary=primary,
-        primary_label=label,
-        contrasts=contrasts,
-        confidence=confidence,
-        width=window(runs),
+        loaded.shown,
+        all_runs=loaded.by_arm,
+        primary=loaded.primary,
+        primary_label=f"{loaded.metric.removeprefix('eval/')}, {loaded.how}",
+        contrasts=_contrasts(loaded.primary, loaded.plan),
+        confidence=loaded.confidence,
+        width=window(loaded.runs),
     )
-    data = {
-        "moe_upgrpo": __version__,
-        "plan": written,
-        "learning_rates": rates,
-        "progress": _progress(plan, by_arm),
-        "runs": [_run_row(run, primary, all_measures) for run in runs],
-        "primary": [_verdict(c, len(plan["contrasts"]), confidence) for c in contrasts],
-        "arms": [_by_arm_row(m, results[m.key], confidence) for m in all_measures],
-        "exploratory": [
-            {"measure": m.key, "contrasts": found}
-            for m in all_measures
-            if m.key != f"{metric}/{how}"
-            and (found := [_verdict(c, None, confidence) for c in _contrasts(results[m.key], plan)])
-        ],
-        "matched_reward": _matched(by_arm, runs),
-        "figures": [{k: v for k, v in one.items() if k != "canvas"} for one in drawn],
-    }
+    data = numbers(loaded)
+    data["figures"] = [{k: v for k, v in one.items() if k != "canvas"} for one in drawn]
     pictures = {one["key"]: svg(one["canvas"]) for one in drawn}
     for key, picture in pictures.items():
         (folder / "figures").mkdir(exist_ok=True)
         write_text(folder / "figures" / f"{key}.svg", picture)
     write_text(folder / "report.json", json.dumps(_finite(data), allow_nan=False, indent=1) + "\n")
     output = folder / "report.html"
-    write_text(output, _page(data, runs, tuning, by_arm, all_measures, pictures))
+    write_text(output, _page(data, loaded, pictures))
     return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a comparison's folder holds. `by_arm`: all runs, in the order of the plan; `shown`:
+    those of tables and curves, of the seeds that every arm has."""
+
+    written: dict[str, Any]
+    rates: dict[str, Any] | None
+    tuning: list[RunData]
+    by_arm: dict[str, list[RunData]]
+    shown: dict[str, list[RunData]]
+    measures: list[Measure]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self.written["plan"]
+
+    @property
+    def runs(self) -> list[RunData]:
+        return [run for found in self.by_arm.values() for run in found]
+
+    @property
+    def metric(self) -> str:
+        return self.plan["primary"]["metric"]
+
+    @property
+    def how(self) -> str:
+        return self.plan["primary"]["summary"]
+
+    @property
+    def confidence(self) -> float:
+        return self.plan["confidence"]
+
+    @property
+    def primary(self) -> Results:
+        return {
+            arm: {run.about.seed: summary(run, self.metric, self.how) for run in runs}
+            for arm, runs in self.by_arm.items()
+        }
+
+
+def load(folder: Path) -> Loaded:
+    """Raises UserError as `write_report`."""
+    written = _read_plan(folder)
+    asked = written["plan"]["learning_rates"]
+    runs = read_all(folder)
+    by_arm = _by_arm(runs, written["plan"], folder)
+    seeds = full_seeds(by_arm)
+    return Loaded(
+        written=written,
+        rates=_read_json(folder / "learning_rates.json") if asked else None,
+        tuning=read_all(folder, tuning=True),
+        by_arm=by_arm,
+        # Means over other seeds would not be comparable. Before the first full seed: all there is.
+        shown={
+            arm: [run for run in found if not seeds or run.about.seed in seeds]
+            for arm, found in by_arm.items()
+        },
+        measures=measures(runs),
+    )
+
+
+def full_seeds(by_arm: Mapping[str, Sequence[RunData]]) -> set[int]:
+    """The seeds that every arm has."""
+    return set.intersection(*({run.about.seed for run in runs} for runs in by_arm.values()))
+
+
+def numbers(loaded: Loaded) -> dict[str, Any]:
+    """What `write_report` says of the JSON, but for the figures."""
+    plan, confidence, primary = loaded.plan, loaded.confidence, loaded.primary
+    exploratory = []
+    for m in loaded.measures:
+        if m.key != f"{loaded.metric}/{loaded.how}":
+            found = _contrasts(_results(m, loaded.by_arm), plan)
+            rows = [_verdict(c, None, confidence) for c in found]
+            exploratory += [{"measure": m.key, "contrasts": rows}] if rows else []
+    return {
+        "moe_upgrpo": __version__,
+        "plan": loaded.written,
+        "learning_rates": loaded.rates,
+        "progress": _progress(loaded),
+        "runs": [_run_row(run, primary, loaded.measures) for run in loaded.runs],
+        "primary": [
+            _verdict(c, len(plan["contrasts"]), confidence) for c in _contrasts(primary, plan)
+        ],
+        "arms": [_by_arm_row(m, _results(m, loaded.shown), confidence) for m in loaded.measures],
+        "exploratory": exploratory,
+        "matched_reward": _matched(loaded.by_arm, loaded.runs),
+    }
 
 
 # What is read.
@@ -120,14 +184,14 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file} is not JSON: {error}.") from None
 
 
-def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_plan(folder: Path) -> dict[str, Any]:
     """plan.json and the plan in it: not checked again, options of that time may have gone since."""
     written = _read_json(folder / "plan.json")
     needed = {"name", "question", "base", "arms", "seeds", "contrasts", "primary", "confidence"}
     plan = written.get("plan", {}) if isinstance(written, dict) else {}
     if missing := sorted((needed | {"learning_rates"}) - {*plan}):
         raise UserError(f"{folder}/plan.json is not a comparison's: it lacks {', '.join(missing)}.")
-    return written, plan
+    return written
 
 
 def _by_arm(
@@ -208,8 +272,8 @@ def _run_row(run: RunData, primary: Results, all_measures: Sequence[Measure]) ->
     return row | {"measures": {m.key: m.of(run) for m in all_measures}}
 
 
-def _progress(plan: Mapping[str, Any], by_arm: Mapping[str, Sequence[RunData]]) -> dict[str, Any]:
-    runs = [run for found in by_arm.values() for run in found]
+def _progress(loaded: Loaded) -> dict[str, Any]:
+    plan, runs = loaded.plan, loaded.runs
     have = {(run.about.arm, run.about.seed) for run in runs}
     missing = [f"{a}, seed {s}" for s in plan["seeds"] for a in plan["arms"] if (a, s) not in have]
     return {
@@ -217,6 +281,7 @@ def _progress(plan: Mapping[str, Any], by_arm: Mapping[str, Sequence[RunData]]) 
         "planned": len(plan["seeds"]) * len(plan["arms"]),
         "crashed": sum(run.about.status == "crashed" for run in runs),
         "missing": missing,
+        "full_seeds": sorted(full_seeds(loaded.by_arm)),
     }
 
 
@@ -252,7 +317,7 @@ def _finite(value: Any) -> Any:
 def points(value: float, signed: bool = True) -> str:
     """A difference of shares in points: 0.021 is +2.1; smaller ones with more digits."""
     shown = 100 * value
-    digits = 1 if abs(shown) >= 0.95 or shown == 0 else 2
+    digits = 1 if abs(shown) >= 0.1 or shown == 0 else 2
     text = f"{shown:+.{digits}f}" if signed else f"{shown:.{digits}f}"
     return text.replace("-", "−")
 
@@ -266,12 +331,12 @@ def _sentence(row: Mapping[str, Any], confidence: float) -> dict[str, str]:
     numbers = (
         f"{confidence:.0%} interval {points(row['low'])} to {points(row['high'])}, "
         f"{plural(row['seeds'], 'paired seed')}, p {_is(row['p'])}, "
-        f"after Holm's correction {_is(row['p_holm'])}"
+        f"Holm-corrected p {_is(row['p_holm'])}"
     )
     needed = (
-        f"A difference of less than {points(row['half_width'], False)} points could not have been "
-        f"told from zero here, and only one of {points(row['needed'], False)} shows whatever the "
-        "other contrasts do."
+        f"No difference below {points(row['half_width'], False)} points could have been told from "
+        f"zero with these seeds, at the strictest step of Holm's correction none below "
+        f"{points(row['needed'], False)}."
     )
     if row["verdict"] == "not told apart":
         text = f"the difference is {points(row['difference'])} points ({numbers}). {needed}"
@@ -279,6 +344,15 @@ def _sentence(row: Mapping[str, Any], confidence: float) -> dict[str, str]:
         size = points(abs(row["difference"]), False)
         text = f"by {size} points ({numbers}). {needed}"
     return {"pair": f"{row['arm']} against {row['other']}", "verdict": row["verdict"], "text": text}
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> str:
+    told, planned = sum(r["verdict"] != "not told apart" for r in rows), len(plan["contrasts"])
+    if not rows:
+        return "No contrast can be tested yet."
+    if not told:
+        return f"A negative result: none of {plural(planned, 'contrast')} is told apart."
+    return f"{told} of {plural(planned, 'contrast')} told apart."
 
 
 def _is(p: float) -> str:
@@ -347,8 +421,9 @@ def _start(run: RunData) -> datetime | None:
     return datetime.fromisoformat(started) if started else None
 
 
-def _ran(runs: Sequence[RunData], tuning: Sequence[RunData], written: Mapping[str, Any]) -> list:
+def _ran(loaded: Loaded) -> list[tuple[str, str]]:
     """Rows (name, text): with what, where and for how long."""
+    runs, tuning = loaded.runs, loaded.tuning
     seconds = [run.about.seconds for run in runs if run.about.seconds is not None]
     rows = []
     if seconds:
@@ -362,8 +437,9 @@ def _ran(runs: Sequence[RunData], tuning: Sequence[RunData], written: Mapping[st
             )
         )
     if spent := [run.about.seconds for run in tuning if run.about.seconds is not None]:
-        text = f"{plural(len(tuning), 'run')}, {_hours(sum(spent))} added up"
-        rows.append(("Choosing learning rates", text))
+        crashed = sum(run.about.status == "crashed" for run in tuning)
+        text = f"{plural(len(tuning), 'run')}, {crashed or 'none'} crashed"
+        rows.append(("Choosing learning rates", f"{text}, {_hours(sum(spent))} added up"))
     ends = [
         (start, start + timedelta(seconds=run.about.seconds))
         for run in [*tuning, *runs]
@@ -377,7 +453,7 @@ def _ran(runs: Sequence[RunData], tuning: Sequence[RunData], written: Mapping[st
     environments = [run.about.environment for run in runs]
     rows += [
         ("Machine", _counted([_machine(found) for found in environments])),
-        ("Ranks of a run", str(written["plan"].get("nproc", 1))),
+        ("Ranks of a run", str(loaded.plan.get("nproc", 1))),
         ("Versions", _counted([_versions(found) for found in environments])),
         ("Commit of the runs", _counted([_commit(found.get("git")) for found in environments])),
     ]
@@ -390,24 +466,21 @@ def _ran(runs: Sequence[RunData], tuning: Sequence[RunData], written: Mapping[st
     return rows
 
 
-def _warnings(
-    written: Mapping[str, Any],
-    rates: Mapping[str, Any] | None,
-    runs: Sequence[RunData],
-    tuning: Sequence[RunData],
-    gains: Mapping[str, tuple[float, float, float]],
-) -> list[str]:
+def _warnings(loaded: Loaded, gains: Mapping[str, tuple[float, float, float]]) -> list[str]:
     """What a reader must know before the answer."""
-    found = []
-    said = datetime.fromisoformat(written["written"])
-    early = sum((start := _start(run)) is not None and start < said for run in [*tuning, *runs])
-    if early:
-        total = len(tuning) + len(runs)
+    found, runs, tuning = [], loaded.runs, loaded.tuning
+    said = datetime.fromisoformat(loaded.written["written"])
+    early = [
+        sum((start := _start(run)) is not None and start < said for run in part)
+        for part in (tuning, runs)
+    ]
+    if any(early):
         found.append(
-            f"{early} of {total} runs started before plan.json was written: for them, the plan "
-            "was not written beforehand."
+            f"{early[0]} of the {plural(len(tuning), 'run')} that chose learning rates and "
+            f"{early[1]} of the {plural(len(runs), 'compared run')} started before plan.json was "
+            "written: for them, it was not written beforehand."
         )
-    for arm, found_rates in (rates or {}).items():
+    for arm, found_rates in (loaded.rates or {}).items():
         tried = [score["lr"] for score in found_rates["scores"]]
         chosen = found_rates["chosen"]
         if chosen in (min(tried), max(tried)):
@@ -429,52 +502,39 @@ def _warnings(
     return found
 
 
-def _gains(
-    by_arm: Mapping[str, Sequence[RunData]], primary: Results, metric: str, confidence: float
-) -> dict[str, tuple[float, float, float]]:
+def _gains(loaded: Loaded) -> dict[str, tuple[float, float, float]]:
     """arm → mean and interval of the primary figure − the same metric before training."""
     found = {}
-    for arm, runs in by_arm.items():
-        before = {run.about.seed: evaluations(run, metric).get(0) for run in runs}
-        values = [primary[arm][seed] - x for seed, x in before.items() if x is not None]
+    for arm, runs in loaded.shown.items():
+        before = {run.about.seed: evaluations(run, loaded.metric).get(0) for run in runs}
+        values = [loaded.primary[arm][seed] - x for seed, x in before.items() if x is not None]
         if values:
-            found[arm] = mean_interval(values, confidence)
+            found[arm] = mean_interval(values, loaded.confidence)
     return found
 
 
 def _gain(found: tuple[float, float, float] | None) -> str:
     if found is None:
         return "–"
-    mean, low, high = (points(x) if math.isfinite(x) else "?" for x in found)
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = found
+    interval = f" [{points(low)}, {points(high)}]" if math.isfinite(low) else ""
+    return points(mean) + interval
 
 
 # The page.
 
 
-def _page(
-    data: Mapping[str, Any],
-    runs: Sequence[RunData],
-    tuning: Sequence[RunData],
-    by_arm: Mapping[str, Sequence[RunData]],
-    all_measures: Sequence[Measure],
-    pictures: Mapping[str, str],
-) -> str:
-    plan, confidence = data["plan"]["plan"], data["plan"]["plan"]["confidence"]
-    metric, how = plan["primary"]["metric"], plan["primary"]["summary"]
-    primary_key = f"{metric}/{how}"
-    primary = {arm: {} for arm in by_arm}
-    for row in data["runs"]:
-        primary[row["arm"]][row["seed"]] = row["primary"]
-    gains = _gains(by_arm, primary, metric, confidence)
-    by_key = {m.key: m for m in all_measures}
-    full = {arm: len(found) for arm, found in by_arm.items()}
+def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) -> str:
+    plan, confidence, metric, runs = loaded.plan, loaded.confidence, loaded.metric, loaded.runs
+    gains = _gains(loaded)
+    by_key = {m.key: m for m in loaded.measures}
+    full = {arm: len(found) for arm, found in loaded.shown.items()}
 
     def arm_rows(held_out: bool) -> list[dict[str, Any]]:
         return [
             {
                 "name": row["label"],
-                "main": row["measure"] == primary_key,
+                "main": row["measure"] == f"{metric}/{loaded.how}",
                 "cells": [
                     _cell_mean(entry, by_key[row["measure"]].is_share, full[entry["arm"]])
                     for entry in row["values"]
@@ -483,6 +543,8 @@ def _page(
             for row in data["arms"]
             if row["measure"].startswith("eval/") == held_out
         ]
+
+    most = {(row["arm"], row["other"]): row["seeds"] for row in data["primary"]}
 
     def contrast_rows() -> list[dict[str, Any]]:
         rows = []
@@ -493,7 +555,7 @@ def _page(
                 {
                     "name": measure.label + (", points" if measure.is_share else ""),
                     "cells": [
-                        _cell_contrast(cells[a, b], measure.is_share, min(full[a], full[b]))
+                        _cell_contrast(cells[a, b], measure.is_share, most[a, b])
                         if (a, b) in cells
                         else None
                         for a, b in plan["contrasts"]
@@ -503,7 +565,6 @@ def _page(
         return rows
 
     tested = [row["p"] for entry in data["exploratory"] for row in entry["contrasts"]]
-    asked = plan["learning_rates"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(
             [Path(__file__).parent, Path(moe_upgrpo.__file__).parent / "report"]
@@ -519,8 +580,9 @@ def _page(
         code=_commit(data["plan"].get("code")),
         progress=data["progress"],
         seeds=figures.span(list(full.values())),
+        headline=_headline(data["primary"], plan),
         crashes=[run.about for run in runs if run.about.status == "crashed"],
-        warnings=_warnings(data["plan"], data["learning_rates"], runs, tuning, gains),
+        warnings=_warnings(loaded, gains),
         answers=[_sentence(row, confidence) for row in data["primary"]],
         untested=[
             f"{a} against {b}"
@@ -528,23 +590,23 @@ def _page(
             if (a, b) not in [(row["arm"], row["other"]) for row in data["primary"]]
         ],
         metric=metric.removeprefix("eval/"),
-        how=SAID[how],
+        how=SAID[loaded.how],
         arms=[
             {
                 "name": arm,
                 "color": figures.style_of(i)["color"],
                 "options": _yaml(plan["arms"][arm]),
-                "runs": plural(full[arm], "run"),
-                "crashed": sum(run.about.status == "crashed" for run in by_arm[arm]),
-                "lr": _counted([f"{run.about.lr:g}" for run in by_arm[arm]]) if full[arm] else "–",
+                "runs": plural(len(found), "run"),
+                "crashed": sum(run.about.status == "crashed" for run in found),
+                "lr": _counted([f"{run.about.lr:g}" for run in found]) if found else "–",
                 "gain": _gain(gains.get(arm)),
             }
-            for i, arm in enumerate(by_arm)
+            for i, (arm, found) in enumerate(loaded.by_arm.items())
         ],
         base=_yaml(plan["base"]),
-        asked=asked,
-        rates=_rates(data["learning_rates"]),
-        ran=_ran(runs, tuning, data["plan"]),
+        asked=plan["learning_rates"],
+        rates=_rates(loaded.rates),
+        ran=_ran(loaded),
         held_out=arm_rows(True),
         others=arm_rows(False),
         contrast_heads=[f"{a} − {b}" for a, b in plan["contrasts"]],
@@ -564,7 +626,7 @@ def _page(
             }
             for one in data["figures"]
         ],
-        definitions=[{"name": m.label, "text": sentence(m.meaning)} for m in all_measures],
+        definitions=[{"name": m.label, "text": sentence(m.meaning)} for m in loaded.measures],
         runs=[
             row | {"shown": f"{row['primary']:.1%}", "time": _hours(row["seconds"])}
             if row["seconds"] is not None
