@@ -5,7 +5,7 @@
 
 The stack is imported once; each job then forks its ranks. What is not the stack's here, and why:
 
-- modules that are not installed here: `STAND_INS`; nothing of them is used, but for get_args;
+- modules that are not installed here (`stack_plugin.NAMES`); used of them is get_args alone;
 - its Megatron: the lines that slime's patch puts into two files are put into megatron-core 0.16.1,
   those of miles' fork likewise (radixark/Megatron-LM 2e64d78);
 - building the model and loading its weights, Transformer Engine's: moe_upgrpo.megatron does it;
@@ -22,45 +22,26 @@ import pickle
 import socket
 import sys
 import traceback
-import types
 import warnings
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import MagicMock
 
+from tests.integrations.stack_plugin import NAMES, StandIns
+
 warnings.filterwarnings("ignore")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-STAND_INS = [
-    *(
-        "sglang",
-        "sglang_router",
-        "mooncake",
-        "torch_memory_saver",
-        "megatron.training",
-        "megatron.bridge",
-    ),
-    "mbridge",
-]
 STACK, CHECKOUT = sys.argv[1:3]
 ANCHORS = {  # the line of megatron-core 0.16.1 that the stack's lines stand before
     "megatron.core.transformer.moe.moe_utils": '    if score_function == "softmax":',
     "megatron.core.transformer.moe.router": "    def _maintain_float32_expert_bias(self):",
 }
-
-
-class StandIn(types.ModuleType):
-    __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock()
 
 
 def added_lines(module: str) -> str:
@@ -91,23 +72,15 @@ class Patched(SourceFileLoader):
         return compile(head + added_lines(name) + anchor + tail, self.path, "exec")
 
 
-class Finder(MetaPathFinder, Loader):
+class PatchedMegatron(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if any(name == x or name.startswith(x + ".") for x in STAND_INS):
-            return ModuleSpec(name, self, is_package=True)
         spec = PathFinder.find_spec(name, path) if name in ANCHORS else None
         if spec:
             spec.loader = Patched(name, spec.origin)
         return spec
 
-    def create_module(self, spec):
-        return StandIn(spec.name)
 
-    def exec_module(self, module):
-        pass
-
-
-sys.meta_path.insert(0, Finder())
+sys.meta_path[:0] = [StandIns(), PatchedMegatron()]
 sys.path.append(CHECKOUT)
 
 import torch
@@ -125,7 +98,7 @@ from transformers import AutoConfig
 from moe_upgrpo.megatron import backend, model, weights
 from moe_upgrpo.megatron.layout import Layout
 
-STAND_INS.append("triton")  # not for Megatron and torch, which can do without it
+NAMES.append("triton")  # not for Megatron and torch, which can do without it
 if STACK == "slime":
     from slime.backends.megatron_utils import actor as actor_module
     from slime.backends.megatron_utils import cp_utils
@@ -155,6 +128,7 @@ else:
     from miles.backends.training_utils import cp_utils, parallel
     from miles.backends.training_utils import loss as loss_module
     from miles.ray.rollout import train_data_conversion
+    from miles.utils import replay_base
     from miles.utils.ft_utils.process_group_utils import GroupInfo
     from miles.utils.misc import load_function
 
@@ -462,11 +436,15 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
             from miles.utils.tracking_utils import tracking
 
             tracking.log = lambda a, row, step_key: reported.append(row)
+        recorded = []
+        replay = actor_module.RoutingReplay if STACK == "slime" else replay_base.Replay
+        record = replay.record
+        replay.record = lambda self, x: (recorded.append(x.clone()), record(self, x))[1]
         more = {} if STACK == "slime" else {"witness_info": None, "attempt": 0}
         for rollout_id in range(steps):
             data = rollout_data_of(args, sequences)
             actor.train_actor(rollout_id, data, **more)
-    return {"reported": reported}
+    return {"reported": reported, "recorded": recorded}
 
 
 def job(rank, world, port, function, arguments):
@@ -495,7 +473,7 @@ def on_ranks(world, function, *arguments) -> list | str:
     ranks = [pool.submit(job, r, world, port, function, arguments) for r in range(world)]
     found = {}
     try:
-        for done in as_completed(ranks, timeout=60):
+        for done in as_completed(ranks, timeout=600):
             rank, result = done.result()
             if isinstance(result, str):
                 return result
