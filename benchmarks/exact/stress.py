@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact.stress [--output-dir runs/stress] [--page docs/stress.md]
 
-Run from the repository's root, with the extras report and dev; 10 to 15 minutes of one core.
+Run from the repository's root, with the extras report and dev; about 8 minutes of CPU on one core.
 --quick takes seconds on a smaller policy and grid; --read makes tables and figures again from an
 output folder. Writes curves.parquet (a row for each run and update), fallen.parquet, meta.json,
 summary.json and the figures; --page fills that page's tables and draws its figures into img/.
@@ -38,7 +38,7 @@ import tyro
 
 from benchmarks.exact.policy import Sizes
 from benchmarks.exact.report import filled
-from benchmarks.exact.stress_fallen import fallen
+from benchmarks.exact.stress_fallen import DEPTHS, fallen
 from benchmarks.exact.stress_report import Report
 from benchmarks.exact.stress_runs import Model, Plan, Run, make_start, train
 from moe_upgrpo.errors import UserError
@@ -64,6 +64,7 @@ class Studies:
     lags: tuple[int, ...] = (0, 1, 2, 4, 8)
     stale_losses: tuple[str, ...] = (*PAIRED, "symmetric-ratio")
     stale_plan: Plan = field(default_factory=lambda: Plan(updates=48, inner_steps=4))
+    fallen_depths: tuple[int, ...] = DEPTHS
     fallen_losses: tuple[str, ...] = (
         *PAIRED,
         "dapo",
@@ -81,14 +82,15 @@ QUICK = Studies(
     seeds=2,
     losses=("grpo", "up-grpo", "gspo", "up-gspo", "symmetric-ratio"),
     learning_rates=(1e-2, 1e-1),
-    plan=Plan(updates=3, inner_steps=3, groups=2),
+    plan=Plan(updates=2, inner_steps=2, groups=2),
     fewer_losses=("grpo", "up-grpo"),
     false_positives=(0.2,),
     right_shares=(0.1, 0.5),
     lags=(0, 2),
     stale_losses=("grpo", "up-grpo"),
-    stale_plan=Plan(updates=4, inner_steps=1, groups=2),
-    fallen_losses=("grpo", "up-grpo", "gspo", "up-gspo", "symmetric-ratio", "sequence-is"),
+    stale_plan=Plan(updates=3, inner_steps=1, groups=2),
+    fallen_depths=(1, 2),
+    fallen_losses=("grpo", "up-grpo", "gspo", "symmetric-ratio", "sequence-is"),
 )
 
 
@@ -176,7 +178,7 @@ def computed(studies: Studies) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     starts = [
         make_start(model, seed, right=studies.right) for seed in range(200, 200 + studies.seeds)
     ]
-    down = fallen(model, starts, studies.fallen_losses)
+    down = fallen(model, starts, studies.fallen_losses, depths=studies.fallen_depths)
     meta = {
         "seeds": studies.seeds,
         "own_learning_rates": rates,

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.exact.report import code, names_in, number, select, table
-from benchmarks.exact.stress_fallen import DEPTHS, weight_on_positive
+from benchmarks.exact.stress_fallen import weight_on_positive
 from benchmarks.exact.stress_runs import collapsed, exploded
 from moe_upgrpo.stats import compare_paired, holm
 
@@ -118,6 +118,7 @@ class Report:
         self.curves, self.fallen, self.meta = curves, fallen, meta
         self.runs = runs_of(curves)
         self.rates = meta["own_learning_rates"]
+        self.depths = sorted(set(fallen["k"]))
         self.sweep = select(self.runs, study="collapse")
         own = self.sweep["loss"].map(self.rates) == self.sweep["learning_rate"]
         self.own = self.sweep[own & self.sweep["clipped"]]
@@ -363,12 +364,12 @@ class Report:
         rows = []
         for loss in names_in(self.fallen, "loss"):
             row = [code(loss)]
-            for k in DEPTHS:
+            for k in self.depths:
                 every = weight_on_positive(loss, [-k, -k, -k])[0]
                 first, other, _ = weight_on_positive(loss, [-k, 0, 0])
                 row.append(f"{number(every)}; {number(first)}, {number(other)}")
             rows.append(row)
-        return table(["loss", *(f"r = e^-{k}" for k in DEPTHS)], rows)
+        return table(["loss", *(f"r = e^-{k}" for k in self.depths)], rows)
 
     def fallen_table(self) -> str:
         blocks = []
@@ -385,7 +386,7 @@ class Report:
                     code(loss),
                     *(
                         f"{number(of.mean())} ± {number(half(of))}"
-                        for k in DEPTHS
+                        for k in self.depths
                         for of in [select(self.fallen, loss=loss, k=k)[column]]
                     ),
                 ]
@@ -394,9 +395,11 @@ class Report:
             if column.endswith("_after"):
                 start = column.removesuffix("_after")
                 one = select(self.fallen, loss=names_in(self.fallen, "loss")[0])
-                of_k = [select(one, k=k)[start] for k in DEPTHS]
+                of_k = [select(one, k=k)[start] for k in self.depths]
                 rows.append(["before", *(f"{number(v.mean())} ± {number(half(v))}" for v in of_k)])
-            blocks.append(f"{title}:\n\n" + table(["loss", *(f"e^-{k}" for k in DEPTHS)], rows))
+            blocks.append(
+                f"{title}:\n\n" + table(["loss", *(f"e^-{k}" for k in self.depths)], rows)
+            )
         return "\n\n".join(blocks)
 
     def sections(self) -> dict[str, Callable[[], str]]:
@@ -510,7 +513,7 @@ class Report:
             {
                 "weight": "mean c on the fallen half",
                 "bias_right": "bias of the right side / |target|",
-                "fall_after": "P/P_old of the fallen half after 16 steps",
+                "reward_after": "P(right) after 16 steps",
             }.items(),
             strict=True,
         ):
@@ -521,9 +524,8 @@ class Report:
                 )
             self._lines(axis, drawn, "k", column)
             axis.set(xlabel="k: positives fallen to e^-k", ylabel=label)
-            axis.set_xticks(DEPTHS)
-        axes[2].set_yscale("log")
-        axes[0].legend(fontsize=6.5, frameon=False)
+            axis.set_xticks(self.depths)
+        axes[2].legend(fontsize=6.5, frameon=False)
         axes[1].set_title(f"{self.meta['seeds']} policies, t 95%")
         return figure
 
