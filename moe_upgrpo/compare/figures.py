@@ -19,7 +19,8 @@ from moe_upgrpo.compare.measures import KL, REWARD, curve, evaluation_metrics, s
 from moe_upgrpo.report.plots import COLORS, SOFT, STYLE
 from moe_upgrpo.stats import Comparison, mean_interval
 
-_LINES = ("-", "--")
+# The report's, and three more; those are dashed as well.
+_ARMS = (*COLORS, "#332288", "#882255", "#999933")
 _MARKERS = "os^DvPX<>*"
 _SIZE = (5.6, 3.5)
 _LOG_FROM = 30  # times the median, of the largest: then a linear axis shows nothing but that
@@ -69,11 +70,18 @@ CURVES = [
 ]
 
 
-def over_seeds(runs: Sequence[RunData], metric: str, confidence: float) -> dict[str, list]:
-    """Of each step mean and pointwise t interval over the runs that have it, and their number."""
+def over_seeds(
+    runs: Sequence[RunData], metric: str, confidence: float, width: int = 1
+) -> dict[str, list]:
+    """Of each step mean and pointwise t interval over the runs that have it, and their number.
+
+    A run's value is its mean over the `width` values up to that step.
+    """
     values: dict[int, list[float]] = {}
     for run in runs:
-        for step, value in curve(run, metric).items():
+        found = curve(run, metric)
+        means = smoothed(list(found.values()), width)
+        for step, value in zip(list(found)[width - 1 :], means, strict=True):
             values.setdefault(step, []).append(value)
     steps = sorted(values)
     found = [(*mean_interval(values[step], confidence), len(values[step])) for step in steps]
@@ -93,7 +101,7 @@ def draw_all(
 ) -> list[Drawing]:
     """All figures that there is data for: curves of `by_arm`, the strip of `all_runs`.
 
-    `primary`: arm → seed → figure; `width`: steps that KL against reward is smoothed over.
+    `primary`: arm → seed → figure; `width`: steps that curves of training are smoothed over.
     """
     runs = [run for found in by_arm.values() for run in found]
     made = [_strip(all_runs, primary, primary_label, confidence)]
@@ -105,11 +113,12 @@ def draw_all(
     ]
     for about in [*evaluated, *CURVES]:
         data = [
-            {"arm": arm} | over_seeds(found, about.metric, confidence)
+            {"arm": arm}
+            | over_seeds(found, about.metric, confidence, 1 if about in evaluated else width)
             for arm, found in by_arm.items()
         ]
         if any(entry["steps"] for entry in data):
-            made.append(_curves(about, data, confidence))
+            made.append(_curves(about, data, confidence, 1 if about in evaluated else width))
         if about.metric == KL and (drawing := _kl_against_reward(by_arm, confidence, width)):
             made.append(drawing)
     return made
@@ -133,13 +142,13 @@ def _short(name: str) -> str:
 def style_of(arm: int) -> dict[str, Any]:
     """Colour, line and mark of the arm of that number."""
     return {
-        "color": COLORS[arm % len(COLORS)],
-        "ls": _LINES[arm // len(COLORS) % len(_LINES)],
+        "color": _ARMS[arm % len(_ARMS)],
+        "ls": "-" if arm < len(COLORS) else "--",
         "marker": _MARKERS[arm % len(_MARKERS)],
     }
 
 
-def _curves(about: Curve, data: list[dict], confidence: float) -> Drawing:
+def _curves(about: Curve, data: list[dict], confidence: float, width: int) -> Drawing:
     with _canvas() as (canvas, axes):
         spacing = min(_spacing(entry["steps"]) for entry in data if entry["steps"])
         points = about.metric.startswith("eval/")
@@ -166,14 +175,19 @@ def _curves(about: Curve, data: list[dict], confidence: float) -> Drawing:
         if about.is_share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        steps = sorted({step for entry in data for step in entry["steps"]})
+        if points and len(steps) <= 10:
+            axes.set_xticks(steps)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _arms_legend(canvas, [entry["arm"] for entry in data], points=points)
     counts = [n for entry in data for n in entry["runs"]]
+    each = f"each run's value the mean of {width} steps; " if width > 1 else ""
     return {
         "key": about.metric.replace("/", "-"),
         "title": about.title,
         "read": f"{about.read} Mean over seeds and pointwise {confidence:.0%} interval; "
-        f"{span(counts)} of each arm.{' Logarithmic.' if is_log else ''}",
+        f"{each}{span(counts)} of each arm.{' Logarithmic.' if is_log else ''}",
         "data": data,
         "canvas": canvas,
     }

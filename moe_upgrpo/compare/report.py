@@ -364,9 +364,14 @@ def _cell_mean(entry: Mapping[str, Any], is_share: bool, full: int) -> str:
     if not entry["runs"]:
         return "–"
     mean, half = entry["mean"], (entry["high"] - entry["low"]) / 2
-    text = f"{100 * mean:.1f}" if is_share else number(mean)
-    if math.isfinite(half):
-        text += f" ± {100 * half:.1f}" if is_share else f" ± {number(half)}"
+    if is_share:
+        text = f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+    elif math.isfinite(half) and half > 0:  # both to the second digit of the second
+        digits = max(0, 1 - math.floor(math.log10(half)))
+        small = digits > 5
+        text = f"{mean:.2e} ± {half:.1e}" if small else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    else:
+        text = number(mean)
     few = f" ({entry['runs']})" if entry["runs"] != full else ""
     return text.replace("-", "−") + ("%" if is_share else "") + few
 

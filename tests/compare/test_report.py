@@ -159,13 +159,16 @@ def test_the_page_holds_its_parts(whole):
 
 
 def test_curves_in_the_json_by_hand(whole):
-    """Training reward at step 8: .8 of four runs of a; of b's three, and 0 of the crashed one."""
+    """Training reward at step 8, mean of two steps: .75 of a's four runs and of three of b's.
+
+    The crashed run counts 0: mean .5625, s = .375.
+    """
     data = json.loads((whole / "report.json").read_text())
     figure = next(one for one in data["figures"] if one["key"] == "reward-correct_rate")
     a, b = figure["data"]
-    assert (a["steps"][-1], a["mean"][-1], a["runs"][-1]) == (8, pytest.approx(0.8), 4)
-    assert (b["mean"][-1], b["runs"][-1]) == (pytest.approx(0.6), 4)
-    assert b["high"][-1] == pytest.approx(0.6 + 3.182446 * 0.4 / 2, rel=1e-6)
+    assert (a["steps"][-1], a["mean"][-1], a["runs"][-1]) == (8, pytest.approx(0.75), 4)
+    assert (b["mean"][-1], b["runs"][-1]) == (pytest.approx(0.5625), 4)
+    assert b["high"][-1] == pytest.approx(0.5625 + 3.182446 * 0.375 / 2, rel=1e-6)
 
 
 def test_the_json_is_strict(whole):
