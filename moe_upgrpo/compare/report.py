@@ -346,13 +346,14 @@ def _sentence(row: Mapping[str, Any], confidence: float) -> dict[str, str]:
     return {"pair": f"{row['arm']} against {row['other']}", "verdict": row["verdict"], "text": text}
 
 
-def _headline(rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> str:
+def _headline(rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], done: bool) -> str:
     told, planned = sum(r["verdict"] != "not told apart" for r in rows), len(plan["contrasts"])
     if not rows:
         return "No contrast can be tested yet."
     if not told:
-        return f"A negative result: none of {plural(planned, 'contrast')} is told apart."
-    return f"{told} of {plural(planned, 'contrast')} told apart."
+        begin = "A negative result:" if done else "So far"
+        return f"{begin} none of {plural(planned, 'contrast')} is told apart."
+    return f"{'' if done else 'So far '}{told} of {plural(planned, 'contrast')} told apart."
 
 
 def _is(p: float) -> str:
@@ -365,7 +366,9 @@ def _cell_mean(entry: Mapping[str, Any], is_share: bool, full: int) -> str:
         return "–"
     mean, half = entry["mean"], (entry["high"] - entry["low"]) / 2
     if is_share:
-        text = f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+        digits = 1 if mean >= 0.01 else 2
+        text = f"{100 * mean:.{digits}f}"
+        text += f" ± {100 * half:.{digits}f}" if math.isfinite(half) else ""
     elif math.isfinite(half) and half > 0:  # both to the second digit of the second
         digits = max(0, 1 - math.floor(math.log10(half)))
         small = digits > 5
@@ -378,13 +381,13 @@ def _cell_mean(entry: Mapping[str, Any], is_share: bool, full: int) -> str:
 
 def _cell_contrast(row: Mapping[str, Any], is_share: bool, full: int) -> dict[str, Any]:
     def show(value: float) -> str:
-        return points(value) if is_share else f"{value:+.3g}".replace("-", "−")
+        return points(value) if is_share else f"{value:+.2g}".replace("-", "−")
 
     few = f", {row['seeds']} seeds" if row["seeds"] != full else ""
     return {
         "text": f"{show(row['difference'])} [{show(row['low'])}, {show(row['high'])}]",
         "p": f"p {_is(row['p'])}, Holm {p_text(row['p_holm'])}{few}",
-        "verdict": "" if row["verdict"] == "not told apart" else row["verdict"],
+        "told": row["verdict"] != "not told apart",
     }
 
 
@@ -585,7 +588,7 @@ def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) 
         code=_commit(data["plan"].get("code")),
         progress=data["progress"],
         seeds=figures.span(list(full.values())),
-        headline=_headline(data["primary"], plan),
+        headline=_headline(data["primary"], plan, not data["progress"]["missing"]),
         crashes=[run.about for run in runs if run.about.status == "crashed"],
         warnings=_warnings(loaded, gains),
         answers=[_sentence(row, confidence) for row in data["primary"]],

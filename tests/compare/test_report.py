@@ -81,7 +81,8 @@ def test_nothing_there_is_not_told_apart(tmp_path):
     (row,) = numbers(path)["primary"]
     assert row["verdict"] == "not told apart" and row["p"] == pytest.approx(1)
     assert row["half_width"] == pytest.approx(3.182446 * math.sqrt(4e-4 / 3) / 2)
-    assert report._headline([row], PLAN).startswith("A negative result: none of 1 contrast is told")
+    assert report._headline([row], PLAN, True).startswith("A negative result: none of 1 contr")
+    assert report._headline([row], PLAN, False) == "So far none of 1 contrast is told apart."
     said = report._sentence(row, 0.95)
     assert said["verdict"] == "not told apart" and "equal" not in said["text"]
     assert "No difference below 1.8 points could have been told from zero" in said["text"]
