@@ -143,7 +143,7 @@ class TrainLog:
         self.last = False  # this rank has the last pipeline stage
         self.writes = False
         actor = stack.actor
-        self._forward_only, self._train = actor.forward_only, actor.train
+        self._forward_only = actor.forward_only
         for name, wrapper in {
             "get_data_iterator": self._begin,
             "forward_only": self._score,
@@ -178,7 +178,7 @@ class TrainLog:
             original, rollout_id, model, optimizer, scheduler, data_iterator, num_microbatches,
             sizes, *rest, **kwargs,
         )  # fmt: skip
-        if self.args.loss_type == "value_loss":
+        if self.args.loss_type not in ("policy_loss", "custom_loss"):
             return call()
         if self.scored is None:  # --use-rollout-logprobs; one step of the stack's own loss
             forward = functools.partial(

@@ -167,9 +167,8 @@ def stack_loss(
     """
     config = loss_config(args)
     ours = copy.copy(args)
-    ours.advantage_estimator = (
-        "grpo"  # no ratios of whole sequences beforehand, no other inner loss
-    )
+    # So that the stack makes no ratio of whole sequences and calls no other inner loss.
+    ours.advantage_estimator = "grpo"
     if config.aggregation.startswith("seq-mean-token-sum"):
         ours.custom_pg_loss_reducer_function_path = sequence_sum_path
     lengths = list(zip(batch["total_lengths"], batch["response_lengths"], strict=True))

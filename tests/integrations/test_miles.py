@@ -5,6 +5,9 @@ from tests.integrations.slime_checks import StackChecks
 
 class TestMiles(StackChecks):
     stack = "miles"
+    # Its cross entropy is Megatron's fused one, whose gradient is rounded to bfloat16
+    # (fused_cross_entropy.py:82).
+    tolerance = 2**-8
     # Their conftest imports SGLang.
     own_tests_flags = ("--noconftest",)
     name_of_own_tests = (
