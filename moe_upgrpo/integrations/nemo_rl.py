@@ -1,0 +1,52 @@
+"""NeMo-RL: run one of its scripts with the losses of this library in place.
+
+    python -m moe_upgrpo.integrations.nemo_rl examples/run_grpo.py --config … \\
+        ++loss_fn.moe_upgrpo.preset=up-grpo
+
+The name `ClippedPGLossFn` is bound anew before the script imports it (grpo.py:695, ppo.py:476 and
+single_controller_utils/setup.py:787 make the loss of a job). The loss is pickled by reference, so
+that the workers' environments need this package too. In a checkout that is patched
+(`moe-upgrpo patch apply nemo-rl`) grpo.py takes the loss by itself. Flags: docs/nemo-rl.md.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from moe_upgrpo.errors import UserError
+
+
+def rebind() -> None:
+    """`ClippedPGLossFn` becomes `PolicyLossFn` wherever a job's loss is made; again is harmless."""
+    import nemo_rl.algorithms.loss as package
+
+    from moe_upgrpo.integrations.nemo_rl_loss import PolicyLossFn
+
+    package.ClippedPGLossFn = PolicyLossFn
+    for name in ("grpo", "ppo", "single_controller_utils.setup"):
+        module = sys.modules.get(f"nemo_rl.algorithms.{name}")
+        if module is not None:
+            module.ClippedPGLossFn = PolicyLossFn
+
+
+def main() -> None:
+    script = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if script is None or not script.is_file():
+        sys.exit(
+            "usage: python -m moe_upgrpo.integrations.nemo_rl examples/run_grpo.py [its arguments] "
+            f"++loss_fn.moe_upgrpo.preset=up-grpo; {script} given"
+        )
+    try:
+        rebind()
+        from moe_upgrpo.integrations.nemo_rl_loss import LOSSES
+
+        print(f"moe_upgrpo: {len(LOSSES)} losses for loss_fn.moe_upgrpo.preset", flush=True)
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(script.parent.absolute())  # as `python script` has it
+        runpy.run_path(str(script), run_name="__main__")
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,557 @@
+"""The routing log of NeMo-RL's Megatron workers: rollout against trainer, token by token.
+
+`moe-upgrpo patch apply nemo-rl` puts `logged` on `MegatronPolicyWorkerImpl`, the class of the
+workers of all tensor, pipeline, context and data ranks. It wraps
+
+- `get_logprobs`, the forward at the old weights: the routers' own choice is taken from forward
+  hooks. With replay that forward is held to the rollout's routes; one more without replay goes
+  before it, and of the held one what each router would have chosen is taken (NeMo-RL's and
+  Megatron-Core's `RouterReplay.get_replay_topk` drop it);
+- `train`: the loss is evaluated a second time, on detached log-probs and without its KL term; the
+  gradient says which tokens the loss's own rule cut. After the last optimizer step the token rows
+  and metrics of the step are written.
+
+`policy.router_replay.observe_only` carries the rollout's routes to the workers as router_replay
+does, and there nothing is replayed.
+
+Row p - 1 of `routed_experts` is that of the token at p. A row of -1 is missing: its token is left
+out of the log, and counted.
+
+Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
+"""
+
+import functools
+import hashlib
+import os
+from collections import defaultdict
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
+from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
+from nemo_rl.distributed.model_utils import allgather_cp_sharded_tensor
+from nemo_rl.models.megatron import router_replay
+from nemo_rl.package_info import __version__
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
+from moe_upgrpo.losses import Metric
+
+ROW = "moe_upgrpo_row"  # of each sequence in a worker's batch; travels with the micro-batches
+REPORTED = (
+    "mismatch/router_rate",
+    "mismatch/router_numerator",
+    "mismatch/router_denominator",
+    "mismatch/slot_rate",
+    "mismatch/token_any_rate",
+    "mismatch/routers_per_token",
+    "conditional/router_rate",
+    "conditional/token_any_rate",
+    "logp_gap/mean_abs",
+    "logp_gap/k3",
+    "gap/numerics/mean_abs",
+    "gap/update/mean_abs",
+    "counterfactual/engine_routing/mean_abs",
+    "clip/positive",
+    "clip/negative",
+)
+
+
+def folder() -> Path | None:
+    path = os.environ.get("MOE_UPGRPO_RUN")
+    return Path(path) if path else None
+
+
+def logged(worker_class: type) -> type:
+    """The class itself, with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
+    init = worker_class.__init__
+
+    @functools.wraps(init)
+    def __init__(self, config, *args, **kwargs):
+        replay = config.get("router_replay") or {}
+        observes = bool(replay.get("enabled") and replay.get("observe_only"))
+        if observes:
+            config = {**config, "router_replay": {"enabled": False}}
+        init(self, config, *args, **kwargs)
+        if folder() is not None and replay.get("enabled"):
+            self.moe_upgrpo_log = WorkerLog(self, folder())
+
+    worker_class.__init__ = __init__
+    if folder() is None:
+        return worker_class
+    get_logprobs, train = worker_class.get_logprobs, worker_class.train
+    begin = worker_class.begin_train_step
+
+    @functools.wraps(get_logprobs)
+    def with_routes(self, *, data, micro_batch_size=None, require_router_replay=True):
+        def call():
+            return get_logprobs(
+                self,
+                data=data,
+                micro_batch_size=micro_batch_size,
+                require_router_replay=require_router_replay,
+            )
+
+        log = getattr(self, "moe_upgrpo_log", None)
+        if log is None or not require_router_replay:  # the reference's, or a calibration
+            return call()
+        return log.score(data, call)
+
+    @functools.wraps(train)
+    def with_log(self, data, loss_fn, eval_mode=False, gbs=None, *args, **kwargs):
+        log = getattr(self, "moe_upgrpo_log", None)
+        if log is None or eval_mode or not isinstance(loss_fn, ClippedPGLossFn):
+            return train(self, data, loss_fn, eval_mode, gbs, *args, **kwargs)
+        return log.update(
+            data, loss_fn, gbs, lambda loss: train(self, data, loss, False, gbs, *args, **kwargs)
+        )
+
+    @functools.wraps(begin)
+    def refused(self, *args, **kwargs):
+        if getattr(self, "moe_upgrpo_log", None) is not None:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the routing log does not cover the single controller's split "
+                "training step; unset it"
+            )
+        return begin(self, *args, **kwargs)
+
+    worker_class.get_logprobs, worker_class.train = with_routes, with_log
+    worker_class.begin_train_step = refused
+    return worker_class
+
+
+@dataclass
+class _Scored:
+    """A sequence at the old weights. Log-probs: `[S]`, value p for the token at p."""
+
+    native_SLK: np.ndarray
+    own_SLK: np.ndarray | None = None
+    native_logp: np.ndarray | None = None
+
+
+class _Seen:
+    """A loss that is called as the worker's, and shows what it is called with."""
+
+    def __init__(self, loss_fn: ClippedPGLossFn, see):
+        self.loss_fn, self._see = loss_fn, see
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss_fn, name)
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        totals = (global_valid_seqs, global_valid_toks)
+        self._see(self.loss_fn, next_token_logprobs, data, *totals)
+        return self.loss_fn(next_token_logprobs, data, *totals)
+
+
+class WorkerLog:
+    """The log of one worker."""
+
+    def __init__(self, worker, path: Path):
+        check_free(path)
+        self.worker, self.path = worker, path
+        self.replays = worker._router_replay_enabled
+        config = router_replay._unwrap_model_config(worker.model)
+        refused = {
+            "models that pack or slice their inputs themselves": (
+                worker.delegate_pack_to_model or worker.model_slices_context_parallel_inputs
+            ),
+            "policy.draft": worker.draft_model is not None,
+            "moe_router_fusion with replay": self.replays
+            and getattr(config, "moe_router_fusion", False),
+        }
+        for name, there in refused.items():
+            if there:
+                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}")
+        self.config = config
+        self.routers = {
+            router.layer_number: router
+            for name, router in worker.model.named_modules()
+            # Multi-token-prediction layers carry the number of another layer (NeMo-RL#3903).
+            if isinstance(router, TopKRouter) and "mtp" not in name.split(".")
+        }
+        self.writes = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        self.group = parallel_state.get_data_parallel_group()
+        self.layer_ids: list[int] = []
+        self.log: RunLog | None = None
+        self.step = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.scored: dict[str, _Scored] = {}
+        self.seen: dict[int, dict[str, np.ndarray]] = {}
+        self.gathered = Step()
+
+    # --- old log-probs
+
+    def score(self, data, forward) -> Any:
+        """The worker's forward, with routes. `forward` calls its `get_logprobs`."""
+        if "routed_experts" not in data:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the batch has no routed_experts; the routing log needs "
+                "policy.router_replay.enabled=true (with observe_only=true nothing is replayed) "
+                "and vLLM as the generation backend"
+            )
+        data[ROW] = torch.arange(data.size)
+        try:
+            native_logp = own = None
+            if self.replays:
+                self.worker._router_replay_enabled = False
+                try:
+                    native_output, native = self._recorded(forward)
+                finally:
+                    self.worker._router_replay_enabled = True
+                native_logp = native_output["logprobs"]
+                output, own = self._recorded(forward, own=True)
+            else:
+                output, native = self._recorded(forward)
+        finally:
+            del data[ROW]
+        native, own = self._joined(native), self._joined(own)
+        if self.writes:
+            for row, key in enumerate(_keys(data)):
+                self.scored[key] = _Scored(
+                    native[row],
+                    own[row] if own else None,
+                    None if native_logp is None else native_logp[row].double().numpy(),
+                )
+        return output
+
+    def _recorded(self, forward, own: bool = False) -> tuple[Any, dict]:
+        """What `forward` returns, and for each row and layer of this rank the experts `[S, K]`.
+
+        own: what the routers would choose without replay, else what they chose.
+        """
+        found: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+        current: dict[int, torch.Tensor] = {}
+        run = forward_backward(self.worker)
+
+        @functools.wraps(run)
+        def watched(*args, data_iterator, **kwargs):
+            return run(*args, data_iterator=self._watched(data_iterator, current, found), **kwargs)
+
+        with self._hooks(current, own), _replaced(self.worker, watched):
+            output = forward()
+        return output, found
+
+    def _watched(self, batches, current: dict, found: dict):
+        """Each micro-batch; when the next is asked for, the routes of the one before are there."""
+        for batch in batches:
+            current.clear()
+            yield batch
+            self._take(batch, current, found)
+
+    def _take(self, batch, current: dict, found: dict) -> None:
+        if not current:  # a stage without MoE layers
+            return
+        numbers = sorted(current)
+        routes_NLK = torch.stack([current[n] for n in numbers], dim=1)
+        if self.config.sequence_parallel:
+            routes_NLK = gather_from_sequence_parallel_region(
+                routes_NLK.contiguous(), tensor_parallel_output_grad=False
+            )
+        data = batch.data_dict
+        lengths = data["input_lengths"].tolist()
+        if batch.cu_seqlens_padded is None:
+            of_rows = routes_NLK.unflatten(0, (-1, len(lengths))).unbind(dim=1)
+        else:
+            size = parallel_state.get_context_parallel_world_size()
+            starts = (batch.cu_seqlens_padded // size).tolist()
+            of_rows = [routes_NLK[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+            if size > 1:
+                cp_group = parallel_state.get_context_parallel_group()
+                of_rows = [
+                    allgather_cp_sharded_tensor(x.contiguous(), cp_group, seq_dim=0)
+                    for x in of_rows
+                ]
+        for row, length, routes_SLK in zip(data[ROW].tolist(), lengths, of_rows, strict=True):
+            layers = routes_SLK[:length].short().cpu().numpy().swapaxes(0, 1)
+            found[row].update(zip(numbers, layers, strict=True))
+
+    @contextmanager
+    def _hooks(self, current: dict[int, torch.Tensor], own: bool):
+        """Inside, `current` takes each router's experts `[N, K]` int32, by layer number."""
+        undo = []
+
+        def chosen(router, _, outputs):
+            map_NE = outputs[1]
+            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
+            # A token that was not sent to K experts has no K ids to compare.
+            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
+            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
+
+        def would_choose(router):
+            replay, get = router.router_replay, router.router_replay.get_replay_topk
+
+            @functools.wraps(get)
+            def watching(scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+                limits = dict(num_groups=num_groups, group_topk=group_topk)
+                _, ids_NK = default_compute_topk(scores, topk, **limits)
+                current[router.layer_number] = ids_NK.int()
+                return get(scores, topk, **limits, default_compute_topk=default_compute_topk)
+
+            replay.get_replay_topk = watching
+            undo.append(lambda: delattr(replay, "get_replay_topk"))
+
+        for router in self.routers.values():
+            if own:
+                would_choose(router)
+            else:
+                undo.append(router.register_forward_hook(chosen).remove)
+        try:
+            yield
+        finally:
+            for function in undo:
+                function()
+
+    def _joined(self, mine: dict | None) -> dict[int, np.ndarray] | None:
+        """Row -> `[S, L, K]` of all layers, on the ranks that write; the pipeline's stages join."""
+        ranks = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        if mine is None or ranks != (0, 0):
+            return None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = dist.get_process_group_ranks(group)[-1]
+        stages = [None] * dist.get_world_size(group) if dist.get_rank() == last else None
+        dist.gather_object(dict(mine), stages, dst=last, group=group)
+        if not self.writes:
+            return None
+        by_row: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+        for stage in stages:
+            for row, layers in stage.items():
+                by_row[row].update(layers)
+        numbers = sorted(next(iter(by_row.values()), {}))
+        if not numbers:
+            raise UserError(
+                "MOE_UPGRPO_RUN: no router ran in the forward of the old log-probs; is the model "
+                "one with MoE layers?"
+            )
+        self.layer_ids = [n - 1 for n in numbers]
+        return {
+            row: np.stack([layers[n] for n in numbers], axis=1) for row, layers in by_row.items()
+        }
+
+    # --- update
+
+    def update(self, data, loss_fn: ClippedPGLossFn, gbs: int | None, train) -> Any:
+        """All optimizer steps of a rollout batch. `train` calls the worker's with a loss."""
+        data[ROW] = torch.arange(data.size)
+        try:
+            output = train(_Seen(loss_fn, self._see) if self.writes else loss_fn)
+        finally:
+            del data[ROW]
+        metrics: dict[str, float] = {}
+        if self.writes:
+            per_update = (gbs or self.worker.cfg["train_global_batch_size"]) // self.worker.dp_size
+            self.gathered.updates = data.size // per_update
+            metrics = self._write(data, loss_fn)
+        self._clear()
+        return self._reported(output, metrics)
+
+    def _see(self, loss_fn, logprobs, data, global_valid_seqs, global_valid_toks) -> None:
+        leaf_BT = logprobs.detach().float().requires_grad_()
+        totals = (global_valid_seqs, global_valid_toks)
+        with torch.enable_grad():
+            if getattr(loss_fn, "config", None) is not None:
+                loss, result = loss_fn.evaluate(leaf_BT, data, *totals)
+                self.gathered.loss_metrics.append(
+                    {name: Metric(*map(float, pair)) for name, pair in result.metrics.items()}
+                )
+            else:
+                alone = copy(loss_fn)
+                alone.reference_policy_kl_penalty = alone.positive_example_nll_weight = 0
+                loss, _ = alone(leaf_BT, data, *totals)
+            (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
+        self.gathered.loss_sum += float(loss)
+        mask_BT = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) > 0
+        advantages_BT = data["advantages"][:, 1:]
+        clipped_BT = (grad_BT == 0) & (advantages_BT != 0) & mask_BT
+        for sign, here_BT in (("positive", advantages_BT > 0), ("negative", advantages_BT < 0)):
+            self.gathered.clips[sign] += [
+                int((clipped_BT & here_BT).sum()),
+                int((mask_BT & here_BT).sum()),
+            ]
+        columns = {
+            "logp_train": leaf_BT.detach(),
+            "logp_old": data["prev_logprobs"][:, 1:],
+            "logp_rollout": data["generation_logprobs"][:, 1:],
+            "advantage": advantages_BT,
+            "clipped": clipped_BT,
+            "gradient_weight": grad_BT.abs(),
+            "mask": mask_BT,
+        }
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        for i, row in enumerate(data[ROW].tolist()):
+            self.seen[row] = {name: array[i] for name, array in arrays.items()}
+
+    def _write(self, data, loss_fn) -> dict[str, Any]:
+        """A collective over the data-parallel ranks."""
+        keys = _keys(data)
+        self._fetch(keys)
+        if "total_reward" not in data or any(key not in self.scored for key in keys):
+            raise UserError(
+                "MOE_UPGRPO_RUN: a batch is trained on "
+                + (
+                    "without old log-probs: the routing log needs their forward "
+                    "(loss_fn.force_on_policy_ratio=false)"
+                    if "total_reward" in data
+                    else "without rewards: the routing log covers GRPO with "
+                    "data_plane.enabled=false, in a checkout that is patched (moe-upgrpo patch "
+                    "apply nemo-rl)"
+                )
+            )
+        missing = 0
+        for row, key in enumerate(keys):
+            sequence, left_out = self._sequence(data, row, self.scored[key])
+            missing += left_out
+            if sequence is not None:
+                self.gathered.sequences.append(sequence)
+        self._open(loss_fn)
+        self.step += 1
+        metrics = self.log.write_step(self.step, self.gathered)
+        counts = self.log._gather(missing)
+        return metrics | {"mismatch/tokens_without_routes": float(sum(counts))}
+
+    def _fetch(self, keys: list[str]) -> None:
+        """Scores of sequences whose old log-probs another data-parallel rank computed.
+
+        NeMo-RL shards a batch anew for `train`, by its global batches and packing.
+        """
+        size = dist.get_world_size(self.group)
+        wanted: list[list[str]] = [None] * size
+        dist.all_gather_object(
+            wanted, [key for key in dict.fromkeys(keys) if key not in self.scored], self.group
+        )
+        if not any(wanted):
+            return
+        mine = dict(self.scored)
+        for source in dist.get_process_group_ranks(self.group):
+            parts, found = None, [None]
+            if source == dist.get_rank():
+                parts = [{key: mine[key] for key in names if key in mine} for names in wanted]
+            dist.scatter_object_list(found, parts, src=source, group=self.group)
+            self.scored |= found[0]
+
+    def _sequence(self, data, row: int, scored: _Scored) -> tuple[LoggedSequence | None, int]:
+        """The sequence, and the number of its tokens whose rollout routes are missing."""
+        token = self.seen[row]
+        length = int(data["input_lengths"][row])
+        ids = data["input_ids"][row, :length].cpu().numpy()
+        routes = self._moe_layers(data["routed_experts"][row, : length - 1].cpu().numpy())
+        at = np.flatnonzero(token["mask"])
+        there = (routes[at] >= 0).all(axis=(1, 2))
+        kept, missing = at[there], int((~there).sum())
+        if not len(kept):
+            return None, missing
+        positions = kept + 1
+        native_logp = scored.native_logp
+        names = ("advantage", "logp_rollout", "logp_old", "logp_train", "gradient_weight")
+        return LoggedSequence(
+            prompt=ids[: int(at[0]) + 1].tobytes().hex(),
+            token_ids=ids,
+            positions=positions,
+            reward=float(data["total_reward"][row]),
+            clipped=token["clipped"][kept],
+            rollout_routes=routes,
+            train_routes=scored.native_SLK[: length - 1],
+            own_routes=None if scored.own_SLK is None else scored.own_SLK[: length - 1],
+            native_logp=None if native_logp is None else native_logp[positions],
+            **{name: token[name][kept].astype(float) for name in names},
+        ), missing
+
+    def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
+        """Of an engine that also fills rows for dense layers, the MoE layers alone."""
+        if routes_SLK.shape[1] == len(self.layer_ids):
+            return routes_SLK
+        if routes_SLK.shape[1] == self.config.num_layers:
+            return routes_SLK[:, self.layer_ids]
+        raise UserError(
+            f"routed_experts: {routes_SLK.shape[1]} layers given; the model has "
+            f"{len(self.layer_ids)} MoE layers of {self.config.num_layers}"
+        )
+
+    def _open(self, loss_fn) -> None:
+        if self.log is not None:
+            return
+        cfg, preset = self.worker.cfg, getattr(loss_fn, "preset", None)
+        sizes = cfg["megatron_cfg"]
+        self.log = RunLog(
+            self.path,
+            {
+                "stack": f"NeMo-RL {__version__}",
+                "model": str(cfg["model_name"]),
+                "layout": f"tp {sizes['tensor_model_parallel_size']}, "
+                f"pp {sizes['pipeline_model_parallel_size']}, "
+                f"ep {sizes['expert_model_parallel_size']}, cp {sizes['context_parallel_size']}",
+                "loss": f"moe_upgrpo/{preset}" if preset else "ClippedPGLossFn of NeMo-RL",
+                "replay": "R3" if self.replays else "none",
+                "engine": "vLLM",
+            },
+            group=self.group,
+            layer_ids=self.layer_ids,
+            top_k=self.config.moe_router_topk,
+            num_experts=self.config.num_moe_experts,
+        )
+
+    def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+        """The driver reads the first pipeline stage, and adds up what data-parallel ranks say."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if dist.get_world_size(group) > 1:
+            shared = [metrics]
+            last = dist.get_process_group_ranks(group)[-1]
+            dist.broadcast_object_list(shared, src=last, group=group)
+            metrics = shared[0]
+        if dist.get_rank(self.group) == 0:
+            for name in (*REPORTED, "mismatch/tokens_without_routes"):
+                if name in metrics:
+                    output["all_mb_metrics"][name] = [metrics[name]]
+        return output
+
+
+def forward_backward(worker):
+    return _globals(worker)["megatron_forward_backward"]
+
+
+def _globals(worker) -> dict[str, Any]:
+    """Of NeMo-RL's worker module: where its `get_logprobs` looks up names."""
+    function = type(worker).get_logprobs
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function.__globals__
+
+
+@contextmanager
+def _replaced(worker, function):
+    names = _globals(worker)
+    original = names["megatron_forward_backward"]
+    names["megatron_forward_backward"] = function
+    try:
+        yield
+    finally:
+        names["megatron_forward_backward"] = original
+
+
+def _keys(data) -> list[str]:
+    """What a sequence is known by from its old log-probs to its training: its tokens.
+
+    Sequences of the same tokens have the same routes in the trainer, and share them.
+    """
+    ids, lengths = data["input_ids"].cpu(), data["input_lengths"].tolist()
+    return [
+        hashlib.blake2b(row[:n].numpy().tobytes(), digest_size=16).hexdigest()
+        for row, n in zip(ids, lengths, strict=True)
+    ]

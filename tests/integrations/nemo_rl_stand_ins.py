@@ -1,0 +1,89 @@
+"""What stands in, when NeMo-RL's source is imported on a CPU, for packages that are not there.
+
+Empty modules for what is only named at import: web servers and loggers, Megatron-Bridge, and what
+NeMo-RL's own Megatron-Core has beyond 0.16.1. Nothing of them is called in the tests but what
+tests/integrations/nemo_rl_ranks.py defines. A package that is installed is not replaced.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
+
+ABSENT = (
+    "blobfile", "colored", "debugpy", "decord", "fastapi", "latex2sympy2_extended", "math_verify",
+    "matplotlib", "megatron.bridge", "megatron.core", "megatron.training", "mlflow", "modelopt",
+    "nccl", "num2words", "nvtx", "openai", "plotly", "pynvml", "swanlab", "torchdata", "uvicorn",
+    "zmq",
+)  # fmt: skip
+
+
+class Anything:
+    """A class that takes every argument, and every class statement that derives from it."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __init_subclass__(cls, **kwargs):
+        pass
+
+
+def _attribute(module: str):
+    def get(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (Anything,), {"__module__": module})
+
+    return get
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last to be asked: for modules that nobody else found."""
+
+    def find_spec(self, name, path, target=None):
+        if any(name == top or name.startswith(f"{top}.") for top in ABSENT):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _attribute(spec.name)
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def install(root: str | None = None) -> None:
+    """NeMo-RL of the checkout `root` (MOE_UPGRPO_NEMO_RL) can be imported in this process."""
+    root = root or os.environ["MOE_UPGRPO_NEMO_RL"]
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())
+    _older_transformers()
+    # Of the Megatron-Core that NeMo-RL pins (its submodule), not of 0.16.1.
+    import megatron.core.dist_checkpointing.strategies.torch as strategies
+    import megatron.core.distributed.fsdp.mcore_fsdp_adapter as fsdp
+
+    for module in (strategies, fsdp):
+        if "__getattr__" not in vars(module):
+            module.__getattr__ = _attribute(module.__name__)
+
+
+def _older_transformers() -> None:
+    """nemo_rl/models/policy/__init__.py:52 asserts a version below 5.12, for a tokenizer's sake."""
+    import packaging.version
+
+    class Version(packaging.version.Version):
+        def __init__(self, version: str):
+            super().__init__("5.8.1" if version == transformers.__version__ else version)
+
+    import transformers
+
+    original, packaging.version.Version = packaging.version.Version, Version
+    try:
+        import nemo_rl.models.policy  # noqa: F401
+    finally:
+        packaging.version.Version = original
