@@ -23,10 +23,12 @@ Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE laye
 import functools
 import hashlib
 import os
+import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
 from moe_upgrpo.losses import Metric
 
+FORWARD = "megatron_forward_backward"
 ROW = "moe_upgrpo_row"  # of each sequence in a worker's batch; travels with the micro-batches
 REPORTED = (
     "mismatch/router_rate",
@@ -82,7 +85,8 @@ def logged(worker_class: type) -> type:
             config = {**config, "router_replay": {"enabled": False}}
         init(self, config, *args, **kwargs)
         if folder() is not None and replay.get("enabled"):
-            self.moe_upgrpo_log = WorkerLog(self, folder())
+            names = vars(sys.modules[worker_class.__module__])
+            self.moe_upgrpo_log = WorkerLog(self, names, folder())
 
     worker_class.__init__ = __init__
     if folder() is None:
@@ -155,9 +159,10 @@ class _Seen:
 class WorkerLog:
     """The log of one worker."""
 
-    def __init__(self, worker, path: Path):
+    def __init__(self, worker, names: dict[str, Any], path: Path):
+        """names: of NeMo-RL's worker module, where its `get_logprobs` looks up `FORWARD`."""
         check_free(path)
-        self.worker, self.path = worker, path
+        self.worker, self.names, self.path = worker, names, path
         self.replays = worker._router_replay_enabled
         config = router_replay._unwrap_model_config(worker.model)
         refused = {
@@ -236,13 +241,13 @@ class WorkerLog:
         """
         found: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
         current: dict[int, torch.Tensor] = {}
-        run = forward_backward(self.worker)
+        run = self.names[FORWARD]
 
         @functools.wraps(run)
         def watched(*args, data_iterator, **kwargs):
             return run(*args, data_iterator=self._watched(data_iterator, current, found), **kwargs)
 
-        with self._hooks(current, own), _replaced(self.worker, watched):
+        with self._hooks(current, own), _replaced(self.names, FORWARD, watched):
             output = forward()
         return output, found
 
@@ -269,7 +274,7 @@ class WorkerLog:
         else:
             size = parallel_state.get_context_parallel_world_size()
             starts = (batch.cu_seqlens_padded // size).tolist()
-            of_rows = [routes_NLK[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+            of_rows = [routes_NLK[a:b] for a, b in pairwise(starts)]
             if size > 1:
                 cp_group = parallel_state.get_context_parallel_group()
                 of_rows = [
@@ -522,27 +527,14 @@ class WorkerLog:
         return output
 
 
-def forward_backward(worker):
-    return _globals(worker)["megatron_forward_backward"]
-
-
-def _globals(worker) -> dict[str, Any]:
-    """Of NeMo-RL's worker module: where its `get_logprobs` looks up names."""
-    function = type(worker).get_logprobs
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function.__globals__
-
-
 @contextmanager
-def _replaced(worker, function):
-    names = _globals(worker)
-    original = names["megatron_forward_backward"]
-    names["megatron_forward_backward"] = function
+def _replaced(names: dict[str, Any], name: str, value: Any):
+    original = names[name]
+    names[name] = value
     try:
         yield
     finally:
-        names["megatron_forward_backward"] = original
+        names[name] = original
 
 
 def _keys(data) -> list[str]:

@@ -14,8 +14,8 @@ import types
 ABSENT = (
     "blobfile", "colored", "debugpy", "decord", "fastapi", "latex2sympy2_extended", "math_verify",
     "matplotlib", "megatron.bridge", "megatron.core", "megatron.training", "mlflow", "modelopt",
-    "nccl", "num2words", "nvtx", "openai", "plotly", "pynvml", "swanlab", "torchdata", "uvicorn",
-    "zmq",
+    "nccl", "num2words", "nvtx", "openai", "plotly", "prometheus_client", "pynvml", "swanlab",
+    "torchdata", "uvicorn", "zmq",
 )  # fmt: skip
 
 
@@ -87,3 +87,24 @@ def _older_transformers() -> None:
         import nemo_rl.models.policy  # noqa: F401
     finally:
         packaging.version.Version = original
+
+
+def install_worker() -> None:
+    """Also the module of the Megatron worker: what its constructor and rollouts need."""
+    for name in (
+        "nemo_rl.models.generation.megatron.megatron_worker",
+        "nemo_rl.models.megatron.setup",
+        "nemo_rl.models.policy.workers.checkpoint_engine",
+        "nemo_rl.models.policy.workers.patches",
+    ):
+        module = types.ModuleType(name)
+        module.__getattr__ = _attribute(name)
+        sys.modules[name] = module
+
+
+if os.environ.get("MOE_UPGRPO_NEMO_RL_PLUGIN"):  # as a plugin of pytest, for NeMo-RL's own tests
+    install()
+    if os.environ.get("MOE_UPGRPO_REBIND"):
+        from moe_upgrpo.integrations.nemo_rl import rebind
+
+        rebind()

@@ -1,0 +1,323 @@
+# ruff: noqa: E402
+"""NeMo-RL's own Megatron worker on CPU ranks over gloo: `get_logprobs` and `train` of its class.
+
+    python -m tests.integrations.nemo_rl_ranks CHECKPOINT FOLDER
+
+The checkout is that of MOE_UPGRPO_NEMO_RL; each job forks its ranks. What is not NeMo-RL's here:
+
+- the worker's constructor (Ray, Megatron-Bridge's model of Transformer Engine layers): here
+  moe_upgrpo.megatron builds and loads the same GPTModel in float32, Megatron-Core 0.16.1 wraps it;
+- four functions of Megatron-Bridge and of NeMo-RL's newer Megatron-Core, defined below, and the
+  packages of nemo_rl_stand_ins;
+- attention over packed sequences, which Megatron's local attention refuses.
+
+All else is NeMo-RL's: micro-batches, packing, context-parallel shards, forward, router replay,
+loss dispatch, updates, metrics.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+import types
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+os.environ["MOE_UPGRPO_RUN"] = "set in each job"
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron.families import read_model_config
+from moe_upgrpo.megatron.layout import Layout
+from tests.integrations import nemo_rl_stand_ins
+
+nemo_rl_stand_ins.install()
+nemo_rl_stand_ins.install_worker()
+
+import nemo_rl.models.megatron.data as nemo_data
+import nemo_rl.models.policy.workers.megatron_policy_worker as worker_module
+from nemo_rl.algorithms.loss import ClippedPGLossConfig
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.megatron.router_replay import validate_router_replay_config
+from nemo_rl.utils.timer import Timer
+
+from moe_upgrpo.integrations.nemo_rl_loss import PolicyLossFn
+from moe_upgrpo.integrations.nemo_rl_worker import logged
+
+
+class Attention(DotProductAttention):
+    """Causal attention, sequence by sequence; padding is on the right, so no mask is needed."""
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        def attend(q, k, v):
+            return super(Attention, self).forward(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+
+        if packed_seq_params is None:
+            return attend(query, key, value)
+        parts = [
+            attend(*(x[start:end, None] for x in (query, key, value)))
+            for start, end in pairwise(packed_seq_params.cu_seqlens_q_padded.tolist())
+        ]
+        return torch.cat(parts).squeeze(1)
+
+
+def packed_params(*, total_tokens=None, pad_between_seqs=None, **fields):
+    """NeMo-RL's Megatron-Core has two more fields, for Mamba and Transformer Engine."""
+    return PackedSeqParams(**fields)
+
+
+def masks_and_positions(data, *args, **kwargs):
+    positions = torch.arange(data.shape[1]).expand(data.shape)
+    return None, None, positions
+
+
+nemo_data.PackedSeqParams = packed_params
+nemo_data.get_ltor_masks_and_position_ids = masks_and_positions
+worker_module.get_pg_collection = lambda _: types.SimpleNamespace(mp=None)
+worker_module.logical_and_across_model_parallel_group = lambda value, mp_group: value
+worker_module.reduce_max_stat_across_model_parallel_group = lambda value, mp_group: value
+worker_module.get_moe_metrics = lambda **_: {}
+worker_module.get_aux_loss_track_names = lambda _: []
+
+
+def constructed(self, config, checkpoint: str) -> None:
+    """In the place of the worker's constructor; the configuration is checked as there."""
+    validate_router_replay_config(config)
+    sizes = config["megatron_cfg"]
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes["tensor_model_parallel_size"],
+        pipeline_model_parallel_size=sizes["pipeline_model_parallel_size"],
+        expert_model_parallel_size=sizes["expert_model_parallel_size"],
+        expert_tensor_parallel_size=1,
+    )
+    self.cfg, self.dtype, self.timer = config, torch.float32, Timer()
+    self.rank, self.dp_size = dist.get_rank(), parallel_state.get_data_parallel_world_size()
+    self._router_replay_enabled = worker_module.router_replay_enabled(config)
+    hf = read_model_config(Path(checkpoint))
+    layout = Layout(
+        tp=sizes["tensor_model_parallel_size"],
+        pp=sizes["pipeline_model_parallel_size"],
+        ep=sizes["expert_model_parallel_size"],
+    )
+    settings = model.transformer_config(hf, layout, torch.float32)
+    settings.variable_seq_lengths = True
+    settings.moe_enable_routing_replay = self._router_replay_enabled
+    settings.calculate_per_token_loss = False
+    spec = model.block_spec(settings, None)
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = Attention
+    chunk = GPTModel(
+        settings,
+        spec,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    weights.load_weights([chunk], hf, Path(checkpoint))
+    self.model = DistributedDataParallel(settings, DistributedDataParallelConfig(), chunk)
+    self.optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="sgd", lr=1.0, sgd_momentum=0.0, params_dtype=torch.float32),
+        [self.model],
+    )
+    self.optimizer.grad_norms_by_group = {}
+    self.scheduler = types.SimpleNamespace(
+        get_lr=lambda group: group["lr"], get_wd=lambda: 0.0, step=lambda increment: None
+    )
+    self.mcore_state = types.SimpleNamespace(straggler_timer=None)
+    self.sampling_params = self.draft_model = self.media_placeholder_token_id = None
+    self.delegate_pack_to_model = self.delegate_mtp_loss_mask_to_model = False
+    self.model_slices_context_parallel_inputs = self.defer_fp32_logits = False
+    self.should_disable_forward_pre_hook = False
+    self._first_train_step_forward_pre_hook_disabled = False
+
+
+worker_module.MegatronPolicyWorkerImpl.__init__ = constructed
+if not hasattr(worker_module, "logged"):  # the checkout is not patched
+    logged(worker_module.MegatronPolicyWorkerImpl)
+
+
+def config_of(sizes: dict, replay: dict, packed: bool, count: int) -> dict:
+    return {
+        "model_name": "tiny",
+        "router_replay": replay,
+        "generation": {"backend": "vllm"},
+        "megatron_cfg": {
+            "enabled": True,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "expert_model_parallel_size": 1,
+            "context_parallel_size": 1,
+            "sequence_parallel": sizes.get("tensor_model_parallel_size", 1) > 1,
+            "empty_unused_memory_level": 0,
+            "moe_per_layer_logging": False,
+            **sizes,
+        },
+        "make_sequence_length_divisible_by": 4,
+        "sequence_packing": {
+            "enabled": packed,
+            "train_mb_tokens": 48,
+            "logprob_mb_tokens": 32,
+            "algorithm": "modified_first_fit_decreasing",
+        },
+        "dynamic_batching": {"enabled": False},
+        "train_global_batch_size": count // 2,
+        "train_micro_batch_size": 2,
+        "logprob_batch_size": 2,
+        "max_total_sequence_length": 64,
+    }
+
+
+def batch_of(sequences: list[dict]) -> BatchedDataDict:
+    """As grpo.py:3166 makes it of the rollouts: padded on the right."""
+
+    def padded(of):
+        rows = [torch.as_tensor(of(s)) for s in sequences]
+        found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        short = -found.shape[1] % 4
+        return torch.nn.functional.pad(found, (0, 0) * (found.dim() - 2) + (0, short))
+
+    def response(s, values):
+        return [0.0] * len(s["prompt"]) + [float(x) for x in values]
+
+    return BatchedDataDict(
+        {
+            "input_ids": padded(lambda s: s["prompt"] + s["response"]),
+            "input_lengths": torch.tensor([len(s["prompt"] + s["response"]) for s in sequences]),
+            "generation_logprobs": padded(lambda s: response(s, s["logp_rollout"])),
+            "token_mask": padded(lambda s: response(s, s["mask"])),
+            "sample_mask": torch.tensor([float(s["counts"]) for s in sequences]),
+            "routed_experts": padded(lambda s: s["routes"]).to(torch.int16),
+            "advantages": padded(lambda s: response(s, [s["advantage"]] * len(s["response"]))),
+            "total_reward": torch.tensor([s["reward"] for s in sequences]),
+        }
+    )
+
+
+def packing(config: dict, tokens: str) -> dict | None:
+    if not config["sequence_packing"]["enabled"]:
+        return None
+    return {
+        "algorithm": config["sequence_packing"]["algorithm"],
+        "input_key": "input_ids",
+        "input_lengths_key": "input_lengths",
+        "sequence_length_pad_multiple": config["make_sequence_length_divisible_by"],
+        "max_tokens_per_microbatch": config["sequence_packing"][tokens],
+    }
+
+
+def shards(data: BatchedDataDict, size: int, batch_size: int | None, packs: dict | None):
+    """As lm_policy.py shards a batch; the second is the order of the first's rows, if changed."""
+    if packs is None:
+        return data.shard_by_batch_size(size, batch_size=batch_size), None
+    return data.shard_by_batch_size(size, batch_size=batch_size, sequence_packing_args=packs)
+
+
+def one_step(worker, sequences: list[dict], loss) -> dict:
+    """The worker's part of a step of grpo.py: old log-probs, then all optimizer steps."""
+    config = worker.cfg
+    rank, size = parallel_state.get_data_parallel_rank(), worker.dp_size
+    data = batch_of(sequences)
+    unfit = {n: v for n, v in data.items() if n not in ("advantages", "total_reward")}
+    parts, order = shards(BatchedDataDict(unfit), size, None, packing(config, "logprob_mb_tokens"))
+    mine = worker.get_logprobs(data=parts[rank])["logprobs"]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (rank, mine))
+    logprobs = torch.cat([dict(everyone)[r] for r in range(size)])
+    if order is not None:
+        logprobs = logprobs[torch.argsort(torch.tensor(order))]
+    data["prev_logprobs"] = logprobs
+    data["reference_policy_logprobs"] = logprobs + 0.1
+    count = config["train_global_batch_size"]
+    parts, _ = shards(data, size, count, packing(config, "train_mb_tokens"))
+    result = worker.train(parts[rank], loss, gbs=count, mbs=config["train_micro_batch_size"])
+    return {"logprobs": logprobs, "metrics": dict(result["all_mb_metrics"])}
+
+
+def train(checkpoint, folder, sequences, sizes, replay, packed, loss, steps) -> dict:
+    os.environ["MOE_UPGRPO_RUN"] = str(folder)
+    dist.init_process_group("gloo")
+    with backend.apply():
+        for name in ("get_rng_state", "set_rng_state", "manual_seed", "get_device_name"):
+            setattr(torch.cuda, name, lambda *_: torch.empty(0))
+        torch.cuda.empty_cache = lambda: None
+        megatron_random._set_cuda_rng_state = lambda *_, **__: None
+        config = config_of(sizes, replay, packed, len(sequences))
+        worker = worker_module.MegatronPolicyWorkerImpl(config, checkpoint)
+        loss_fn = PolicyLossFn(ClippedPGLossConfig(**loss))
+        for _ in range(steps):
+            found = one_step(worker, sequences, loss_fn)
+    return found
+
+
+def job(rank, world, port, results, function, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        results.put((rank, pickle.dumps(function(*arguments)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def on_ranks(world, function, *arguments) -> list:
+    """What each rank returned, or the first traceback."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = context.Queue()
+    ranks = [
+        context.Process(
+            target=job, args=(r, world, port, results, function, arguments), daemon=True
+        )
+        for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    found = {}
+    try:
+        for _ in ranks:
+            rank, value, error = results.get(timeout=180)
+            if error:
+                return [error]
+            found[rank] = pickle.loads(value)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [found[rank] for rank in sorted(found)]
+
+
+def main(checkpoint: str, folder: str):
+    folder = Path(folder)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    results = {}
+    for name, spec in jobs.items():
+        world = spec.pop("world")
+        results[name] = on_ranks(world, train, checkpoint, folder / name, *spec.values())
+    (folder / "results.pkl").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
