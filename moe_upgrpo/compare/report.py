@@ -338,6 +338,8 @@ def _sentence(row: Mapping[str, Any], confidence: float) -> dict[str, str]:
         f"zero with these seeds, at the strictest step of Holm's correction none below "
         f"{points(row['needed'], False)}."
     )
+    if row["half_width"] == 0:
+        needed = "Every seed has the same difference, so that these seeds show no spread."
     if row["verdict"] == "not told apart":
         text = f"the difference is {points(row['difference'])} points ({numbers}). {needed}"
     else:

@@ -86,6 +86,7 @@ def test_matched_reward_is_what_three_quarters_of_the_runs_reach():
     assert m.window(runs) == 2
     assert m.matched_reward(runs) == pytest.approx(0.5)
     assert m.matched_reward(runs[::-1]) == pytest.approx(0.5)  # neither order nor arm plays a part
+    assert m.matched_reward(runs[:3]) == pytest.approx(0.3)  # ⌈9/4⌉ = 3 of .5, .7, .3
     assert m.matched_reward([*runs, run(rows=[])]) is None
 
 
