@@ -243,20 +243,29 @@ class WorkerLog:
         current: dict[int, torch.Tensor] = {}
         run = self.names[FORWARD]
 
+        before: list[Any] = []  # the micro-batch whose routes are in `current`
+
+        def take():
+            for batch in before:
+                self._take(batch, current, found)
+            before.clear()
+            current.clear()
+
+        def one_by_one(batches):
+            for batch in batches:
+                take()
+                before.append(batch)
+                yield batch
+
         @functools.wraps(run)
         def watched(*args, data_iterator, **kwargs):
-            return run(*args, data_iterator=self._watched(data_iterator, current, found), **kwargs)
+            result = run(*args, data_iterator=one_by_one(data_iterator), **kwargs)
+            take()
+            return result
 
         with self._hooks(current, own), _replaced(self.names, FORWARD, watched):
             output = forward()
         return output, found
-
-    def _watched(self, batches, current: dict, found: dict):
-        """Each micro-batch; when the next is asked for, the routes of the one before are there."""
-        for batch in batches:
-            current.clear()
-            yield batch
-            self._take(batch, current, found)
 
     def _take(self, batch, current: dict, found: dict) -> None:
         if not current:  # a stage without MoE layers

@@ -87,6 +87,7 @@ def masks_and_positions(data, *args, **kwargs):
 
 
 nemo_data.PackedSeqParams = packed_params
+BatchedDataDict.to = lambda self, device: self
 nemo_data.get_ltor_masks_and_position_ids = masks_and_positions
 worker_module.get_pg_collection = lambda _: types.SimpleNamespace(mp=None)
 worker_module.logical_and_across_model_parallel_group = lambda value, mp_group: value
@@ -142,6 +143,7 @@ def constructed(self, config, checkpoint: str) -> None:
         get_lr=lambda group: group["lr"], get_wd=lambda: 0.0, step=lambda increment: None
     )
     self.mcore_state = types.SimpleNamespace(straggler_timer=None)
+    self.megatron_cfg = types.SimpleNamespace(optimizer=None)
     self.sampling_params = self.draft_model = self.media_placeholder_token_id = None
     self.delegate_pack_to_model = self.delegate_mtp_loss_mask_to_model = False
     self.model_slices_context_parallel_inputs = self.defer_fp32_logits = False
@@ -258,6 +260,7 @@ def train(checkpoint, folder, sequences, sizes, replay, packed, loss, steps) -> 
         for name in ("get_rng_state", "set_rng_state", "manual_seed", "get_device_name"):
             setattr(torch.cuda, name, lambda *_: torch.empty(0))
         torch.cuda.empty_cache = lambda: None
+        torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
         config = config_of(sizes, replay, packed, len(sequences))
         worker = worker_module.MegatronPolicyWorkerImpl(config, checkpoint)
