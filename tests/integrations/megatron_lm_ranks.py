@@ -50,6 +50,7 @@ from megatron.rl.agent.api import RolloutGroup, TokenRollout
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron import backend
 
@@ -94,6 +95,7 @@ def start(**changes):
         seq_length=WIDTH,
         micro_batch_size=1,
         eval_micro_batch_size=1,
+        num_experts=EXPERTS,
         perform_rl_step=True,
         grpo_prompts_per_step=4,
         grpo_group_size=2,
@@ -111,8 +113,17 @@ def start(**changes):
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
     )
     return args
+
+
+class Norm(torch.nn.RMSNorm):
+    """Megatron-LM's own without Transformer Engine refuses sequence parallelism."""
+
+    def __init__(self, config, hidden_size, eps=1e-5):
+        super().__init__(hidden_size, eps)
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class Model(GPTModel):
@@ -146,11 +157,14 @@ def model_of(args) -> Model:
         masked_softmax_fusion=False,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
         sequence_parallel=args.sequence_parallel,
         calculate_per_token_loss=args.calculate_per_token_loss,
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    spec.layer_norm = Norm
     for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         layer.submodules.self_attention.submodules.core_attention = Attention
     return Model(
         config=config,
@@ -352,11 +366,14 @@ def routes(folder: Path) -> None:
         calculate_per_token_loss=packed,
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=tp,
+        expert_tensor_parallel_size=1,
         sequence_parallel=tp > 1,
     )
     train_rl = importlib.import_module("train_rl")
     plans = pickle.loads((folder / "plan.pkl").read_bytes())
     model = model_of(args)
+    if dist.get_world_size() == 1:
+        (folder / "refused.txt").write_text("\n".join(refused(args, model, plans[0])))
     for passes, plan in zip((2, 1), plans, strict=True):
         iterator = collect(model, plan, packed)
         for _ in range(passes):
@@ -373,14 +390,51 @@ def routes(folder: Path) -> None:
             )
             with torch.no_grad():
                 for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        dist.all_reduce(
-                            parameter.grad, group=parallel_state.get_data_parallel_group()
-                        )
-                        parameter -= 1e-2 * parameter.grad
+                    if parameter.grad is None:
+                        continue
+                    groups = [parallel_state.get_data_parallel_group()]
+                    if getattr(parameter, "sequence_parallel", False):
+                        groups.append(parallel_state.get_tensor_model_parallel_group())
+                    for group in groups:
+                        dist.all_reduce(parameter.grad, group=group)
+                    parameter -= 1e-2 * parameter.grad
     # The end of the job: upstream's function ends the process.
     with mock.patch("os._exit"):
         rl_utils.rl_inference_interface_shutdown()
+
+
+def refused(args, model, plan) -> list[str]:
+    """What a collection ends with: under four settings, and where no routes were recorded."""
+    said = []
+    for name, value in (
+        ("pipeline_model_parallel_size", 2),
+        ("context_parallel_size", 2),
+        ("rl_training_cuda_graphs", True),
+        ("rl_inference_expert_model_parallel_size", 1),
+        ("curr_iteration", 1),
+    ):
+        with mock.patch.object(args, name, value):
+            try:
+                collect(model, plan, packed=False, routes=False)
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+def settings(folder: Path) -> None:
+    """What importing the integration ends with, for each environment asked."""
+    said = []
+    for variables in pickle.loads((folder / "plan.pkl").read_bytes()):
+        with mock.patch.dict(os.environ, variables):
+            try:
+                importlib.import_module("moe_upgrpo.integrations.megatron_lm")
+            except UserError as error:
+                said.append(str(error))
+            sys.modules.pop("moe_upgrpo.integrations.megatron_lm", None)
+    (folder / "said.pkl").write_bytes(pickle.dumps(said))
+
+
+JOBS = {"losses": losses, "routes": routes, "settings": settings}
 
 
 def rank(number: int, size: int, port: int, job: str, folder: str, variables: dict, out) -> None:
@@ -394,7 +448,7 @@ def rank(number: int, size: int, port: int, job: str, folder: str, variables: di
     )
     try:
         with backend.apply():
-            {"losses": losses, "routes": routes}[job](Path(folder))
+            JOBS[job](Path(folder))
         out.put(None)
     except BaseException:
         out.put(f"{job} {variables}, rank {number}:\n{traceback.format_exc()}")
