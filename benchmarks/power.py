@@ -12,6 +12,8 @@ Without --runs the spreads are assumptions (`SPREADS`); the simulation breaks th
 Shape suffixes: R repetitions of an experiment, S seeds, N problems.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +52,7 @@ PUBLISHED = {
     "UP-GSPO − GSPO, Qwen3-30B-A3B-Base": (0.5271, 0.5573),
 }
 REPETITIONS = 4000
+EXAMPLE = Path(__file__).with_name("power_example.npz")
 
 
 def table(heads: list[str], rows: list[list]) -> str:
@@ -370,27 +373,61 @@ def correct_counts(runs: list[Path]) -> tuple[np.ndarray, int, list[str]]:
     return counts, int(tables[0].samples.iloc[0]), list(tables[0].prompt)
 
 
-def of_runs(runs: list[Path], second: list[Path]) -> None:
-    """Print the spread of real runs, their paired test, and what 3 points would need."""
-    counts, n, prompts = correct_counts(runs)
-    others = None
-    if second:
-        others, other_n, other_prompts = correct_counts(second)
-        if (other_n, other_prompts, len(others)) != (n, prompts, len(counts)):
-            raise UserError("--second: as many runs, problems and samples as --runs are needed.")
+def found_in(counts: np.ndarray, n: int, others: np.ndarray | None) -> str:
+    """The spread of real runs, their paired test, and what 3 points would need with it."""
     spread = power.spread_of(counts, n, others)
-    print(spread)
+    names = ["problems", "seed", "seed_problem"] + (["gain"] if others is not None else [])
+    lines = [
+        f"{counts.shape[0]} runs, {counts.shape[1]} problems, {n} samples of each, accuracy "
+        f"{spread.accuracy:.3f}",
+        "spread, points: " + ", ".join(f"{name} {points(getattr(spread, name))}" for name in names),
+    ]
     if others is not None:
-        print(power.paired_test(counts / n, others / n))
-    for question in ("these", "such") if second else ("these",):
+        test = power.paired_test(counts / n, others / n)
+        means = [(table_SN / n).mean(axis=1) for table_SN in (counts, others)]
+        alone = " and ".join(points(mean_S.std(ddof=1)) for mean_S in means)
+        lines.append(
+            f"from run to run: {alone} points for either arm; their difference with the same seed "
+            f"{points((means[1] - means[0]).std(ddof=1))}"
+        )
+        lines.append(
+            f"second − first: {points(test.difference)} points; standard error "
+            f"{points(test.se_seeds)} for these problems, p = {test.p_these:.2g}; "
+            f"{points(test.se_both)} for such problems, p = {test.p_such:.2g}"
+        )
+    for question in ("these", "such") if others is not None else ("these",):
         seeds = power.seeds_needed(
             DELTA, spread, problems=counts.shape[1], samples=n, question=question
         )
-        print(f"{points(DELTA)} points, {question} problems: {seeds or 'over 1000'} runs of each")
+        lines.append(
+            f"{points(DELTA)} points with 80% power, {question} problems: "
+            f"{seeds or 'over 1000'} runs of each"
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def of_runs(arguments: Arguments) -> str:
+    counts, n, prompts = correct_counts(list(arguments.runs))
+    others = None
+    if arguments.second:
+        others, other_n, other_prompts = correct_counts(list(arguments.second))
+        if (other_n, other_prompts, len(others)) != (n, prompts, len(counts)):
+            raise UserError("--second: as many runs, problems and samples as --runs are needed.")
+    if arguments.save:
+        arms = [counts] if others is None else [counts, others]
+        np.savez_compressed(arguments.save, correct=np.array(arms, np.int16), samples=n)
+    return found_in(counts, n, others)
+
+
+def example() -> str:
+    """The same of runs of ours, whose counts are kept beside this file."""
+    with np.load(EXAMPLE) as kept:
+        return found_in(kept["correct"][0], int(kept["samples"]), kept["correct"][1])
 
 
 SECTIONS = {
     "spreads": spreads,
+    "example": example,
     "parts": parts,
     "needed": needed,
     "samples": samples,
@@ -407,16 +444,18 @@ class Arguments:
     """Run folders of one arm, a seed each."""
     second: tuple[Path, ...] = ()
     """Run folders of another arm, with the same seeds in the same order."""
+    save: Path | None = None
+    """File (.npz) to keep the counts of --runs and --second in."""
     page: Path | None = None
     """Page with the generated sections to fill."""
 
 
 def main(arguments: Arguments) -> None:
     if arguments.runs:
-        of_runs(list(arguments.runs), list(arguments.second))
+        print(of_runs(arguments))
         return
-    if arguments.second:
-        raise UserError("--second without --runs: what is it the second of?")
+    if arguments.second or arguments.save:
+        raise UserError("--second and --save go with --runs.")
     found = {name: make() for name, make in SECTIONS.items()}
     for name, text in found.items():
         print(f"\n## {name}\n\n{text}")

@@ -120,8 +120,8 @@ SIZES = (
     ("8 layers, 128 experts, top-8", Model(layers=8, experts=128)),
     ("12 layers, 128 experts, top-8", Model(layers=12, hidden=256, experts=128, intermediate=64)),
     (
-        "16 layers, 128 experts, top-8",
-        Model(layers=16, hidden=1024, heads=16, experts=128, intermediate=128),
+        "20 layers, 128 experts, top-8",
+        Model(layers=20, hidden=768, heads=12, experts=128, intermediate=96),
     ),
 )
 
@@ -163,7 +163,9 @@ def studies(quick: bool) -> list[Study]:
         ),
         Study(
             axis="top-k",
-            models=tuple((str(k), replace(BASE, top_k=k)) for k in (1, 2, 4, 8, 16)),
+            models=tuple(
+                (str(k), replace(BASE, top_k=k)) for k in (2, 4, 8, 16)
+            ),  # Megatron wants another softmax for 1
         ),
         Study(
             axis="position", models=(("256 tokens", BASE),), prompts=8, samples=2, new_tokens=256

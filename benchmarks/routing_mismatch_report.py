@@ -272,27 +272,24 @@ class Report:
 
     def finding_table(self) -> str:
         """Which settings reach the published rate of routers, by their interval's lower end."""
-        found = []
-        for about, runs in self.groups("precision", "trained", "depth", "experts", "top-k", "size"):
-            found.append((about, self.rate(runs, "routers")))
-        reached, below = {}, {}
-        for about, share in found:
-            pair = f"{about['rollout']} against {about['trainer']}"
-            name = {"precision": "", "trained": "", "size": ""}.get(about["axis"], about["axis"])
-            text = f"{about['setting']}{' (' + name + ')' if name else ''}: {share.text()}"
-            sure = share.rate.low >= PUBLISHED_RATE
-            (reached if sure else below).setdefault(pair, []).append((share.rate.rate, text))
-        lines = []
-        for pair, texts in reached.items():
-            rest = len(below.get(pair, ()))
-            lines.append(
-                f"- {pair}: {len(texts)} of {len(texts) + rest} settings. Lowest of these "
-                f"{min(texts)[1]}; highest {max(texts)[1]}."
-            )
-        for pair, texts in below.items():
-            if pair not in reached:
-                lines.append(f"- {pair}: none of {len(texts)}; highest {max(texts)[1]}.")
-        return "\n".join(lines)
+        found = {}
+        axes = ("precision", "trained", "depth", "experts", "top-k", "size")
+        for about, runs in self.groups(*axes):
+            if about["rollout"] == about["trainer"] == "fp32":
+                continue
+            share = self.rate(runs, "routers")
+            name = about["setting"]
+            if about["axis"] in UNITS:
+                name = UNITS[about["axis"]].format(name)
+            key = runs["weights"].iloc[0], about["rollout"], about["trainer"]
+            found.setdefault(key, []).append((share.rate.rate, f"{name}: {share.text()}", share))
+        rows = []
+        for (weights, rollout, trainer), shares in sorted(found.items()):
+            above = [one for one in shares if one[2].rate.low >= PUBLISHED_RATE]
+            row = [weights, rollout, trainer, f"{len(above)} of {len(shares)}"]
+            rows.append([*row, min(shares)[1], max(shares)[1]])
+        heads = ["weights", "rollout", "trainer", "settings at 10% or above"]
+        return table([*heads, "lowest", "highest"], rows) if rows else NONE
 
     def published_table(self) -> str:
         rows = [[what, value, source, here(self)] for what, value, source, here in PUBLISHED]
@@ -434,6 +431,7 @@ class Report:
         return drawn
 
 
+UNITS = {"depth": "{} layers", "experts": "{} experts, top-8", "top-k": "64 experts, top-{}"}
 KINDS = ("repeat", "batch_shape")
 NONE = "Not run."
 TERMS = ("numerics", "engine_routing", "update", "routing_shift")
