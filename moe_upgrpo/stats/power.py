@@ -307,8 +307,12 @@ def spread_of(correct_SN: np.ndarray, samples: int, second_SN: np.ndarray | None
 
     With y = c/n of run s on problem i, and the mean squares of its two-way table:
     E MS_rest = v² + w/n, E MS_seeds = E MS_rest + N u², E MS_problems = E MS_rest + S τ², and w by
-    y(1 − y)·n/(n − 1). `gain` is that of the differences to `second_SN`, 0 without. A part that
-    comes out negative is 0.
+    y(1 − y)·n/(n − 1). A part that comes out negative is 0.
+
+    With `second_SN` the differences run by run are taken apart instead, with twice u², v² and w and
+    with g² for τ²: `seed` and `seed_problem` are then what the two runs of a seed do *not* share,
+    for a start or an order of data that both have moves no difference. `problems` is the rest, so
+    that `within` is w; `gain` is 0 without `second_SN`.
 
     Args:
         correct_SN: right samples of each run on each problem, of `samples`.
@@ -321,23 +325,32 @@ def spread_of(correct_SN: np.ndarray, samples: int, second_SN: np.ndarray | None
     if samples < 2:
         raise UserError(f"samples={samples}: at least 2 of each problem are needed.")
     y_SN = _shares(np.asarray(correct_SN, dtype=float) / samples)
-    seeds, problems = y_SN.shape
-    if seeds < 2:
+    if len(y_SN) < 2:
         raise UserError("seeds=1: the spread over runs needs at least 2 of them.")
-    by_seed, by_problem, rest = _mean_squares(y_SN)
-    within = float((y_SN * (1 - y_SN)).mean()) * samples / (samples - 1)
+    parts, within = _parts(y_SN, y_SN, samples)
     gain = 0.0
     if second_SN is not None:
-        difference_SN = _shares(np.asarray(second_SN, dtype=float) / samples) - y_SN
-        _, gain_problems, gain_rest = _mean_squares(difference_SN)
-        gain = _root((gain_problems - gain_rest) / seeds)
-    return Spread(
-        accuracy=float(y_SN.mean()),
-        problems=_root((by_problem - rest) / seeds),
-        gain=gain,
-        seed=_root((by_seed - rest) / problems),
-        seed_problem=_root(rest - within / samples),
-    )
+        second = _shares(np.asarray(second_SN, dtype=float) / samples)
+        difference, within = _parts(second - y_SN, np.stack([y_SN, second]), samples, arms=2)
+        gain, parts = difference["problems"], difference | {"problems": 0.0}
+        accuracy = float(y_SN.mean())
+        rest = accuracy * (1 - accuracy) - within - parts["seed"] ** 2 - parts["seed_problem"] ** 2
+        parts["problems"] = _root(rest)
+    return Spread(accuracy=float(y_SN.mean()), gain=gain, **parts)
+
+
+def _parts(
+    table_SN: np.ndarray, shares: np.ndarray, samples: int, *, arms: int = 1
+) -> tuple[dict[str, float], float]:
+    """Standard deviations of a table of `arms` arms' shares or their difference, and w of one."""
+    seeds, problems = table_SN.shape
+    by_seed, by_problem, rest = _mean_squares(table_SN)
+    within = float((shares * (1 - shares)).mean()) * samples / (samples - 1)
+    return {
+        "problems": _root((by_problem - rest) / seeds),
+        "seed": _root((by_seed - rest) / problems / arms),
+        "seed_problem": _root(rest / arms - within / samples),
+    }, within
 
 
 def _root(variance: float) -> float:

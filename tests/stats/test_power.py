@@ -139,25 +139,29 @@ def test_the_spread_of_drawn_runs():
     true = Spread(accuracy=0.5, problems=0.1, gain=0.05, seed=0.03, seed_problem=0.06)
     base_N = 0.5 + 0.1 * rng.normal(size=problems)
     gain_N = 0.05 * rng.normal(size=problems)
-    arms = [
-        rng.binomial(
-            n,
-            np.clip(
-                p_N
-                + 0.03 * rng.normal(size=(seeds, 1))
-                + 0.06 * rng.normal(size=(seeds, problems)),
-                0,
-                1,
-            ),
-        )
-        for p_N in (base_N, base_N + gain_N)
-    ]
+
+    def runs(chance_SN: np.ndarray) -> np.ndarray:
+        of_all = 0.03 * rng.normal(size=(seeds, 1))
+        of_one = 0.06 * rng.normal(size=(seeds, problems))
+        return rng.binomial(n, np.clip(chance_SN + of_all + of_one, 0, 1))
+
+    arms = [runs(base_N + 0 * gain_N), runs(base_N + gain_N)]
     found = power.spread_of(arms[0], n, arms[1])
     for name, tolerance in {"accuracy": 0.01, "problems": 0.01, "gain": 0.005, "seed": 0.008,
                             "seed_problem": 0.003}.items():  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(true, name), abs=tolerance), name
     assert found.within == pytest.approx(true.within, abs=0.005)
-    assert power.spread_of(arms[0], n).gain == 0
+    alone = power.spread_of(arms[0], n)
+    assert alone.gain == 0
+    for name, tolerance in {"problems": 0.01, "seed": 0.008, "seed_problem": 0.003}.items():
+        assert getattr(alone, name) == pytest.approx(getattr(true, name), abs=tolerance), name
+    # What both runs of a seed share is in the spread of either, and not in that of the pair.
+    shared_SN = 0.1 * rng.normal(size=(seeds, 1))
+    arms = [runs(base_N + shared_SN), runs(base_N + gain_N + shared_SN)]
+    paired = power.spread_of(arms[0], n, arms[1])
+    assert power.spread_of(arms[0], n).seed == pytest.approx(0.104, abs=0.02)
+    assert paired.seed == pytest.approx(0.03, abs=0.008)
+    assert paired.gain == pytest.approx(0.05, abs=0.005)
 
 
 def test_the_closed_forms_hold_where_difficulties_have_two_humps():
@@ -233,13 +237,16 @@ def test_the_command_reads_runs(tmp_path, capsys):
                     "majority": [0.0] * 3,
                 }
                 write_evaluation(run / "evaluations", step, columns)
-    command.main(command.Arguments(runs=tuple(runs["a"]), second=tuple(runs["b"])))
+    both = {"runs": tuple(runs["a"]), "second": tuple(runs["b"])}
+    command.main(command.Arguments(**both, save=tmp_path / "kept.npz"))
     printed = capsys.readouterr().out
-    assert "step 5: 2 runs, 3 problems" in printed
-    numbers = {n: float(x) for n, x in re.findall(r"(\w+)=([\d.e-]+)", printed)}
-    assert numbers["difference"] == pytest.approx(0.3)
-    assert numbers["accuracy"] == pytest.approx(0.1)
+    assert "step 5: 2 runs, 3 problems" in printed and "accuracy 0.100" in printed
+    # √(.01), p = 1 − 2·atan(3)/π; √(.01 + .02333 − .00333).
+    assert "30.0 points; standard error 10.0 for these problems, p = 0.2;" in printed
+    assert "17.3 for such problems" in printed
+    with np.load(tmp_path / "kept.npz") as kept:
+        assert kept["correct"].tolist() == [arms["a"], arms["b"]] and kept["samples"] == 10
     with pytest.raises(UserError, match="as many runs"):
-        command.main(command.Arguments(runs=tuple(runs["a"]), second=tuple(runs["b"][:1])))
-    with pytest.raises(UserError, match="without --runs"):
+        command.main(command.Arguments(**both | {"second": tuple(runs["b"][:1])}))
+    with pytest.raises(UserError, match="go with --runs"):
         command.main(command.Arguments(second=tuple(runs["a"])))

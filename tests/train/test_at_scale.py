@@ -244,7 +244,7 @@ def stand_in(request, preparation, tmp_path, cache) -> dict:
         "ep": None,
         "micro_batch": 64,
         "engine": "hf",
-        "eval_every": 1,
+        "eval_every": 2,
         "save_every": 1,
         "token_log_share": 0.5,
     }
@@ -259,7 +259,7 @@ def stand_in(request, preparation, tmp_path, cache) -> dict:
 
 def script(*words: object, **environment: str) -> subprocess.CompletedProcess:
     more = {"PATH": PATH, "NPROC": "2"} | environment
-    return launch("bash", SCRIPT, *map(str, words), timeout_s=280, **more)
+    return launch("bash", SCRIPT, *map(str, words), timeout_s=900, **more)
 
 
 def killed_after_a_step(plan: Path, folder: Path, key: str) -> None:
@@ -273,7 +273,7 @@ def killed_after_a_step(plan: Path, folder: Path, key: str) -> None:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 900
         while not (folder / "runs" / key / "checkpoints" / "state-000001").is_dir():
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -295,7 +295,7 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)  # three minutes on an idle machine
 @pytest.mark.parametrize("stand_in", AT_SCALE, indirect=True)
 def test_the_comparison_runs_on_a_stand_in(stand_in, tmp_path):
     plan, folder = tmp_path / "plan.yaml", tmp_path / "comparison"
@@ -311,7 +311,7 @@ def test_the_comparison_runs_on_a_stand_in(stand_in, tmp_path):
         rows = read_metrics(path)
         assert [row["step"] for row in rows] == [0, 1, 2]
         table = read_evaluations(path).to_pandas()
-        for row in rows:
+        for row in (rows[0], rows[2]):
             of_step = table[table.step == row["step"]]
             assert len(of_step) == row["eval/problems"] == 8
             assert row["eval/avg@32"] == pytest.approx((of_step.correct / 32).mean())
@@ -329,7 +329,7 @@ def test_the_comparison_runs_on_a_stand_in(stand_in, tmp_path):
     assert np.isfinite([tested.se_problems, tested.se_seeds, tested.p_these]).all()
     report = launch(
         *(sys.executable, "-m", "moe_upgrpo", "compare", str(plan), "--output", str(folder)),
-        timeout_s=200,
+        timeout_s=900,
     )
     assert report.returncode == 0, report.stderr[-3000:]
     runs = data.read_all(folder)
