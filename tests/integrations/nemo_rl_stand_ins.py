@@ -103,7 +103,14 @@ def install_worker() -> None:
 
 
 if os.environ.get("MOE_UPGRPO_NEMO_RL_PLUGIN"):  # as a plugin of pytest, for NeMo-RL's own tests
+    import torch
+
+    from moe_upgrpo.megatron import backend
+
     install()
+    _cpu = backend.apply()
+    _cpu.__enter__()
+    torch.cuda.is_available = lambda: True  # else they skip; what asks for CUDA gets the CPU
     if os.environ.get("MOE_UPGRPO_REBIND"):
         from moe_upgrpo.integrations.nemo_rl import rebind
 

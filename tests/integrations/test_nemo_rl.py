@@ -310,26 +310,23 @@ def test_nemo_rls_config_takes_the_flags():
     assert (loss_fn.config.positive, loss_fn.config.clip_low) == ("log-likelihood", 0.1)
 
 
-OWN_TESTS = ["test_loss_functions.py", "test_sequence_packing_fusion.py"]
-
-
-@pytest.mark.slow
 def test_nemo_rls_own_loss_tests_pass(tmp_path):
-    """Those that run on a CPU, with `ClippedPGLossFn` bound to ours; without it the same ones."""
+    """As they do without us, on a CPU in the place of their GPU: `ClippedPGLossFn` bound to ours.
+
+    Ten of 76 fail in both, those of other losses: NLL, DPO, distillation.
+    """
     results = {}
-    for plugin in ("", "1"):
+    for rebind in ("", "1"):
         done = fresh(
             "-m", "pytest", "-q", "--noconftest", "-p", "nemo_rl_stand_ins", "-p",
             "no:cacheprovider", "-o", "addopts=", "-o", "markers=", "--rootdir", str(tmp_path),
-            "-rA",
-            *(f"{ROOT}/tests/unit/algorithms/{name}" for name in OWN_TESTS),
-            cwd=tmp_path, MOE_UPGRPO_NEMO_RL_PLUGIN="1", MOE_UPGRPO_REBIND=plugin,
+            "-rA", f"{ROOT}/tests/unit/algorithms/test_loss_functions.py",
+            cwd=tmp_path, MOE_UPGRPO_NEMO_RL_PLUGIN="1", MOE_UPGRPO_REBIND=rebind,
             PYTHONPATH=f"{Path(__file__).parent}:{REPOSITORY}",
         )  # fmt: skip
         lines = done.stdout.splitlines()
-        results[plugin] = {line for line in lines if line.startswith("PASSED")}
-        print(lines[-1], plugin)
-    assert results["1"] == results[""] and len(results["1"]) > 20, results
+        results[rebind] = {line for line in lines if line.startswith("PASSED")}
+    assert results["1"] == results[""] and len(results["1"]) > 60, results
 
 
 # --- the patch
@@ -509,10 +506,9 @@ def test_the_token_log_of_a_step(runs, name):
         assert reported["mismatch/router_rate"] == [row["mismatch/router_rate"]]
     assert reported["mismatch/tokens_without_routes"] == [len(MISSING)]
     said = [rank["metrics"].get("mismatch/router_numerator") for rank in results[name]]
-    data_parallel = name in ("unpacked", "replicas")
-    assert [s is not None for s in said] == (
-        [True] if name == "observe" else [True, not data_parallel]
-    )
+    # NeMo-RL's driver adds up what it hears from each replica's first stage and tensor rank.
+    heard = {"observe": [True], "stages": [True, True]}.get(name, [True, False])
+    assert [s is not None for s in said] == heard
     run = read_config(folder / name)
     assert run["replay"] == ("R3" if JOBS[name][2] == REPLAY else "none")
     assert run["stack"].startswith("NeMo-RL ")
