@@ -166,6 +166,7 @@ def assert_same(found, expected, tolerance: float = 1e-4) -> None:
     assert any(x.count_nonzero() for x in found[1])
 
 
+@pytest.mark.timeout(1800)  # the stack's jobs are one fixture
 class StackChecks:
     stack: str
     tolerance = 1e-4

@@ -14,6 +14,5 @@ class TestMiles(StackChecks):
         "tests/fast/backends/training_utils/loss/test_training_logprob_reuse.py "
         "tests/fast/backends/training_utils/loss/test_opd.py "
         "tests/fast/backends/training_utils/test_replay_data.py "
-        "tests/fast/backends/training_utils/test_ppo_ratio_numerics.py "
         "tests/fast/utils/test_replay_base.py",
     )
