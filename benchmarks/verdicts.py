@@ -251,6 +251,12 @@ def claims(trained: Sequence[Trained]) -> list[Claim]:
     ]
 
 
+def committed() -> list[Path]:
+    """Comparisons of the six losses whose results are in the repository."""
+    folder = ROOT / "benchmarks/results/compare"
+    return [folder / n for n in ("small", "many-experts") if (folder / n / "plan.json").exists()]
+
+
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
@@ -287,18 +293,15 @@ def short(found: Sequence[Claim]) -> str:
 
 def main(
     pages: tuple[Path, ...] = (),
-    results: tuple[Path, ...] = (
-        Path("benchmarks/results/compare/small"),
-        Path("benchmarks/results/compare/many-experts"),
-    ),
+    results: tuple[Path, ...] = (),
 ) -> None:
     """Print the verdict table, or fill it into pages.
 
     Args:
         pages: with a section `verdicts`; README.md gets the short form.
-        results: folders of comparisons.
+        results: folders of comparisons; default: those in benchmarks/results/compare.
     """
-    found = claims([Trained(loaded=load(folder)) for folder in results])
+    found = claims([Trained(loaded=load(folder)) for folder in results or committed()])
     print(table(found, below="docs/"))
     for page in pages:
         made = short(found) if page.name == "README.md" else table(found, below="")

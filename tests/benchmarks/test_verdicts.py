@@ -1,0 +1,74 @@
+"""The verdicts: their rule by hand, quotations that must stand, pages that follow the data."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import verdicts
+from benchmarks.exact.report import filled
+from moe_upgrpo.compare.report import load
+from moe_upgrpo.errors import UserError
+
+
+class Made(verdicts.Trained):
+    """A comparison of which only the contrasts are given."""
+
+    def __post_init__(self):
+        contrasts = [
+            {"arm": arm, "other": other, "difference": d, "low": d - 0.01, "high": d + 0.01,
+             "verdict": verdict}
+            for arm, other, d, verdict in self.loaded
+        ]  # fmt: skip
+        object.__setattr__(self, "numbers", {"primary": contrasts, "exploratory": []})
+
+    name = where = "made"
+
+
+@pytest.mark.parametrize(
+    ("given", "side", "verdict"),
+    [
+        (["higher", "higher"], 1, "holds"),
+        (["higher", "not told apart"], 1, "undecided at this scale"),
+        (["higher", "lower"], 1, "does not hold"),
+        (["lower", "lower"], -1, "holds"),
+        (["higher", "not told apart"], -1, "does not hold"),
+    ],
+)
+def test_rule(given, side, verdict):
+    rows = zip(("up-grpo", "up-gspo"), ("grpo", "gspo"), (0.02, -0.003), given, strict=True)
+    made = Made(loaded=[*rows, ("gspo", "grpo", 0.0, "lower")])  # the last is not UP's
+    found = made.evidence("primary", "points", side=side, unit=verdicts._points)
+    assert found.verdict == verdict
+    assert found.effect == (
+        "points: up-grpo − grpo +2.0 (+1.0 to +3.0); up-gspo − gspo −0.3 (−1.3 to +0.7)"
+    )
+    with pytest.raises(UserError, match="no contrast of seconds"):
+        made.evidence("seconds", "s", side=1, unit=str)
+
+
+def test_a_claim_is_its_weakest_evidence():
+    def claim(*said: str) -> str:
+        one = [verdicts.Evidence(where="", effect="", verdict=v, command="") for v in said]
+        return verdicts.Claim(text="", source="", evidence=one).verdict
+
+    assert claim("holds", "holds") == "holds"
+    assert claim("holds", "undecided at this scale") == "undecided at this scale"
+    assert claim("undecided at this scale", "does not hold") == "does not hold"
+
+
+def test_a_quotation_that_is_gone_is_an_error():
+    with pytest.raises(UserError, match=r"exact.md does not say 'nobody wrote this'"):
+        verdicts.quoted("exact.md", "nobody wrote this", "holds")
+
+
+def test_the_pages_say_what_the_data_say():
+    folders = verdicts.committed()
+    assert folders
+    found = verdicts.claims([verdicts.Trained(loaded=load(folder)) for folder in folders])
+    assert len(found) >= 7
+    for page, made in (
+        ("docs/verdicts.md", verdicts.table(found, below="")),
+        ("README.md", verdicts.short(found)),
+    ):
+        text = Path(page).read_text()
+        assert filled(text, {"verdicts": lambda made=made: made}) == text, page
