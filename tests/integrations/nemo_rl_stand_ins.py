@@ -10,12 +10,15 @@ import importlib.machinery
 import os
 import sys
 import types
+import typing
+
+import typing_extensions
 
 ABSENT = (
     "blobfile", "colored", "debugpy", "decord", "fastapi", "latex2sympy2_extended", "math_verify",
     "matplotlib", "megatron.bridge", "megatron.core", "megatron.training", "mlflow", "modelopt",
-    "nccl", "num2words", "nvtx", "openai", "plotly", "prometheus_client", "pynvml", "swanlab",
-    "torchdata", "uvicorn", "zmq",
+    "nccl", "num2words", "nvtx", "openai", "plotly", "prometheus_client", "pynvml", "soundfile",
+    "swanlab", "torchdata", "uvicorn", "zmq",
 )  # fmt: skip
 
 
@@ -62,6 +65,7 @@ def install(root: str | None = None) -> None:
         sys.path.insert(0, root)
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())
+    typing.TypedDict = typing_extensions.TypedDict  # NeMo-RL is for Python 3.13
     _older_transformers()
     # Of the Megatron-Core that NeMo-RL pins (its submodule), not of 0.16.1.
     import megatron.core.dist_checkpointing.strategies.torch as strategies

@@ -332,15 +332,21 @@ def test_nemo_rls_own_loss_tests_pass(tmp_path):
 # --- the patch
 
 
-def test_the_patch(tmp_path):
-    """On the checkout's files: applied, reverted to the last bit, a changed file refused."""
+def test_the_patch(tmp_path, monkeypatch):
+    """On a copy of the checkout: applied, imported, reverted to the last bit; others refused."""
     from moe_upgrpo import patching
 
     (series,) = patching.of_stack("nemo-rl")
-    root = tmp_path / "checkout"
-    for file in [*series.files, "nemo_rl/__init__.py"]:
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(Path(ROOT) / file, root / file)
+    root, site = tmp_path / "checkout", tmp_path / "site"
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(ROOT) / "nemo_rl", root / "nemo_rl", ignore=no_caches)
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "from tests.integrations import nemo_rl_stand_ins as stand_ins\n"
+        "stand_ins.install(), stand_ins.install_worker()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{REPOSITORY}")
+    monkeypatch.setenv("MOE_UPGRPO_NEMO_RL", str(root))
 
     def found():
         return patching.find("nemo-rl", root, sys.executable)
@@ -350,9 +356,16 @@ def test_the_patch(tmp_path):
     before = {file: (root / file).read_bytes() for file in series.files}
     assert found().apply() == series.files and found().state == "applied"
     assert found().apply() == []
-    for file in series.files:
-        compile((root / file).read_text(), file, "exec")
-    assert found().revert() == series.files
+    worker = "nemo_rl.models.policy.workers.megatron_policy_worker"
+    assert found().verify(sys.executable) == ["nemo_rl.algorithms.grpo", worker]
+    code = (
+        "from nemo_rl.algorithms import grpo; from moe_upgrpo.integrations import nemo_rl_worker;"
+        f"import {worker} as worker;"
+        "print(grpo.ClippedPGLossFn.__name__, worker.logged is nemo_rl_worker.logged)"
+    )
+    done = fresh("-c", code, cwd=tmp_path, PYTHONPATH=os.environ["PYTHONPATH"])
+    assert done.stdout.split()[-2:] == ["PolicyLossFn", "True"], done.stderr[-2000:]
+    assert found().revert() == series.files and found().state == "clean"
     assert {file: (root / file).read_bytes() for file in series.files} == before
     (root / series.files[0]).write_text("changed = 1\n")
     with pytest.raises(patching.UnknownRevision, match="none with patches: 7ea279a"):
