@@ -71,7 +71,7 @@ NEVER_SAMPLED = len(VOCABULARY)  # as the end token: all responses are of one le
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The default is the base of the axes: 64 small experts, top-8, 4 layers, 3.6M parameters."""
+    """The default is the base of the axes: 64 small experts, top-8, 4 layers, 3.4M parameters."""
 
     layers: int = 4
     hidden: int = 128
@@ -163,9 +163,8 @@ def studies(quick: bool) -> list[Study]:
         ),
         Study(
             axis="top-k",
-            models=tuple(
-                (str(k), replace(BASE, top_k=k)) for k in (2, 4, 8, 16)
-            ),  # Megatron wants another softmax for 1
+            # Top-1 is left out: Megatron wants its gates from another softmax.
+            models=tuple((str(k), replace(BASE, top_k=k)) for k in (2, 4, 8, 16)),
         ),
         Study(
             axis="position", models=(("256 tokens", BASE),), prompts=8, samples=2, new_tokens=256
