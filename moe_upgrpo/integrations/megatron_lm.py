@@ -267,15 +267,15 @@ class Hooks:
             packed = rl_utils.get_rl_runtime_state().packing_context
             rows, trajs, generated = self.rows
             if packed is None:
-                mask = generated & (trajs != bound["tokenizer"].pad)
+                mask = (generated & (trajs != bound["tokenizer"].pad))[:, 1:]
+                tokens, sampled = mask.sum(), mask.any(dim=1)
                 micro_batches = len(rows) / get_args().micro_batch_size
-                here = [mask[:, 1:].sum(), mask[:, 1:].any(dim=1).sum(), micro_batches]
             else:
-                info = packed.packing_info
-                mine = [i for bin_ in info.bin_seq_indices for i in bin_]
-                here = [packed.packed_loss_mask[:, 1:].sum(), len(mine), len(packed.packed_trajs)]
-                has = packed.original_generation_masks[mine][:, 1:].any(dim=1)
-                here[1] = has.sum()
+                mine = [i for bin_ in packed.packing_info.bin_seq_indices for i in bin_]
+                tokens = packed.packed_loss_mask[:, 1:].sum()
+                sampled = packed.original_generation_masks[mine][:, 1:].any(dim=1)
+                micro_batches = len(packed.packed_trajs)
+            here = (tokens, sampled.sum(), micro_batches)
             total = torch.tensor([float(x) for x in here], dtype=torch.float64).cuda()
             dist.all_reduce(total, group=mpu.get_data_parallel_group())
             self.counts = Counts(*total.tolist())

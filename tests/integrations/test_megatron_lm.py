@@ -277,7 +277,7 @@ def test_grpo_is_megatron_lms_own_with_its_settings(called):
 
 
 REFUSED = [
-    ({"MOE_UPGRPO_LOSS": "rspo"}, "MOE_UPGRPO_LOSS: 'rspo' given; allowed: grpo, up-grpo"),
+    ({"MOE_UPGRPO_LOSS": "rspo"}, "MOE_UPGRPO_LOSS: 'rspo' given; allowed: grpo, dapo"),
     ({"MOE_UPGRPO_LOSS_SETTINGS": "{}"}, "MOE_UPGRPO_LOSS is not: name a preset"),
     (
         {"MOE_UPGRPO_LOSS": "gspo", "MOE_UPGRPO_LOSS_SETTINGS": '{"clip": 1}'},
