@@ -23,7 +23,6 @@ Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE laye
 import functools
 import hashlib
 import os
-import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy
@@ -75,7 +74,8 @@ def folder() -> Path | None:
 
 def logged(worker_class: type) -> type:
     """The class itself, with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
-    init = worker_class.__init__
+    init, get_logprobs = worker_class.__init__, worker_class.get_logprobs
+    train, begin = worker_class.train, worker_class.begin_train_step
 
     @functools.wraps(init)
     def __init__(self, config, *args, **kwargs):
@@ -85,14 +85,11 @@ def logged(worker_class: type) -> type:
             config = {**config, "router_replay": {"enabled": False}}
         init(self, config, *args, **kwargs)
         if folder() is not None and replay.get("enabled"):
-            names = vars(sys.modules[worker_class.__module__])
-            self.moe_upgrpo_log = WorkerLog(self, names, folder())
+            self.moe_upgrpo_log = WorkerLog(self, _globals(get_logprobs, FORWARD), folder())
 
     worker_class.__init__ = __init__
     if folder() is None:
         return worker_class
-    get_logprobs, train = worker_class.get_logprobs, worker_class.train
-    begin = worker_class.begin_train_step
 
     @functools.wraps(get_logprobs)
     def with_routes(self, *, data, micro_batch_size=None, require_router_replay=True):
@@ -160,7 +157,7 @@ class WorkerLog:
     """The log of one worker."""
 
     def __init__(self, worker, names: dict[str, Any], path: Path):
-        """names: of NeMo-RL's worker module, where its `get_logprobs` looks up `FORWARD`."""
+        """names: the globals in which the worker's `get_logprobs` looks up `FORWARD`."""
         check_free(path)
         self.worker, self.names, self.path = worker, names, path
         self.replays = worker._router_replay_enabled
@@ -534,6 +531,18 @@ class WorkerLog:
                 if name in metrics:
                     output["all_mb_metrics"][name] = [metrics[name]]
         return output
+
+
+def _globals(function, name: str) -> dict[str, Any] | None:
+    """Those of `function`, or of one that it wraps, that have `name`.
+
+    Not the module's: Ray pickles the methods of an actor by value, with globals of their own.
+    """
+    if name in function.__globals__:
+        return function.__globals__
+    inside = [cell.cell_contents for cell in function.__closure__ or ()]
+    found = (_globals(f, name) for f in inside if hasattr(f, "__globals__"))
+    return next((names for names in found if names is not None), None)
 
 
 @contextmanager

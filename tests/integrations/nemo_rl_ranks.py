@@ -30,6 +30,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 os.environ["MOE_UPGRPO_RUN"] = "set in each job"
 
+import ray
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -263,7 +264,9 @@ def train(checkpoint, folder, sequences, sizes, replay, packed, loss, steps) -> 
         torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
         config = config_of(sizes, replay, packed, len(sequences))
-        worker = worker_module.MegatronPolicyWorkerImpl(config, checkpoint)
+        # As it comes out of Ray's pickle in a worker's process: the methods with their own globals.
+        actor = ray.remote(worker_module.MegatronPolicyWorkerImpl).__ray_metadata__.modified_class
+        worker = ray.cloudpickle.loads(ray.cloudpickle.dumps(actor))(config, checkpoint)
         loss_fn = PolicyLossFn(ClippedPGLossConfig(**loss))
         for _ in range(steps):
             found = one_step(worker, sequences, loss_fn)
