@@ -14,9 +14,14 @@ class TestSlime(StackChecks):
     stack = "slime"
     # Separate processes: some put a stand-in for Megatron in place, others import it.
     name_of_own_tests = (
-        "tests/test_policy_loss.py tests/test_cispo_loss.py tests/test_ppo_kl_metric.py "
-        "tests/test_expert_routing.py tests/test_logprob_response_spans.py",
-        "tests/test_cp_utils.py tests/test_loss_cp_invariance.py tests/test_metric_report.py",
+        "tests/test_policy_loss.py",
+        "tests/test_cispo_loss.py",
+        "tests/test_ppo_kl_metric.py",
+        "tests/test_expert_routing.py",
+        "tests/test_logprob_response_spans.py",
+        "tests/test_cp_utils.py",
+        "tests/test_loss_cp_invariance.py",
+        "tests/test_metric_report.py",
     )
 
 
