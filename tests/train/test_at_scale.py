@@ -240,8 +240,8 @@ def stand_in(request, preparation, tmp_path, cache) -> dict:
         "prompts": 8,
         "group": 8,
         "steps": 2,
-        "tp": None,
-        "ep": None,
+        "tp": 2,
+        "ep": min(2, values["base"]["ep"]),
         "micro_batch": 64,
         "engine": "hf",
         "eval_every": 2,
@@ -259,27 +259,28 @@ def stand_in(request, preparation, tmp_path, cache) -> dict:
 
 def script(*words: object, **environment: str) -> subprocess.CompletedProcess:
     more = {"PATH": PATH, "NPROC": "2"} | environment
-    return launch("bash", SCRIPT, *map(str, words), timeout_s=900, **more)
+    return launch("bash", SCRIPT, *map(str, words), timeout_s=1800, **more)
 
 
 def killed_after_a_step(plan: Path, folder: Path, key: str) -> None:
     """The run's job, gone without a word once its first step has a checkpoint."""
-    job = subprocess.Popen(
-        ["bash", SCRIPT, str(plan), str(folder), key],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PATH": PATH},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    log = folder.with_name("killed.log")
+    with log.open("w") as said:
+        job = subprocess.Popen(
+            ["bash", SCRIPT, str(plan), str(folder), key],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PATH": PATH},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + 900
         while not (folder / "runs" / key / "checkpoints" / "state-000001").is_dir():
-            assert job.poll() is None and time.monotonic() < deadline
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)
     finally:
-        children = descendants(job.pid)  # torchrun puts its ranks into sessions of their own
-        for pid in (job.pid, *children):
+        for pid in (job.pid, *descendants(job.pid)):  # torchrun's ranks have sessions of their own
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     job.wait()
@@ -329,7 +330,7 @@ def test_the_comparison_runs_on_a_stand_in(stand_in, tmp_path):
     assert np.isfinite([tested.se_problems, tested.se_seeds, tested.p_these]).all()
     report = launch(
         *(sys.executable, "-m", "moe_upgrpo", "compare", str(plan), "--output", str(folder)),
-        timeout_s=900,
+        timeout_s=1800,
     )
     assert report.returncode == 0, report.stderr[-3000:]
     runs = data.read_all(folder)
