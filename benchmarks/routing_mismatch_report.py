@@ -5,7 +5,7 @@ A rate is a ratio of sums over the sequences of all seeds, its 95% interval resa
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.exact.report import filled, table
+from benchmarks.routing_mismatch import studies
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import Rate, rates
 
@@ -57,11 +58,12 @@ class Figure:
     seeds: tuple[float, float]
     count: int  # of seeds
 
-    def text(self, interval: bool = True) -> str:
+    @property
+    def text(self) -> str:
         share = self.name in SHARES
+        if self.rate.numerator == 0:
+            return f"0 of {self.rate.denominator:,.0f}"
         value = shown(self.rate.rate, share)
-        if not interval:
-            return value
         parts = f"{shown(self.rate.low, share)} to {shown(self.rate.high, share)}"
         if self.count > 1:
             low, high = (shown(x, share) for x in self.seeds)
@@ -124,23 +126,32 @@ class Report:
     def rate(self, runs: pd.DataFrame, name: str, comparison: str = "free-running") -> Figure:
         return figure(self.of(runs, comparison), name)
 
+    def value(self, runs: pd.DataFrame, name: str) -> str:
+        """The figure without its interval."""
+        above, below = MEASURES[name]
+        sums = self.of(runs)[[above, below]].sum()
+        return shown(sums[above] / sums[below], name in SHARES)
+
+    def row(self, runs: pd.DataFrame) -> list[str]:
+        """The columns that the axes' tables share."""
+        row = []
+        for name in HEADS:
+            with_interval = name in ("routers", "tokens with any")
+            row.append(self.rate(runs, name).text if with_interval else self.value(runs, name))
+        frame = self.of(runs, "conditional")
+        row.append(shown(frame["routers"].sum() / frame["pairs"].sum(), True))
+        return [*row, self.value(runs, "k3, replayed")]
+
     # --- tables
 
-    def axis_table(self, axis: str, heads: Sequence[str] = HEADS) -> str:
-        if axis not in set(self.runs["axis"]):
-            return "Not run."
+    def axis_table(self, axis: str) -> str:
         rows = []
         for about, runs in self.groups(axis):
             row = [about["setting"], f"{runs['parameters'].iloc[0] / 1e6:,.1f}M"]
             row += [about["rollout"], about["trainer"], str(runs["seed"].nunique())]
-            row += [
-                self.rate(runs, name).text(name in ("routers", "tokens with any")) for name in heads
-            ]
-            row += [self.rate(runs, "routers", "conditional").text(False)]
-            row += [self.rate(runs, "k3, replayed").text(False)]
-            rows.append(row)
+            rows.append(row + self.row(runs))
         first = ["setting", "parameters", "rollout", "trainer", "seeds"]
-        return table([*first, *heads, "conditional: routers", "k3, replayed"], rows)
+        return table([*first, *ROW], rows) if rows else NONE
 
     def precision_table(self) -> str:
         return self.axis_table("precision")
@@ -171,14 +182,10 @@ class Report:
         rows = []
         for about, runs in self.groups("engine"):
             row = [ENGINE_NAMES[about["engine"]], about["rollout"], str(runs["seed"].nunique())]
-            row += [
-                self.rate(runs, name).text(name in ("routers", "tokens with any")) for name in HEADS
-            ]
-            row += [self.rate(runs, "routers", "conditional").text(False)]
-            row += [self.rate(runs, "k3, replayed").text(False)]
+            row += self.row(runs)
             row += [shown(runs[f"noise/engine_{kind}/router_rate"].max(), True) for kind in KINDS]
             rows.append(row)
-        heads = ["engine", "rollout", "seeds", *HEADS, "conditional: routers", "k3, replayed"]
+        heads = ["engine", "rollout", "seeds", *ROW]
         heads += [f"engine's noise: {kind.replace('_', ' ')}" for kind in KINDS]
         return table(heads, rows) + note
 
@@ -195,8 +202,8 @@ class Report:
                 for kind in KINDS:
                     row.append(shown(runs[f"noise/{side}_{kind}/router_rate"].max(), True))
             row.append(shown(runs["noise/trainer_batch_shape/k3"].max(), False))
-            row.append(self.rate(runs, "routers").text(False))
-            row.append(self.rate(runs, "k3").text(False))
+            row.append(self.value(runs, "routers"))
+            row.append(self.value(runs, "k3"))
             rows.append(row)
         heads = ["model", "rollout", "trainer", "trainer: repeat", "trainer: batch shape"]
         heads += ["engine: repeat", "engine: batch shape", "k3 of trainer: batch shape"]
@@ -209,7 +216,7 @@ class Report:
                 continue
             spread = runs["dispersion"].dropna()
             row = [about["axis"], about["setting"], about["rollout"], about["trainer"]]
-            row.append(self.rate(runs, "tokens with any").text())
+            row.append(self.rate(runs, "tokens with any").text)
             row.append(shown(float(np.average(runs["any_if_independent"])), True))
             row.append(f"{spread.mean():.2f} ({spread.min():.2f} to {spread.max():.2f})")
             rows.append(row)
@@ -221,8 +228,8 @@ class Report:
         for about, runs in self.groups("precision", "engine", "trained"):
             row = [about["setting"], ENGINE_NAMES[about["engine"]]]
             row += [about["rollout"], about["trainer"]]
-            row += [self.rate(runs, name).text() for name in ("numerics", "engine_routing")]
-            row.append(self.rate(runs, "mean abs gap").text(False))
+            row += [self.rate(runs, name).text for name in ("numerics", "engine_routing")]
+            row.append(self.value(runs, "mean abs gap"))
             rows.append(row)
         heads = ["model", "engine", "rollout", "trainer", "numerics", "engine routing"]
         return table([*heads, "whole gap"], rows)
@@ -235,7 +242,7 @@ class Report:
             )
             tokens = frame["tokens"].sum()
             span = f"{frame['first'].min() + 1} to {frame['last'].max() + 1}"
-            row = [span, Figure("routers", share, (0, 0), 1).text()]
+            row = [span, Figure("routers", share, (0, 0), 1).text]
             row.append(shown(frame["any"].sum() / tokens, True))
             row.append(shown(frame["conditional"].sum() / frame["pairs"].sum(), True))
             row.append(f"{frame['prefix_mismatched'].sum() / tokens:.0f}")
@@ -254,10 +261,10 @@ class Report:
         rows = []
         for about, runs in self.groups("staleness"):
             row = [about["setting"], str(about["updates"]), str(runs["seed"].nunique())]
-            row += [self.rate(runs, name, AFTER).text() for name in ("slots", "routers")]
-            row.append(self.rate(runs, "routers", BEFORE).text(False))
-            row += [self.rate(runs, name).text(False) for name in ("stale k3", "stale F(2)")]
-            row += [self.rate(runs, name).text(False) for name in TERMS]
+            row += [self.rate(runs, name, AFTER).text for name in ("slots", "routers")]
+            row.append(self.rate(runs, "routers", BEFORE).text)
+            row += [self.value(runs, name) for name in ("stale k3", "stale F(2)")]
+            row += [self.value(runs, name) for name in TERMS]
             rows.append(row)
         heads = ["model", "updates", "seeds", "trainer before and after: slots", "routers"]
         heads += ["old engine, new trainer: routers", "k3", "F(2)"]
@@ -267,8 +274,8 @@ class Report:
         rows = []
         for about, runs in self.groups("training step"):
             row = [about["setting"], str(about["updates"]), str(runs["seed"].nunique())]
-            rows.append(row + [self.rate(runs, name).text(name == "routers") for name in HEADS])
-        return table(["model", "updates", "seeds", *HEADS], rows) if rows else NONE
+            rows.append(row + self.row(runs))
+        return table(["model", "updates", "seeds", *ROW], rows) if rows else NONE
 
     def finding_table(self) -> str:
         """Which settings reach the published rate of routers, by their interval's lower end."""
@@ -282,7 +289,7 @@ class Report:
             if about["axis"] in UNITS:
                 name = UNITS[about["axis"]].format(name)
             key = runs["weights"].iloc[0], about["rollout"], about["trainer"]
-            found.setdefault(key, []).append((share.rate.rate, f"{name}: {share.text()}", share))
+            found.setdefault(key, []).append((share.rate.rate, f"{name}: {share.text}", share))
         rows = []
         for (weights, rollout, trainer), shares in sorted(found.items()):
             above = [one for one in shares if one[2].rate.low >= PUBLISHED_RATE]
@@ -305,9 +312,13 @@ class Report:
         )
         rows[-1][-1] += " s"
         rows[-1].append("")
+        made = set(zip(self.runs["axis"], self.runs["setting"], strict=True))
+        planned = [(one.axis, name) for one in studies(quick=False) for name, _ in one.models]
+        left_out = [f"{axis} {name}" for axis, name in planned if (axis, name) not in made]
+        note = f"\n\nPlanned and not run: {'; '.join(left_out)}." if left_out else ""
         cpus = " and ".join(sorted({one["cpu"] for one in self.about.values()}))
         heads = ["axis", "runs", "CPU, this process", "clock"]
-        return table(heads, rows) + f"\n\nHardware: {cpus}, one thread."
+        return table(heads, rows) + f"\n\nHardware: {cpus}, one thread." + note
 
     def sections(self) -> dict[str, Callable[[], str]]:
         return {name: getattr(self, f"{name.replace('-', '_')}_table") for name in SECTIONS}
@@ -363,8 +374,9 @@ class Report:
                     found = [self.rate(runs, measure).rate for _, runs in chosen]
                     self._line(axis, x, found, line, f"{rollout}, {measure}", rollout)
             title = {"depth": "MoE layers", "experts": "experts, top-8", "top-k": "top-k of 64"}
-            axis.set(xscale="log", yscale="log", xlabel=title[name])
+            axis.set(xlabel=title[name])
             if groups:
+                axis.set(xscale="log")
                 axis.set_xticks(x, [str(n) for n in x])
                 axis.minorticks_off()
         x, found = [], []
@@ -375,12 +387,17 @@ class Report:
                     frame[["routers"]].to_numpy(float), frame[["pairs"]].to_numpy(float), groups=[0]
                 )[0]
             )
-        self._line(axes[3], x, found, "o-", "bf16, routers", "bf16")
-        axes[3].set(xscale="log", xlabel="position in the response")
+        axes[3].set(xlabel="position in the response")
+        if found:
+            self._line(axes[3], x, found, "o-", "bf16, routers", "bf16")
+            axes[3].set(xscale="log")
+        axes[0].set(ylim=(0, 1))
         for axis in axes:
             axis.axhline(PUBLISHED_RATE, color="black", lw=0.6, ls="--")
         axes[0].set_ylabel("share that differs (dashed: 10%)")
-        axes[0].legend(fontsize=6, frameon=False)
+        if self._deepest:
+            handles = axes[0].get_legend_handles_labels()
+            axes[3].legend(*handles, fontsize=7, frameon=False)
         return drawn
 
     def _line(self, axis, x, found: list[Rate], style: str, label: str, rollout: str) -> None:
@@ -402,7 +419,8 @@ class Report:
                 colour = self._colours[about["rollout"]]
                 axis.plot(share.index, share, line, color=colour, label=label)
         axis.set(xlabel="MoE layer", ylabel="share of routers that differ")
-        axis.legend(fontsize=6, frameon=False)
+        if groups:
+            axis.legend(fontsize=6, frameon=False)
         return drawn
 
     @property
@@ -427,11 +445,13 @@ class Report:
                 name = f"{setting}: {label}"
                 axis.errorbar(x, y, yerr=reach, fmt=line, ms=3, lw=1, color=colour, label=name)
         axis.set(xlabel="optimizer updates", ylabel="share of routers that differ")
-        axis.legend(fontsize=6, frameon=False)
+        if groups:
+            axis.legend(fontsize=6, frameon=False)
         return drawn
 
 
 UNITS = {"depth": "{} layers", "experts": "{} experts, top-8", "top-k": "64 experts, top-{}"}
+ROW = (*HEADS, "conditional: routers", "k3, replayed")
 KINDS = ("repeat", "batch_shape")
 NONE = "Not run."
 TERMS = ("numerics", "engine_routing", "update", "routing_shift")
@@ -455,13 +475,16 @@ SECTIONS = (
 )
 
 
-def _at(axis: str, setting: str, rollout: str, trainer: str, name: str):
+def _deepest(name: str):
+    axis, rollout, trainer = "depth", "bf16", "fp32"
+
     def here(report: Report) -> str:
+        setting = report._deepest
         runs = report.nearest(axis, setting, rollout, trainer)
         if runs.empty:
             return "not run"
-        where = f"{rollout} against {trainer}, {axis} {setting}"
-        return f"{report.rate(runs, name).text(False)} ({where})"
+        where = f"{rollout} against {trainer}, {UNITS[axis].format(setting)}"
+        return f"{report.value(runs, name)} ({where})"
 
     return here
 
@@ -469,7 +492,7 @@ def _at(axis: str, setting: str, rollout: str, trainer: str, name: str):
 def _after_one_update(report: Report) -> str:
     for about, runs in report.groups("staleness"):
         if about["updates"] == 1 and about["setting"].startswith("64"):
-            return f"{report.rate(runs, 'slots', AFTER).text(False)} ({about['setting']})"
+            return f"{report.rate(runs, 'slots', AFTER).text} ({about['setting']})"
     return "not run"
 
 
@@ -485,43 +508,43 @@ PUBLISHED = (
         "routers that differ, rollout and trainer",
         "about 10%",
         "R3, arXiv 2510.11370",
-        _at("depth", "48", "bf16", "fp32", "routers"),
+        _deepest("routers"),
     ),
     (
         "tokens with at least one layer that differs",
         "94%",
         "R3",
-        _at("depth", "48", "bf16", "fp32", "tokens with any"),
+        _deepest("tokens with any"),
     ),
     (
         "routers that differ in a token, mean",
         "about 6",
         "R3",
-        _at("depth", "48", "bf16", "fp32", "routers per token"),
+        _deepest("routers per token"),
     ),
     (
         "KL of rollout and trainer, MoE",
         "1.535e-3",
         "R3",
-        _at("depth", "48", "bf16", "fp32", "k3"),
+        _deepest("k3"),
     ),
     (
         "the same with the routes replayed",
         "7.5e-4",
         "R3",
-        _at("depth", "48", "bf16", "fp32", "k3, replayed"),
+        _deepest("k3, replayed"),
     ),
     (
         "log-prob gap, with replay about a tenth of it",
         "1e-3 to 1e-4",
         "arXiv 2512.07710",
-        _at("depth", "48", "bf16", "fp32", "mean abs gap"),
+        _deepest("mean abs gap"),
     ),
     (
         "tokens with a ratio above 2",
         "MoE about 10 times dense",
         "R3",
-        _at("depth", "48", "bf16", "fp32", "F(2)"),
+        _deepest("F(2)"),
     ),
     (
         "noise floor: KL of two forwards of Megatron",

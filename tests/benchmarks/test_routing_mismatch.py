@@ -141,7 +141,7 @@ def test_tables_from_saved_runs_and_what_was_not_run_is_named(same, tmp_path):
     report = Report.read(tmp_path)
     sections = {name: make() for name, make in report.sections().items()}
     assert tuple(sections) == SECTIONS
-    assert "| 2 | 0.0M | fp32 | fp32 | 1 | 0.00%" in sections["depth"]
+    assert "| 2 | 0.0M | fp32 | fp32 | 1 | 0 of 40 | 0.00%" in sections["depth"]
     assert sections["finding"] == "Not run."  # fp32 against fp32 is none of its settings
     assert "Not run: HF transformers, vLLM, SGLang" in sections["engines"]
     assert sections["staleness"] == "Not run."
@@ -158,5 +158,5 @@ def test_the_page_shows_the_committed_data():
     page, sections = PAGE.read_text(), Report.read(RESULTS).sections()
     for name in SECTIONS:
         assert page.count(f"<!-- begin {name} -->") == 1, name
-    for name in ("position", "staleness", "runs"):
+    for name in ("top-k", "position", "runs"):
         assert sections[name]() in page, f"make docs/routing-mismatch.md again: {name}"
