@@ -49,7 +49,7 @@ pytestmark = [
 
 def copied(target: Path) -> Path:
     """The checkout without git's objects: its HEAD says the revision."""
-    ignore = shutil.ignore_patterns("objects", "__pycache__", "docs", "examples")
+    ignore = shutil.ignore_patterns("objects", "__pycache__")
     return Path(shutil.copytree(CHECKOUT, target, ignore=ignore, symlinks=True))
 
 
