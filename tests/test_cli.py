@@ -8,7 +8,7 @@ import pytest
 
 from tests.report.synthetic import make_run
 
-COMMANDS = ("train", "probe", "report", "plan", "doctor", "patch")
+COMMANDS = ("train", "probe", "compare", "report", "plan", "doctor", "patch")
 
 
 def command(*arguments, cwd=None) -> subprocess.CompletedProcess:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups, memory, plan
+from moe_upgrpo.megatron import groups, memory, model, plan
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
@@ -80,8 +81,16 @@ class Kept:
 
 
 def kept_bytes(folder, layout: Layout, dtype: str, **options) -> tuple[int, int]:
-    """On a rank: bytes that autograd keeps in an update of one micro-batch; experts' tokens."""
-    with groups.process_groups(layout):
+    """On a rank: bytes that autograd keeps in an update of one micro-batch; experts' tokens.
+
+    With Megatron's own experts, which the plan is about: `GroupedExperts`, used on a CPU only, keep
+    a stacked copy of their weights beside.
+    """
+    with (
+        groups.process_groups(layout),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(model, "GroupedExperts", SequentialMLP)
         actor = MegatronActor(
             folder,
             layout,

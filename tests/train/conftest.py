@@ -3,5 +3,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Where all jobs of these tests keep their warm-started models."""
+    """Where jobs keep their warm-started models: tiny ones here, those of the stand-ins below."""
     return tmp_path_factory.mktemp("cache")

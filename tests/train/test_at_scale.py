@@ -224,7 +224,7 @@ def stand_in(request, preparation, tmp_path, cache) -> dict:
         ArithmeticTask(1),
         tiny.hugging_face(),
         settings=WarmStartConfig(target_pass_at_1=0.2, probe_problems=64),
-        cache_dir=cache,
+        cache_dir=cache / "stand-in",
     )
     sums = [(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
     heldout = [{"prompt": p, "answer": answer} for p, answer in sums[::13]]

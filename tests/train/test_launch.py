@@ -56,6 +56,12 @@ def torchrun(ranks: int, *arguments: str, **keywords) -> subprocess.CompletedPro
     return launch(str(TORCHRUN), "--nproc-per-node", str(ranks), SCRIPT, *arguments, **keywords)
 
 
+def warm_started(cache: Path) -> Path:
+    """The one model that jobs with the options above share."""
+    (folder,) = cache.glob("warm-start-*")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, cache):
     """`torchrun --nproc-per-node 2 examples/train_moe.sh`, TP2·EP2, engine and trainer in fp32."""
@@ -307,7 +313,7 @@ def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(f
 def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
     folder, _ = run
     trained = folder / "checkpoints" / f"step-{STEPS:06d}"
-    start = next(cache.glob("warm-start-*"))
+    start = warm_started(cache)
     after, before = (load_file(path / "model.safetensors") for path in (trained, start))
     assert after.keys() == before.keys()
     moved = sum(not torch.equal(after[name], before[name]) for name in after)
@@ -396,7 +402,7 @@ def test_a_checkpoint_whose_shapes_do_not_match(run, cache, tmp_path):
     def narrow(state):
         state[NAME] = state[NAME][:, :32].clone()
 
-    start = next(cache.glob("warm-start-*"))
+    start = warm_started(cache)
     model = broken_checkpoint(start, tmp_path / "model", narrow)
     result = torchrun(2, *options(tmp_path / "r", cache, "--model", str(model)))
     assert_fails(result, NAME, "(64, 32)", "does not fit")
@@ -406,7 +412,7 @@ def test_non_finite_log_probs(run, cache, tmp_path):
     def break_head(state):
         state["lm_head.weight"][5, 0] = float("nan")
 
-    start = next(cache.glob("warm-start-*"))
+    start = warm_started(cache)
     model = broken_checkpoint(start, tmp_path / "model", break_head)
     result = torchrun(2, *options(tmp_path / "r", cache, "--model", str(model)))
     assert_fails(result, "not finite", "non-finite weights")
