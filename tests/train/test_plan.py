@@ -183,7 +183,8 @@ def test_a_stand_in_of_another_family_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MOE, DENSE], ids=lambda path: path.stem)
 def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache):
-    words = ("--config", str(config), "--config", str(STAND_IN), "--cache-dir", str(cache / "stand-in"))
+    cache = cache / "stand-in"
+    words = ("--config", str(config), "--config", str(STAND_IN), "--cache-dir", str(cache))
     result = torchrun(2, *words, "--output-dir", str(tmp_path / "run"), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     of_run = read_config(tmp_path / "run")
