@@ -61,14 +61,17 @@ class Trained:
         seeds = len(self.numbers["progress"]["full_seeds"])
         return f"trained, `{self.name}`, {seeds} of {len(self.loaded.plan['seeds'])} seeds"
 
+    def loss(self, arm: str) -> str:
+        return self.loaded.plan["arms"][arm]["loss"]
+
     def contrasts(self, measure: str) -> Iterator[dict]:
-        """Those of UP with what it is compared with."""
+        """Those of an UP loss with one that it is compared with."""
         if measure == "primary":
             rows = self.numbers["primary"]
         else:
             found = {e["measure"]: e["contrasts"] for e in self.numbers["exploratory"]}
             rows = found.get(measure, [])
-        return (row for row in rows if row["other"] in UP.get(row["arm"], ()))
+        return (r for r in rows if self.loss(r["other"]) in UP.get(self.loss(r["arm"]), ()))
 
     def evidence(
         self, measure: str, what: str, *, side: int, unit: Callable[[float], str]
@@ -90,7 +93,7 @@ class Trained:
     def rises(self, measure: str, what: str, unit: Callable[[float], str]) -> Evidence:
         """Whether UP's own figure is above zero, by its interval over seeds."""
         arms = next(a["values"] for a in self.numbers["arms"] if a["measure"] == measure)
-        ours = [arm for arm in arms if arm["arm"] in UP]
+        ours = [arm for arm in arms if self.loss(arm["arm"]) in UP]
         if all(arm["low"] > 0 for arm in ours):
             verdict = HOLDS
         else:
@@ -103,15 +106,18 @@ class Trained:
     def collapses(self) -> Evidence:
         """Runs whose held-out pass@1 ends below half of the warm start's, or that crashed."""
         cells, any_up = [], False
-        for arm in (*UP, "grpo", "gspo"):
-            runs = self.loaded.by_arm[arm]
+        for loss in (*UP, "grpo", "gspo"):
+            arms = [arm for arm in self.loaded.plan["arms"] if self.loss(arm) == loss]
+            runs = [run for arm in arms for run in self.loaded.by_arm[arm]]
+            if not runs:
+                continue
             fallen = 0
             for run in runs:
                 by_step = list(evaluations(run, "eval/pass@1").values())
                 fallen += run.about.status == "crashed" or by_step[-1] < by_step[0] / 2
-            any_up |= arm in UP and fallen > 0
+            any_up |= loss in UP and fallen > 0
             ends = binomtest(fallen, len(runs)).proportion_ci(method="wilson")
-            cells.append(f"{arm} {fallen} of {len(runs)} (up to {ends.high:.0%})")
+            cells.append(f"{loss} {fallen} of {len(runs)} ({ends.low:.0%} to {ends.high:.0%})")
         return self._of("; ".join(cells), FAILS if any_up else OPEN)
 
     def _of(self, effect: str, verdict: str) -> Evidence:
@@ -146,11 +152,16 @@ def quoted(page: str, words: str, verdict: str, effect: str | None = None) -> Ev
 
 
 def claims(trained: Sequence[Trained]) -> list[Claim]:
-    """Every claim with all that was found on it."""
+    """Every claim with all that was found on it.
+
+    What was trained under stress, where a run is meant to break, says something of collapse alone.
+    """
     exact, stress = "exact.md", "stress.md"
 
+    usual = [t for t in trained if t.name != "stress"]
+
     def compared(measure: str, what: str, side: int, unit=_points) -> list[Evidence]:
-        return [t.evidence(measure, what, side=side, unit=unit) for t in trained]
+        return [t.evidence(measure, what, side=side, unit=unit) for t in usual]
 
     none = "| every UP loss, every cell, right sequences: largest \\|c − 1\\| | 0.0e+00 |"
     bias = "| 1 | trainer's policy | 0 | 0.035 ± 0.042 | 0.052 ± 0.05 | 0.21 ± 0.22 |"
@@ -204,7 +215,7 @@ def claims(trained: Sequence[Trained]) -> list[Claim]:
                     OPEN,
                     "at P(right) = .8, UP-GRPO − GRPO −.09 nats (−.32 to +.15)",
                 ),
-                *(t.rises("entropy_change", "nats, end − beginning", _nats) for t in trained),
+                *(t.rises("entropy_change", "nats, end − beginning", _nats) for t in usual),
             ],
         ),
         Claim(
@@ -252,9 +263,9 @@ def claims(trained: Sequence[Trained]) -> list[Claim]:
 
 
 def committed() -> list[Path]:
-    """Comparisons of the six losses whose results are in the repository."""
-    folder = ROOT / "benchmarks/results/compare"
-    return [folder / n for n in ("small", "many-experts") if (folder / n / "plan.json").exists()]
+    """Comparisons of ten seeds whose results are in the repository, and the one of stress."""
+    folder, names = ROOT / "benchmarks/results/compare", ("small", "many-experts", "fp8", "stress")
+    return [folder / name for name in names if (folder / name / "plan.json").exists()]
 
 
 def _points(value: float) -> str:

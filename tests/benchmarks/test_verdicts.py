@@ -1,5 +1,6 @@
 """The verdicts: their rule by hand, quotations that must stand, pages that follow the data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ class Made(verdicts.Trained):
 
     name = where = "made"
 
+    def loss(self, arm):
+        return arm.removesuffix("-bypass")
+
 
 @pytest.mark.parametrize(
     ("given", "side", "verdict"),
@@ -35,15 +39,32 @@ class Made(verdicts.Trained):
     ],
 )
 def test_rule(given, side, verdict):
-    rows = zip(("up-grpo", "up-gspo"), ("grpo", "gspo"), (0.02, -0.003), given, strict=True)
-    made = Made(loaded=[*rows, ("gspo", "grpo", 0.0, "lower")])  # the last is not UP's
+    arms, others = ("up-grpo", "up-gspo-bypass"), ("grpo", "gspo-bypass")
+    rows = zip(arms, others, (0.02, -0.003), given, strict=True)
+    not_ups = [("gspo", "grpo", 0.0, "lower"), ("up-grpo-bypass", "up-grpo", 0.0, "lower")]
+    made = Made(loaded=[*rows, *not_ups])
     found = made.evidence("primary", "points", side=side, unit=verdicts._points)
     assert found.verdict == verdict
     assert found.effect == (
-        "points: up-grpo − grpo +2.0 (+1.0 to +3.0); up-gspo − gspo −0.3 (−1.3 to +0.7)"
+        "points: up-grpo − grpo +2.0 (+1.0 to +3.0); "
+        "up-gspo-bypass − gspo-bypass −0.3 (−1.3 to +0.7)"
     )
     with pytest.raises(UserError, match="no contrast of seconds"):
         made.evidence("seconds", "s", side=1, unit=str)
+
+
+def test_collapses_are_counted_by_loss():
+    """On the kept data of a comparison in which no run fell, with two runs made to fall."""
+    made = verdicts.Trained(loaded=load(verdicts.committed()[0]))
+    runs = made.loaded.by_arm
+    assert made.collapses().verdict == "undecided at this scale"
+    crashed = replace(runs["up-grpo"][0], about=replace(runs["up-grpo"][0].about, status="crashed"))
+    runs["up-grpo"] = [crashed, *runs["up-grpo"][1:]]
+    runs["dapo"] = [crashed]  # another loss: not in the claim
+    found = made.collapses()
+    assert found.verdict == "does not hold"
+    # Wilson's intervals of 1 and 0 of 10, from a table.
+    assert "up-grpo 1 of 10 (2% to 40%); up-gspo 0 of 10 (0% to 28%)" in found.effect
 
 
 def test_a_claim_is_its_weakest_evidence():
