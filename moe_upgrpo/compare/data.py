@@ -81,7 +81,7 @@ def read(file: Path) -> RunData:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
+        raise UserError(f"{file} cannot be read: {str(error).strip().rstrip('.')}.") from None
     about = (table.schema.metadata or {}).get(_ABOUT)
     if about is None:
         raise UserError(f"{file} is not a run of a comparison.")

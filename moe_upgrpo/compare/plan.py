@@ -18,6 +18,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.train.config import TrainConfig, options
 
 Summary = Literal["mean", "last", "best"]
+_OF_SAMPLES = ("avg", "best", "maj", "pass")
+"""Metrics of n samples of a held-out problem, eval/KIND@n (`train.evaluate.finish`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,9 @@ class LearningRates:
                 f"learning_rates: {len(set(self.values))} values, {len(self.seeds)} seeds, "
                 f"{self.steps} steps; at least 2 values, 1 seed and 2 steps are needed."
             )
+        for name, given in (("values", self.values), ("seeds", self.seeds)):
+            if len(set(given)) < len(given):  # two runs would write to one folder
+                raise UserError(f"learning_rates.{name}={list(given)}: one is there twice.")
         if self.metric.startswith("eval/"):
             raise UserError("learning_rates.metric: held-out problems must not choose anything.")
 
@@ -86,11 +91,23 @@ class Comparison:
     def __post_init__(self):
         if len(self.arms) < 2 or not self.contrasts:
             raise UserError("a comparison needs at least 2 arms and 1 contrast.")
+        for what, name in (("name", self.name), *(("arm", arm) for arm in self.arms)):
+            # They are parts of file names, and arms are keys of plan.json.
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+                raise UserError(f"{what} {name!r}: letters, digits and . _ + - are needed.")
         for arm in (arm for pair in self.contrasts for arm in pair):
             if arm not in self.arms:
                 raise UserError(f"contrasts: {arm!r} is not an arm; known: {', '.join(self.arms)}.")
+        # The report could not test these, and would say so after the last run only.
+        pairs = {frozenset(pair) for pair in self.contrasts}
+        if len(pairs) < len(self.contrasts) or any(len(pair) < 2 for pair in pairs):
+            raise UserError("contrasts: an arm with itself, or two arms more than once.")
+        if not isinstance(self.confidence, float) or not 0 < self.confidence < 1:
+            raise UserError(f"confidence={self.confidence!r}: a number such as 0.95 is needed.")
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise UserError(f"seeds={list(self.seeds)}: at least 2, all different.")
+        if not all(type(seed) is int and seed >= 0 for seed in self.seeds):
+            raise UserError(f"seeds={list(self.seeds)}: whole numbers of at least 0 are needed.")
         if self.learning_rates and {*self.seeds} & {*self.learning_rates.seeds}:
             raise UserError("learning_rates.seeds: other seeds than those compared are needed.")
         if self.nproc < 1:
@@ -100,7 +117,19 @@ class Comparison:
             if given:
                 raise UserError(f"arm {name}: {', '.join(given)} is set by the comparison.")
             for run in (Run(arm=name, seed=self.seeds[0]), *self.tuning()[:1]):
-                self.config(run).layout(self.nproc)
+                config = self.config(run)
+                config.layout(self.nproc)
+                if not run.tuning:
+                    self._check_measured(name, config.eval_samples)
+
+    def _check_measured(self, arm: str, samples: int) -> None:
+        """That the arm's evaluations give the primary metric."""
+        known = {"greedy", "pass@1", *(f"{kind}@{samples}" for kind in _OF_SAMPLES)}
+        if self.primary.metric.removeprefix("eval/") not in known:
+            raise UserError(
+                f"primary.metric={self.primary.metric!r} is not measured with arm {arm}'s "
+                f"eval_samples={samples}; known: eval/{', eval/'.join(sorted(known))}."
+            )
 
     def options(self, run: Run) -> dict[str, Any]:
         """The options of `train` of one run."""
@@ -170,7 +199,7 @@ def read_plan(path: Path) -> Comparison:
         return from_values(values)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -192,7 +221,8 @@ def from_values(values: dict[str, Any]) -> Comparison:
             made["primary"] = Primary(**values["primary"])
         if values.get("learning_rates") is not None:
             rates = values["learning_rates"]
-            lists = {name: tuple(rates[name]) for name in ("values", "seeds")}
+            # 1e-4, without a dot, is a word in YAML.
+            lists = {"values": tuple(map(float, rates["values"])), "seeds": tuple(rates["seeds"])}
             made["learning_rates"] = LearningRates(**rates | lists)
         return Comparison(**made)
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -81,8 +81,12 @@ def choose_rates(plan: Comparison, folder: Path) -> dict[str, float]:
     if asked is None:
         return {}
     scores: dict[str, dict[float, list[float]]] = {arm: {} for arm in plan.arms}
-    for run in plan.tuning():
-        found = dict(zip(*data.read(data_file(folder, run)).series(asked.metric), strict=True))
+    kept_runs = {run: data.read(data_file(folder, run)) for run in plan.tuning()}
+    if not any(found.series(asked.metric)[0] for found in kept_runs.values()):
+        # Every score would be 0, and the first value the choice.
+        raise UserError(f"learning_rates.metric={asked.metric!r} is in none of the runs' metrics.")
+    for run, found in kept_runs.items():
+        found = dict(zip(*found.series(asked.metric), strict=True))
         late = [found.get(s, 0.0) for s in range(asked.steps // 2 + 1, asked.steps + 1)]
         scores[run.arm].setdefault(run.lr, []).append(float(np.mean(late)))
     rates = {

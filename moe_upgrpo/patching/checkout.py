@@ -84,20 +84,29 @@ class Checkout:
 
     def _bring(self, ends: dict[str, int]) -> list[str]:
         with _locked(self.root):
-            if modified := self.modified():
-                raise UserError(
-                    f"{self.root} has {', '.join(modified)} neither as "
-                    f"{self.series.stack} {self.series.version} has it nor patched by this "
-                    "command. Nothing was changed. Restore it (reinstall, or git restore) first."
-                )
+            self._refuse_modified()
             changes = {}
             for file, end in ends.items():
                 before = self.read(file)
                 after = self.series.move(file, before, end)
                 if after != before:
                     changes[file] = after
+            if links := [f for f in changes if (self.root / f).is_symlink()]:
+                # Renamed over, the link would be gone; written through, others' files changed.
+                raise UserError(
+                    f"{self.root} has {', '.join(links)} as links. Nothing was changed. Patch what "
+                    "they point to, or a copy, with --root."
+                )
             self._replace(changes)
         return sorted(changes)
+
+    def _refuse_modified(self) -> None:
+        if modified := self.modified():
+            raise UserError(
+                f"{self.root} has {', '.join(modified)} neither as {self.series.stack} "
+                f"{self.series.version} has it nor patched by this command. Nothing was changed. "
+                "Restore it (reinstall, or git restore) first."
+            )
 
     def _replace(self, changes: dict[str, bytes | None]) -> None:
         """All of the changes or none: an error half-way puts back what was there."""
@@ -109,11 +118,13 @@ class Checkout:
                     old.unlink(missing_ok=True)  # of a process that was killed
                     if target.exists():
                         shutil.copy2(target, old)
+                        _own(old, target)
                         _sync(old)
                     if content is not None:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         new.write_bytes(content)
                         if target.exists():
+                            _own(new, target)
                             shutil.copymode(target, new)
                         _sync(new)
                 for file, content in changes.items():
@@ -153,6 +164,7 @@ class Checkout:
     def verify(self, python: str) -> list[str]:
         """Import the changed modules in a fresh process; their names. UserError if they are not
         the patched ones or cannot be imported."""
+        self._refuse_modified()
         if self.state != "applied":
             raise UserError(
                 f"{self.series.stack} in {self.root} is {self.state}, not applied: "
@@ -160,7 +172,12 @@ class Checkout:
             )
         modules = {_module(f): f for f in self.series.files if f.endswith(".py")}
         path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
-        found = _run(python, IMPORT, list(modules), os.environ | {"PYTHONPATH": path})
+        found = _run(
+            python,
+            IMPORT,
+            list(modules),
+            os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        )
         for name, file in modules.items():
             if Path(found[name]).resolve() != (self.root / file).resolve():
                 raise UserError(f"{python} imports {name} from {found[name]}, not {self.root}.")
@@ -202,15 +219,20 @@ def recognise(versions: list[Series], root: Path) -> Checkout:
     Raises UnknownRevision, naming the known ones, where it is none of them.
     """
     known = " or ".join(f"{s.version}{f' ({s.commit[:10]})' if s.commit else ''}" for s in versions)
+    take = "Check out or install that, or go without."
     package = versions[0].module.replace(".", "/")
     stack = versions[0].stack
+    if not root.is_dir():
+        raise UserError(f"--root {root} is not a folder; give the one that holds {package}.")
     if not (root / package).is_dir():
         raise UserError(f"{root} has no {package}: --root is the folder that holds the package.")
     if commit := _head(root):
         for series in versions:
             if series.commit == commit:
                 return Checkout(series, root)
-        raise UnknownRevision(f"{root} is {stack} at {commit}; there are patches for {known}.")
+        raise UnknownRevision(
+            f"{root} is {stack} at {commit}; there are patches for {known}. {take}"
+        )
     for series in versions:
         if series.distribution is None:
             continue
@@ -218,14 +240,18 @@ def recognise(versions: list[Series], root: Path) -> Checkout:
             if found.version == series.version:
                 return Checkout(series, root)
             raise UnknownRevision(
-                f"{root} has {series.distribution} {found.version}; there are patches for {known}."
+                f"{root} has {series.distribution} {found.version}; there are patches for {known}. "
+                f"{take}"
             )
     for series in versions:
         if not Checkout(series, root).modified():
             return Checkout(series, root)
+    others = [(s, Checkout(s, root).modified()) for s in versions]
+    nearest, files = min(others, key=lambda found: len(found[1]) / len(found[0].files))
     raise UnknownRevision(
-        f"{root} says no revision (neither git nor an installed distribution), and its files are "
-        f"those of none with patches: {known}."
+        f"{root} says no revision (neither git nor a distribution that is known here), and its "
+        f"files are those of none with patches: {known}. Other than in {nearest.version}: "
+        f"{', '.join(files)}. {take}"
     )
 
 
@@ -267,6 +293,12 @@ def _locked(root: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def _own(path: Path, like: Path) -> None:
+    """Root leaves others' files theirs; nobody else may, or has to."""
+    with suppress(OSError):
+        os.chown(path, like.stat().st_uid, like.stat().st_gid)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -288,4 +320,7 @@ def _run(python: str, code: str, names: list[str], environment: dict[str, str]) 
         raise UserError(f"--python {python} cannot be run: {error}.") from error
     if done.returncode:
         raise UserError(f"{python} cannot import {', '.join(names)}:\n{done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise UserError(f"--python {python} gave no answer; is it a Python interpreter?") from error

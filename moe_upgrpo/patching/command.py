@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.patching.checkout import UnknownRevision, find, installed, recognise
-from moe_upgrpo.patching.series import Series, all_series, of_stack
+from moe_upgrpo.patching.series import WITHOUT, Series, all_series, of_stack
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,6 +23,7 @@ class PatchCommand:
     # list and show change nothing; verify imports what apply changed; revert puts back what
     # upstream has, to the last bit.
     command: Positional[Literal["list", "show", "apply", "verify", "revert"]]
+    # As list names it; list takes none for all.
     stack: Positional[str | None] = None
     # The folder that holds the stack's package. Default: where `python` finds it.
     root: Path | None = None
@@ -32,10 +33,17 @@ class PatchCommand:
 
 def run(asked: PatchCommand, out: Console) -> None:
     """Raises UserError where it cannot be done; nothing is changed then."""
+    try:
+        _run(asked, out)
+    except OSError as error:  # such as a folder that may not be entered
+        raise UserError(f"{error}. Give yourself access, or name another --root.") from error
+
+
+def _run(asked: PatchCommand, out: Console) -> None:
     command, stack, python = asked.command, asked.stack, asked.python
     root = asked.root and asked.root.absolute()
     if command == "list":
-        show_all(root, python, out)
+        show_all({stack: of_stack(stack)} if stack else all_series(), root, python, out)
         return
     if stack is None:
         raise UserError(
@@ -71,12 +79,13 @@ def show(series: Series, out: Console) -> None:
         out.print(patch.path.read_text())
 
 
-def show_all(root: Path | None, python: str, out: Console) -> None:
+def show_all(known: dict[str, list[Series]], root: Path | None, python: str, out: Console) -> None:
     """A table of the stacks, their revisions and the state of what is here."""
     table = Table(box=None)
     for title in ("stack", "revision", "patches", "state", "where"):
         table.add_column(title)
-    known = all_series()
+    if root is not None and not root.is_dir():
+        raise UserError(f"--root {root} is not a folder.")
     modules = {versions[0].module for versions in known.values()}
     roots = installed(sorted(modules), python) if root is None else dict.fromkeys(modules, root)
     for stack, versions in known.items():
@@ -98,3 +107,4 @@ def show_all(root: Path | None, python: str, out: Console) -> None:
                 "" if elsewhere or state == "not installed" else str(where),
             )
     out.print(table)
+    out.print(f"{WITHOUT}.")

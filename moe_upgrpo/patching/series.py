@@ -29,6 +29,7 @@ import yaml
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.patching import diffs
 
+WITHOUT = "verl, slime and miles need none (docs/verl.md, docs/slime.md)"
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -150,5 +151,7 @@ def of_stack(stack: str) -> list[Series]:
     """Its versions, ascending. Raises UserError where it has no patches."""
     known = all_series()
     if stack not in known:
-        raise UserError(f"{stack!r} is not a stack with patches; known: {', '.join(known)}.")
+        raise UserError(
+            f"{stack!r} is not a stack with patches; known: {', '.join(known)}. {WITHOUT}."
+        )
     return known[stack]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_upgrpo.compare.plan import Run, from_values, read_plan
 from moe_upgrpo.errors import UserError
@@ -36,6 +37,14 @@ def test_a_chosen_learning_rate_wins():
     assert tuning.steps == 2 and tuning.seed == 7 and tuning.eval_problems == 1
 
 
+def test_rates_without_a_dot_are_words_in_yaml():
+    values = yaml.safe_load("[1e-4, 3e-4]")
+    assert values == ["1e-4", "3e-4"]
+    plan = from_values(VALUES | {"learning_rates": RATES | {"values": values}})
+    assert plan.learning_rates.values == (1e-4, 3e-4)
+    assert plan.tuning()[0].key == "tuning-grpo-lr0.0001-seed7"
+
+
 def test_every_arm_has_the_same_budget():
     tuning = from_values(VALUES | {"learning_rates": RATES}).tuning()
     by_arm = {arm: sorted((r.lr, r.seed) for r in tuning if r.arm == arm) for arm in VALUES["arms"]}
@@ -62,6 +71,19 @@ def test_seeds_are_whole_before_the_next():
         ({"seeds": 3}, "a field has the wrong form"),
         ({"contrasts": [["up", "dapo"]]}, "'dapo' is not an arm; known: grpo, up"),
         ({"contrasts": []}, "at least 2 arms and 1 contrast"),
+        ({"contrasts": [["up", "up"]]}, "an arm with itself"),
+        ({"contrasts": [["up", "grpo"], ["grpo", "up"]]}, "two arms more than once"),
+        ({"name": "../up"}, "name '../up': letters, digits"),
+        ({"confidence": 95}, "confidence=95: a number such as 0.95"),
+        ({"confidence": "high"}, "confidence='high'"),
+        ({"seeds": [0, -1]}, "whole numbers of at least 0"),
+        ({"seeds": "01"}, "whole numbers of at least 0"),
+        ({"arms": {"a/b": {"loss": "grpo"}, "c": {"loss": "dapo"}}, "contrasts": [["c", "a/b"]]},
+         "arm 'a/b': letters, digits"),
+        ({"arms": {1: {"loss": "grpo"}, 2: {"loss": "dapo"}}, "contrasts": [[1, 2]]}, "arm 1:"),
+        ({"primary": {"metric": "eval/pass@7"}}, "'eval/pass@7' is not measured with arm grpo's"),
+        ({"learning_rates": RATES | {"seeds": [7, 7]}}, "learning_rates.seeds=[7, 7]"),
+        ({"learning_rates": RATES | {"values": ["low", "high"]}}, "a field has the wrong form"),
         ({"arms": {"a": {"loss": "grpo"}, "up": {"los": 1}}, "contrasts": [["a", "up"]]}, "'los'"),
         ({"arms": {"a": {"loss": "grpo"}, "up": {"loss": "gpo"}}, "contrasts": [["a", "up"]]},
          "Error parsing TrainConfig: preset: 'gpo' given"),
@@ -98,6 +120,9 @@ def test_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_plan(file)
     file.write_text("name: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_plan(file)
+    file.write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match="is not YAML"):
         read_plan(file)
     file.write_text("name: one")

@@ -129,6 +129,13 @@ def test_learning_rates_by_hand(jobs, tmp_path):
     assert len(data.read_all(tmp_path / "out", tuning=True)) == 12
 
 
+def test_a_metric_that_is_not_measured_chooses_nothing(jobs, tmp_path):
+    rates = {"values": [1e-4, 3e-4], "seeds": [7], "steps": 2, "metric": "reward/none"}
+    with pytest.raises(UserError, match="'reward/none' is in none of the runs' metrics"):
+        do(tmp_path / "out", VALUES | {"learning_rates": rates})
+    assert not (tmp_path / "out/learning_rates.json").exists()
+
+
 def test_foreign_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

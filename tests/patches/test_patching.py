@@ -255,16 +255,53 @@ def test_a_read_only_folder(patches):
         (root / "toy").chmod(0o755)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: others cannot give files away")
+def test_a_file_stays_its_owners(patches, root, monkeypatch):
+    def owners():
+        return {p.name: (p.stat().st_uid, p.stat().st_gid) for p in root.rglob("*.py")}
+
+    for path in root.rglob("*.py"):
+        os.chown(path, 65534, 65533)
+    before = owners()
+    toy(root).apply()
+    assert owners() == before | {"n.py": (os.geteuid(), os.getegid())}
+    toy(root).revert()
+    assert owners() == before
+    original = os.replace
+
+    def replace(source, target):
+        if source.name == ".b.py.moe_upgrpo.new":
+            raise OSError(5, "Input/output error")
+        return original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="Input/output error"):
+        toy(root).apply()
+    assert owners() == before
+
+
+def test_links_are_refused_and_left(patches, root, tmp_path):
+    """Such as those of uv's link mode: what they point to is shared with other environments."""
+    (root / "toy/b.py").rename(tmp_path / "b.py")
+    (root / "toy/b.py").symlink_to(tmp_path / "b.py")
+    before = files_below(root)
+    with pytest.raises(UserError, match=r"toy/b.py as links. Nothing was changed"):
+        toy(root).apply()
+    assert files_below(root) == before and (root / "toy/b.py").is_symlink()
+
+
 def test_modified_files_are_refused_and_left(patches, root):
     (root / "toy/b.py").write_text("mine = 1\n")
     before = files_below(root)
     for command in ("apply", "revert"):
         # Of no revision that is written down anywhere: then the files decide.
-        with pytest.raises(patching.UnknownRevision, match=r"none with patches: 1\.0"):
+        with pytest.raises(
+            patching.UnknownRevision, match=r"none with patches: 1\.0.*in 1\.0: toy/b\.py\."
+        ):
             say(command, "toy", root)
     installed_as(root, "1.0")
     before = files_below(root)
-    for command in ("apply", "revert"):
+    for command in ("apply", "revert", "verify"):
         with pytest.raises(UserError, match=r"has toy/b.py neither as toy 1.0 has it.*Nothing"):
             say(command, "toy", root)
     assert files_below(root) == before
@@ -331,6 +368,17 @@ def test_a_git_checkout_is_known_by_its_commit(patches, root, kind):
             git.mkdir()
 
 
+def test_a_folder_that_cannot_be_entered(patches, root, monkeypatch):
+    def is_dir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:  # root may enter any
+        context.setattr(Path, "is_dir", is_dir)
+        for command in ("apply", "list"):
+            with pytest.raises(UserError, match=r"Permission denied.*Give yourself access"):
+                say(command, "toy", root)
+
+
 def test_two_at_a_time_are_refused(patches, root):
     held = os.open(root, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -341,7 +389,9 @@ def test_two_at_a_time_are_refused(patches, root):
 
 
 def test_what_is_not_there_is_named(patches, root, tmp_path):
-    with pytest.raises(UserError, match="'nothing' is not a stack with patches; known: toy"):
+    with pytest.raises(
+        UserError, match=r"'nothing' is not a stack with patches; known: toy\. verl"
+    ):
         say("apply", "nothing")
     with pytest.raises(UserError, match=r"no stack given; usage: moe-upgrpo patch apply STACK"):
         say("apply")
@@ -351,7 +401,14 @@ def test_what_is_not_there_is_named(patches, root, tmp_path):
         say("apply", "toy")
     with pytest.raises(UserError, match="/no/python cannot be run"):
         say("list", python="/no/python")
-    assert "not installed" in say("list")
+    with pytest.raises(UserError, match=r"--python .*true gave no answer"):
+        say("apply", "toy", python=shutil.which("true"))
+    for command in ("list", "apply"):
+        with pytest.raises(UserError, match="nowhere is not a folder"):
+            say(command, "toy", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="'nothing' is not a stack with patches; known: toy"):
+        say("list", "nothing")
+    assert "not installed" in say("list") and "not installed" in say("list", "toy")
     shown = say("show", "toy")
     assert "reason of 0002-two.patch" in shown and "+new = 2" in shown and "MIT" in shown
 

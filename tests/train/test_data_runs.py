@@ -96,6 +96,7 @@ def test_a_run_of_the_dapo_recipe_on_a_file(run, files):
     task.close()
 
 
+@pytest.mark.slow
 def test_saved_rollouts_of_refilled_steps_are_trained_on_again(run, files):
     again = files / "again"
     more = ("--load-rollouts", str(files / "rollouts"))

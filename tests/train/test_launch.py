@@ -246,7 +246,8 @@ def test_replay_trains(replay, terms, unseen, run, cache, tmp_path):
 
 
 def test_a_dense_model_trains_and_says_that_it_has_no_routes(cache, tmp_path):
-    result = torchrun(2, *options(tmp_path / "r", cache, "--tiny.experts", "0", "--steps", "1"))
+    more = ("--tiny.experts", "0", "--steps", "1")
+    result = torchrun(2, *options(tmp_path / "r", cache / "dense", *more))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "TP2·EP1" in result.stdout and "dense: no routes to record" in result.stdout
     row = read_metrics(tmp_path / "r")[1]
@@ -279,23 +280,35 @@ def first_step(cache, tmp_path_factory):
     return start
 
 
-def test_the_layouts_leave_the_same_token_log(first_step, tmp_path):
-    """TP2·EP2 against two pipeline stages with recomputed activations, against data parallelism
-    with EP2, whose ranks write a file each, and against TP2·EP2·DP2 on four ranks."""
-    saved = str(tmp_path / "rollouts")  # four ranks would sample others
-    expected = first_step("--tp", "2", "--ep", "2", "--save-rollouts", saved)
+@pytest.fixture(scope="module")
+def of_two_ranks(first_step, tmp_path_factory):
+    """The token log on TP2·EP2, and what four ranks need to train on the same rollouts."""
+    saved = str(tmp_path_factory.mktemp("saved") / "rollouts")
+    return first_step("--tp", "2", "--ep", "2", "--save-rollouts", saved), saved
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ("--tp", "1", "--ep", "1", "--pp", "2", "--recompute", "full")),
+        (2, ("--tp", "1", "--ep", "2")),
+        pytest.param(4, ("--tp", "2", "--ep", "2"), marks=pytest.mark.slow),
+    ],
+    ids=["pipeline, recomputed", "data parallel: a file for each rank", "four ranks"],
+)
+def test_the_layouts_leave_the_same_token_log(ranks, layout, of_two_ranks, first_step):
+    """As TP2·EP2 does."""
+    expected, saved = of_two_ranks
     assert expected["layers_mismatched"].to_numpy().sum() > 10
-    stages = ("--tp", "1", "--ep", "1", "--pp", "2", "--recompute", "full")
-    four = ("--tp", "2", "--ep", "2", "--load-rollouts", saved)
-    for ranks, layout in ((2, stages), (2, ("--tp", "1", "--ep", "2")), (4, four)):
-        found = first_step(*layout, ranks=ranks)
-        assert found.column_names == expected.column_names
-        for name in found.column_names:
-            a, b = found[name].combine_chunks(), expected[name].combine_chunks()
-            if str(a.type) == "float":
-                np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), atol=2e-5, err_msg=name)
-            else:
-                assert a.equals(b), name
+    more = ("--load-rollouts", saved) if ranks == 4 else ()
+    found = first_step(*layout, *more, ranks=ranks)
+    assert found.column_names == expected.column_names
+    for name in found.column_names:
+        a, b = found[name].combine_chunks(), expected[name].combine_chunks()
+        if str(a.type) == "float":
+            np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), atol=2e-5, err_msg=name)
+        else:
+            assert a.equals(b), name
 
 
 def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(first_step):
