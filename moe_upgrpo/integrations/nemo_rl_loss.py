@@ -175,7 +175,7 @@ class PolicyLossFn(ClippedPGLossFn):
         return ((result.per_token * weights_BT).sum(-1) * weights_B).sum(), result
 
     def _rollout_weights(self, old: Tensor, rollout: Tensor, mask_BT: Tensor) -> Tensor:
-        """π_old/μ, cut or masked as loss_functions.py:550 does it; `[B, T]` or `[B, 1]`."""
+        """π_old/μ, cut or masked as loss_functions.py:564 does it; `[B, T]` or `[B, 1]`."""
         gap_BT = torch.where(mask_BT, old - rollout, 0.0)
         if self.sequence_level_importance_ratios:
             gap_BT = gap_BT.sum(-1, keepdim=True)

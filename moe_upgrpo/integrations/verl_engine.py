@@ -248,7 +248,7 @@ class EngineLog:
         """Rows of this rank's shard of a micro-batch -> `[S, L, K]` of each sequence.
 
         The shards of sequence and context parallelism are joined by verl's own functions, in the
-        layouts in which its forward splits a micro-batch (model_forward.py:286 and 380).
+        layouts in which its forward splits a micro-batch (model_forward.py:303 and 409).
         """
         config = self.engine.tf_config
         if config.sequence_parallel:

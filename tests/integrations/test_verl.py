@@ -382,7 +382,7 @@ def test_clipped_and_gradient_weight_are_the_librarys(runs, name):
 
 
 def test_r2_keeps_the_routes_that_verl_itself_records(runs):
-    """verl's recording of the same forward (router_replay_utils.py:233) is the reference."""
+    """verl's recording of the same forward (router_replay_utils.py:236) is the reference."""
     folder, batch, results = runs
     recorded = results["R2"][0]["recorded"]
     table = read_tokens(folder / "R2" / "tokens")
