@@ -171,7 +171,10 @@ def _compare(arguments: list[str]) -> None:
             raise UserError("no config given; usage: moe-upgrpo compare CONFIG.")
         plan = read_plan(config)
         folder = output or Path("runs/compare") / plan.name
-        run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
+        try:
+            run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from there.", 130)
         print(write_report(folder))
 
     _parse(compare, arguments, "moe-upgrpo compare")

@@ -6,10 +6,12 @@ whose Parquet file is there is done. Stopped at any moment, the same command goe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,8 +45,27 @@ def compare(
 ) -> None:
     """Run what is missing of `plan` in `folder`.
 
-    Raises UserError: the folder holds another comparison, or a run could not start.
+    Raises UserError: the folder holds another comparison, another command works in it, or a run
+    could not start. A SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt and its runs stopped.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another compare is at work in {folder}: wait for it, or take another --output."
+            ) from None
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            _compare(plan, folder, parallel, say)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _compare(
+    plan: Comparison, folder: Path, parallel: int | None, say: Callable[[str], None]
+) -> None:
     write_plan(plan, folder)
     pool = parallel or default_parallel(plan.nproc)
     tuning = plan.tuning()

@@ -2,10 +2,16 @@
 folder in no time; `test_a_whole_comparison` (slow) trains."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_upgrpo.compare import data, run
 from moe_upgrpo.compare.plan import from_values
@@ -22,7 +28,7 @@ VALUES = {
 
 # argv: --config FILE --output-dir DIR. pass@1 is seed + step / 10; the arm b with seed 1 may fail.
 JOB = """
-import json, os, pathlib, signal, sys, yaml
+import json, os, pathlib, signal, sys, time, yaml
 options = yaml.safe_load(open(sys.argv[2]))
 out = pathlib.Path(sys.argv[4]); out.mkdir(parents=True)
 mode = os.environ.get("MODE", "") if (options["loss"], options["seed"]) == ("up-grpo", 1) else ""
@@ -30,6 +36,8 @@ lr = options.get("optimizer", {"lr": 1e-4})["lr"]
 (out / "config.json").write_text(json.dumps(
     {"model": "/somewhere/model", "steps": options["steps"], "optimizer": {"lr": lr}}))
 (out / "env.json").write_text(json.dumps({"argv": ["/a/b"], "python": "3"}))
+if mode == "hangs":
+    (out.parent / "pid").write_text(str(os.getpid())); time.sleep(60)
 steps = {"": 3, "crash": 2, "setup": 1, "killed": 2}[mode]
 rows = [{"step": s, "eval/pass@1": options["seed"] + s / 10, "alarms": [], "list": [1.0, 2.0],
          "reward/correct_rate": lr * s}
@@ -105,6 +113,42 @@ def test_a_killed_run_is_run_again(jobs, tmp_path, monkeypatch):
     monkeypatch.setenv("MODE", "")
     do(tmp_path / "out")
     assert len(data.read_all(tmp_path / "out")) == 4
+
+
+def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, monkeypatch):
+    """And while the first command is at work, a second is refused."""
+    monkeypatch.setenv("MODE", "hangs")
+    folder, refused = tmp_path / "out", []
+
+    def meanwhile():
+        while not (folder / "runs/pid").exists():
+            time.sleep(0.05)
+        words = [
+            sys.executable,
+            "-m",
+            "moe_upgrpo",
+            "compare",
+            str(config),
+            "--output",
+            str(folder),
+        ]
+        refused.append(subprocess.run(words, capture_output=True, text=True))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(VALUES))
+    other = threading.Thread(target=meanwhile)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        do(folder)
+    other.join()
+    assert refused[0].returncode == 2 and "Another compare is at work" in refused[0].stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / "runs/pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setenv("MODE", "")
+    do(folder)
+    assert len(data.read_all(folder)) == 4
 
 
 def test_what_was_written_down_stays(jobs, tmp_path):
