@@ -4,10 +4,10 @@
 
 Run from the repository's root, with the extras report and dev; about 5 minutes of one core. --quick
 takes seconds on a smaller policy and grid; --read makes tables and figures again from an output
-folder. Writes cells.parquet
-(a row for each policy, mismatch, inner step, mode, loss, advantages and part), conditions.parquet,
-crossings.parquet, summary.json and the figures; --page fills that page's tables and draws its
-figures into img/ beside it. Exit status 1 if a check fails that must hold exactly or to rounding.
+folder. Writes cells.parquet (a row for each policy, mismatch, inner step, mode, loss, advantages
+and part), conditions.parquet, crossings.parquet, meta.json, summary.json and the figures; --page
+fills that page's tables and draws its figures into img/ beside it. Exit status 1 if a check fails
+that must hold exactly or to rounding.
 """
 
 import json
@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import tyro
 
+from benchmarks.exact.made import Stopwatch
 from benchmarks.exact.report import Report, filled
 from benchmarks.exact.study import QUICK, Grid, run_policy
 from moe_upgrpo.errors import UserError
@@ -40,7 +41,8 @@ class Arguments:
     """Page with the generated sections to fill."""
 
 
-def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame]:
+def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    watch = Stopwatch()
     grid = QUICK if arguments.quick else Grid()
     if arguments.policies is not None:
         grid = replace(grid, policies=arguments.policies)
@@ -55,7 +57,9 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame]:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     cells.to_parquet(arguments.output_dir / "cells.parquet")
     conditions.to_parquet(arguments.output_dir / "conditions.parquet")
-    return cells, conditions
+    meta = watch.made()
+    (arguments.output_dir / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return cells, conditions, meta
 
 
 def main(arguments: Arguments) -> int:
@@ -67,9 +71,10 @@ def main(arguments: Arguments) -> int:
         cells, conditions = (
             pd.read_parquet(out / f"{name}.parquet") for name in ("cells", "conditions")
         )
+        meta = json.loads((out / "meta.json").read_text())
     else:
-        cells, conditions = computed(arguments)
-    report = Report(cells, conditions)
+        cells, conditions, meta = computed(arguments)
+    report = Report(cells, conditions, meta)
     report.crossings.to_parquet(out / "crossings.parquet")
     (out / "summary.json").write_text(
         json.dumps(report.summary(), indent=1, allow_nan=False) + "\n"

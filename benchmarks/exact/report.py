@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks.exact.made import said
 from benchmarks.exact.study import NONE
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.config import BASELINES
@@ -36,6 +37,7 @@ PAIRS = (
 )
 UP_OF = {"up-" + name.replace("-grpo", ""): name for name in BASELINES}
 SECTIONS = (
+    "run",
     "checks",
     "conditions",
     "steps",
@@ -215,8 +217,8 @@ def names_in(frame: pd.DataFrame, column: str) -> list:
 class Report:
     """Tables and figures of one run; `mismatch` and `step` are those looked at closest."""
 
-    def __init__(self, cells: pd.DataFrame, conditions: pd.DataFrame):
-        self.cells, self.conditions = with_errors(cells), conditions
+    def __init__(self, cells: pd.DataFrame, conditions: pd.DataFrame, meta: dict):
+        self.cells, self.conditions, self.meta = with_errors(cells), conditions, meta
         self.crossings = crossings(self.cells)
         self.checks = checks(self.cells)
         self.mismatches = names_in(conditions, "mismatch")
@@ -229,6 +231,9 @@ class Report:
     def _at(self, **wanted) -> pd.DataFrame:
         wanted = {"mode": "recomputed", "part": "all", "mismatch": self.mismatch} | wanted
         return select(self.fixed, **wanted)
+
+    def run_table(self) -> str:
+        return f"{len(self.cells):,} cells, {self.policies} policies. {said(self.meta)}"
 
     def checks_table(self) -> str:
         rows = [

@@ -23,8 +23,6 @@ to a cell, showed the learning rates at which anything happens and the size of a
 
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 import time
@@ -36,6 +34,7 @@ import pandas as pd
 import torch
 import tyro
 
+from benchmarks.exact.made import Stopwatch
 from benchmarks.exact.policy import Sizes
 from benchmarks.exact.report import filled
 from benchmarks.exact.stress_fallen import DEPTHS, fallen
@@ -168,7 +167,7 @@ def other_runs(model: Model, studies: Studies, rates: dict[str, float]) -> Itera
 
 
 def computed(studies: Studies) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    begun, cpu = time.time(), time.process_time()
+    cpu, watch = time.process_time(), Stopwatch()
     model = Model(studies.sizes)
     sweep = pd.concat(collapse_runs(model, studies), ignore_index=True)
     print(f"sweep: {time.process_time() - cpu:.0f} s of CPU", flush=True)
@@ -182,22 +181,9 @@ def computed(studies: Studies) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     meta = {
         "seeds": studies.seeds,
         "own_learning_rates": rates,
-        "wall_s": time.time() - begun,
-        "cpu_s": time.process_time() - cpu,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **watch.made(),
     }
     return pd.concat([sweep, others], ignore_index=True), down, meta
-
-
-def processor() -> str:
-    """Name of the CPU where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main(arguments: Arguments) -> int:

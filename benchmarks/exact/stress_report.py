@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks.exact.made import said
 from benchmarks.exact.report import code, names_in, number, select, table
 from benchmarks.exact.stress_fallen import weight_on_positive
 from benchmarks.exact.stress_runs import collapsed, exploded
@@ -128,8 +129,7 @@ class Report:
     # --- tables
 
     def run_table(self) -> str:
-        meta, runs = self.meta, self.runs
-        by_study = runs.groupby("study", sort=False)
+        by_study = self.runs.groupby("study", sort=False)
         rows = [
             [name, f"{len(part):,}", part["seed"].nunique(), int((~part["finite"]).sum())]
             for name, part in by_study
@@ -138,9 +138,7 @@ class Report:
         rates = ", ".join(f"{code(name)} {rate:g}" for name, rate in self.rates.items())
         return (
             table(["study", "training runs", "seeds of a cell", "not finite"], rows)
-            + f"\n\nMade in {meta['wall_s'] / 60:.1f} minutes ({meta['cpu_s'] / 60:.1f} of CPU) on "
-            f"one of {meta['cores']} shared cores ({meta['processor']}), Python {meta['python']}, "
-            f"torch {meta['torch']}.\n\nOwn learning rates: {rates}."
+            + f"\n\n{said(self.meta)}\n\nOwn learning rates: {rates}."
         )
 
     def collapse_table(self) -> str:

@@ -354,7 +354,7 @@ def test_the_page_has_every_section():
     emptied = filled(page, dict.fromkeys(SECTIONS, str))
     assert len(emptied) < len(page) / 2
     assert page.count("| holds |") == 5 and "**fails**" not in page
-    with pytest.raises(KeyError, match="section checks appears 0 times"):
+    with pytest.raises(KeyError, match="section run appears 0 times"):
         filled("# Exact", dict.fromkeys(SECTIONS, str))
 
 
