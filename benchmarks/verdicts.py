@@ -64,6 +64,9 @@ class Trained:
     def loss(self, arm: str) -> str:
         return self.loaded.plan["arms"][arm]["loss"]
 
+    def rate(self, arm: str) -> float:
+        return self.loaded.by_arm[arm][0].about.lr
+
     def contrasts(self, measure: str) -> Iterator[dict]:
         """Those of an UP loss with one that it is compared with."""
         if measure == "primary":
@@ -85,10 +88,17 @@ class Trained:
         verdict = FAILS if -1 in signs else HOLDS if all(s == 1 for s in signs) else OPEN
         effect = "; ".join(
             f"{row['arm']} − {row['other']} {unit(row['difference'])} "
-            f"({unit(row['low'])} to {unit(row['high'])})"
+            f"({unit(row['low'])} to {unit(row['high'])}"
+            + self._rates(row["arm"], row["other"])
+            + ")"
             for row in rows
         )
         return self._of(f"{what}: {effect}", verdict)
+
+    def _rates(self, arm: str, other: str) -> str:
+        """Said where the tuning left the two with different learning rates."""
+        times = self.rate(arm) / self.rate(other)
+        return "" if times == 1 else f"; at {times:.2g} times the learning rate"
 
     def rises(self, measure: str, what: str, unit: Callable[[float], str]) -> Evidence:
         """Whether UP's own figure is above zero, by its interval over seeds."""

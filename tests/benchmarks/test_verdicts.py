@@ -27,6 +27,9 @@ class Made(verdicts.Trained):
     def loss(self, arm):
         return arm.removesuffix("-bypass")
 
+    def rate(self, arm):
+        return 3e-5 if arm == "gspo-bypass" else 1e-5
+
 
 @pytest.mark.parametrize(
     ("given", "side", "verdict"),
@@ -47,7 +50,7 @@ def test_rule(given, side, verdict):
     assert found.verdict == verdict
     assert found.effect == (
         "points: up-grpo − grpo +2.0 (+1.0 to +3.0); "
-        "up-gspo-bypass − gspo-bypass −0.3 (−1.3 to +0.7)"
+        "up-gspo-bypass − gspo-bypass −0.3 (−1.3 to +0.7; at 0.33 times the learning rate)"
     )
     with pytest.raises(UserError, match="no contrast of seconds"):
         made.evidence("seconds", "s", side=1, unit=str)
