@@ -258,27 +258,30 @@ class StackChecks:
                     if (name, metric) not in (("gspo", "ppo_kl"), ("gspo", "ess_ratio")):
                         assert mine["values"][metric] == pytest.approx(value, rel=1e-4, abs=1e-6)
 
-    def test_the_stacks_own_tests_pass_with_the_plugin_loaded(self):
+    def pytest_generate_tests(self, metafunc):
+        if "own_tests" in metafunc.fixturenames:
+            metafunc.parametrize("own_tests", self.name_of_own_tests)
+
+    def test_the_stacks_own_tests_pass_with_the_plugin_loaded(self, own_tests):
         """Those of losses and replay that run on a CPU."""
         checkout = self.checkout()
-        for names in self.name_of_own_tests:
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-                    *("-p", "stack_plugin", *self.own_tests_flags, *names.split()),
-                ],
-                cwd=checkout,
-                capture_output=True,
-                text=True,
-                env=os.environ
-                | {
-                    "MOE_UPGRPO_STACK": self.stack,
-                    "TORCHDYNAMO_DISABLE": "1",
-                    "PYTHONPATH": f"{checkout}:{Path(__file__).parent}:{REPOSITORY}",
-                },
-            )
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-            assert " passed" in done.stdout
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+                *("-p", "stack_plugin", *self.own_tests_flags, *own_tests.split()),
+            ],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            env=os.environ
+            | {
+                "MOE_UPGRPO_STACK": self.stack,
+                "TORCHDYNAMO_DISABLE": "1",
+                "PYTHONPATH": f"{checkout}:{Path(__file__).parent}:{REPOSITORY}",
+            },
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout
 
     # --- routes
 
