@@ -55,7 +55,9 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
         pd.concat(frames, ignore_index=True) for frames in zip(*pairs, strict=True)
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    cells.to_parquet(arguments.output_dir / "cells.parquet")
+    # Random mantissas: dictionaries only add to them.
+    small = dict(compression="zstd", compression_level=15, use_dictionary=False)
+    cells.to_parquet(arguments.output_dir / "cells.parquet", **small)
     conditions.to_parquet(arguments.output_dir / "conditions.parquet")
     meta = watch.made()
     (arguments.output_dir / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -27,7 +27,8 @@ from benchmarks.exact.estimators import (
     targets,
 )
 from benchmarks.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
-from benchmarks.exact.report import SECTIONS, checks, crossing, filled, with_errors
+from benchmarks.exact.report import SECTIONS, Report, checks, crossing, filled, with_errors
+from benchmarks.exact.stress_report import Report as StressReport
 from benchmarks.exact.study import gradient, mismatch_rate
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages, policy_loss
@@ -365,3 +366,16 @@ def test_bad_input_is_refused():
         Sizes(tokens=8, length=5)
     with pytest.raises(UserError, match=r"p: 0\.0 given"):
         Scheme.fixed(0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["exact", "stress"])
+def test_the_page_is_what_the_kept_data_give(study):
+    """Not the figures: their bytes differ between versions of matplotlib."""
+    kept, page = PAGE.parents[1] / "benchmarks/results" / study, PAGE.with_name(f"{study}.md")
+    names = ("cells", "conditions") if study == "exact" else ("curves", "fallen")
+    frames = [pd.read_parquet(kept / f"{name}.parquet") for name in names]
+    made = {"exact": Report, "stress": StressReport}[study](
+        *frames, json.loads((kept / "meta.json").read_text())
+    )
+    assert filled(page.read_text(), made.sections()) == page.read_text()
