@@ -20,8 +20,6 @@ Sequences of a run: N. MoE layers: L. Experts per token: K.
 
 import gc
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -39,6 +37,7 @@ import tyro
 from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
+from benchmarks.exact.made import processor
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages
@@ -747,17 +746,13 @@ def save(found: list[Measured], folder: Path, about: dict) -> None:
     (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def hardware() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-    return {"cpu": model or platform.processor(), "threads": torch.get_num_threads()}
-
-
 def compute(axis: Axis, arguments: Arguments, work: Path) -> None:
     found, begun, cpu = {}, time.perf_counter(), time.process_time()
     for part, one in results(axis, arguments, work):
         found.setdefault(part, []).append(one)
-        about = hardware() | {
+        about = {
+            "cpu": processor(),
+            "threads": torch.get_num_threads(),
             "clock_s": round(time.perf_counter() - begun),
             "cpu_s": round(time.process_time() - cpu),
             "runs": len(found[part]),

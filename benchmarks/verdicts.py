@@ -22,6 +22,7 @@ import tyro
 from scipy.stats import binomtest
 
 from benchmarks.exact.report import filled
+from moe_upgrpo.compare.data import RunData
 from moe_upgrpo.compare.measures import evaluations
 from moe_upgrpo.compare.report import Loaded, load, numbers
 from moe_upgrpo.errors import UserError
@@ -118,16 +119,16 @@ class Trained:
         cells, any_up = [], False
         for loss in (*UP, "grpo", "gspo"):
             arms = [arm for arm in self.loaded.plan["arms"] if self.loss(arm) == loss]
-            runs = [run for arm in arms for run in self.loaded.by_arm[arm]]
+            fallen = {arm: sum(map(_collapsed, self.loaded.by_arm[arm])) for arm in arms}
+            runs, count = sum(len(self.loaded.by_arm[arm]) for arm in arms), sum(fallen.values())
             if not runs:
                 continue
-            fallen = 0
-            for run in runs:
-                by_step = list(evaluations(run, "eval/pass@1").values())
-                fallen += run.about.status == "crashed" or by_step[-1] < by_step[0] / 2
-            any_up |= loss in UP and fallen > 0
-            ends = binomtest(fallen, len(runs)).proportion_ci(method="wilson")
-            cells.append(f"{loss} {fallen} of {len(runs)} ({ends.low:.0%} to {ends.high:.0%})")
+            any_up |= loss in UP and count > 0
+            ends = binomtest(count, runs).proportion_ci(method="wilson")
+            cell = f"{loss} {count} of {runs} ({ends.low:.0%} to {ends.high:.0%}"
+            if len(arms) > 1 and count:
+                cell += ": " + ", ".join(f"{arm} {n}" for arm, n in fallen.items() if n)
+            cells.append(cell + ")")
         return self._of("; ".join(cells), FAILS if any_up else OPEN)
 
     def _of(self, effect: str, verdict: str) -> Evidence:
@@ -146,6 +147,11 @@ class Claim:
     def verdict(self) -> str:
         said = {one.verdict for one in self.evidence}
         return FAILS if FAILS in said else HOLDS if said == {HOLDS} else OPEN
+
+
+def _collapsed(run: RunData) -> bool:
+    by_step = list(evaluations(run, "eval/pass@1").values())
+    return run.about.status == "crashed" or by_step[-1] < by_step[0] / 2
 
 
 def quoted(page: str, words: str, verdict: str, effect: str | None = None) -> Evidence:

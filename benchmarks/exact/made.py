@@ -18,7 +18,7 @@ class Stopwatch:
         return {
             "wall_s": time.time() - self.begun,
             "cpu_s": time.process_time() - self.cpu,
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -33,7 +33,7 @@ def said(made: dict) -> str:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name of the CPU where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

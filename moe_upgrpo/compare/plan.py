@@ -104,6 +104,9 @@ class Comparison:
             raise UserError("contrasts: an arm with itself, or two arms more than once.")
         if not isinstance(self.confidence, float) or not 0 < self.confidence < 1:
             raise UserError(f"confidence={self.confidence!r}: a number such as 0.95 is needed.")
+        if not isinstance(self.warm_start_by_seed, bool):
+            given = self.warm_start_by_seed
+            raise UserError(f"warm_start_by_seed={given!r}: true or false is needed.")
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise UserError(f"seeds={list(self.seeds)}: at least 2, all different.")
         if not all(type(seed) is int and seed >= 0 for seed in self.seeds):

@@ -70,6 +70,15 @@ def test_collapses_are_counted_by_loss():
     assert "up-grpo 1 of 10 (2% to 40%); up-gspo 0 of 10 (0% to 28%)" in found.effect
 
 
+def test_collapses_of_several_arms_with_one_loss():
+    """Those of stress by hand: held-out pass@1 of .34, .48, .38 at the start ends at .041, .186,
+    .047 with grpo-lr-9x and .055, .282, .044 without clipping; all other arms end above the start.
+    """
+    (stress,) = (folder for folder in verdicts.committed() if folder.name == "stress")
+    found = verdicts.Trained(loaded=load(stress)).collapses().effect
+    assert found.endswith("grpo 5 of 18 (12% to 51%: grpo-lr-9x 3, grpo-lr-9x-unclipped 2)")
+
+
 def test_a_claim_is_its_weakest_evidence():
     def claim(*said: str) -> str:
         one = [verdicts.Evidence(where="", effect="", verdict=v, command="") for v in said]

@@ -76,6 +76,7 @@ def test_seeds_are_whole_before_the_next():
         ({"name": "../up"}, "name '../up': letters, digits"),
         ({"confidence": 95}, "confidence=95: a number such as 0.95"),
         ({"confidence": "high"}, "confidence='high'"),
+        ({"warm_start_by_seed": "nope"}, "warm_start_by_seed='nope': true or false"),
         ({"seeds": [0, -1]}, "whole numbers of at least 0"),
         ({"seeds": "01"}, "whole numbers of at least 0"),
         ({"arms": {"a/b": {"loss": "grpo"}, "c": {"loss": "dapo"}}, "contrasts": [["c", "a/b"]]},
