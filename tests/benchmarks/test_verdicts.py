@@ -72,7 +72,8 @@ def test_collapses_are_counted_by_loss():
 
 def test_collapses_of_several_arms_with_one_loss():
     """Those of stress by hand: held-out pass@1 of .34, .48, .38 at the start ends at .041, .186,
-    .047 with grpo-lr-9x and .055, .282, .044 without clipping; GRPO's other arms end above the start.
+    .047 with grpo-lr-9x and .055, .282, .044 without clipping; GRPO's other arms end above the
+    start.
     """
     (stress,) = (folder for folder in verdicts.committed() if folder.name == "stress")
     found = verdicts.Trained(loaded=load(stress)).collapses().effect
