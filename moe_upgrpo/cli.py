@@ -20,6 +20,8 @@ from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
 
+RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
+
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
   train              train by RL on the ranks of this job (see examples/train_moe.sh)
@@ -62,8 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(what, arguments: list[str], prog: str):
     """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
-    with contextlib.nullcontext() if _rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(what, args=arguments, prog=prog, console_outputs=_rank() == 0)
+    if _rank() == 0:
+        return tyro.cli(what, args=arguments, prog=prog)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(what, args=arguments, prog=prog, console_outputs=False)
+    except SystemExit as end:
+        if end.code:  # torchrun ends every rank once one has failed: not before rank 0 has spoken
+            time.sleep(RANK_0_SPEAKS_S)
+        raise
 
 
 def _parse_with_files(cls, arguments: list[str], prog: str):

@@ -1,7 +1,10 @@
-"""What the fork server of tests/ranks.py imports once for all ranks of all tests."""
+"""What the fork server of tests/ranks.py imports once for all processes of all tests."""
 
 import torch
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-import moe_upgrpo.megatron.actor  # noqa: F401
+import moe_upgrpo.train.loop
+import moe_upgrpo.train.plan
+import moe_upgrpo.train.probe  # noqa: F401
 
 torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
 from moe_upgrpo.train.doctor import Diagnosis, Item, diagnose, show
+from tests.ranks import run_command
 
 CPU = {"version": "2.13.0", "cuda": None, "devices": [], "backend": "gloo"}
 GPU = {"version": "2.13.0", "cuda": "12.8", "devices": ["H200"], "backend": "nccl"}
@@ -174,7 +175,7 @@ def command(*words: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_the_command_as_json_of_this_installation():
-    result = command("--json", "--strict")
+    result = run_command("doctor", "--json", "--strict")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["can_train"] and found["python"] == sys.version.split()[0]

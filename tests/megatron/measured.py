@@ -8,6 +8,7 @@ family, described in conftest.py.
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from moe_upgrpo.losses import PolicyLossConfig
@@ -55,6 +56,13 @@ LAYOUTS = {
     "dense PP2": ("dense", 2, Layout(pp=2)),
     "dense PP2·VPP2": ("dense", 2, Layout(pp=2, vpp=2)),
 }
+# On 4 processes, and parts of layouts that are measured anyway.
+SLOW = ("TP2·DP2", "EP2·DP2", "TP2·PP2", "EP2·PP2")
+
+
+def as_parameters(names) -> list:
+    """Parameters of a test, those of `SLOW` left to `make test-slow`."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
 
 
 def make_samples() -> list[Sample]:

@@ -41,9 +41,9 @@ CHAINS = {
     "bf16": ("mixed", "bfloat16", "adam", (TP2_EP2, DP2)),
     "tied embeddings": ("dense", "float32", "adam", (PP2_VPP2, ONE)),
     "expert bias, latent attention": ("deepseek", "float32", "adam", (TP2_EP2, ONE)),
-    "sgd, bf16": ("mixed", "bfloat16", "sgd", (TP2_EP2, PP2_VPP2)),
 }
 SLOW_CHAINS = {
+    "sgd, bf16": ("mixed", "bfloat16", "sgd", (TP2_EP2, PP2_VPP2)),
     "fp32, other layouts": ("mixed", "float32", "adam", (EP2_DP2, TP2, ONE, ALL)),
     "bf16, stages": ("mixed", "bfloat16", "adam", (PP2_VPP2, EP2_DP2, TP2)),
     "sgd, fp32": ("mixed", "float32", "sgd", (TP2_EP2, PP2_VPP2)),

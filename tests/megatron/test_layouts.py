@@ -19,11 +19,11 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.layout import Layout
 from tests.megatron.compare import TOLERANCE, assert_close, cosine, flat, in_order
-from tests.megatron.measured import LAYOUTS, LR, make_samples, measure, uneven
+from tests.megatron.measured import LAYOUTS, LR, as_parameters, make_samples, measure, uneven
 from tests.ranks import run_ranks
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=as_parameters(LAYOUTS))
 def name(request):
     return request.param
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.megatron.compare import assert_close, in_order
-from tests.megatron.measured import LAYOUTS, RECOMPUTE
+from tests.megatron.measured import LAYOUTS, RECOMPUTE, as_parameters
 
 MOE = [name for name, (checkpoint, *_) in LAYOUTS.items() if checkpoint != "dense"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "mixed", *MOE])
+@pytest.mark.parametrize("name", as_parameters(["tiny", "mixed", *MOE]))
 def test_replaying_a_models_own_routes_changes_nothing_to_the_last_bit(name, measured):
     """Values and gradient, with the experts of each row given in another order."""
     for rank in measured(name):
@@ -28,7 +28,7 @@ def test_replaying_a_models_own_routes_changes_nothing_to_the_last_bit(name, mea
                 assert torch.equal(own[parameter], gradient), (recompute, parameter)
 
 
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", as_parameters(MOE))
 def test_planted_routes_give_what_they_give_in_one_process(name, measured):
     ranks, (one,) = measured(name), measured(LAYOUTS[name][0])
     experts = one["about"][2]

@@ -16,7 +16,7 @@ from moe_upgrpo.store import read_config, read_evaluations, read_metrics, read_t
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import MathTask, arithmetic
 from moe_upgrpo.train.warm_start import tiny_model_config
-from tests.train.test_launch import torchrun
+from tests.train.test_launch import job
 
 PROMPTS, GROUP = 4, 8
 
@@ -50,7 +50,7 @@ def options(files, run, *more):
 def run(files):
     folder, rollouts = files / "run", files / "rollouts"
     more = ("--eval-data", str(files / "eval.jsonl"), "--save-rollouts", str(rollouts))
-    result = torchrun(2, *options(files, folder, *more), timeout_s=240)
+    result = job(2, *options(files, folder, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result.stdout
 
@@ -100,7 +100,7 @@ def test_a_run_of_the_dapo_recipe_on_a_file(run, files):
 def test_saved_rollouts_of_refilled_steps_are_trained_on_again(run, files):
     again = files / "again"
     more = ("--load-rollouts", str(files / "rollouts"))
-    result = torchrun(2, *options(files, again, *more), timeout_s=240)
+    result = job(2, *options(files, again, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (
         [row for row in read_metrics(folder) if "reward/mean" in row] for folder in (run[0], again)

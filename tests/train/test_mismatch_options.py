@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
-from tests.train.test_launch import options, torchrun
+from tests.train.test_launch import job, options
 
 STEPS = 4
 
@@ -12,7 +12,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mismatch") / "run"
-    result = torchrun(
+    result = job(
         1,
         *options(folder, cache),
         *("--loss", "symmetric-ratio", "--old-log-probs", "rollout", "--engine-every", "2"),

@@ -5,8 +5,6 @@ themselves were not run on any.
 """
 
 import io
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +25,8 @@ from moe_upgrpo.train.plan import (
     make_plan,
     show,
 )
-from tests.train.test_launch import ROOT, torchrun
+from tests.ranks import run_command
+from tests.train.test_launch import ROOT, job
 
 CONFIGS = ROOT / "examples" / "configs"
 MOE, DENSE = CONFIGS / "qwen3-30b-a3b.yaml", CONFIGS / "qwen3-14b-base.yaml"
@@ -185,7 +184,7 @@ def test_a_stand_in_of_another_family_is_refused(tmp_path):
 def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache):
     cache = cache / "stand-in"
     words = ("--config", str(config), "--config", str(STAND_IN), "--cache-dir", str(cache))
-    result = torchrun(2, *words, "--output-dir", str(tmp_path / "run"), timeout_s=240)
+    result = job(2, *words, "--output-dir", str(tmp_path / "run"), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     of_run = read_config(tmp_path / "run")
     layout, experts = ("TP2·EP2", 128) if config == MOE else ("TP2·EP1", 0)
@@ -198,9 +197,6 @@ def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache)
 
 
 def test_the_command_prints_and_refuses():
-    command = [sys.executable, "-m", "moe_upgrpo", "plan", "--gpus-per-node", "2"]
-    result = subprocess.run(
-        [*command, "--gpu-memory-gb", "2.13"], capture_output=True, text=True, timeout=120
-    )
+    result = run_command("plan", "--gpus-per-node", "2", "--gpu-memory-gb", "2.13")
     assert result.returncode == 1 and "assumptions" in result.stdout
     assert result.stderr.startswith("error: does not fit: rank 0 to 1 needs ")

@@ -4,7 +4,6 @@ That engine and trainer are compared rightly: tests/train/test_record.py and tes
 """
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from moe_upgrpo.store import read_metrics, read_tokens
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.train.probe import ProbeConfig
 from moe_upgrpo.train.warm_start import tiny_model_config
+from tests.ranks import run_command
 
 
 def probe(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "moe_upgrpo", "probe", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_command("probe", *arguments)
 
 
 def dumps(folder, train) -> list[str]:

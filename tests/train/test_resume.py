@@ -1,4 +1,4 @@
-"""A run that is killed and resumed: real torchrun, two ranks, SIGKILL.
+"""A run that is killed and resumed: two ranks, SIGKILL to one under a real torchrun.
 
 In the same layout the resumed run leaves what an unbroken one does, bit for bit: the token log, the
 metrics but times, the checkpoint after the last step with weights and optimizer. hf engine.
@@ -37,7 +37,7 @@ from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
 from tests.store.rows import full_columns
-from tests.train.test_launch import TORCHRUN, assert_fails, launch, options, torchrun
+from tests.train.test_launch import TORCHRUN, assert_fails, job, launch, options
 
 STEPS, SAVE_EVERY = 4, 2
 MORE = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--engine-dtype", "float32")
@@ -56,7 +56,7 @@ def killed(place: str, nth: int, rank: int, *arguments: str) -> None:
 
 
 def whole_run(folder: Path, cache: Path, *more: str) -> Path:
-    result = torchrun(2, *options(folder, cache, *MORE, *more), timeout_s=240)
+    result = job(2, *options(folder, cache, *MORE, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -162,13 +162,14 @@ SLOW_MOMENTS = {
 def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_path):
     place, nth, rank, steps, newest = (MOMENTS | SLOW_MOMENTS)[moment]
     run, rollouts = tmp_path / "run", tmp_path / "rollouts"
-    killed(place, nth, rank, *options(run, cache, *MORE, "--save-rollouts", str(rollouts)))
+    more = ("--save-rollouts", str(rollouts), "--report" if "report" in moment else "--no-report")
+    killed(place, nth, rank, *options(run, cache, *MORE, *more))
     logged = read_metrics(run) if steps else []
     assert [row["step"] for row in logged] == steps
     found = Checkpoints(run / "checkpoints").all()
     assert [path.name for path in found[-1:]] == ([f"state-{newest:06d}"] if newest else [])
 
-    result = torchrun(2, "--resume", str(run), timeout_s=120)
+    result = job(2, "--resume", str(run))
     if moment == "in the report":  # the run itself is whole
         assert_fails(result, "has done 4 steps and --steps is 4")
     else:
@@ -189,7 +190,7 @@ def test_overlapped_generation_is_resumed_too(nth, overlapped, cache, tmp_path):
     run = tmp_path / "run"
     place = "moe_upgrpo.megatron.actor:MegatronActor.update"
     killed(place, nth, 1, *options(run, cache, *MORE, *OVERLAP))
-    result = torchrun(2, "--resume", str(run), timeout_s=120)
+    result = job(2, "--resume", str(run))
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(run, overlapped)
     assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1]
@@ -199,7 +200,7 @@ def test_overlapped_generation_is_resumed_too(nth, overlapped, cache, tmp_path):
 def test_more_steps_after_an_overlapped_run_begin_on_policy(overlapped, tmp_path):
     """Nothing was sampled ahead of its end."""
     run = shutil.copytree(overlapped, tmp_path / "run")
-    result = torchrun(2, "--resume", str(run), "--steps", "6", timeout_s=120)
+    result = job(2, "--resume", str(run), "--steps", "6")
     assert result.returncode == 0, result.stderr[-3000:]
     assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1, 0, 1]
 
@@ -226,7 +227,7 @@ def test_another_layout_goes_on_with_the_same_training(ranks, layout, whole, tmp
     """From TP2·EP2, on the same rollouts: to the rounding of fp32 that grows over two steps."""
     rollouts = str(whole.parent / "rollouts")
     run = as_of_step_2(whole, tmp_path / "run", save_rollouts=None, load_rollouts=rollouts)
-    result = torchrun(ranks, "--resume", str(run), *layout, timeout_s=180)
+    result = job(ranks, "--resume", str(run), *layout, timeout_s=180)
     assert result.returncode == 0, result.stderr[-3000:]
     order = [("step", "ascending"), ("sequence", "ascending"), ("position", "ascending")]
     found, expected = (read_tokens(folder).sort_by(order) for folder in (run, whole))
@@ -248,7 +249,7 @@ def test_more_steps(whole, tmp_path):
     config = read_config(run) | {"save_rollouts": None}
     (run / "config.json").write_text(json.dumps(config))
     more = ("--steps", "5", "--keep", "1", "--eval-every", "5", "--no-reference-kl")
-    result = torchrun(2, "--resume", str(run), *more, timeout_s=120)
+    result = job(2, "--resume", str(run), *more)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
@@ -267,7 +268,7 @@ def test_more_steps(whole, tmp_path):
 
 def test_what_may_not_change_is_named_with_both_values(whole):
     before = read_metrics(whole)
-    result = torchrun(2, "--resume", str(whole), "--seed", "3", "--optimizer.lr", "0.5")
+    result = job(2, "--resume", str(whole), "--seed", "3", "--optimizer.lr", "0.5")
     assert_fails(result, "seed was 0, now 3", "optimizer.lr was 0.0001, now 0.5", "another run")
     assert read_metrics(whole) == before and not (whole / ".lock").read_bytes()
 
