@@ -42,7 +42,7 @@ def options(output_dir: Path, cache: Path, *more: str) -> list[str]:
     ]
 
 
-def launch(*command: str, timeout_s: float = 60, **environment) -> subprocess.CompletedProcess:
+def launch(*command: str, timeout_s: float = 120, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -453,7 +453,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, ru
         text=True,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 4:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)

@@ -49,7 +49,7 @@ def killed(place: str, nth: int, rank: int, *arguments: str) -> None:
     """A job of two ranks of which one is killed there. It keeps one checkpoint."""
     command = (str(TORCHRUN), "--nproc-per-node", "2", "tests/train/killed.py")
     where = (place, str(nth), str(rank))
-    result = launch(*command, *where, *arguments, "--keep", "1", timeout_s=120)
+    result = launch(*command, *where, *arguments, "--keep", "1")
     assert result.returncode != 0
     assert f"Signal {signal.SIGKILL.value}" in result.stderr, result.stderr[-3000:]
     assert f"rank      : {rank}" in result.stderr
@@ -292,7 +292,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
     limited = f"ulimit -f 1000; exec {' '.join([*command, *options(run, cache, *more)])}"
-    result = launch("bash", "-c", limited, timeout_s=120)
+    result = launch("bash", "-c", limited)
     assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
     assert not Checkpoints(run / "checkpoints").all()
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
