@@ -1,8 +1,8 @@
 """Run a function, or our command, on several processes over gloo, as torchrun would.
 
 A fork server imports torch, transformers and Megatron once; each job then forks fresh processes in
-a fraction of a second, where the imports of a new interpreter take five to ten. Every test has
-process groups of its own. torchrun itself, and interpreters of their own, are left to the tests
+a fraction of a second, without the seconds of imports of a new interpreter. Every test has process
+groups of its own. torchrun itself, and interpreters of their own, are left to the tests
 that are about them: the whole run of tests/train/test_launch.py and those that kill a rank.
 """
 
@@ -42,7 +42,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -62,7 +62,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float 
 
     `function` and its results must be picklable (torch tensors travel as copies).
     """
-    port = _free_port()
+    port = free_port()
     results = _context.Queue()
     ranks = [
         _context.Process(
@@ -121,7 +121,7 @@ def run_command(
     that of the first to fail. Raises subprocess.TimeoutExpired with what was printed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
 
         def start(rank: int):
             # torchrun's layout of folders: by it the ranks agree which of them prints an error.

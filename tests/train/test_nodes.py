@@ -4,19 +4,13 @@ Not covered: a network between them, and folders that they do not share.
 """
 
 import os
-import socket
 import subprocess
 
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from tests.ranks import free_port
 from tests.train.test_launch import GROUP, PROMPTS, ROOT, SCRIPT, TORCHRUN, options
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.slow
