@@ -8,18 +8,21 @@ the schema's metadata.
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
+# Zeros stand before a short number only: one step has one name.
+_FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 _SCHEMA = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
@@ -54,7 +57,7 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_KEY: json.dumps(about)}))
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.tmp")
-    pq.write_table(table, part, compression="zstd")
+    write_checked(table, part)
     os.replace(part, file)
     return file
 
@@ -67,11 +70,11 @@ def check_new(folder: str | Path) -> None:
 
 def drop_after(folder: str | Path, step: int) -> None:
     """Remove the rollouts of later steps, and of a step that was cut short."""
-    for file in Path(folder).glob("step-*.parquet"):
-        if int(file.name.split("-")[1]) > step:
+    for file in Path(folder).iterdir():
+        match = _FILE_NAME.fullmatch(file.name.removeprefix(".").removesuffix(".tmp"))
+        unfinished = file.name.startswith(".") and file.suffix == ".tmp"
+        if match and (unfinished or int(match[1]) > step):
             file.unlink()
-    for part in Path(folder).glob(".step-*.tmp"):
-        part.unlink()
 
 
 def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
@@ -80,7 +83,9 @@ def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
     Raises:
         UserError: the step is not there, or a file is not of this kind (the file is named).
     """
-    files = sorted(Path(folder).glob(f"step-{step:06d}-rank-*.parquet"))
+    found = [(_FILE_NAME.fullmatch(f.name), f) for f in Path(folder).glob("step-*.parquet")]
+    of_step = [(int(match[2]), file) for match, file in found if match and int(match[1]) == step]
+    files = [file for _, file in sorted(of_step)]
     if not files:
         raise UserError(
             f"{folder} holds no rollouts of step {step}: step-{step:06d}-rank-*.parquet"
@@ -90,7 +95,7 @@ def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
 
 def _read(file: Path) -> list[Rollout]:
     try:
-        table = pq.read_table(file)
+        table = read_checked(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
     about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))

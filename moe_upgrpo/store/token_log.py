@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.parquet import read_checked
 from moe_upgrpo.store.schema import COLUMNS, TokenLayout, check_types, file_metadata, metadata
 
-_FILE_NAME = re.compile(r"step-(\d{6,})-rank-(\d{4,})\.parquet")
+# Zeros stand before a short number only: one step and rank have one name.
+_FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 
 
 def token_files(folder: Path) -> list[tuple[Path, int]]:
@@ -65,18 +66,18 @@ def read_tokens(
     tables: list[pa.Table] = []
     names: set[str] = set()
     first: dict[str, Any] = {}
+
+    def choose(schema: pa.Schema) -> Sequence[str] | None:
+        check_types(schema, TokenLayout.of(schema))
+        about = metadata(schema)
+        first.update(first or about)
+        _check_same_run(about, first, files[0])
+        names.update(schema.names)
+        return None if columns is None else [c for c in columns if c in schema.names]
+
     for file in files:
         try:
-            with pq.ParquetFile(file) as parquet:
-                schema = parquet.schema_arrow
-                layout = TokenLayout.of(schema)
-                check_types(schema, layout)
-                about = metadata(schema)
-                first = first or about
-                _check_same_run(about, first, files[0])
-                names |= set(schema.names)
-                wanted = None if columns is None else [c for c in columns if c in schema.names]
-                tables.append(parquet.read(columns=wanted))
+            tables.append(read_checked(file, choose))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         except (pa.ArrowException, OSError) as error:
@@ -93,6 +94,7 @@ def read_tokens(
         raise UserError(f"{path}: the token log has no rows")
     # The order of COLUMNS, or of the caller, whatever columns the first file had.
     order = columns or [*(c for c in COLUMNS if c in names), *sorted(names - set(COLUMNS))]
+    layout = TokenLayout.of(tables[0].schema)
     sampling = {"level": first["level"], "share": first["share"]}
     return table.select(list(order)).replace_schema_metadata(file_metadata(layout, sampling))
 

@@ -9,7 +9,8 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
+from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
+from tests.store.rows import rewrite
 
 
 def rollout(prompt: int, response: int, layers: int = 3, top_k: int = 2) -> Rollout:
@@ -78,12 +79,32 @@ def test_a_rollout_that_is_short_of_routes_is_named(tmp_path):
     file = save_rollouts(tmp_path, 1, 0, [rollout(3, 4)])
     table = pq.read_table(file)
     cut = pa.array([table["routes"][0].as_py()[:-12]], pa.large_binary())
-    pq.write_table(table.set_column(3, "routes", cut), file)
+    rewrite(file, table.set_column(3, "routes", cut))
     with pytest.raises(UserError, match=r"rank-0000\.parquet, row 0: 30 ids of routes; 6 rows"):
         load_rollouts(tmp_path, 1)
     nan = table.set_column(
         2, "logp_rollout", pa.array([[float("nan")] * 4], pa.list_(pa.float32()))
     )
-    pq.write_table(nan, file)
+    rewrite(file, nan)
     with pytest.raises(UserError, match=r"row 0: logp_rollout .* is nan"):
         load_rollouts(tmp_path, 1)
+
+
+def test_only_files_of_ours_are_read_and_dropped(tmp_path):
+    """A copy beside a step's file would be trained on twice; what is the user's stays."""
+    for step in (1, 2, 1_000_000):
+        save_rollouts(tmp_path, step, 0, [rollout(3, 4)])
+    theirs = [
+        "step-000001-rank-0000 (copy).parquet",
+        "step-000001-rank-0000-old.parquet",
+        "step-notes.parquet",
+        "step-0000002-rank-0000.parquet",
+        ".step-mine.tmp",
+    ]
+    for name in theirs:
+        (tmp_path / name).write_bytes((tmp_path / "step-000001-rank-0000.parquet").read_bytes())
+    assert [len(load_rollouts(tmp_path, step)) for step in (1, 2, 1_000_000)] == [1, 1, 1]
+    (tmp_path / ".step-000002-rank-0000.parquet.tmp").write_bytes(b"half")
+    drop_after(tmp_path, 1)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*theirs, "step-000001-rank-0000.parquet"])

@@ -16,7 +16,7 @@ from moe_upgrpo.store import (
     read_routes,
     read_tokens,
 )
-from tests.store.rows import EXPERTS, GAPS, LAYERS, TOP_K, full_columns, routes, shared
+from tests.store.rows import EXPERTS, GAPS, LAYERS, TOP_K, full_columns, rewrite, routes, shared
 
 OPTIONAL_FLOATS = (*GAPS, "margin_min", "entropy", "gradient_weight")
 KEY = b"moe_upgrpo.token_log"
@@ -105,7 +105,7 @@ def test_rollout_routes_alone(tmp_path):
 
 
 def test_files_of_version_1(tmp_path):
-    """As the first version wrote them: other metadata, no optional column; beside version 2."""
+    """As the first version wrote them: other metadata, no optional column."""
     optional = [name for name, column in COLUMNS.items() if column.optional]
     file = writer(tmp_path).write(
         1, without(full_columns(), *optional, "rollout_routes", "train_routes")
@@ -173,11 +173,10 @@ def test_bad_routes_name_the_sequence_and_the_layer(tmp_path, columns, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def rewrite(file, name, array):
+def replace(file, name, array):
     table = pq.read_table(file)
     place = table.column_names.index(name)
-    table = table.set_column(place, pa.field(name, array.type, nullable=True), array)
-    pq.write_table(table, file)
+    rewrite(file, table.set_column(place, pa.field(name, array.type, nullable=True), array))
 
 
 def test_malformed_route_columns(tmp_path):
@@ -186,12 +185,12 @@ def test_malformed_route_columns(tmp_path):
         file = writer(tmp_path).write(step, full_columns())
     good = pq.read_table(file)
 
-    rewrite(file, "train_experts", pa.array(["x"] * 6))
+    replace(file, "train_experts", pa.array(["x"] * 6))
     with pytest.raises(UserError, match=r"step-000002-.*train_experts is string, expected large_b"):
         read_tokens(tmp_path)
     pq.write_table(good, file)
 
-    rewrite(file, "rollout_experts", pa.array([b"abc"] * 6, pa.binary(3)))
+    replace(file, "rollout_experts", pa.array([b"abc"] * 6, pa.binary(3)))
     table = read_tokens(tmp_path, steps=[2])
     message = r"step 2, sequence 0 .*uint8 of shape \[tokens, 2\].*truncated, or of another model"
     with pytest.raises(UserError, match=message):
@@ -200,13 +199,13 @@ def test_malformed_route_columns(tmp_path):
 
     # Rows 3..5 are sequence 1. Bits 11111 = 31 number no pair of 8 experts: there are 28.
     packed = good["rollout_experts"].to_pylist()
-    rewrite(file, "rollout_experts", pa.array([*packed[:4], b"\xff\xfe", packed[5]], pa.binary(2)))
+    replace(file, "rollout_experts", pa.array([*packed[:4], b"\xff\xfe", packed[5]], pa.binary(2)))
     with pytest.raises(UserError, match=r"step 2, sequence 1 .*token 1, MoE layer 0: not the num"):
         read_routes(read_tokens(tmp_path))
     pq.write_table(good, file)
 
     difference = [value + b"\x01" for value in good["train_experts"].to_pylist()]
-    rewrite(file, "train_experts", pa.array(difference, pa.large_binary()))
+    replace(file, "train_experts", pa.array(difference, pa.large_binary()))
     with pytest.raises(UserError, match=r"step 2, sequence 0 .*token 0"):
         read_routes(read_tokens(tmp_path))
     assert len(read_routes(read_tokens(tmp_path, steps=[1]))[0]) == 6
@@ -214,7 +213,7 @@ def test_malformed_route_columns(tmp_path):
 
 def test_a_missing_column_is_named(tmp_path):
     file = writer(tmp_path).write(1, full_columns())
-    pq.write_table(pq.read_table(file).drop_columns(["ratio"]), file)
+    rewrite(file, pq.read_table(file).drop_columns(["ratio"]))
     with pytest.raises(UserError, match="it lacks the column ratio, float"):
         read_tokens(tmp_path)
 
