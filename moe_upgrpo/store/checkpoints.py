@@ -6,17 +6,20 @@ and becomes whole by one rename. Who writes what into it, this module does not k
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store.files import publish, sync
+from moe_upgrpo.store.files import parse_json, publish, sync
 
 VERSION = 1
 _MANIFEST = "manifest.json"
+# Zeros stand before a short number only: one step has one name.
+_NAME = re.compile(r"state-(\d{6}|[1-9]\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,38 @@ class Checkpoints:
     def prune(self, keep: int) -> None:
         """Remove all but the ``keep`` newest. Renamed first: what has the name stays whole."""
         for path in self.all()[:-keep]:
-            doomed = path.rename(path.with_name(f".{path.name}"))
-            shutil.rmtree(doomed)
+            _remove(path.rename(path.with_name(f".{path.name}")))
 
     def remove_unfinished(self) -> None:
         """Remove what a killed job left of a checkpoint half written, or half removed."""
-        for path in self.folder.glob(".*/"):
-            shutil.rmtree(path)
+        for path in _of_steps(self.folder, prefix="."):
+            _remove(path)
 
     def all(self) -> list[Path]:
-        """The whole checkpoints, the oldest first."""
-        return sorted(self.folder.glob("state-??????"))
+        """The whole checkpoints, the oldest first. What has another name is not ours."""
+        return _of_steps(self.folder)
 
     def _of(self, step: int) -> Path:
         return self.folder / f"state-{step:06d}"
+
+
+def _of_steps(folder: Path, prefix: str = "") -> list[Path]:
+    found = [path for path in folder.glob(f"{prefix}state-*") if path.is_dir()]
+    steps = {path: _step(path.name.removeprefix(prefix)) for path in found}
+    return sorted((path for path in found if steps[path] is not None), key=steps.get)
+
+
+def _step(name: str) -> int | None:
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _remove(path: Path) -> None:
+    """A folder, or the link by which its owner keeps it elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def names(part: Path) -> list[str]:
@@ -80,21 +101,41 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, it is not JSON, or it is of a newer version than this one reads.
+        UserError: there is none, it is not what a run writes, it is of a newer version than this
+            one reads, or of another step than the folder's name says.
     """
+    unreadable = UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}")
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        version, _ = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}") from None
-    if version != VERSION:
+        manifest = parse_json((path / _MANIFEST).read_bytes(), _MANIFEST)
+    except (OSError, UserError):
+        raise unreadable from None
+    if not isinstance(manifest, dict) or "version" not in manifest:
+        raise unreadable
+    if (version := manifest["version"]) != VERSION:
         raise UserError(
             f"{path} is a checkpoint of version {version}, written by a newer moe_upgrpo; this one "
             f"reads version {VERSION}. Resume with the moe_upgrpo that wrote it "
             f"({manifest.get('moe_upgrpo')}), or delete the folder to resume from an older "
             "checkpoint."
         )
+    step, files = manifest.get("step"), manifest.get("files")
+    kinds = ((step, int), (files, dict), (manifest.get("model"), dict))
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise unreadable
+    if not all(_is_ours(name, about) for name, about in files.items()):
+        raise unreadable
+    if step != _step(path.name):
+        raise UserError(
+            f"{path} holds the state after step {step}, as its {_MANIFEST} says: it was renamed, "
+            f"or copied over. Give it its name back, state-{step:06d}, or delete it."
+        )
     return manifest
+
+
+def _is_ours(name: str, about: Any) -> bool:
+    """Whether a manifest's entry is a file in the checkpoint's folder, with size and checksum."""
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return inside and isinstance(about, dict) and {*about} == {"bytes", "sha256"}
 
 
 def faults(path: Path, expected: dict[str, Any]) -> list[str]:

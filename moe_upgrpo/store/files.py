@@ -1,8 +1,18 @@
-"""Files that are whole or not there, also after a power cut: written aside, synced, renamed."""
+"""Files that are whole or not there, also after a power cut: written aside, synced, renamed.
 
+And JSON of a file that anybody may have written or damaged.
+"""
+
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
+
+from moe_upgrpo.errors import UserError
+
+# Of a number in JSON: what numpy, torch and a float can take. Python's own limit is 4,300.
+_DIGITS = 20
 
 
 def sync(path: Path) -> None:
@@ -26,3 +36,27 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)
+
+
+def parse_json(written: bytes, where: str) -> Any:
+    """What JSON says. Raises UserError, one line that begins with `where`, for anything else."""
+    try:
+        return json.loads(written.decode("utf-8"), parse_int=_integer)
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not UTF-8"
+    except RecursionError:
+        reason = "nested too deep"
+    except ValueError as error:
+        reason = str(error)
+    raise UserError(f"{where} is not JSON ({reason}): {shown(written)}")
+
+
+def shown(written: bytes) -> str:
+    """The beginning of what a file holds, as a message can show it."""
+    return repr(written[:80].decode("utf-8", errors="backslashreplace"))[:120]
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -4,6 +4,7 @@ config.json, env.json, metrics.jsonl, tokens/, evaluations/ and checkpoints/.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
-from moe_upgrpo.store.files import write_text
+from moe_upgrpo.store.files import parse_json, shown, write_text
 from moe_upgrpo.store.token_log import token_files
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
@@ -67,6 +68,11 @@ class RunFolder:
     def report_path(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def memory_path(self) -> Path:
+        """The config as the run wrote it, and the step of its newest state."""
+        return self.path / "resume.json"
+
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any]) -> "RunFolder":
         """Start a run in a folder that is new, or holds no run.
@@ -76,7 +82,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         run.check_free()
-        _write_json(run.config_path, config)  # first: a run that is killed now can be resumed
+        run._write_config(config, last_state=None)  # first: killed now, it can be resumed
         _write_json(run.env_path, _environment())
         run.tokens.mkdir()
         return run
@@ -100,6 +106,39 @@ class RunFolder:
                 f"{self.path} already holds a run ({', '.join(found)}): continue it by --resume "
                 f"{self.path}, choose another --output-dir or delete the folder"
             )
+
+    def _write_config(self, config: dict[str, Any], last_state: int | None) -> None:
+        _write_json(self.config_path, config)
+        written = {"config_sha256": self._checksum(), "config": config, "last_state": last_state}
+        _write_json(self.memory_path, written)
+
+    def _checksum(self) -> str:
+        return hashlib.sha256(self.config_path.read_bytes()).hexdigest()
+
+    def memory(self) -> dict[str, Any]:
+        """What the run keeps of itself; empty of one that an older version wrote."""
+        return _read_json(self.memory_path) if self.memory_path.is_file() else {}
+
+    def edits(self) -> dict[str, list]:
+        """Setting -> [what the run wrote, what stands there], of a config.json edited since."""
+        config, memory = read_config(self.path), self.memory()
+        if memory.get("config_sha256") in (None, self._checksum()):
+            return {}
+        before, now = dict(_flat(memory.get("config", {}))), dict(_flat(config))
+        pairs = {name: [before.get(name), now.get(name)] for name in before | now}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def remember_state(self, step: int) -> None:
+        """Keep that a state of the step was made whole: were it removed, `--resume` would know."""
+        if memory := self.memory():
+            _write_json(self.memory_path, memory | {"last_state": step})
+
+    def last_logged(self) -> int:
+        """The last step of which anything was logged; 0 where no step was trained."""
+        rows = _parse_metrics(self.metrics_path) if self.metrics_path.exists() else []
+        return max(
+            [step for _, step in token_files(self.tokens)] + [row["step"] for row in rows] + [0]
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -133,7 +172,8 @@ class RunFolder:
         metrics rows, token files and evaluations with a step above ``step``, and the remains of a
         write that was cut short. No row is lost if a step writes its token files and evaluation,
         then its metrics row, then its checkpoint. ``config`` takes the place of the run's; env.json
-        tells of this start under "resumed", with ``changed``, what is other than it was.
+        tells of this start under "resumed", with ``changed``, what is other than it was, and
+        "edited", what somebody changed in config.json.
 
         Raises:
             UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the
@@ -161,10 +201,11 @@ class RunFolder:
         Checkpoints(run.checkpoints).remove_unfinished()
         if config is not None:
             environment = _read_json(run.env_path) if run.env_path.is_file() else {}
-            start = {"step": max(step, 0), "changed": changed or {}} | _environment()
+            start = {"step": max(step, 0), "changed": changed or {}, "edited": run.edits()}
+            start |= _environment()
             environment["resumed"] = [*environment.get("resumed", []), start]
             _write_json(run.env_path, environment)
-            _write_json(run.config_path, config)
+            run._write_config(config, last_state=step if step > 0 else None)
         return run
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -179,7 +220,7 @@ class RunFolder:
             UserError: no integer "step" ≥ 0 in the row.
         """
         step = row.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        if not _is_step(step):
             raise UserError(f'a metrics row needs an integer "step" ≥ 0, got {step!r}')
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(_to_line(row))
@@ -215,18 +256,34 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse_metrics(file: Path) -> list[dict[str, Any]]:
-    *lines, unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, unfinished = file.read_bytes().split(b"\n")
     del unfinished  # a finished line ends with a newline
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number} is not JSON ({error}): {line[:80]!r}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f'{file}, line {number} has no integer "step": {line[:80]!r}')
+        row = parse_json(line, f"{file}, line {number}")
+        step = row.get("step") if isinstance(row, dict) else None
+        if not _is_step(step):
+            raise UserError(f'{file}, line {number} has no integer "step" ≥ 0: {shown(line)}')
+        if rows and step <= rows[-1]["step"]:
+            raise UserError(
+                f"{file}, line {number} is of step {step}, the line before it of step "
+                f"{rows[-1]['step']}: each step has one line, in their order. Was a part of the "
+                "file written or copied twice? Take out the lines that are too many."
+            )
         rows.append(row)
     return rows
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _to_line(row: dict[str, Any]) -> str:
@@ -254,10 +311,10 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file.parent} is not a run folder: it holds no {file.name}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+    value = parse_json(file.read_bytes(), str(file))
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is no JSON object, {{...}}: {shown(file.read_bytes())}")
+    return value
 
 
 def _environment() -> dict[str, Any]:

@@ -78,6 +78,8 @@ class TrainConfig:
     resume: Path | None = None
     """Run folder to continue from its newest checkpoint, with its settings; layout, steps, engine
     URL, evaluation and checkpoints may be given anew."""
+    restart: bool = False
+    """With resume: begin again from step 1 where no state is left, and delete what was logged."""
     track: tuple[Tracker, ...] = ("none",)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb or both."""
     save_every: int = 20
@@ -199,6 +201,8 @@ class TrainConfig:
                 f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
                 f"record; it serves {', '.join(served)}."
             )
+        if self.restart and self.resume is None:
+            raise UserError("restart without resume: --resume RUN says which run begins again.")
         ArithmeticTask(self.digits)
         self._check_data()
         self._check_rewards()
@@ -364,8 +368,10 @@ MAY_CHANGE = {
     "keep": "checkpoints",
     "report": "how the run is watched",
 }
+# Of the command line only.
+_OF_THE_START = ("config", "resume", "restart")
 # Which folder, and how the options came.
-_NO_SETTINGS = ("config", "resume", "output_dir")
+_NO_SETTINGS = (*_OF_THE_START, "output_dir")
 
 
 def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
@@ -497,7 +503,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _flatten(values: dict, cls: type, prefix: str) -> Iterator[str]:
-    known = {f.name: f.default_factory for f in fields(cls) if f.name not in ("config", "resume")}
+    known = {f.name: f.default_factory for f in fields(cls) if f.name not in _OF_THE_START}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:

@@ -47,8 +47,12 @@ class Display:
             self._explained.add(name)
             self.say(f"ALARM at step {row['step']}: {name}{means}")
 
-    def resumed(self, done: int, changed: dict[str, list]) -> None:
+    def resumed(self, done: int, changed: dict[str, list], edited: dict[str, list]) -> None:
+        """changed: by options of this start; edited: in config.json, by somebody."""
         self._bar.update(self._task, completed=done)
+        if edited:
+            named = "; ".join(f"{name} {old} → {new}" for name, (old, new) in edited.items())
+            self.say(f"config.json was edited since the run wrote it, and is followed: {named}")
         anew = "".join(f"; {name} {old} → {new}" for name, (old, new) in changed.items())
         self.say(f"resumed after step {done}{anew}")
 

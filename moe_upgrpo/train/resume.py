@@ -20,7 +20,7 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
-from moe_upgrpo.store import RunFolder
+from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names, read_manifest
 
 _ROLLOUTS = "rollouts"
@@ -43,16 +43,26 @@ class Checkpoint:
         return load_rollouts(self.path / _ROLLOUTS, self.step + 1)
 
 
-def find(run: RunFolder, steps: int) -> Checkpoint:
+def find(run: RunFolder, steps: int, *, restart: bool = False) -> Checkpoint:
     """The run's newest checkpoint. Every rank reads it.
 
-    Raises UserError where it is not readable, or where nothing is left to do up to `steps`.
+    restart: without one, begin again where that deletes what was logged.
+
+    Raises UserError where it is not readable, where nothing is left to do up to `steps`, or where
+    steps would be lost.
     """
     whole = Checkpoints(run.checkpoints).all()
     found = Checkpoint()
     if whole:
         manifest = read_manifest(whole[-1])
         found = Checkpoint(step=manifest["step"], path=whole[-1], manifest=manifest)
+    if whole and restart:
+        raise UserError(
+            f"--restart begins a run again that has no state left, and {whole[-1]} is one. Leave "
+            f"--restart out to go on after step {found.step}, or delete the states first."
+        )
+    if not whole and not restart:
+        _refuse_loss(run)
     finished = found.step == steps and (run.checkpoints / f"step-{steps:06d}").is_dir()
     if found.step > steps or finished:
         raise UserError(
@@ -60,6 +70,26 @@ def find(run: RunFolder, steps: int) -> Checkpoint:
             "do. Give more --steps to go on."
         )
     return found
+
+
+def _refuse_loss(run: RunFolder) -> None:
+    """Raise UserError where a run without a state has logged steps, unless it was killed before
+    its first state: the same steps follow then."""
+    last = run.last_logged()
+    if not last:
+        return
+    config, memory = read_config(run.path), run.memory()
+    every = config.get("save_every")
+    first = min(every, config.get("steps", every)) if every else 0
+    never_saved = "last_state" in memory and memory["last_state"] is None
+    if last < first or (last == first and never_saved):
+        return
+    why = "its states were removed" if every else "--save-every 0 keeps no state"
+    raise UserError(
+        f"{run.path} has logged {last} steps and has no state to go on from: {why}. To begin again "
+        f"from step 1 and delete what was logged, give --restart; to keep it, put "
+        f"{run.checkpoints}/state-… back, or start another run with another --output-dir."
+    )
 
 
 def load(found: Checkpoint, actor: MegatronActor, behind: MegatronActor | None) -> None:
@@ -113,6 +143,7 @@ def save(
             "megatron-core": version("megatron-core"),
         }
         checkpoints.commit(part, step, dict(described), about)
+        run.remember_state(step)
         checkpoints.prune(keep)
 
 

@@ -60,10 +60,11 @@ def start(config: TrainConfig) -> Iterator[Job]:
         started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
         output_dir = config.resume or config.output_dir
         run = RunFolder(output_dir or Path("runs") / f"{config.loss}-{started}")
-        found, changed = resume.Checkpoint(), {}
+        found, changed, edited = resume.Checkpoint(), {}, {}
         if config.resume:
             changed = changes(read_config(run.path), config)
-            found = resume.find(run, config.steps)
+            edited = run.edits()
+            found = resume.find(run, config.steps, restart=config.restart)
         elif rank == 0:
             run.check_free()
             if config.save_rollouts:
@@ -140,7 +141,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
             )
             if config.resume:
-                display.resumed(found.step, changed)
+                display.resumed(found.step, changed, edited)
             job = Job(
                 config=config,
                 rank=rank,
