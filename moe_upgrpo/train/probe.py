@@ -101,7 +101,7 @@ _ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()
 def _compare_dumps(config: ProbeConfig, run: RunFolder) -> dict:
     def load(path: Path) -> np.ndarray:
         try:
-            array = np.load(path)
+            array = np.load(path, allow_pickle=False)
             return array.astype(array.dtype.newbyteorder("="))  # torch takes the native order only
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not an .npy array of expert ids: {error}") from None

@@ -8,15 +8,23 @@ the same layout to the last bit, in another to rounding.
 Not covered: NCCL, more than 4 ranks, the fused Adam of Transformer Engine or Apex.
 """
 
+import os
+import pickle
 import shutil
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron import groups, no_code
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.megatron.layout import Layout
@@ -190,3 +198,77 @@ def test_a_state_without_one_of_its_files_is_refused(part, checkpoints, state, t
     (folder / part).unlink()
     (message,) = run_ranks(1, read, checkpoints["tiny"], folder)
     assert f"{folder} does not hold this model's training state" in message
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def evil_index(folder, mark):
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def evil_index_beside_the_tensors(folder, mark):
+    """All that is needed is there, and one attribute more."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = Evil(mark)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def evil_tensor(folder, mark):
+    """torch reads what the index calls no tensor with pickle, whatever was asked for."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    key = "decoder.final_layernorm.weight"
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    torch.save(Evil(mark), folder / "evil.distcp")
+    size = (folder / "evil.distcp").stat().st_size
+    places = [index for index in metadata.storage_data if index.fqn == key]
+    assert places
+    for index in places:
+        del metadata.storage_data[index]
+    metadata.storage_data[MetadataIndex(key)] = _StorageInfo("evil.distcp", 0, size)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def evil_common(folder, mark):
+    torch.save({"scheduler": Evil(mark)}, folder / "common.pt")
+
+
+EVILS = {
+    "index": (evil_index, ".metadata is not as a run writes it: it names posix.mkdir"),
+    "index, all else whole": (evil_index_beside_the_tensors, "it names posix.mkdir"),
+    "tensor": (evil_tensor, "its decoder.final_layernorm.weight is no tensor, but a pickle"),
+    "common.pt": (evil_common, "common.pt is not as a run writes it"),
+}
+
+
+@pytest.mark.parametrize("evil", EVILS)
+def test_a_state_of_somebody_else_runs_no_code(evil, checkpoints, state, tmp_path):
+    folder, mark = shutil.copytree(state, tmp_path / "state"), tmp_path / "mark"
+    spoil, says = EVILS[evil]
+    spoil(folder, mark)
+    (message,) = run_ranks(1, read, checkpoints["tiny"], folder)
+    assert not mark.exists(), "it ran"
+    assert says in message and "nothing was read" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x05.", b"garbage", b"(" * 100_000])
+def test_an_index_that_is_none(content, checkpoints, state, tmp_path):
+    folder = shutil.copytree(state, tmp_path / "state")
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=r"\.metadata is not as a run writes it"):
+        no_code.check(folder)
+    no_code.check(state)
+
+
+def test_nothing_in_a_state_is_a_pickle_but_its_index_and_schedule(state):
+    """The layers' `_extra_state` would be, and torch reads those as they come."""
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    assert len(metadata.state_dict_metadata) > 40
+    assert {type(v) for v in metadata.state_dict_metadata.values()} == {TensorStorageMetadata}
