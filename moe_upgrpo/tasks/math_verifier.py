@@ -1,21 +1,29 @@
 """Whether mathematical answers are equal, by math-verify in a process that may be killed."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
 
 _WORKER = Path(__file__).with_name("math_worker.py")
+# Of wall-clock: ten times what the worker allows an answer of processor time, and its imports.
+ANSWER_S, START_S = 30.0, 120.0
 
 
 class MathVerifier:
     """math-verify (the extra `math`) behind a limit that holds: 3 s of processor time, 4 GiB.
 
     An answer beyond the limit is wrong and counted in `killed`: `9^{9^{9^9}}` neither hangs a rank
-    nor ends the run. May be called from any thread, by one at a time.
+    nor ends the run. A worker that gives no answer in 30 s though it may run no longer than 3 was
+    stopped, or its machine has stalled: it is killed and counted, and another one is asked; if that
+    is silent too, the answer is wrong. May be called from any thread, by one at a time.
 
     Raises UserError where math-verify is not installed or its process does not start.
     """
@@ -57,18 +65,18 @@ class MathVerifier:
         return found
 
     def _ask(self, *request: str):
-        if self._worker is None:
-            self._worker = _start()
-        try:
-            self._worker.stdin.write(json.dumps(request) + "\n")
-            self._worker.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended; there will be no reply either
-        reply = self._worker.stdout.readline()
-        if reply:
-            return json.loads(reply)
-        self.close()
-        self.killed += 1
+        for _ in range(2):
+            if self._worker is None:
+                self._worker = _start()
+            reply = _answered(self._worker, json.dumps(request) + "\n")
+            if reply is not None:
+                return json.loads(reply)
+            self._worker.kill()
+            status = self._worker.wait()  # what ended it first
+            self.close()
+            self.killed += 1
+            if status != -signal.SIGKILL:  # its own limit ended it; any other would end as well
+                break
         return None
 
     def close(self) -> None:
@@ -77,6 +85,32 @@ class MathVerifier:
             self._worker.kill()
             self._worker.communicate()
             self._worker = None
+
+
+def _answered(worker: subprocess.Popen, request: str) -> str | None:
+    """The line that it replies; None where it ends, or is killed after `ANSWER_S`.
+
+    Killed: a worker that is stopped takes no request that is longer than the pipe either.
+    """
+    with _killed_after(ANSWER_S, worker):
+        try:
+            worker.stdin.write(request)
+            worker.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended; there will be no reply either
+        reply = worker.stdout.readline()
+    return reply if reply.endswith("\n") else None
+
+
+@contextmanager
+def _killed_after(seconds: float, worker: subprocess.Popen) -> Iterator[None]:
+    timer = threading.Timer(seconds, worker.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start() -> subprocess.Popen:
@@ -89,7 +123,9 @@ def _start() -> subprocess.Popen:
         text=True,
         encoding="utf-8",
     )
-    if worker.stdout.readline() != "ready\n":
+    with _killed_after(START_S, worker):
+        ready = worker.stdout.readline()
+    if ready != "ready\n":
         worker.kill()
         worker.communicate()
         raise UserError(

@@ -4,13 +4,16 @@ Not covered: that math-verify judges well; its own tests do that.
 """
 
 import json
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.tasks import MathTask, arithmetic, math_worker
+from moe_upgrpo.tasks import MathTask, arithmetic, math_verifier, math_worker
 from moe_upgrpo.tasks.base import refill_indices
 from moe_upgrpo.tasks.math_verifier import MathVerifier
 from tests.tasks.words import VOCABULARY, save_words
@@ -93,6 +96,39 @@ def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged():
     thread.join(timeout=60)
     verifier.close()
     assert found == [False, True] and verifier.killed == 1
+
+
+@pytest.mark.parametrize("response", ["\\boxed{46}", " 1" * 100_000 + "\\boxed{46}"])
+def test_a_worker_that_is_stopped_is_killed_and_another_judges(response, monkeypatch):
+    """No processor time passes in it, so that its own limit never comes. The long response does
+    not fit into the pipe to it."""
+    monkeypatch.setattr(math_verifier, "ANSWER_S", 4.0)
+    verifier = MathVerifier()
+    assert verifier.right("46", "46") and verifier.killed == 0
+    os.kill(verifier._worker.pid, signal.SIGSTOP)
+    stopped, begin = verifier._worker, time.monotonic()
+    assert verifier.right("46", response) is True
+    assert verifier.killed == 1 and time.monotonic() - begin < 60
+    assert stopped.returncode == -signal.SIGKILL
+    assert verifier.right("46", "45") is False and verifier.killed == 1
+    verifier.close()
+
+
+def test_workers_that_are_silent_again_give_a_wrong_answer(monkeypatch):
+    started = []
+
+    def stopped():
+        started.append(start())
+        os.kill(started[-1].pid, signal.SIGSTOP)
+        return started[-1]
+
+    start = math_verifier._start
+    monkeypatch.setattr(math_verifier, "_start", stopped)
+    monkeypatch.setattr(math_verifier, "ANSWER_S", 0.5)
+    verifier = MathVerifier()
+    assert verifier.right("46", "46") is False
+    assert (len(started), verifier.killed) == (2, 2)
+    assert all(worker.poll() is not None for worker in started)
 
 
 def test_only_the_answer_of_a_reference_is_parsed():
