@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import parse_json
 from moe_upgrpo.store.parquet import read_checked, write_checked
+from moe_upgrpo.store.text import printable
 
 _ABOUT = b"moe_upgrpo.compare"
 
@@ -85,7 +87,9 @@ def read(file: Path) -> RunData:
     about = (table.schema.metadata or {}).get(_ABOUT)
     if about is None:
         raise UserError(f"{file} is not a run of a comparison.")
-    return RunData(about=About(**json.loads(about)), rows=table.to_pylist())
+    # The log of a run that crashed has a terminal's colours.
+    kept = printable(parse_json(about, f"{file}: what it says of its run"))
+    return RunData(about=About(**kept), rows=printable(table.to_pylist()))
 
 
 def read_all(folder: Path, *, tuning: bool = False) -> list[RunData]:

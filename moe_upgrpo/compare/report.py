@@ -35,7 +35,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import number, plural, sentence
 from moe_upgrpo.report.plots import svg
 from moe_upgrpo.stats import Comparison, compare_pairs, mean_interval
-from moe_upgrpo.store.files import write_text
+from moe_upgrpo.store.files import parse_json, write_text
+from moe_upgrpo.store.text import printable
 
 Results = dict[str, dict[int, float]]
 """arm → seed → figure."""
@@ -177,11 +178,9 @@ def numbers(loaded: Loaded) -> dict[str, Any]:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text())
+        return printable(parse_json(file.read_bytes(), str(file)))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; is this the folder of a comparison?") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from moe_upgrpo.compare.plan import Comparison, Run, default_parallel
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import RunFolder, read_config, read_environment, read_metrics
 from moe_upgrpo.store.checkpoints import Checkpoints
-from moe_upgrpo.store.files import write_text
+from moe_upgrpo.store.files import parse_json, write_text
 from moe_upgrpo.store.run_folder import git_state
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.config import TrainConfig
@@ -83,7 +83,7 @@ def write_plan(plan: Comparison, folder: Path) -> None:
     """plan.json, before anything runs: the plan, when it was written and by which code."""
     file = folder / "plan.json"
     if file.exists():
-        written = json.loads(file.read_text())["plan"]
+        written = parse_json(file.read_bytes(), str(file))["plan"]
         now = plan.to_json()
         if changed := [name for name in now if now[name] != written.get(name)]:
             raise UserError(

@@ -19,6 +19,7 @@ from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING, stale
 from moe_upgrpo.report.runs import Run, load_runs
 from moe_upgrpo.report.tokens import spans
 from moe_upgrpo.report.training import OUTCOME, UPDATES, accuracy
+from moe_upgrpo.store.text import printable
 
 FIGURES = [*OUTCOME, *ROUTING, *UPDATES]
 _MISSING = "–"
@@ -64,7 +65,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         "runs": [
             {
                 "label": run.label,
-                "path": str(run.path),
+                "path": printable(str(run.path)),
                 "config": run.config,
                 "environment": run.environment,
             }
@@ -133,8 +134,8 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
         version=__version__,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    _replace(output.with_suffix(".json"), json.dumps(data, allow_nan=False))
-    _replace(output, html)
+    _replace(output.with_suffix(".json"), json.dumps(printable(data), allow_nan=False))
+    _replace(output, printable(html))
     return output
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.tokens import TokenLog, read_token_log
 from moe_upgrpo.store import read_config, read_environment, read_metrics
+from moe_upgrpo.store.text import printable
 
 # Means of this many steps stand for the beginning and the end of a run: one step is noisy.
 END_STEPS = 5
@@ -136,13 +137,14 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        config, rows = read_config(path), read_metrics(path)
+        # Somebody else's run may hold anything: a page must show it and do nothing.
+        config, rows = printable(read_config(path)), printable(read_metrics(path))
         runs.append(
             Run(
-                label=name if names.count(name) == 1 else str(path),
+                label=printable(name if names.count(name) == 1 else str(path)),
                 path=path,
                 config=config,
-                environment=read_environment(path),
+                environment=printable(read_environment(path)),
                 rows=rows,
                 tokens=read_token_log(path, config=config, rows=rows),
             )

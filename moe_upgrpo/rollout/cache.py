@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.store.files import parse_json
 from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
@@ -98,7 +99,7 @@ def _read(file: Path) -> list[Rollout]:
         table = read_checked(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
-    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    about = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"), f"{file}: its metadata")
     if about.get("version") != _VERSION or not table.schema.equals(_SCHEMA):
         raise UserError(f"{file} does not hold rollouts of version {_VERSION}, as saved by a run")
     dtype, shape = np.dtype(about["dtype"]), (about["layers"], about["top_k"])

@@ -137,6 +137,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict | UserError]]:
                 row = UserError(f"not UTF-8 ({error.reason}).")
             except json.JSONDecodeError as error:
                 row = UserError(f"not JSON ({error.msg}, character {error.pos + 1}).")
+            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+                row = UserError(f"not JSON that can be read ({error}).")
             yield f"line {number}", row
 
 

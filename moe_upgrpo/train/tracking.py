@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import parse_json
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 PROJECT = "moe_upgrpo"
@@ -102,7 +103,7 @@ class _WandB:
 
         path = run_path.resolve()
         known = path / "wandb" / "run.json"  # a resumed run is the same run
-        identity = json.loads(known.read_text())["id"] if known.is_file() else None
+        identity = parse_json(known.read_bytes(), str(known))["id"] if known.is_file() else None
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
