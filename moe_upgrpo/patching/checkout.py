@@ -14,10 +14,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.patching.series import Series, checksum, of_stack
@@ -91,14 +91,19 @@ class Checkout:
                 after = self.series.move(file, before, end)
                 if after != before:
                     changes[file] = after
-            if links := [f for f in changes if (self.root / f).is_symlink()]:
-                # Renamed over, the link would be gone; written through, others' files changed.
-                raise UserError(
-                    f"{self.root} has {', '.join(links)} as links. Nothing was changed. Patch what "
-                    "they point to, or a copy, with --root."
-                )
+            self._refuse_links(changes)
             self._replace(changes)
         return sorted(changes)
+
+    def _refuse_links(self, files: Iterable[str]) -> None:
+        """A file renamed over a link takes its place; what is written through one, or below a
+        folder that is one, changes files outside of the root."""
+        below = {part for f in map(PurePath, files) for part in (f, *f.parents) if part.name}
+        if links := sorted(str(part) for part in below if (self.root / part).is_symlink()):
+            raise UserError(
+                f"{self.root} has {', '.join(links)} as links. Nothing was changed. Patch what "
+                "they point to, or a copy, with --root."
+            )
 
     def _refuse_modified(self) -> None:
         if modified := self.modified():
@@ -117,11 +122,12 @@ class Checkout:
                     target, new, old = self._places(file)
                     old.unlink(missing_ok=True)  # of a process that was killed
                     if target.exists():
-                        shutil.copy2(target, old)
+                        shutil.copy2(target, old, follow_symlinks=False)
                         _own(old, target)
                         _sync(old)
                     if content is not None:
                         target.parent.mkdir(parents=True, exist_ok=True)
+                        new.unlink(missing_ok=True)  # were it a link, others' files would change
                         new.write_bytes(content)
                         if target.exists():
                             _own(new, target)

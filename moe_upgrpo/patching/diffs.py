@@ -35,7 +35,7 @@ def parse(diff: bytes, name: str) -> dict[str, list[Hunk]]:
         if line.startswith(b"--- ") and lines[index].startswith(b"+++ "):
             path = lines[index].split()[1].decode()
             index += 1
-            if not path.startswith("b/") or ".." in path.split("/"):
+            if not path.startswith("b/") or not is_inside(path[2:]):
                 raise UserError(f"{name}: {path!r} is not a path below b/.")
             hunks = files.setdefault(path[2:], [])
         elif (match := HUNK.match(line)) and hunks is not None:
@@ -62,6 +62,14 @@ def parse(diff: bytes, name: str) -> dict[str, list[Hunk]]:
     if not any(files.values()):
         raise UserError(f"{name}: no change found in it.")
     return files
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path leads to a file below the folder that it is joined to, whatever is in that.
+
+    Links in the folder apart: `Checkout` looks for those.
+    """
+    return path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def _lines(content: bytes) -> list[bytes]:

@@ -98,6 +98,12 @@ class Series:
         return content
 
 
+def _file_beside(name: str) -> str:
+    if "/" in name or not diffs.is_inside(name):
+        raise ValueError(f"{name!r} is not the name of a file beside it")
+    return name
+
+
 def load(folder: Path) -> Series:
     """Raises UserError where series.yaml and the diffs beside it do not fit together."""
     source = folder / "series.yaml"
@@ -114,10 +120,12 @@ def load(folder: Path) -> Series:
             license=given["license"],
             patches=tuple(
                 Patch(
-                    path=folder / patch["file"],
+                    path=folder / _file_beside(patch["file"]),
                     reason=patch["reason"],
                     test=patch["test"],
-                    hunks=diffs.parse((folder / patch["file"]).read_bytes(), patch["file"]),
+                    hunks=diffs.parse(
+                        (folder / _file_beside(patch["file"])).read_bytes(), patch["file"]
+                    ),
                     sha256={file: (a, b) for file, (a, b) in patch["sha256"].items()},
                 )
                 for patch in given["patches"]
@@ -128,6 +136,8 @@ def load(folder: Path) -> Series:
             raise
         raise UserError(f"{source} cannot be read: {type(error).__name__}: {error}.") from error
     for patch in series.patches:
+        if outside := [f for f in patch.sha256 if not diffs.is_inside(str(f))]:
+            raise UserError(f"{source}: {outside[0]!r} is not a path below the stack's folder.")
         if patch.sha256.keys() != patch.hunks.keys():
             raise UserError(f"{source}: {patch.path.name} changes other files than it says.")
     for file in series.files:

@@ -2,6 +2,7 @@
 
 import difflib
 import fcntl
+import hashlib
 import io
 import os
 import re
@@ -290,6 +291,53 @@ def test_links_are_refused_and_left(patches, root, tmp_path):
     assert files_below(root) == before and (root / "toy/b.py").is_symlink()
 
 
+@pytest.mark.parametrize("path", ["../out.py", "{outside}", "toy/../../out.py", "/out.py"])
+def test_a_series_that_leads_outside_of_its_root_is_refused(path, patches, root, tmp_path):
+    """A diff that makes a file, and a series.yaml that agrees with it."""
+    outside = tmp_path / "out.py"
+    path = path.format(outside=outside)
+    new = f"A message.\n--- /dev/null\n+++ b/{path}\n@@ -0,0 +1 @@\n+n=1\n"
+    (patches / "0001-one.patch").write_text(new)
+    manifest = yaml.safe_load((patches / "series.yaml").read_text())
+    sums = {path: [None, hashlib.sha256(b"n=1\n").hexdigest()]}
+    manifest["patches"] = [manifest["patches"][0] | {"sha256": sums}]
+    (patches / "series.yaml").write_text(yaml.safe_dump(manifest))
+    before = files_below(tmp_path)
+    with pytest.raises(UserError, match="is not a path below"):
+        patching.Checkout(patching.load(patches), root).apply()
+    assert files_below(tmp_path) == before and not outside.exists()
+
+
+@pytest.mark.parametrize("name", ["../0001-one.patch", "/etc/hostname", "..", "a/b.patch"])
+def test_a_series_names_files_beside_it(name, patches):
+    manifest = yaml.safe_load((patches / "series.yaml").read_text())
+    manifest["patches"][0]["file"] = name
+    (patches / "series.yaml").write_text(yaml.safe_dump(manifest))
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
+        patching.load(patches)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_nothing_is_written_through_a_linked_folder(where, patches, root, tmp_path):
+    real = (root if where == "inside" else tmp_path) / "real"
+    (root / "toy").rename(real)
+    (root / "toy").symlink_to(real)
+    before = files_below(real)
+    with pytest.raises(UserError, match=r"has toy as links\. Nothing was changed"):
+        toy(root).apply()
+    assert files_below(real) == before
+
+
+def test_nothing_is_written_through_a_link_that_waits_beside_a_file(patches, root, tmp_path):
+    """By the names that the command uses for what a file becomes and was."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("keep")
+    for name in (".a.py.moe_upgrpo.new", ".a.py.moe_upgrpo.old"):
+        (root / "toy" / name).symlink_to(theirs)
+    assert toy(root).apply() == FILES
+    assert theirs.read_text() == "keep" and files_below(root) == whole(2)
+
+
 def test_modified_files_are_refused_and_left(patches, root):
     (root / "toy/b.py").write_text("mine = 1\n")
     before = files_below(root)
@@ -433,6 +481,10 @@ def test_verify_imports_the_patched_files_and_no_others(patches, root, tmp_path,
         ("nothing at all\n", "no change found"),
         ("--- a/x\n+++ x\n@@ -1 +1 @@\n-a\n+b\n", "'x' is not a path below b/"),
         ("--- a/x\n+++ b/../x\n@@ -1 +1 @@\n-a\n+b\n", "is not a path below b/"),
+        ("--- a/x\n+++ b//x\n@@ -1 +1 @@\n-a\n+b\n", "'b//x' is not a path below b/"),
+        ("--- a/x\n+++ b/a/./x\n@@ -1 +1 @@\n-a\n+b\n", "is not a path below b/"),
+        ("--- a/x\n+++ b/\n@@ -1 +1 @@\n-a\n+b\n", "is not a path below b/"),
+        ("--- a/x\n+++ b/x\0\n@@ -1 +1 @@\n-a\n+b\n", "is not a path below b/"),
         ("--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n a\n-b\n", "is not complete"),
         ("--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n a\n?b\n", "line 5 is not of a unified diff"),
     ],

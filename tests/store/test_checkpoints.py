@@ -5,6 +5,7 @@ That a job killed at any of these moments can be resumed: tests/train/test_resum
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -14,7 +15,7 @@ from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names, r
 
 def commit(checkpoints: Checkpoints, step: int):
     part = checkpoints.begin(step)
-    (part / "weights").write_bytes(bytes([step]) * 100)
+    (part / "weights").write_bytes(bytes([step % 256]) * 100)
     (part / "rollouts").mkdir()
     (part / "rollouts" / "rank-0").write_bytes(b"abc")
     return checkpoints.commit(part, step, describe(part, names(part)), {"model": {"layers": 2}})
@@ -82,7 +83,9 @@ def test_damage_is_named_with_the_file_and_the_way_out(tmp_path):
     assert "weights is missing" in wrong and way_out in wrong
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"version": 1}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"version": 1}', "[" * 10**5, "9" * 5000]
+)
 def test_a_manifest_that_says_nothing(text, tmp_path):
     path = commit(Checkpoints(tmp_path), 3)
     (path / "manifest.json").unlink()
@@ -97,4 +100,61 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     newer = read_manifest(path) | {"version": 2, "moe_upgrpo": "9.1"}
     (path / "manifest.json").write_text(json.dumps(newer))
     with pytest.raises(UserError, match=r"version 2, written by a newer.*reads version 1.*9\.1"):
+        read_manifest(path)
+
+
+def test_only_folders_of_our_exact_names_are_ours(tmp_path):
+    """A copy with another name is nobody's newest state; nothing of the user's is removed."""
+    checkpoints = Checkpoints(tmp_path)
+    ours = [commit(checkpoints, step) for step in (3, 20, 999_999, 1_000_000)]
+    theirs = ["state-backup", "state-abcdef", "state-0000020", "state-000020.old", "state-00002",
+              ".hidden", ".state-mine", ".state-000020-mine", "step-000060"]  # fmt: skip
+    for name in theirs:
+        shutil.copytree(ours[0], tmp_path / name)
+    (tmp_path / "state-000030").write_text("a file")
+    assert checkpoints.all() == ours
+    part = checkpoints.begin(1_000_001)
+    checkpoints.commit(part, 1_000_001, {}, {})
+    checkpoints.prune(keep=1)
+    left = ["state-1000001", "state-000030", *theirs]
+    assert sorted(os.listdir(tmp_path)) == sorted(left)
+
+
+def test_a_state_that_is_a_link_is_read_and_only_the_link_goes(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    path = commit(checkpoints, 3)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert checkpoints.all() == [path]
+    commit(checkpoints, 4)
+    checkpoints.prune(keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["state-000004"]
+    assert (tmp_path / "elsewhere" / "weights").is_file()
+
+
+def test_a_state_under_another_steps_name_is_refused(tmp_path):
+    path = commit(Checkpoints(tmp_path), 3)
+    renamed = path.rename(tmp_path / "state-000007")
+    with pytest.raises(UserError, match=r"000007 holds the state after step 3.*back, state-000003"):
+        read_manifest(renamed)
+    assert read_manifest(renamed.rename(path))["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": "3"},
+        {"step": None},
+        {"files": []},
+        {"files": {"weights": {"bytes": 1}}},
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        {"files": {"/dev/zero": {"bytes": 1, "sha256": ""}}},
+        {"model": []},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_no_run_writes(changed, tmp_path):
+    path = commit(Checkpoints(tmp_path), 3)
+    (path / "manifest.json").write_text(json.dumps(read_manifest(path) | changed))
+    with pytest.raises(UserError, match=r"no readable manifest\.json: the checkpoint is damaged"):
         read_manifest(path)

@@ -1,5 +1,7 @@
 """The run folder: what is refused, what survives a kill, what a resumed run keeps."""
 
+import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from moe_upgrpo.store import (
     read_tokens,
 )
 from moe_upgrpo.store.metrics import METRICS, markdown_table, metric
+from tests.store.rows import full_columns
 
 
 def test_create_writes_config_and_environment(tmp_path):
@@ -244,3 +247,98 @@ def test_glossary():
     table = markdown_table().splitlines()
     assert len(table) == 2 + len(METRICS)
     assert all(line.replace("\\|", "").count("|") == 5 for line in table)
+
+
+BROKEN = {
+    "not UTF-8": (b'{"step": 2, "a": "\xff"}', "is not JSON (byte 19 is not UTF-8)"),
+    "UTF-16": ('{"step": 2}'.encode("utf-16"), "is not JSON (byte 1 is not UTF-8)"),
+    "nested": (b"[" * 100_000, "is not JSON (nested too deep)"),
+    "nested objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "(nested too deep)"),
+    "digits": (b'{"step": ' + b"9" * 5000 + b"}", "is not JSON (a number of 5000 digits)"),
+    "fewer digits": (b'{"step": 2, "a": ' + b"9" * 400 + b"}", "(a number of 400 digits)"),
+    "NUL": (b"\0" * 50, "is not JSON (Expecting value"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("read", [read_metrics, lambda path: RunFolder.resume(path, step=1)])
+def test_metrics_that_are_no_json_are_one_line(kind, read, tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    text, says = BROKEN[kind]
+    run.metrics_path.write_bytes(b'{"step": 1}\n' + text + b"\n")
+    with pytest.raises(UserError) as told:
+        read(run.path)
+    message = str(told.value)
+    assert f"{run.metrics_path}, line 2 " in message and says in message
+    assert len(message) < 500 and message.isprintable()
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_config_that_is_no_json_is_one_line(kind, tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    text, says = BROKEN[kind]
+    for file, read in ((run.config_path, read_config), (run.env_path, read_environment)):
+        file.write_bytes(text)
+        with pytest.raises(UserError) as told:
+            read(run.path)
+        message = str(told.value)
+        assert str(file) in message and says in message
+        assert len(message) < 500 and message.isprintable()
+    run.config_path.write_text("[1]")
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+        read_config(run.path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([1, 2, 2], "line 3 is of step 2, the line before it of step 2"),
+        ([1, 2, 3, 1, 2, 3], "line 4 is of step 1, the line before it of step 3"),
+        ([2, 1], "line 2 is of step 1, the line before it of step 2"),
+        ([0, -1], 'line 2 has no integer "step" ≥ 0'),
+        ([True], 'line 1 has no integer "step" ≥ 0'),
+    ],
+)
+def test_metrics_twice_or_out_of_order_are_refused(steps, says, tmp_path):
+    """A curve through them would show what no run did, and a resume drop the wrong ones."""
+    run = RunFolder.create(tmp_path / "run", {})
+    text = "".join(json.dumps({"step": step}) + "\n" for step in steps)
+    run.metrics_path.write_text(text)
+    for read in (read_metrics, lambda path: RunFolder.resume(path, step=1)):
+        with pytest.raises(UserError, match=says):
+            read(run.path)
+    assert run.metrics_path.read_text() == text
+
+
+def test_an_edited_config_is_noticed_and_recorded(tmp_path):
+    config = {"seed": 0, "optimizer": {"lr": 0.1}, "data": ["a"], "keep": 2}
+    run = RunFolder.create(tmp_path / "run", config)
+    written = hashlib.sha256(run.config_path.read_bytes()).hexdigest()
+    assert json.loads((run.path / "resume.json").read_text())["config_sha256"] == written
+    assert run.edits() == {}
+    run.config_path.write_text(run.config_path.read_text() + "\n")  # says the same
+    assert run.edits() == {}
+    edited = config | {"seed": 3, "optimizer": {"lr": 0.5}, "more": 1}
+    del edited["keep"]
+    run.config_path.write_text(json.dumps(edited))
+    expected = {"seed": [0, 3], "optimizer.lr": [0.1, 0.5], "keep": [2, None], "more": [None, 1]}
+    assert run.edits() == expected
+    RunFolder.resume(run.path, step=None, config=edited, changed={"keep": [2, 5]})
+    (start,) = read_environment(run.path)["resumed"]
+    assert (start["edited"], start["changed"]) == (expected, {"keep": [2, 5]})
+    assert run.edits() == {}  # it is the run's now
+    run.memory_path.unlink()  # a run of an older version has none
+    run.config_path.write_text("{}")
+    assert run.edits() == {}
+
+
+def test_what_was_logged_last(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    assert run.last_logged() == 0
+    run.append_metrics({"step": 0})
+    assert run.last_logged() == 0
+    run.append_metrics({"step": 4})
+    assert run.last_logged() == 4
+    writer = TokenLogWriter(run.tokens, rank=0, layer_ids=range(3), top_k=2, num_experts=8)
+    writer.write(5, full_columns())
+    assert run.last_logged() == 5

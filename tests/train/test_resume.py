@@ -36,6 +36,7 @@ from moe_upgrpo.store import (
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
+from moe_upgrpo.train.config import options as file_options
 from tests.store.rows import full_columns
 from tests.train.test_launch import TORCHRUN, assert_fails, job, launch, options
 
@@ -387,6 +388,80 @@ def test_fewer_steps_than_are_done(whole):
         resume.find(RunFolder(whole), steps=3)
     assert resume.find(RunFolder(whole), steps=5).step == 4
     assert resume.find(RunFolder(whole.parent / "none"), steps=5).step == 0
+
+
+def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFolder:
+    """What a run of `of` steps leaves that has logged so many, without any state."""
+    run = RunFolder.create(folder, {"save_every": save_every, "steps": of})
+    for step in range(steps + 1):
+        run.append_metrics({"step": step})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("steps", "save_every", "of", "last_state", "refused"),
+    [
+        (0, 0, 60, None, None),  # nothing is lost but an evaluation
+        (3, 0, 60, None, "--save-every 0 keeps no state"),
+        (3, 20, 60, None, None),  # killed before its first state was due
+        (20, 20, 60, None, None),  # killed while its first state was written
+        (20, 20, 60, 20, "its states were removed"),
+        (25, 20, 60, 20, "its states were removed"),
+        (25, 20, 60, None, "its states were removed"),
+        (4, 20, 4, 4, "its states were removed"),  # the last step has a state
+        (4, 20, 4, None, None),
+    ],
+)
+def test_a_run_begins_again_only_where_no_step_is_lost(
+    steps, save_every, of, last_state, refused, tmp_path
+):
+    run = logged(tmp_path / "run", steps, save_every=save_every, of=of)
+    if last_state:
+        run.remember_state(last_state)
+    if refused is None:
+        assert resume.find(run, of + 1) == resume.Checkpoint()
+    else:
+        with pytest.raises(UserError, match=rf"logged {steps} steps.*{refused}.*give --restart"):
+            resume.find(run, of + 1)
+    assert resume.find(run, of + 1, restart=True) == resume.Checkpoint()
+    # A run of a version that did not keep which states it made: the doubtful case is refused.
+    run.memory_path.unlink()
+    if refused is None and steps in (0, 3):
+        assert resume.find(run, of + 1) == resume.Checkpoint()
+    else:
+        with pytest.raises(UserError, match="give --restart"):
+            resume.find(run, of + 1)
+
+
+def test_restart_is_for_a_run_without_a_state(whole):
+    with pytest.raises(UserError, match=r"--restart begins .* state-000004 is one\. Leave"):
+        resume.find(RunFolder(whole), steps=9, restart=True)
+    with pytest.raises(UserError, match="restart without resume"):
+        TrainConfig(restart=True)
+    with pytest.raises(UserError, match="an option of the command line only"):
+        file_options({"restart": True})
+
+
+def test_a_run_whose_states_were_removed(whole, tmp_path):
+    """It loses nothing unasked; with --restart it begins again, by the config as it stands."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    for state in Checkpoints(run / "checkpoints").all():
+        shutil.rmtree(state)
+    config = read_config(run)
+    (run / "config.json").write_text(json.dumps(config | {"steps": 1, "save_rollouts": None}))
+    before = read_metrics(run), read_tokens(run)
+    result = job(1, "--resume", str(run), "--steps", "9")
+    assert_fails(result, f"{run} has logged 4 steps and has no state", "give --restart")
+    assert (read_metrics(run), read_tokens(run)) == before
+    result = job(1, "--resume", str(run), "--restart")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "config.json was edited since the run wrote it" in result.stdout
+    assert "steps 4 → 1" in result.stdout
+    (start,) = read_environment(run)["resumed"]
+    edited = {"steps": [4, 1], "save_rollouts": [config["save_rollouts"], None]}
+    assert start["edited"] == edited and start["step"] == 0
+    assert [row["step"] for row in read_metrics(run)] == [0, 1]
+    assert read_tokens(run)["step"].unique().to_pylist() == [1]
 
 
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
