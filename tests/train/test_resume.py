@@ -288,11 +288,11 @@ def test_a_truncated_checkpoint(whole, tmp_path):
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
-    """No file may grow above 1 MB here: torch says then what it says of a full disk."""
+    """No file may grow above 0.7 MB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
-    limited = f"ulimit -f 1000; exec {' '.join([*command, *options(run, cache, *more)])}"
+    limited = f"ulimit -f 700; exec {' '.join([*command, *options(run, cache, *more)])}"
     result = launch("bash", "-c", limited)
     assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
     assert not Checkpoints(run / "checkpoints").all()
@@ -434,7 +434,7 @@ def test_a_run_begins_again_only_where_no_step_is_lost(
 
 
 def test_restart_is_for_a_run_without_a_state(whole):
-    with pytest.raises(UserError, match=r"--restart begins .* state-000004 is one\. Leave"):
+    with pytest.raises(UserError, match=r"--restart begins .*state-000004 is one\. Leave"):
         resume.find(RunFolder(whole), steps=9, restart=True)
     with pytest.raises(UserError, match="restart without resume"):
         TrainConfig(restart=True)
