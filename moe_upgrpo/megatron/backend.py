@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -41,6 +42,16 @@ def mends() -> list[Replacement]:
                 None,
                 "moe_utils.py:1192 reads a name that is only defined where Transformer Engine is "
                 "installed: the router raises NameError without it",
+            )
+        )
+    if getattr(multi_latent_attention, "Linear", None) is None:
+        found.append(
+            Replacement(
+                multi_latent_attention,
+                "Linear",
+                Linear,
+                "since 0.17 the module knows ModelOpt's Linear only where Transformer Engine is "
+                "installed, and refuses it as a down projection (0.19: line 581)",
             )
         )
     if not gpt_layer_specs.HAVE_TE:

@@ -1,0 +1,75 @@
+"""Which releases of Megatron-Core are supported, and what they changed that is used here.
+
+By the shape of what is found rather than by its version, where that can be. Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from moe_upgrpo.errors import UserError
+
+# 0.16 is the first release with router replay; newer ones only where they were tested. setup.py
+# reads this line.
+SUPPORTED = ">=0.16,<0.20"
+
+
+def installed() -> Version | None:
+    """The version of the installed Megatron-Core; None where there is none."""
+    try:
+        return Version(importlib.metadata.version("megatron-core"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check() -> None:
+    """Raise UserError where the installed Megatron-Core is not one of those that were tested."""
+    version = installed()
+    if version is None:
+        raise UserError(
+            f"Megatron-Core is not installed: pip install 'megatron-core{SUPPORTED}'."
+        )
+    if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
+        raise UserError(
+            f"Megatron-Core {version} is installed; moe_upgrpo was tested with {SUPPORTED}. "
+            f"pip install 'megatron-core{SUPPORTED}'."
+        )
+
+
+def missing_hook(error: ImportError) -> UserError | None:
+    """An error for the user, where an import failed for something that Megatron-Core lacks."""
+    if not (error.name or "").partition(".")[0] == "megatron":
+        return None
+    return UserError(
+        f"Megatron-Core {installed()} lacks what moe_upgrpo needs of it: {error.msg}. Supported "
+        f"are releases {SUPPORTED}: pip install 'megatron-core{SUPPORTED}'."
+    )
+
+
+def experts_of(spec: Any, grouped: bool) -> type:
+    """The class of the experts that a backend's layer spec uses."""
+    try:
+        made = spec.grouped_mlp_modules(grouped)  # since 0.17: a builder
+    except TypeError:
+        made = spec.grouped_mlp_modules(grouped, False)  # 0.16: (class, submodules)
+        return made[0]
+    return made.func if isinstance(made, functools.partial) else made
+
+
+def replace_experts(mlp: Any, experts: type) -> None:
+    """Put another class of experts into a layer's `mlp` spec; a dense layer's is left alone."""
+    # Since 0.17 specs of MLPs, and of the experts in them, are functools.partial; 0.16 has
+    # ModuleSpec for both.
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    found = getattr(submodules, "experts", None)
+    if found is None:
+        return
+    if isinstance(found, functools.partial):
+        submodules.experts = functools.partial(experts, *found.args, **found.keywords)
+    else:
+        found.module = experts
