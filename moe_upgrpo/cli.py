@@ -19,6 +19,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import releases
 
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; what was logged is complete: moe-upgrpo report RUN shows it.", 130)
     except Exception as error:
+        if isinstance(error, ImportError) and (lacking := releases.missing(error)):
+            _fail(str(lacking))
         _fail(_describe(error), status=1)
 
 
@@ -97,6 +100,7 @@ def _train(arguments: list[str]) -> None:
     _one_thread()
     config = _parse_with_files(TrainConfig, arguments, "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
+    releases.check()
     silence_upstream()
 
     from moe_upgrpo.train.loop import train
@@ -124,6 +128,7 @@ def silence_upstream() -> None:
 
 def _probe(arguments: list[str]) -> None:
     _one_thread()
+    releases.check()
     silence_upstream()
     from moe_upgrpo.train.probe import ProbeConfig, probe
 
@@ -190,9 +195,10 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
+    releases.check()
+    silence_upstream()
     from moe_upgrpo.train.plan import PlanConfig, check_fits, make_plan, show
 
-    silence_upstream()
     plan = make_plan(_parse_with_files(PlanConfig, arguments, "moe-upgrpo plan"))
     show(plan, _console())
     try:

@@ -1,7 +1,8 @@
-"""What Megatron-Core 0.16.1 needs changed at run time: mends for every machine, a backend for CPU.
+"""Changes to Megatron-Core at run time: mends for every machine, a backend for CPU.
 
-Line numbers are those of the released megatron-core 0.16.1. `apply()` is a context manager: what it
-replaces it puts back. On a machine with CUDA only `MENDS` act, and only where they are needed.
+Line numbers are those of the released megatron-core 0.16.1, where no other release is named.
+`apply()` is a context manager: what it replaces it puts back. On a machine with CUDA only `mends()`
+act, and only where they are needed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
+
+from moe_upgrpo.megatron import releases
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,11 @@ def has_cuda() -> bool:
 @contextlib.contextmanager
 def apply() -> Iterator[list[Replacement]]:
     """Make Megatron-Core run here, and yield what was replaced; on leaving, all is as it was."""
-    replacements = mends() + ([] if has_cuda() else cpu_replacements())
+    stand_ins = [] if has_cuda() else cpu_replacements()
+    for r in stand_ins:  # a mend may add what is not there; a stand-in for nothing would do nothing
+        if not hasattr(r.owner, r.name):
+            raise releases.lacks(f"{getattr(r.owner, '__name__', r.owner)}.{r.name} ({r.reason})")
+    replacements = mends() + stand_ins
     missing = object()
     before = [getattr(r.owner, r.name, missing) for r in replacements]
     try:
