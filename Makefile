@@ -40,7 +40,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.py
+$(STAMP): setup.py moe_upgrpo/megatron/releases.py
 	@python="$$(.ci/python '$(PYTHON)')" || { \
 	  echo "$(PYTHON) does not run here. Name one that does, 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=…"; exit 1; }; \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \

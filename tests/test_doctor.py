@@ -78,7 +78,7 @@ def test_a_wrong_or_missing_base_package_is_the_reason(folder):
     found, items = look(folder)
     assert not found.can_train and not found.code_paths
     assert items["megatron-core"].state == "wrong" and items["pyarrow"].state == "missing"
-    assert items["megatron-core"].get == "pip install 'megatron-core<0.17,>=0.16'"
+    assert items["megatron-core"].get == "pip install 'megatron-core<0.20,>=0.16'"
     assert any("megatron-core 0.19.2 is installed" in problem for problem in found.problems)
 
 
