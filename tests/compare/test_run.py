@@ -115,6 +115,21 @@ def test_a_killed_run_is_run_again(jobs, tmp_path, monkeypatch):
     assert len(data.read_all(tmp_path / "out")) == 4
 
 
+def test_a_run_stopped_before_its_data_were_kept_is_kept_as_finished(jobs, tmp_path):
+    """Started again it would say that nothing is left to do, and count as crashed."""
+    folder = tmp_path / "out"
+    do(folder)
+    (folder / "data/b-seed1.parquet").unlink()
+    for name in ("state-000002", "step-000002"):
+        (folder / "runs/b-seed1/checkpoints" / name).mkdir(parents=True)
+    jobs.clear()
+    do(folder)
+    assert jobs == []
+    about = {(r.about.arm, r.about.seed): r.about for r in data.read_all(folder)}["b", 1]
+    assert (about.status, about.seconds) == ("finished", None)
+    assert not (folder / "runs/b-seed1/checkpoints").exists()
+
+
 def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, monkeypatch):
     """And while the first command is at work, a second is refused."""
     monkeypatch.setenv("MODE", "hangs")
@@ -137,7 +152,7 @@ def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, m
 
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(VALUES))
-    other = threading.Thread(target=meanwhile)
+    other = threading.Thread(target=meanwhile, daemon=True)  # waits for ever where no run starts
     other.start()
     with pytest.raises(KeyboardInterrupt):
         do(folder)

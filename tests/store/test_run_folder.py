@@ -16,6 +16,7 @@ from moe_upgrpo.store import (
     read_environment,
     read_metrics,
     read_tokens,
+    rows_so_far,
 )
 from moe_upgrpo.store.metrics import METRICS, markdown_table, metric
 
@@ -146,6 +147,21 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert sorted(p.name for p in run.tokens.iterdir()) == [
         f"step-00000{step}-rank-0000.parquet" for step in (1, 2, 3, 4)
     ]
+
+
+def test_nothing_is_left_of_what_was_cut_short_in_the_first_row(tmp_path):
+    """The row that is written next must not end a line that a killed job began."""
+    run = RunFolder.create(tmp_path / "run", {"seed": 1})
+    run.metrics_path.write_text('{"step": 0, "rewa')
+    for name in ("metrics.jsonl", "env.json", "config.json"):
+        (run.path / f".{name}.0a1b2c3d.tmp").write_text("{")
+    run.env_path.unlink()
+    assert rows_so_far(run.path) == []
+    RunFolder.resume(run.path, step=None, config={"seed": 1}).append_metrics({"step": 0})
+    assert read_metrics(run.path) == [{"step": 0}]
+    assert [start["step"] for start in read_environment(run.path)["resumed"]] == [0]
+    left = sorted(path.name for path in run.path.iterdir())
+    assert left == ["config.json", "env.json", "metrics.jsonl", "tokens"]
 
 
 RUN_STEPS = """
