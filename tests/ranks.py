@@ -89,6 +89,7 @@ def run_ranks(
         failures: dict[int, str] = {}
         try:
             for rank in range(world_size):
+                stacks[rank].touch()
                 # A pipe for each: that it closes says that its rank is gone, also in mid-message.
                 receiver, sender = context.Pipe(duplex=False)
                 told = (_environment(rank, world_size, store.port), str(stacks[rank]), sender)
@@ -124,6 +125,14 @@ def run_ranks(
                 process.join()
 
 
+def exit_status(function: Callable[..., None], *args: Any) -> int:
+    """Of a fresh process that calls `function`; negative where a signal ended it."""
+    process = _context.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def _answer(receiver, process: BaseProcess) -> tuple[bytes | None, str | None]:
     try:
         return receiver.recv()
@@ -137,7 +146,7 @@ def _write_stacks(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(2)
+    time.sleep(1)
 
 
 def _command_main(

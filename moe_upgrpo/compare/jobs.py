@@ -42,7 +42,7 @@ def start(plan: Comparison, folder: Path, key: str) -> list[str]:
     if _done(folder, key):
         return []
     run = _named(plan, folder, key)
-    if is_trained(plan, folder, run):
+    if is_trained(folder, run):
         end(plan, folder, key)
         return []
     return train_words(plan, folder, run)

@@ -195,7 +195,7 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     """Run it to its end and keep its data; what to say of it."""
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
     begin, status, said, resumed = time.monotonic(), 0, "", True
-    if not is_trained(plan, folder, run):
+    if not is_trained(folder, run):
         what = train_words(plan, folder, run)
         resumed = "--resume" in what
         with log.open("w") as out:
@@ -226,10 +226,12 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     return f"{'' if run.tuning else result}{seconds:.0f} s"
 
 
-def is_trained(plan: Comparison, folder: Path, run: Run) -> bool:
+def is_trained(folder: Path, run: Run) -> bool:
     """Whether its last step is done: it was stopped before its data were kept."""
-    checkpoints = RunFolder(folder / "runs" / run.key).checkpoints
-    return (checkpoints / f"step-{plan.config(run).steps:06d}").is_dir()
+    path = RunFolder(folder / "runs" / run.key)
+    if not path.config_path.is_file():
+        return False
+    return (path.checkpoints / f"step-{read_config(path.path)['steps']:06d}").is_dir()
 
 
 def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:

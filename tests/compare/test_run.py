@@ -4,7 +4,6 @@ folder in no time; `test_a_whole_comparison` (slow) trains."""
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import yaml
 from moe_upgrpo.compare import data, run
 from moe_upgrpo.compare.plan import from_values
 from moe_upgrpo.errors import UserError
+from tests.ranks import run_command
 
 VALUES = {
     "name": "one",
@@ -138,16 +138,7 @@ def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, m
     def meanwhile():
         while not (folder / "runs/pid").exists():
             time.sleep(0.05)
-        words = [
-            sys.executable,
-            "-m",
-            "moe_upgrpo",
-            "compare",
-            str(config),
-            "--output",
-            str(folder),
-        ]
-        refused.append(subprocess.run(words, capture_output=True, text=True))
+        refused.append(run_command("compare", config, "--output", folder))
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = tmp_path / "c.yaml"
