@@ -445,7 +445,7 @@ def test_non_finite_log_probs(run, cache, tmp_path):
     assert_fails(result, "not finite", "non-finite weights")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, run, cache, tmp_path):
     folder = tmp_path / "r"
     job = subprocess.Popen(

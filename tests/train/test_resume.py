@@ -1,4 +1,4 @@
-"""A run that is killed and resumed: two ranks, SIGKILL to one; once under a real torchrun.
+"""A run that is killed and resumed: two ranks, SIGKILL to one.
 
 In the same layout the resumed run leaves what an unbroken one does, bit for bit: the token log, the
 metrics but times, the checkpoint after the last step with weights and optimizer. hf engine.
@@ -9,6 +9,7 @@ they get their names; engines other than hf, which need not repeat a response bi
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -174,7 +175,7 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_p
     place, nth, rank, steps, newest = (MOMENTS | SLOW_MOMENTS)[moment]
     run, rollouts = tmp_path / "run", tmp_path / "rollouts"
     more = ("--save-rollouts", str(rollouts), "--report" if "report" in moment else "--no-report")
-    kill = killed_under_torchrun if moment == "in the update" else killed
+    kill = killed_under_torchrun if moment == "in the old log-probs" else killed
     kill(place, nth, rank, *options(run, cache, *MORE, *more))
     assert [row["step"] for row in rows_so_far(run)] == steps
     found = Checkpoints(run / "checkpoints").all()
@@ -301,9 +302,8 @@ def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     """No file may grow above 1 MB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
-    command = [str(TORCHRUN), "--nproc-per-node", "2", "examples/train_moe.sh"]
-    limited = f"ulimit -f 1000; exec {' '.join([*command, *options(run, cache, *more)])}"
-    result = launch("bash", "-c", limited)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    result = run_command("train", *options(run, cache, *more), ranks=2, first=limit)
     assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
     assert not Checkpoints(run / "checkpoints").all()
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
