@@ -3,7 +3,7 @@
 A fork server imports torch, transformers and Megatron once; each job then forks fresh processes in
 a fraction of a second, without the seconds of imports of a new interpreter. Every test has process
 groups of its own. torchrun itself, and interpreters of their own, are left to the tests
-that are about them: the whole run of tests/train/test_launch.py and those that kill a rank.
+that are about them, most in tests/train/test_launch.py.
 """
 
 from __future__ import annotations
@@ -129,8 +129,14 @@ def exit_status(function: Callable[..., None], *args: Any) -> int:
     """Of a fresh process that calls `function`; negative where a signal ended it."""
     process = _context.Process(target=function, args=args)
     process.start()
-    process.join()
-    return process.exitcode
+    try:
+        process.join(120)
+        if process.is_alive():
+            raise RankFailed("the process gave no result in 120 s")
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
 
 
 def _answer(receiver, process: BaseProcess) -> tuple[bytes | None, str | None]:
