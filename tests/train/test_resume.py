@@ -299,10 +299,10 @@ def test_a_truncated_checkpoint(whole, tmp_path):
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
-    """No file may grow above 1 MB here: torch says then what it says of a full disk."""
+    """No file may grow above 1000 KiB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000 * 1024, 1000 * 1024))
     result = run_command("train", *options(run, cache, *more), ranks=2, first=limit)
     assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
     assert not Checkpoints(run / "checkpoints").all()
