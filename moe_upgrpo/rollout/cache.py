@@ -7,7 +7,6 @@ the schema's metadata.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.store.files import publish
 
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
@@ -55,7 +55,7 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.tmp")
     pq.write_table(table, part, compression="zstd")
-    os.replace(part, file)
+    publish(part, file)
     return file
 
 

@@ -142,18 +142,20 @@ class RunFolder:
         run = cls(Path(path))
         read_config(run.path)
         step = -1 if step is None else step
-        rows = _parse_metrics(run.metrics_path) if run.metrics_path.exists() else []
+        rows = rows_so_far(run.path)
         last = max((row["step"] for row in rows), default=0)
         if last < step:
             raise UserError(
                 f"{run.metrics_path} ends at step {last}, before the checkpoint of step {step}: "
                 f"resume from a checkpoint of step {last} or earlier"
             )
-        if rows:
+        if run.metrics_path.exists():  # also one that holds nothing but a line cut short
             kept = [row for row in rows if row["step"] <= step]
             write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
-        for part in (*run.tokens.glob(".*.tmp"), *run.evaluations.glob(".*.tmp")):
+        # Of the folder itself the JSON files alone: somebody may be making a report.
+        remains = [*run.path.glob(".*.json*.tmp"), *run.tokens.glob(".*.tmp")]
+        for part in (*remains, *run.evaluations.glob(".*.tmp")):
             part.unlink()
         for file, file_step in token_files(run.tokens) + evaluation_files(run.evaluations):
             if file_step > step:
@@ -212,6 +214,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{file} is empty: no step of this run was finished")
     return rows
+
+
+def rows_so_far(path: str | Path) -> list[dict[str, Any]]:
+    """As `read_metrics`, of a run that may not have come to its first row: none then."""
+    file = Path(path) / "metrics.jsonl"
+    return _parse_metrics(file) if file.exists() else []
 
 
 def _parse_metrics(file: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from moe_upgrpo.store import (
     read_metrics,
     write_evaluation,
 )
+from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
 from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
@@ -132,6 +133,9 @@ def start(config: TrainConfig) -> Iterator[Job]:
                     drop_after(config.save_rollouts, found.step)
                 step = found.step if found.path else None
                 RunFolder.resume(run.path, step=step, config=about, changed=changed)
+                # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept
+                # has been read by now.
+                Checkpoints(run.checkpoints).prune(config.keep)
             elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
