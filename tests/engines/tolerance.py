@@ -8,7 +8,8 @@ UNIT_ROUNDOFF = 2.0**-24  # of fp32, rounding to nearest
 def log_prob_tolerance(config, *, length: int, temperature: float = 1.0) -> float:
     """The largest difference of log-probs that the rounding of fp32 explains, in nats.
 
-    For random models of `config` (of transformers) and sequences of `length` tokens: u · √(Σ n) · size of logits · 2 / temperature.
+    For random models of `config` (of transformers) and sequences of `length` tokens:
+    u · √(Σ n) · size of logits · 2 / temperature.
 
     - A sum of n products is wrong by a relative u·√n, u the unit roundoff: n roundings of random
       sign (Higham and Mary 2019; all of one sign would give u·n). The order of the terms, and so

@@ -69,6 +69,7 @@ def measure_flip(checkpoint) -> dict:
         return {"terms": terms, "gap": flat(native).astype(np.float64) - flat(held)}
 
 
+@pytest.mark.bits
 def test_a_planted_routing_flip_is_given_to_routing(tiny_checkpoint):
     result = run_ranks(1, measure_flip, tiny_checkpoint)[0]
     terms, gap = result["terms"], result["gap"]
@@ -251,6 +252,7 @@ def measure_nothing_differs(checkpoint) -> dict:
         return measured(record_of(actor, samples, rollouts).sums())
 
 
+@pytest.mark.bits
 def test_a_run_without_mismatch_reports_zeros_of_what_it_compared(tiny_checkpoint):
     metrics = run_ranks(1, measure_nothing_differs, tiny_checkpoint)[0]
     tokens = sum(len(s.tokens) - s.prompt_length for s in make_samples())

@@ -163,6 +163,7 @@ def test_the_token_log_means_what_the_design_says(run):
     assert (sign > 0).any() and (sign < 0).any()
 
 
+@pytest.mark.bits
 def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
     """The same token log to the last bit: nothing of an update depends on the engine's presence."""
     folder, _ = run
@@ -318,6 +319,7 @@ def test_the_layouts_leave_the_same_token_log(ranks, layout, of_two_ranks, first
             assert a.equals(b), name
 
 
+@pytest.mark.bits
 def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(first_step):
     """One optimizer step in a step: an analysed one scores its samples, another does not."""
     scored = first_step("--tp", "1", "--ep", "2")
