@@ -74,8 +74,10 @@ def test_a_planted_routing_flip_is_given_to_routing(tiny_checkpoint):
     result = run_ranks(1, measure_flip, tiny_checkpoint)[0]
     terms, gap = result["terms"], result["gap"]
     # Sequence 1 has responses at rows 1..8 after the 5 tokens of sequence 0: row 4 is token 8, and
-    # what comes after it in that sequence attends to it.
-    assert np.flatnonzero(gap).min() == 8 and gap[8] != 0 and np.flatnonzero(gap).max() <= 12
+    # what comes after it in that sequence attends to it. Elsewhere there is at most the rounding of
+    # experts that multiply another number of rows (on CPUs whose kernel goes by that number).
+    moved = np.flatnonzero(np.abs(gap) > 1e-5)
+    assert moved.min() == 8 and gap[8] != 0 and moved.max() <= 12
     np.testing.assert_array_equal(terms["gap_engine_routing"], gap)
     for name in ("gap_numerics", "gap_update", "gap_routing_shift"):
         assert not terms[name].any(), name

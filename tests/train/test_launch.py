@@ -87,7 +87,9 @@ def test_a_run_leaves_its_folder_and_says_what_it_did(run):
     assert (folder / "report.html").stat().st_size > 10_000
     config = read_config(folder)
     assert (config["layout"], config["loss"], config["world_size"]) == ("TP2·EP2", "up-gspo", 2)
-    assert json.loads((folder / "env.json").read_text())["versions"]["megatron-core"]
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["versions"]["megatron-core"]
+    assert environment["cpu"]["mkl"] != "OFF" and environment["cpu"]["threads"] == 1
     for words in ("up-gspo on TP2·EP2, 2 rank(s)", "sampled tokens/s", "update", str(folder)):
         assert words in output
     assert output.count("\nstep ") == STEPS  # plain lines where there is no terminal
