@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moe_upgrpo import kernels
 from moe_upgrpo.compare import data
 from moe_upgrpo.compare.plan import Comparison, Run, default_parallel
 from moe_upgrpo.errors import UserError
@@ -138,8 +138,9 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
             configs[repr((config.warm_start, config.tiny, config.digits))] = config
     if not configs:
         return
-    # Fresh processes: torch's threads and random state are those of a run.
-    with ProcessPoolExecutor(pool, mp_context=get_context("spawn")) as processes:
+    # Fresh processes: torch's threads, kernels and random state are those of a run.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(pool, mp_context=context, initializer=kernels.pin) as processes:
         for number, made in enumerate(processes.map(_warm_started, configs.values()), 1):
             if made:
                 say(f"warm start {number} of {len(configs)}: {made}")
@@ -147,9 +148,6 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
 
 def _warm_started(config: TrainConfig) -> str | None:
     """The folder's name where it had to be made."""
-    import torch
-
-    torch.set_num_threads(1)
     config.cache_dir.mkdir(parents=True, exist_ok=True)
     before = {path.name for path in config.cache_dir.iterdir()}
     made = warm_start(
@@ -199,12 +197,8 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
         what = train_words(plan, folder, run)
         resumed = "--resume" in what
         with log.open("w") as out:
-            child = subprocess.Popen(
-                _command(plan.nproc, what),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
-            )
+            command = _command(plan.nproc, what)
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
             children[run] = child
             status = child.wait()
             del children[run]

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moe_upgrpo import __version__
+from moe_upgrpo import __version__, kernels
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
@@ -279,6 +279,7 @@ def _environment() -> dict[str, Any]:
         "versions": {"moe_upgrpo": __version__} | {p: _version(p) for p in _PACKAGES},
         "git": git_state(),
         "cpu_count": os.cpu_count(),
+        "cpu": kernels.facts(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_count": torch.cuda.device_count(),
     }

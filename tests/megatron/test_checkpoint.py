@@ -134,6 +134,7 @@ def test_what_is_written_is_the_same_in_every_layout(chain):
             assert_same(rank["behind"], first[0]["behind"])
 
 
+@pytest.mark.bits
 def test_back_in_the_same_layout_the_next_step_is_the_same_to_the_last_bit(chain):
     _, ((first, _), *_, (again, _)) = chain
     for rank, expected in zip(again, first, strict=True):

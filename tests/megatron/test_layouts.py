@@ -64,6 +64,7 @@ def test_other_numbers_of_micro_batches_on_each_rank(ranks, one_process):
             assert np.abs(a.log_probs - e.log_probs).max() <= 1e-5
 
 
+@pytest.mark.bits
 def test_all_ranks_of_a_copy_get_the_same(ranks):
     """Tensor-parallel ranks and pipeline stages, to the last bit."""
     for rank in ranks:
@@ -94,6 +95,7 @@ def test_what_an_update_saw_equals_one_process(ranks, one_process):
             assert rank["update"][key].recompute_flips == 0
 
 
+@pytest.mark.bits
 def test_an_update_hands_over_what_its_forward_saw_as_a_score_does(ranks):
     for rank in ranks:
         assert {recompute for _, recompute, _ in rank["update"]} >= {"none"}

@@ -65,6 +65,7 @@ def test_round_trip_is_exact_to_the_bit(name, checkpoints, tmp_path):
                 assert torch.equal(found[tensor_name], expected), tensor_name
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("checkpoint", ["tiny", "mixtral", "moonlight"])
 def test_what_is_written_loads_in_transformers(checkpoint, checkpoints, tmp_path):
     run_ranks(2, round_trip, Layout(tp=2, ep=2), checkpoints[checkpoint], tmp_path)

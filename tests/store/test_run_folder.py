@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import (
     RunFolder,
@@ -37,6 +38,7 @@ def test_create_writes_config_and_environment(tmp_path):
     assert environment["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert environment["argv"] == sys.argv
     assert environment["cpu_count"] >= 1
+    assert environment["cpu"] == kernels.facts() and environment["cpu"]["aten"]
 
 
 def test_create_refuses_another_run(tmp_path):

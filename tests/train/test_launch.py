@@ -94,7 +94,9 @@ def test_a_run_leaves_its_folder_and_says_what_it_did(run):
     assert (folder / "report.html").stat().st_size > 10_000
     config = read_config(folder)
     assert (config["layout"], config["loss"], config["world_size"]) == ("TP2·EP2", "up-gspo", 2)
-    assert json.loads((folder / "env.json").read_text())["versions"]["megatron-core"]
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["versions"]["megatron-core"]
+    assert environment["cpu"]["mkl"] != "OFF" and environment["cpu"]["threads"] == 1
     for words in ("up-gspo on TP2·EP2, 2 rank(s)", "sampled tokens/s", "update", str(folder)):
         assert words in output
     assert output.count("\nstep ") == STEPS  # plain lines where there is no terminal
@@ -170,6 +172,7 @@ def test_the_token_log_means_what_the_design_says(run):
     assert (sign > 0).any() and (sign < 0).any()
 
 
+@pytest.mark.bits
 def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
     """The same token log to the last bit: nothing of an update depends on the engine's presence."""
     folder, _ = run
@@ -325,6 +328,7 @@ def test_the_layouts_leave_the_same_token_log(ranks, layout, of_two_ranks, first
             assert a.equals(b), name
 
 
+@pytest.mark.bits
 def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(first_step):
     """One optimizer step in a step: an analysed one scores its samples, another does not."""
     scored = first_step("--tp", "1", "--ep", "2")

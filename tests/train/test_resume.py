@@ -167,6 +167,7 @@ SLOW_MOMENTS = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "moment",
     [*MOMENTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MOMENTS)],
