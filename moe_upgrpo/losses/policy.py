@@ -1,6 +1,5 @@
 """policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -204,14 +203,16 @@ def _check_of_sequence(t: Tokens, amount_BT: Tensor, sign: str, branch: str) -> 
     """UserError where a sequence has several advantages: a coupled f has no gradient for each."""
     if not amount_BT.numel():
         return
-    lows_BT = torch.where(t.mask_BT, amount_BT, math.inf)
-    highs_BT = torch.where(t.mask_BT, amount_BT, -math.inf)
-    low_B, high_B = lows_BT.amin(-1), highs_BT.amax(-1)
-    varies_B = high_B - low_B > _EQUAL * torch.maximum(high_B.abs(), low_B.abs())
-    if not varies_B.any():
+    # Of one sign, and 0 at padding: all tokens have the largest, or some have less.
+    if sign == "positive":
+        less_BT = amount_BT < amount_BT.amax(-1, keepdim=True) * (1 - _EQUAL)
+    else:
+        less_BT = amount_BT > amount_BT.amin(-1, keepdim=True) * (1 - _EQUAL)
+    less_BT &= t.mask_BT
+    if not less_BT.any():
         return
-    b = int(varies_B.nonzero()[0])
-    first, second = sorted((int(lows_BT[b].argmin()), int(highs_BT[b].argmax())))
+    b, smaller = less_BT.nonzero()[0].tolist()
+    first, second = sorted((smaller, int(amount_BT[b].abs().argmax())))
     raise UserError(
         f"advantages: {t.advantages_BT[b, first]:.6g} at position {first} and "
         f"{t.advantages_BT[b, second]:.6g} at position {second} of sequence {b} given with {sign} "
@@ -234,9 +235,7 @@ def _measure(
     """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`."""
     positive, negative = sides
     here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
-    sign_BT = t.advantages_BT.sign()
-    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
-    here_p_B1, here_n_B1 = (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
+    here_p_B1, here_n_B1 = _counts_by_sign(t)
     tokens, positives, negatives = map(_sum, (t.lengths_B1, here_p_B1, here_n_B1))
 
     clipped_BT = torch.zeros_like(t.mask_BT)
@@ -296,9 +295,16 @@ def _measure(
     return clipped_BT, metrics
 
 
-def _sum(x: Tensor) -> Tensor:
-    """Σ in float64: whole numbers stay whole beyond the 2^24 of float32."""
-    return x.sum(dtype=torch.float64)
+def _counts_by_sign(t: Tokens) -> tuple[Tensor, Tensor]:
+    """Tokens with A > 0 and with A < 0 of each sequence, `[B, 1]`."""
+    sign_BT = t.advantages_BT.sign()
+    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
+    return (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
+
+
+def _sum(x_BT: Tensor) -> Tensor:
+    """Σ, of the rows' sums in float64: whole numbers stay whole beyond the 2^24 of float32."""
+    return x_BT.sum(-1).sum(dtype=torch.float64)
 
 
 def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
@@ -307,8 +313,7 @@ def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
     Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
     worth more than N.
     """
-    sum_w = _sum(weight_BT)
-    sum_w2 = torch.linalg.vector_norm(weight_BT, dtype=torch.float64) ** 2
+    sum_w, sum_w2 = _sum(weight_BT), _sum(_dot(weight_BT, weight_BT))
     return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))
 
 
