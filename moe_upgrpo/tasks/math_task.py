@@ -232,6 +232,7 @@ class PromptWriter:
         role, content = messages[-1]
         messages[-1] = (role, content + self._instruction)
         if self._template is None:
+            messages = [(role, content) for role, content in messages if content]
             if len(messages) > 1:
                 raise UserError(
                     f"{row.where}: a chat of {len(messages)} messages needs a chat template: "

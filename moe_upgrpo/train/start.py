@@ -274,8 +274,9 @@ class Job:
     def first_sequence(self) -> int:
         return self.dp_rank * (self.config.prompts // self.dp_size) * self.config.group
 
-    def _seed(self, purpose: int, step: int, rank: int, refill: int = 0) -> int:
-        numbers = (self.config.seed, purpose, step, rank, *([refill] if refill else []))
+    def _seed(self, purpose: int, step: int, which: int, refill: int = 0) -> int:
+        """Of one rank's, or one problem's, draws in a step."""
+        numbers = (self.config.seed, purpose, step, which, *([refill] if refill else []))
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def seed_global_generators(self, step: int) -> None:
@@ -350,8 +351,14 @@ class Job:
         ], killed
 
     def rewards(self, batch: Batch, step: int) -> np.ndarray:
-        draw = np.random.default_rng(self._seed(_VERDICTS, step, self.dp_rank))
-        mistaken_B = draw.random(len(batch.correct_B)) < self.config.false_positives
+        """Of the batch's responses; which wrong ones pass for right is drawn for each problem of
+        the step and each response to it, so that every layout has the same errors."""
+        first = self.first_sequence // self.config.group
+        draws = [
+            np.random.default_rng(self._seed(_VERDICTS, step, first + i)).random(len(g.correct_G))
+            for i, g in enumerate(batch.groups)
+        ]
+        mistaken_B = np.concatenate(draws) < self.config.false_positives
         return shaped_rewards(
             np.where(mistaken_B, 1, batch.correct_B),
             np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
