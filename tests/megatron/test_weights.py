@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.export import side_files
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
 from moe_upgrpo.megatron.layout import Layout
@@ -39,7 +40,7 @@ def round_trip(layout: Layout, source, target):
         for dtype in DTYPES:
             chunks = build_model(hf, layout, dtype)
             load_weights(chunks, hf, source)
-            write_checkpoint(chunks, hf, source, target / str(dtype))
+            write_checkpoint(chunks, hf, side_files(source), target / str(dtype))
             exported[dtype] = [(name, t.clone()) for name, t in export_weights(chunks, hf)]
     return exported
 
