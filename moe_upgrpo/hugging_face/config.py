@@ -125,8 +125,7 @@ def both_styles(hf: PretrainedConfig, dtype: str) -> dict[str, Any]:
             config[old] = config[new]
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
-    kind = rope.get("rope_type", "default")
-    config["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
+    config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     # Code of the folder that is not copied, and not needed.
     auto_map = {
         n: v for n, v in (config.pop("auto_map", None) or {}).items() if n == "AutoTokenizer"

@@ -9,11 +9,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import both_styles
 from moe_upgrpo.hugging_face.folder import INDEX, SINGLE, WEIGHT_SUFFIXES, Weights, check_folder
 from moe_upgrpo.hugging_face.tokenizer import own_code
 from moe_upgrpo.store.files import publish, sync
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SIDE_FILES = (
     "generation_config.json",
@@ -43,9 +48,9 @@ def side_files(folder: str | Path) -> dict[str, bytes]:
     """
     folder = check_folder(folder)
     paths = [path for pattern in SIDE_FILES for path in folder.glob(pattern)]
-    paths += [folder / name for name in own_code(folder)]
+    paths += _with_own_code(folder)
     found = {}
-    for path in sorted(paths):
+    for path in sorted(set(paths)):
         if path.is_dir():
             continue
         try:
@@ -54,13 +59,61 @@ def side_files(folder: str | Path) -> dict[str, bytes]:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}): the trained model is to have a copy."
             ) from None
+    if (name := "tokenizer_config.json") in found:
+        found[name] = _tokenizer_for_both(found[name])
     return found
 
 
-def write_side_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def _with_own_code(folder: Path) -> list[Path]:
+    """The tokenizer's own code, where it has some, and the files that the code names."""
+    code = [folder / name for name in own_code(folder)]
+    text = "".join(file.read_text(errors="replace") for file in code if file.is_file())
+    return code + [
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and file.suffix not in WEIGHT_SUFFIXES
+        and file.name != "config.json"
+        and (f'"{file.name}"' in text or f"'{file.name}'" in text)
+    ]
+
+
+def _tokenizer_for_both(content: bytes) -> bytes:
+    """A tokenizer_config.json under the names of transformers 4, which transformers 5 reads too."""
+    try:
+        config = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
+        return content
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_beside(
+    folder: Path, hf: PretrainedConfig, dtype: str, files: Mapping[str, bytes]
+) -> None:
+    """Write config.json for weights of `dtype`, and the `side_files`."""
+    config = json.dumps(both_styles(hf, dtype), indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+
+
+def try_export(hf: PretrainedConfig, files: Mapping[str, bytes], folder: Path | None) -> None:
+    """Write what stands beside the weights below `folder` (None: anywhere), and remove it again.
+
+    Raises UserError where the export at the end of a run would fail.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as tried:
+            write_beside(Path(tried), hf, "float32", files)
+            by_umask(Path(tried))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"the trained model could not be written to {folder}: {error}.") from None
 
 
 @contextmanager

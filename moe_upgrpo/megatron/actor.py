@@ -27,7 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.export import side_files
+from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
 from moe_upgrpo.megatron import backend, groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
@@ -456,6 +456,13 @@ class MegatronActor:
         The tokenizer of `model_dir` is in it, as it was when this actor was made to be trained.
         """
         write_checkpoint(self.chunks, self.hf, self._side_files, output_dir)
+
+    def try_saving(self, folder: Path) -> None:
+        """Raise UserError where what stands beside the weights cannot be written below `folder`.
+
+        No collective; for the rank that writes, before anything is trained.
+        """
+        try_export(self.hf, self._side_files, folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

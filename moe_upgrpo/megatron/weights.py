@@ -5,7 +5,6 @@ Only concatenation and splitting happen on the way, so a round trip is exact to 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face import export
-from moe_upgrpo.hugging_face.config import both_styles, is_tied
+from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.families import check_weights, family, moe_layers, num_experts
@@ -220,8 +219,6 @@ def write_checkpoint(
     if dist.get_rank() == 0:
         with export.writing(Path(output_dir)) as folder:
             save_torch_state_dict(state, folder)
-            export.write_side_files(folder, files)
             dtype = str(next(iter(state.values())).dtype).split(".")[-1]
-            config = json.dumps(both_styles(hf, dtype), indent=2)
-            (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+            export.write_beside(folder, hf, dtype, files)
     dist.barrier()

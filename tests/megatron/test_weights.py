@@ -127,15 +127,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
         assert word in str(error.value)
 
 
-def test_the_lm_head_of_a_tied_checkpoint_is_taken_no_notice_of(checkpoints, tmp_path):
-    """Some published checkpoints have one (Qwen3-0.6B); transformers uses the embedding."""
-
-    def add_head(state):
-        state["lm_head.weight"] = torch.ones_like(state["model.embed_tokens.weight"])
-
-    load_changed(checkpoints["dense"], tmp_path / "changed", add_head)
-
-
 def test_a_truncated_file_is_refused_by_name(tiny_checkpoint, tmp_path):
     layout = Layout()
     (tmp_path / "model.safetensors").write_bytes(
