@@ -17,6 +17,7 @@ ORDER = (
     "stats",
     "store",
     "report",
+    "hugging_face",
     "tasks",
     "rollout",
     "megatron",

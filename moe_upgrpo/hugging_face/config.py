@@ -21,13 +21,13 @@ def read_raw_config(folder: str | Path) -> dict[str, Any]:
     folder = check_folder(folder)
     try:
         raw = read_json(folder / "config.json")
+        if not isinstance(raw, dict):
+            raise UserError("it is not a JSON object.")
     except UserError as error:
         raise UserError(
-            f"{folder} holds no config.json, or none that can be read ({error}): a Hugging Face "
-            "checkpoint folder is expected (config.json, *.safetensors, tokenizer files)."
+            f"{folder} holds no config.json, or none that can be read: a Hugging Face checkpoint "
+            f"folder is expected (config.json, *.safetensors, tokenizer files). {error}"
         ) from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'} is not a JSON object.")
     return raw
 
 
