@@ -82,6 +82,8 @@ def _scaling(rope: dict[str, Any] | None) -> dict[str, Any]:
     """What is said of the scaling of positions, under the names of transformers 5."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":  # nothing is scaled, whatever else is said
+        return {"rope_type": kind}
     others = ("rope_type", "type", "rope_theta")
     return {"rope_type": kind} | {n: v for n, v in rope.items() if n not in others}
 

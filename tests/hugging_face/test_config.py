@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.config import eos_ids, read_config
+from moe_upgrpo.hugging_face.config import both_styles, eos_ids, read_config
 from moe_upgrpo.hugging_face.export import side_files
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
@@ -154,6 +154,21 @@ def test_contradictions_and_wrong_kinds_name_the_field(name, fields, words, save
     with pytest.raises(UserError, match=words) as error:
         read_config(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1_000_000, "rope_scaling": None},
+        {"rope_scaling": None, "rope_parameters": THETA | {"partial_rotary_factor": 1.0}},
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": None},  # of transformers 4
+    ],
+)
+def test_two_names_that_agree_are_no_contradiction(fields, saved, tmp_path):
+    shutil.copytree(saved / "qwen3", tmp_path / "c")
+    hf = read_model_config(edit_json(tmp_path / "c" / "config.json", **fields))
+    assert hf.rope_parameters["rope_theta"] == 1e6
+    assert both_styles(hf, "float32")["rope_scaling"] is None
 
 
 def test_an_adapter_is_refused(saved, tmp_path):
