@@ -66,8 +66,9 @@ def side_files(folder: str | Path) -> dict[str, bytes]:
 
 def _with_own_code(folder: Path) -> list[Path]:
     """The tokenizer's own code, where it has some, and the files that the code names."""
-    code = [folder / name for name in own_code(folder)]
-    text = "".join(file.read_text(errors="replace") for file in code if file.is_file())
+    # What is not there is not needed: the tokenizer was loaded without.
+    code = [folder / name for name in own_code(folder) if (folder / name).is_file()]
+    text = "".join(file.read_text(errors="replace") for file in code)
     return code + [
         file
         for file in folder.iterdir()

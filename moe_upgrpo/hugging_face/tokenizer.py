@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,9 @@ def own_code(folder: Path) -> list[str]:
 
     found: dict[str, None] = {}
     for one in _auto_map(folder):
-        file = folder / f"{one.rpartition('.')[0]}.py"
+        file = folder / Path(f"{one.rpartition('.')[0]}.py").name  # never from elsewhere
         found[file.name] = None
-        if file.is_file():
+        with suppress(OSError):  # it, or what it imports, is not there: loading it says so
             found |= {Path(n).name: None for n in get_relative_import_files(file)}
     return list(found)
 

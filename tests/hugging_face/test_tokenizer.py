@@ -96,6 +96,23 @@ def test_code_that_transformers_can_do_without_does_not_run(own, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("where", ["own_tokenizer", "org/other--own_tokenizer", "../own_tokenizer"])
+def test_code_that_is_not_there_is_missed_only_where_it_is_needed(where, own, tmp_path):
+    """Never looked for on the hub, nor outside the folder."""
+    for name in ("spelling.py", "own_tokenizer.py"):
+        (own / name).unlink()
+        mapped = {"AutoTokenizer": [None, f"{where}.OwnTokenizer"]}
+        edit_json(own / "tokenizer_config.json", auto_map=mapped)
+        with pytest.raises(UserError, match="no tokenizer that can be loaded") as error:
+            read_tokenizer(own, trust_remote_code=True)
+        assert "\n" not in str(error.value)
+    (own / "own.vocab").rename(own / "tokenizer.json")
+    edit_json(own / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert len(read_tokenizer(own)("a b").input_ids) == 4
+    assert {"tokenizer.json", "tokenizer_config.json"} < side_files(own).keys()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_export_has_the_code_and_the_files_that_it_names(own, tmp_path):
     files = side_files(own)
     assert {"own_tokenizer.py", "spelling.py", "own.vocab"} < files.keys()
