@@ -19,6 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
+TRANSFORMERS_4 := .venv-transformers4
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
@@ -61,6 +62,13 @@ $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python verl==0.9.1 trl==1.16.0
 	@touch $@
 
+# transformers 4 and the two of its dependencies that differ, in a folder of their own: what is
+# written for others is read with it. The rest, torch too, is that of .venv.
+$(TRANSFORMERS_4)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS_4) \
+	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+	@touch $@
+
 train: $(STAMP)
 	TORCHRUN=$(abspath $(BIN))/torchrun bash examples/train_moe.sh $(ARGS)
 
@@ -68,10 +76,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) lint
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP)
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
@@ -106,4 +114,4 @@ test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
 clean:
-	rm -rf .venv .venv-3.* $(SGLANG_VENV) build *.egg-info
+	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) build *.egg-info

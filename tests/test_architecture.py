@@ -18,6 +18,7 @@ ORDER = (
     "stats",
     "store",
     "report",
+    "hugging_face",
     "tasks",
     "rollout",
     "megatron",

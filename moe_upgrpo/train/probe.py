@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
@@ -33,7 +33,9 @@ class ProbeConfig:
     """Compare a rollout engine with the Megatron trainer on one checkpoint, or two route dumps."""
 
     model: Path | None = None
-    """Hugging Face checkpoint folder (qwen3_moe) with its tokenizer."""
+    """Hugging Face checkpoint folder with its tokenizer: docs/models.md."""
+    trust_remote_code: bool = False
+    """Run Python code of the model folder that its tokenizer needs."""
     prompts: Path | None = None
     """Text file, one prompt a line."""
     samples: int = 8
@@ -168,10 +170,7 @@ def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]
         raise UserError(f"--prompts {config.prompts}: {error}") from None
     if not lines:
         raise UserError(f"{config.prompts} holds no prompt: one a line is needed.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config.model} has no tokenizer that can be read: {error}") from None
+    tokenizer = read_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     prompts = [np.array(tokenizer(line).input_ids) for line in lines]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:

@@ -18,10 +18,15 @@ import numpy as np
 import torch
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import is_tied
+from moe_upgrpo.hugging_face.export import drop_exports
+from moe_upgrpo.hugging_face.folder import Weights
+from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
@@ -81,6 +86,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
         needs_behind = config.overlap and config.analyse_every > 0
         behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
+        if rank == 0:
+            actor.try_saving(run.path)
         resume.load(found, actor, behind)
         sampling = SamplingConfig(
             temperature=config.temperature,
@@ -136,6 +143,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept
                 # has been read by now.
                 Checkpoints(run.checkpoints).prune(config.keep)
+                for path in drop_exports(run.checkpoints, found.step if found.path else -1):
+                    display.say(f"{path} is removed: its steps are run again")
             elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
@@ -191,6 +200,8 @@ def _task_and_model(
     config: TrainConfig, layout: Layout, display: Display, rank: int
 ) -> tuple[Task, Path]:
     """The task and the folder of the model, which speaks its tokens."""
+    if config.model:
+        _say_of_model(config, display, rank)
     if config.data:
         task = MathTask(
             config.data,
@@ -202,6 +213,7 @@ def _task_and_model(
             chat_template_kwargs=config.chat_template_kwargs,
             instruction=config.instruction,
             max_prompt_tokens=config.max_prompt_tokens,
+            trust_remote_code=config.trust_remote_code,
         )
         for note in task.notes:
             display.say(note)
@@ -210,8 +222,21 @@ def _task_and_model(
     model_dir = config.model or groups.from_rank_0(
         _warm_started(config, task, layout, display) if rank == 0 else None
     )
-    task.check_model(Path(model_dir))
+    task.check_model(Path(model_dir), trust_remote_code=config.trust_remote_code)
     return task, Path(model_dir)
+
+
+def _say_of_model(config: TrainConfig, display: Display, rank: int) -> None:
+    """What to know of a given model; refused before the problems are read where it cannot be."""
+    hf = read_model_config(config.model)
+    with Weights(config.model, tied=is_tied(hf)) as weights:
+        if note := weights.note():
+            display.say(note)
+    if config.trust_remote_code:
+        display.say(f"--trust-remote-code: code of {config.model} is run for its tokenizer")
+        if rank == 0:  # transformers copies the code into a cache: one rank after the other
+            read_tokenizer(config.model, trust_remote_code=True)
+        groups.from_rank_0(None)
 
 
 def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
@@ -658,9 +683,7 @@ class Job:
 
     def finish(self) -> Path:
         """Keep the trained weights, write the report, say what came of it."""
-        trained = self.run.checkpoints / f"step-{self.config.steps:06d}"
-        if groups.from_rank_0(not trained.exists()):
-            self.actor.save(trained)
+        self.actor.save(self.run.checkpoints / f"step-{self.config.steps:06d}")
         if self.rank == 0:
             self.display.summary(read_metrics(self.run.path))
             if not self.config.report:

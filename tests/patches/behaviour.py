@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import backend, families, groups, model
+from moe_upgrpo.megatron import backend, groups, model, rules
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from tests import ranks
@@ -174,9 +174,9 @@ def replay_with_router_fusion(_):
 def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.Tensor]:
     """Of one update on this rank. The layout is one that the package may refuse, and latent
     attention is the local layer spec's own, which the package replaces."""
-    for rule in (*families._LATENT_ATTENTION, *families._LATENT_QUERY):
+    for rule in (*rules.LATENT_ATTENTION, *rules.LATENT_QUERY):
         if "_down_proj" in rule.megatron:
-            object.__setattr__(rule, "form", families.ROWS)
+            object.__setattr__(rule, "form", rules.ROWS)
     layout = object.__new__(Layout)
     for name in Layout.__dataclass_fields__:
         object.__setattr__(layout, name, (sizes | {"dispatcher": "alltoall"}).get(name, 1))

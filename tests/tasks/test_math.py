@@ -236,7 +236,7 @@ def test_chat_templates(model, tmp_path):
 
 def test_a_tokenizer_that_does_not_fit(tmp_path):
     data = [write(tmp_path / "train.jsonl", *sums(1))]
-    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+    with pytest.raises(UserError, match="absent does not exist"):
         MathTask(data, model_dir=tmp_path / "absent")
     small = save_words(tmp_path / "small", vocab_size=100)
     with pytest.raises(UserError, match=r"ids up to \d+, the model in .*small has 100 tokens"):

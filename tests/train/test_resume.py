@@ -279,6 +279,21 @@ def test_more_steps(whole, tmp_path):
     assert read_config(run)["steps"] == 5
 
 
+def test_after_a_resume_from_an_earlier_state_the_export_is_written_anew(whole, tmp_path):
+    """Not the old run's weights beside the new run's log; nor those of steps that are not run."""
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "state-000004")
+    (checkpoints / "step-000004" / "model.safetensors").write_bytes(b"those of another run")
+    (checkpoints / "step-000004").rename(checkpoints / "step-000009")
+    shutil.copytree(checkpoints / "step-000009", checkpoints / "step-000004")
+    result = job(2, "--resume", str(tmp_path / "run"), "--keep", "1", timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("step-000004", "step-000009"):
+        assert f"{name} is removed: its steps are run again" in result.stdout
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_what_may_not_change_is_named_with_both_values(whole):
     before = read_metrics(whole)
     result = job(2, "--resume", str(whole), "--seed", "3", "--optimizer.lr", "0.5")
