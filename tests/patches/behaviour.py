@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import backend, groups, model, rules
+from moe_upgrpo.megatron import backend, families, groups, model, rules
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from tests import ranks
