@@ -246,8 +246,8 @@ class _Hook:
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, native=None):
         trace = self._tap.trace(self._number)
-        # Without gradients Megatron leaves the top-k unsorted (0.18: moe_utils.py:777), and gates that
-        # are divided by their sum differ in the last place from those of an update.
+        # Without gradients Megatron leaves the top-k unsorted (0.18: moe_utils.py:777), and gates
+        # that are divided by their sum differ in the last place from those of an update.
         with torch.enable_grad():
             best, native_NK = native(scores, topk, num_groups=num_groups, group_topk=group_topk)
         ranked = scores.detach()
