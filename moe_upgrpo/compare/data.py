@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _ABOUT = b"moe_upgrpo.compare"
 
@@ -58,7 +58,7 @@ def write(file: Path, run: RunData) -> None:
     about = {_ABOUT: json.dumps(asdict(run.about)).encode()}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    pq.write_table(pa.table(columns).replace_schema_metadata(about), unfinished, compression="zstd")
+    write_checked(pa.table(columns).replace_schema_metadata(about), unfinished)
     unfinished.replace(file)
 
 
@@ -79,8 +79,8 @@ def _kind(given: list) -> pa.DataType | None:
 def read(file: Path) -> RunData:
     """Raises UserError where the file is none of these."""
     try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = read_checked(file)
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read: {str(error).strip().rstrip('.')}.") from None
     about = (table.schema.metadata or {}).get(_ABOUT)
     if about is None:

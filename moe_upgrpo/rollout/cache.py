@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.store.files import publish
+from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
@@ -54,7 +54,7 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_KEY: json.dumps(about)}))
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.tmp")
-    pq.write_table(table, part, compression="zstd")
+    write_checked(table, part)
     publish(part, file)
     return file
 
@@ -90,7 +90,7 @@ def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
 
 def _read(file: Path) -> list[Rollout]:
     try:
-        table = pq.read_table(file)
+        table = read_checked(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
     about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.files import publish
+from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _FILE_NAME = re.compile(r"step-(\d{6,})\.parquet")
 SCHEMA = pa.schema(
@@ -43,7 +43,7 @@ def write_evaluation(folder: Path, step: int, columns: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.parquet"
     part = folder / f".{path.name}.tmp"
-    pq.write_table(table, part, compression="zstd")
+    write_checked(table, part)
     publish(part, path)
     return path
 
@@ -66,7 +66,13 @@ def read_evaluations(path: str | Path, *, steps: Collection[int] | None = None) 
     tables = []
     for file in files:
         try:
-            tables.append(pq.read_table(file, schema=SCHEMA))
+            tables.append(read_checked(file, _columns).cast(SCHEMA))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} is truncated or no evaluation: {error}") from None
     return pa.concat_tables(tables)
+
+
+def _columns(schema: pa.Schema) -> list[str]:
+    if missing := set(SCHEMA.names) - set(schema.names):
+        raise pa.ArrowInvalid(f"it has no columns {sorted(missing)}")
+    return SCHEMA.names

@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
 
-SCHEMA_VERSION = 2
-# Version 1 has the columns that are not optional, and no level: its files are full.
-READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = 3
+# Version 1 has the columns that are not optional, and no level: its files are full. Up to version 2
+# files carry no checksums.
+READABLE_VERSIONS = (1, 2, 3)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.parquet import read_checked
 from moe_upgrpo.store.schema import COLUMNS, TokenLayout, check_types, file_metadata, metadata
 
 _FILE_NAME = re.compile(r"step-(\d{6,})-rank-(\d{4,})\.parquet")
@@ -65,24 +65,24 @@ def read_tokens(
     tables: list[pa.Table] = []
     names: set[str] = set()
     first: dict[str, Any] = {}
+
+    def choose(schema: pa.Schema) -> Sequence[str] | None:
+        check_types(schema, TokenLayout.of(schema))
+        about = metadata(schema)
+        first.update(first or about)
+        _check_same_run(about, first, files[0])
+        names.update(schema.names)
+        return None if columns is None else [c for c in columns if c in schema.names]
+
     for file in files:
         try:
-            with pq.ParquetFile(file) as parquet:
-                schema = parquet.schema_arrow
-                layout = TokenLayout.of(schema)
-                check_types(schema, layout)
-                about = metadata(schema)
-                first = first or about
-                _check_same_run(about, first, files[0])
-                names |= set(schema.names)
-                wanted = None if columns is None else [c for c in columns if c in schema.names]
-                tables.append(parquet.read(columns=wanted))
+            tables.append(read_checked(file, choose))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{file} is truncated or not Parquet ({error}). Delete it, or read the other steps "
-                "with steps=..."
+                f"{file} is truncated or not Parquet, or damaged ({error}). Delete it, or read the "
+                "other steps with steps=..."
             ) from None
     if unknown := set(columns or ()) - names:
         raise UserError(
@@ -93,6 +93,7 @@ def read_tokens(
         raise UserError(f"{path}: the token log has no rows")
     # The order of COLUMNS, or of the caller, whatever columns the first file had.
     order = columns or [*(c for c in COLUMNS if c in names), *sorted(names - set(COLUMNS))]
+    layout = TokenLayout.of(tables[0].schema)
     sampling = {"level": first["level"], "share": first["share"]}
     return table.select(list(order)).replace_schema_metadata(file_metadata(layout, sampling))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.files import publish
+from moe_upgrpo.store.parquet import write_checked
 from moe_upgrpo.store.schema import COLUMNS, LEVELS, TokenLayout, file_metadata
 from moe_upgrpo.store.token_log import by_sequence
 
@@ -104,10 +104,9 @@ class TokenLogWriter:
                 "from RunFolder.resume, which first drops what was logged after the checkpoint"
             )
         part = file.with_name(f".{file.name}.tmp")
-        pq.write_table(
+        write_checked(
             table,
             part,
-            compression="zstd",
             use_dictionary=[name for name in table.column_names if name not in _DISTINCT],
             use_byte_stream_split=[name for name in table.column_names if name in _SPLIT],
         )

@@ -158,7 +158,7 @@ def _parquet_rows(
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         known = parquet.schema_arrow.names
         kinds = [
             {c for c in known for name in names if c in (name, name.split(".")[0])}

@@ -1,0 +1,143 @@
+"""Parquet files of which no flipped bit goes unseen.
+
+Each page carries its checksum, which Parquet defines and other readers know; a page's header and
+the file's footer carry none. So the schema's metadata has, under ``moe_upgrpo.checksums``, the
+CRC-32 of each column's values and of every other entry of the metadata. Files that were written
+without either are read as they are.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moe_upgrpo.errors import UserError
+
+_KEY = b"moe_upgrpo.checksums"
+
+
+def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
+    """Write a table, compressed, with its checksums. ``options`` are those of `pq.write_table`."""
+    metadata = table.schema.metadata or {}
+    checksums = {
+        "columns": _columns(table),
+        "metadata": _entries(metadata),
+    }
+    pq.write_table(
+        table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
+        file,
+        compression="zstd",
+        write_page_checksum=True,
+        **options,
+    )
+
+
+def read_checked(
+    file: Path, choose: Callable[[pa.Schema], Sequence[str] | None] = lambda schema: None
+) -> pa.Table:
+    """Read a file, and check what is read.
+
+    Args:
+        file: of `write_checked`, or any other Parquet file.
+        choose: is given the file's schema before any column is read, and names the columns to read
+            (None: all), or raises UserError.
+
+    Raises:
+        pa.ArrowException: not Parquet, truncated or damaged.
+        OSError: it cannot be opened.
+    """
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            columns = choose(schema)
+            table = parquet.read(columns=None if columns is None else list(columns))
+        _check(table, schema)
+        return table
+    except (UserError, pa.ArrowException, OSError):
+        raise
+    # Damaged names are not UTF-8, damaged sizes no sizes.
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise pa.ArrowInvalid(f"damaged: {type(error).__name__}: {error}") from None
+
+
+def _check(table: pa.Table, schema: pa.Schema) -> None:
+    # pyarrow keeps the metadata twice in a file, and takes the one from here, the other from there.
+    if table.schema.metadata != schema.metadata:
+        raise pa.ArrowInvalid("damaged: its metadata says two things")
+    metadata = dict(schema.metadata or {})
+    written = metadata.pop(_KEY, None)
+    if written is None:
+        return
+    checksums = json.loads(written)
+    columns = checksums["columns"]
+    if _entries(metadata) != checksums["metadata"] or {*columns} != {*schema.names}:
+        raise pa.ArrowInvalid("damaged: its schema is not the one that was written")
+    for name, found in _columns(table).items():
+        if found != columns[name]:
+            raise pa.ArrowInvalid(f"damaged: column {name} holds other values than were written")
+
+
+def _entries(metadata: dict[bytes, bytes]) -> dict[str, int]:
+    return {key.decode(): zlib.crc32(value) for key, value in metadata.items()}
+
+
+def _columns(table: pa.Table) -> dict[str, int]:
+    return {
+        field.name: _array(table[field.name].combine_chunks(), zlib.crc32(_kind(field).encode()))
+        for field in table.schema
+    }
+
+
+def _kind(field: pa.Field) -> str:
+    """The type in words; of lists with the name that Parquet gives their items."""
+    kind = field.type
+    if pa.types.is_nested(kind):
+        named = kind.value_field.name not in ("item", "element")
+        size = kind.list_size if pa.types.is_fixed_size_list(kind) else ""
+        words = f"list{size}<{kind.value_field.name if named else ''}{_kind(kind.value_field)}>"
+    else:
+        words = str(kind)
+    return words if field.nullable else f"{words} not null"
+
+
+def _array(array: pa.Array, start: int) -> int:
+    """CRC-32 of what an array says, however its buffers lie; after ``start``."""
+    found = zlib.crc32(f"{len(array)},{array.null_count}".encode(), start)
+    if array.null_count:
+        found = _bits(array.is_valid(), found)
+        array = array.drop_null()
+    kind = array.type
+    if pa.types.is_nested(kind):
+        lengths = pc.list_value_length(array)
+        return _array(array.flatten(), _bytes(lengths.to_numpy(zero_copy_only=False), found))
+    if pa.types.is_boolean(kind):
+        return _bits(array, found)
+    if pa.types.is_fixed_size_binary(kind):
+        width = kind.byte_width
+        return _bytes(_raw(array.buffers()[1], array.offset * width, len(array) * width), found)
+    if kind in (pa.string(), pa.binary(), pa.large_string(), pa.large_binary()):
+        found = _bytes(pc.binary_length(array).to_numpy(zero_copy_only=False), found)
+        wide = pa.types.is_large_binary(kind) or pa.types.is_large_string(kind)
+        _, offsets, data = array.buffers()
+        starts = np.frombuffer(offsets, np.int64 if wide else np.int32)
+        first, last = (int(starts[array.offset + i]) for i in (0, len(array)))
+        return _bytes(_raw(data, first, last - first), found)
+    return _bytes(array.to_numpy(zero_copy_only=False), found)
+
+
+def _raw(buffer: pa.Buffer | None, start: int, size: int) -> np.ndarray:
+    return np.frombuffer(buffer or b"", np.uint8)[start : start + size]
+
+
+def _bits(flags: pa.Array, start: int) -> int:
+    return _bytes(np.packbits(flags.to_numpy(zero_copy_only=False)), start)
+
+
+def _bytes(values: np.ndarray, start: int) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).data.cast("B") if len(values) else b"", start)
