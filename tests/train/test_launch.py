@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 from moe_upgrpo.store import (
     overlap_array,
     read_config,
+    read_environment,
     read_metrics,
     read_routes,
     read_tokens,
@@ -361,12 +362,14 @@ def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
     ],
     ids=["bash", "plain torchrun"],
 )
-def test_the_other_ways_to_start(command, layout, run, cache, tmp_path):
+def test_the_other_ways_to_start(command, layout, run, cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")  # as a user has it
     path = f"{TORCHRUN.parent}:{os.environ['PATH']}"
     result = launch(*command, *options(tmp_path / "r", cache, "--steps", "1"), PATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert layout in result.stdout
     assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1]
+    assert read_environment(tmp_path / "r")["cpu"]["mkl"] != "OFF"
 
 
 def assert_fails(result: subprocess.CompletedProcess, *words: str) -> None:
