@@ -24,11 +24,9 @@ _KEY = b"moe_upgrpo.checksums"
 
 def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
     """Write a table, compressed, with its checksums. ``options`` are those of `pq.write_table`."""
-    metadata = table.schema.metadata or {}
-    checksums = {
-        "columns": _columns(table),
-        "metadata": _entries(metadata),
-    }
+    metadata = dict(table.schema.metadata or {})
+    metadata.pop(_KEY, None)  # of the file that the table was read from
+    checksums = {"columns": _columns(table), "metadata": _entries(metadata)}
     pq.write_table(
         table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
         file,

@@ -71,7 +71,7 @@ def test_schema_is_what_the_documentation_says(tmp_path):
         "layers_mismatched": "int16",
     }
     assert json.loads(schema.metadata[b"moe_upgrpo.token_log"]) == {
-        "schema_version": 2,
+        "schema_version": 3,
         "level": "full",
         "share": 1.0,
         "num_layers": 3,
@@ -174,7 +174,7 @@ def write_foreign(file: Path):
 
 def write_next_version(file: Path):
     table = pq.read_table(file)
-    about = json.loads(table.schema.metadata[b"moe_upgrpo.token_log"]) | {"schema_version": 3}
+    about = json.loads(table.schema.metadata[b"moe_upgrpo.token_log"]) | {"schema_version": 4}
     pq.write_table(table.replace_schema_metadata({"moe_upgrpo.token_log": json.dumps(about)}), file)
 
 
@@ -193,7 +193,7 @@ def write_empty(file: Path):
         (write_truncated, "is truncated or not Parquet"),
         (write_empty, "is truncated or not Parquet"),
         (write_foreign, "not a token log"),
-        (write_next_version, "schema version 3 is unknown: this package reads versions 1, 2"),
+        (write_next_version, "schema version 4 is unknown: this package reads versions 1, 2, 3"),
         (write_other_model, "routes of another model"),
     ],
 )
