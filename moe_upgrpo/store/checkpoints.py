@@ -6,6 +6,7 @@ and becomes whole by one rename. Who writes what into it, this module does not k
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from moe_upgrpo.store.files import publish, sync
 
 VERSION = 1
 _MANIFEST = "manifest.json"
+# Half-written or half-removed: a state, or the export of a step's weights beside it.
+_UNFINISHED = re.compile(r"\.state-\d{6,}|\.step-\d{6,}\.part")
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,29 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed job left of a checkpoint half written, or half removed."""
+        """Remove what a killed job left of a checkpoint half written, or half removed.
+
+        Nothing else: a hidden folder of somebody's own stays.
+        """
         for path in self.folder.glob(".*/"):
-            shutil.rmtree(path)
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def all(self) -> list[Path]:
-        """The whole checkpoints, the oldest first."""
-        return sorted(self.folder.glob("state-??????"))
+        """The whole checkpoints, the oldest first; names that are nearly theirs are not."""
+        found = {step_of(path): path for path in self.folder.glob("state-*/")}
+        return [path for step, path in sorted((s, p) for s, p in found.items() if s is not None)]
 
     def _of(self, step: int) -> Path:
         return self.folder / f"state-{step:06d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder by its name; None where the name is none of ours."""
+    digits = path.name.removeprefix("state-")
+    if not re.fullmatch(r"[0-9]{6,}", digits) or path.name != f"state-{int(digits):06d}":
+        return None
+    return int(digits)
 
 
 def names(part: Path) -> list[str]:
@@ -80,12 +96,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, it is not JSON, or it is of a newer version than this one reads.
+        UserError: there is none, it is not JSON, it is of a newer version than this one reads, or
+            of another step than the folder's name.
     """
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        version, _ = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        version, step, _ = manifest["version"], manifest["step"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}") from None
     if version != VERSION:
         raise UserError(
@@ -93,6 +110,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"reads version {VERSION}. Resume with the moe_upgrpo that wrote it "
             f"({manifest.get('moe_upgrpo')}), or delete the folder to resume from an older "
             "checkpoint."
+        )
+    if step != step_of(path):
+        raise UserError(
+            f"{path} holds the state after step {step}, as its {_MANIFEST} says: another folder "
+            "took its name. Give it the name of its step, or move it elsewhere."
         )
     return manifest
 

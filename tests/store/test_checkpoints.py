@@ -82,7 +82,9 @@ def test_damage_is_named_with_the_file_and_the_way_out(tmp_path):
     assert "weights is missing" in wrong and way_out in wrong
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"version": 1}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"version": 1}', "[" * 100_000], ids=lambda t: str(t)[:9]
+)
 def test_a_manifest_that_says_nothing(text, tmp_path):
     path = commit(Checkpoints(tmp_path), 3)
     (path / "manifest.json").unlink()
@@ -97,4 +99,47 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     newer = read_manifest(path) | {"version": 2, "moe_upgrpo": "9.1"}
     (path / "manifest.json").write_text(json.dumps(newer))
     with pytest.raises(UserError, match=r"version 2, written by a newer.*reads version 1.*9\.1"):
+        read_manifest(path)
+
+
+def test_names_that_are_nearly_ours_are_left_alone(tmp_path):
+    """A copy was once taken for the newest state, and a hidden folder of the user's deleted."""
+    checkpoints = Checkpoints(tmp_path)
+    whole = [commit(checkpoints, step) for step in (4, 8)]
+    others = [
+        "state-backup",
+        "state-000009.bak",
+        "state-0000010",
+        "state-00011",
+        "state-０００００9",
+    ]
+    others += [".state-backup", ".keep", ".step-000008", ".state-00001", "step-000008"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "state-000099").write_text("a file")
+    for name in (".state-000009", ".state-1000000", ".step-000008.part"):  # killed in between
+        (tmp_path / name).mkdir()
+    assert checkpoints.all() == whole
+    checkpoints.commit(checkpoints.begin(12), 12, {}, {})
+    checkpoints.prune(keep=2)
+    ours = ["state-000008", "state-000012", "state-000099"]
+    assert sorted(os.listdir(tmp_path)) == sorted(others + ours)
+
+
+def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (999_999, 1_000_000, 2_000_000):
+        checkpoints.commit(checkpoints.begin(step), step, {}, {})
+    names_found = [path.name for path in checkpoints.all()]
+    assert names_found == ["state-999999", "state-1000000", "state-2000000"]
+    assert read_manifest(checkpoints.all()[-1])["step"] == 2_000_000
+    checkpoints.prune(keep=1)
+    assert [path.name for path in checkpoints.all()] == ["state-2000000"]
+
+
+@pytest.mark.parametrize("step", [3, "5", None, True])
+def test_a_manifest_of_another_step_than_its_folder_is_refused(step, tmp_path):
+    path = commit(Checkpoints(tmp_path), 5)
+    (path / "manifest.json").write_text(json.dumps(read_manifest(path) | {"step": step}))
+    with pytest.raises(UserError, match=f"state-000005 holds the state after step {step}"):
         read_manifest(path)
