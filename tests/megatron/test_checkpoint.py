@@ -8,6 +8,8 @@ the same layout to the last bit, in another to rounding.
 Not covered: NCCL, more than 4 ranks, the fused Adam of Transformer Engine or Apex.
 """
 
+import io
+import pickle
 import shutil
 
 import pytest
@@ -191,3 +193,49 @@ def test_a_state_without_one_of_its_files_is_refused(part, checkpoints, state, t
     (folder / part).unlink()
     (message,) = run_ranks(1, read, checkpoints["tiny"], folder)
     assert f"{folder} does not hold this model's training state" in message
+
+
+class _Stranger:
+    """Pickled, it is an instruction to make a file."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def plant(folder, place: str, content: bytes) -> None:
+    """Put `content` where an object is unpickled from: a file, or beside the tensors of one."""
+    if place != "object":
+        (folder / place).write_bytes(content)
+        return
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    kinds = {index: type(metadata.state_dict_metadata[index.fqn]).__name__ for index in
+             metadata.storage_data}  # fmt: skip
+    index = next(i for i, kind in kinds.items() if kind == "BytesStorageMetadata")
+    stored = metadata.storage_data[index]
+    file = folder / stored.relative_path
+    stored.offset, stored.length = file.stat().st_size, len(content)
+    with file.open("ab") as out:
+        out.write(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
+@pytest.mark.parametrize("kind", ["code", "noise", "nothing"])
+def test_somebody_elses_state_runs_no_code(place, kind, state, checkpoints, tmp_path):
+    folder, made = tmp_path / "state", tmp_path / "made"
+    shutil.copytree(state, folder)
+    code = io.BytesIO()
+    torch.save({"scheduler": _Stranger(made)}, code)
+    pickled = pickle.dumps(_Stranger(made)) if place == ".metadata" else code.getvalue()
+    plant(folder, place, {"code": pickled, "noise": b"\x80\x02noise", "nothing": b""}[kind])
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoints["tiny"], Layout(), optimizer=OptimizerSettings())
+        with pytest.raises(UserError, match="holds what no checkpoint of moe_upgrpo does"):
+            load_state(folder, actor)
+    assert not made.exists()
+    # The planted code is code: whoever unpickles it without a question makes the file.
+    torch.load(io.BytesIO(code.getvalue()), weights_only=False)
+    assert made.exists()
