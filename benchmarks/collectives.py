@@ -21,6 +21,7 @@ import torch
 import tyro
 from transformers import Qwen3MoeForCausalLM
 
+from moe_upgrpo import kernels
 from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
@@ -32,21 +33,26 @@ from moe_upgrpo.train.warm_start import tiny_model_config
 SEQUENCES, REPEATS = 64, 15
 
 
+def made_samples(share: int = 1) -> list[Sample]:
+    """`make train`'s mini-batch, or one of `share` equal parts of it."""
+    rng = np.random.default_rng(0)
+    ones = np.full(4, -1.0, np.float32)
+    return [
+        Sample(
+            tokens=rng.integers(0, 32, 10),
+            prompt_length=6,
+            old_log_probs=ones,
+            rollout_log_probs=ones,
+            advantage=1.0,
+        )
+        for _ in range(SEQUENCES // share)
+    ]
+
+
 def measure(layout: Layout, model_dir: Path) -> tuple[float, float]:
     with groups.process_groups(layout):
         actor = MegatronActor(model_dir, layout, optimizer=OptimizerSettings())
-        rng = np.random.default_rng(0)
-        ones = np.full(4, -1.0, np.float32)
-        samples = [
-            Sample(
-                tokens=rng.integers(0, 32, 10),
-                prompt_length=6,
-                old_log_probs=ones,
-                rollout_log_probs=ones,
-                advantage=1.0,
-            )
-            for _ in range(SEQUENCES // groups.data_parallel()[1])
-        ]
+        samples = made_samples(groups.data_parallel()[1])
         loss = PolicyLossConfig.preset("up-grpo")
         seconds = []
         for _ in range(REPEATS):
@@ -65,7 +71,7 @@ def measure(layout: Layout, model_dir: Path) -> tuple[float, float]:
 
 def main(tp: int = 1, ep: int = 1) -> None:
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    kernels.pin()
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     layout = Layout(tp=tp, ep=ep)
     with tempfile.TemporaryDirectory() as folder:

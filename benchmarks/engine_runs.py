@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from moe_upgrpo import kernels
 from moe_upgrpo.store import read_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,7 @@ def main(
     cache_dir: Path = Path("runs/cache"),
     runs: tuple[str, ...] = tuple(RUNS),
 ) -> None:
+    kernels.pin()  # the server inherits it
     output_dir = output_dir.absolute()
     output_dir.mkdir(parents=True, exist_ok=True)
     print("| run | greedy, before → after | pass@1 | routers that differ | k3 | tokens/s |")

@@ -31,6 +31,7 @@ import tyro
 from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
+from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.rollout import SamplingConfig
 from moe_upgrpo.rollout.base import Engine
@@ -123,7 +124,7 @@ def main(
     dtype="bfloat16",
 ) -> None:
     silence_upstream()
-    torch.set_num_threads(1)
+    kernels.pin()
     folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(tiny_model_config()).save_pretrained(folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.analysis import OldScores
@@ -59,7 +60,7 @@ def step(job: Job, number: int, *, recording: bool) -> float:
 
 def main(model: Path, pairs: int = 20) -> None:
     silence_upstream()
-    torch.set_num_threads(1)
+    kernels.pin()
     folder = Path(tempfile.gettempdir()) / "moe_upgrpo-recording"
     config = TrainConfig(model=model, steps=2 * pairs, output_dir=folder)
     ratios = []

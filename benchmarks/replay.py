@@ -17,6 +17,7 @@ import torch
 import tyro
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
@@ -80,7 +81,7 @@ def k3(scored: list, rollouts: list) -> float:
 
 def main(engine: EngineName = "vllm") -> None:
     silence_upstream()
-    torch.set_num_threads(1)
+    kernels.pin()
     print(
         "| experts × width, top-k | initializer | trainer | routers that differ | tokens with any "
         "| k3 | replayed | ratio |\n| --- | --- | --- | --- | --- | --- | --- | --- |"

@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
 from benchmarks.exact.made import processor
+from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages
@@ -764,7 +765,7 @@ def main(arguments: Arguments) -> int:
     from benchmarks.routing_mismatch_report import Report
 
     silence_upstream()
-    torch.set_num_threads(1)
+    kernels.pin()
     out = arguments.output_dir
     if not arguments.read:
         with tempfile.TemporaryDirectory() as work, groups.process_groups(Layout()):

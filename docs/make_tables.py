@@ -1,6 +1,6 @@
-"""Fills the tables of docs/token-log.md, docs/mismatch.md and docs/checkpoints.md from the code.
+"""Fills the tables of docs/token-log.md, mismatch.md, checkpoints.md and patches.md from the code.
 
-    python docs/make_tables.py
+    python -m docs.make_tables
 
 The text between `<!-- begin NAME -->` and `<!-- end NAME -->` is generated; the rest is written by
 hand. tests/store/test_docs.py fails when a page is not up to date.
@@ -14,6 +14,7 @@ from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.train.alarms import ALARMS
 from moe_upgrpo.train.config import MAY_CHANGE
+from tests.patches import faults
 
 DOCS = Path(__file__).parent
 
@@ -47,6 +48,7 @@ PAGES = {
             ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
         ),
     },
+    "patches.md": {"faults": faults.markdown_table()},
     "checkpoints.md": {
         "may_change": table(
             ["setting", "what it is"], [[f"`{name}`", text] for name, text in MAY_CHANGE.items()]

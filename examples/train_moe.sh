@@ -4,13 +4,14 @@
 #     torchrun --nproc-per-node 2 examples/train_moe.sh [options]
 # bash runs this part, which starts the same job by torchrun:
 #     bash examples/train_moe.sh [options]         (--help lists the options)
+# It takes the torchrun of TORCHRUN, of .venv beside this folder, or of the PATH, whichever is there.
 # NPROC is the number of ranks on a machine: two, or one where there is but one GPU.
 # Several machines with a common folder: the same command on each, with NNODES, their number, and
 # MASTER_ADDR, the name of one of them (MASTER_PORT: 29500). With NODE_RANK, 0 on MASTER_ADDR's
 # machine, the ranks are in that order; without it in any.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-torchrun="$here/../.venv/bin/torchrun"
+torchrun="${TORCHRUN:-$here/../.venv/bin/torchrun}"
 [ -x "$torchrun" ] || torchrun="$(command -v torchrun)" || {
     echo "No torchrun here: run 'make setup' first, or activate an environment with moe_upgrpo." >&2
     exit 1

@@ -18,8 +18,11 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import releases
 
+COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in commands:
         _fail(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
+    if arguments[0] in COMPUTE:
+        kernels.pin()  # before torch computes
     try:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
@@ -59,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; what was logged is complete: moe-upgrpo report RUN shows it.", 130)
     except Exception as error:
+        if isinstance(error, ImportError) and (lacking := releases.missing(error)):
+            _fail(str(lacking))
         _fail(_describe(error), status=1)
 
 
@@ -94,22 +101,14 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
 def _train(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig
 
-    _one_thread()
     config = _parse_with_files(TrainConfig, arguments, "train_moe.sh")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
+    releases.check()
     silence_upstream()
 
     from moe_upgrpo.train.loop import train
 
     train(config)
-
-
-def _one_thread() -> None:
-    """Tiny models are thirty times slower where threads outnumber cores."""
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it for several ranks, not for one
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def silence_upstream() -> None:
@@ -123,7 +122,7 @@ def silence_upstream() -> None:
 
 
 def _probe(arguments: list[str]) -> None:
-    _one_thread()
+    releases.check()
     silence_upstream()
     from moe_upgrpo.train.probe import ProbeConfig, probe
 
@@ -190,9 +189,10 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
+    releases.check()
+    silence_upstream()
     from moe_upgrpo.train.plan import PlanConfig, check_fits, make_plan, show
 
-    silence_upstream()
     plan = make_plan(_parse_with_files(PlanConfig, arguments, "moe-upgrpo plan"))
     show(plan, _console())
     try:

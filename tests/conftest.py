@@ -1,7 +1,3 @@
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed threads slow tiny models 30 times
-
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -72,14 +72,14 @@ def test_what_training_needs_is_enough(folder):
 def test_a_wrong_or_missing_base_package_is_the_reason(folder):
     for wrong in folder.glob("megatron_core-*"):
         wrong.rename(folder / "gone")
-    install(folder, "megatron-core", "0.19.2")
+    install(folder, "megatron-core", "0.21.0")
     for gone in folder.glob("pyarrow-*"):
         gone.rename(folder / "gone-too")
     found, items = look(folder)
     assert not found.can_train and not found.code_paths
     assert items["megatron-core"].state == "wrong" and items["pyarrow"].state == "missing"
-    assert items["megatron-core"].get == "pip install 'megatron-core<0.17,>=0.16'"
-    assert any("megatron-core 0.19.2 is installed" in problem for problem in found.problems)
+    assert items["megatron-core"].get == "pip install 'megatron-core<0.20,>=0.16'"
+    assert any("megatron-core 0.21.0 is installed" in problem for problem in found.problems)
 
 
 def test_a_torch_that_cannot_be_imported_is_a_reason(folder):

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 import tyro
 
 from benchmarks.exact.made import Stopwatch
 from benchmarks.exact.report import Report, filled
 from benchmarks.exact.study import QUICK, Grid, run_policy
+from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 
 
@@ -67,7 +67,7 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
 def main(arguments: Arguments) -> int:
     if arguments.policies is not None and arguments.policies < 2:
         raise UserError(f"policies: {arguments.policies} given; allowed: at least 2, for intervals")
-    torch.set_num_threads(1)
+    kernels.pin()
     out = arguments.output_dir
     if arguments.read:
         cells, conditions = (

@@ -31,7 +31,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 import tyro
 
 from benchmarks.exact.made import Stopwatch
@@ -40,6 +39,7 @@ from benchmarks.exact.report import filled
 from benchmarks.exact.stress_fallen import DEPTHS, fallen
 from benchmarks.exact.stress_report import Report
 from benchmarks.exact.stress_runs import Model, Plan, Run, make_start, train
+from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 
 MAX_NORM = 1.0
@@ -189,7 +189,7 @@ def computed(studies: Studies) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
 def main(arguments: Arguments) -> int:
     if arguments.seeds is not None and arguments.seeds < 2:
         raise UserError(f"seeds: {arguments.seeds} given; allowed: at least 2, for intervals")
-    torch.set_num_threads(1)
+    kernels.pin()
     out = arguments.output_dir
     if arguments.read:
         curves, down = (pd.read_parquet(out / f"{name}.parquet") for name in ("curves", "fallen"))

@@ -16,7 +16,14 @@ import tyro
 from tyro.conf import Positional
 
 from moe_upgrpo.compare.plan import Comparison, Run, read_plan
-from moe_upgrpo.compare.run import choose_rates, data_file, keep, train_words, write_plan
+from moe_upgrpo.compare.run import (
+    choose_rates,
+    data_file,
+    is_trained,
+    keep,
+    train_words,
+    write_plan,
+)
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import read_metrics
 
@@ -35,8 +42,7 @@ def start(plan: Comparison, folder: Path, key: str) -> list[str]:
     if _done(folder, key):
         return []
     run = _named(plan, folder, key)
-    trained = folder / "runs" / key / "checkpoints" / f"step-{plan.config(run).steps:06d}"
-    if trained.is_dir():  # it was stopped between its last step and --end
+    if is_trained(folder, run):
         end(plan, folder, key)
         return []
     return train_words(plan, folder, run)

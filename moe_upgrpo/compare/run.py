@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,10 +24,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moe_upgrpo import kernels
 from moe_upgrpo.compare import data
 from moe_upgrpo.compare.plan import Comparison, Run, default_parallel
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store import RunFolder, read_config, read_environment, read_metrics
+from moe_upgrpo.store import RunFolder, read_config, read_environment, rows_so_far
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.files import parse_json, write_text
 from moe_upgrpo.store.run_folder import git_state
@@ -138,8 +138,9 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
             configs[repr((config.warm_start, config.tiny, config.digits))] = config
     if not configs:
         return
-    # Fresh processes: torch's threads and random state are those of a run.
-    with ProcessPoolExecutor(pool, mp_context=get_context("spawn")) as processes:
+    # Fresh processes: torch's threads, kernels and random state are those of a run.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(pool, mp_context=context, initializer=kernels.pin) as processes:
         for number, made in enumerate(processes.map(_warm_started, configs.values()), 1):
             if made:
                 say(f"warm start {number} of {len(configs)}: {made}")
@@ -147,9 +148,6 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
 
 def _warm_started(config: TrainConfig) -> str | None:
     """The folder's name where it had to be made."""
-    import torch
-
-    torch.set_num_threads(1)
     config.cache_dir.mkdir(parents=True, exist_ok=True)
     before = {path.name for path in config.cache_dir.iterdir()}
     made = warm_start(
@@ -194,27 +192,25 @@ def _run_all(
 def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     """Run it to its end and keep its data; what to say of it."""
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
-    what = train_words(plan, folder, run)
-    begin = time.monotonic()
-    with log.open("w") as out:
-        child = subprocess.Popen(
-            _command(plan.nproc, what),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
-        )
-        children[run] = child
-        status = child.wait()
-        del children[run]
+    begin, status, said, resumed = time.monotonic(), 0, "", True
+    if not is_trained(folder, run):
+        what = train_words(plan, folder, run)
+        resumed = "--resume" in what
+        with log.open("w") as out:
+            command = _command(plan.nproc, what)
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            children[run] = child
+            status = child.wait()
+            del children[run]
+        said = log.read_text()
     seconds = time.monotonic() - begin
-    rows = read_metrics(path) if RunFolder(path).metrics_path.exists() else []
-    said = log.read_text()
+    rows = rows_so_far(path)
     if status and (status < 0 or _KILLED.search(said)):
         raise UserError(f"{run.key} was stopped ({log}); the same command goes on from there.")
     if status and not any(row["step"] > 0 for row in rows):
         raise UserError(f"{run.key} ended before its first step; {log} ends with:\n{_tail(said)}")
     crashed = _tail(said) if status else None
-    keep(folder, run, rows, crashed=crashed, seconds=None if "--resume" in what else seconds)
+    keep(folder, run, rows, crashed=crashed, seconds=None if resumed else seconds)
     shutil.rmtree(RunFolder(path).checkpoints, ignore_errors=True)
     if status:
         return f"CRASHED at step {rows[-1]['step']}, kept as such"
@@ -222,6 +218,14 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     measured = last.get(plan.primary.metric)
     result = f"{plan.primary.metric} {measured:.3f}, " if measured is not None else ""
     return f"{'' if run.tuning else result}{seconds:.0f} s"
+
+
+def is_trained(folder: Path, run: Run) -> bool:
+    """Whether its last step is done: it was stopped before its data were kept."""
+    path = RunFolder(folder / "runs" / run.key)
+    if not path.config_path.is_file():
+        return False
+    return (path.checkpoints / f"step-{read_config(path.path)['steps']:06d}").is_dir()
 
 
 def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:

@@ -3,6 +3,7 @@
 Shapes: N responses = P prompts × G responses per prompt, the G of a prompt adjacent.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -112,15 +113,21 @@ def dynamic_sampling(
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:
     """DAPO's soft overlong punishment, to be added to the reward (arXiv 2503.14476, eq. 13).
 
-    min(−(length − (max_length − buffer))/buffer·factor, 0): 0 up to max_length − buffer, then down
-    linearly to −factor at max_length.
+    0 up to max_length − buffer, then down linearly to −factor at max_length, and −factor beyond:
+    −factor·min(max(length − (max_length − buffer), 0)/buffer, 1).
 
     Args:
         lengths: `[N]` response lengths in tokens.
         max_length, buffer: in tokens, 0 < buffer <= max_length.
-        factor: penalty at max_length.
+        factor: penalty from max_length on, 0 or more.
+
+    Raises:
+        UserError: a buffer or a factor out of range.
     """
     if not 0 < buffer <= max_length:
         raise UserError(f"buffer: {buffer} given; allowed: from 1 to max_length = {max_length}")
+    if not 0 <= factor < math.inf:
+        raise UserError(f"factor: {factor} given; allowed: a finite number, 0 or more")
+    lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     excess = lengths - (max_length - buffer)
-    return (-excess / buffer * factor).clamp(max=0)
+    return -factor * (excess / buffer).clamp(0, 1)

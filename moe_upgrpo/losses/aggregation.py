@@ -84,7 +84,7 @@ def aggregation_weights(
     given = {"global_tokens": global_tokens, "global_sequences": global_sequences}[name]
     if given is None:
         counted = lengths_B if name == "global_tokens" else lengths_B > 0
-        count = float(counted.sum())
+        count = float(counted.sum(dtype=torch.float64))
         if count == 0:
             raise UserError(
                 f"mask: 0 tokens selected; allowed: at least one, or {name} > 0 if the batch has "

@@ -4,6 +4,7 @@
 no rollout log-probs π_old stands for μ and ρ ≡ 1. See `tokens.py` for shapes and policies.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.losses.tokens import Tokens, guarded_exp
 
 
@@ -123,7 +125,7 @@ def correction_weights(t: Tokens, correction: RolloutCorrection) -> tuple[Tensor
         geometric_B1 = guarded_exp(t.mean_B1(log_rho_BT))
         keep_B1 = keep_B1 & (geometric_B1 >= low) & (geometric_B1 <= high)
     if correction.k3 is not None:
-        k3_BT = guarded_exp(log_rho_BT) - log_rho_BT - 1
+        k3_BT = k3(torch.zeros_like(log_rho_BT), log_rho_BT)
         keep_B1 = keep_B1 & (t.mean_B1(k3_BT) <= correction.k3)
     if correction.veto is not None:
         keep_B1 = keep_B1 & ~(guarded_exp(log_rho_BT) < correction.veto).any(-1, keepdim=True)
@@ -153,5 +155,6 @@ def log_router_shift(current_BTLK: Tensor, old_BTLK: Tensor, floor: float) -> Te
             f"router_log_probs: shapes {tuple(current_BTLK.shape)} and {tuple(old_BTLK.shape)} "
             "given; allowed: two equal shapes [B, T, L, K]"
         )
-    shift_BT = (current_BTLK.detach() - old_BTLK.detach()).abs().flatten(2).mean(-1)
-    return (-shift_BT).clamp(min=torch.tensor(floor).log().item())
+    dtype = torch.promote_types(current_BTLK.dtype, torch.float32)
+    shift_BTLK = (current_BTLK.detach().to(dtype) - old_BTLK.detach().to(dtype)).abs()
+    return (-shift_BTLK.flatten(2).mean(-1)).clamp(min=math.log(floor))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses.aggregation import AGGREGATIONS
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.policy import policy_loss
 
@@ -25,7 +26,8 @@ def compute_policy_loss(
         cliprange: ε, for whichever of the next two is None.
         cliprange_low, cliprange_high: εl, εh. (εh never binds: see `branches.ppo_negative`.)
         clip_ratio_c: C > 1, the dual clip.
-        loss_agg_mode: a name in `AGGREGATIONS`; `seq-mean-token-sum-norm` divides by T.
+        loss_agg_mode: as in verl 0.9.1, `token-sum` or a name in `AGGREGATIONS`;
+            `seq-mean-token-sum-norm` divides by T.
 
     Returns:
         (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower): the scalar loss; the share of tokens with
@@ -33,9 +35,13 @@ def compute_policy_loss(
         A ≤ 0 and r > C. Both shares are of the tokens with A ≤ 0; without any they are 0.
 
     Raises:
-        UserError: as `policy_loss`, and no clip range given. (The post's snippet returns NaN or inf
-        where this raises, and for log-ratios beyond exp's range; elsewhere the two agree.)
+        UserError: as `policy_loss`, no clip range given, an unknown mode; a batch without tokens,
+        but for `token-sum`, whose loss of it is 0. (The post's snippet returns NaN or inf where
+        this raises, and for log-ratios beyond exp's range; elsewhere the two agree.)
     """
+    modes = ("token-sum", *AGGREGATIONS)
+    if loss_agg_mode not in modes:
+        raise UserError(f"loss_agg_mode: {loss_agg_mode!r} given; allowed: {', '.join(modes)}")
     low = cliprange if cliprange_low is None else cliprange_low
     high = cliprange if cliprange_high is None else cliprange_high
     if low is None or high is None:
@@ -47,10 +53,18 @@ def compute_policy_loss(
         clip_low=low,
         clip_high=high,
         dual_clip=clip_ratio_c,
-        aggregation=loss_agg_mode,
-        token_sum_norm=response_mask.shape[-1],
+        # The sum over all tokens is their mean with a denominator of 1.
+        aggregation="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,
+        token_sum_norm=max(response_mask.shape[-1], 1),
     )
-    result = policy_loss(log_prob, old_log_prob, advantages, response_mask, config=config)
+    result = policy_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        response_mask,
+        config=config,
+        global_tokens=1 if loss_agg_mode == "token-sum" else None,
+    )
     kl_sum, tokens = result.metrics["ppo_kl"]
     positives = result.metrics["positive_fraction"].numerator
     not_positive = tokens - positives
@@ -58,4 +72,5 @@ def compute_policy_loss(
         result.metrics[f"clip_fraction_negative_{bound}"].numerator / (not_positive + 1e-8)
         for bound in ("lower", "upper")
     )
-    return result.loss, lower, kl_sum / (tokens + 1e-8), upper
+    shares = (lower, kl_sum / (tokens + 1e-8), upper)
+    return result.loss, *(share.to(result.loss.dtype) for share in shares)

@@ -1,16 +1,18 @@
 """Per-token estimates of KL(π_θ‖π_ref) from samples of π_θ (Schulman, joschu.net/blog/kl-approx).
 
 With d = log π_ref − log π_θ of the sampled token: k1 = −d, k2 = d²/2, k3 = e^d − d − 1. k1 and k3
-are unbiased in value; as a loss, only the gradient of k2 is that of the KL.
+are unbiased in value; as a loss, only the gradient of k2 is that of the KL. Computed in float32 or
+better, whatever the inputs' type and torch.autocast.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses.tokens import MAX_LOG_RATIO
+from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, without_autocast
 
 
 def k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
@@ -24,14 +26,20 @@ def k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
 
 def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """e^d − d − 1, d = log π_ref − log π_θ: unbiased, never negative; e^d is cut at e^20."""
+    """e^d − d − 1, d = log π_ref − log π_θ: unbiased, never negative.
+
+    Beyond d = 20 it goes on along its tangent, so that neither value nor gradient overflows and a
+    token too unlikely is still pulled up (with e^d cut alone, −d would push it further down).
+    """
     d = ref_log_probs - log_probs
-    return torch.expm1(d.clamp(max=MAX_LOG_RATIO)) - d
+    beyond = torch.relu(d - MAX_LOG_RATIO)
+    return torch.expm1(d - beyond) - d + math.exp(MAX_LOG_RATIO) * beyond
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
+@without_autocast
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> Tensor:
     """The estimator of that name, elementwise; UserError for an unknown one or other shapes."""
     if kind not in KL_ESTIMATORS:
@@ -41,4 +49,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> T
             f"ref_log_probs: shape {tuple(ref_log_probs.shape)} given; allowed: "
             f"{tuple(log_probs.shape)}, the shape of log_probs"
         )
-    return KL_ESTIMATORS[kind](log_probs, ref_log_probs)
+    dtype = torch.promote_types(
+        torch.promote_types(log_probs.dtype, ref_log_probs.dtype), torch.float32
+    )
+    return KL_ESTIMATORS[kind](log_probs.to(dtype), ref_log_probs.to(dtype))

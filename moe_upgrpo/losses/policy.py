@@ -11,7 +11,7 @@ from moe_upgrpo.losses.branches import BRANCHES, Side
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import correction_weights, log_router_shift, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.tokens import Tokens, check_shapes, guarded_exp
+from moe_upgrpo.losses.tokens import Tokens, check_shapes, guarded_exp, without_autocast
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class PolicyLoss:
     metrics: dict[str, Metric]
 
 
+@without_autocast
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -51,7 +52,8 @@ def policy_loss(
     Args:
         log_probs: `[B, T]` log π_θ of the response tokens, the only differentiable input.
         old_log_probs: `[B, T]` log π_old.
-        advantages: `[B, T]`.
+        advantages: `[B, T]`; for a loss of whole sequences (`coupled` in `BRANCHES`), one value for
+            the tokens of a sequence that it takes.
         mask: `[B, T]` bool or 0/1; what lies behind it may be anything, NaN included.
         config: see `PolicyLossConfig`.
         rollout_log_probs: `[B, T]` log μ, for TOPR, the off-policy mask and the rollout correction;
@@ -60,11 +62,17 @@ def policy_loss(
             policy's experts; needed when `router_shift_floor` is set.
         global_tokens, global_sequences: denominators over all micro-batches and ranks; None: the
             local counts (of tokens, of non-empty sequences). With them, the losses of the
-            micro-batches add up to the loss of the batch.
+            micro-batches add up to the loss of the batch, and one without tokens (`[0, T]`,
+            `[B, 0]`, a mask of zeros) has a loss of 0 with a graph and counts of 0. Without them
+            its mean is that of nothing, which is an error.
+
+    Numbers are float32, or float64 where log_probs are, also under torch.autocast; what is counted
+    over tokens is float64.
 
     Raises:
         UserError: shapes that differ, a mask that selects nothing (without global denominators),
-            unmasked values that are not finite, an argument that the config needs and is None.
+            unmasked values that are not finite, an argument that the config needs and is None,
+            advantages of single tokens for a loss of whole sequences.
     """
     t = _tokens(
         log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
@@ -88,6 +96,7 @@ def policy_loss(
     return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
 
+@without_autocast
 def gradient_coefficients(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -101,7 +110,7 @@ def gradient_coefficients(
     """The oracle: c `[B, T]` with ∂loss/∂log π_θ(t) = −w_b·A_t·c_t, w_b from `aggregation_weights`.
 
     c = slope·1[not clipped]·correction weight; 0 at padding and where A = 0. Arguments and errors
-    as in `policy_loss`. In a coupled loss (`BRANCHES`) A has to be constant in each sequence.
+    as in `policy_loss`.
     """
     with torch.no_grad():
         t = _tokens(
@@ -172,13 +181,43 @@ def _tokens(
                 "allowed: (current, old), two [B, T, L, K] (or router_shift_floor=None)"
             )
         log_shift_BT = log_router_shift(*router_log_probs, config.router_shift_floor)
-    return Tokens(
+    t = Tokens(
         log_probs,
         old_log_probs,
         advantages,
         mask,
         rollout_log_probs=rollout_log_probs if "rollout_log_probs" in config.arguments else None,
         log_router_shift=log_shift_BT,
+    )
+    for sign, amount_BT in (("positive", t.gain_BT), ("negative", t.pain_BT)):
+        if BRANCHES[getattr(config, sign)].coupled:
+            _check_of_sequence(t, amount_BT, sign, getattr(config, sign))
+    return t
+
+
+# Of the largest in the sequence: rounding, not advantages of single tokens.
+_EQUAL = 1e-5
+
+
+def _check_of_sequence(t: Tokens, amount_BT: Tensor, sign: str, branch: str) -> None:
+    """UserError where a sequence has several advantages: a coupled f has no gradient for each."""
+    if not amount_BT.numel():
+        return
+    # Of one sign, and 0 at padding: all tokens have the largest, or some have less.
+    if sign == "positive":
+        less_BT = amount_BT < amount_BT.amax(-1, keepdim=True) * (1 - _EQUAL)
+    else:
+        less_BT = amount_BT > amount_BT.amin(-1, keepdim=True) * (1 - _EQUAL)
+    less_BT &= t.mask_BT
+    if not less_BT.any():
+        return
+    b, smaller = less_BT.nonzero()[0].tolist()
+    first, second = sorted((smaller, int(amount_BT[b].abs().argmax())))
+    raise UserError(
+        f"advantages: {t.advantages_BT[b, first]:.6g} at position {first} and "
+        f"{t.advantages_BT[b, second]:.6g} at position {second} of sequence {b} given with {sign} "
+        f"{branch!r}; allowed with losses of whole sequences: one advantage for all tokens of a "
+        "sequence (or take a loss of single tokens: 'gspo-token' for 'gspo')"
     )
 
 
@@ -196,10 +235,8 @@ def _measure(
     """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`."""
     positive, negative = sides
     here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
-    sign_BT = t.advantages_BT.sign()
-    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
-    here_p_B1, here_n_B1 = (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
-    tokens, positives, negatives = t.lengths_B1.sum(), here_p_B1.sum(), here_n_B1.sum()
+    here_p_B1, here_n_B1 = _counts_by_sign(t)
+    tokens, positives, negatives = map(_sum, (t.lengths_B1, here_p_B1, here_n_B1))
 
     clipped_BT = torch.zeros_like(t.mask_BT)
     for side, here_BT in ((positive, here_p_BT), (negative, here_n_BT)):
@@ -221,13 +258,11 @@ def _measure(
         for side in sides
     )
     raw_ratio_BT = t.ratio_BT if t.log_shift_BT is None else guarded_exp(t.raw_log_ratio_BT)
-    padding = t.mask_BT.numel() - tokens  # padded tokens have ratio 1
-    sum_ratio = raw_ratio_BT.sum() - padding
-    sum_ratio2 = torch.linalg.vector_norm(raw_ratio_BT) ** 2 - padding
+    ratio_size = _sample_size(t.masked(raw_ratio_BT), tokens)
     metrics = {
-        "ppo_kl": Metric(-t.raw_log_ratio_BT.sum(), tokens),
-        "ratio_mean": Metric(sum_ratio, tokens),
-        "ratio_effective_sample_size": Metric(sum_ratio, sum_ratio2),
+        "ppo_kl": Metric(-_sum(t.raw_log_ratio_BT), tokens),
+        "ratio_mean": Metric(ratio_size.numerator, tokens),
+        "ratio_effective_sample_size": ratio_size,
         "positive_fraction": Metric(positives, tokens),
         "negative_fraction": Metric(negatives, tokens),
         "clip_fraction": Metric(clipped_BT.count_nonzero(), tokens),
@@ -247,17 +282,39 @@ def _measure(
         off_B1 = off_policy_sequences(t, config.off_policy_limit)
         metrics["off_policy_mask_fraction"] = of_negatives(off_B1)
     if t.log_shift_BT is not None:
-        metrics["router_shift_mean"] = Metric(t.log_shift_BT.exp().sum() - padding, tokens)
+        metrics["router_shift_mean"] = Metric(_sum(t.masked(t.log_shift_BT.exp())), tokens)
     if config.correction.active:
         on_p, on_n = config.correction.positive, config.correction.negative
         applies_BT = (here_p_BT & on_p) | (here_n_BT & on_n)
         weight, dropped = correction_weights(t, config.correction)
         weight_BT = (weight * applies_BT).expand_as(t.advantages_BT)
-        applied, sum_weight = applies_BT.sum(), weight_BT.sum()
-        metrics["correction_weight_mean"] = Metric(sum_weight, applied)
-        metrics["correction_zero_fraction"] = Metric((dropped & applies_BT).sum(), applied)
-        metrics["correction_effective_sample_size"] = Metric(sum_weight, weight_BT.square().sum())
+        applied, size = _sum(applies_BT), _sample_size(weight_BT, _sum(applies_BT))
+        metrics["correction_weight_mean"] = Metric(size.numerator, applied)
+        metrics["correction_zero_fraction"] = Metric(_sum(dropped & applies_BT), applied)
+        metrics["correction_effective_sample_size"] = size
     return clipped_BT, metrics
+
+
+def _counts_by_sign(t: Tokens) -> tuple[Tensor, Tensor]:
+    """Tokens with A > 0 and with A < 0 of each sequence, `[B, 1]`."""
+    sign_BT = t.advantages_BT.sign()
+    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
+    return (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
+
+
+def _sum(x_BT: Tensor) -> Tensor:
+    """Σ, of the rows' sums in float64: whole numbers stay whole beyond the 2^24 of float32."""
+    return x_BT.sum(-1).sum(dtype=torch.float64)
+
+
+def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
+    """(Σw, Σw²) of `count` weights, the others 0.
+
+    Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
+    worth more than N.
+    """
+    sum_w, sum_w2 = _sum(weight_BT), _sum(_dot(weight_BT, weight_BT))
+    return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))
 
 
 def _dot(x_BT: Tensor, y: Tensor) -> Tensor:
@@ -270,7 +327,7 @@ def _dot(x_BT: Tensor, y: Tensor) -> Tensor:
 def _count(hit: Tensor | None, here_BT: Tensor, here_B1: Tensor) -> Tensor:
     """Tokens of one sign where `hit`, `[B, T]` or `[B, 1]`, holds."""
     if hit is None:
-        return torch.zeros_like(here_B1[0, 0])
+        return here_B1.new_zeros((), dtype=torch.float64)
     if hit.shape[-1] == 1:
-        return (hit * here_B1).sum()
+        return _sum(hit * here_B1)
     return (hit & here_BT).count_nonzero()

@@ -6,7 +6,8 @@ Policies: current = π_θ (trained now), old = π_old (trainer's, at the rollout
 rollout = μ (the engine's).
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, wraps
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ MAX_LOG_RATIO = 20.0
 def guarded_exp(log_x: Tensor) -> Tensor:
     """exp(min(x, 20)); gradient exp(x) up to the guard and 0 beyond it."""
     return log_x.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The function as it is outside torch.autocast, on the device of its first tensor.
+
+    Autocast makes a dot product of float32 one of bfloat16, which counts 301 tokens as 302.
+    """
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors), "cpu")
+        if not torch.amp.is_autocast_available(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Tokens:
@@ -153,6 +172,8 @@ def mask_and_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
         return mask, mask.sum(-1, keepdim=True)
     exact = mask if mask.dtype.itemsize >= 4 else mask.to(torch.float32)
     bool_mask, lengths = mask.bool(), exact.sum(-1, keepdim=True)
+    if not mask.numel():  # aminmax needs a value
+        return bool_mask, lengths
     low, high = exact.aminmax()
     # values in [0, 1] whose sum is their number are all 1 where they are not 0
     if not ((low >= 0) & (high <= 1) & (lengths.double().sum() == bool_mask.count_nonzero())):

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
 from moe_upgrpo.megatron import backend, groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
@@ -104,6 +105,8 @@ class MegatronActor:
         self.micro_batch_size = micro_batch_size
         self.recompute = recompute
         self.hf = read_model_config(self.model_dir)
+        # Read now: what cannot be copied is known before anything is trained.
+        self._side_files = side_files(self.model_dir) if optimizer and groups.rank() == 0 else {}
         self.chunks = build_model(self.hf, layout, getattr(torch, dtype), recompute)
         self.tap = RouterTap(self.chunks)
         if self.tap.layer_ids != moe_layers(self.hf):
@@ -448,8 +451,18 @@ class MegatronActor:
         return export_weights(self.chunks, self.hf)
 
     def save(self, output_dir: Path) -> None:
-        """Write the weights as a Hugging Face checkpoint folder that transformers loads."""
-        write_checkpoint(self.chunks, self.hf, self.model_dir, output_dir)
+        """Write the weights as a Hugging Face checkpoint folder that transformers loads.
+
+        The tokenizer of `model_dir` is in it, as it was when this actor was made to be trained.
+        """
+        write_checkpoint(self.chunks, self.hf, self._side_files, output_dir)
+
+    def try_saving(self, folder: Path) -> None:
+        """Raise UserError where what stands beside the weights cannot be written below `folder`.
+
+        No collective; for the rank that writes, before anything is trained.
+        """
+        try_export(self.hf, self._side_files, folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

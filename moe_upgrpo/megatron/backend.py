@@ -1,7 +1,8 @@
-"""What Megatron-Core 0.16.1 needs changed at run time: mends for every machine, a backend for CPU.
+"""Changes to Megatron-Core at run time: mends for every machine, a backend for CPU.
 
-Line numbers are those of the released megatron-core 0.16.1. `apply()` is a context manager: what it
-replaces it puts back. On a machine with CUDA only `MENDS` act, and only where they are needed.
+Line numbers are those of the released megatron-core 0.16.1, where no other release is named.
+`apply()` is a context manager: what it replaces it puts back. On a machine with CUDA only `mends()`
+act, and only where they are needed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 import torch._dynamo
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
+
+from moe_upgrpo.megatron import releases
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,16 @@ def mends() -> list[Replacement]:
                 None,
                 "moe_utils.py:1192 reads a name that is only defined where Transformer Engine is "
                 "installed: the router raises NameError without it",
+            )
+        )
+    if getattr(multi_latent_attention, "Linear", None) is None:
+        found.append(
+            Replacement(
+                multi_latent_attention,
+                "Linear",
+                Linear,
+                "since 0.17 the module knows ModelOpt's Linear only where Transformer Engine is "
+                "installed, and refuses it as a down projection (0.19: line 581)",
             )
         )
     if not gpt_layer_specs.HAVE_TE:
@@ -176,7 +190,11 @@ def has_cuda() -> bool:
 @contextlib.contextmanager
 def apply() -> Iterator[list[Replacement]]:
     """Make Megatron-Core run here, and yield what was replaced; on leaving, all is as it was."""
-    replacements = mends() + ([] if has_cuda() else cpu_replacements())
+    stand_ins = [] if has_cuda() else cpu_replacements()
+    for r in stand_ins:  # a mend may add what is not there; a stand-in for nothing would do nothing
+        if not hasattr(r.owner, r.name):
+            raise releases.lacks(f"{getattr(r.owner, '__name__', r.owner)}.{r.name} ({r.reason})")
+    replacements = mends() + stand_ins
     missing = object()
     before = [getattr(r.owner, r.name, missing) for r in replacements]
     try:

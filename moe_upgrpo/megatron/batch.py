@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.tap import NO_ROUTE
 
 
@@ -83,6 +84,7 @@ def make_batch(
         mask[b, rows] = True
         advantages[b, rows] = sample.advantage
         if sample.routes is not None:
+            _check_routes(sample.routes)
             given = torch.from_numpy(sample.routes.astype(np.int16))
             routes[b, : len(given)] = given
         for target, values in (
@@ -100,3 +102,21 @@ def make_batch(
         advantages_BS=advantages,
         routes_BSLK=routes,
     )
+
+
+def _check_routes(routes_TLK: np.ndarray) -> None:
+    """Raise UserError where a set names an expert twice.
+
+    A router that is held to it would send the token to fewer experts, which Megatron's dispatchers
+    take for dropped tokens, or end with the sizes of a split.
+    """
+    ascending_TLK = np.sort(routes_TLK, axis=-1)
+    twice_TL = (ascending_TLK[..., 1:] == ascending_TLK[..., :-1]).any(axis=-1)
+    if twice_TL.any():
+        row, layer = np.argwhere(twice_TL)[0]
+        raise UserError(
+            f"Routes to replay, row {row} of a sequence, MoE layer {layer}: "
+            f"{routes_TLK[row, layer].tolist()} names an expert twice. Rows of routes that were "
+            "never filled look like this; check how the engine records them, or train without "
+            "replay."
+        )

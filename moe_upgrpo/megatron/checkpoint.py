@@ -9,6 +9,8 @@ those of the released megatron-core 0.16.1.
 from __future__ import annotations
 
 import errno
+import io
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +35,30 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import no_code
 from moe_upgrpo.megatron.actor import MegatronActor
 
+# What torch's writer pickles into `.metadata`.
+_OBJECTS = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+}
 # Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
 # writes them; otherwise every rank would hold all parts in memory.
 _OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
@@ -95,9 +116,9 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
     """Read what `save_state` wrote, in this or another layout, bit for bit. A collective.
 
     Raises UserError where the folder holds another model's state, not all that is asked for, or
-    what could run code.
+    an object that no state of ours has. Nothing in it is run: it may be somebody else's.
     """
-    no_code.check(folder)
+    _check_objects(folder)
     try:
         # First the schedule: the optimizer's state is allocated with the number of its steps.
         schedule = dist_checkpointing.load_common_state_dict(str(folder))["scheduler"]
@@ -139,6 +160,44 @@ def _model_state(actor: MegatronActor) -> dict:
         str(i): {k: v for k, v in state.items() if not isinstance(v, ShardedObject)}
         for i, state in enumerate(states)
     }
+
+
+class _OnlyOurs(pickle.Unpickler):
+    """Unpickles what torch's reader finds in `.metadata`, and refuses anything else."""
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if name not in _OBJECTS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_objects(folder: Path) -> None:
+    """Refuse a folder whose pickled objects are others than those of a state.
+
+    torch unpickles `.metadata` (filesystem.py:930) and what lies beside the tensors
+    (default_planner.py:387) without a question, and with them whatever code they name.
+    """
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _OnlyOurs(file).load()
+        for index, stored in metadata.storage_data.items():
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                with (folder / stored.relative_path).open("rb") as file:
+                    file.seek(stored.offset)
+                    torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
+        if (folder / "common.pt").exists():  # before Megatron-Core 0.19
+            torch.load(folder / "common.pt", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} does not hold this model's training state: {error.filename} is missing."
+        ) from None
+    except Exception as error:  # damaged pickles raise anything
+        raise UserError(
+            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}): nothing "
+            "of it was run. Resume from a checkpoint that you know the origin of."
+        ) from error
 
 
 def _frozen_state(actor: MegatronActor | None) -> dict:

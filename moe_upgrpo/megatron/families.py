@@ -1,191 +1,28 @@
 """The families of models that the trainer takes: what each of transformers' is in Megatron-Core.
 
-A family is one description: its fields in Megatron-Core's config, the names of its weights, and
-what of its config is not supported. docs/models.md says how to add one. Imports no Megatron.
-
-Shapes: H hidden, D head dimension, G key/value heads, Q query heads per key/value head,
-I intermediate size, E experts.
+A family is one description: its fields in Megatron-Core's config, the names of its weights (of the
+parts in `moe_upgrpo.megatron.rules`), and what of its config is not supported. docs/models.md says
+how to add one. Imports no Megatron.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import is_tied, read_config, read_raw_config
+from moe_upgrpo.hugging_face.folder import HEAD, Weights, has_weights
+from moe_upgrpo.megatron import rules
+from moe_upgrpo.megatron.rules import Rule, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Tensors = list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How Hugging Face tensors lie in one Megatron tensor and along which axis ranks share it.
-
-    fuse: Hugging Face tensors -> one array with the shared axis at `axis` (None: not shared).
-    split: its inverse. local_shape: what a rank's flat 2-d shard is viewed as before it is joined.
-    """
-
-    fuse: Callable[[Tensors, PretrainedConfig], torch.Tensor]
-    split: Callable[[torch.Tensor, PretrainedConfig], Tensors]
-    axis: int | None
-    local_shape: Callable[[torch.Tensor, PretrainedConfig], tuple[int, ...]]
-
-    def shard(self, tensors: Tensors, hf: PretrainedConfig, rank: int, size: int) -> torch.Tensor:
-        full = self.fuse(tensors, hf)
-        part = full if self.axis is None else full.chunk(size, dim=self.axis)[rank]
-        return part.reshape(-1, part.shape[-1]) if part.dim() == 3 else part
-
-    def join(self, shards: Tensors, hf: PretrainedConfig) -> Tensors:
-        if self.axis is None:
-            return self.split(shards[0], hf)
-        parts = [shard.reshape(self.local_shape(shard, hf)) for shard in shards]
-        return self.split(torch.cat(parts, dim=self.axis), hf)
-
-
-def head_dim(hf: PretrainedConfig) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-
-
-def _rows_q(hf: PretrainedConfig) -> int:
-    return hf.num_attention_heads // hf.num_key_value_heads * head_dim(hf)
-
-
-def _fuse_qkv(qkv: Tensors, hf: PretrainedConfig) -> torch.Tensor:
-    """Query, key and value rows [Q·D | D | D] of each key/value head together: [G, (Q+2)·D, H]."""
-    return torch.cat([t.reshape(hf.num_key_value_heads, -1, t.shape[-1]) for t in qkv], dim=1)
-
-
-def _split_qkv(full: torch.Tensor, hf: PretrainedConfig) -> Tensors:
-    parts = full.split([_rows_q(hf), head_dim(hf), head_dim(hf)], dim=1)
-    return [part.reshape(-1, part.shape[-1]) for part in parts]
-
-
-def _same_shape(shard: torch.Tensor, hf: PretrainedConfig) -> tuple[int, ...]:
-    return tuple(shard.shape)
-
-
-def _one(axis: int | None) -> Form:
-    return Form(lambda tensors, hf: tensors[0], lambda full, hf: [full], axis, _same_shape)
-
-
-WHOLE, ROWS, COLUMNS = _one(None), _one(0), _one(1)
-QKV = Form(
-    _fuse_qkv,
-    _split_qkv,
-    0,
-    lambda shard, hf: (-1, _rows_q(hf) + 2 * head_dim(hf), shard.shape[-1]),
-)
-GATE_UP = Form(  # each rank holds its rows of the gate above its rows of the up projection
-    lambda tensors, hf: torch.stack(tensors),  # [2, I, H]
-    lambda full, hf: list(full),
-    1,
-    lambda shard, hf: (2, -1, shard.shape[-1]),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A row of a table: a Megatron tensor, the Hugging Face tensors in it, and their form.
-
-    {layer} counts the model's layers, {expert} the model's experts in `hugging_face` and the rank's
-    own in `megatron`. A rule of mlp.linear_... is of the dense layers, every other rule of mlp.…
-    of the MoE layers.
-    """
-
-    megatron: str
-    hugging_face: tuple[str, ...]
-    form: Form
-
-    @property
-    def is_expert(self) -> bool:
-        return "{expert}" in self.megatron
-
-    def layers(self, count: int, moe: set[int]) -> list[int]:
-        """The layers that have it, of `count` layers of which those in `moe` hold experts."""
-        if "{layer}" not in self.megatron:
-            return [0]
-        if ".mlp.linear_" in self.megatron:
-            return sorted(set(range(count)) - moe)
-        return sorted(moe) if ".mlp." in self.megatron else list(range(count))
-
-
-def _in_layer(here: str, there: str, rows: dict[str, tuple[str | tuple[str, ...], Form]]):
-    """Rules for weights of each layer: Megatron's name below `here`, the others' below `there`."""
-    return tuple(
-        Rule(
-            f"decoder.layers.{{layer}}.{here}{name}.weight",
-            tuple(
-                f"model.layers.{{layer}}.{there}{n}.weight"
-                for n in ([names] if isinstance(names, str) else names)
-            ),
-            form,
-        )
-        for name, (names, form) in rows.items()
-    )
-
-
-def _mlp(here: str, there: str, gate="gate_proj", up="up_proj", down="down_proj"):
-    return _in_layer(
-        here, there, {"linear_fc1": ((gate, up), GATE_UP), "linear_fc2": (down, COLUMNS)}
-    )
-
-
-_ENDS = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ROWS),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE),
-    Rule("output_layer.weight", ("lm_head.weight",), ROWS),
-)
-_NORMS = _in_layer(
-    "",
-    "",
-    {
-        "input_layernorm": ("input_layernorm", WHOLE),
-        "pre_mlp_layernorm": ("post_attention_layernorm", WHOLE),
-    },
-)
-_GROUPED_QUERY_ATTENTION = _in_layer(
-    "self_attention.",
-    "self_attn.",
-    {"linear_qkv": (("q_proj", "k_proj", "v_proj"), QKV), "linear_proj": ("o_proj", COLUMNS)},
-)
-_QK_NORM = _in_layer(
-    "self_attention.",
-    "self_attn.",
-    {"q_layernorm": ("q_norm", WHOLE), "k_layernorm": ("k_norm", WHOLE)},
-)
-_LATENT_ATTENTION = _in_layer(
-    "self_attention.",
-    "self_attn.",
-    {
-        "linear_kv_down_proj": ("kv_a_proj_with_mqa", WHOLE),
-        "kv_layernorm": ("kv_a_layernorm", WHOLE),
-        "linear_kv_up_proj": ("kv_b_proj", ROWS),
-        "linear_proj": ("o_proj", COLUMNS),
-    },
-)
-_WHOLE_QUERY = _in_layer("self_attention.", "self_attn.", {"linear_q_proj": ("q_proj", ROWS)})
-_LATENT_QUERY = _in_layer(
-    "self_attention.",
-    "self_attn.",
-    {
-        "linear_q_down_proj": ("q_a_proj", WHOLE),
-        "q_layernorm": ("q_a_layernorm", WHOLE),
-        "linear_q_up_proj": ("q_b_proj", ROWS),
-    },
-)
-_DENSE_MLP = _mlp("mlp.", "mlp.")
-_ROUTER = _in_layer("mlp.", "mlp.", {"router": ("gate", WHOLE)})
-_EXPERTS = _mlp("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.")
+DTYPES = ("F32", "F16", "BF16")  # of a checkpoint's tensors, as safetensors has them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +43,7 @@ class Family:
     all families share (MLATransformerConfig's where multi_latent_attention is among them).
     tp_sizes: fields that tensor parallelism divides. experts, expert_size: the fields with the
     number of experts and their intermediate size. moe_layers: the layers that hold experts.
-    limits: what of the config is supported.
+    counts: further fields that must be whole numbers. limits: what of the config is supported.
     """
 
     rules: Callable[[PretrainedConfig], tuple[Rule, ...]]
@@ -216,6 +53,7 @@ class Family:
     expert_size: str = "moe_intermediate_size"
     moe_layers: Callable[[PretrainedConfig], list[int]] = lambda hf: []
     rope_types: tuple[str, ...] = ("default",)
+    counts: tuple[str, ...] = ()
     limits: Callable[[PretrainedConfig], list[Limit]] = lambda hf: []
 
 
@@ -243,8 +81,34 @@ def _qwen3_moe_layers(hf: PretrainedConfig) -> list[int]:
     ]
 
 
+def _qwen3_moe_limits(hf: PretrainedConfig) -> list[Limit]:
+    return [
+        Limit(
+            field="norm_topk_prob",
+            value=hf.norm_topk_prob,
+            supported=f"False with num_experts_per_tok=1: {_ALWAYS_1}",
+            ok=hf.num_experts_per_tok > 1 or not hf.norm_topk_prob,
+        )
+    ]
+
+
+# Megatron-Core refuses it too (transformer_config.py:1633).
+_ALWAYS_1 = "a gate that is divided by itself is 1, and no gradient reaches the router"
+
+
 def _mixtral(hf: PretrainedConfig) -> dict[str, Any]:
     return _grouped_query_attention(hf, qk_norm=False)
+
+
+def _mixtral_limits(hf: PretrainedConfig) -> list[Limit]:
+    return [
+        Limit(
+            field="num_experts_per_tok",
+            value=hf.num_experts_per_tok,
+            supported=f"2 or more: Mixtral renormalises its gates, and {_ALWAYS_1}",
+            ok=hf.num_experts_per_tok > 1,
+        )
+    ]
 
 
 def _deepseek_v3(hf: PretrainedConfig) -> dict[str, Any]:
@@ -339,29 +203,35 @@ def _deepseek_v3_limits(hf: PretrainedConfig) -> list[Limit]:
 
 def _deepseek_v3_rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
     return (
-        *_ENDS,
-        *_NORMS,
-        *(_WHOLE_QUERY if hf.q_lora_rank is None else _LATENT_QUERY),
-        *_LATENT_ATTENTION,
-        *_ROUTER,
+        *rules.ENDS,
+        *rules.NORMS,
+        *(rules.WHOLE_QUERY if hf.q_lora_rank is None else rules.LATENT_QUERY),
+        *rules.LATENT_ATTENTION,
+        *rules.ROUTER,
         Rule(
             "decoder.layers.{layer}.mlp.router.expert_bias",
             ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
-            WHOLE,
+            rules.WHOLE,
         ),
-        *_EXPERTS,
-        *_mlp("mlp.shared_experts.", "mlp.shared_experts."),
-        *_DENSE_MLP,
+        *rules.EXPERTS,
+        *rules.mlp("mlp.shared_experts.", "mlp.shared_experts."),
+        *rules.DENSE_MLP,
     )
 
 
-_QWEN3 = (*_ENDS, *_NORMS, *_GROUPED_QUERY_ATTENTION, *_QK_NORM, *_DENSE_MLP)
+_QWEN3 = (
+    *rules.ENDS,
+    *rules.NORMS,
+    *rules.GROUPED_QUERY_ATTENTION,
+    *rules.QK_NORM,
+    *rules.DENSE_MLP,
+)
 _MIXTRAL = (
-    *_ENDS,
-    *_NORMS,
-    *_GROUPED_QUERY_ATTENTION,
-    *_in_layer("mlp.", "block_sparse_moe.", {"router": ("gate", WHOLE)}),
-    *_mlp(
+    *rules.ENDS,
+    *rules.NORMS,
+    *rules.GROUPED_QUERY_ATTENTION,
+    *rules.in_layer("mlp.", "block_sparse_moe.", {"router": ("gate", rules.WHOLE)}),
+    *rules.mlp(
         "mlp.experts.local_experts.{expert}.",
         "block_sparse_moe.experts.{expert}.",
         *("w1", "w3", "w2"),
@@ -371,10 +241,11 @@ _MIXTRAL = (
 FAMILIES: dict[str, Family] = {
     "qwen3": Family(rules=lambda hf: _QWEN3, settings=_qwen3),
     "qwen3_moe": Family(
-        rules=lambda hf: (*_QWEN3, *_ROUTER, *_EXPERTS),
+        rules=lambda hf: (*_QWEN3, *rules.ROUTER, *rules.EXPERTS),
         settings=_qwen3_moe,
         experts="num_experts",
         moe_layers=_qwen3_moe_layers,
+        limits=_qwen3_moe_limits,
     ),
     "mixtral": Family(
         rules=lambda hf: _MIXTRAL,
@@ -382,6 +253,7 @@ FAMILIES: dict[str, Family] = {
         experts="num_local_experts",
         expert_size="intermediate_size",
         moe_layers=lambda hf: list(range(hf.num_hidden_layers)),
+        limits=_mixtral_limits,
     ),
     "deepseek_v3": Family(
         rules=_deepseek_v3_rules,
@@ -390,6 +262,15 @@ FAMILIES: dict[str, Family] = {
         experts="n_routed_experts",
         moe_layers=lambda hf: list(range(hf.first_k_dense_replace, hf.num_hidden_layers)),
         rope_types=("default", "yarn"),
+        counts=(
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "n_group",
+            "topk_group",
+            "first_k_dense_replace",
+        ),
         limits=_deepseek_v3_limits,
     ),
 }
@@ -415,37 +296,108 @@ def top_k(hf: PretrainedConfig) -> int:
 
 
 def read_model_config(model_dir: Path) -> PretrainedConfig:
-    """The Hugging Face config of a checkpoint folder, refused by name where it is not supported."""
+    """The Hugging Face config of a checkpoint folder, refused by name where it is not supported.
+
+    So are weights that are there and not those that it describes; a folder may have none.
+    """
     model_dir = Path(model_dir)
-    try:
-        model_type = json.loads((model_dir / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f"{model_dir} holds no config.json, or none that can be read: a Hugging Face "
-            "checkpoint folder is expected (config.json, *.safetensors, tokenizer files)."
-        ) from None
+    model_type = read_raw_config(model_dir).get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             f"{model_dir} is a {model_type!r} model; the trainer supports model_type "
             f"{', '.join(FAMILIES)}."
         )
-    from transformers import AutoConfig  # seconds, which the command line has no need of
+    hf = read_config(model_dir)
+    # One after the other: a field that is no number would trip the limits behind it.
+    for limits in (_counts, _common_limits, family(hf).limits):
+        for limit in limits(hf):
+            if not limit.ok:
+                raise UserError(
+                    f"{model_dir}: {limit.field}={limit.value} is not supported for {model_type} "
+                    f"models; supported: {limit.supported}."
+                )
+    if has_weights(model_dir):
+        with Weights(model_dir, tied=is_tied(hf)) as weights:
+            check_weights(weights, hf)
+    return hf
 
-    hf = AutoConfig.from_pretrained(model_dir)
-    for limit in (*_common_limits(hf), *family(hf).limits(hf)):
-        if not limit.ok:
-            raise UserError(
-                f"{model_dir}: {limit.field}={limit.value} is not supported for {model_type} "
-                f"models; supported: {limit.supported}."
-            )
-    extra = sorted(n for n in tensor_names(model_dir) if _layer(n) >= hf.num_hidden_layers)
-    if extra:
+
+def tensor_names(hf: PretrainedConfig) -> set[str]:
+    """The names of a model's tensors in a checkpoint."""
+    moe, names = set(moe_layers(hf)), set()
+    for rule in family(hf).rules(hf):
+        if rule.megatron == "output_layer.weight" and is_tied(hf):
+            continue
+        for layer in rule.layers(hf.num_hidden_layers, moe):
+            for expert in range(num_experts(hf) if rule.is_expert else 1):
+                names |= {name.format(layer=layer, expert=expert) for name in rule.hugging_face}
+    return names
+
+
+def check_weights(weights: Weights, hf: PretrainedConfig) -> None:
+    """Raise UserError unless the tensors have the names that config.json makes them have.
+
+    Their shapes are compared where they are loaded.
+    """
+    found, expected, folder = weights.names(), tensor_names(hf), weights.folder
+    if behind := sorted(name for name in found if _layer(name) >= hf.num_hidden_layers):
         raise UserError(
-            f"{model_dir} holds {len(extra)} tensors of layers behind its num_hidden_layers="
-            f"{hf.num_hidden_layers}, for example {extra[0]}: multi-token prediction layers are "
+            f"{folder} holds {len(behind)} tensors of layers behind its num_hidden_layers="
+            f"{hf.num_hidden_layers}, for example {behind[0]}: multi-token prediction layers are "
             "not supported. Loaded and saved by transformers, the checkpoint is without them."
         )
-    return hf
+    missing, extra = expected - found, found - expected
+    if missing or extra:
+        parts = [
+            f"{len(names)} tensor(s) {what}, for example {min(names)}"
+            for names, what in ((missing, "are missing"), (extra, "are not of this model"))
+            if names
+        ]
+        tied = ", of which tie_word_embeddings says that it is no copy of the embedding"
+        raise UserError(
+            f"{folder} does not fit its config.json: {' and '.join(parts)}"
+            f"{tied if missing == {HEAD} else ''}."
+        )
+    odd = sorted(name for name, dtype in weights.dtypes().items() if dtype not in DTYPES)
+    if odd:
+        raise UserError(
+            f"{folder}: {odd[0]} is {weights.dtypes()[odd[0]]}; supported: weights in bfloat16, "
+            "float16 or float32."
+        )
+
+
+_FROM_0 = ("num_experts", "first_k_dense_replace")  # all layers dense; none
+
+
+def _counts(hf: PretrainedConfig) -> list[Limit]:
+    """Fields that have to be numbers of something; some are null in published config.json files."""
+    of_family = family(hf)
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"]
+    names += [*of_family.tp_sizes, *of_family.counts]
+    if of_family.experts:
+        names += [of_family.experts, "num_experts_per_tok", of_family.expert_size]
+    limits = []
+    for name in dict.fromkeys(names):
+        value, least = getattr(hf, name, None), int(name not in _FROM_0)
+        limits.append(
+            Limit(
+                field=name,
+                value=value,
+                supported=f"a whole number of at least {least}",
+                ok=isinstance(value, int) and value >= least,
+            )
+        )
+    experts = getattr(hf, of_family.experts, None) if of_family.experts else None
+    if experts and all(limit.ok for limit in limits):
+        limits.append(
+            Limit(
+                field="num_experts_per_tok",
+                value=hf.num_experts_per_tok,
+                supported=f"1 to {of_family.experts}={experts}",
+                ok=hf.num_experts_per_tok <= experts,
+            )
+        )
+    return limits
 
 
 def _common_limits(hf: PretrainedConfig) -> list[Limit]:
@@ -459,6 +411,7 @@ def _common_limits(hf: PretrainedConfig) -> list[Limit]:
     rope, rope_types = hf.rope_parameters, family(hf).rope_types
     layer_types = sorted(set(getattr(hf, "layer_types", None) or ["full_attention"]))
     window = getattr(hf, "use_sliding_window", True) and getattr(hf, "sliding_window", None)
+    rope_type = rope.get("rope_type", "one for each type of layer")
     partial = rope.get("partial_rotary_factor", 1.0)
     return [
         optional("attention_bias", "False"),
@@ -467,9 +420,7 @@ def _common_limits(hf: PretrainedConfig) -> list[Limit]:
         limit("sliding_window", window, "None", not window),
         limit("layer_types", layer_types, "full_attention", layer_types == ["full_attention"]),
         limit("hidden_act", hf.hidden_act, "silu", hf.hidden_act == "silu"),
-        limit(
-            "rope_type", rope["rope_type"], " or ".join(rope_types), rope["rope_type"] in rope_types
-        ),
+        limit("rope_type", rope_type, " or ".join(rope_types), rope_type in rope_types),
         limit("partial_rotary_factor", partial, "1.0", partial == 1),
     ]
 
@@ -477,15 +428,3 @@ def _common_limits(hf: PretrainedConfig) -> list[Limit]:
 def _layer(tensor: str) -> int:
     found = re.match(r"model\.layers\.(\d+)\.", tensor)
     return int(found[1]) if found else -1
-
-
-def tensor_names(model_dir: Path) -> set[str]:
-    """The names of a checkpoint folder's tensors, from the files' headers; no files, no names."""
-    names = set()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names |= set(file.keys())
-        except SafetensorError as error:
-            raise UserError(f"{path} is truncated or not a safetensors file: {error}") from None
-    return names

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import releases
 from moe_upgrpo.megatron.families import family, moe_layers
 
 if TYPE_CHECKING:
@@ -43,14 +44,12 @@ class Layout:
             raise UserError(
                 f"dispatcher={self.dispatcher!r}: use one of {', '.join(get_args(Dispatcher))}."
             )
-        if self.ep == 1 and self.expert_tp != self.tp:
-            # Megatron-Core marks expert weights as expert-parallel only where ep > 1
-            # (tensor_parallel/layers.py:886). Otherwise their gradients are reduced over the
-            # data-parallel ranks alone although they are replicated over the tp ranks too.
+        if self.ep == 1 and self.expert_tp != self.tp and not releases.reduces_expert_gradients():
             raise UserError(
-                f"ep=1 with etp={self.etp} and tp={self.tp}: in this layout Megatron-Core 0.16.1 "
-                "leaves the experts' gradients unreduced over the tensor-parallel ranks and trains "
-                f"wrongly without an error. Use etp={self.tp} (the default) or ep > 1."
+                f"ep=1 with etp={self.etp} and tp={self.tp}: in this layout Megatron-Core "
+                f"{releases.installed()} leaves the experts' gradients unreduced over the "
+                "tensor-parallel ranks and trains wrongly without an error; 0.19 does not. Use "
+                f"etp={self.tp} (the default), ep > 1, or megatron-core 0.19 (Python 3.12)."
             )
         if self.ep > 1 and self.expert_tp > 1 and self.dispatcher == "alltoall":
             raise UserError(

@@ -149,7 +149,7 @@ def layer_activations(
     qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc
     attention q, and k and v repeated to the query heads, c each, and the output c, /t; local also
               the softmax, 4 (and its copy in bf16, 2) for each query head and key, /t, and the mask
-    router    h·c/t input; 5E + 24K for the maps, /t
+    router    h·c/t input; 8E + 24K for the maps, /t (5E before Megatron-Core 0.19)
     experts   (K·x/t)·(h·c·etp + 6·I·c): x the imbalance; input, gate and up, gate, silu, product,
               product with the router's weight
     mlp       (dense layers) h·c/t input and 5·I·c/t: gate and up, gate, silu, product
@@ -171,7 +171,7 @@ def layer_activations(
     if moe:
         K = model.top_k
         etp = layout.expert_tp
-        kept["router"] = n * (h * c + 5 * model.experts + 24 * K) / t
+        kept["router"] = n * (h * c + 8 * model.experts + 24 * K) / t
         # With etp the tokens of all its ranks are gathered, and each computes a part of I.
         kept["experts"] = n * K / t * imbalance * c * (h * etp + 6 * model.expert_inner)
     else:

@@ -15,10 +15,12 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import releases
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
@@ -61,6 +63,19 @@ class LatentCoreAttention(DotProductAttention):
         super().__init__(*args, **kwargs)
 
 
+class LatentSelfAttention(MLASelfAttention):
+    """MLA whose norms and projections are those of the layer spec.
+
+    Since 0.19 Megatron chooses them itself (multi_latent_attention.py:631): it norms the query of
+    a model without a query latent, which transformers does not, and only Transformer Engine can.
+    """
+
+    def _resolve_qk_norm_config(self, submodules):
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        names += ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
 def uses_transformer_engine() -> bool:
     """Whether layers are Transformer Engine's: where it is installed on a machine with CUDA."""
     return gpt_layer_specs.HAVE_TE and has_cuda()
@@ -81,7 +96,7 @@ def code_paths() -> dict[str, str]:
     """
     te = uses_transformer_engine()
     spec = TESpecProvider() if te else LocalSpecProvider()
-    experts, _ = spec.grouped_mlp_modules(te, False)
+    experts = releases.experts_of(spec, grouped=te)
     return {
         "layer spec": "Transformer Engine" if te else "local (torch)",
         "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
@@ -166,6 +181,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         normalization="RMSNorm",
         vp_stage=vp_stage,
     )
+    if config.multi_latent_attention:
+        for spec in block.layer_specs:
+            spec.submodules.self_attention.module = LatentSelfAttention
     if uses_transformer_engine():
         return block
     block.layer_norm = RMSNorm
@@ -182,8 +200,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if (experts := getattr(layer.mlp.submodules, "experts", None)) and not has_cuda():
-            experts.module = GroupedExperts
+        if not has_cuda():
+            releases.replace_experts(layer.mlp, GroupedExperts)
     return block
 
 

@@ -27,7 +27,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron import groups, releases
 
 NO_ROUTE = -1  # in place of an expert id: the router chooses for itself
 RECORDS = ("routes", "margins", "gates")
@@ -170,6 +170,8 @@ class RouterTap:
         numbers = []
         for chunk in chunks:
             routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+            if not all(hasattr(router, "router_replay") for router in routers):
+                raise releases.lacks("TopKRouter.router_replay, by which routes are recorded")
             if any(router.config.moe_router_fusion for router in routers):
                 raise UserError(
                     "moe_router_fusion=True: the fused router returns no native top-k to record "
@@ -244,7 +246,10 @@ class _Hook:
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, native=None):
         trace = self._tap.trace(self._number)
-        best, native_NK = native(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        # Without gradients Megatron leaves the top-k unsorted (0.18: moe_utils.py:777), and gates
+        # that are divided by their sum differ in the last place from those of an update.
+        with torch.enable_grad():
+            best, native_NK = native(scores, topk, num_groups=num_groups, group_topk=group_topk)
         ranked = scores.detach()
         if group_topk and "margins" in trace.record:
             ranked = _of_best_groups(ranked, topk, num_groups, group_topk)
@@ -275,8 +280,7 @@ def wrong_uses(visits: Sequence[Visit], recomputations: int) -> str | None:
         if dropped:
             return (
                 f"The routers of layers {dropped} did not send each token to exactly the experts "
-                "of their top-k: token dropping, capacity limits and routes that name an expert "
-                "twice are not supported."
+                "of their top-k: token dropping and capacity limits are not supported."
             )
     return None
 

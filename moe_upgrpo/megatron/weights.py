@@ -5,11 +5,8 @@ Only concatenation and splitting happen on the way, so a round trip is exact to 
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +16,15 @@ from huggingface_hub import save_torch_state_dict
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face import export
+from moe_upgrpo.hugging_face.config import is_tied
+from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.megatron.families import Rule, Tensors, family, moe_layers, num_experts
+from moe_upgrpo.megatron.families import check_weights, family, moe_layers, num_experts
+from moe_upgrpo.megatron.rules import Rule, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +109,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
     etp_group = parallel_state.get_expert_tensor_parallel_group()
     ep_rank = parallel_state.get_expert_model_parallel_rank()
     entries = list(_entries(hf))
-    with _Checkpoint(model_dir) as checkpoint:
-        whole = [e for e in entries if not _tied(e, hf)]
-        # Of a tied model's lm_head transformers takes no notice either.
-        optional = {"lm_head.weight"} if hf.tie_word_embeddings else set()
-        checkpoint.check_names({n for e in whole for names in e.names for n in names}, optional)
+    with Weights(model_dir, tied=is_tied(hf)) as checkpoint:
+        check_weights(checkpoint, hf)
         for entry in entries:
             group = etp_group if entry.rule.is_expert else tp_group
             first_expert = ep_rank * len(entry.parameters) if entry.rule.is_expert else 0
@@ -144,47 +141,6 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
                     target.copy_(shard)
     if parameters:
         raise RuntimeError(f"No rule of the table fills these parameters: {sorted(parameters)}")
-
-
-class _Checkpoint:
-    """The tensors of a Hugging Face folder, one file or several, read one at a time."""
-
-    def __init__(self, model_dir: Path):
-        self.model_dir = Path(model_dir)
-        self.files = []
-        self.by_name = {}
-
-    def __enter__(self) -> _Checkpoint:
-        paths = sorted(self.model_dir.glob("*.safetensors"))
-        if not paths:
-            raise UserError(f"{self.model_dir} holds no *.safetensors file.")
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt").__enter__()
-            except SafetensorError as error:
-                raise UserError(f"{path} is truncated or not a safetensors file: {error}") from None
-            self.files.append(file)
-            self.by_name.update(dict.fromkeys(file.keys(), file))
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for file in self.files:
-            file.__exit__(*exc)
-
-    def check_names(self, expected: set[str], optional: set[str]) -> None:
-        missing, extra = expected - set(self.by_name), set(self.by_name) - expected - optional
-        if missing or extra:
-            parts = [
-                f"{len(names)} tensor(s) {what}, for example {min(names)}"
-                for names, what in ((missing, "are missing"), (extra, "are not of this model"))
-                if names
-            ]
-            raise UserError(
-                f"{self.model_dir} does not fit its config.json: {' and '.join(parts)}."
-            )
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.by_name[name].get_tensor(name)
 
 
 def export_weights(
@@ -247,28 +203,22 @@ def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> Tensors:
 
 
 def write_checkpoint(
-    chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, source_dir: Path, output_dir: Path
+    chunks: Sequence[torch.nn.Module],
+    hf: PretrainedConfig,
+    files: Mapping[str, bytes],
+    output_dir: Path,
 ) -> None:
-    """Write the model as a Hugging Face folder with the tokenizer of `source_dir`. A collective.
+    """Write the model as a Hugging Face folder with `files` of its tokenizer. A collective.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all, in the place of an older one.
     """
     state = {}
     for name, tensor in export_weights(chunks, hf):
         if dist.get_rank() == 0:  # copied: the tensors are views of the gathered ones
             state[name] = tensor.to("cpu", copy=True).contiguous()
     if dist.get_rank() == 0:
-        output_dir = Path(output_dir)
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-        save_torch_state_dict(state, staging)
-        config = hf.to_dict() | {"dtype": str(next(iter(state.values())).dtype).split(".")[-1]}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in Path(source_dir).iterdir():
-            if path.name != "config.json" and not path.name.endswith(
-                (".safetensors", ".safetensors.index.json")
-            ):
-                shutil.copy(path, staging)
-        staging.chmod(0o755)
-        staging.rename(output_dir)
+        with export.writing(Path(output_dir)) as folder:
+            save_torch_state_dict(state, folder)
+            dtype = str(next(iter(state.values())).dtype).split(".")[-1]
+            export.write_beside(folder, hf, dtype, files)
     dist.barrier()

@@ -306,6 +306,10 @@ def _about(runs: list[Run]) -> list[dict[str, Any]]:
         time = run.environment.get("started")
         return time and f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
+    def device(run: Run) -> str:
+        cpu = run.environment.get("cpu", {})  # older runs have none
+        return run.environment.get("gpu") or cpu.get("model") or "CPU"
+
     def commit(run: Run) -> str | None:
         git = run.environment.get("git")
         return git and git["commit"][:12] + (" with changes" if git["changed"] else "")
@@ -319,7 +323,7 @@ def _about(runs: list[Run]) -> list[dict[str, Any]]:
         ("Replay", lambda run: run.config.get("replay")),
         ("Seed", lambda run: run.config.get("seed")),
         ("Started", started),
-        ("Device", lambda run: run.environment.get("gpu") or "CPU"),
+        ("Device", device),
         ("Versions", versions),
         ("Commit", commit),
     ]

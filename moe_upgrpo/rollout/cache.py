@@ -7,8 +7,6 @@ the schema's metadata.
 
 import json
 import math
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.store.files import parse_json
+from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
@@ -59,7 +57,7 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.tmp")
     write_checked(table, part)
-    os.replace(part, file)
+    publish(part, file)
     return file
 
 

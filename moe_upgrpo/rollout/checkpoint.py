@@ -1,14 +1,20 @@
 """What engines read of a checkpoint folder, and what they take as new weights."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import GenerationConfig
+from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import eos_ids, is_tied, read_config
+from moe_upgrpo.hugging_face.export import make_view, needs_view
+from moe_upgrpo.hugging_face.folder import Weights
+from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -37,18 +43,6 @@ def check_weights(
         )
 
 
-def checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint folder, read from the files' headers."""
-    shapes = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (the file is no dict)
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    if not shapes:
-        raise UserError(f"{model_dir} holds no *.safetensors; a Hugging Face checkpoint is needed.")
-    return shapes
-
-
 def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
     """The layers whose checkpoint tensors belong to routed experts, `...layers.<i>...experts...`.
 
@@ -58,12 +52,37 @@ def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in found if layer < layers))
 
 
-def eos_ids(model_dir: str | Path, config) -> list[int]:
-    """The tokens that end a sequence; UserError where the checkpoint names none."""
-    try:
-        ids = GenerationConfig.from_pretrained(model_dir).eos_token_id
-    except OSError:  # no such file
-        ids = config.eos_token_id
-    if ids is None:
-        raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
-    return [ids] if isinstance(ids, int) else list(ids)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolder:
+    """What an engine has to know of a model folder before it starts on it.
+
+    `view` is the folder that an engine reads which takes all *.safetensors that it finds: the
+    folder itself, or one of links to what belongs to the model, which lives as long as this.
+    """
+
+    config: PretrainedConfig  # of the language model
+    shapes: dict[str, tuple[int, ...]]  # of every tensor
+    eos_ids: list[int]
+    moe_layer_ids: tuple[int, ...]
+    view: Path
+    links: WeightsFolder | None
+
+    @classmethod
+    def read(cls, model_dir: str | Path, view_in: str | Path | None = None) -> ModelFolder:
+        """See `moe_upgrpo.hugging_face` for what is refused. view_in: where a view may be made."""
+        hf = read_config(model_dir)
+        config, links = hf.get_text_config(), None
+        with Weights(model_dir, tied=is_tied(hf)) as weights:
+            shapes, view = weights.shapes(), weights.folder.absolute()
+            if needs_view(weights):
+                links = WeightsFolder("moe_upgrpo-model-", view_in)
+                view = Path(links.name)
+                make_view(weights, view)
+        return cls(
+            config=config,
+            shapes=shapes,
+            eos_ids=eos_ids(model_dir, hf),
+            moe_layer_ids=moe_layers(shapes, config.num_hidden_layers),
+            view=view,
+            links=links,
+        )

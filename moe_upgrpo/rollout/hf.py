@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import eos_ids, is_tied, read_config
+from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
@@ -21,7 +23,7 @@ from moe_upgrpo.rollout.base import (
     check_sequences,
     routes_dtype,
 )
-from moe_upgrpo.rollout.checkpoint import check_weights, checkpoint_shapes
+from moe_upgrpo.rollout.checkpoint import check_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,14 +62,39 @@ class HFEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.max_sequences = max_sequences
         self.weight_version = 0
-        self.config = AutoConfig.from_pretrained(model_dir)
-        self._checkpoint_shapes = checkpoint_shapes(Path(model_dir))
+        self.config = read_config(model_dir)
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"{model_dir} is a {self.config.model_type!r} model, which transformers has no "
+                "causal language model for."
+            )
+        self._eos_ids = torch.tensor(eos_ids(model_dir, self.config), device=self.device)
+        with Weights(model_dir, tied=is_tied(self.config)) as weights:
+            self._checkpoint_shapes = weights.shapes()
+            model, unlike = self._built(dict(weights.tensors()))
+        if unlike:
+            raise UserError(f"{model_dir} does not fit its config.json: {unlike}.")
+        self._use(model)
+
+    def _built(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, str]:
+        """A model of these weights, and in words which of them are not its own.
+
+        transformers would make up what is missing, and say so among many lines.
+        """
         with no_progress_bar():
-            self._use(AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype))
-        eos_ids = self.model.generation_config.eos_token_id
-        if eos_ids is None:
-            raise UserError(f"{model_dir} names no eos_token_id; set it in generation_config.json.")
-        self._eos_ids = torch.tensor(eos_ids, device=self.device).reshape(-1)
+            model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].from_pretrained(
+                None,
+                config=self.config,
+                state_dict=state,
+                dtype=self.dtype,
+                output_loading_info=True,
+            )
+        wrong = [
+            f"{len(names)} tensor(s) {what}, for example {min(map(str, names))}"
+            for what in ("missing", "unexpected", "mismatched")
+            if (names := found[f"{what}_keys"])
+        ]
+        return model, " and ".join(wrong)
 
     def _use(self, model: PreTrainedModel) -> None:
         """Take `model` into use and tap the input of every module of routed experts."""
@@ -275,12 +302,7 @@ class HFEngine:
         # them would change the engine's weights behind its back.
         state = {name: tensor.detach().clone() for name, tensor in named_tensors}
         check_weights(state, self._checkpoint_shapes, held=self.weight_version)
-        with no_progress_bar():
-            self._use(
-                type(self.model).from_pretrained(
-                    None, config=self.config, state_dict=state, dtype=self.dtype
-                )
-            )
+        self._use(self._built(state)[0])
         self.weight_version = version
 
     def close(self) -> None:

@@ -25,10 +25,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from safetensors.torch import save_file
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import is_tied
+from moe_upgrpo.hugging_face.export import by_umask
+from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
@@ -36,12 +38,7 @@ from moe_upgrpo.rollout.base import (
     check_sequences,
     routes_dtype,
 )
-from moe_upgrpo.rollout.checkpoint import (
-    check_weights,
-    checkpoint_shapes,
-    eos_ids,
-    moe_layers,
-)
+from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
@@ -106,13 +103,12 @@ class SGLangEngine:
                 "here; give them to the server at the url when you start it."
             )
         self.model_dir = Path(model_dir).absolute()
-        self._checkpoint_shapes = checkpoint_shapes(self.model_dir)
-        config = AutoConfig.from_pretrained(self.model_dir).get_text_config()
-        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._model = ModelFolder.read(self.model_dir, weights_dir)
+        config, self.moe_layer_ids = self._model.config, self._model.moe_layer_ids
         self._layers = config.num_hidden_layers
         self._top_k = getattr(config, "num_experts_per_tok", 0) if self.moe_layer_ids else 0
         self._num_experts = _num_experts(config) if self.moe_layer_ids else 0
-        self._eos_ids = eos_ids(self.model_dir, config)
+        self._eos_ids = self._model.eos_ids
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.leader, self.transfer = leader, transfer
         self._group: WeightGroup | None = None
@@ -135,16 +131,17 @@ class SGLangEngine:
         self.url = url.rstrip("/")
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
-        self._held_dir = self.model_dir
+        self._held_dir = self._model.view
         if self._server:
             self._server.start(self._held_dir, self._name(0))
         elif not leader:
             self._run = self._call("/model_info")["weight_version"].partition(":")[0]
             self._wait_for_version(0)
         elif transfer == "disk":
-            self._hand_over(partial(self._load, self.model_dir, 0), 0)
+            self._hand_over(partial(self._load, self._model.view, 0), 0)
         else:
-            self._hand_over(partial(self._send, _read(self.model_dir), 0), 0)
+            with Weights(self.model_dir, tied=is_tied(config)) as weights:
+                self._hand_over(partial(self._send, dict(weights.tensors()), 0), 0)
 
     @classmethod
     def shared(cls, model_dir: str | Path, dtype: str = "bfloat16", **arguments) -> SGLangEngine:
@@ -358,7 +355,7 @@ class SGLangEngine:
             name: tensor.detach().clone() if self.leader else tensor.to("meta")
             for name, tensor in named_tensors
         }
-        check_weights(given, self._checkpoint_shapes, held=self.weight_version)
+        check_weights(given, self._model.shapes, held=self.weight_version)
         with self._updating:
             if self.leader:
                 self._hand_over(partial(self._send, given, version), version)
@@ -372,12 +369,13 @@ class SGLangEngine:
         folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=self._weights.name))
         try:
             given = {name: t.to("meta") for name, t in self._write(named_tensors, folder)}
-            check_weights(given, self._checkpoint_shapes, held=self.weight_version)
+            check_weights(given, self._model.shapes, held=self.weight_version)
+            by_umask(folder)
             with self._updating:
                 self._hand_over(partial(self._load, folder, version), version)
             folder, self._held_dir = self._held_dir, folder
         finally:
-            if folder != self.model_dir:
+            if folder != self._model.view:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _write(
@@ -609,7 +607,7 @@ class SGLangEngine:
         self._server.stop()
         self._group = None
         if self._held_dir is None:  # sent, and gone with the server
-            self._server.start(self.model_dir, f"{self._name(self.weight_version)}-lost")
+            self._server.start(self._model.view, f"{self._name(self.weight_version)}-lost")
             self._half_updated_to = self.weight_version
         else:
             self._server.start(self._held_dir, self._name(self.weight_version))
@@ -623,11 +621,6 @@ class SGLangEngine:
         if self._server is not None:
             self._server.stop()
         self._weights.cleanup()
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _parts(state: dict[str, torch.Tensor]) -> list[list[tuple[str, torch.Tensor]]]:

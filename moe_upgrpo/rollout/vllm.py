@@ -17,17 +17,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import vllm_plugin
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
-from moe_upgrpo.rollout.checkpoint import (
-    check_weights,
-    checkpoint_shapes,
-    eos_ids,
-    moe_layers,
-)
+from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
 
 # Read by vLLM when it is imported or when an engine is made.
@@ -88,10 +82,8 @@ class VLLMEngine:
                 raise UserError(f"{name} is {value}; at least {least} is needed.")
         if VLLMEngine._is_open:
             raise UserError("This process has a VLLMEngine; close it before you make another.")
-        self._checkpoint_shapes = checkpoint_shapes(Path(model_dir))
-        config = AutoConfig.from_pretrained(model_dir).get_text_config()
-        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
-        self._eos_ids = eos_ids(model_dir, config)
+        self._model = ModelFolder.read(model_dir)
+        self.moe_layer_ids, self._eos_ids = self._model.moe_layer_ids, self._model.eos_ids
         self.max_model_len = max_model_len
         self.weight_version = 0
         self._failed: str | None = None
@@ -99,7 +91,7 @@ class VLLMEngine:
         self._owns_distributed = not torch.distributed.is_initialized()
         on_cpu = self._vllm.platforms.current_platform.is_cpu()
         if on_cpu:
-            self._check_cpu(model_dir, config)
+            self._check_cpu(model_dir, self._model.config)
             # vLLM compiles small functions also in eager mode: minutes on a CPU. The variable
             # TORCHDYNAMO_DISABLE would be too late, torch is imported.
             torch._dynamo.config.disable = True
@@ -108,7 +100,7 @@ class VLLMEngine:
         with _process_kept():
             try:
                 self._llm = self._vllm.LLM(
-                    model=str(model_dir),
+                    model=str(self._model.view),
                     dtype=dtype,
                     skip_tokenizer_init=True,
                     max_model_len=max_model_len,
@@ -256,7 +248,7 @@ class VLLMEngine:
     ) -> None:
         """See `Engine.update_weights`."""
         state = {name: tensor.detach() for name, tensor in named_tensors}
-        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
+        check_weights(state, self._model.shapes, held=self.weight_version)
         with self._whole(f"The update to weight version {version}"):
             self._llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": iter(state.items())}

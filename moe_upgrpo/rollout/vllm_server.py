@@ -25,16 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.export import by_umask
+from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
-from moe_upgrpo.rollout.checkpoint import (
-    check_weights,
-    checkpoint_shapes,
-    eos_ids,
-    moe_layers,
-)
+from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
@@ -90,12 +86,11 @@ class VLLMServerEngine:
         # A proxy named in the environment is for other addresses.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.model_dir, self.dtype = Path(model_dir).absolute(), dtype
-        self._checkpoint_shapes = checkpoint_shapes(self.model_dir)
-        config = AutoConfig.from_pretrained(model_dir).get_text_config()
-        self.moe_layer_ids = moe_layers(self._checkpoint_shapes, config.num_hidden_layers)
+        self._model = ModelFolder.read(model_dir, weights_dir)
+        config, self.moe_layer_ids = self._model.config, self._model.moe_layer_ids
         self._layers = config.num_hidden_layers
         self._top_k = config.num_experts_per_tok if self.moe_layer_ids else 0
-        self._eos_ids = eos_ids(model_dir, config)
+        self._eos_ids = self._model.eos_ids
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.weight_version = 0
         # Another run's version 3 is not this one's.
@@ -158,7 +153,7 @@ class VLLMServerEngine:
 
     def _first_response(self) -> None:
         """Give the server the weights of version 0, and see what it answers."""
-        self._load(self.model_dir, 0)
+        self._load(self._model.view, 0)
         prompt = np.zeros(min(3, self.max_model_len - 1), dtype=np.int64)
         sampling = SamplingConfig(max_new_tokens=min(2, self.max_model_len - len(prompt)))
         self.generate([prompt], sampling, samples_per_prompt=1, seed=0)
@@ -325,13 +320,15 @@ class VLLMServerEngine:
             name: tensor.detach().to("cpu" if writes else "meta").contiguous()
             for name, tensor in named_tensors
         }
-        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
+        check_weights(state, self._model.shapes, held=self.weight_version)
 
         def hand_over() -> None:
             with tempfile.TemporaryDirectory(dir=self._weights.name) as folder:
                 save_file(state, Path(folder) / "model.safetensors")
-                if checkpoint_shapes(Path(folder)) != self._checkpoint_shapes:
-                    # vLLM would load the rest and go on.
+                by_umask(Path(folder))
+                with Weights(folder) as written:
+                    whole = written.shapes() == self._model.shapes
+                if not whole:  # vLLM would load the rest and go on
                     raise UserError(
                         f"The weights written to {folder} are not whole: is it full? Version "
                         f"{self.weight_version} stays in use."

@@ -10,9 +10,14 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from moe_upgrpo.hugging_face.export import by_umask
+
 
 class WeightsFolder:
     """A new folder in `parent` (None: the system's temporary one); `name` is its path.
+
+    In a `parent` that was named for it, a server of another user may read it, where the umask lets
+    others read; in the system's temporary folder nobody else may.
 
     It goes with `cleanup`, with this object or with the interpreter. One whose process was killed
     goes when the next one of this prefix is made in `parent`: the system frees a process' lock
@@ -20,6 +25,7 @@ class WeightsFolder:
     """
 
     def __init__(self, prefix: str, parent: str | Path | None = None):
+        shared = parent is not None
         parent = Path(parent or tempfile.gettempdir()).absolute()
         _remove_abandoned(parent, prefix)
         # Under its name only once it is locked, else another would take it for abandoned.
@@ -27,6 +33,8 @@ class WeightsFolder:
         lock = os.open(unlocked, os.O_RDONLY)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if shared:
+            by_umask(unlocked)
         self.name = str(unlocked.rename(parent / unlocked.name[1:]))
         self.cleanup = weakref.finalize(self, _remove, self.name, lock)
 

@@ -4,13 +4,17 @@ What was compared is part of the result (`ComparisonKind`): divergence with each
 hidden states, divergence under replay, and the noise floor are different quantities.
 
 Shape suffixes: T tokens, L MoE layers, K experts per token (top-k), R rows = (token, layer) pairs,
-G groups. E is the number of experts.
+G groups. E is the number of experts. A batch has sequences B and tokens T of each; what is said of
+`[T, …]` holds for its `[B, T, …]`.
 """
 
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,6 +186,8 @@ class RoutingDivergence(RoutingCounts):
     - ``overlap`` ``[T, L]`` uint8: |S ∩ S'|; 0 where the token is not valid
     - ``routers_per_token`` ``[T]`` int32: layers with S ≠ S'; 0 where the token is not valid
     - ``valid`` ``[T]`` bool
+
+    Of a batch ``[B, T, L, K]`` they are ``[B, T, L]`` and twice ``[B, T]``.
     """
 
     overlap: Tensor
@@ -191,12 +197,12 @@ class RoutingDivergence(RoutingCounts):
     @property
     def first_mismatched_layer(self) -> Tensor:
         """int64 ``[T]``: lowest layer index with S ≠ S'; −1 if there is none or not valid."""
-        mismatch_TL = (self.overlap != self.top_k) & self.valid[:, None]
+        mismatch_TL = (self.overlap != self.top_k) & self.valid[..., None]
         # argmax of a 0/1 row is its first 1
-        return torch.where(mismatch_TL.any(dim=1), mismatch_TL.byte().argmax(dim=1), -1)
+        return torch.where(mismatch_TL.any(dim=-1), mismatch_TL.byte().argmax(dim=-1), -1)
 
     def select(self, tokens: Tensor) -> "RoutingDivergence":
-        """The same comparison of some of its tokens: ``tokens`` ``[T]`` bool.
+        """The same comparison of some of its tokens, in one row: ``tokens`` ``[T]`` bool.
 
         Raises:
             UserError: a mask of another shape, or one that leaves no valid token.
@@ -241,17 +247,18 @@ class RoutingDivergence(RoutingCounts):
             raise UserError(f"group must be ≥ 0, got {int(group.min())}")
         group = group.long()
         zeros_G = torch.zeros(int(group.max()) + 1, dtype=torch.int64, device=group.device)
-        mismatched_G = zeros_G.index_add(0, group, self.routers_per_token.long())
-        compared_G = zeros_G.index_add(0, group, self.valid.long() * self.num_layers)
+        group = group.flatten()
+        mismatched_G = zeros_G.index_add(0, group, self.routers_per_token.flatten().long())
+        compared_G = zeros_G.index_add(0, group, self.valid.flatten().long() * self.num_layers)
         return mismatched_G, compared_G
 
 
 def compare_routes(
-    rollout_routes: Tensor,
-    train_routes: Tensor,
+    rollout_routes: Tensor | np.ndarray,
+    train_routes: Tensor | np.ndarray,
     *,
     num_experts: int,
-    valid: Tensor | None = None,
+    valid: Tensor | np.ndarray | None = None,
     kind: ComparisonKind = ComparisonKind.FREE_RUNNING,
 ) -> RoutingDivergence:
     """Compare two sides' expert sets, token by token and layer by layer.
@@ -262,10 +269,12 @@ def compare_routes(
     mismatch rate and its mean number per token are those of R3 (arXiv 2510.11370, §3).
 
     Args:
-        rollout_routes: ``[T, L, K]``, any integer dtype that can hold ``num_experts − 1``.
-        train_routes: the same shape; the dtype may differ.
+        rollout_routes: ``[T, L, K]``, or a padded batch ``[B, T, L, K]``, as a tensor or a numpy
+            array of any integer dtype that can hold ``num_experts − 1``.
+        train_routes: the same shape; the dtype and the library may differ.
         num_experts: routed experts in each layer, shared experts not counted.
-        valid: ``[T]`` bool, False for padding, whose ids are not looked at; all where None.
+        valid: ``[T]`` (``[B, T]``) bool, False for padding, whose ids are not looked at; all where
+            None.
         kind: what the two are. For a noise floor, pass the routes of one side's two passes.
 
     Raises:
@@ -276,12 +285,18 @@ def compare_routes(
     """
     kind = ComparisonKind(kind)
     first_side, second_side = kind.sides
+    rollout_routes = _tensor(f"{first_side} routes", rollout_routes)
+    train_routes = _tensor(f"{second_side} routes", train_routes)
+    valid = None if valid is None else _tensor("valid", valid)
     sides = {first_side: rollout_routes, second_side: train_routes}
     _check_shapes(sides, num_experts, valid)
-    T, L, K = rollout_routes.shape
+    *tokens_shape, L, K = rollout_routes.shape
     device = rollout_routes.device
     if valid is None:
-        valid = torch.ones(T, dtype=torch.bool, device=device)
+        valid = torch.ones(tokens_shape, dtype=torch.bool, device=device)
+    # One row of tokens: views, but for a batch whose memory is in another order.
+    rollout_routes, train_routes = (x.reshape(-1, L, K) for x in sides.values())
+    valid, T = valid.reshape(-1), valid.numel()
     num_valid = int(valid.sum())
     if num_valid == 0:
         raise UserError(
@@ -294,8 +309,8 @@ def compare_routes(
     histogram_LK = torch.zeros(L * (K + 1), dtype=torch.int64, device=device)
     layer_offset_L = torch.arange(L, device=device) * (K + 1)
     for tokens in _blocks(valid, all_valid=num_valid == T, num_layers=L):
-        rollout_KR = _checked_columns(first_side, rollout_routes, tokens, num_experts)
-        train_KR = _checked_columns(second_side, train_routes, tokens, num_experts)
+        rollout_KR = _checked_columns(first_side, rollout_routes, tokens, num_experts, tokens_shape)
+        train_KR = _checked_columns(second_side, train_routes, tokens, num_experts, tokens_shape)
         overlap_tL = _count_shared(rollout_KR, train_KR, K).view(-1, L)
         overlap_TL[tokens] = overlap_tL
         routers_per_token_T[tokens] = (overlap_tL != K).sum(dim=1, dtype=torch.int32)
@@ -306,20 +321,36 @@ def compare_routes(
         overlap_histogram=histogram_LK.view(L, K + 1),
         token_histogram=torch.bincount(routers_per_token_T[valid], minlength=L + 1),
         kind=kind,
-        overlap=overlap_TL,
-        routers_per_token=routers_per_token_T,
-        valid=valid,
+        overlap=overlap_TL.view(*tokens_shape, L),
+        routers_per_token=routers_per_token_T.view(tokens_shape),
+        valid=valid.view(tokens_shape),
     )
+
+
+def _tensor(name: str, given: Tensor | np.ndarray) -> Tensor:
+    """A numpy array as a tensor of the same memory where its layout allows that."""
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(given, np.ndarray):
+        raise UserError(f"{name} must be a tensor or a numpy array, got {type(given).__name__}")
+    if given.dtype.kind not in "biuf":
+        raise UserError(f"{name} must be an array of numbers, got {given.dtype}")
+    native = given.astype(given.dtype.newbyteorder("="), copy=False)
+    if any(step < 0 or step % native.itemsize for step in native.strides):
+        native = native.copy()  # torch has no such views
+    with warnings.catch_warnings():  # of memory that is read-only; nothing is written to it
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(native)
 
 
 def _check_shapes(sides: dict[str, Tensor], num_experts: int, valid: Tensor | None) -> None:
     for side, routes in sides.items():
         if routes.is_floating_point() or routes.is_complex() or routes.dtype == torch.bool:
             raise UserError(f"{side} routes must be integers, got {routes.dtype}")
-        if routes.dim() != 3:
+        if routes.dim() not in (3, 4):
             raise UserError(
-                f"{side} routes must have shape [tokens, MoE layers, top-k], "
-                f"got {list(routes.shape)}"
+                f"{side} routes must have shape [tokens, MoE layers, top-k], or [sequences, "
+                f"tokens, MoE layers, top-k], got {list(routes.shape)}"
             )
         if torch.iinfo(routes.dtype).max < num_experts - 1:
             raise UserError(
@@ -334,16 +365,17 @@ def _check_shapes(sides: dict[str, Tensor], num_experts: int, valid: Tensor | No
             f"the two sides must have routes of the same tokens, MoE layers and top-k: {given}. "
             "The token at position p pairs with row p−1, so a sequence of S tokens has S−1 rows"
         )
-    T, L, K = shapes[0]
+    *tokens_shape, L, K = shapes[0]
+    T = math.prod(tokens_shape)
     if T == 0 or L == 0:
         raise UserError(f"nothing to compare: routes of {T} tokens and {L} MoE layers")
     if not 1 <= K <= min(num_experts, 255):
         raise UserError(f"top-k must be in 1..min(num_experts={num_experts}, 255), got {K}")
     if num_experts > torch.iinfo(torch.int16).max:
         raise UserError(f"num_experts must be at most {torch.iinfo(torch.int16).max}")
-    if valid is not None and (valid.shape != (T,) or valid.dtype != torch.bool):
+    if valid is not None and (list(valid.shape) != tokens_shape or valid.dtype != torch.bool):
         raise UserError(
-            f"valid must be bool of shape [{T}], one for each token, "
+            f"valid must be bool of shape {tokens_shape}, one for each token, "
             f"got {valid.dtype} of shape {list(valid.shape)}"
         )
     devices = {str(x.device) for x in (*sides.values(), valid) if x is not None}
@@ -363,7 +395,11 @@ def _blocks(valid_T: Tensor, *, all_valid: bool, num_layers: int) -> Iterator[sl
 
 
 def _checked_columns(
-    side: str, routes_TLK: Tensor, tokens: slice | Tensor, num_experts: int
+    side: str,
+    routes_TLK: Tensor,
+    tokens: slice | Tensor,
+    num_experts: int,
+    tokens_shape: Sequence[int],
 ) -> Tensor:
     """Check a block's ids and lay them out for `_count_shared`: ``[2K, R]``, the K columns twice.
 
@@ -381,7 +417,7 @@ def _checked_columns(
     if lowest < 0 or highest >= num_experts:
         wide_RK = block_RK.long()
         outside_R = ((wide_RK < 0) | (wide_RK >= num_experts)).any(dim=1)
-        raise _bad_row(side, block_tLK, tokens, outside_R, num_experts)
+        raise _bad_row(side, block_tLK, tokens, outside_R, num_experts, tokens_shape)
 
     narrow = torch.uint8 if num_experts <= 256 else torch.int16
     columns = torch.empty(2 * K, block_RK.shape[0], dtype=narrow, device=block_RK.device)
@@ -390,7 +426,7 @@ def _checked_columns(
     if _has_duplicates(columns, K):
         ascending_RK = block_RK.sort(dim=1).values
         twice_R = (ascending_RK[:, 1:] == ascending_RK[:, :-1]).any(dim=1)
-        raise _bad_row(side, block_tLK, tokens, twice_R, num_experts)
+        raise _bad_row(side, block_tLK, tokens, twice_R, num_experts, tokens_shape)
     return columns
 
 
@@ -414,13 +450,22 @@ def _count_shared(rollout_2KR: Tensor, train_2KR: Tensor, K: int) -> Tensor:
 
 
 def _bad_row(
-    side: str, block_tLK: Tensor, tokens: slice | Tensor, bad_R: Tensor, num_experts: int
+    side: str,
+    block_tLK: Tensor,
+    tokens: slice | Tensor,
+    bad_R: Tensor,
+    num_experts: int,
+    tokens_shape: Sequence[int],
 ) -> UserError:
     L = block_tLK.shape[1]
     in_block, layer = divmod(int(bad_R.nonzero()[0]), L)
     token = tokens.start + in_block if isinstance(tokens, slice) else int(tokens[in_block])
     ids = block_tLK[in_block, layer].tolist()
-    where = f"{side} routes, token row {token}, MoE layer {layer}: experts {ids}"
+    place = f"token row {token}"
+    if len(tokens_shape) == 2:
+        sequence, row = divmod(token, tokens_shape[1])
+        place = f"sequence {sequence}, token row {row}"
+    where = f"{side} routes, {place}, MoE layer {layer}: experts {ids}"
     if len(ids) > 1 and not any(ids):
         return UserError(
             f"{where}: the row is zero-filled, so the routes of this token were never written. "

@@ -24,7 +24,8 @@ def effective_sample_size(log_weights_N: np.ndarray) -> float:
         UserError: no tokens, or a log-weight that is NaN or +inf.
     """
     log_w_N = _checked(log_weights_N)
-    return float(np.exp(2 * logsumexp(log_w_N) - logsumexp(2 * log_w_N)))
+    size = np.exp(2 * logsumexp(log_w_N) - logsumexp(2 * log_w_N))
+    return float(np.clip(size, 1, len(log_w_N)))  # rounding may leave the bounds
 
 
 def chi_square(log_weights_N: np.ndarray) -> float:

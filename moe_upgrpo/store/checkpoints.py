@@ -18,8 +18,8 @@ from moe_upgrpo.store.files import parse_json, publish, sync
 
 VERSION = 1
 _MANIFEST = "manifest.json"
-# Zeros stand before a short number only: one step has one name.
-_NAME = re.compile(r"state-(\d{6}|[1-9]\d{6,})")
+# Half-written or half-removed: a state, or the export of a step's weights beside it.
+_UNFINISHED = re.compile(r"\.state-\d{6,}|\.step-\d{6,}\.part")
 
 
 @dataclass(frozen=True)
@@ -51,35 +51,29 @@ class Checkpoints:
             _remove(path.rename(path.with_name(f".{path.name}")))
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed job left of a checkpoint half written, or half removed."""
-        for path in _of_steps(self.folder, prefix="."):
-            _remove(path)
+        """Remove what a killed job left of a checkpoint half written, or half removed.
+
+        Nothing else: a hidden folder of somebody's own stays.
+        """
+        for path in self.folder.glob(".*/"):
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def all(self) -> list[Path]:
-        """The whole checkpoints, the oldest first. What has another name is not ours."""
-        return _of_steps(self.folder)
+        """The whole checkpoints, the oldest first; names that are nearly theirs are not."""
+        found = {step_of(path): path for path in self.folder.glob("state-*/")}
+        return [path for step, path in sorted((s, p) for s, p in found.items() if s is not None)]
 
     def _of(self, step: int) -> Path:
         return self.folder / f"state-{step:06d}"
 
 
-def _of_steps(folder: Path, prefix: str = "") -> list[Path]:
-    found = [path for path in folder.glob(f"{prefix}state-*") if path.is_dir()]
-    steps = {path: _step(path.name.removeprefix(prefix)) for path in found}
-    return sorted((path for path in found if steps[path] is not None), key=steps.get)
-
-
-def _step(name: str) -> int | None:
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def _remove(path: Path) -> None:
-    """A folder, or the link by which its owner keeps it elsewhere."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder by its name; None where the name is none of ours."""
+    digits = path.name.removeprefix("state-")
+    if not re.fullmatch(r"[0-9]{6,}", digits) or path.name != f"state-{int(digits):06d}":
+        return None
+    return int(digits)
 
 
 def names(part: Path) -> list[str]:
@@ -101,33 +95,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, it is not what a run writes, it is of a newer version than this
-            one reads, or of another step than the folder's name says.
+        UserError: there is none, it is not JSON, it is of a newer version than this one reads, or
+            of another step than the folder's name.
     """
     unreadable = UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}")
     try:
-        manifest = parse_json((path / _MANIFEST).read_bytes(), _MANIFEST)
-    except (OSError, UserError):
-        raise unreadable from None
-    if not isinstance(manifest, dict) or "version" not in manifest:
-        raise unreadable
-    if (version := manifest["version"]) != VERSION:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, step, _ = manifest["version"], manifest["step"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}") from None
+    if version != VERSION:
         raise UserError(
             f"{path} is a checkpoint of version {version}, written by a newer moe_upgrpo; this one "
             f"reads version {VERSION}. Resume with the moe_upgrpo that wrote it "
             f"({manifest.get('moe_upgrpo')}), or delete the folder to resume from an older "
             "checkpoint."
         )
-    step, files = manifest.get("step"), manifest.get("files")
-    kinds = ((step, int), (files, dict), (manifest.get("model"), dict))
-    if not all(isinstance(value, kind) for value, kind in kinds):
-        raise unreadable
-    if not all(_is_ours(name, about) for name, about in files.items()):
-        raise unreadable
-    if step != _step(path.name):
+    if step != step_of(path):
         raise UserError(
-            f"{path} holds the state after step {step}, as its {_MANIFEST} says: it was renamed, "
-            f"or copied over. Give it its name back, state-{step:06d}, or delete it."
+            f"{path} holds the state after step {step}, as its {_MANIFEST} says: another folder "
+            "took its name. Give it the name of its step, or move it elsewhere."
         )
     return manifest
 

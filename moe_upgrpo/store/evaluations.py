@@ -66,13 +66,13 @@ def read_evaluations(path: str | Path, *, steps: Collection[int] | None = None) 
     tables = []
     for file in files:
         try:
-            tables.append(read_checked(file, _columns).replace_schema_metadata())
+            tables.append(read_checked(file, _columns).cast(SCHEMA))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} is truncated or no evaluation: {error}") from None
     return pa.concat_tables(tables)
 
 
 def _columns(schema: pa.Schema) -> list[str]:
-    if not schema.remove_metadata().equals(SCHEMA):
-        raise pa.ArrowInvalid(f"its columns are {', '.join(schema.names)}")
+    if missing := set(SCHEMA.names) - set(schema.names):
+        raise pa.ArrowInvalid(f"it has no columns {sorted(missing)}")
     return SCHEMA.names

@@ -8,8 +8,7 @@ without either are read as they are.
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,9 @@ _KEY = b"moe_upgrpo.checksums"
 
 def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
     """Write a table, compressed, with its checksums. ``options`` are those of `pq.write_table`."""
-    metadata = table.schema.metadata or {}
-    checksums = {
-        "columns": _columns(table),
-        "metadata": _entries(metadata),
-    }
+    metadata = dict(table.schema.metadata or {})
+    metadata.pop(_KEY, None)  # of the file that the table was read from
+    checksums = {"columns": _columns(table), "metadata": _entries(metadata)}
     pq.write_table(
         table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
         file,
@@ -53,24 +50,13 @@ def read_checked(
         pa.ArrowException: not Parquet, truncated or damaged.
         OSError: it cannot be opened.
     """
-    with _damage_named(), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        schema = parquet.schema_arrow
-        columns = choose(schema)
-        table = parquet.read(columns=None if columns is None else list(columns))
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            columns = choose(schema)
+            table = parquet.read(columns=None if columns is None else list(columns))
         _check(table, schema)
         return table
-
-
-def column_names(file: Path) -> list[str]:
-    """The columns of a Parquet file, none of which is read. Raises as `read_checked`."""
-    with _damage_named():
-        return pq.read_schema(file).names
-
-
-@contextmanager
-def _damage_named() -> Iterator[None]:
-    try:
-        yield
     except (UserError, pa.ArrowException, OSError):
         raise
     # Damaged names are not UTF-8, damaged sizes no sizes.

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moe_upgrpo import __version__
+from moe_upgrpo import __version__, kernels
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
@@ -182,18 +182,20 @@ class RunFolder:
         run = cls(Path(path))
         read_config(run.path)
         step = -1 if step is None else step
-        rows = _parse_metrics(run.metrics_path) if run.metrics_path.exists() else []
+        rows = rows_so_far(run.path)
         last = max((row["step"] for row in rows), default=0)
         if last < step:
             raise UserError(
                 f"{run.metrics_path} ends at step {last}, before the checkpoint of step {step}: "
                 f"resume from a checkpoint of step {last} or earlier"
             )
-        if rows:
+        if run.metrics_path.exists():  # also one that holds nothing but a line cut short
             kept = [row for row in rows if row["step"] <= step]
             write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
-        for part in (*run.tokens.glob(".*.tmp"), *run.evaluations.glob(".*.tmp")):
+        # Of the folder itself the JSON files alone: somebody may be making a report.
+        remains = [*run.path.glob(".*.json*.tmp"), *run.tokens.glob(".*.tmp")]
+        for part in (*remains, *run.evaluations.glob(".*.tmp")):
             part.unlink()
         for file, file_step in token_files(run.tokens) + evaluation_files(run.evaluations):
             if file_step > step:
@@ -253,6 +255,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{file} is empty: no step of this run was finished")
     return rows
+
+
+def rows_so_far(path: str | Path) -> list[dict[str, Any]]:
+    """As `read_metrics`, of a run that may not have come to its first row: none then."""
+    file = Path(path) / "metrics.jsonl"
+    return _parse_metrics(file) if file.exists() else []
 
 
 def _parse_metrics(file: Path) -> list[dict[str, Any]]:
@@ -328,6 +336,7 @@ def _environment() -> dict[str, Any]:
         "versions": {"moe_upgrpo": __version__} | {p: _version(p) for p in _PACKAGES},
         "git": git_state(),
         "cpu_count": os.cpu_count(),
+        "cpu": kernels.facts(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_count": torch.cuda.device_count(),
     }

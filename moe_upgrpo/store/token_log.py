@@ -82,8 +82,8 @@ def read_tokens(
             raise UserError(f"{file}: {error}") from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{file} is truncated or not Parquet ({error}). Delete it, or read the other steps "
-                "with steps=..."
+                f"{file} is truncated or not Parquet, or damaged ({error}). Delete it, or read the "
+                "other steps with steps=..."
             ) from None
     if unknown := set(columns or ()) - names:
         raise UserError(

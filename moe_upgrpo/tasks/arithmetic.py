@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.tasks.base import Problem, Tokens, refill_indices
 
 # One token per character. 32 tokens, a multiple of what tensor parallelism may divide by; the
@@ -94,23 +95,22 @@ class ArithmeticTask:
             for ids in responses
         ]
 
-    def check_model(self, model_dir: Path) -> None:
+    def check_model(self, model_dir: Path, *, trust_remote_code: bool = False) -> None:
         """Raise UserError where the model's tokenizer is not this task's."""
-        from transformers import AutoTokenizer
-
         sample = self.problem(1, 2)
+        written, end, why = None, None, ""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir)
-            fits = tokenizer(sample.prompt).input_ids == sample.prompt_ids.tolist()
-            fits = fits and tokenizer.eos_token_id == EOS_ID
-        except (OSError, ValueError):
-            fits = False
-        if not fits:
+            tokenizer = read_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+            written, end = tokenizer(sample.prompt).input_ids, tokenizer.eos_token_id
+        except UserError as error:
+            why = f" ({error})"
+        if written != sample.prompt_ids.tolist() or end != EOS_ID:
             raise UserError(
                 f"{model_dir} has no tokenizer that writes {sample.prompt!r} as the task's tokens "
-                f"{sample.prompt_ids.tolist()} and ends with token {EOS_ID}: the arithmetic task "
-                "trains models that were warm-started for it (leave --model out), or checkpoints "
-                "of such runs. Any other model trains on problems of a file: --data FILE."
+                f"{sample.prompt_ids.tolist()} and ends with token {EOS_ID}{why}: the arithmetic "
+                "task trains models that were warm-started for it (leave --model out), or "
+                "checkpoints of such runs. Any other model trains on problems of a file: --data "
+                "FILE."
             )
 
     def close(self) -> None:

@@ -1,18 +1,29 @@
 """Questions with answers from local files, JSONL or Parquet, one problem a row."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
 
-# Where no field is named, the first of these that a file's first row has. `a.b` is field b of the
+# Where no field is named, the first of these with a value, row by row. `a.b` is field b of the
 # object a: verl's files have the answer in reward_model.ground_truth, slime's in label.
 PROMPT_FIELDS = ("prompt", "question", "problem")
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "ground_truth", "label", "solution")
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _SHOWN = 5  # unusable rows in one error
+# What JavaScript, JSON writers and Python's str() make of a number that is not there. Not among
+# them: `infinity` and `\infty`, the answers of many a limit, which math-verify reads as ∞.
+_NOT_A_NUMBER = re.compile(r"[+-]?((?i:nan|inf)|Infinity)")
+
+_NEEDED = {
+    "prompt": "a text is needed, or a list of chat messages with role and content, the last one "
+    "not the assistant's.",
+    "answer": "a text or a number is needed.",
+}
 
 Message = tuple[str, str]  # role, content
 
@@ -30,20 +41,23 @@ class Row:
 class DataFile:
     """The problems of a file, and what was left out of it."""
 
-    rows: list[Row]
-    prompt_field: str
-    answer_field: str
+    rows: list[Row] = field(default_factory=list)
+    prompt_fields: list[str] = field(default_factory=list)
+    answer_fields: list[str] = field(default_factory=list)
     repeated: int = 0
     """Rows that say again what another says; each problem is used once."""
     unanswered: list[str] = field(default_factory=list)
-    """Where the answer is empty."""
+    """Where the answer is empty, null or no finite number."""
     contradicted: list[str] = field(default_factory=list)
     """Where a question's answer differs from the first one given; the question is left out."""
 
     def describe(self) -> str:
         """One line for the screen."""
-        fields = f"prompt from {self.prompt_field!r}, answer from {self.answer_field!r}"
-        parts = [f"{len(self.rows)} problems ({fields})"]
+        prompts, answers = (
+            " and ".join(map(repr, names)) or "no field"
+            for names in (self.prompt_fields, self.answer_fields)
+        )
+        parts = [f"{len(self.rows)} problems (prompt from {prompts}, answer from {answers})"]
         if self.repeated:
             parts.append(f"{self.repeated} repeated rows used once")
         for what, rows in (
@@ -61,9 +75,9 @@ def read_problems(
     """The problems of a .jsonl (.ndjson) or .parquet file in its order.
 
     A prompt is a text or a list of chat messages `{role, content}` of which the last is not the
-    assistant's; an answer is a text or a number. Repeated rows, rows without an answer and
-    questions with several answers are left out and counted: the published DAPO-Math-17k has each
-    problem a hundred times.
+    assistant's and only a system message may be empty; an answer is a text or a number. Repeated
+    rows, rows without an answer (empty, null, NaN, infinite) and questions with several answers are
+    left out and counted: the published DAPO-Math-17k has each problem a hundred times.
 
     Raises:
         UserError: the file cannot be read, no field holds prompts or answers, rows that are broken
@@ -71,20 +85,14 @@ def read_problems(
     """
     prompts = (prompt_field,) if prompt_field else PROMPT_FIELDS
     answers = (answer_field,) if answer_field else ANSWER_FIELDS
-    data, broken = None, []
+    data, broken = DataFile(), []
     by_prompt: dict[str | tuple[Message, ...], Row | None] = {}
     for where, row in _rows(file, prompts, answers):
         try:
             if isinstance(row, UserError):
                 raise row
-            if data is None:
-                data = DataFile(
-                    rows=[],
-                    prompt_field=_field(row, prompts, "prompt"),
-                    answer_field=_field(row, answers, "answer"),
-                )
-            prompt = _prompt(_value(row, data.prompt_field))
-            answer = _answer(_value(row, data.answer_field))
+            prompt = _prompt(_value(row, prompts, "prompt", data.prompt_fields))
+            answer = _answer(_value(row, answers, "answer", data.answer_fields))
         except UserError as error:
             broken.append(f"{where}: {error}")
             continue
@@ -104,7 +112,8 @@ def read_problems(
         )
     rows = [row for row in by_prompt.values() if row]
     if not rows:
-        raise UserError(f"{file} has no problems{f': {data.describe()}' if data else ''}.")
+        read = data.prompt_fields or data.unanswered
+        raise UserError(f"{file} has no problems{f': {data.describe()}' if read else ''}.")
     data.rows = rows
     return data
 
@@ -137,8 +146,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict | UserError]]:
                 row = UserError(f"not UTF-8 ({error.reason}).")
             except json.JSONDecodeError as error:
                 row = UserError(f"not JSON ({error.msg}, character {error.pos + 1}).")
-            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-                row = UserError(f"not JSON that can be read ({error}).")
+            except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+                row = UserError(f"no JSON that can be read ({error}).")
             yield f"line {number}", row
 
 
@@ -166,23 +175,50 @@ def _parquet_rows(
         raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
 
 
-def _field(row: dict, names: tuple[str, ...], kind: str) -> str:
+def _value(row: dict, names: tuple[str, ...], kind: str, seen: list[str]):
+    """The row's value of that kind, of the first field that has one; None where all are null.
+
+    seen: the fields that rows so far had theirs in; a new one is added.
+    """
+    there = False
     for name in names:
-        if _value(row, name) is not None:
-            return name
+        has_field, value = _look_up(row, name)
+        there |= has_field
+        if value is None or _is_no_number(value):
+            continue
+        if name not in seen:
+            seen.append(name)
+        return value
+    if there:
+        return None
+    if seen:
+        raise UserError(f"the {kind} is missing; {_NEEDED[kind]}")
     raise UserError(
         f"no {kind}: a field {' or '.join(map(repr, names))} is needed, it has "
         f"{', '.join(map(repr, row)) or 'none'} (--{kind}-field names another)."
     )
 
 
-def _value(row: dict, name: str):
-    """The value of a field; `a.b` is field b of the object a. None where it is not there."""
+def _look_up(row: dict, name: str) -> tuple[bool, object]:
+    """Whether the row has the field, and its value; `a.b` is field b of the object a."""
     if name in row:
-        return row[name]
-    for part in name.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
+        return True, row[name]
+    first, *parts = name.split(".")
+    if not parts or first not in row:
+        return False, None
+    value = row[first]
+    for part in parts:
+        if isinstance(value, dict) and part not in value:
+            return False, None
+        value = value[part] if isinstance(value, dict) else None
+    return True, value
+
+
+def _is_no_number(value) -> bool:
+    """NaN or infinite, as a number or as its text."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, str) and bool(_NOT_A_NUMBER.fullmatch(value.strip()))
 
 
 def _prompt(value) -> str | tuple[Message, ...]:
@@ -193,21 +229,24 @@ def _prompt(value) -> str | tuple[Message, ...]:
             (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
             for m in value
         ]
-        of_text = all(isinstance(part, str) and part for m in messages for part in m)
-        if of_text and messages[-1][0] != "assistant":
-            return tuple(messages)
-    raise UserError(
-        f"the prompt is {_shown(value)}; a text is needed, or a list of chat messages with role "
-        "and content, the last one not the assistant's."
-    )
+        silent, (*before, last) = ("system", ""), messages
+        before = [silent if m in (silent, ("system", None)) else m for m in before]
+        spoken = [*(m for m in before if m is not silent), last]
+        of_text = all(isinstance(part, str) and part for m in spoken for part in m)
+        if of_text and last[0] != "assistant":
+            return (*before, last)
+    raise UserError(f"the prompt is {_shown(value)}; {_NEEDED['prompt']}")
 
 
 def _answer(value) -> str:
+    """The text of an answer; empty where there is none."""
+    if value is None:
+        return ""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"the answer is {_shown(value)}; a text or a number is needed.")
+    raise UserError(f"the answer is {_shown(value)}; {_NEEDED['answer']}")
 
 
 def _shown(value) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import eos_ids, read_config
+from moe_upgrpo.hugging_face.tokenizer import note_on_turns, read_tokenizer
 from moe_upgrpo.tasks.base import Problem, Tokens, refill_indices
 from moe_upgrpo.tasks.files import Row, read_problems
 from moe_upgrpo.tasks.math_verifier import MathVerifier
@@ -28,8 +30,10 @@ class MathTask:
         max_prompt_tokens: longer training problems are left out and counted, a longer held-out
             problem is an error: figures of different runs would be over different problems. None:
             no limit.
+        trust_remote_code: run code of `model_dir` that its tokenizer needs.
 
-    `notes` are lines for the screen: what was read, and what was left out.
+    `notes` are lines for the screen: what was read, what was left out, and where the chat template
+    ends answers with no end token.
 
     Raises:
         UserError: see `read_problems`; no tokenizer, or one that does not fit the model or the
@@ -50,10 +54,13 @@ class MathTask:
         chat_template_kwargs: str = "{}",
         instruction: str = "",
         max_prompt_tokens: int | None = None,
+        trust_remote_code: bool = False,
     ):
-        self.notes: list[str] = []
         self._verifier = MathVerifier()
-        self._write = PromptWriter(model_dir, chat_template, chat_template_kwargs, instruction)
+        self._write = PromptWriter(
+            model_dir, chat_template, chat_template_kwargs, instruction, trust_remote_code
+        )
+        self.notes = list(self._write.notes)
         fields = {"prompt_field": prompt_field, "answer_field": answer_field}
         self._training = self._problems("--data", data, fields)
         self._heldout = self._problems("--eval-data", eval_data, fields)
@@ -148,32 +155,25 @@ class PromptWriter:
     """Rows to problems with prompt ids, by the tokenizer and the chat template of a model."""
 
     def __init__(
-        self, model_dir: Path, chat_template: str, chat_template_kwargs: str, instruction: str
+        self,
+        model_dir: Path,
+        chat_template: str,
+        chat_template_kwargs: str,
+        instruction: str,
+        trust_remote_code: bool,
     ):
-        from transformers import AutoConfig, AutoTokenizer
-
         self._model_dir, self._instruction = model_dir, instruction
-        try:
-            config = AutoConfig.from_pretrained(model_dir)
-            self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{model_dir} has no tokenizer that can be loaded, which the prompts of a data "
-                f"file need: {str(error).splitlines()[0]}"
-            ) from None
+        config = read_config(model_dir)
+        self._tokenizer = read_tokenizer(model_dir, trust_remote_code=trust_remote_code)
         self._vocabulary = config.get_text_config().vocab_size
-        self._check_end(config)
+        ends = eos_ids(model_dir, config)
+        self._check_end(ends)
         self._template = self._read_template(chat_template)
         self._kwargs = self._read_kwargs(chat_template_kwargs)
+        turns = note_on_turns(self._tokenizer, self._template, self._kwargs, ends)
+        self.notes = [turns] if turns else []
 
-    def _check_end(self, config) -> None:
-        from transformers import GenerationConfig
-
-        try:
-            ends = GenerationConfig.from_pretrained(self._model_dir).eos_token_id
-        except OSError:
-            ends = config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends or []
+    def _check_end(self, ends: list[int]) -> None:
         if self._tokenizer.eos_token_id not in ends:
             raise UserError(
                 f"{self._model_dir}: the tokenizer ends a text with token "
@@ -186,7 +186,14 @@ class PromptWriter:
         if chat_template == "none":
             return None
         if chat_template == "auto":
-            return self._tokenizer.chat_template and self._tokenizer.get_chat_template()
+            if not self._tokenizer.chat_template:
+                return None
+            try:
+                return self._tokenizer.get_chat_template()
+            except ValueError as error:  # several, and none of them the default
+                raise UserError(
+                    f"{self._model_dir}: {str(error).splitlines()[0]} Give --chat-template FILE."
+                ) from None
         try:
             return Path(chat_template).read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -232,6 +239,7 @@ class PromptWriter:
         role, content = messages[-1]
         messages[-1] = (role, content + self._instruction)
         if self._template is None:
+            messages = [(role, content) for role, content in messages if content]
             if len(messages) > 1:
                 raise UserError(
                     f"{row.where}: a chat of {len(messages)} messages needs a chat template: "

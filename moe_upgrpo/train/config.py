@@ -93,6 +93,9 @@ class TrainConfig:
 
     model: Path | None = None
     """Hugging Face checkpoint folder: docs/models.md. None: a tiny model, warm-started, cached."""
+    trust_remote_code: bool = False
+    """Run Python code of the model folder that its tokenizer needs. Never taken from a run that is
+    resumed: give it again."""
     digits: int = 2
     """The task where there is no --data: addition of two numbers of this many digits."""
     tiny: TinyModel = field(default_factory=TinyModel)
@@ -368,10 +371,8 @@ MAY_CHANGE = {
     "keep": "checkpoints",
     "report": "how the run is watched",
 }
-# Of the command line only.
-_OF_THE_START = ("config", "resume", "restart")
-# Which folder, and how the options came.
-_NO_SETTINGS = (*_OF_THE_START, "output_dir")
+# Which folder, how the options came, and what may be done on this machine.
+_NO_SETTINGS = ("config", "resume", "output_dir", "trust_remote_code")
 
 
 def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from moe_upgrpo import __version__
+from moe_upgrpo import __version__, kernels
 from moe_upgrpo.errors import UserError
 
 NOT_RUN = "not run (no machine of ours could)"
@@ -46,6 +46,7 @@ class Diagnosis:
     platform: str
     moe_upgrpo: str = __version__
     torch: dict[str, Any] = field(default_factory=dict)
+    cpu: dict[str, Any] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
     code_paths: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # why nothing trains here
@@ -99,9 +100,11 @@ def diagnose(
     installed = Installed(sys.path if path is None else path)
     problems: list[str] = []
     facts: dict[str, Any] = {}
+    cpu: dict[str, Any] = {}
     items = _base(installed, problems)
     try:
         facts = (torch_facts or _torch_facts)()
+        cpu = kernels.facts()
     except Exception as error:  # a broken torch raises anything
         problems.append(f"torch cannot be imported: {error}")
     cuda = bool(facts.get("cuda"))
@@ -121,6 +124,7 @@ def diagnose(
         python=platform.python_version(),
         platform=platform.platform(),
         torch=facts,
+        cpu=cpu,
         items=items,
         code_paths=paths,
         problems=problems,
@@ -354,6 +358,11 @@ def show(found: Diagnosis, console: Console) -> None:
         for name, path in found.code_paths.items():
             paths.add_row(name, path)
         console.print(paths)
+    if found.cpu:
+        used = Table("CPU kernels", "selected here")
+        for name, kernel in kernels.describe(found.cpu).items():
+            used.add_row(name, kernel)
+        console.print(used)
     if found.problems:
         console.print("Nothing trains here:")
         for problem in found.problems:

@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
@@ -122,6 +123,8 @@ def make_plan(config: PlanConfig) -> Plan:
     layout = config.layout(config.ranks)
     hf = _model_config(config.model or config.tiny)
     layout.check_model(hf)
+    if config.model:
+        try_export(hf, side_files(config.model), None)
     model = Sizes.of(hf)
     prompt_tokens, new_tokens = _lengths(config)
     length = -(-(prompt_tokens + new_tokens) // layout.tp) * layout.tp

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
@@ -26,6 +25,7 @@ from moe_upgrpo.rollout.engines import EngineName, make_engine
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 from moe_upgrpo.train import alarms, analysis, record
+from moe_upgrpo.train.route_dumps import read_routes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,9 @@ class ProbeConfig:
     """Compare a rollout engine with the Megatron trainer on one checkpoint, or two route dumps."""
 
     model: Path | None = None
-    """Hugging Face checkpoint folder (qwen3_moe) with its tokenizer."""
+    """Hugging Face checkpoint folder with its tokenizer: docs/models.md."""
+    trust_remote_code: bool = False
+    """Run Python code of the model folder that its tokenizer needs."""
     prompts: Path | None = None
     """Text file, one prompt a line."""
     samples: int = 8
@@ -52,7 +54,8 @@ class ProbeConfig:
     output_dir: Path = Path("runs/probe")
     """Where the report goes; must not hold another run."""
     rollout_routes: Path | None = None
-    """In place of a model: expert ids [tokens, layers, top-k] of the rollout, as .npy, and ..."""
+    """In place of a model: expert ids [tokens, layers, top-k] of the rollout, or of a batch
+    [sequences, tokens, layers, top-k], as an .npy, .npz or torch file, and ..."""
     train_routes: Path | None = None
     """... of the trainer: row t of both belongs to the same token."""
     num_experts: int | None = None
@@ -99,26 +102,13 @@ _ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()
 
 
 def _compare_dumps(config: ProbeConfig, run: RunFolder) -> dict:
-    def load(path: Path) -> np.ndarray:
-        try:
-            array = np.load(path, allow_pickle=False)
-            return array.astype(array.dtype.newbyteorder("="))  # torch takes the native order only
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not an .npy array of expert ids: {error}") from None
-
-    rollout, train = load(config.rollout_routes), load(config.train_routes)
-    for path, array in ((config.rollout_routes, rollout), (config.train_routes, train)):
-        if array.dtype.kind not in "iu":
-            raise UserError(
-                f"{path} holds {array.dtype}; integers [tokens, layers, top-k] are needed."
-            )
-    counts = compare_routes(
-        torch.from_numpy(rollout), torch.from_numpy(train), num_experts=config.num_experts
-    )
+    rollout, train = read_routes(config.rollout_routes), read_routes(config.train_routes)
+    counts = compare_routes(rollout, train, num_experts=config.num_experts)
     about = {"num_experts": config.num_experts, "top_k": counts.top_k}
     about |= {"moe_layers": list(range(counts.num_layers)), "loss": "none (probe of two dumps)"}
     RunFolder.create(run.path, asdict(config) | about | _ALARMS)
-    return {"step": 1} | record.measured(record.routing_sums(counts, rollout))
+    rollout_NLK = rollout.reshape(-1, *rollout.shape[-2:])
+    return {"step": 1} | record.measured(record.routing_sums(counts, rollout_NLK))
 
 
 def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
@@ -180,10 +170,7 @@ def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]
         raise UserError(f"--prompts {config.prompts}: {error}") from None
     if not lines:
         raise UserError(f"{config.prompts} holds no prompt: one a line is needed.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config.model} has no tokenizer that can be read: {error}") from None
+    tokenizer = read_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     prompts = [np.array(tokenizer(line).input_ids) for line in lines]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:

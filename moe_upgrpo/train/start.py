@@ -18,10 +18,15 @@ import numpy as np
 import torch
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import is_tied
+from moe_upgrpo.hugging_face.export import drop_exports
+from moe_upgrpo.hugging_face.folder import Weights
+from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
@@ -33,6 +38,7 @@ from moe_upgrpo.store import (
     read_metrics,
     write_evaluation,
 )
+from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
 from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
@@ -81,6 +87,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
         needs_behind = config.overlap and config.analyse_every > 0
         behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
+        if rank == 0:
+            actor.try_saving(run.path)
         resume.load(found, actor, behind)
         sampling = SamplingConfig(
             temperature=config.temperature,
@@ -133,6 +141,11 @@ def start(config: TrainConfig) -> Iterator[Job]:
                     drop_after(config.save_rollouts, found.step)
                 step = found.step if found.path else None
                 RunFolder.resume(run.path, step=step, config=about, changed=changed)
+                # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept
+                # has been read by now.
+                Checkpoints(run.checkpoints).prune(config.keep)
+                for path in drop_exports(run.checkpoints, found.step if found.path else -1):
+                    display.say(f"{path} is removed: its steps are run again")
             elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
@@ -188,6 +201,8 @@ def _task_and_model(
     config: TrainConfig, layout: Layout, display: Display, rank: int
 ) -> tuple[Task, Path]:
     """The task and the folder of the model, which speaks its tokens."""
+    if config.model:
+        _say_of_model(config, display, rank)
     if config.data:
         task = MathTask(
             config.data,
@@ -199,6 +214,7 @@ def _task_and_model(
             chat_template_kwargs=config.chat_template_kwargs,
             instruction=config.instruction,
             max_prompt_tokens=config.max_prompt_tokens,
+            trust_remote_code=config.trust_remote_code,
         )
         for note in task.notes:
             display.say(note)
@@ -207,8 +223,21 @@ def _task_and_model(
     model_dir = config.model or groups.from_rank_0(
         _warm_started(config, task, layout, display) if rank == 0 else None
     )
-    task.check_model(Path(model_dir))
+    task.check_model(Path(model_dir), trust_remote_code=config.trust_remote_code)
     return task, Path(model_dir)
+
+
+def _say_of_model(config: TrainConfig, display: Display, rank: int) -> None:
+    """What to know of a given model; refused before the problems are read where it cannot be."""
+    hf = read_model_config(config.model)
+    with Weights(config.model, tied=is_tied(hf)) as weights:
+        if note := weights.note():
+            display.say(note)
+    if config.trust_remote_code:
+        display.say(f"--trust-remote-code: code of {config.model} is run for its tokenizer")
+        if rank == 0:  # transformers copies the code into a cache: one rank after the other
+            read_tokenizer(config.model, trust_remote_code=True)
+        groups.from_rank_0(None)
 
 
 def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
@@ -271,8 +300,9 @@ class Job:
     def first_sequence(self) -> int:
         return self.dp_rank * (self.config.prompts // self.dp_size) * self.config.group
 
-    def _seed(self, purpose: int, step: int, rank: int, refill: int = 0) -> int:
-        numbers = (self.config.seed, purpose, step, rank, *([refill] if refill else []))
+    def _seed(self, purpose: int, step: int, which: int, refill: int = 0) -> int:
+        """Of one rank's, or one problem's, draws in a step."""
+        numbers = (self.config.seed, purpose, step, which, *([refill] if refill else []))
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def seed_global_generators(self, step: int) -> None:
@@ -347,8 +377,14 @@ class Job:
         ], killed
 
     def rewards(self, batch: Batch, step: int) -> np.ndarray:
-        draw = np.random.default_rng(self._seed(_VERDICTS, step, self.dp_rank))
-        mistaken_B = draw.random(len(batch.correct_B)) < self.config.false_positives
+        """Of the batch's responses; which wrong ones pass for right is drawn for each problem of
+        the step and each response to it, so that every layout has the same errors."""
+        first = self.first_sequence // self.config.group
+        draws = [
+            np.random.default_rng(self._seed(_VERDICTS, step, first + i)).random(len(g.correct_G))
+            for i, g in enumerate(batch.groups)
+        ]
+        mistaken_B = np.concatenate(draws) < self.config.false_positives
         return shaped_rewards(
             np.where(mistaken_B, 1, batch.correct_B),
             np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
@@ -648,9 +684,7 @@ class Job:
 
     def finish(self) -> Path:
         """Keep the trained weights, write the report, say what came of it."""
-        trained = self.run.checkpoints / f"step-{self.config.steps:06d}"
-        if groups.from_rank_0(not trained.exists()):
-            self.actor.save(trained)
+        self.actor.save(self.run.checkpoints / f"step-{self.config.steps:06d}")
         if self.rank == 0:
             self.display.summary(read_metrics(self.run.path))
             if not self.config.report:

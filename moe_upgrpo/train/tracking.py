@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store.files import parse_json
+from moe_upgrpo.store.files import write_text
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 PROJECT = "moe_upgrpo"
@@ -120,7 +120,7 @@ class _WandB:
                 "set WANDB_MODE=offline and send the run later (wandb sync)."
             ) from error
         known.parent.mkdir(exist_ok=True)
-        known.write_text(json.dumps({"id": self._run.id}) + "\n")
+        write_text(known, json.dumps({"id": self._run.id}) + "\n")
         # wandb's own step only grows, and a resumed run may repeat some.
         self._run.define_metric("*", step_metric="step")
 

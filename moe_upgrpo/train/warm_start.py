@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.rollout.hf import no_progress_bar
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
@@ -83,7 +84,7 @@ def tiny_model_config(
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=expert_intermediate,
-        norm_topk_prob=True,
+        norm_topk_prob=top_k > 1,  # else the gate is 1, and no gradient reaches the router
         router_aux_loss_coef=0.0,
     )
 
@@ -159,7 +160,7 @@ def warm_start(
         arithmetic.save_tokenizer(unfinished)
         made_by = json.dumps(recipe | {"reached": reached}, indent=1, default=str)
         (unfinished / "warm_start.json").write_text(made_by + "\n")
-        os.chmod(unfinished, 0o755)  # mkdtemp keeps others out
+        by_umask(unfinished)
         os.rename(unfinished, folder)
     except OSError:
         # Another process may have renamed its own, the same, in the meantime.

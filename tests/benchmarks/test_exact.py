@@ -133,6 +133,7 @@ def test_a_prefix_does_not_see_what_follows_it():
     close(log_probs[last], world.policy.outputs(world.theta_P).log_probs_MV)
 
 
+@pytest.mark.bits
 def test_held_to_its_own_routes_the_policy_is_the_same_and_to_others_another():
     world = World()
     native = world.policy.outputs(world.theta_P)
@@ -192,6 +193,7 @@ def test_the_deployed_gradient_by_finite_differences(kind):
 # --- the estimators
 
 
+@pytest.mark.bits
 def test_negative_control_up_is_grpo_at_the_first_inner_step():
     """To the last bit, with a mismatched engine; and no longer after two updates."""
     first, later = World(updates=0), World(updates=2)

@@ -262,6 +262,7 @@ def test_sampled_gradients_have_the_exact_mean(model, start, loss):
     assert error < 5 * standard < 0.5 * float(exact.mean_SP[0].norm())
 
 
+@pytest.mark.bits
 def test_staleness_zero_is_no_staleness(model, start):
     """Then the engine's weights are the trainer's, and old log-probs of either are the same."""
     runs = [Run(start=start, learning_rate=0.05)]

@@ -4,7 +4,6 @@ folder in no time; `test_a_whole_comparison` (slow) trains."""
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import yaml
 from moe_upgrpo.compare import data, run
 from moe_upgrpo.compare.plan import from_values
 from moe_upgrpo.errors import UserError
+from tests.ranks import run_command
 
 VALUES = {
     "name": "one",
@@ -115,6 +115,21 @@ def test_a_killed_run_is_run_again(jobs, tmp_path, monkeypatch):
     assert len(data.read_all(tmp_path / "out")) == 4
 
 
+def test_a_run_stopped_before_its_data_were_kept_is_kept_as_finished(jobs, tmp_path):
+    """Started again it would say that nothing is left to do, and count as crashed."""
+    folder = tmp_path / "out"
+    do(folder)
+    (folder / "data/b-seed1.parquet").unlink()
+    for name in ("state-000002", "step-000002"):
+        (folder / "runs/b-seed1/checkpoints" / name).mkdir(parents=True)
+    jobs.clear()
+    do(folder)
+    assert jobs == []
+    about = {(r.about.arm, r.about.seed): r.about for r in data.read_all(folder)}["b", 1]
+    assert (about.status, about.seconds) == ("finished", None)
+    assert not (folder / "runs/b-seed1/checkpoints").exists()
+
+
 def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, monkeypatch):
     """And while the first command is at work, a second is refused."""
     monkeypatch.setenv("MODE", "hangs")
@@ -123,21 +138,12 @@ def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, m
     def meanwhile():
         while not (folder / "runs/pid").exists():
             time.sleep(0.05)
-        words = [
-            sys.executable,
-            "-m",
-            "moe_upgrpo",
-            "compare",
-            str(config),
-            "--output",
-            str(folder),
-        ]
-        refused.append(subprocess.run(words, capture_output=True, text=True))
+        refused.append(run_command("compare", config, "--output", folder))
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(VALUES))
-    other = threading.Thread(target=meanwhile)
+    other = threading.Thread(target=meanwhile, daemon=True)  # waits for ever where no run starts
     other.start()
     with pytest.raises(KeyboardInterrupt):
         do(folder)

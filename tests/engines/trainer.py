@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.rollout import SamplingConfig
+from tests.engines.tolerance import log_prob_tolerance
 
 EOS = 1
 SIZES = dict(
@@ -90,10 +91,11 @@ def differs(first, second):
 
 
 def agrees_with_trainer(actor, rollouts) -> int:
-    """Log-probs to 1e-5, routes as sets exactly; the routers that were compared."""
-    rows = 0
+    """Log-probs to the rounding of fp32, routes as sets exactly; the routers that were compared."""
+    rows, length = 0, max((len(whole(r)) for r in rollouts), default=0)
+    tolerance = log_prob_tolerance(actor.hf, length=length, temperature=actor.temperature)
     for rollout, scored in zip(rollouts, score(actor, rollouts), strict=True):
-        np.testing.assert_allclose(rollout.logp_rollout, scored.log_probs, atol=1e-5)
+        np.testing.assert_allclose(rollout.logp_rollout, scored.log_probs, rtol=0, atol=tolerance)
         np.testing.assert_array_equal(np.sort(rollout.routes), np.sort(scored.routes))
         rows += rollout.routes[..., 0].size
     return rows

@@ -13,13 +13,11 @@ packing, forwards, schedules, train_rl.forward_step and its loss function.
 
 import importlib
 import itertools
-import multiprocessing
 import os
 import pickle
-import socket
 import sys
-import traceback
 import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -53,6 +51,7 @@ from megatron.training.global_vars import set_global_variables
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron import backend
+from tests.ranks import run_ranks
 
 VOCAB, WIDTH, EXPERTS, TOP_K = 64, 16, 8, 2
 TOKENIZER = SimpleNamespace(
@@ -437,43 +436,16 @@ def settings(folder: Path) -> None:
 JOBS = {"losses": losses, "routes": routes, "settings": settings}
 
 
-def rank(number: int, size: int, port: int, job: str, folder: str, variables: dict, out) -> None:
-    os.environ.update(
-        RANK=str(number),
-        LOCAL_RANK=str(number),
-        WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        **variables,
-    )
-    try:
-        with backend.apply():
-            JOBS[job](Path(folder))
-        out.put(None)
-    except BaseException:
-        out.put(f"{job} {variables}, rank {number}:\n{traceback.format_exc()}")
+def rank(job: str, folder: str, variables: dict) -> None:
+    os.environ.update(variables)
+    with backend.apply():
+        JOBS[job](Path(folder))
 
 
 def main() -> None:
-    context = multiprocessing.get_context("fork")
     for job, folder, size, variables in pickle.loads(Path(sys.argv[1]).read_bytes()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        out = context.Queue()
-        workers = [
-            context.Process(target=rank, args=(i, size, port, job, folder, variables, out))
-            for i in range(size)
-        ]
-        for worker in workers:
-            worker.start()
-        problem = next(filter(None, (out.get() for _ in workers)), None)
-        for worker in workers:
-            if problem:
-                worker.kill()  # it may wait for the other
-            worker.join()
-        if problem:
-            sys.exit(problem)
+        told = (job, folder, variables)
+        run_ranks(size, rank, *told, timeout_s=600, context=get_context("fork"))
 
 
 if __name__ == "__main__":

@@ -209,8 +209,6 @@ class StackChecks:
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         results = pickle.loads((folder / "results.pkl").read_bytes())
-        for name, ranks in results.items():
-            assert not isinstance(ranks, str), f"{name}: {ranks}"
         found = {
             size: [list(ranks) for ranks in zip(*results[f"losses{size}"], strict=True)]
             for size in (1, 2)

@@ -19,12 +19,9 @@ loss dispatch, advantages, and Megatron-Core's schedules, DDP and distributed op
 import copy
 import os
 import pickle
-import socket
 import sys
-import traceback
 import warnings
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from itertools import pairwise
@@ -33,6 +30,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 from tests.integrations.stack_plugin import NAMES, StandIns
+from tests.ranks import run_ranks
 
 warnings.filterwarnings("ignore")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -447,41 +445,8 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
     return {"reported": reported, "recorded": recorded}
 
 
-def job(rank, world, port, function, arguments):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    import faulthandler
-
-    faulthandler.dump_traceback_later(30)
-    try:
-        return rank, pickle.dumps(function(*arguments))
-    except BaseException:
-        return rank, traceback.format_exc()
-
-
-def on_ranks(world, function, *arguments) -> list | str:
-    """What each rank returned, or the first traceback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    pool = ProcessPoolExecutor(world, mp_context=get_context("fork"))
-    ranks = [pool.submit(job, r, world, port, function, arguments) for r in range(world)]
-    found = {}
-    try:
-        for done in as_completed(ranks, timeout=600):
-            rank, result = done.result()
-            if isinstance(result, str):
-                return result
-            found[rank] = pickle.loads(result)
-    finally:
-        for process in pool._processes.values():
-            process.kill()
-    return [found[rank] for rank in sorted(found)]
+def on_ranks(world, function, *arguments) -> list:
+    return run_ranks(world, function, *arguments, timeout_s=600, context=get_context("fork"))
 
 
 def main(checkpoint: str, folder: str):

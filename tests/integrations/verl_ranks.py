@@ -14,16 +14,14 @@ All else is verl's: engine, micro-batches, forward, replay, loss, DDP, distribut
 """
 
 import json
-import multiprocessing
 import os
 import pickle
-import socket
 import sys
-import traceback
 import types
 import warnings
 from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
@@ -43,6 +41,7 @@ from verl.plugin.platform.platform_manager import set_platform
 
 from moe_upgrpo.megatron import backend, model, weights
 from moe_upgrpo.megatron.layout import Layout
+from tests.ranks import run_ranks
 
 
 class Cpu(PlatformCUDA):
@@ -320,55 +319,15 @@ def of_worker(engine, output) -> dict:
     }
 
 
-def job(rank, world, port, results, function, arguments):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    try:
-        results.put((rank, pickle.dumps(function(*arguments)), None))
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-
-
-def on_ranks(world, function, *arguments) -> list:
-    """What each rank returned, or the first traceback."""
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = context.Queue()
-    ranks = [
-        context.Process(
-            target=job, args=(r, world, port, results, function, arguments), daemon=True
-        )
-        for r in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    found = {}
-    try:
-        for _ in ranks:
-            rank, value, error = results.get(timeout=120)
-            if error:
-                return [error]
-            found[rank] = pickle.loads(value)
-    finally:
-        for process in ranks:
-            process.kill()
-    return [found[rank] for rank in sorted(found)]
-
-
 def main(checkpoint: str, folder: str):
     folder = Path(folder)
     jobs = json.loads((folder / "jobs.json").read_text())
     results = {}
     for name, spec in jobs.items():
         world = spec.pop("world")
-        results[name] = on_ranks(world, train, checkpoint, folder / name, *spec.values())
+        results[name] = run_ranks(
+            world, train, checkpoint, folder / name, *spec.values(), context=get_context("fork")
+        )
     (folder / "results.pkl").write_bytes(pickle.dumps(results))
 
 

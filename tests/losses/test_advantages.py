@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
@@ -90,13 +92,20 @@ def test_dynamic_sampling_is_bounded():
 
 
 def test_overlong_penalty():
-    """L_max 20, buffer 4: free up to 16, −1 at 20, beyond it further down the line."""
-    lengths = torch.tensor([0, 16, 17, 18, 20, 22])
-    assert overlong_penalty(lengths, 20, 4).tolist() == [0, 0, -0.25, -0.5, -1, -1.5]
-    assert overlong_penalty(lengths, 20, 4, factor=2).tolist() == [0, 0, -0.5, -1, -2, -3]
+    """L_max 20, buffer 4, by eq. 13 of DAPO: free up to 16, −1 from 20 on, whatever is beyond."""
+    lengths = torch.tensor([0, 16, 17, 18, 20, 22, 4000])
+    assert overlong_penalty(lengths, 20, 4).tolist() == [0, 0, -0.25, -0.5, -1, -1, -1]
+    assert overlong_penalty(lengths, 20, 4, factor=2).tolist() == [0, 0, -0.5, -1, -2, -2, -2]
+    assert overlong_penalty(lengths, 20, 4, factor=0).count_nonzero() == 0
+    for dtype in (torch.uint8, torch.int16, torch.float64):
+        narrow = overlong_penalty(lengths[:6].to(dtype), 20, 4)
+        assert narrow.tolist() == [0, 0, -0.25, -0.5, -1, -1]
     for buffer in (0, 21):
         with pytest.raises(UserError, match=f"buffer: {buffer} given"):
             overlong_penalty(lengths, 20, buffer)
+    for factor in (-1.0, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"factor: {factor} given; allowed: a finite number"):
+            overlong_penalty(lengths, 20, 4, factor)
 
 
 def test_kl_by_hand():
@@ -121,6 +130,36 @@ def test_k1_and_k3_are_unbiased_and_the_gradient_of_k2_is_the_kls():
     expectation = (p.detach() * kl_estimate(lp, ref, "k2")).sum()
     (estimated,) = torch.autograd.grad(expectation, logits)
     torch.testing.assert_close(estimated, exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@settings(deadline=None)
+@given(st.floats(-2000, 0), st.floats(-2000, 0), st.sampled_from(["float32", "float64"]))
+def test_the_gradient_of_a_kl_estimate_has_the_sign_of_its_derivative(kind, current, ref, dtype):
+    """d/dlog π: 1; log π − log π_ref; 1 − π_ref/π, in Python's floats. Never of the other sign."""
+    lp = torch.tensor([current], dtype=getattr(torch, dtype), requires_grad=True)
+    ref = torch.tensor([ref], dtype=lp.dtype)
+    kl_estimate(lp, ref, kind).sum().backward()
+    gap = lp.item() - ref.item()
+    exact = {"k1": 1.0, "k2": gap, "k3": -math.expm1(min(-gap, 700.0))}[kind]
+    found = lp.grad.item()
+    assert math.isfinite(found) and found * exact >= 0
+    if exact and abs(exact) > 1e-6:
+        assert found * exact > 0
+    if gap > -20:
+        assert found == pytest.approx(exact, rel=1e-4, abs=1e-6)
+
+
+def test_k3_goes_on_along_its_tangent_beyond_20_nats():
+    """At d = 20 + x: e^20 − 21 + x·(e^20 − 1); the slope in log π is 1 − e^20 from there on."""
+    d = torch.tensor([19.0, 20, 20.5, 30, 1000], dtype=torch.float64)
+    lp = (-d).requires_grad_()
+    k3 = kl_estimate(lp, torch.zeros(5, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(k3.sum(), lp)
+    e20 = 485165195.40979
+    values = [math.exp(19) - 20, *(e20 - 21 + x * (e20 - 1) for x in (0, 0.5, 10, 980))]
+    assert k3.tolist() == pytest.approx(values, rel=1e-12)
+    assert slope.tolist() == pytest.approx([1 - math.exp(19), *[1 - e20] * 4], rel=1e-12)
 
 
 def test_kl_extremes_and_bad_input():

@@ -8,6 +8,7 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
+    BRANCHES,
     PRESETS,
     PolicyLossConfig,
     RolloutCorrection,
@@ -15,7 +16,7 @@ from moe_upgrpo.losses import (
     gradient_coefficients,
     policy_loss,
 )
-from tests.losses.batches import random_batch
+from tests.losses.batches import EVERY_PRESET, random_batch
 
 
 def arguments(preset: str = "up-grpo", **changes) -> dict:
@@ -134,6 +135,60 @@ def test_global_denominators(count):
 def test_what_is_not_used_is_not_checked():
     """A NaN in rollout log-probs that the loss does not read, or in padding, is no error."""
     policy_loss(**arguments(**with_value("rollout_log_probs", math.nan)))
+
+
+def varying(name: str, factor: torch.Tensor):
+    """`policy_loss` and oracle of a batch with a factor for each position on its advantages."""
+    batch = random_batch(spread=0.1).with_grad()
+    batch = dataclasses.replace(batch, advantages=batch.advantages * factor)
+    config = PRESETS[name]
+    arguments = batch.arguments(config)
+    return batch, config, arguments
+
+
+FACTORS = {
+    "of one sign": torch.linspace(0.5, 2, 7, dtype=torch.float64),
+    "of both signs": torch.tensor([1.0, -1.0] * 3 + [1], dtype=torch.float64),
+    "zeros among them": torch.tensor([1.0, 1, 0, 1, 1, 1, 1], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+@pytest.mark.parametrize("name", EVERY_PRESET)
+def test_an_advantage_for_each_token(name, kind):
+    """The gradient is the oracle's, or the sign and the loss of whole sequences are named."""
+    batch, config, arguments = varying(name, FACTORS[kind])
+    coupled = [s for s in ("positive", "negative") if BRANCHES[getattr(config, s)].coupled]
+    if coupled:
+        says = (
+            rf"advantages: .* of sequence \d given with {coupled[0]} '{config.negative}'; allowed"
+        )
+        for call in (policy_loss, gradient_coefficients):
+            with pytest.raises(UserError, match=says):
+                call(**arguments)
+        return
+    policy_loss(**arguments).loss.backward()
+    w_B = aggregation_weights(batch.mask.sum(-1), config.aggregation)
+    expected = -w_B[:, None] * batch.advantages * gradient_coefficients(**arguments)
+    assert expected.count_nonzero() > 0
+    torch.testing.assert_close(batch.log_probs.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_an_advantage_for_each_token_where_whole_sequences_take_none():
+    """UP's positive branch takes any; GSPO has the negative sequences. Behind the mask is nothing,
+    and rounding makes no advantage of single tokens."""
+    batch, _, _ = varying("up-gspo", torch.ones(7, dtype=torch.float64))
+    up = batch.advantages > 0
+    advantages = torch.where(up, batch.advantages * FACTORS["of one sign"], batch.advantages)
+    advantages = torch.where(
+        batch.mask.bool(), advantages * (1 + 1e-7 * FACTORS["of one sign"]), 7.0
+    )
+    arguments = batch.arguments(PRESETS["up-gspo"]) | {"advantages": advantages}
+    policy_loss(**arguments).loss.backward()
+    w_B = aggregation_weights(batch.mask.sum(-1), "seq-mean-token-mean")
+    expected = -w_B[:, None] * advantages * gradient_coefficients(**arguments)
+    assert expected[up & batch.mask.bool()].count_nonzero() == 8
+    torch.testing.assert_close(batch.log_probs.grad, expected, rtol=1e-6, atol=0)
 
 
 CONFIGS = {

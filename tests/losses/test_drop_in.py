@@ -33,6 +33,8 @@ def appendix(old_log_prob, log_prob, advantages, mask, low, high, c):
 
 def aggregate(losses, mask, mode):
     """verl's `agg_loss` without distribution: sequences without tokens do not count."""
+    if mode == "token-sum":
+        return (losses * mask).sum()
     if mode == "token-mean":
         return (losses * mask).sum() / mask.sum()
     rows, lengths = (losses * mask).sum(-1), mask.sum(-1)
@@ -44,7 +46,13 @@ def aggregate(losses, mask, mode):
     return rows.sum() / sequences
 
 
-MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+MODES = [
+    "token-sum",
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -121,5 +129,19 @@ def test_bad_input():
         compute_policy_loss(*call)
     with pytest.raises(UserError, match=r"dual_clip: 0\.5 given; allowed: above 1"):
         compute_policy_loss(*call, cliprange=0.2, clip_ratio_c=0.5)
-    with pytest.raises(UserError, match="aggregation: 'mean' given"):
+    with pytest.raises(UserError, match="loss_agg_mode: 'mean' given; allowed: token-sum, token-"):
         compute_policy_loss(*call, cliprange=0.2, loss_agg_mode="mean")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 4)])
+def test_a_batch_without_tokens(shape):
+    """The sum of nothing is 0, with a graph; the mean of nothing is an error."""
+    lp, nothing = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    call = (nothing, lp, nothing, nothing)
+    loss, *shares = compute_policy_loss(*call, cliprange=0.2, loss_agg_mode="token-sum")
+    loss.backward()
+    assert loss.item() == 0 and lp.grad.shape == shape and lp.grad.count_nonzero() == 0
+    assert [share.item() for share in shares] == [0, 0, 0]
+    for mode in MODES[1:]:
+        with pytest.raises(UserError, match="mask: 0 tokens selected"):
+            compute_policy_loss(*call, cliprange=0.2, loss_agg_mode=mode)

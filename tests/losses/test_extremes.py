@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, finalize_metrics, policy_loss
-from tests.losses.batches import EVERY_PRESET, random_batch
+from tests.losses.batches import EVERY_PRESET, Batch, random_batch
 
 
 def finite_gradient(name: str, batch) -> torch.Tensor:
@@ -37,7 +38,8 @@ def test_log_ratios_of_a_thousand(name, dtype):
     )
     log_ratio = (batch.log_probs - batch.old_log_probs)[batch.mask.bool()]
     assert log_ratio.max() > 990 and log_ratio.min() < -990
-    finite_gradient(name, batch)
+    # No cut turns a gradient round: c >= 0.
+    assert (finite_gradient(name, batch) * batch.advantages).max() <= 0
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -78,6 +80,28 @@ def test_a_micro_batch_of_nothing_but_empty_responses(name):
     result.loss.backward()
     assert result.loss.item() == 0
     assert batch.log_probs.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0, 0)], ids=["no sequences", "no positions"])
+@pytest.mark.parametrize("name", EVERY_PRESET)
+def test_a_micro_batch_of_no_sequences_or_no_positions(name, lengths):
+    """[0, T] and [B, 0]: 0 with a graph that reaches the weights behind, and nothing counted."""
+    batch = random_batch(lengths=(3, 3, 3), width=4).rows(slice(len(lengths)))
+    if lengths:
+        batch = Batch(*(getattr(batch, f.name)[:, :0] for f in dataclasses.fields(batch)))
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    arguments = batch.arguments(PRESETS[name]) | {"log_probs": weight * batch.log_probs}
+    result = policy_loss(**arguments, global_tokens=10, global_sequences=3)
+    result.loss.backward()
+    assert result.loss.item() == 0 and weight.grad.item() == 0
+    assert result.per_token.shape == result.clipped.shape == batch.log_probs.shape
+    assert all(float(part) == 0 for pair in result.metrics.values() for part in pair)
+    assert all(math.isnan(value) for value in finalize_metrics(result.metrics).values())
+    for mask_type in (torch.bool, torch.int64, torch.bfloat16):
+        arguments["mask"] = batch.mask.to(mask_type)
+        assert policy_loss(**arguments, global_tokens=10, global_sequences=3).loss == 0
+    with pytest.raises(UserError, match="mask: 0 tokens selected"):
+        policy_loss(**arguments)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

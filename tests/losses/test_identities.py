@@ -136,22 +136,13 @@ def test_zero_advantage_contributes_nothing(name):
     torch.testing.assert_close(result.loss, alone.loss, rtol=1e-14, atol=0)
 
 
-def test_gspo_is_gspo_token_where_the_advantage_is_constant_and_its_mean_where_not():
+def test_gspo_is_gspo_token_where_the_advantage_is_constant():
     wide = dict(clip_low=0.2, clip_high=0.2)
     gspo = PolicyLossConfig.preset("gspo", **wide)
     gspo_token = PolicyLossConfig.preset("gspo-token", **wide)
     batch = random_batch(seed=10, spread=0.1)
     assert not run(gspo, batch)[0].clipped.all()
     torch.testing.assert_close(run(gspo, batch)[1], run(gspo_token, batch)[1], rtol=1e-12, atol=0)
-
-    varying = dataclasses.replace(
-        batch, advantages=batch.advantages * torch.linspace(0.5, 2, 7, dtype=torch.float64)
-    )
-    sums = (varying.advantages * batch.mask).sum(-1, keepdim=True)
-    means = (sums / batch.mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(batch.mask)
-    averaged = dataclasses.replace(batch, advantages=means)
-    torch.testing.assert_close(run(gspo, varying)[1], run(gspo, averaged)[1], rtol=1e-12, atol=0)
-    assert not torch.allclose(run(gspo_token, varying)[1], run(gspo_token, averaged)[1])
 
 
 @pytest.mark.parametrize("weight", ["decoupled", "token-tis", "sequence-tis", "icepop"])

@@ -3,6 +3,9 @@
 import math
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
@@ -99,6 +102,35 @@ def test_the_off_policy_mask_counts_as_clipped():
     assert finalize_metrics(result.metrics)["clip_fraction_negative"] == pytest.approx(float(share))
     # By hand: r = .25 .5 1 has mean log r < 0, so all three; r = 4 is beyond the dual clip.
     assert float(share) == 1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 6),
+    st.integers(0, 3000),
+    st.floats(-3, 3),
+    st.sampled_from([0.0, 1e-7, 0.5]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_an_effective_sample_is_no_larger_than_the_sample(tokens, padding, level, spread, dtype):
+    """By Python's floats too; equal ratios are worth all tokens, whatever the padding."""
+    shifts = torch.tensor([level + spread * (i % 3) for i in range(tokens)], dtype=dtype)
+    lp, mask = torch.zeros(2, tokens + padding, dtype=dtype), torch.zeros(2, tokens + padding)
+    lp[0, :tokens], mask[0, :tokens] = shifts, 1
+    config = PolicyLossConfig.preset(
+        "symmetric-ratio", correction=RolloutCorrection(weight="decoupled", positive=True)
+    )
+    one, old = torch.ones_like(lp), torch.zeros_like(lp)
+    result = policy_loss(lp, old, one, mask, config=config, rollout_log_probs=old - lp)
+    values = finalize_metrics(result.metrics)
+    ratios = [math.exp(x) for x in shifts.tolist()]
+    expected = sum(ratios) ** 2 / sum(r * r for r in ratios)
+    for name in ("ratio_effective_sample_size", "correction_effective_sample_size"):
+        assert values[name] <= tokens
+        assert values[name] == pytest.approx(expected, rel=1e-6)
+    assert values["ratio_mean"] == pytest.approx(sum(ratios) / tokens, rel=1e-6)
+    twice = merge_metrics([result.metrics] * 7)
+    assert finalize_metrics(twice)["ratio_effective_sample_size"] <= 7 * tokens
 
 
 def test_merging_adds_both_sums():

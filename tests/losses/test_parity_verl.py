@@ -10,6 +10,8 @@ library's guard against overflow has a part.
 """
 
 import importlib
+import inspect
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import torch
 from moe_upgrpo.losses import (
     PolicyLossConfig,
     RolloutCorrection,
+    compute_policy_loss,
     finalize_metrics,
     group_advantages,
     kl_estimate,
@@ -123,6 +126,26 @@ def test_loss_and_gradient(name, mode):
     assert theirs.log_probs.grad.count_nonzero() > 3
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-8)
     torch.testing.assert_close(mine.log_probs.grad, theirs.log_probs.grad, rtol=1e-7, atol=1e-15)
+
+
+def test_the_drop_in_takes_every_mode_of_verl():
+    """Its losses by verl's own `agg_loss`; the modes are those that verl's source compares with."""
+    source = inspect.getsource(core_algos.agg_loss)
+    modes = set(re.findall(r'"((?:token|seq)-[a-z-]+)"', source.split('"""')[2]))
+    assert {"token-sum", "token-mean", "seq-mean-token-sum-norm"} < modes
+    batch = random_batch(seed=51, spread=1.0)
+    result = policy_loss(**batch.arguments(ours("up-grpo")))
+    for mode in modes:
+        expected = core_algos.agg_loss(result.per_token, batch.mask, mode)
+        found, *_ = compute_policy_loss(
+            batch.old_log_probs,
+            batch.log_probs,
+            batch.advantages,
+            batch.mask,
+            cliprange=0.2,
+            loss_agg_mode=mode,
+        )
+        assert found.item() == pytest.approx(expected.item(), rel=1e-7), mode
 
 
 def test_our_gspo_is_verls_for_advantages_per_sequence():

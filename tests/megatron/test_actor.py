@@ -108,6 +108,7 @@ def test_nothing_is_recorded_where_nothing_is_asked_for(actor):
         actor.update([SAMPLE], LOSS, record=("scores",))
 
 
+@pytest.mark.bits
 def test_without_old_log_probs_the_old_policy_is_the_one_that_the_update_starts_from(
     tiny_checkpoint,
 ):
@@ -148,6 +149,7 @@ def test_a_recomputation_in_the_wrong_micro_batch_is_an_error_that_names_the_rou
         actor.update([SAMPLE, SAMPLE], LOSS)
 
 
+@pytest.mark.bits
 def test_a_dense_model_has_no_routes_and_that_is_no_error(checkpoints):
     with groups.process_groups(Layout()):
         actor = MegatronActor(checkpoints["dense"], Layout())
@@ -161,6 +163,7 @@ def test_a_dense_model_has_no_routes_and_that_is_no_error(checkpoints):
             actor.score([replace(SAMPLE, routes=np.zeros((4, 2, 2), np.int16))])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("frozen", ["router", "nothing"])
 def test_frozen_routers_stay_and_the_rest_trains_as_before(frozen, tiny_checkpoint):
     """One SGD step without clipping: every other weight moves as it does with trained routers."""

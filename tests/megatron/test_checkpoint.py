@@ -8,7 +8,7 @@ the same layout to the last bit, in another to rounding.
 Not covered: NCCL, more than 4 ranks, the fused Adam of Transformer Engine or Apex.
 """
 
-import os
+import io
 import pickle
 import shutil
 
@@ -142,6 +142,7 @@ def test_what_is_written_is_the_same_in_every_layout(chain):
             assert_same(rank["behind"], first[0]["behind"])
 
 
+@pytest.mark.bits
 def test_back_in_the_same_layout_the_next_step_is_the_same_to_the_last_bit(chain):
     _, ((first, _), *_, (again, _)) = chain
     for rank, expected in zip(again, first, strict=True):
@@ -200,75 +201,47 @@ def test_a_state_without_one_of_its_files_is_refused(part, checkpoints, state, t
     assert f"{folder} does not hold this model's training state" in message
 
 
-class Evil:
-    """Leaves a mark where it is unpickled."""
+class _Stranger:
+    """Pickled, it is an instruction to make a file."""
 
-    def __init__(self, mark):
-        self.mark = mark
+    def __init__(self, file):
+        self.file = str(file)
 
     def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
+        return open, (self.file, "w")
 
 
-def evil_index(folder, mark):
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
-
-
-def evil_index_beside_the_tensors(folder, mark):
-    """All that is needed is there, and one attribute more."""
+def plant(folder, place: str, content: bytes) -> None:
+    """Put `content` where an object is unpickled from: a file, or beside the tensors of one."""
+    if place != "object":
+        (folder / place).write_bytes(content)
+        return
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    metadata.planner_data = Evil(mark)
+    kinds = {index: type(metadata.state_dict_metadata[index.fqn]).__name__ for index in
+             metadata.storage_data}  # fmt: skip
+    index = next(i for i, kind in kinds.items() if kind == "BytesStorageMetadata")
+    stored = metadata.storage_data[index]
+    file = folder / stored.relative_path
+    stored.offset, stored.length = file.stat().st_size, len(content)
+    with file.open("ab") as out:
+        out.write(content)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def evil_tensor(folder, mark):
-    """torch reads what the index calls no tensor with pickle, whatever was asked for."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    key = "decoder.final_layernorm.weight"
-    metadata.state_dict_metadata[key] = BytesStorageMetadata()
-    torch.save(Evil(mark), folder / "evil.distcp")
-    size = (folder / "evil.distcp").stat().st_size
-    places = [index for index in metadata.storage_data if index.fqn == key]
-    assert places
-    for index in places:
-        del metadata.storage_data[index]
-    metadata.storage_data[MetadataIndex(key)] = _StorageInfo("evil.distcp", 0, size)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def evil_common(folder, mark):
-    torch.save({"scheduler": Evil(mark)}, folder / "common.pt")
-
-
-EVILS = {
-    "index": (evil_index, ".metadata is not as a run writes it: it names posix.mkdir"),
-    "index, all else whole": (evil_index_beside_the_tensors, "it names posix.mkdir"),
-    "tensor": (evil_tensor, "its decoder.final_layernorm.weight is no tensor, but a pickle"),
-    "common.pt": (evil_common, "common.pt is not as a run writes it"),
-}
-
-
-@pytest.mark.parametrize("evil", EVILS)
-def test_a_state_of_somebody_else_runs_no_code(evil, checkpoints, state, tmp_path):
-    folder, mark = shutil.copytree(state, tmp_path / "state"), tmp_path / "mark"
-    spoil, says = EVILS[evil]
-    spoil(folder, mark)
-    (message,) = run_ranks(1, read, checkpoints["tiny"], folder)
-    assert not mark.exists(), "it ran"
-    assert says in message and "nothing was read" in message and "\n" not in message
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x05.", b"garbage", b"(" * 100_000])
-def test_an_index_that_is_none(content, checkpoints, state, tmp_path):
-    folder = shutil.copytree(state, tmp_path / "state")
-    (folder / ".metadata").write_bytes(content)
-    with pytest.raises(UserError, match=r"\.metadata is not as a run writes it"):
-        no_code.check(folder)
-    no_code.check(state)
-
-
-def test_nothing_in_a_state_is_a_pickle_but_its_index_and_schedule(state):
-    """The layers' `_extra_state` would be, and torch reads those as they come."""
-    metadata = pickle.loads((state / ".metadata").read_bytes())
-    assert len(metadata.state_dict_metadata) > 40
-    assert {type(v) for v in metadata.state_dict_metadata.values()} == {TensorStorageMetadata}
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
+@pytest.mark.parametrize("kind", ["code", "noise", "nothing"])
+def test_somebody_elses_state_runs_no_code(place, kind, state, checkpoints, tmp_path):
+    folder, made = tmp_path / "state", tmp_path / "made"
+    shutil.copytree(state, folder)
+    code = io.BytesIO()
+    torch.save({"scheduler": _Stranger(made)}, code)
+    pickled = pickle.dumps(_Stranger(made)) if place == ".metadata" else code.getvalue()
+    plant(folder, place, {"code": pickled, "noise": b"\x80\x02noise", "nothing": b""}[kind])
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoints["tiny"], Layout(), optimizer=OptimizerSettings())
+        with pytest.raises(UserError, match="holds what no checkpoint of moe_upgrpo does"):
+            load_state(folder, actor)
+    assert not made.exists()
+    # The planted code is code: whoever unpickles it without a question makes the file.
+    torch.load(io.BytesIO(code.getvalue()), weights_only=False)
+    assert made.exists()

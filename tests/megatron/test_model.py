@@ -57,6 +57,15 @@ def changed(source, folder, fields):
         ("deepseek", {"first_k_dense_replace": 4}, "first_k_dense_replace=4 .*: 0 to .* = 3"),
         ("deepseek", {"n_shared_experts": 0}, "n_shared_experts=0 .*: 1 or more"),
         ("deepseek", {"attention_bias": True}, "attention_bias=True"),
+        ("deepseek", {"n_group": None}, "n_group=None .*: a whole number of at least 1"),
+        ("deepseek", {"topk_group": None}, "topk_group=None"),
+        ("deepseek", {"num_experts_per_tok": None}, "num_experts_per_tok=None"),
+        ("deepseek", {"first_k_dense_replace": None}, "first_k_dense_replace=None .*at least 0"),
+        ("deepseek", {"n_routed_experts": 0}, "n_routed_experts=0"),
+        ("tiny", {"num_experts_per_tok": 1}, "norm_topk_prob=True .*: False with num_experts_per"),
+        ("tiny", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 .*: 1 to num_experts=8"),
+        ("tiny", {"num_local_experts": None}, "num_experts=None"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 .*: 2 or more"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(checkpoint, fields, words, checkpoints, tmp_path):

@@ -13,6 +13,7 @@ from tests.megatron.measured import LAYOUTS, RECOMPUTE, as_parameters
 MOE = [name for name, (checkpoint, *_) in LAYOUTS.items() if checkpoint != "dense"]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", as_parameters(["tiny", "mixed", *MOE]))
 def test_replaying_a_models_own_routes_changes_nothing_to_the_last_bit(name, measured):
     """Values and gradient, with the experts of each row given in another order."""

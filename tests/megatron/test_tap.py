@@ -1,10 +1,12 @@
 """What the router tap refuses and counts. That it records the right routes: test_layouts.py."""
 
+import numpy as np
 import pytest
 import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, tap
+from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
@@ -44,9 +46,15 @@ def test_the_fused_router_is_refused(model):
 
 
 def test_a_router_that_drops_tokens_is_an_error(model):
-    routers(model)[1].register_forward_hook(
-        lambda module, inputs, outputs: (outputs[0], outputs[1] & (torch.arange(8) > 3))
-    )
+    """As many as it should send, as dispatchers count them, but one of another token."""
+
+    def drop(module, inputs, outputs):
+        map_NE = outputs[1].clone()
+        map_NE[0, map_NE[0].nonzero()[0]] = False
+        map_NE[1, (~map_NE[1]).nonzero()[0]] = True
+        return outputs[0], map_NE
+
+    routers(model)[1].register_forward_hook(drop)
     recorder = RouterTap([model])
     visit = recorder.visit(0, 1)
     with recorder.installed(), visit:
@@ -54,14 +62,13 @@ def test_a_router_that_drops_tokens_is_an_error(model):
     assert "layers [1] did not send each token" in tap.wrong_uses([visit], 0)
 
 
-def test_routes_that_name_an_expert_twice_are_an_error(model):
-    recorder = RouterTap([model])
-    routes_BSLK = torch.tensor([4, 5], dtype=torch.int16).repeat(1, 6, 2, 1)
-    routes_BSLK[0, 3, 0] = 5
-    visit = recorder.visit(0, 1, routes_BSLK)
-    with recorder.installed(), visit:
-        forward(model)
-    assert "layers [0] did not send each token" in tap.wrong_uses([visit], 0)
+def test_routes_that_name_an_expert_twice_are_refused():
+    routes_TLK = np.tile(np.array([4, 5], dtype=np.uint8), (5, 2, 1))
+    sample = Sample(tokens=np.arange(6), prompt_length=3, routes=routes_TLK)
+    assert make_batch([sample]).routes_BSLK.shape == (1, 6, 2, 2)
+    routes_TLK[3, 1] = 5
+    with pytest.raises(UserError, match=r"row 3 .* MoE layer 1: \[5, 5\] names an expert twice"):
+        make_batch([sample])
 
 
 def test_a_router_that_is_skipped_is_an_error_that_names_it(model):

@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_upgrpo.losses import PolicyLossConfig, policy_loss
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.groups import process_groups
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.megatron.compare import assert_close
 from tests.megatron.measured import LOSSES, TEMPERATURE, make_samples
 
@@ -91,6 +95,23 @@ def test_the_gradient_equals_transformers(checkpoint, loss, measured, checkpoint
     expected = by_name_on_disk(gradients, model.config.model_type)
     (one,) = measured(checkpoint)
     assert_close(one["gradient"]["native", "none", loss], expected, tolerance=2e-5)
+
+
+def test_one_expert_a_token_with_its_own_gate_equals_transformers(tmp_path):
+    """The tiny model with --tiny.top-k 1; renormalised, its gate would always be 1."""
+    config = tiny_model_config(layers=2, hidden=64, top_k=1)
+    assert config.norm_topk_prob is False
+    config.vocab_size = 64
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with process_groups(Layout()):
+        actor = MegatronActor(tmp_path, Layout(), temperature=TEMPERATURE)
+        scored = actor.score(make_samples(), record=("routes",))
+    for one, sample in zip(scored, make_samples(), strict=True):
+        expected = log_probs_of(model, sample).detach().numpy()
+        assert np.abs(one.log_probs - expected).max() <= 1e-5
+        assert one.routes.shape[1:] == (2, 1)
 
 
 def selection_scores(checkpoint, logits_TLE, biases_LE) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""What the Megatron-Core that this process imports does where each patch acts: a check for each.
+"""Checks of the Megatron-Core that this process imports, one for each fault that we work around.
 
     PYTHONPATH=DIR:. python -m tests.patches.behaviour FOLDER
 
 DIR: a copy of Megatron-Core, patched or not. Prints JSON: for each check its error, or null. The
-package's own mends of the fault in question are off; its stand-ins for CUDA are on.
+package's own mends and refusals of the fault in question are off; its stand-ins for CUDA are on.
+faults.json has what each supported release gave, faults.py what each check is about.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -21,18 +23,24 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import backend, families, groups, model
+from moe_upgrpo.megatron import backend, families, groups, model, rules
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from tests import ranks
 from tests.megatron.conftest import FAMILIES, SIZES, save_random
 from tests.megatron.measured import NO_STEP, gradients_by_name, make_samples
+from tests.megatron.test_transformers import TEMPERATURE, load, log_probs_of
 
 CONFIG = Qwen3MoeConfig(
     **SIZES,
@@ -54,6 +62,80 @@ def router_without_transformer_engine(_):
 def mla_without_transformer_engine(_):
     with mock.patch.object(backend, "mends", list), groups.process_groups(Layout()):
         assert len(model.build_model(FAMILIES["moonlight"], Layout(), torch.float32)) == 1
+
+
+def like_transformers(folder: Path, config: DeepseekV3Config) -> None:
+    """Log-probs of a random model, with what the family refuses let through."""
+    unlimited = dataclasses.replace(families.FAMILIES["deepseek_v3"], limits=lambda hf: [])
+    checkpoint = save_random(AutoModelForCausalLM.from_config(config), folder)
+    with (
+        mock.patch.dict(families.FAMILIES, deepseek_v3=unlimited),
+        groups.process_groups(Layout()),
+    ):
+        actor = MegatronActor(checkpoint, Layout(), temperature=TEMPERATURE, micro_batch_size=8)
+        scores = actor.score(make_samples(), record=())
+    reference = load(checkpoint)
+    with torch.no_grad():
+        expected = [log_probs_of(reference, sample).numpy() for sample in make_samples()]
+    off = max(
+        abs(one.log_probs - log_probs).max()
+        for one, log_probs in zip(scores, expected, strict=True)
+    )
+    assert off < 1e-4, f"log-probs are {off:.3g} from those of transformers"
+
+
+def latent(**changes) -> DeepseekV3Config:
+    return DeepseekV3Config.from_dict(FAMILIES["deepseek"].to_dict() | changes)
+
+
+def query_without_latent(folder):
+    """Built with Megatron's own choice of norms, which the package replaces."""
+    with mock.patch.object(model, "LatentSelfAttention", MLASelfAttention):
+        like_transformers(folder / "moonlight", FAMILIES["moonlight"])
+
+
+def few_groups(folder):
+    like_transformers(folder / "few_groups", latent(topk_group=1))
+
+
+def gates_not_normalised(folder):
+    like_transformers(folder / "gates", latent(norm_topk_prob=False))
+
+
+def rotary_halves(folder):
+    like_transformers(folder / "halves", latent(rope_interleave=False))
+
+
+def small_config(**settings) -> TransformerConfig:
+    return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, **settings)
+
+
+def norm_with_sequence_parallel(_):
+    config = small_config(
+        normalization="RMSNorm", tensor_model_parallel_size=2, sequence_parallel=True
+    )
+    WrappedTorchNorm(config=config, hidden_size=8)
+
+
+def latent_head_sizes(_):
+    """The arguments that multi_latent_attention.py gives to any core attention."""
+    with groups.process_groups(Layout()):
+        DotProductAttention(
+            config=small_config(),
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            k_channels=4,
+            v_channels=4,
+        )
+
+
+def marks_without_initialisation(_):
+    """The mark by which gradient norms tell weights that are split from those that are whole."""
+    with groups.process_groups(Layout()):
+        config = small_config(perform_initialization=False)
+        layer = ColumnParallelLinear(8, 8, config=config, init_method=None, bias=False)
+        assert getattr(layer.weight, "tensor_model_parallel", False), "the weight has no mark"
 
 
 def splits_on_cpu(_):
@@ -92,9 +174,9 @@ def replay_with_router_fusion(_):
 def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.Tensor]:
     """Of one update on this rank. The layout is one that the package may refuse, and latent
     attention is the local layer spec's own, which the package replaces."""
-    for rule in (*families._LATENT_ATTENTION, *families._LATENT_QUERY):
+    for rule in (*rules.LATENT_ATTENTION, *rules.LATENT_QUERY):
         if "_down_proj" in rule.megatron:
-            object.__setattr__(rule, "form", families.ROWS)
+            object.__setattr__(rule, "form", rules.ROWS)
     layout = object.__new__(Layout)
     for name in Layout.__dataclass_fields__:
         object.__setattr__(layout, name, (sizes | {"dispatcher": "alltoall"}).get(name, 1))
@@ -121,11 +203,11 @@ def one_process(folder: Path) -> dict[str, torch.Tensor]:
     return ranks.run_ranks(1, gradients, folder, {}, {})[0]
 
 
-def compare(folder: Path, sizes: dict, settings: dict) -> None:
-    """Two ranks against one: no tensor's gradient is further off than rounding."""
+def compare(folder: Path, sizes: dict, settings: dict, world_size: int = 2) -> None:
+    """Several ranks against one: no tensor's gradient is further off than rounding."""
     one = one_process(folder)
     assert len(one) > 100
-    for rank in ranks.run_ranks(2, gradients, folder, sizes, settings):
+    for rank in ranks.run_ranks(world_size, gradients, folder, sizes, settings):
         off = {n: float((rank[n] - one[n]).norm() / (one[n].norm() + 1e-6)) for n in one}
         worst = max(off, key=off.get)
         wrong = [name for name in off if not off[name] < 1e-4]
@@ -134,6 +216,11 @@ def compare(folder: Path, sizes: dict, settings: dict) -> None:
 
 def expert_gradients_with_etp(folder):
     compare(folder / "qwen3_moe", {"tp": 2, "etp": 1}, {})
+
+
+def shards_of_different_sizes(folder):
+    """What the ranks of an expert gather of each other, with the all-to-all dispatcher."""
+    compare(folder / "qwen3_moe", {"tp": 2, "ep": 2, "etp": 2}, {}, world_size=4)
 
 
 def rotary_key_gradient(folder):
@@ -186,11 +273,19 @@ def outputs_in_flight(_):
 CHECKS = (
     # Those that fork come first, before this process has groups of its own.
     expert_gradients_with_etp,
+    shards_of_different_sizes,
     rotary_key_gradient,
     two_interleaved_stages,
     outputs_in_flight,
     router_without_transformer_engine,
     mla_without_transformer_engine,
+    query_without_latent,
+    few_groups,
+    gates_not_normalised,
+    rotary_halves,
+    norm_with_sequence_parallel,
+    latent_head_sizes,
+    marks_without_initialisation,
     splits_on_cpu,
     replay_with_router_fusion,
 )

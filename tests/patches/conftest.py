@@ -1,3 +1,4 @@
+import importlib.metadata
 import importlib.util
 import shutil
 from pathlib import Path
@@ -9,7 +10,10 @@ from moe_upgrpo import patching
 
 @pytest.fixture(scope="session")
 def megatron_series():
-    return patching.of_stack("megatron-core")[-1]
+    """The patches of the installed release; None for one between those that have any."""
+    installed = importlib.metadata.version("megatron-core")
+    known = {series.version: series for series in patching.of_stack("megatron-core")}
+    return known.get(installed)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from moe_upgrpo.report import plots, write_report
 from moe_upgrpo.report.sequences import MAX_TOKENS, drawn
 from moe_upgrpo.store import RunFolder
+from moe_upgrpo.store.parquet import write_checked
 from tests.report.synthetic import make_run, write_tokens
 from tests.store.rows import rewrite
 
@@ -114,7 +115,8 @@ def test_routes_that_cannot_be_read_are_named_and_the_rest_is_shown(run):
     broken = [
         b"\xff" * 9 if difference else b"" for difference in table["train_experts"].to_pylist()
     ]
-    rewrite(file, table.set_column(at, table.field(at), pa.array(broken, pa.large_binary())))
+    table = table.set_column(at, table.field(at), pa.array(broken, pa.large_binary()))
+    write_checked(table, file)
     html, found = shown(run)
     assert found[0]["tokens"][0]["layers"] == [
         {"layer": 1, "shared": 1},

@@ -9,8 +9,8 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
-from tests.store.rows import rewrite
+from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
+from moe_upgrpo.store.parquet import write_checked
 
 
 def rollout(prompt: int, response: int, layers: int = 3, top_k: int = 2) -> Rollout:
@@ -79,13 +79,13 @@ def test_a_rollout_that_is_short_of_routes_is_named(tmp_path):
     file = save_rollouts(tmp_path, 1, 0, [rollout(3, 4)])
     table = pq.read_table(file)
     cut = pa.array([table["routes"][0].as_py()[:-12]], pa.large_binary())
-    rewrite(file, table.set_column(3, "routes", cut))
+    write_checked(table.set_column(3, "routes", cut), file)
     with pytest.raises(UserError, match=r"rank-0000\.parquet, row 0: 30 ids of routes; 6 rows"):
         load_rollouts(tmp_path, 1)
     nan = table.set_column(
         2, "logp_rollout", pa.array([[float("nan")] * 4], pa.list_(pa.float32()))
     )
-    rewrite(file, nan)
+    write_checked(nan, file)
     with pytest.raises(UserError, match=r"row 0: logp_rollout .* is nan"):
         load_rollouts(tmp_path, 1)
 

@@ -224,6 +224,7 @@ def differs(first, second):
     )
 
 
+@pytest.mark.bits
 def test_the_seed_decides_and_the_global_generators_are_left_alone(engine, other_dir):
     torch.manual_seed(1)
     np.random.seed(1)
@@ -261,6 +262,7 @@ def test_greedy_takes_the_best_token_whatever_else_is_in_the_batch(model_dir, dt
             np.testing.assert_allclose(rollout.logp_rollout, logp, atol=2e-5)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(model_dir, other_dir, dtype):
     engine = HFEngine(model_dir, dtype, "cpu")
@@ -276,12 +278,14 @@ def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(model_dir, othe
     assert same(before, sample(engine))
 
 
+@pytest.mark.bits
 def test_reloading_identical_weights_changes_nothing(engine, model_dir):
     before = sample(engine)
     engine.update_weights(weights_of(model_dir).items(), version=1)
     assert same(before, sample(engine))
 
 
+@pytest.mark.bits
 def test_the_engine_keeps_no_hold_of_the_tensors_it_was_given(engine, other_dir):
     given = weights_of(other_dir)
     engine.update_weights(given.items(), version=1)
@@ -314,6 +318,7 @@ def integers(weights):
     weights["model.norm.weight"] = weights["model.norm.weight"].long()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -471,6 +476,7 @@ def test_fp8_rounding_by_hand():
     assert fp8_rounded(given.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.bits
 def test_fp8_weights_are_rounded_again_after_an_update(model_dir, other_dir):
     engine = HFEngine(model_dir, "float32", "cpu", weights="fp8")
     engine.update_weights(weights_of(other_dir).items(), version=1)

@@ -3,6 +3,9 @@
 Not covered here: what the engines and the trainer record; GPU tensors run only where CUDA is.
 """
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -286,6 +289,59 @@ def test_gpu_equals_cpu():
     assert torch.equal(gpu.overlap.cpu(), cpu.overlap)
 
 
+NUMPY = [np.dtype(c) for c in ("i1", "u1", "<i2", ">i2", "<u2", ">i4", "u4", ">i8", "u8")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_numpy_arrays_and_batches(data):
+    """[B, T, L, K] is B·T tokens, whichever library, byte order and memory layout it comes in."""
+    B, T, L = (data.draw(st.integers(1, 5)) for _ in "BTL")
+    K = data.draw(st.integers(1, 4))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rollout = random_routes(B * T, L, K, 100, g)
+    train = shuffled(flip_some(rollout, 100, 0.5, g), g)
+    valid = torch.rand(B * T, generator=g) < 0.7
+    valid[int(torch.randint(B * T, (), generator=g))] = True
+    expected = reference(rollout, train, valid)
+
+    def given(flat, *inner):
+        shaped = flat.view(B, T, *inner)
+        how = data.draw(st.sampled_from(["torch", "numpy", "read-only", "reversed", "layer-major"]))
+        if how == "torch":
+            return shaped
+        array = shaped.numpy().astype(data.draw(st.sampled_from(NUMPY)) if inner else bool)
+        if how == "reversed":
+            return array[::-1].copy()[::-1]
+        if how == "layer-major":
+            return np.asfortranarray(array)
+        array.flags.writeable = how == "numpy"
+        return array
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routes = (given(rollout, L, K), given(train, L, K))
+        divergence = compare_routes(*routes, num_experts=100, valid=given(valid))
+    assert divergence.overlap.shape == (B, T, L)
+    assert divergence.routers_per_token.shape == divergence.valid.shape == (B, T)
+    assert divergence.first_mismatched_layer.shape == (B, T)
+    flat = ("overlap", "routers_per_token", "first_mismatched_layer")
+    for name in flat:
+        values = getattr(divergence, name).flatten(0, 1).tolist()
+        assert values == expected.pop(name), name
+    assert_matches(divergence, expected)
+    first = torch.zeros(B, T, dtype=torch.bool)
+    first[:, 0] = True
+    if (first & divergence.valid).any():
+        chosen = divergence.select(first)
+        of_flat = torch.arange(B * T) % T == 0
+        assert chosen.overlap.tolist() == divergence.overlap.flatten(0, 1)[of_flat].tolist()
+    position = torch.arange(T).expand(B, T)
+    mismatched_G, compared_G = divergence.routers_mismatched_by(position)
+    assert mismatched_G.tolist() == divergence.routers_per_token.sum(0).tolist()
+    assert compared_G.tolist() == (divergence.valid.sum(0) * L).tolist()
+
+
 def routes_of(*rows):
     """One token per row, one layer."""
     return torch.tensor(rows)[:, None, :]
@@ -301,6 +357,20 @@ GOOD = routes_of([0, 1], [2, 3], [1, 2])
         (GOOD, GOOD[:, 0], r"training routes must have shape \[tokens, MoE layers, top-k\]"),
         (GOOD.float(), GOOD, "rollout routes must be integers, got torch.float32"),
         (GOOD > 0, GOOD, "rollout routes must be integers, got torch.bool"),
+        (GOOD.numpy() / 1, GOOD, "rollout routes must be integers, got torch.float64"),
+        (GOOD.numpy().astype(object), GOOD, "rollout routes must be an array of numbers, got obj"),
+        (GOOD, GOOD.tolist(), "training routes must be a tensor or a numpy array, got list"),
+        (
+            GOOD[None, None],
+            GOOD,
+            r"\[sequences, tokens, MoE layers, top-k\], got \[1, 1, 3, 1, 2\]",
+        ),
+        (GOOD[None], GOOD, r"rollout \[1, 3, 1, 2\], training \[3, 1, 2\].*row p−1"),
+        (
+            torch.stack([GOOD, GOOD]).numpy(),
+            torch.stack([GOOD, routes_of([0, 1], [2, 3], [1, 4])]),
+            r"training routes, sequence 1, token row 2, MoE layer 0: experts \[1, 4\]",
+        ),
         (GOOD[:0], GOOD[:0], "nothing to compare: routes of 0 tokens"),
         (GOOD[:, :0], GOOD[:, :0], "0 MoE layers"),
         (GOOD[..., :0], GOOD[..., :0], "top-k must be in 1"),
@@ -370,6 +440,9 @@ def test_every_pair_of_slots_is_checked_for_duplicates():
         (torch.zeros(3, dtype=torch.bool), "none of the 3 tokens is valid"),
         (torch.ones(2, dtype=torch.bool), r"valid must be bool of shape \[3\]"),
         (torch.ones(3), "got torch.float32"),
+        (np.ones(3), "got torch.float64"),
+        (np.ones((1, 3), bool), r"valid must be bool of shape \[3\]"),
+        ([True] * 3, "valid must be a tensor or a numpy array, got list"),
     ],
 )
 def test_bad_valid(valid, message):

@@ -41,3 +41,12 @@ def test_bad_weights(function, bad):
 def test_bad_threshold():
     with pytest.raises(UserError, match=r"τ must be too; got \[0.5\]"):
         ratio_tails(np.zeros(2), [0.5, 2])
+
+
+def test_equal_weights_are_worth_all_tokens_and_no_more():
+    """Rounding gives some sizes a little more than N, and χ² a little less than 0."""
+    for level in (0.0, 0.1, -3.7, 700.0):
+        for size in range(1, 200):
+            log_w = np.full(size, level)
+            assert size * (1 - 1e-12) <= effective_sample_size(log_w) <= size
+            assert 0 <= chi_square(log_w) < 1e-12

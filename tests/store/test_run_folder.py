@@ -1,15 +1,14 @@
 """The run folder: what is refused, what survives a kill, what a resumed run keeps."""
 
-import hashlib
-import json
+import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import (
     RunFolder,
@@ -18,8 +17,10 @@ from moe_upgrpo.store import (
     read_environment,
     read_metrics,
     read_tokens,
+    rows_so_far,
 )
 from moe_upgrpo.store.metrics import METRICS, markdown_table, metric
+from tests.ranks import exit_status
 from tests.store.rows import full_columns
 
 
@@ -37,6 +38,7 @@ def test_create_writes_config_and_environment(tmp_path):
     assert environment["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert environment["argv"] == sys.argv
     assert environment["cpu_count"] >= 1
+    assert environment["cpu"] == kernels.facts() and environment["cpu"]["aten"]
 
 
 def test_create_refuses_another_run(tmp_path):
@@ -86,18 +88,16 @@ def test_a_row_needs_its_step(tmp_path, step):
         run.append_metrics({"step": step})
 
 
+def append_three_rows(path):
+    run = RunFolder.create(path, {})
+    for step in range(3):
+        run.append_metrics({"step": step})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_was_appended_survives_a_kill(tmp_path):
     """The child is killed with SIGKILL right after its third append, without any clean-up."""
-    code = f"""
-import os, signal
-from moe_upgrpo.store import RunFolder
-run = RunFolder.create({str(tmp_path / "run")!r}, {{}})
-for step in range(3):
-    run.append_metrics({{"step": step}})
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    child = subprocess.run([sys.executable, "-c", code], check=False)
-    assert child.returncode == -signal.SIGKILL
+    assert exit_status(append_three_rows, tmp_path / "run") == -signal.SIGKILL
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
@@ -151,40 +151,49 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     ]
 
 
-RUN_STEPS = """
-import os, signal, sys
-import numpy as np
-from moe_upgrpo.store import RunFolder, TokenLogWriter
-from tests.store.rows import full_columns
+def test_nothing_is_left_of_what_was_cut_short_in_the_first_row(tmp_path):
+    """The row that is written next must not end a line that a killed job began."""
+    run = RunFolder.create(tmp_path / "run", {"seed": 1})
+    run.metrics_path.write_text('{"step": 0, "rewa')
+    for name in ("metrics.jsonl", "env.json", "config.json"):
+        (run.path / f".{name}.0a1b2c3d.tmp").write_text("{")
+    run.env_path.unlink()
+    assert rows_so_far(run.path) == []
+    RunFolder.resume(run.path, step=None, config={"seed": 1}).append_metrics({"step": 0})
+    assert read_metrics(run.path) == [{"step": 0}]
+    assert [start["step"] for start in read_environment(run.path)["resumed"]] == [0]
+    left = sorted(path.name for path in run.path.iterdir())
+    assert left == ["config.json", "env.json", "metrics.jsonl", "tokens"]
 
-folder, first, last, killed_at, place = sys.argv[1:]
-first, last, killed_at = int(first), int(last), int(killed_at)
-resumed = first > 1
-run = RunFolder.resume(folder, step=first - 1) if resumed else RunFolder.create(folder, {})
-log = TokenLogWriter(run.tokens, rank=0, layer_ids=range(3), top_k=2, num_experts=8)
 
-def maybe_die(here, step):
-    if step == killed_at and here == place:
-        os.kill(os.getpid(), signal.SIGKILL)
+def run_steps(folder, first, last, killed_at, place) -> None:
+    resumed = first > 1
+    run = RunFolder.resume(folder, step=first - 1) if resumed else RunFolder.create(folder, {})
+    log = TokenLogWriter(run.tokens, rank=0, layer_ids=range(3), top_k=2, num_experts=8)
 
-replace = os.replace
-for step in range(first, last + 1):
-    def replace_or_die(part, file):
-        maybe_die("inside the token file", step)
-        replace(part, file)
-    os.replace = replace_or_die
-    columns = full_columns(seed=step)
-    del columns["rollout_routes"], columns["train_routes"]
-    log.write(step, columns)
-    os.replace = replace
-    maybe_die("before the metrics row", step)
-    if step == killed_at and place == "inside the metrics row":
-        with run.metrics_path.open("a") as file:
-            file.write('{"step": 3, "rewa')
-        os.kill(os.getpid(), signal.SIGKILL)
-    run.append_metrics({"step": step, "reward/mean": step / 8})
-    maybe_die("before the checkpoint", step)
-"""
+    def maybe_die(here, step):
+        if step == killed_at and here == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    replace = os.replace
+    for step in range(first, last + 1):
+
+        def replace_or_die(part, file, step=step):
+            maybe_die("inside the token file", step)
+            replace(part, file)
+
+        os.replace = replace_or_die
+        columns = full_columns(seed=step)
+        del columns["rollout_routes"], columns["train_routes"]
+        log.write(step, columns)
+        os.replace = replace
+        maybe_die("before the metrics row", step)
+        if step == killed_at and place == "inside the metrics row":
+            with run.metrics_path.open("a") as file:
+                file.write('{"step": 3, "rewa')
+            os.kill(os.getpid(), signal.SIGKILL)
+        run.append_metrics({"step": step, "reward/mean": step / 8})
+        maybe_die("before the checkpoint", step)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +214,7 @@ def test_a_killed_run_resumed_leaves_what_an_unbroken_one_does(
     """
 
     def steps(folder, first, killed_at=0):
-        command = [sys.executable, "-c", RUN_STEPS, str(folder), str(first), "4", str(killed_at)]
-        return subprocess.run([*command, place], check=False).returncode
+        return exit_status(run_steps, folder, first, 4, killed_at, place)
 
     assert steps(tmp_path / "whole", 1) == 0
     run = tmp_path / "broken"

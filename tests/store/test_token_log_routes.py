@@ -16,7 +16,8 @@ from moe_upgrpo.store import (
     read_routes,
     read_tokens,
 )
-from tests.store.rows import EXPERTS, GAPS, LAYERS, TOP_K, full_columns, rewrite, routes, shared
+from moe_upgrpo.store.parquet import write_checked
+from tests.store.rows import EXPERTS, GAPS, LAYERS, TOP_K, full_columns, routes, shared
 
 OPTIONAL_FLOATS = (*GAPS, "margin_min", "entropy", "gradient_weight")
 KEY = b"moe_upgrpo.token_log"
@@ -176,7 +177,8 @@ def test_bad_routes_name_the_sequence_and_the_layer(tmp_path, columns, message):
 def replace(file, name, array):
     table = pq.read_table(file)
     place = table.column_names.index(name)
-    rewrite(file, table.set_column(place, pa.field(name, array.type, nullable=True), array))
+    table = table.set_column(place, pa.field(name, array.type, nullable=True), array)
+    write_checked(table, file)
 
 
 def test_malformed_route_columns(tmp_path):
@@ -188,21 +190,21 @@ def test_malformed_route_columns(tmp_path):
     replace(file, "train_experts", pa.array(["x"] * 6))
     with pytest.raises(UserError, match=r"step-000002-.*train_experts is string, expected large_b"):
         read_tokens(tmp_path)
-    pq.write_table(good, file)
+    write_checked(good, file)
 
     replace(file, "rollout_experts", pa.array([b"abc"] * 6, pa.binary(3)))
     table = read_tokens(tmp_path, steps=[2])
     message = r"step 2, sequence 0 .*uint8 of shape \[tokens, 2\].*truncated, or of another model"
     with pytest.raises(UserError, match=message):
         read_routes(table)
-    pq.write_table(good, file)
+    write_checked(good, file)
 
     # Rows 3..5 are sequence 1. Bits 11111 = 31 number no pair of 8 experts: there are 28.
     packed = good["rollout_experts"].to_pylist()
     replace(file, "rollout_experts", pa.array([*packed[:4], b"\xff\xfe", packed[5]], pa.binary(2)))
     with pytest.raises(UserError, match=r"step 2, sequence 1 .*token 1, MoE layer 0: not the num"):
         read_routes(read_tokens(tmp_path))
-    pq.write_table(good, file)
+    write_checked(good, file)
 
     difference = [value + b"\x01" for value in good["train_experts"].to_pylist()]
     replace(file, "train_experts", pa.array(difference, pa.large_binary()))
@@ -213,7 +215,7 @@ def test_malformed_route_columns(tmp_path):
 
 def test_a_missing_column_is_named(tmp_path):
     file = writer(tmp_path).write(1, full_columns())
-    rewrite(file, pq.read_table(file).drop_columns(["ratio"]))
+    write_checked(pq.read_table(file).drop_columns(["ratio"]), file)
     with pytest.raises(UserError, match="it lacks the column ratio, float"):
         read_tokens(tmp_path)
 

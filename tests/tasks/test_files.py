@@ -1,5 +1,7 @@
 import json
+import math
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -93,9 +95,109 @@ def test_what_is_left_out_is_counted(tmp_path):
         assert words in said
 
 
+NO_NUMBERS = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    None,
+    "NaN",
+    "nan",
+    "-nan",
+    "inf",
+    "-Infinity",
+    " NaN ",
+]
+
+
+@pytest.mark.parametrize("answer", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("nested", [False, True], ids=["answer", "reward_model.ground_truth"])
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_no_number_is_no_answer(write, nested, answer, tmp_path):
+    """As numbers (JSON's own NaN, Parquet's floats and nulls) and as texts."""
+
+    def row(question, answer):
+        given = {"reward_model": {"ground_truth": answer}} if nested else {"answer": answer}
+        return {"question": question} | given
+
+    good = "2" if isinstance(answer, str) else 2.5
+    file = write(tmp_path, row("1+1?", good), row("1+2?", answer), row("1+3?", good))
+    read = read_problems(file)
+    assert content(read) == [("1+1?", str(good)), ("1+3?", str(good))]
+    assert len(read.unanswered) == 1 and read.unanswered[0].endswith(" 2")
+    with pytest.raises(UserError, match=r"no problems: .*1 rows without an answer left out"):
+        read_problems(write(tmp_path, row("1+2?", answer)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_nan_of_a_data_frame_is_no_answer(dtype, tmp_path):
+    """pandas writes NaN as null, pyarrow as NaN."""
+    frame = pd.DataFrame({"question": list("abcd"), "answer": [1, math.nan, math.inf, 4]})
+    frame["answer"] = frame["answer"].astype(dtype)
+    frame.to_parquet(tmp_path / "train.parquet")
+    read = read_problems(tmp_path / "train.parquet")
+    assert content(read) == [("a", "1.0"), ("d", "4.0")] and len(read.unanswered) == 2
+    pq.write_table(pa.Table.from_pandas(frame, safe=False), tmp_path / "train.parquet")
+    assert content(read_problems(tmp_path / "train.parquet")) == content(read)
+
+
+def test_a_number_beyond_floats_is_no_answer_and_the_infinity_of_a_limit_is_one(tmp_path):
+    rows = ['{"question": "a", "answer": 1e999}', '{"question": "b", "answer": "infinity"}']
+    read = read_problems(jsonl(tmp_path, *rows, {"question": "c", "answer": "\\infty"}))
+    assert content(read) == [("b", "infinity"), ("c", "\\infty")]
+    assert read.unanswered == ["line 1"]
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_fields_are_found_row_by_row(write, tmp_path):
+    """Files of several sources: in JSON Lines a field is absent, in Parquet null."""
+    rows = [
+        {"question": "1+1?", "label": "2"},
+        {"problem": "1+2?", "solution": "so \\boxed{3}"},
+        {"question": "1+3?", "answer": "4", "solution": "so \\boxed{5}"},
+        {"prompt": "1+4?", "reward_model": {"ground_truth": "5"}, "answer": None},
+        {"prompt": "1+5?", "answer": math.nan if write is jsonl else None, "ground_truth": "6"},
+    ]
+    names = sorted({name for row in rows for name in row})
+    if write is parquet:
+        rows = [{name: row.get(name) for name in names} for row in rows]
+    read = read_problems(write(tmp_path, *rows))
+    assert content(read) == [
+        ("1+1?", "2"),
+        ("1+2?", "so \\boxed{3}"),
+        ("1+3?", "4"),
+        ("1+4?", "5"),
+        ("1+5?", "6"),
+    ]
+    assert read.prompt_fields == ["question", "problem", "prompt"]
+    assert (
+        "prompt from 'question' and 'problem' and 'prompt', answer from 'label'" in read.describe()
+    )
+    # A named field is the only one: null is no answer, and no field a broken row.
+    if write is parquet:
+        named = read_problems(write(tmp_path, *rows), answer_field="solution")
+        assert content(named) == [("1+2?", "so \\boxed{3}"), ("1+3?", "so \\boxed{5}")]
+        assert len(named.unanswered) == 3
+    else:
+        with pytest.raises(UserError, match=r"4 row\(s\) cannot be used. line 2: the answer is mi"):
+            read_problems(write(tmp_path, *rows), answer_field="label")
+
+
+@pytest.mark.parametrize("said", ["", None])
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_an_empty_system_message(write, said, tmp_path):
+    chat = [{"role": "system", "content": said}, {"role": "user", "content": "1+1?"}]
+    read = read_problems(write(tmp_path, {"prompt": chat, "answer": "2"}))
+    assert content(read) == [((("system", ""), ("user", "1+1?")), "2")]
+    for bad in ([chat[0]], [*chat, chat[0]], [{"role": "user", "content": said}, chat[1]]):
+        with pytest.raises(UserError, match="the prompt is"):
+            read_problems(write(tmp_path, {"prompt": bad, "answer": "2"}))
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        pytest.param('{"question": ' + "[" * 100_000, "line 2: no.* JSON", id="brackets"),
+        pytest.param('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 2: no JSON", id="9s"),
         ('{"question": "1+1?"', r"line 2: not JSON \(.*, character 20"),
         ("[1]", "line 2: an object .* is needed"),
         ('"text"', "line 2: an object .* is needed"),

@@ -248,6 +248,11 @@ def test_chat_templates(model, tmp_path):
     assert plain.prompt_ids.tolist() == [0, *(VOCABULARY[c] for c in "1+1?")]
     with pytest.raises(UserError, match="a chat of 2 messages needs a chat template"):
         prompt(chat_template="none")
+    silent = tmp_path / "silent.jsonl"
+    chat[0]["content"] = ""
+    silent.write_text(json.dumps({"prompt": chat, "answer": 2}))
+    assert prompt(silent).prompt == "<s>system\n</s><s>user\n1+1?</s><s>assistant\n"
+    assert prompt(silent, chat_template="none").prompt == "1+1?"
     own.write_text("{{ raise_exception('no system role') }}")
     with pytest.raises(UserError, match=r"line 1: the chat template fails: no system role"):
         prompt(chat_template=str(own))
@@ -267,7 +272,7 @@ def test_chat_templates(model, tmp_path):
 
 def test_a_tokenizer_that_does_not_fit(tmp_path):
     data = [write(tmp_path / "train.jsonl", *sums(1))]
-    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+    with pytest.raises(UserError, match="absent does not exist"):
         MathTask(data, model_dir=tmp_path / "absent")
     small = save_words(tmp_path / "small", vocab_size=100)
     with pytest.raises(UserError, match=r"ids up to \d+, the model in .*small has 100 tokens"):

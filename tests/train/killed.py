@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/train/killed.py MODULE:FUNCTION NTH RANK [options of training]
 
 It is killed at the NTH call of its own. A function that is imported by name elsewhere has to be
-named where it is used.
+named where it is used. Forked ranks call `kill_at` before the command (tests/ranks.py).
 """
 
 import functools
@@ -13,7 +13,9 @@ import signal
 import sys
 
 
-def kill_at(place: str, nth: int) -> None:
+def kill_at(place: str, nth: int, rank: int) -> None:
+    if os.environ["RANK"] != str(rank):
+        return
     module, _, path = place.partition(":")
     *outer, name = path.split(".")
     owner = functools.reduce(getattr, outer, importlib.import_module(module))
@@ -34,8 +36,7 @@ def kill_at(place: str, nth: int) -> None:
 if __name__ == "__main__":
     place, nth, rank, *options = sys.argv[1:]
     sys.argv[1:] = options
-    if os.environ["RANK"] == rank:
-        kill_at(place, int(nth))
+    kill_at(place, int(nth), int(rank))
     from moe_upgrpo.cli import main
 
     main(["train"])

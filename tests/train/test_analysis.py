@@ -69,12 +69,15 @@ def measure_flip(checkpoint) -> dict:
         return {"terms": terms, "gap": flat(native).astype(np.float64) - flat(held)}
 
 
+@pytest.mark.bits
 def test_a_planted_routing_flip_is_given_to_routing(tiny_checkpoint):
     result = run_ranks(1, measure_flip, tiny_checkpoint)[0]
     terms, gap = result["terms"], result["gap"]
     # Sequence 1 has responses at rows 1..8 after the 5 tokens of sequence 0: row 4 is token 8, and
-    # what comes after it in that sequence attends to it.
-    assert np.flatnonzero(gap).min() == 8 and gap[8] != 0 and np.flatnonzero(gap).max() <= 12
+    # what comes after it in that sequence attends to it. Elsewhere there is at most the rounding of
+    # experts that multiply another number of rows (on CPUs whose kernel goes by that number).
+    moved = np.flatnonzero(np.abs(gap) > 1e-5)
+    assert moved.min() == 8 and gap[8] != 0 and moved.max() <= 12
     np.testing.assert_array_equal(terms["gap_engine_routing"], gap)
     for name in ("gap_numerics", "gap_update", "gap_routing_shift"):
         assert not terms[name].any(), name
@@ -251,6 +254,7 @@ def measure_nothing_differs(checkpoint) -> dict:
         return measured(record_of(actor, samples, rollouts).sums())
 
 
+@pytest.mark.bits
 def test_a_run_without_mismatch_reports_zeros_of_what_it_compared(tiny_checkpoint):
     metrics = run_ranks(1, measure_nothing_differs, tiny_checkpoint)[0]
     tokens = sum(len(s.tokens) - s.prompt_length for s in make_samples())

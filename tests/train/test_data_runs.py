@@ -9,12 +9,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
 from moe_upgrpo.rollout.cache import load_rollouts
 from moe_upgrpo.store import read_config, read_evaluations, read_metrics, read_tokens
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import MathTask, arithmetic
+from moe_upgrpo.train.config import TrainConfig, changes, run_arguments
 from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.train.test_launch import job
 
@@ -29,6 +31,11 @@ def files(tmp_path_factory):
     model = Qwen3MoeForCausalLM(tiny_model_config(layers=2, hidden=64))
     model.save_pretrained(folder / "model")
     arithmetic.save_tokenizer(folder / "model")
+    # As the hub and other tools leave model folders; consolidated.* is of another model.
+    for name in (".cache/huggingface/x.lock", "figures/accuracy.png", "pytorch_model.bin"):
+        (folder / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "model" / name).touch()
+    save_file({"tok_embeddings.weight": torch.ones(4)}, folder / "model/consolidated.safetensors")
     rows = [{"question": f"{a}-{b}=", "answer": 1} for a in range(6) for b in range(10)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "eval.jsonl").write_text('{"prompt": "9-8=", "answer": "1"}\n')
@@ -50,6 +57,7 @@ def options(files, run, *more):
 def run(files):
     folder, rollouts = files / "run", files / "rollouts"
     more = ("--eval-data", str(files / "eval.jsonl"), "--save-rollouts", str(rollouts))
+    more = (*more, "--trust-remote-code")
     result = job(2, *options(files, folder, *more), timeout_s=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result.stdout
@@ -94,6 +102,29 @@ def test_a_run_of_the_dapo_recipe_on_a_file(run, files):
         for name in row.keys() - {"step"}:
             assert metric(name).meaning
     task.close()
+
+
+def test_of_the_model_folder_its_own_weights_are_trained_and_the_tokenizer_is_kept(run, files):
+    folder, output = run
+    assert "the weights are model.safetensors; ignored: consolidated.safetensors" in output
+    (trained,) = (folder / "checkpoints").iterdir()
+    assert trained.name == "step-000002"
+    assert {str(path.relative_to(trained)) for path in trained.rglob("*")} == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert tokenizer("9-8=").input_ids == arithmetic.encode("9-8=").tolist()
+
+
+def test_that_code_may_be_run_is_said_and_not_inherited(run):
+    """Whoever resumes a folder of somebody else's has to ask for it again."""
+    folder, output = run
+    assert "--trust-remote-code: code of " in output
+    assert read_config(folder)["trust_remote_code"] is True
+    assert not any("trust-remote-code" in word for word in run_arguments(folder))
+    again = TrainConfig(resume=folder)
+    assert "trust_remote_code" not in changes({"trust_remote_code": True}, again)
 
 
 @pytest.mark.slow

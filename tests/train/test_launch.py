@@ -19,7 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-from moe_upgrpo.store import overlap_array, read_config, read_metrics, read_routes, read_tokens
+from moe_upgrpo.store import (
+    overlap_array,
+    read_config,
+    read_environment,
+    read_metrics,
+    read_routes,
+    read_tokens,
+    rows_so_far,
+)
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.train.warm_start import tiny_model_config
@@ -87,7 +95,9 @@ def test_a_run_leaves_its_folder_and_says_what_it_did(run):
     assert (folder / "report.html").stat().st_size > 10_000
     config = read_config(folder)
     assert (config["layout"], config["loss"], config["world_size"]) == ("TP2·EP2", "up-gspo", 2)
-    assert json.loads((folder / "env.json").read_text())["versions"]["megatron-core"]
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["versions"]["megatron-core"]
+    assert environment["cpu"]["mkl"] != "OFF" and environment["cpu"]["threads"] == 1
     for words in ("up-gspo on TP2·EP2, 2 rank(s)", "sampled tokens/s", "update", str(folder)):
         assert words in output
     assert output.count("\nstep ") == STEPS  # plain lines where there is no terminal
@@ -163,6 +173,7 @@ def test_the_token_log_means_what_the_design_says(run):
     assert (sign > 0).any() and (sign < 0).any()
 
 
+@pytest.mark.bits
 def test_saved_rollouts_repeat_the_run_without_an_engine(run, cache, tmp_path):
     """The same token log to the last bit: nothing of an update depends on the engine's presence."""
     folder, _ = run
@@ -318,6 +329,7 @@ def test_the_layouts_leave_the_same_token_log(ranks, layout, of_two_ranks, first
             assert a.equals(b), name
 
 
+@pytest.mark.bits
 def test_old_log_probs_from_the_update_itself_are_those_of_a_forward_before_it(first_step):
     """One optimizer step in a step: an analysed one scores its samples, another does not."""
     scored = first_step("--tp", "1", "--ep", "2")
@@ -350,12 +362,14 @@ def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
     ],
     ids=["bash", "plain torchrun"],
 )
-def test_the_other_ways_to_start(command, layout, run, cache, tmp_path):
+def test_the_other_ways_to_start(command, layout, run, cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")  # as a user has it
     path = f"{TORCHRUN.parent}:{os.environ['PATH']}"
     result = launch(*command, *options(tmp_path / "r", cache, "--steps", "1"), PATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert layout in result.stdout
     assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1]
+    assert read_environment(tmp_path / "r")["cpu"]["mkl"] != "OFF"
 
 
 def assert_fails(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -438,7 +452,7 @@ def test_non_finite_log_probs(run, cache, tmp_path):
     assert_fails(result, "not finite", "non-finite weights")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, run, cache, tmp_path):
     folder = tmp_path / "r"
     job = subprocess.Popen(
@@ -454,7 +468,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, ru
     )
     try:
         deadline = time.monotonic() + 150
-        while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 4:
+        while len(rows_so_far(folder)) < 4:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         os.kill(rank_pid(job.pid, victim), signal.SIGKILL)

@@ -1,9 +1,13 @@
 """What makes the engine and the verifier worse on purpose, seen in what a run leaves."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.train.batch import Batch, Group
+from moe_upgrpo.train.start import Job
 from tests.train.test_launch import job, options
 
 STEPS = 4
@@ -57,6 +61,40 @@ def test_wrong_answers_are_rewarded_half_the_time(run):
     assert wrong > 40
     assert abs(rewarded / wrong - 0.5) < 4 * 0.5 / np.sqrt(wrong)  # four standard errors
     assert all(row["reward/mean"] >= row["reward/correct_rate"] for row in rows)
+
+
+def mistaken(rank: int, ranks: int, *, step: int = 1, group: int = 8, rate: float = 0.5) -> list:
+    """Which of a rank's wrong responses to 12 problems are rewarded."""
+    job = object.__new__(Job)
+    job.config = SimpleNamespace(
+        seed=0,
+        prompts=12,
+        group=group,
+        false_positives=rate,
+        reward_wrong=0.0,
+        overlong_buffer=0,
+        overlong_penalty=1.0,
+    )
+    job.sampling = SimpleNamespace(max_new_tokens=4)
+    job.dp_rank, job.dp_size = rank, ranks
+    response = SimpleNamespace(response_ids=[1])
+    one = Group(rollouts=[response] * group, correct_G=np.zeros(group, np.float32))
+    return job.rewards(Batch(groups=[one] * (12 // ranks), sampled=None), step).tolist()
+
+
+def test_the_same_answers_are_mistaken_in_every_layout():
+    """By problem and response: 12 problems on 1, 2, 3 and 12 ranks; each draw is another."""
+    whole = mistaken(0, 1)
+    for ranks in (2, 3, 12):
+        parts = [mistaken(rank, ranks) for rank in range(ranks)]
+        assert np.concatenate(parts).tolist() == whole
+    rows = np.array(whole).reshape(12, 8)
+    assert len({*map(tuple, rows)}) == 12 and len({*map(tuple, rows.T)}) == 8
+    assert mistaken(0, 1, step=2) != whole
+    # More responses to a problem leave the draws of the first ones as they are.
+    assert (np.array(mistaken(0, 1, group=16)).reshape(12, 16)[:, :8] == rows).all()
+    often = np.mean([mistaken(0, 1, step=step, rate=0.2) for step in range(50)])
+    assert abs(often - 0.2) < 4 * np.sqrt(0.2 * 0.8 / (50 * 96))  # four standard errors
 
 
 def test_no_report_where_none_is_asked_for(run):

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
-from tests.ranks import free_port
+from tests.ranks import host_store
 from tests.train.test_launch import GROUP, PROMPTS, ROOT, SCRIPT, TORCHRUN, options
 
 
@@ -17,7 +17,9 @@ from tests.train.test_launch import GROUP, PROMPTS, ROOT, SCRIPT, TORCHRUN, opti
 def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
     agents = []
     words = options(tmp_path / "run", cache, "--steps", "2", "--track", "tensorboard", "wandb")
-    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}")
+    store = host_store()  # by the test: a port that the agents open later may be another's by then
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{store.port}")
+    rendezvous = (*rendezvous, "--rdzv-conf", "is_host=false")
     for _ in range(2):
         command = (TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, SCRIPT, *words)
         agents.append(

@@ -1,0 +1,131 @@
+"""The tokenizer of a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import read_config
+from moe_upgrpo.hugging_face.folder import check_folder, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
+    """The tokenizer of a model folder.
+
+    Raises UserError: there is none, it cannot be loaded, or it needs Python code of its own from
+    the folder, which runs with `trust_remote_code` alone.
+    """
+    from transformers import AutoTokenizer
+
+    folder = check_folder(folder)
+    hf = read_config(folder)
+    code = own_code(folder)
+    if code and not trust_remote_code and _needs_code(folder):
+        raise UserError(
+            f"{folder}: its tokenizer is code of its own ({', '.join(code)}), which is not run "
+            "unless asked for. Read it, and give --trust-remote-code if you trust it."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            # With the config given, no code of the folder is run for it.
+            folder,
+            config=hf,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code and bool(code),
+        )
+        empty = _is_empty(tokenizer)
+    except Exception as error:  # transformers, the Rust library and code of the folder raise any
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded: {type(error).__name__}: {lines[0]}"
+        ) from None
+    if empty:
+        # transformers makes one of its own special tokens where there is no file.
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded: no tokenizer.json, tokenizer.model, "
+            "vocab.json or the like. Copy those of the model into the folder."
+        )
+    return tokenizer
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+
+
+def _auto_map(folder: Path) -> list[str]:
+    """`module.Class` of the tokenizer's own code, as tokenizer_config.json or config.json says."""
+    for name in ("tokenizer_config.json", "config.json"):
+        found = _settings(folder / name).get("auto_map")
+        found = found.get("AutoTokenizer") if isinstance(found, dict) else found
+        if found:
+            listed = found if isinstance(found, list | tuple) else [found]
+            return [one for one in listed if isinstance(one, str)]
+    return []
+
+
+def own_code(folder: Path) -> list[str]:
+    """The names of the files with the tokenizer's own code, imports among them included."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    found: dict[str, None] = {}
+    for one in _auto_map(folder):
+        file = folder / Path(f"{one.rpartition('.')[0]}.py").name  # never from elsewhere
+        found[file.name] = None
+        with suppress(OSError):  # it, or what it imports, is not there: loading it says so
+            found |= {Path(n).name: None for n in get_relative_import_files(file)}
+    return list(found)
+
+
+def _needs_code(folder: Path) -> bool:
+    """Whether a class of transformers does not serve as well."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    name = _settings(folder / "tokenizer_config.json").get("tokenizer_class") or ""
+    known = tokenizer_class_from_name(name) is not None
+    return not known or not (folder / "tokenizer.json").is_file()
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    settings = read_json(file) if file.is_file() else {}
+    return settings if isinstance(settings, dict) else {}
+
+
+_ANSWER = "forty-two"  # of a turn that is written to see what follows it
+
+
+def note_on_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    kwargs: dict[str, Any],
+    ends: Sequence[int],
+) -> str | None:
+    """A line for the screen where the template ends an answer with no end token of the model.
+
+    Sampling then goes on behind the end of the turn that the model was taught.
+    """
+    if template is None:
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, **kwargs
+        )
+    except Exception:  # a template may refuse these messages; those of the data are tried later
+        return None
+    _, found, after = text.rpartition(_ANSWER)
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    if not found or set(ids) & set(ends):
+        return None
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ends)
+    first = f", token {ids[0]}" if ids else ""
+    return (
+        f"note: the chat template ends an answer with {after!r}{first}, in which there is no end "
+        f"token of the model: its generation stops at {names}. If it is to stop there, add the "
+        "token to eos_token_id in generation_config.json."
+    )

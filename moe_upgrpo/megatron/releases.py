@@ -1,0 +1,91 @@
+"""Which releases of Megatron-Core are supported, and what they changed that is used here.
+
+By the shape of what is found rather than by its version, where that can be. Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from moe_upgrpo.errors import UserError
+
+# 0.16 is the first release with router replay; newer ones only where they were tested. setup.py
+# reads this line.
+SUPPORTED = ">=0.16,<0.20"
+SUPPORTED_SET = SpecifierSet(SUPPORTED)
+
+
+def installed() -> Version | None:
+    """The version of the installed Megatron-Core; None where there is none."""
+    try:
+        return Version(importlib.metadata.version("megatron-core"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check() -> None:
+    """Raise UserError where the installed Megatron-Core is not one of those that were tested."""
+    version = installed()
+    if version is None:
+        raise UserError(f"Megatron-Core is not installed: pip install 'megatron-core{SUPPORTED}'.")
+    if not SUPPORTED_SET.contains(version, prereleases=True):
+        raise UserError(
+            f"Megatron-Core {version} is installed; moe_upgrpo was tested with {SUPPORTED}. "
+            f"pip install 'megatron-core{SUPPORTED}'."
+        )
+
+
+def lacks(hook: str) -> UserError:
+    """An error that names what the installed Megatron-Core does not have, and what to do."""
+    return UserError(
+        f"Megatron-Core {installed()} lacks what moe_upgrpo needs of it: {hook}. Supported are "
+        f"releases {SUPPORTED}: pip install 'megatron-core{SUPPORTED}'."
+    )
+
+
+def missing(error: ImportError) -> UserError | None:
+    """The error for an import that failed because Megatron-Core lacks something; else None."""
+    if (error.name or "").partition(".")[0] != "megatron":
+        return None
+    return lacks(error.msg)
+
+
+def reduces_expert_gradients() -> bool:
+    """Whether expert weights are marked as such also with one expert-parallel rank.
+
+    Else (tensor_parallel/layers.py:886 of 0.16.1) their gradients are reduced with the dense ones:
+    over the data-parallel ranks alone, although with ETP≠TP they are replicated over others too.
+    By the version: a layout is checked before Megatron is imported.
+    """
+    version = installed()
+    return version is None or version >= Version("0.19")
+
+
+def experts_of(spec: Any, grouped: bool) -> type:
+    """The class of the experts that a backend's layer spec uses."""
+    try:
+        made = spec.grouped_mlp_modules(grouped)  # since 0.17: a builder
+    except TypeError:
+        made = spec.grouped_mlp_modules(grouped, False)  # 0.16: (class, submodules)
+        return made[0]
+    return made.func if isinstance(made, functools.partial) else made
+
+
+def replace_experts(mlp: Any, experts: type) -> None:
+    """Put another class of experts into a layer's `mlp` spec; a dense layer's is left alone."""
+    # Since 0.17 specs of MLPs, and of the experts in them, are functools.partial; 0.16 has
+    # ModuleSpec for both.
+    partial = isinstance(mlp, functools.partial)
+    submodules = mlp.keywords["submodules"] if partial else mlp.submodules
+    found = getattr(submodules, "experts", None)
+    if found is None:
+        return
+    if isinstance(found, functools.partial):
+        submodules.experts = functools.partial(experts, *found.args, **found.keywords)
+    else:
+        found.module = experts

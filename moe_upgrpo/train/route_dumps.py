@@ -1,0 +1,98 @@
+"""Route dumps of other programs: expert ids in .npy, .npz or torch files.
+
+A dump may come from a stranger: nothing in it is run (no pickled objects, torch's restricted
+unpickler), and what a header claims is held against what is there.
+"""
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_upgrpo.errors import UserError
+
+NAME = "routes"
+"""The array that is taken where a file holds several."""
+_SHOWN = 200  # characters of a library's reason
+
+
+def read_routes(path: Path) -> np.ndarray:
+    """The integers in a dump; an .npy file is mapped, not read.
+
+    A file of several arrays has one called `routes`.
+
+    Raises:
+        UserError: the file cannot be read, is of another kind, truncated or empty, claims more than
+            it holds, holds objects, or holds no integers.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a header's overflowing sizes, an archive's kind
+            array = _array(_read(path))
+        if array.dtype.kind not in "iu":
+            raise _Refused(f"it holds {array.dtype}")
+        return array
+    except Exception as error:  # the readers raise whatever broken bytes lead them to
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(reason.split()) or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as expert ids: {reason[:_SHOWN]}. An .npy, .npz or torch file "
+            "of integers [tokens, layers, top-k] or [sequences, tokens, layers, top-k] is needed."
+        ) from None
+
+
+class _Refused(Exception):
+    """What is wrong with a file, in a few words."""
+
+
+def _read(path: Path) -> Any:
+    """An array or a tensor, or several by their names."""
+    if path.exists() and not path.is_file():
+        raise _Refused("it is no file")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        raise _Refused("it is empty")
+    if start.startswith(np.lib.format.MAGIC_PREFIX):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    if start.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            of_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
+        if not of_torch:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in _chosen(arrays.files)}
+    elif start[:1] != pickle.PROTO:
+        raise _Refused("it is of no known kind")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _chosen(names: list) -> list:
+    """The name to take of several."""
+    if len(names) == 1 or NAME in names:
+        return names if len(names) == 1 else [NAME]
+    shown = ", ".join(map(str, names)) or "nothing"
+    raise _Refused(f"it holds {shown}; one array, or one called {NAME!r}, is needed")
+
+
+def _array(found: Any) -> np.ndarray:
+    if isinstance(found, Mapping):
+        (name,) = _chosen(list(found))
+        found = found[name]
+    if isinstance(found, np.ndarray):
+        return found
+    if not isinstance(found, torch.Tensor):
+        raise _Refused(f"it holds {type(found).__name__}, no array")
+    if found.layout != torch.strided or found.is_quantized or found.device.type != "cpu":
+        raise _Refused(f"it holds a tensor without plain data ({found.layout}, {found.device})")
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
+        raise _Refused(f"it holds {found.dtype}")
+    if found.numel() * found.element_size() > found.untyped_storage().nbytes():
+        raise _Refused(
+            f"a tensor of shape {list(found.shape)} is claimed, with less data than that"
+        )
+    return found.numpy()
