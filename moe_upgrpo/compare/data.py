@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import parse_json
 from moe_upgrpo.store.parquet import read_checked, write_checked
+from moe_upgrpo.store.text import printable
 
 _ABOUT = b"moe_upgrpo.compare"
 

@@ -20,11 +20,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -38,7 +34,6 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import no_code
 from moe_upgrpo.megatron.actor import MegatronActor
 
 # What torch's writer pickles into `.metadata`.
@@ -62,8 +57,6 @@ _OBJECTS = {
 # Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
 # writes them; otherwise every rank would hold all parts in memory.
 _OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
-# How tensors are kept: not as a folder says that is read.
-_FORMAT = ("torch_dist", 1)
 
 
 class _Writer(TorchDistSaveShardedStrategy):
@@ -132,16 +125,14 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
         }
         with warnings.catch_warnings():  # of what torch will one day do otherwise
             warnings.simplefilter("ignore", FutureWarning)
-            loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=_FORMAT)
+            loaded = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
         raise UserError(
             f"{folder} does not hold this model's training state: {str(error)[:500]}"
         ) from error
     for one, name in ((actor, "model"), (frozen, "frozen")):
         for i, chunk in enumerate(unwrap_model(list(one.chunks)) if one else ()):
-            left = chunk.load_state_dict(loaded[name][str(i)], strict=False)
-            if lacking := [key for key in left.missing_keys if "_extra_state" not in key]:
-                raise UserError(f"{folder} lacks {', '.join(lacking)} of this model")
+            chunk.load_state_dict(loaded[name][str(i)])
     for i, part in enumerate(_parts(actor.optimizer)):
         _set_state(part, loaded["optimizer"].get(str(i), {}), steps=schedule["num_steps"])
     actor.scheduler.load_state_dict(schedule)
@@ -151,14 +142,9 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
 def _model_state(actor: MegatronActor) -> dict:
     """Chunk -> its parameters' names, and for each its name in the whole model and this part."""
     # Each layer under its own number: layers may be of different kinds.
-    states = [
-        chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        for chunk in unwrap_model(list(actor.chunks))
-    ]
-    # Without the `_extra_state` of layers: pickles, empty but for the scales of FP8 training.
     return {
-        str(i): {k: v for k, v in state.items() if not isinstance(v, ShardedObject)}
-        for i, state in enumerate(states)
+        str(i): chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        for i, chunk in enumerate(unwrap_model(list(actor.chunks)))
     }
 
 
@@ -183,6 +169,8 @@ def _check_objects(folder: Path) -> None:
         with (folder / ".metadata").open("rb") as file:
             metadata = _OnlyOurs(file).load()
         for index, stored in metadata.storage_data.items():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"it leads to {stored.relative_path}")
             if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
                 with (folder / stored.relative_path).open("rb") as file:
                     file.seek(stored.offset)

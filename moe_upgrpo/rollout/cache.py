@@ -7,6 +7,7 @@ the schema's metadata.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.store.files import publish
+from moe_upgrpo.store.files import parse_json, publish
 from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"

@@ -57,7 +57,7 @@ class Checkpoints:
         """
         for path in self.folder.glob(".*/"):
             if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
+                _remove(path)
 
     def all(self) -> list[Path]:
         """The whole checkpoints, the oldest first; names that are nearly theirs are not."""
@@ -66,6 +66,14 @@ class Checkpoints:
 
     def _of(self, step: int) -> Path:
         return self.folder / f"state-{step:06d}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link by which its owner keeps it elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def step_of(path: Path) -> int | None:
@@ -100,18 +108,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     unreadable = UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}")
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        version, step, _ = manifest["version"], manifest["step"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}") from None
-    if version != VERSION:
+        manifest = parse_json((path / _MANIFEST).read_bytes(), _MANIFEST)
+    except (OSError, UserError):
+        raise unreadable from None
+    if not isinstance(manifest, dict) or "version" not in manifest:
+        raise unreadable
+    if (version := manifest["version"]) != VERSION:
         raise UserError(
             f"{path} is a checkpoint of version {version}, written by a newer moe_upgrpo; this one "
             f"reads version {VERSION}. Resume with the moe_upgrpo that wrote it "
             f"({manifest.get('moe_upgrpo')}), or delete the folder to resume from an older "
             "checkpoint."
         )
-    if step != step_of(path):
+    step, files = manifest.get("step"), manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("model"), dict):
+        raise unreadable
+    if not all(_is_ours(name, about) for name, about in files.items()):
+        raise unreadable
+    if type(step) is not int or step != step_of(path):
         raise UserError(
             f"{path} holds the state after step {step}, as its {_MANIFEST} says: another folder "
             "took its name. Give it the name of its step, or move it elsewhere."

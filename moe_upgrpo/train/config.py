@@ -371,8 +371,10 @@ MAY_CHANGE = {
     "keep": "checkpoints",
     "report": "how the run is watched",
 }
+# Of the command line only.
+_OF_THE_START = ("config", "resume", "restart")
 # Which folder, how the options came, and what may be done on this machine.
-_NO_SETTINGS = ("config", "resume", "output_dir", "trust_remote_code")
+_NO_SETTINGS = (*_OF_THE_START, "output_dir", "trust_remote_code")
 
 
 def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store.files import write_text
+from moe_upgrpo.store.files import parse_json, write_text
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 PROJECT = "moe_upgrpo"

@@ -15,16 +15,10 @@ import shutil
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups, no_code
+from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.megatron.layout import Layout
@@ -245,3 +239,15 @@ def test_somebody_elses_state_runs_no_code(place, kind, state, checkpoints, tmp_
     # The planted code is code: whoever unpickles it without a question makes the file.
     torch.load(io.BytesIO(code.getvalue()), weights_only=False)
     assert made.exists()
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc/hostname", "sub/file"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(path, state, checkpoints, tmp_path):
+    folder = shutil.copytree(state, tmp_path / "state")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = path
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoints["tiny"], Layout(), optimizer=OptimizerSettings())
+        with pytest.raises(UserError, match=f"it leads to {path}"):
+            load_state(folder, actor)

@@ -15,7 +15,6 @@ from moe_upgrpo.report.sequences import MAX_TOKENS, drawn
 from moe_upgrpo.store import RunFolder
 from moe_upgrpo.store.parquet import write_checked
 from tests.report.synthetic import make_run, write_tokens
-from tests.store.rows import rewrite
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import check_new, load_rollouts, save_rollouts
+from moe_upgrpo.rollout.cache import check_new, drop_after, load_rollouts, save_rollouts
 from moe_upgrpo.store.parquet import write_checked
 
 

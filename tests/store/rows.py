@@ -1,8 +1,6 @@
 """Rows for tests of the store: routes with mismatches of a known place, and all columns."""
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 LAYERS, TOP_K, EXPERTS = 3, 2, 8
 FLOATS = ("reward", "advantage", "logp_rollout", "logp_old", "logp_train", "ratio")
@@ -56,9 +54,3 @@ def full_columns(num_rows=6, sequences=2, seed=0):
         **{name: rng.standard_normal(num_rows) for name in (*GAPS, "margin_min", "entropy")},
         "gradient_weight": rng.random(num_rows),
     }
-
-
-def rewrite(file, table: pa.Table) -> None:
-    """Another table in a file of ours, as a fault of the writer would: no checksum contradicts."""
-    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"moe_upgrpo.checksums"}
-    pq.write_table(table.replace_schema_metadata(metadata), file)

@@ -5,7 +5,6 @@ That a job killed at any of these moments can be resumed: tests/train/test_resum
 
 import json
 import os
-import shutil
 
 import pytest
 

@@ -1,5 +1,7 @@
 """The run folder: what is refused, what survives a kill, what a resumed run keeps."""
 
+import hashlib
+import json
 import os
 import signal
 import sys

@@ -106,7 +106,7 @@ def test_rollout_routes_alone(tmp_path):
 
 
 def test_files_of_version_1(tmp_path):
-    """As the first version wrote them: other metadata, no optional column."""
+    """As the first version wrote them: other metadata, no optional column; beside version 2."""
     optional = [name for name, column in COLUMNS.items() if column.optional]
     file = writer(tmp_path).write(
         1, without(full_columns(), *optional, "rollout_routes", "train_routes")
@@ -174,7 +174,7 @@ def test_bad_routes_name_the_sequence_and_the_layer(tmp_path, columns, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def replace(file, name, array):
+def rewrite(file, name, array):
     table = pq.read_table(file)
     place = table.column_names.index(name)
     table = table.set_column(place, pa.field(name, array.type, nullable=True), array)
@@ -187,12 +187,12 @@ def test_malformed_route_columns(tmp_path):
         file = writer(tmp_path).write(step, full_columns())
     good = pq.read_table(file)
 
-    replace(file, "train_experts", pa.array(["x"] * 6))
+    rewrite(file, "train_experts", pa.array(["x"] * 6))
     with pytest.raises(UserError, match=r"step-000002-.*train_experts is string, expected large_b"):
         read_tokens(tmp_path)
     write_checked(good, file)
 
-    replace(file, "rollout_experts", pa.array([b"abc"] * 6, pa.binary(3)))
+    rewrite(file, "rollout_experts", pa.array([b"abc"] * 6, pa.binary(3)))
     table = read_tokens(tmp_path, steps=[2])
     message = r"step 2, sequence 0 .*uint8 of shape \[tokens, 2\].*truncated, or of another model"
     with pytest.raises(UserError, match=message):
@@ -201,13 +201,13 @@ def test_malformed_route_columns(tmp_path):
 
     # Rows 3..5 are sequence 1. Bits 11111 = 31 number no pair of 8 experts: there are 28.
     packed = good["rollout_experts"].to_pylist()
-    replace(file, "rollout_experts", pa.array([*packed[:4], b"\xff\xfe", packed[5]], pa.binary(2)))
+    rewrite(file, "rollout_experts", pa.array([*packed[:4], b"\xff\xfe", packed[5]], pa.binary(2)))
     with pytest.raises(UserError, match=r"step 2, sequence 1 .*token 1, MoE layer 0: not the num"):
         read_routes(read_tokens(tmp_path))
     write_checked(good, file)
 
     difference = [value + b"\x01" for value in good["train_experts"].to_pylist()]
-    replace(file, "train_experts", pa.array(difference, pa.large_binary()))
+    rewrite(file, "train_experts", pa.array(difference, pa.large_binary()))
     with pytest.raises(UserError, match=r"step 2, sequence 0 .*token 0"):
         read_routes(read_tokens(tmp_path))
     assert len(read_routes(read_tokens(tmp_path, steps=[1]))[0]) == 6

@@ -39,6 +39,7 @@ from moe_upgrpo.store import (
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
+from moe_upgrpo.train.config import options as file_options
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at
