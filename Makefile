@@ -70,7 +70,7 @@ $(TRANSFORMERS_4)/.installed: $(STAMP)
 	@touch $@
 
 train: $(STAMP)
-	TORCHRUN=$(abspath $(BIN))/torchrun bash examples/train_moe.sh $(ARGS)
+	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,20 +6,21 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from moe_upgrpo import kernels
-from moe_upgrpo.errors import UserError
+from moe_upgrpo import __version__, ending, kernels
+from moe_upgrpo.errors import INTERRUPTED, UserError
 from moe_upgrpo.megatron import releases
 
 COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
@@ -27,7 +28,8 @@ RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
-  train              train by RL on the ranks of this job (see examples/train_moe.sh)
+  train              train by RL in this process, or on the ranks of a torchrun job
+  launch             start the ranks of a training job: launch [TORCHRUN'S OPTIONS] -- [TRAIN'S]
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [*(argv or ()), *sys.argv[1:]]
     commands = {
         "train": _train,
+        "launch": _launch,
         "probe": _probe,
         "compare": _compare,
         "report": _report,
@@ -53,25 +56,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
+    if arguments[0] == "--version":
+        print(f"moe-upgrpo {__version__}")
+        return
     if arguments[0] not in commands:
-        _fail(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
+        ending.fail(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
     if arguments[0] in COMPUTE:
         kernels.pin()  # before torch computes
     try:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
-        _fail(str(error))
+        ending.fail(str(error), error.status, lost=type(error).__name__ == "PeerLost")
     except KeyboardInterrupt:
-        _fail("interrupted; what was logged is complete: moe-upgrpo report RUN shows it.", 130)
+        ending.fail("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # as `| head` does, once it has seen enough
+        ending.fail("standard output was closed by its reader.", 128 + signal.SIGPIPE)
     except Exception as error:
         if isinstance(error, ImportError) and (lacking := releases.missing(error)):
-            _fail(str(lacking))
-        _fail(_describe(error), status=1)
+            ending.fail(str(lacking))
+        ending.fail(
+            f"rank {ending.rank()} failed with {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0][:300]}",
+            status=1,
+            details="".join(traceback.format_exception(error)),
+        )
 
 
 def _parse(what, arguments: list[str], prog: str):
     """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
-    if _rank() == 0:
+    if ending.rank() == 0:
         return tyro.cli(what, args=arguments, prog=prog)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -92,7 +105,7 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
     try:
         return _parse(cls, [*from_run, *from_files, *arguments], prog)
     except SystemExit as end:
-        if end.code and from_files and _rank() == 0:
+        if end.code and from_files and ending.rank() == 0:
             files = ", ".join(map(str, named("--config", arguments)))
             print(f"The options come from {files} and from the command line.", file=sys.stderr)
         raise
@@ -111,6 +124,18 @@ def _train(arguments: list[str]) -> None:
     train(config)
 
 
+def _launch(arguments: list[str]) -> None:
+    from moe_upgrpo import launch
+    from moe_upgrpo.train.checks import check_start
+    from moe_upgrpo.train.config import TrainConfig
+
+    agent_words, train_words = launch.split(arguments)
+    config = _parse_with_files(TrainConfig, train_words, "train_moe.sh")
+    check_start(config, launch.world_size(agent_words))
+    kernels.pin()
+    launch.launch(agent_words, train_words)
+
+
 def silence_upstream() -> None:
     """Dozens of warnings at each start would hide the run's own lines. None asks for an action."""
     # Optional packages that are not installed.
@@ -122,11 +147,14 @@ def silence_upstream() -> None:
 
 
 def _probe(arguments: list[str]) -> None:
+    from moe_upgrpo.train.probe_options import ProbeConfig
+
+    config = _parse(ProbeConfig, arguments, "moe-upgrpo probe")
     releases.check()
     silence_upstream()
-    from moe_upgrpo.train.probe import ProbeConfig, probe
+    from moe_upgrpo.train.probe import probe
 
-    probe(_parse(ProbeConfig, arguments, "moe-upgrpo probe"))
+    probe(config)
 
 
 def _report(arguments: list[str]) -> None:
@@ -182,23 +210,26 @@ def _compare(arguments: list[str]) -> None:
         try:
             run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from there.", 130)
+            ending.fail("interrupted; the same command goes on from there.", 130)
         print(write_report(folder))
 
     _parse(compare, arguments, "moe-upgrpo compare")
 
 
 def _plan(arguments: list[str]) -> None:
+    from moe_upgrpo.train.plan_options import PlanConfig
+
+    config = _parse_with_files(PlanConfig, arguments, "moe-upgrpo plan")
     releases.check()
     silence_upstream()
-    from moe_upgrpo.train.plan import PlanConfig, check_fits, make_plan, show
+    from moe_upgrpo.train.plan import check_fits, make_plan, show
 
-    plan = make_plan(_parse_with_files(PlanConfig, arguments, "moe-upgrpo plan"))
+    plan = make_plan(config)
     show(plan, _console())
     try:
         check_fits(plan)
     except UserError as error:
-        _fail(str(error), status=1)
+        ending.fail(str(error), status=1)
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -218,7 +249,7 @@ def _doctor(arguments: list[str]) -> None:
         else:
             show(found, _console())
         if strict and not found.can_train:
-            _fail("nothing can train here; doctor's table says why.", status=1)
+            ending.fail("nothing can train here; doctor's table says why.", status=1)
 
     _parse(doctor, arguments, "moe-upgrpo doctor")
 
@@ -233,48 +264,3 @@ def _console() -> Console:
     """Square brackets are those of pip; where there is no terminal, lines are wide."""
     console = Console(markup=False, highlight=False)
     return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _fail(message: str, status: int = 2) -> NoReturn:
-    """End this rank with a message; of the ranks on this machine only the first to fail prints it.
-
-    torchrun repeats the messages of all ranks below its own traceback: it reads them from files.
-    """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    first = True
-    if error_file is not None:
-        first = _leave_mark(Path(error_file).parent.parent / "moe_upgrpo_failed")
-        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(error_file).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": about}})
-        )
-    if first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    # Without the interpreter's shutdown, where process groups would wait for the other ranks.
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def _leave_mark(mark: Path) -> bool:
-    """Whether no rank was here before. torchrun gives each attempt a folder of its own."""
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _describe(error: Exception) -> str:
-    lost_peer = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    if any(words in str(error) for words in lost_peer):
-        return (
-            f"rank {_rank()} lost another rank, which was killed or ended without a message. What "
-            "was logged until then is complete; --resume RUN goes on from its last checkpoint."
-        )
-    return f"on rank {_rank()}:\n{''.join(traceback.format_exception(error))}"

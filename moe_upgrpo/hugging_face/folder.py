@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

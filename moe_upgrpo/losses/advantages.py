@@ -3,14 +3,17 @@
 Shapes: N responses = P prompts × G responses per prompt, the G of a prompt adjacent.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Group = TypeVar("Group")
 

@@ -4,13 +4,17 @@ Every mode is one weight per sequence, built from a denominator over *all* micro
 so that summing the micro-batches' losses gives the batch's loss whatever the split.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

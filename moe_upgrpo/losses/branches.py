@@ -16,21 +16,23 @@ exist, which aggregations a loss is defined with and where it comes from is the 
 r, s, R: see `tokens.py`; sg: stop-gradient; εl, εh, C: `clip_low`, `clip_high`, `dual_clip`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_upgrpo.losses.config import PolicyLossConfig as Config
 
-TensorFn = Callable[[Tokens, "Config"], Tensor]
-Bounds = tuple[Tensor | None, Tensor | None]
+    TensorFn = Callable[[Tokens, Config], Tensor]
+    Bounds = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Side:
 
     surrogate: TensorFn
     slope: TensorFn
-    clip: Callable[[Tokens, "Config"], Bounds] = lambda t, cfg: (None, None)
+    clip: Callable[[Tokens, Config], Bounds] = lambda t, cfg: (None, None)
 
 
 def above(ratio: Tensor, log_ratio: Tensor, limit: float) -> Tensor:
@@ -47,31 +49,31 @@ def above(ratio: Tensor, log_ratio: Tensor, limit: float) -> Tensor:
     return ratio > limit if limit < math.inf else log_ratio > MAX_LOG_RATIO
 
 
-def token_ratio(t: Tokens, cfg: "Config") -> Tensor:
+def token_ratio(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT
 
 
-def sequence_ratio(t: Tokens, cfg: "Config") -> Tensor:
+def sequence_ratio(t: Tokens, cfg: Config) -> Tensor:
     return t.sequence_ratio_B1
 
 
-def trajectory_ratio(t: Tokens, cfg: "Config") -> Tensor:
+def trajectory_ratio(t: Tokens, cfg: Config) -> Tensor:
     return t.trajectory_ratio_B1
 
 
-def one(t: Tokens, cfg: "Config") -> Tensor:
+def one(t: Tokens, cfg: Config) -> Tensor:
     return torch.ones_like(t.lengths_B1)
 
 
 # --- UP's positive branch, and REINFORCE when it serves both signs
 
 
-def log_likelihood(t: Tokens, cfg: "Config") -> Tensor:
+def log_likelihood(t: Tokens, cfg: Config) -> Tensor:
     """f = log π, c = 1 (arXiv 2607.06987; verl `gpg`). Logged value: −A·log π."""
     return t.log_probs_BT
 
 
-def self_ratio(t: Tokens, cfg: "Config") -> Tensor:
+def self_ratio(t: Tokens, cfg: Config) -> Tensor:
     """f = π/sg(π), c = 1: the same gradient. Logged value: −A, comparable with ratio losses."""
     return t.self_ratio_BT
 
@@ -81,38 +83,38 @@ def self_ratio(t: Tokens, cfg: "Config") -> Tensor:
 # max(·, −A·C) then cuts at C: there εh never binds.
 
 
-def ppo_positive(t: Tokens, cfg: "Config") -> Tensor:
+def ppo_positive(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.clamp(max=cfg.upper)
 
 
-def ppo_positive_clip(t: Tokens, cfg: "Config") -> Bounds:
+def ppo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, above(t.ratio_BT, t.log_ratio_BT, cfg.upper)
 
 
-def ppo_negative(t: Tokens, cfg: "Config") -> Tensor:
+def ppo_negative(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.clamp(cfg.lower, cfg.dual)
 
 
-def ppo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
+def ppo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
     return t.ratio_BT < cfg.lower, above(t.ratio_BT, t.log_ratio_BT, cfg.dual)
 
 
 # --- GSPO (arXiv 2507.18071): PPO's rule on s = (∏r)^(1/|y|), without a dual clip
 
 
-def gspo_positive(t: Tokens, cfg: "Config") -> Tensor:
+def gspo_positive(t: Tokens, cfg: Config) -> Tensor:
     return t.sequence_ratio_B1.clamp(max=cfg.upper)
 
 
-def gspo_positive_clip(t: Tokens, cfg: "Config") -> Bounds:
+def gspo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, above(t.sequence_ratio_B1, t.log_sequence_ratio_B1, cfg.upper)
 
 
-def gspo_negative(t: Tokens, cfg: "Config") -> Tensor:
+def gspo_negative(t: Tokens, cfg: Config) -> Tensor:
     return t.sequence_ratio_B1.clamp(min=cfg.lower)
 
 
-def gspo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
+def gspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
     s_B1, log_s_B1 = t.sequence_ratio_B1, t.log_sequence_ratio_B1
     return s_B1 < cfg.lower, above(s_B1, log_s_B1, math.inf)
 
@@ -120,11 +122,11 @@ def gspo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
 # GSPO-token: s_t = sg(s)·π/sg(π), so that every token carries its own advantage and gradient.
 
 
-def gspo_token_positive(t: Tokens, cfg: "Config") -> Tensor:
+def gspo_token_positive(t: Tokens, cfg: Config) -> Tensor:
     return t.token_sequence_ratio_BT.clamp(max=cfg.upper)
 
 
-def gspo_token_negative(t: Tokens, cfg: "Config") -> Tensor:
+def gspo_token_negative(t: Tokens, cfg: Config) -> Tensor:
     return t.token_sequence_ratio_BT.clamp(min=cfg.lower)
 
 
@@ -132,41 +134,41 @@ def gspo_token_negative(t: Tokens, cfg: "Config") -> Tensor:
 # f = R/|y| at each of the |y| tokens, so that a sequence sums to R and each token's gradient is R.
 
 
-def tic_upper(t: Tokens, cfg: "Config") -> Tensor:
+def tic_upper(t: Tokens, cfg: Config) -> Tensor:
     """min(R, 1+εh), whatever the sign."""
     return t.trajectory_ratio_B1.clamp(max=cfg.upper) / t.lengths_B1.clamp(min=1)
 
 
-def tic_upper_clip(t: Tokens, cfg: "Config") -> Bounds:
+def tic_upper_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, above(t.trajectory_ratio_B1, t.log_trajectory_ratio_B1, cfg.upper)
 
 
-def tic_free(t: Tokens, cfg: "Config") -> Tensor:
+def tic_free(t: Tokens, cfg: Config) -> Tensor:
     """min(R·A, min(R, 1+εh)·A) for A < 0, which is R·A: PPO's min undoes an upper-only clip."""
     return t.trajectory_ratio_B1 / t.lengths_B1.clamp(min=1)
 
 
-def tic_free_clip(t: Tokens, cfg: "Config") -> Bounds:
+def tic_free_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, above(t.trajectory_ratio_B1, t.log_trajectory_ratio_B1, math.inf)
 
 
 # --- GMPO (arXiv 2507.20673; verl `geo_mean`): ρ, the geometric mean of ratios clipped in log space
 
 
-def gmpo_positive(t: Tokens, cfg: "Config") -> Tensor:
+def gmpo_positive(t: Tokens, cfg: Config) -> Tensor:
     return guarded_exp(t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper)))
 
 
-def gmpo_positive_clip(t: Tokens, cfg: "Config") -> Bounds:
+def gmpo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     log_rho_B1 = t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper))
     return None, (t.log_ratio_BT > cfg.log_space_upper) | (log_rho_B1 > MAX_LOG_RATIO)
 
 
-def gmpo_negative(t: Tokens, cfg: "Config") -> Tensor:
+def gmpo_negative(t: Tokens, cfg: Config) -> Tensor:
     return guarded_exp(t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower)))
 
 
-def gmpo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
+def gmpo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
     log_rho_B1 = t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower))
     return t.log_ratio_BT < cfg.log_space_lower, log_rho_B1 > MAX_LOG_RATIO
 
@@ -174,11 +176,11 @@ def gmpo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
 # --- CISPO (arXiv 2506.13585; verl `cispo`): a truncated weight; no token loses its gradient
 
 
-def cispo_weight(t: Tokens, cfg: "Config") -> Tensor:
+def cispo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.upper)
 
 
-def cispo(t: Tokens, cfg: "Config") -> Tensor:
+def cispo(t: Tokens, cfg: Config) -> Tensor:
     return cispo_weight(t, cfg) * t.log_probs_BT
 
 
@@ -186,7 +188,7 @@ def cispo(t: Tokens, cfg: "Config") -> Tensor:
 # are tokens whose probability moved too far in the advantage's direction, by a binary divergence
 
 
-def dppo_weight(t: Tokens, cfg: "Config") -> Tensor:
+def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
@@ -194,12 +196,12 @@ def probabilities(t: Tokens) -> tuple[Tensor, Tensor]:
     return t.log_probs_BT.detach().clamp(max=0).exp(), t.old_log_probs_BT.clamp(max=0).exp()
 
 
-def moved_up_tv(t: Tokens, cfg: "Config") -> Tensor:
+def moved_up_tv(t: Tokens, cfg: Config) -> Tensor:
     p, p_old = probabilities(t)
     return p - p_old > cfg.divergence_limit
 
 
-def moved_down_tv(t: Tokens, cfg: "Config") -> Tensor:
+def moved_down_tv(t: Tokens, cfg: Config) -> Tensor:
     p, p_old = probabilities(t)
     return p - p_old < -cfg.divergence_limit
 
@@ -211,21 +213,21 @@ def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
     return taken + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
 
 
-def moved_up_kl(t: Tokens, cfg: "Config") -> Tensor:
+def moved_up_kl(t: Tokens, cfg: Config) -> Tensor:
     p, p_old = probabilities(t)
     return (binary_kl(p, p_old) > cfg.divergence_limit) & (p > p_old)
 
 
-def moved_down_kl(t: Tokens, cfg: "Config") -> Tensor:
+def moved_down_kl(t: Tokens, cfg: Config) -> Tensor:
     p, p_old = probabilities(t)
     return (binary_kl(p, p_old) > cfg.divergence_limit) & (p < p_old)
 
 
 def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
-    def surrogate(t: Tokens, cfg: "Config") -> Tensor:
+    def surrogate(t: Tokens, cfg: Config) -> Tensor:
         return dppo_weight(t, cfg) * ~dropped(t, cfg) * t.log_probs_BT
 
-    def clip(t: Tokens, cfg: "Config") -> Bounds:
+    def clip(t: Tokens, cfg: Config) -> Bounds:
         return (None, dropped(t, cfg)) if upwards else (dropped(t, cfg), None)
 
     return Side(surrogate, dppo_weight, clip)
@@ -234,12 +236,12 @@ def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
 # --- TOPR (arXiv 2503.14286): negatives weighted by clip(∏ π/μ, 0, 1), μ the rollout policy
 
 
-def topr_weight(t: Tokens, cfg: "Config") -> Tensor:
+def topr_weight(t: Tokens, cfg: Config) -> Tensor:
     log_weight_B1 = (t.raw_log_ratio_BT.detach() + t.log_rho_BT).sum(-1, keepdim=True)
     return log_weight_B1.clamp(max=0).exp()
 
 
-def topr_negative(t: Tokens, cfg: "Config") -> Tensor:
+def topr_negative(t: Tokens, cfg: Config) -> Tensor:
     return topr_weight(t, cfg) * t.log_probs_BT
 
 
@@ -247,30 +249,30 @@ def topr_negative(t: Tokens, cfg: "Config") -> Tensor:
 # clip, then 1/r for positives, and a dual clip that caps the weight but keeps the gradient
 
 
-def aspo_positive_weight(t: Tokens, cfg: "Config") -> Tensor:
+def aspo_positive_weight(t: Tokens, cfg: Config) -> Tensor:
     log_ratio_BT = t.log_ratio_BT.detach().clamp(max=cfg.log_of_upper)
     return guarded_exp(-log_ratio_BT).clamp(max=cfg.dual)
 
 
-def aspo_positive(t: Tokens, cfg: "Config") -> Tensor:
+def aspo_positive(t: Tokens, cfg: Config) -> Tensor:
     log_q_BT = t.log_ratio_BT.clamp(max=cfg.log_of_upper)
     return aspo_positive_weight(t, cfg) * (log_q_BT - log_q_BT.detach()).exp()
 
 
-def aspo_positive_clip(t: Tokens, cfg: "Config") -> Bounds:
+def aspo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, t.log_ratio_BT > cfg.log_of_upper
 
 
-def aspo_negative_weight(t: Tokens, cfg: "Config") -> Tensor:
+def aspo_negative_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.dual)
 
 
-def aspo_negative(t: Tokens, cfg: "Config") -> Tensor:
+def aspo_negative(t: Tokens, cfg: Config) -> Tensor:
     log_q_BT = t.log_ratio_BT.clamp(min=cfg.log_of_lower)
     return aspo_negative_weight(t, cfg) * (log_q_BT - log_q_BT.detach()).exp()
 
 
-def aspo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
+def aspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
     return t.log_ratio_BT < cfg.log_of_lower, None
 
 
@@ -278,14 +280,14 @@ def aspo_negative_clip(t: Tokens, cfg: "Config") -> Bounds:
 
 
 def sapo_side(temperature: str) -> Side:
-    def gate(t: Tokens, cfg: "Config") -> Tensor:
+    def gate(t: Tokens, cfg: Config) -> Tensor:
         return torch.sigmoid(getattr(cfg, temperature) * (t.ratio_BT - 1))
 
-    def surrogate(t: Tokens, cfg: "Config") -> Tensor:
+    def surrogate(t: Tokens, cfg: Config) -> Tensor:
         """4/τ·σ(τ(r−1))"""
         return gate(t, cfg) * (4 / getattr(cfg, temperature))
 
-    def slope(t: Tokens, cfg: "Config") -> Tensor:
+    def slope(t: Tokens, cfg: Config) -> Tensor:
         """4σ(1−σ)·r"""
         sigma_BT = gate(t, cfg)
         return 4 * sigma_BT * (1 - sigma_BT) * t.ratio_BT
@@ -297,10 +299,10 @@ def sapo_side(temperature: str) -> Side:
 
 
 def power_side(exponent: str) -> Side:
-    def weight(t: Tokens, cfg: "Config") -> Tensor:
+    def weight(t: Tokens, cfg: Config) -> Tensor:
         return guarded_exp(getattr(cfg, exponent) * t.log_ratio_BT.detach())
 
-    def surrogate(t: Tokens, cfg: "Config") -> Tensor:
+    def surrogate(t: Tokens, cfg: Config) -> Tensor:
         """sg(r^γ)·π/sg(π)"""
         return weight(t, cfg) * t.self_ratio_BT
 

@@ -4,16 +4,20 @@
 no rollout log-probs π_old stands for μ and ρ ≡ 1. See `tokens.py` for shapes and policies.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.losses.tokens import Tokens, guarded_exp
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def plain(rho: Tensor, low: float | None, high: float | None) -> Tensor:

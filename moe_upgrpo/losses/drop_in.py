@@ -1,11 +1,16 @@
 """The UP-GRPO loss under the name and signature that verl's trainer calls."""
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.policy import policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compute_policy_loss(

@@ -5,14 +5,18 @@ are unbiased in value; as a loss, only the gradient of k2 is that of the KL. Com
 better, whatever the inputs' type and torch.autocast.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, without_autocast
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:

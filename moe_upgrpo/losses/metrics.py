@@ -3,13 +3,16 @@
 `GLOSSARY` is the one list of their formulas and normalisers; the docs table is made from it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_upgrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Metric(NamedTuple):

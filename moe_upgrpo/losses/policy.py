@@ -1,17 +1,21 @@
 """policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
 from moe_upgrpo.losses.branches import BRANCHES, Side
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import correction_weights, log_router_shift, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
 from moe_upgrpo.losses.tokens import Tokens, check_shapes, guarded_exp, without_autocast
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

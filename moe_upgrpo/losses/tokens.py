@@ -6,13 +6,17 @@ Policies: current = π_θ (trained now), old = π_old (trainer's, at the rollout
 rollout = μ (the engine's).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import cached_property, wraps
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # exp() of anything above this is cut, and its gradient with it: e^20 ≈ 4.9e8 leaves room for
 # squares in float32, and no loss is meant to work there. Below there is nothing to guard: exp → 0.
@@ -32,7 +36,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @wraps(function)
     def run(*args, **kwargs):
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         device = next((x.device.type for x in tensors), "cpu")
         if not torch.amp.is_autocast_available(device):
             return function(*args, **kwargs)

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo import ending
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend
+from moe_upgrpo.megatron.heartbeat import Heartbeat
 from moe_upgrpo.megatron.layout import Layout
 
 
@@ -24,12 +26,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+class PeerLost(MachineFault):
+    """Another rank ended, was stopped or cut off; that one's own message would say more."""
+
+
 @contextmanager
 def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) -> Iterator[None]:
     """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
 
     Expects the environment of torchrun; a single process needs none. The backend of
-    `moe_upgrpo.megatron.backend` is applied inside.
+    `moe_upgrpo.megatron.backend` is applied inside. A rank that is silent for `timeout_s`, or
+    that many seconds in a collective, end this process; errors of the transport become PeerLost,
+    with the name of the rank that was lost where it can be seen.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout.check_world(world_size)
@@ -48,6 +56,9 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
+        heartbeat = Heartbeat(rank, world_size, limit_s=timeout_s, on_silence=_end_for_silence)
+        if world_size > 1:
+            heartbeat.start()
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
@@ -55,17 +66,25 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
                 expert_tensor_parallel_size=layout.expert_tp,
                 pipeline_model_parallel_size=layout.pp,
                 virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+                distributed_timeout_minutes=timeout_s / 60,
             )
             if backend.has_cuda():
                 tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield
-        except BaseException:
+        except BaseException as error:
             # With other ranks the groups stay up until this one has said why it ends: closed, they
             # would make the others report a lost connection first.
             if world_size == 1:
                 _end_groups()
+            elif lost := heartbeat.explain(error):
+                raise PeerLost(f"{lost}. {ending.how_to_resume()}") from error
             raise
+        heartbeat.stop()
         _end_groups()
+
+
+def _end_for_silence(who: str) -> None:
+    ending.fail(f"{who}. {ending.how_to_resume()}", MachineFault.status)
 
 
 def _end_groups() -> None:
@@ -119,6 +138,13 @@ def from_rank_0(value):
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_any_rank(true_here: bool) -> bool:
+    """Whether it is true on one rank at least. A collective of all."""
+    flag = torch.tensor(float(true_here), device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:

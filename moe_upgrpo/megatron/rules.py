@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from moe_upgrpo.lazy import torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Tensors = list[torch.Tensor]
+Tensors = list["torch.Tensor"]
 
 
 @dataclass(frozen=True, slots=True)

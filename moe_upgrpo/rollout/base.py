@@ -7,15 +7,17 @@ token at position s + 1. The last sampled token is never fed back, so there are 
 they cover every response token.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 
 
 @dataclass(kw_only=True, slots=True)

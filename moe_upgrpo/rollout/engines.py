@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.base import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_upgrpo.rollout.base import Engine
 
 EngineName = Literal["hf", "vllm", "sglang"]
 EngineWeights = Literal["as-trained", "fp8"]

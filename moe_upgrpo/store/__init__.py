@@ -1,16 +1,42 @@
-"""What a run leaves on disk, written and read: config, metrics, token log."""
+"""What a run leaves on disk, written and read: config, metrics, token log.
 
-from moe_upgrpo.store.evaluations import read_evaluations, write_evaluation
-from moe_upgrpo.store.run_folder import (
-    RunFolder,
-    read_config,
-    read_environment,
-    read_metrics,
-    rows_so_far,
+Each name is imported from its module when it is first used: options and messages need the light
+ones of them, and no pyarrow.
+"""
+
+from typing import TYPE_CHECKING
+
+from moe_upgrpo.lazy import exports
+
+if TYPE_CHECKING:
+    from moe_upgrpo.store.evaluations import read_evaluations, write_evaluation
+    from moe_upgrpo.store.run_folder import (
+        RunFolder,
+        read_config,
+        read_environment,
+        read_metrics,
+        rows_so_far,
+    )
+    from moe_upgrpo.store.schema import COLUMNS, LEVELS, SCHEMA_VERSION, TokenLayout
+    from moe_upgrpo.store.token_log import overlap_array, read_routes, read_tokens
+    from moe_upgrpo.store.token_writer import TokenLogWriter
+
+__getattr__ = exports(
+    __name__,
+    {
+        "evaluations": ("read_evaluations", "write_evaluation"),
+        "run_folder": (
+            "RunFolder",
+            "read_config",
+            "read_environment",
+            "read_metrics",
+            "rows_so_far",
+        ),
+        "schema": ("COLUMNS", "LEVELS", "SCHEMA_VERSION", "TokenLayout"),
+        "token_log": ("overlap_array", "read_routes", "read_tokens"),
+        "token_writer": ("TokenLogWriter",),
+    },
 )
-from moe_upgrpo.store.schema import COLUMNS, LEVELS, SCHEMA_VERSION, TokenLayout
-from moe_upgrpo.store.token_log import overlap_array, read_routes, read_tokens
-from moe_upgrpo.store.token_writer import TokenLogWriter
 
 __all__ = [
     "COLUMNS",

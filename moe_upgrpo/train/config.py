@@ -11,50 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
-from moe_upgrpo.megatron.families import moe_layers
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
-from moe_upgrpo.store import read_config
-from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.train.stand_in import stand_in_config
+from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
-from moe_upgrpo.train.warm_start import WarmStartConfig, tiny_model_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyModel:
-    """The Qwen3-MoE (dense Qwen3 with experts=0) that is made where no --model is given."""
-
-    layers: int = 4
-    hidden: int = 128
-    experts: int = 8
-    top_k: int = 2
-    expert_intermediate: int = 64
-    like: Path | None = None
-    """Model folder, or one with its config.json: take that architecture, of that many experts."""
-
-    def __post_init__(self):
-        for name in ("hidden", "expert_intermediate"):
-            if getattr(self, name) < 32 or getattr(self, name) % 32:
-                raise UserError(f"tiny.{name}={getattr(self, name)}: a multiple of 32 is needed.")
-        if self.layers < 1:
-            raise UserError(f"tiny.layers={self.layers}: at least 1 is needed.")
-        if self.experts < 0:
-            raise UserError(f"tiny.experts={self.experts}: 0 (a dense model) or more is needed.")
-        if self.top_k < 1 or (self.experts and self.top_k > self.experts):
-            raise UserError(f"tiny.top_k={self.top_k}: 1 to tiny.experts={self.experts}.")
-
-    def hugging_face(self) -> PretrainedConfig:
-        """Its config; of the arithmetic vocabulary."""
-        sizes = {n: getattr(self, n) for n in ("layers", "hidden", "expert_intermediate")}
-        if self.like is not None:
-            return stand_in_config(self.like, **sizes)
-        return tiny_model_config(**sizes, experts=self.experts, top_k=self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +44,11 @@ class TrainConfig:
     URL, evaluation and checkpoints may be given anew."""
     restart: bool = False
     """With resume: begin again from step 1 where no state is left, and delete what was logged."""
+    timeout: float = 10.0
+    """Minutes without a sign of life of a rank, or in one exchange between ranks, until all end."""
+    stop_within: float = 120.0
+    """Seconds from SIGTERM or Ctrl-C to the checkpoint that is written then; at their end the
+    ranks end without it."""
     track: tuple[Tracker, ...] = ("none",)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb or both."""
     save_every: int = 20
@@ -204,9 +173,14 @@ class TrainConfig:
                 f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
                 f"record; it serves {', '.join(served)}."
             )
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"timeout={self.timeout:g}: minutes above 0 are needed.")
+        if not 0 < self.stop_within < math.inf:
+            raise UserError(f"stop_within={self.stop_within:g}: seconds above 0 are needed.")
         if self.restart and self.resume is None:
             raise UserError("restart without resume: --resume RUN says which run begins again.")
-        ArithmeticTask(self.digits)
+        if self.digits not in (1, 2, 3):
+            raise UserError(f"digits={self.digits}: 1, 2 or 3 are allowed.")
         self._check_data()
         self._check_rewards()
         for name in ("seed", "analyse_every", "save_every", "overlong_buffer", "max_refills"):
@@ -294,6 +268,8 @@ class TrainConfig:
             raise UserError(f"reward_wrong={self.reward_wrong}: a number below 1 is needed.")
         if not 0 <= self.overlong_penalty < math.inf:
             raise UserError(f"overlong_penalty={self.overlong_penalty}: 0 or more is needed.")
+        from moe_upgrpo.tasks.arithmetic import ArithmeticTask  # here: it brings numpy
+
         longest = self.max_new_tokens or ArithmeticTask(self.digits).max_response_tokens
         if self.overlong_buffer > longest:
             raise UserError(
@@ -319,7 +295,7 @@ class TrainConfig:
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
         tiny = self.model is None or self.resume is not None  # whose config.json names the model
-        dense = tiny and not moe_layers(self.tiny.hugging_face())
+        dense = tiny and self.tiny.dense
         layout = Layout.for_world(
             world_size,
             tp=self.tp,
@@ -369,6 +345,8 @@ MAY_CHANGE = {
     "track": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
+    "timeout": "how long ranks wait for each other",
+    "stop_within": "how long a signal waits for a checkpoint",
     "report": "how the run is watched",
 }
 # Of the command line only.
@@ -454,6 +432,8 @@ def named(option: str, arguments: Sequence[str]) -> list[Path]:
 
 def run_arguments(path: Path) -> list[str]:
     """The settings of a run folder as the command line would have them; see `file_arguments`."""
+    from moe_upgrpo.store import read_config  # here: it brings pyarrow
+
     return [
         word
         for name, value in _settings(read_config(path))

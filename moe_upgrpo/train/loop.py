@@ -25,6 +25,7 @@ def train(config: TrainConfig) -> Path:
             clock = Clock()
             with clock("generate"):
                 batch = job.batch(step)
+                job.leave_if_asked(step - 1, in_step=True)
                 rollouts, rewards = batch.rollouts, job.rewards(batch, step)
                 advantages = group_advantages(
                     torch.from_numpy(rewards), config.group, config.advantage
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> Path:
                 job.log_tokens(step, record)
             job.log_step(step, record, clock)
             job.save_checkpoint(step)
+            job.leave_if_asked(step)
         return job.finish()
 
 

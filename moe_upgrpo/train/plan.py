@@ -22,11 +22,12 @@ from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.memory import Attention, Bytes, MicroBatch, Sizes, Stage
+from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
 from moe_upgrpo.routing.codec import set_bytes
 from moe_upgrpo.store.schema import COLUMNS
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.train.config import TinyModel, TrainConfig
+from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.train.tiny import TinyModel
 
 GB = 1e9
 RESERVE = 2 * GB, 0.06  # of each GPU, and of its memory
@@ -36,41 +37,6 @@ FIXED_WIDTH = {"int16": 2, "int32": 4, "int64": 8, "float": 4, "bool": 1 / 8}  #
 
 class DoesNotFit(UserError):
     """The GPUs have too little memory for the config."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(TrainConfig):
-    """What a training run needs of each GPU: memory, messages and logs, and whether it fits.
-
-    Takes the options of train; --model may name a folder that holds a config.json alone.
-    """
-
-    nodes: int = 1
-    """Machines of the job."""
-    gpus_per_node: int = 8
-    gpu_memory_gb: float = 141
-    """Memory of each GPU, in 1e9 bytes."""
-    server_gb: float = 0
-    """What a server of the engine takes of each of these GPUs; 0: it runs on others."""
-    imbalance: float = 1.5
-    """Tokens of the busiest rank's experts over the mean of the ranks."""
-    attention: Attention = "local"
-    """local: Megatron-Core's own, which keeps the scores of all token pairs; fused: one that keeps
-    none (Transformer Engine)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
-        if self.gpu_memory_gb <= 0 or self.server_gb < 0:
-            raise UserError("gpu_memory_gb must be above 0, and server_gb 0 or more.")
-        if self.imbalance < 1:
-            raise UserError(f"imbalance={self.imbalance}: the busiest rank has 1 or more means.")
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True, kw_only=True)

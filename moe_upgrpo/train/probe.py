@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import asdict, replace
 
 import numpy as np
 from rich.console import Console
@@ -21,64 +18,12 @@ from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.report import write_report
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.rollout.engines import EngineName, make_engine
+from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 from moe_upgrpo.train import alarms, analysis, record
+from moe_upgrpo.train.probe_options import ProbeConfig
 from moe_upgrpo.train.route_dumps import read_routes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Compare a rollout engine with the Megatron trainer on one checkpoint, or two route dumps."""
-
-    model: Path | None = None
-    """Hugging Face checkpoint folder with its tokenizer: docs/models.md."""
-    trust_remote_code: bool = False
-    """Run Python code of the model folder that its tokenizer needs."""
-    prompts: Path | None = None
-    """Text file, one prompt a line."""
-    samples: int = 8
-    """Responses to each prompt."""
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    seed: int = 0
-    engine: EngineName = "hf"
-    """Rollout engine: hf (transformers), vllm or sglang."""
-    engine_url: str | None = None
-    """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
-    engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trainer."""
-    micro_batch: int = 64
-    output_dir: Path = Path("runs/probe")
-    """Where the report goes; must not hold another run."""
-    rollout_routes: Path | None = None
-    """In place of a model: expert ids [tokens, layers, top-k] of the rollout, or of a batch
-    [sequences, tokens, layers, top-k], as an .npy, .npz or torch file, and ..."""
-    train_routes: Path | None = None
-    """... of the trainer: row t of both belongs to the same token."""
-    num_experts: int | None = None
-    """Experts in each layer; needed with the two dumps."""
-
-    def __post_init__(self):
-        dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]
-        of_model = [x is not None for x in (self.model, self.prompts)]
-        if not (all(dumps) and not any(of_model)) and not (all(of_model) and not any(dumps)):
-            raise UserError(
-                "give either --model and --prompts, or --rollout-routes, --train-routes and "
-                "--num-experts."
-            )
-        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: at least 1 is needed.")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: 0 or more is needed.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"temperature={self.temperature}: above 0 is needed; at 0 nothing is sampled."
-            )
 
 
 def probe(config: ProbeConfig) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from moe_upgrpo import __version__
@@ -19,77 +17,13 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
-from moe_upgrpo.store import RunFolder, read_config
-from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names, read_manifest
+from moe_upgrpo.rollout.cache import save_rollouts
+from moe_upgrpo.store import RunFolder
+from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names
+from moe_upgrpo.train.found import ROLLOUTS, Checkpoint
 
-_ROLLOUTS = "rollouts"
 # Of a Hugging Face config: who wrote it and how it is to be loaded, not what the model is.
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """Where a run is continued: after `step`, from `path`; step 0 is the start, without a file."""
-
-    step: int = 0
-    path: Path | None = None
-    manifest: dict[str, Any] | None = None
-
-    def rollouts(self) -> list[Rollout] | None:
-        """All ranks' rollouts of the next step, where they were sampled ahead."""
-        if self.path is None or not (self.path / _ROLLOUTS).is_dir():
-            return None
-        return load_rollouts(self.path / _ROLLOUTS, self.step + 1)
-
-
-def find(run: RunFolder, steps: int, *, restart: bool = False) -> Checkpoint:
-    """The run's newest checkpoint. Every rank reads it.
-
-    restart: without one, begin again where that deletes what was logged.
-
-    Raises UserError where it is not readable, where nothing is left to do up to `steps`, or where
-    steps would be lost.
-    """
-    whole = Checkpoints(run.checkpoints).all()
-    found = Checkpoint()
-    if whole:
-        manifest = read_manifest(whole[-1])
-        found = Checkpoint(step=manifest["step"], path=whole[-1], manifest=manifest)
-    if whole and restart:
-        raise UserError(
-            f"--restart begins a run again that has no state left, and {whole[-1]} is one. Leave "
-            f"--restart out to go on after step {found.step}, or delete the states first."
-        )
-    if not whole and not restart:
-        _refuse_loss(run)
-    finished = found.step == steps and (run.checkpoints / f"step-{steps:06d}").is_dir()
-    if found.step > steps or finished:
-        raise UserError(
-            f"{run.path} has done {found.step} steps and --steps is {steps}: nothing is left to "
-            "do. Give more --steps to go on."
-        )
-    return found
-
-
-def _refuse_loss(run: RunFolder) -> None:
-    """Raise UserError where a run without a state has logged steps, unless it was killed before
-    its first state: the same steps follow then."""
-    last = run.last_logged()
-    if not last:
-        return
-    config, memory = read_config(run.path), run.memory()
-    every = config.get("save_every")
-    first = min(every, config.get("steps", every)) if every else 0
-    never_saved = "last_state" in memory and memory["last_state"] is None
-    if last < first or (last == first and never_saved):
-        return
-    why = "its states were removed" if every else "--save-every 0 keeps no state"
-    raise UserError(
-        f"{run.path} has logged {last} steps and has no state to go on from: {why}. To begin again "
-        f"from step 1 and delete what was logged, give --restart; to keep it, put "
-        f"{run.checkpoints}/state-… back, or start another run with another --output-dir."
-    )
 
 
 def load(found: Checkpoint, actor: MegatronActor, behind: MegatronActor | None) -> None:
@@ -130,7 +64,7 @@ def save(
     part = groups.from_rank_0(checkpoints.begin(step) if first else None)
     save_state(part, actor, behind)
     if ahead is not None:
-        save_rollouts(part / _ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
+        save_rollouts(part / ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
     groups.from_rank_0(None)  # every rank's files are there
     described = groups.gather_everywhere(
         list(describe(part, _part(dict.fromkeys(names(part)))).items())

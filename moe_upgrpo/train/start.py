@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import InitVar, asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo import ending
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import drop_exports
 from moe_upgrpo.hugging_face.folder import Weights
@@ -38,13 +39,15 @@ from moe_upgrpo.store import (
     read_metrics,
     write_evaluation,
 )
-from moe_upgrpo.store.checkpoints import Checkpoints
+from moe_upgrpo.store.checkpoints import Checkpoints, step_of
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
 from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.batch import Batch, Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig, changes
+from moe_upgrpo.train.found import Checkpoint, find
 from moe_upgrpo.train.progress import Display
+from moe_upgrpo.train.stopping import GivenUp, Stopping
 from moe_upgrpo.train.tracking import Tracking
 from moe_upgrpo.train.tracking import check as check_trackers
 from moe_upgrpo.train.warm_start import warm_start
@@ -61,16 +64,22 @@ def start(config: TrainConfig) -> Iterator[Job]:
     layout = config.layout(world_size)
     check_trackers(config.track)
     display = Display(config.steps, shown=rank == 0)
-    with groups.process_groups(layout, seed=config.seed), display:
+    with (
+        Stopping(config.stop_within) as stopping,
+        groups.process_groups(layout, seed=config.seed, timeout_s=60 * config.timeout),
+        display,
+        ExitStack() as begun,
+    ):
+        begun.enter_context(stopping.giving_up())
         # Ranks start at different seconds; the folder has one name.
         started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
         output_dir = config.resume or config.output_dir
         run = RunFolder(output_dir or Path("runs") / f"{config.loss}-{started}")
-        found, changed, edited = resume.Checkpoint(), {}, {}
+        found, changed, edited = Checkpoint(), {}, {}
         if config.resume:
             changed = changes(read_config(run.path), config)
             edited = run.edits()
-            found = resume.find(run, config.steps, restart=config.restart)
+            found = find(run, config.steps, restart=config.restart)
         elif rank == 0:
             run.check_free()
             if config.save_rollouts:
@@ -149,6 +158,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
+            ending.remember(run.path)
             display.say(
                 f"{config.loss} on {layout}, {world_size} rank(s), "
                 f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
@@ -168,23 +178,25 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 run=run,
                 tracking=tracking,
                 display=display,
+                stopping=stopping,
                 done=found.step,
                 ahead=ahead,
             )
             if found.step:
                 job.update_engine(found.step)
+            begun.close()
             yield job
 
 
 @contextmanager
 def full_disk_named(run: RunFolder) -> Iterator[None]:
-    """Raise UserError that says how to go on where a write found no space."""
+    """Raise MachineFault that says how to go on where a write found no space."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(
+        raise MachineFault(
             f"no space is left in {run.path} or beside it ({error}). What was logged and the last "
             f"checkpoint are whole: free space, then --resume {run.path}."
         ) from error
@@ -271,6 +283,7 @@ class Job:
     run: RunFolder
     tracking: Tracking
     display: Display
+    stopping: Stopping
     done: int  # steps
     ahead: InitVar[list[Rollout] | None]  # everyone's rollouts of the next step, sampled ahead
 
@@ -323,8 +336,11 @@ class Job:
         )
         return _share(everyone, self.dp_rank, self.dp_size)
 
-    def batch(self, step: int) -> Batch:
-        """This data-parallel rank's groups of the step, sampled or loaded, and judged."""
+    def batch(self, step: int) -> Batch | None:
+        """This data-parallel rank's groups of the step, sampled or loaded, and judged.
+
+        None where a signal came meanwhile and generation was given up: `leave_if_asked` is next.
+        """
         groups_needed = self.config.prompts // self.dp_size
         if self.engine is None:
             problems, rollouts = self._loaded(step)
@@ -340,7 +356,10 @@ class Job:
                 return [], 0  # every problem has been sampled
             return self._judged(problems, self.generate(problems, step, refill))
 
-        batch = collect(sample, groups=groups_needed, max_refills=self.config.max_refills)
+        try:
+            batch = collect(sample, groups=groups_needed, max_refills=self.config.max_refills)
+        except GivenUp:
+            return None
         if self.config.save_rollouts and self.copy_rank == 0:
             save_rollouts(self.config.save_rollouts, step, self.dp_rank, batch.rollouts)
         return batch
@@ -396,8 +415,18 @@ class Job:
 
     def generate(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
-        mine = self._ahead.result() if self._ahead else self._sample(problems, step, refill)
+        mine: list[Rollout | None]
+        if self.config.overlap:  # never given up: the next state has these rollouts in it
+            mine = self._ahead.result() if self._ahead else self._sample(problems, step, refill)
+        else:
+            try:
+                with self.stopping.giving_up():
+                    mine = self._sample(problems, step, refill)
+            except GivenUp:
+                mine = [None]
         rollouts = groups.gather_in_model_copy(mine)
+        if any(rollout is None for rollout in rollouts):
+            raise GivenUp
         self._check_versions(rollouts, step)
         return rollouts
 
@@ -667,10 +696,31 @@ class Job:
     def save_checkpoint(self, step: int) -> None:
         """Keep the state to resume from, where it is due: the last that a step does."""
         every, last = self.config.save_every, step == self.config.steps
-        if not every or (step % every and not last):
+        if every and (last or step % every == 0):
+            self._save(step)
+
+    def leave_if_asked(self, done: int, *, in_step: bool = False) -> None:
+        """End the run where a signal asked any rank to; the state after step `done` is kept.
+
+        in_step: the next step has begun and is given up, which it is not where it was sampled
+        ahead. A collective. Raises Stopped on every rank.
+        """
+        if done == self.config.steps or (in_step and self.config.overlap):
             return
+        if not groups.on_any_rank(self.stopping.asked is not None):
+            return
+        if not done:
+            raise self.stopping.error("before its first step was done")
+        if not self.config.save_every:
+            raise self.stopping.error(f"after step {done}; --save-every 0 keeps no state")
+        whole = Checkpoints(self.run.checkpoints).all()
+        if groups.from_rank_0(not whole or step_of(whole[-1]) != done):
+            self._save(done)
+        raise self.stopping.error(f"with its state after step {done} kept")
+
+    def _save(self, step: int) -> None:
         ahead = None
-        if self.config.overlap and not last:
+        if self.config.overlap and step < self.config.steps:
             rollouts = groups.gather_in_model_copy(self._ahead.result())
             ahead = rollouts if self.copy_rank == 0 else None
         resume.save(

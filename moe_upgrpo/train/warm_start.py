@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from moe_upgrpo.rollout.hf import no_progress_bar
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
+from moe_upgrpo.train.tiny import WarmStartConfig
 
 PROGRESS_EVERY = 50  # steps
 IGNORED = -100  # the label of positions that the loss leaves out
@@ -87,39 +88,6 @@ def tiny_model_config(
         norm_topk_prob=top_k > 1,  # else the gate is 1, and no gradient reaches the router
         router_aux_loss_coef=0.0,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WarmStartConfig:
-    """Supervised training on problems with their solutions, fp32 AdamW.
-
-    It stops once the expected pass@1 at temperature 1 on `probe_problems` *training* problems
-    reaches `target_pass_at_1`: held-out problems choose nothing.
-    """
-
-    seed: int = 0
-    target_pass_at_1: float = 0.35
-    probe_every: int = 10
-    probe_problems: int = 512
-    max_steps: int = 3000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    clip_grad_norm: float = 1.0
-    random_router: bool = False
-    """Leave the routers as they were initialised. Trained ones of models this small decide with
-    wide margins; random ones are as near to ties as those of large models."""
-
-    def __post_init__(self):
-        if not 0 < self.target_pass_at_1 < 1:
-            raise UserError(
-                f"target_pass_at_1 is {self.target_pass_at_1}; between 0 and 1 is allowed."
-            )
-        for name in ("probe_every", "probe_problems", "max_steps", "batch_size", "warmup_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; at least 1 is needed.")
 
 
 def warm_start(

@@ -30,7 +30,8 @@ from moe_upgrpo.store import RunFolder, read_evaluations, read_metrics
 from moe_upgrpo.tasks import ArithmeticTask
 from moe_upgrpo.tasks.files import read_problems
 from moe_upgrpo.train.config import TinyModel, options
-from moe_upgrpo.train.plan import PlanConfig, check_fits, make_plan
+from moe_upgrpo.train.plan import check_fits, make_plan
+from moe_upgrpo.train.plan_options import PlanConfig
 from moe_upgrpo.train.warm_start import WarmStartConfig, warm_start
 from tests.ranks import run_command
 from tests.train.test_launch import ROOT, launch

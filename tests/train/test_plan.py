@@ -20,11 +20,11 @@ from moe_upgrpo.store import read_config, read_metrics
 from moe_upgrpo.train.config import TinyModel, TrainConfig
 from moe_upgrpo.train.plan import (
     DoesNotFit,
-    PlanConfig,
     check_fits,
     make_plan,
     show,
 )
+from moe_upgrpo.train.plan_options import PlanConfig
 from tests.ranks import run_command
 from tests.train.test_launch import ROOT, job
 

@@ -40,6 +40,7 @@ from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
 from moe_upgrpo.train.config import options as file_options
+from moe_upgrpo.train.found import Checkpoint, find
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at
@@ -310,9 +311,9 @@ def test_a_truncated_checkpoint(whole, tmp_path):
         model = read_config(run.path)["model"]
         actor = MegatronActor(model, Layout(), optimizer=OptimizerSettings())
         with pytest.raises(UserError, match=f"{broken} has .* is damaged. Delete .*before it"):
-            resume.load(resume.find(run, steps=5), actor, None)
+            resume.load(find(run, steps=5), actor, None)
     shutil.rmtree(broken.parent)
-    assert resume.find(run, steps=5).step == 2
+    assert find(run, steps=5).step == 2
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
@@ -352,7 +353,7 @@ def test_a_checkpoint_of_another_model(whole, tiny_checkpoint):
     """As where a folder was copied from another run."""
     with groups.process_groups(Layout()):
         actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=OptimizerSettings())
-        found = resume.find(RunFolder(whole), steps=9)
+        found = find(RunFolder(whole), steps=9)
         with pytest.raises(UserError, match=r"of another model: its \w+ is .*, that of .*tiny is"):
             resume.load(found, actor, None)
 
@@ -412,9 +413,9 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 def test_fewer_steps_than_are_done(whole):
     with pytest.raises(UserError, match="has done 4 steps and --steps is 3: nothing is left"):
-        resume.find(RunFolder(whole), steps=3)
-    assert resume.find(RunFolder(whole), steps=5).step == 4
-    assert resume.find(RunFolder(whole.parent / "none"), steps=5).step == 0
+        find(RunFolder(whole), steps=3)
+    assert find(RunFolder(whole), steps=5).step == 4
+    assert find(RunFolder(whole.parent / "none"), steps=5).step == 0
 
 
 def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFolder:
@@ -446,23 +447,23 @@ def test_a_run_begins_again_only_where_no_step_is_lost(
     if last_state:
         run.remember_state(last_state)
     if refused is None:
-        assert resume.find(run, of + 1) == resume.Checkpoint()
+        assert find(run, of + 1) == Checkpoint()
     else:
         with pytest.raises(UserError, match=rf"logged {steps} steps.*{refused}.*give --restart"):
-            resume.find(run, of + 1)
-    assert resume.find(run, of + 1, restart=True) == resume.Checkpoint()
+            find(run, of + 1)
+    assert find(run, of + 1, restart=True) == Checkpoint()
     # A run of a version that did not keep which states it made: the doubtful case is refused.
     run.memory_path.unlink()
     if refused is None and steps in (0, 3):
-        assert resume.find(run, of + 1) == resume.Checkpoint()
+        assert find(run, of + 1) == Checkpoint()
     else:
         with pytest.raises(UserError, match="give --restart"):
-            resume.find(run, of + 1)
+            find(run, of + 1)
 
 
 def test_restart_is_for_a_run_without_a_state(whole):
     with pytest.raises(UserError, match=r"--restart begins .*state-000004 is one\. Leave"):
-        resume.find(RunFolder(whole), steps=9, restart=True)
+        find(RunFolder(whole), steps=9, restart=True)
     with pytest.raises(UserError, match="restart without resume"):
         TrainConfig(restart=True)
     with pytest.raises(UserError, match="an option of the command line only"):

@@ -1,0 +1,102 @@
+"""How a process ends: with one message, the last thing on the screen, and a status by kind.
+
+A rank started by our launcher (`moe_upgrpo.launch`) leaves its message in the launcher's folder,
+which prints one once every rank is gone. Under plain torchrun the first rank of a machine to fail
+prints it, and torchrun repeats it as the root cause in its own report. Else it is just printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+LAUNCHER = "MOE_UPGRPO_LAUNCHER"  # the launcher's folder
+_FAILED, _RUN = "moe_upgrpo_failed", "run"
+_run: Path | None = None
+
+
+def rank() -> int:
+    """The number of this process among those of its job."""
+    return int(os.environ.get("RANK", 0))
+
+
+def remember(run: Path) -> None:
+    """Keep which run this process works on, for what it may have to say at its end."""
+    global _run
+    _run = run
+    if (folder := os.environ.get(LAUNCHER)) and rank() == 0:
+        Path(folder, _RUN).write_text(str(run), encoding="utf-8")
+
+
+def how_to_resume(folder: Path | None = None) -> str:
+    """What to do next with this process's run, or with that of a launcher's folder."""
+    run = _run
+    if folder is not None and (folder / _RUN).exists():
+        run = Path((folder / _RUN).read_text(encoding="utf-8"))
+    if run is None:
+        return "No run folder was made yet: start again."
+    return f"What was logged in {run} is complete; to go on: --resume {run}"
+
+
+def failed_already() -> bool:
+    """Whether a rank of this machine has ended with a message."""
+    mark = _mark()
+    return mark is not None and mark.exists()
+
+
+def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False) -> NoReturn:
+    """End this process at once, from any thread.
+
+    details: what belongs above the message, a traceback. lost: another rank's end is the cause, so
+    that another rank's message says more.
+    """
+    launcher, error_file = os.environ.get(LAUNCHER), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = _leave_mark()
+    if details and first:
+        print(details.rstrip(), file=sys.stderr, flush=True)
+    if launcher:
+        told = {"message": message, "status": status, "lost": lost, "time": time.time()}
+        part = Path(launcher, f".rank-{rank()}")
+        part.write_text(json.dumps(told | {"rank": rank()}), encoding="utf-8")
+        part.rename(part.with_name(f"rank-{rank()}.json"))
+    elif error_file:
+        about = {"py_callstack": message, "timestamp": str(int(time.time())), "status": status}
+        told = {"message": {"message": message, "extraInfo": about}}
+        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(error_file).write_text(json.dumps(told), encoding="utf-8")
+    if first and not launcher:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    # Without the interpreter's shutdown, where process groups would wait for the other ranks.
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _mark() -> Path | None:
+    """The file by which the ranks of a machine agree who was the first to fail.
+
+    torchrun gives each attempt a folder of its own.
+    """
+    if launcher := os.environ.get(LAUNCHER):
+        return Path(launcher, _FAILED)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return Path(error_file).parent.parent / _FAILED
+    return None
+
+
+def _leave_mark() -> bool:
+    """Whether no rank was here before."""
+    mark = _mark()
+    if mark is None:
+        return True
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""Everything of a start that can be checked before a rank is: options, folders, files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.config import read_raw_config
+from moe_upgrpo.megatron import releases
+from moe_upgrpo.rollout.cache import check_new
+from moe_upgrpo.store import RunFolder, read_config
+from moe_upgrpo.train.config import TrainConfig, changes
+from moe_upgrpo.train.found import find
+from moe_upgrpo.train.tracking import check as check_trackers
+
+
+def check_start(config: TrainConfig, world_size: int | None) -> None:
+    """Raise UserError for what `moe_upgrpo.train.start` would refuse; loads no torch, no model.
+
+    world_size: None where only the ranks will know.
+    """
+    releases.check()
+    if world_size is not None:
+        config.layout(world_size)
+    check_trackers(config.track)
+    if config.resume:
+        run = RunFolder(config.resume)
+        changes(read_config(run.path), config)
+        find(run, config.steps, restart=config.restart)
+    else:
+        if config.output_dir:
+            RunFolder(config.output_dir).check_free()
+        _check_writable(config.output_dir or Path("runs"), "--output-dir")
+        if config.save_rollouts:
+            check_new(config.save_rollouts)
+    for name in ("data", "eval_data"):
+        for path in getattr(config, name):
+            if not path.is_file():
+                raise UserError(f"--{name.replace('_', '-')} {path}: there is no such file.")
+    if config.model:
+        read_raw_config(config.model)
+    if config.load_rollouts and not config.load_rollouts.is_dir():
+        raise UserError(f"--load-rollouts {config.load_rollouts}: there is no such folder.")
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made, or not be written into."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{option} {folder}: {there} is no folder that can be written into. Choose another "
+            f"{option}."
+        )

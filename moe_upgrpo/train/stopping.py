@@ -1,0 +1,101 @@
+"""The end of a run that a signal asks for: by preemption on a cluster, or Ctrl-C.
+
+A step is made of parts in which every rank waits for others. So the ranks agree at two places of a
+step whether one of them was asked: before its update (the step is given up, generation too, at
+once) and after it. A state is written there, and every rank ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moe_upgrpo import ending
+from moe_upgrpo.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class GivenUp(BaseException):
+    """Work that was given up on for a signal. No Exception: nobody handles it as a failure."""
+
+
+class Stopping:
+    """Hears SIGTERM and SIGINT while it is entered; the main thread enters it.
+
+    asked: the signal that came, or None. `within_s` seconds after it, or at a second signal, the
+    process ends wherever it is.
+    """
+
+    def __init__(self, within_s: float):
+        self.within_s = within_s
+        self.asked: signal.Signals | None = None
+        self._may_give_up = False
+
+    def __enter__(self) -> Stopping:
+        # A signal that comes while the main thread waits in a collective is heard by a thread:
+        # Python's own handlers wait for the main thread.
+        self._heard, self._bell = socket.socketpair()
+        self._bell.setblocking(False)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._bell_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        signal.set_wakeup_fd(self._bell_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._bell.close()  # ends the thread
+        if kind is GivenUp:
+            raise self.error("before its first step") from None
+
+    def _hear(self) -> None:
+        late = None
+        with self._heard:
+            while heard := self._heard.recv(1):
+                if heard[0] not in SIGNALS:
+                    continue
+                self._asked_for(heard[0])
+                if late is not None:
+                    ending.fail(self.message("at once"), 128 + self.asked)
+                if ending.failed_already():  # the agent ends those that a failed rank left
+                    ending.fail("another rank of this machine failed.", 4, lost=True)
+                late = threading.Timer(self.within_s, self._late)
+                late.daemon = True
+                late.start()
+
+    def _late(self) -> None:
+        within = f"no state was written within --stop-within {self.within_s:g} s"
+        ending.fail(self.message(within), 128 + self.asked)
+
+    def _asked_for(self, number: int) -> None:
+        self.asked = self.asked or signal.Signals(number)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._asked_for(number)
+        if self._may_give_up:
+            raise GivenUp
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Raise GivenUp inside as soon as a signal comes. For what waits for no other rank."""
+        self._may_give_up = True
+        try:
+            if self.asked is not None:
+                raise GivenUp
+            yield
+        finally:
+            self._may_give_up = False
+
+    def message(self, how: str) -> str:
+        """Say that the run was stopped, how, and how to go on."""
+        name = self.asked.name if self.asked else "another rank's signal"
+        return f"stopped by {name}, {how}. {ending.how_to_resume()}"
+
+    def error(self, how: str) -> Stopped:
+        """The exception that ends this rank."""
+        return Stopped(self.message(how), self.asked or signal.SIGTERM)
