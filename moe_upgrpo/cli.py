@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -84,15 +86,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(what, arguments: list[str], prog: str):
     """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
-    if ending.rank() == 0:
-        return tyro.cli(what, args=arguments, prog=prog)
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(what, args=arguments, prog=prog, console_outputs=False)
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(what, args=arguments, prog=prog, console_outputs=ending.rank() == 0)
     except SystemExit as end:
-        if end.code:  # torchrun ends every rank once one has failed: not before rank 0 has spoken
+        if not end.code:
+            raise
+        if ending.rank():  # torchrun ends all ranks once one has failed: not before rank 0 spoke
             time.sleep(RANK_0_SPEAKS_S)
-        raise
+        raise UserError(_condensed(said.getvalue(), prog)) from None
+
+
+def _condensed(said: str, prog: str) -> str:
+    """What tyro says of a wrong option in a box, in lines without one."""
+    inside = [line.strip("│╭╮╰╯─ ") for line in said.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line, drawn in zip(inside, said.splitlines(), strict=True):
+        if not line and "──" in drawn:
+            parts.append([])
+        elif line and not drawn.startswith("╭"):
+            parts[-1].append(line)
+    texts = [" ".join(part) for part in parts if part]
+    texts = [text for text in texts if not text.startswith("For full helptext")]
+    said = ". ".join(text.removesuffix(".") for text in texts)
+    said = re.sub("^Error parsing ((TrainConfig|PlanConfig|ProbeConfig|tiny): )?", "", said)
+    return f"{said.replace('. Argument helptext: ', '; ')}. All options: {prog} --help"
+
+
+def _call(function, arguments: list[str], prog: str) -> None:
+    """Call a function with the options of the command line, which are its arguments."""
+
+    @wraps(function)
+    def later(*positional, **named):
+        return partial(function, *positional, **named)
+
+    _parse(later, arguments, prog)()  # outside of tyro, what it prints and raises is its own
 
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
@@ -104,11 +133,13 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
     try:
         return _parse(cls, [*from_run, *from_files, *arguments], prog)
-    except SystemExit as end:
-        if end.code and from_files and ending.rank() == 0:
-            files = ", ".join(map(str, named("--config", arguments)))
-            print(f"The options come from {files} and from the command line.", file=sys.stderr)
-        raise
+    except UserError as error:
+        if not from_files:
+            raise
+        files = ", ".join(map(str, named("--config", arguments)))
+        raise UserError(
+            f"{error}. The options come from {files} and from the command line."
+        ) from None
 
 
 def _train(arguments: list[str]) -> None:
@@ -126,11 +157,13 @@ def _train(arguments: list[str]) -> None:
 
 def _launch(arguments: list[str]) -> None:
     from moe_upgrpo import launch
-    from moe_upgrpo.train.checks import check_start
     from moe_upgrpo.train.config import TrainConfig
 
     agent_words, train_words = launch.split(arguments)
     config = _parse_with_files(TrainConfig, train_words, "train_moe.sh")
+
+    from moe_upgrpo.train.checks import check_start  # here: --help does without
+
     check_start(config, launch.world_size(agent_words))
     kernels.pin()
     launch.launch(agent_words, train_words)
@@ -172,7 +205,7 @@ def _report(arguments: list[str]) -> None:
         folder = runs[0] if len(runs) == 1 else Path()
         print(write_report(runs, output or folder / "report.html"))
 
-    _parse(report, arguments, "moe-upgrpo report")
+    _call(report, arguments, "moe-upgrpo report")
 
 
 def _compare(arguments: list[str]) -> None:
@@ -213,7 +246,7 @@ def _compare(arguments: list[str]) -> None:
             ending.fail("interrupted; the same command goes on from there.", 130)
         print(write_report(folder))
 
-    _parse(compare, arguments, "moe-upgrpo compare")
+    _call(compare, arguments, "moe-upgrpo compare")
 
 
 def _plan(arguments: list[str]) -> None:
@@ -251,7 +284,7 @@ def _doctor(arguments: list[str]) -> None:
         if strict and not found.can_train:
             ending.fail("nothing can train here; doctor's table says why.", status=1)
 
-    _parse(doctor, arguments, "moe-upgrpo doctor")
+    _call(doctor, arguments, "moe-upgrpo doctor")
 
 
 def _patch(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 LAUNCHER = "MOE_UPGRPO_LAUNCHER"  # the launcher's folder
-_FAILED, _RUN = "moe_upgrpo_failed", "run"
+_FAILED, _RUN, _SIGNAL = "moe_upgrpo_failed", "run", "signal"
 _run: Path | None = None
 
 
@@ -41,6 +41,18 @@ def how_to_resume(folder: Path | None = None) -> str:
     if run is None:
         return "No run folder was made yet: start again."
     return f"What was logged in {run} is complete; to go on: --resume {run}"
+
+
+def leave_signal(name: str) -> None:
+    """Tell the ranks which signal their launcher got; they get SIGTERM, whatever it was."""
+    Path(os.environ[LAUNCHER], _SIGNAL).write_text(name, encoding="utf-8")
+
+
+def signal_name(received: str) -> str:
+    """The signal that somebody sent, by what this process received."""
+    if (folder := os.environ.get(LAUNCHER)) and Path(folder, _SIGNAL).exists():
+        return Path(folder, _SIGNAL).read_text(encoding="utf-8")
+    return received
 
 
 def failed_already() -> bool:

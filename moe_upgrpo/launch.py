@@ -44,7 +44,10 @@ def launch(agent_words: Sequence[str], train_words: Sequence[str]) -> None:
             target=_agent, args=(agent_words, train_words, failures), daemon=True, name="agent"
         )
         agent.start()
-        _wait(agent, asked)
+        try:
+            _wait(agent, asked)
+        finally:
+            del os.environ[ending.LAUNCHER]  # it is the ranks': this process is none
         told = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank-*.json")]
         if asked:
             raise Stopped(_stopped(asked[0], told, folder), asked[0])
@@ -81,6 +84,7 @@ def _wait(agent: threading.Thread, asked: list[int]) -> None:
             passed_on = len(asked)
             if not ranks and passed_on == 1:
                 return  # nothing has started yet
+            ending.leave_signal(signal.Signals(asked[0]).name)
             for pid in ranks:
                 # Not the signal itself: in an interpreter that just starts, SIGINT is a traceback.
                 _send(pid, signal.SIGTERM if passed_on == 1 else signal.SIGKILL)

@@ -256,6 +256,16 @@ class TrainConfig:
         ]:  # fmt: skip
             raise UserError(f"{', '.join(given)} without data: --data FILE is missing.")
 
+    def _check_overlong_buffer(self) -> None:
+        from moe_upgrpo.tasks.arithmetic import ArithmeticTask  # here: it brings numpy
+
+        longest = self.max_new_tokens or ArithmeticTask(self.digits).max_response_tokens
+        if self.overlong_buffer > longest:
+            raise UserError(
+                f"overlong_buffer={self.overlong_buffer}: more than the longest response's "
+                f"{longest} tokens."
+            )
+
     def _check_rewards(self) -> None:
         if not 0 <= self.false_positives < 1:
             raise UserError(f"false_positives={self.false_positives}: 0 or more and below 1.")
@@ -268,14 +278,8 @@ class TrainConfig:
             raise UserError(f"reward_wrong={self.reward_wrong}: a number below 1 is needed.")
         if not 0 <= self.overlong_penalty < math.inf:
             raise UserError(f"overlong_penalty={self.overlong_penalty}: 0 or more is needed.")
-        from moe_upgrpo.tasks.arithmetic import ArithmeticTask  # here: it brings numpy
-
-        longest = self.max_new_tokens or ArithmeticTask(self.digits).max_response_tokens
-        if self.overlong_buffer > longest:
-            raise UserError(
-                f"overlong_buffer={self.overlong_buffer}: more than the longest response's "
-                f"{longest} tokens."
-            )
+        if self.overlong_buffer:
+            self._check_overlong_buffer()
         if self.overlong_penalty != 1 and not self.overlong_buffer:
             raise UserError(
                 f"overlong_penalty={self.overlong_penalty} without overlong_buffer: nothing is "

@@ -93,7 +93,7 @@ class Stopping:
 
     def message(self, how: str) -> str:
         """Say that the run was stopped, how, and how to go on."""
-        name = self.asked.name if self.asked else "another rank's signal"
+        name = ending.signal_name(self.asked.name) if self.asked else "another rank's signal"
         return f"stopped by {name}, {how}. {ending.how_to_resume()}"
 
     def error(self, how: str) -> Stopped:
