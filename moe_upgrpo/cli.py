@@ -182,8 +182,8 @@ def silence_upstream() -> None:
 def _probe(arguments: list[str]) -> None:
     from moe_upgrpo.train.probe_options import ProbeConfig
 
-    config = _parse(ProbeConfig, arguments, "moe-upgrpo probe")
     releases.check()
+    config = _parse(ProbeConfig, arguments, "moe-upgrpo probe")
     silence_upstream()
     from moe_upgrpo.train.probe import probe
 
@@ -252,8 +252,8 @@ def _compare(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     from moe_upgrpo.train.plan_options import PlanConfig
 
-    config = _parse_with_files(PlanConfig, arguments, "moe-upgrpo plan")
     releases.check()
+    config = _parse_with_files(PlanConfig, arguments, "moe-upgrpo plan")
     silence_upstream()
     from moe_upgrpo.train.plan import check_fits, make_plan, show
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "moe_upgrpo"
 # Each may import those before it (and itself).
 ORDER = (
     "errors",
+    "lazy",
     "ending",
     "kernels",
     "patching",

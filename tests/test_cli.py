@@ -8,7 +8,7 @@ import pytest
 from tests.ranks import run_command
 from tests.report.synthetic import make_run
 
-COMMANDS = ("train", "probe", "compare", "report", "plan", "doctor", "patch")
+COMMANDS = ("train", "launch", "probe", "compare", "report", "plan", "doctor", "patch")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)], ids=["none", "help"])
@@ -17,6 +17,44 @@ def test_an_interpreter_of_its_own(arguments):
     words = [sys.executable, "-m", "moe_upgrpo", *arguments]
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and all(name in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--version",),
+        ("train", "--help"),
+        ("launch", "--", "--help"),
+        ("plan", "--help"),
+        ("probe", "--help"),
+        ("compare", "--help"),
+        ("report", "--help"),
+        ("doctor", "--help"),
+        ("patch", "--help"),
+        ("launch", "--nproc-per-node", "2", "--", "--loss", "grop"),
+    ],
+    ids=" ".join,
+)
+def test_help_and_wrong_options_wait_for_no_slow_import(words):
+    """Half a second of processor time; twice that is allowed here, where others compute too."""
+    code = (
+        "import os, resource, sys\n"
+        "def ends(status):\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    slow = {'torch', 'transformers', 'pyarrow', 'scipy', 'numpy'} & {*sys.modules}\n"
+        "    print(used.ru_utime + used.ru_stime, *slow, file=sys.__stderr__, flush=True)\n"
+        "    really(status)\n"
+        "really, os._exit = os._exit, ends\n"
+        "from moe_upgrpo.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    ends(end.code or 0)\n"
+        "ends(0)\n"
+    )
+    command = [sys.executable, "-c", code, *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == (2 if "grop" in words else 0), result.stderr
+    seconds, *slow = result.stderr.split("\n")[-2].split()
+    assert not slow and float(seconds) < 1.0, result.stderr
 
 
 def test_an_unknown_command_names_the_known():
@@ -68,3 +106,42 @@ def test_options_come_from_a_file_named_in_either_way(tmp_path):
     for words in (("--config", file), (f"--config={file}",)):
         result = run_command("train", *words)
         assert result.returncode == 2 and "steps=0" in result.stderr
+
+
+WRONG = {
+    "an option": (("--los", "grpo"), "Unrecognized options: --los"),
+    "a value": (("--steps", "x"), "--steps: invalid literal"),
+    "a loss": (("--loss", "grop"), "'grop' given; allowed: grpo"),
+    "a layout": (("--tp", "3"), "tp=3 does not divide the 2 rank(s)"),
+    "a model": (("--model", "/nowhere"), "/nowhere does not exist"),
+    "problems": (
+        ("--model", "/nowhere", "--data", "/no.jsonl"),
+        "/no.jsonl: there is no such file",
+    ),
+    "a run to resume": (("--resume", "/nowhere"), "/nowhere is not a run folder"),
+    "an output folder": (("--output-dir", "/dev/null/run"), "/dev/null is no folder that can be"),
+    "rollouts": (("--load-rollouts", "/nowhere"), "/nowhere: there is no such folder"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_start_is_refused_before_any_rank_in_five_lines(what):
+    words, says = WRONG[what]
+    result = run_command("launch", "--nproc-per-node", "2", "--", *words)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and says in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and len(result.stderr) < 600
+
+
+def test_a_launch_without_dashes_says_how():
+    result = run_command("launch", "--steps", "3")
+    assert result.returncode == 2 and "[OPTIONS OF TORCHRUN] -- [OPTIONS OF" in result.stderr
+
+
+def test_a_reader_that_ends_early_is_no_lost_rank():
+    """`moe-upgrpo doctor | head -1`."""
+    command = f"{sys.executable} -m moe_upgrpo doctor | head -c 1"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120
+    )
+    assert "lost" not in result.stderr and "Traceback" not in result.stderr

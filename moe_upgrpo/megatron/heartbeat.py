@@ -115,7 +115,7 @@ class Heartbeat:
         last = time.monotonic()
         while not self._over.wait(self.interval_s):
             now = time.monotonic()
-            if now - last > 5 * self.interval_s + 5:
+            if now - last > min(5 * self.interval_s + 5, self.limit_s / 2):
                 # This process was stopped itself: what it saw of others is as old as that.
                 self._reached = now
                 self._seen = {rank: (said, now) for rank, (said, _) in self._seen.items()}

@@ -180,7 +180,7 @@ class TrainConfig:
         if self.restart and self.resume is None:
             raise UserError("restart without resume: --resume RUN says which run begins again.")
         if self.digits not in (1, 2, 3):
-            raise UserError(f"digits={self.digits}: 1, 2 or 3 are allowed.")
+            raise UserError(f"digits is {self.digits}; 1, 2 or 3 are allowed.")
         self._check_data()
         self._check_rewards()
         for name in ("seed", "analyse_every", "save_every", "overlong_buffer", "max_refills"):

@@ -61,11 +61,11 @@ def test_the_way_in_names_a_hook_that_an_import_misses(monkeypatch):
     def train(arguments):
         from megatron.core.transformer.moe.router import RouterOfTomorrow  # noqa: F401
 
-    def fail(message, status=2):
+    def fail(message, status=2, **more):
         raise SystemExit(f"{status}: {message}")
 
     monkeypatch.setattr(cli, "_train", train)
-    monkeypatch.setattr(cli, "_fail", fail)
+    monkeypatch.setattr(cli.ending, "fail", fail)
     monkeypatch.setattr(sys, "argv", ["moe-upgrpo", "train"])
     with pytest.raises(SystemExit, match=r"^2: Megatron-Core .* lacks .*RouterOfTomorrow.*>=0.16"):
         cli.main()

@@ -120,7 +120,7 @@ def test_names_that_are_nearly_ours_are_left_alone(tmp_path):
     for name in (".state-000009", ".state-1000000", ".step-000008.part"):  # killed in between
         (tmp_path / name).mkdir()
     assert checkpoints.all() == whole
-    checkpoints.commit(checkpoints.begin(12), 12, {}, {})
+    checkpoints.commit(checkpoints.begin(12), 12, {}, {"model": {}})
     checkpoints.prune(keep=2)
     ours = ["state-000008", "state-000012", "state-000099"]
     assert sorted(os.listdir(tmp_path)) == sorted(others + ours)
@@ -129,7 +129,7 @@ def test_names_that_are_nearly_ours_are_left_alone(tmp_path):
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (999_999, 1_000_000, 2_000_000):
-        checkpoints.commit(checkpoints.begin(step), step, {}, {})
+        checkpoints.commit(checkpoints.begin(step), step, {}, {"model": {}})
     names_found = [path.name for path in checkpoints.all()]
     assert names_found == ["state-999999", "state-1000000", "state-2000000"]
     assert read_manifest(checkpoints.all()[-1])["step"] == 2_000_000

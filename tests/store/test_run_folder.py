@@ -165,7 +165,7 @@ def test_nothing_is_left_of_what_was_cut_short_in_the_first_row(tmp_path):
     assert read_metrics(run.path) == [{"step": 0}]
     assert [start["step"] for start in read_environment(run.path)["resumed"]] == [0]
     left = sorted(path.name for path in run.path.iterdir())
-    assert left == ["config.json", "env.json", "metrics.jsonl", "tokens"]
+    assert left == ["config.json", "env.json", "metrics.jsonl", "resume.json", "tokens"]
 
 
 def run_steps(folder, first, last, killed_at, place) -> None:

@@ -13,7 +13,8 @@ import signal
 import sys
 
 
-def kill_at(place: str, nth: int, rank: int) -> None:
+def kill_at(place: str, nth: int, rank: int, by: int = signal.SIGKILL) -> None:
+    """Send this rank a signal as it enters the function for the nth time."""
     if os.environ["RANK"] != str(rank):
         return
     module, _, path = place.partition(":")
@@ -27,7 +28,7 @@ def kill_at(place: str, nth: int, rank: int) -> None:
         nonlocal calls
         calls += 1
         if calls == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return original(*args, **keywords)
 
     setattr(owner, name, counted)

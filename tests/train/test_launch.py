@@ -395,10 +395,8 @@ def test_a_layout_that_does_not_divide_the_heads(cache, tmp_path):
 
 def test_a_loss_that_does_not_exist(cache, tmp_path):
     result = job(2, *options(tmp_path / "r", cache, "--loss", "grop"))
-    box = result.stderr  # the command line's own, once
-    assert result.returncode != 0 and box.count("Error parsing TrainConfig") == 1
-    for word in ("'grop'", " grpo,", " gspo,", " up-grpo,", " up-gspo,"):
-        assert word in box.replace("\n", " ").replace("│", " "), box
+    assert_fails(result, "'grop'", " grpo,", " gspo,", " up-grpo,", " up-gspo,", "--help")
+    assert result.returncode == 2
 
 
 def test_a_folder_that_holds_another_run(run, cache):
@@ -479,8 +477,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, ru
         job.kill()
     assert job.returncode != 0
     # Whether the survivor says so or torchrun ends it first is a race; torchrun names the victim.
-    assert errors.count(f"error: rank {1 - victim} lost another rank") <= 1
-    assert "error: on rank" not in errors  # how a fault without words of its own begins
+    assert errors.count(f"error: rank {1 - victim} lost ") <= 1
+    assert "failed with" not in errors  # how a fault without words of its own is told
     assert "Signal 9 (SIGKILL)" in errors
     steps = [row["step"] for row in read_metrics(folder)]
     assert steps == list(range(len(steps))) and len(steps) >= 4

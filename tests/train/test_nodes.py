@@ -50,8 +50,8 @@ def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
 
 
 def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
-    """What the script would start: a torchrun that prints its arguments."""
-    fake = tmp_path / "bin" / "torchrun"
+    """What the script would start: a command of ours that prints its arguments."""
+    fake = tmp_path / "bin" / "moe-upgrpo"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
@@ -59,7 +59,8 @@ def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
     script.parent.mkdir(exist_ok=True)
     script.write_text((ROOT / SCRIPT).read_text())
     path = f"{fake.parent}:{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR")}
+    ours = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MOE_UPGRPO")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         ["bash", str(script), "--steps", "3"],
         env=kept | {"PATH": path, "NPROC": "4"} | environment,
@@ -86,8 +87,8 @@ def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
 )
 def test_bash_passes_the_machines_on(environment, words, tmp_path):
     result = bash(tmp_path, **environment)
-    script = tmp_path / "examples" / "train_moe.sh"
-    assert result.stdout == f"{words}--nproc-per-node 4 {script} --steps 3\n", result.stderr
+    expected = f"launch {words}--nproc-per-node 4 -- --steps 3\n"
+    assert result.stdout == expected, result.stderr
 
 
 def test_bash_without_an_address_says_what_is_missing(tmp_path):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from moe_upgrpo.train.found import Checkpoint, find
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at
-from tests.train.test_launch import TORCHRUN, assert_fails, job, launch, options
+from tests.train.test_launch import TORCHRUN, assert_fails, job, launch, options, warm_started
 
 STEPS, SAVE_EVERY = 4, 2
 MORE = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--engine-dtype", "float32")
@@ -66,6 +67,30 @@ def killed_under_torchrun(place: str, nth: int, rank: int, *arguments: str) -> N
     assert result.returncode != 0
     assert f"Signal {signal.SIGKILL.value}" in result.stderr, result.stderr[-3000:]
     assert f"rank      : {rank}" in result.stderr
+
+
+def stopped(place: str, nth: int, rank: int, by: int, *arguments: str, ranks: int = 2):
+    """A job of which one rank gets a signal there that it can hear."""
+    first = partial(kill_at, place, nth, rank, by)
+    return run_command("train", *arguments, "--keep", "1", ranks=ranks, first=first)
+
+
+def signals_in_update(numbers: list[int]) -> None:
+    """Have the second step's update send itself signals, and take a minute."""
+    update = MegatronActor.update
+    calls = 0
+
+    def slow(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # two in each step
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.5)
+            time.sleep(60)
+        return update(*arguments, **keywords)
+
+    MegatronActor.update = slow
 
 
 def whole_run(folder: Path, cache: Path, *more: str) -> Path:
@@ -490,6 +515,95 @@ def test_a_run_whose_states_were_removed(whole, tmp_path):
     assert start["edited"] == edited and start["step"] == 0
     assert [row["step"] for row in read_metrics(run)] == [0, 1]
     assert read_tokens(run)["step"].unique().to_pylist() == [1]
+
+
+# Where one of two ranks hears the signal -> the steps whose rows are there, and the newest state.
+HEARD = {
+    "in generation": ("moe_upgrpo.rollout.hf:HFEngine.generate", 6, 1, [0, 1, 2, 3], 3),
+    "in the update": ("moe_upgrpo.megatron.actor:MegatronActor.update", 5, 0, [0, 1, 2, 3], 3),
+    "while it logs": ("moe_upgrpo.store:RunFolder.append_metrics", 4, 0, [0, 1, 2, 3], 3),
+}
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("moment", HEARD)
+def test_a_stopped_run_keeps_its_last_step_and_goes_on_as_if_unbroken(
+    moment, whole, cache, tmp_path
+):
+    """The state of step 3 is none that is due: it is written for the signal."""
+    place, nth, rank, steps, newest = HEARD[moment]
+    run = tmp_path / "run"
+    arguments = options(run, cache, *MORE, "--save-rollouts", str(tmp_path / "rollouts"))
+    result = stopped(place, nth, rank, signal.SIGTERM, *arguments)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr[-3000:]
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("error: stopped by ") and f"--resume {run}" in message
+    assert f"with its state after step {newest} kept" in message
+    assert [row["step"] for row in read_metrics(run)] == steps
+    assert Checkpoints(run / "checkpoints").all()[-1].name == f"state-{newest:06d}"
+    result = job(2, "--resume", str(run), "--keep", "1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, whole)
+
+
+def test_a_run_stopped_before_its_first_step_keeps_nothing(cache, tmp_path):
+    run = tmp_path / "run"
+    place = ("moe_upgrpo.rollout.hf:HFEngine.generate", 3, 0)  # after the first evaluation's two
+    result = stopped(*place, signal.SIGINT, *options(run, cache, *MORE), ranks=1)
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert "stopped by SIGINT, before its first step was done" in result.stderr
+    assert not Checkpoints(run / "checkpoints").all()
+    run = tmp_path / "early"
+    place = ("moe_upgrpo.train.start:read_model_config", 1, 0)
+    more = ("--model", str(warm_started(cache)))
+    result = stopped(*place, signal.SIGINT, *options(run, cache, *MORE, *more), ranks=1)
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert result.stderr.splitlines()[-1].endswith("No run folder was made yet: start again.")
+    assert not run.exists()
+
+
+def test_a_signal_waits_no_longer_than_it_may(cache, tmp_path):
+    """The update that hears it takes a minute; a state of what was done before is there."""
+    run = tmp_path / "run"
+    more = (*MORE, "--save-every", "1", "--stop-within", "2")
+    begin = time.monotonic()
+    first = partial(signals_in_update, [signal.SIGTERM])
+    result = run_command("train", *options(run, cache, *more), ranks=1, first=first)
+    assert time.monotonic() - begin < 50
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "no state was written within --stop-within 2 s" in result.stderr
+    assert [p.name for p in Checkpoints(run / "checkpoints").all()] == ["state-000001"]
+
+
+def test_a_second_signal_ends_a_run_at_once(cache, tmp_path):
+    begin = time.monotonic()
+    first = partial(signals_in_update, [signal.SIGINT, signal.SIGINT])
+    result = run_command("train", *options(tmp_path / "run", cache, *MORE), ranks=1, first=first)
+    assert time.monotonic() - begin < 50
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert "stopped by SIGINT, at once" in result.stderr
+
+
+def test_a_run_that_keeps_no_state_says_so_when_it_is_stopped(cache, tmp_path):
+    place = ("moe_upgrpo.megatron.actor:MegatronActor.update", 1, 0)
+    more = (*MORE, "--save-every", "0")
+    arguments = options(tmp_path / "run", cache, *more)
+    result = stopped(*place, signal.SIGTERM, *arguments, ranks=1)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "after step 1; --save-every 0 keeps no state" in result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_overlap_is_stopped_after_a_step_with_what_it_sampled_ahead(overlapped, cache, tmp_path):
+    run = tmp_path / "run"
+    place = ("moe_upgrpo.megatron.actor:MegatronActor.update", 3, 1)
+    arguments = options(run, cache, *MORE, *OVERLAP)
+    result = stopped(*place, signal.SIGTERM, *arguments)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert Checkpoints(run / "checkpoints").all()[-1].name == "state-000002"
+    result = job(2, "--resume", str(run), "--keep", "1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, overlapped)
 
 
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
