@@ -115,11 +115,11 @@ WRONG = {
     "a layout": (("--tp", "3"), "tp=3 does not divide the 2 rank(s)"),
     "a model": (("--model", "/nowhere"), "/nowhere does not exist"),
     "problems": (
-        ("--model", "/nowhere", "--data", "/no.jsonl"),
+        ("--model", "/no", "--data", "/no.jsonl", "--max-new-tokens", "9"),
         "/no.jsonl: there is no such file",
     ),
     "a run to resume": (("--resume", "/nowhere"), "/nowhere is not a run folder"),
-    "an output folder": (("--output-dir", "/dev/null/run"), "/dev/null is no folder that can be"),
+    "an output folder": (("--output-dir", "/dev/null/run"), "/dev/null/run cannot be written"),
     "rollouts": (("--load-rollouts", "/nowhere"), "/nowhere: there is no such folder"),
 }
 

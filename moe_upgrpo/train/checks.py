@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.config import read_raw_config
 from moe_upgrpo.megatron import releases
@@ -31,7 +28,6 @@ def check_start(config: TrainConfig, world_size: int | None) -> None:
     else:
         if config.output_dir:
             RunFolder(config.output_dir).check_free()
-        _check_writable(config.output_dir or Path("runs"), "--output-dir")
         if config.save_rollouts:
             check_new(config.save_rollouts)
     for name in ("data", "eval_data"):
@@ -42,15 +38,3 @@ def check_start(config: TrainConfig, world_size: int | None) -> None:
         read_raw_config(config.model)
     if config.load_rollouts and not config.load_rollouts.is_dir():
         raise UserError(f"--load-rollouts {config.load_rollouts}: there is no such folder.")
-
-
-def _check_writable(folder: Path, option: str) -> None:
-    """Refuse a folder that cannot be made, or not be written into."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{option} {folder}: {there} is no folder that can be written into. Choose another "
-            f"{option}."
-        )

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from tests.ranks import run_command
 ROOT = Path(__file__).parents[2]
 SCRIPT = "examples/train_moe.sh"
 TORCHRUN = Path(sys.executable).with_name("torchrun")
+OURS = Path(sys.executable).with_name("moe-upgrpo")
 PROMPTS, GROUP, STEPS, LAYERS = 8, 4, 3, 2
 
 
@@ -365,7 +368,8 @@ def test_the_trained_weights_load_in_transformers_and_have_moved(run, cache):
 def test_the_other_ways_to_start(command, layout, run, cache, tmp_path, monkeypatch):
     monkeypatch.delenv("MKL_CBWR")  # as a user has it
     path = f"{TORCHRUN.parent}:{os.environ['PATH']}"
-    result = launch(*command, *options(tmp_path / "r", cache, "--steps", "1"), PATH=path)
+    words = options(tmp_path / "r", cache, "--steps", "1")
+    result = launch(*command, *words, PATH=path, MOE_UPGRPO=str(OURS))
     assert result.returncode == 0, result.stderr[-3000:]
     assert layout in result.stdout
     assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1]
@@ -450,16 +454,13 @@ def test_non_finite_log_probs(run, cache, tmp_path):
     assert_fails(result, "not finite", "non-finite weights")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, run, cache, tmp_path):
-    folder = tmp_path / "r"
+@contextmanager
+def running(folder: Path, *command: str) -> Iterator[subprocess.Popen]:
+    """A job that has logged some steps, started as in a shell."""
     job = subprocess.Popen(
-        [
-            *(str(TORCHRUN), "--nproc-per-node", "2", SCRIPT),
-            *options(folder, cache, "--steps", "100000", "--eval-every", "100000"),
-        ],
+        command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MOE_UPGRPO": str(OURS)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -469,24 +470,69 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, ru
         while len(rows_so_far(folder)) < 4:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
-        os.kill(rank_pid(job.pid, victim), signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = job.communicate(timeout=60)
-        assert time.monotonic() - killed < 60
+        yield job
     finally:
         job.kill()
-    assert job.returncode != 0
-    # Whether the survivor says so or torchrun ends it first is a race; torchrun names the victim.
-    assert errors.count(f"error: rank {1 - victim} lost ") <= 1
-    assert "failed with" not in errors  # how a fault without words of its own is told
-    assert "Signal 9 (SIGKILL)" in errors
+
+
+ENDLESS = ("--steps", "100000", "--eval-every", "100000")
+
+
+def assert_whole(folder: Path) -> None:
+    """What was logged until then."""
     steps = [row["step"] for row in read_metrics(folder)]
     assert steps == list(range(len(steps))) and len(steps) >= 4
     assert set(read_tokens(folder)["step"].to_pylist()) >= set(steps[1:])
 
 
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_under_torchrun_ends_the_job(victim, run, cache, tmp_path):
+    folder = tmp_path / "r"
+    command = (str(TORCHRUN), "--nproc-per-node", "2", SCRIPT)
+    with running(folder, *command, *options(folder, cache, *ENDLESS)) as job:
+        os.kill(rank_pid(job.pid, victim), signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = job.communicate(timeout=90)
+        assert time.monotonic() - killed < 90
+    assert job.returncode != 0
+    # Whether the survivor says so or torchrun ends it first is a race; torchrun names the victim.
+    assert errors.count(f"error: rank {1 - victim} lost ") <= 1
+    assert "failed with" not in errors  # how a fault without words of its own is told
+    assert "Signal 9 (SIGKILL)" in errors
+    assert_whole(folder)
+
+
+# How rank 1 or the whole job is ended -> the status, and what the last line on the screen says.
+ENDS = {
+    "a rank is killed": (signal.SIGKILL, 4, "error: rank 1 was ended by SIGKILL (by hand, or by"),
+    "a rank is stopped": (signal.SIGSTOP, 4, "gave no sign of life for 6 s: stopped, its host"),
+    "Ctrl-C": (signal.SIGINT, 130, "error: stopped by SIGINT, with its state after step "),
+}
+
+
+@pytest.mark.parametrize(
+    "how", ["Ctrl-C", *(pytest.param(m, marks=pytest.mark.slow) for m in [*ENDS][:2])]
+)
+def test_the_last_word_is_ours(how, run, cache, tmp_path):
+    """By bash: one line, with the run and how to go on, and a status by kind."""
+    number, status, says = ENDS[how]
+    folder = tmp_path / "r"
+    more = (*ENDLESS, "--save-every", "100000", "--timeout", "0.1")
+    with running(folder, "bash", SCRIPT, *options(folder, cache, *more)) as job:
+        os.kill(job.pid if how == "Ctrl-C" else rank_pid(job.pid, 1), number)
+        begin = time.monotonic()
+        _, errors = job.communicate(timeout=120)
+        assert time.monotonic() - begin < 6 + 90
+    assert job.returncode == status, errors
+    last = errors.splitlines()[-1]
+    assert says in last and last.endswith(f"to go on: --resume {folder}"), errors
+    assert errors.count("error: ") == 1 and "Traceback" not in errors
+    assert_whole(folder)
+
+
 def rank_pid(agent: int, rank: int) -> int:
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    tasks = Path(f"/proc/{agent}/task").glob("*/children")  # of any thread
+    children = [child for task in tasks for child in task.read_text().split()]
     for child in map(int, children):
         if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
             return child
