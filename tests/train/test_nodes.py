@@ -1,16 +1,17 @@
-"""Several machines: two torchrun agents on this one, which meet as machines would.
+"""Several machines: two agents on this one, which meet as machines would.
 
-Not covered: a network between them, and folders that they do not share.
+Not covered: folders that they do not share.
 """
 
 import os
 import subprocess
+import time
 
 import pytest
 
-from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.store import read_config, read_metrics, read_tokens, rows_so_far
 from tests.ranks import host_store
-from tests.train.test_launch import GROUP, PROMPTS, ROOT, SCRIPT, TORCHRUN, options
+from tests.train.test_launch import GROUP, OURS, PROMPTS, ROOT, SCRIPT, TORCHRUN, options
 
 
 @pytest.mark.slow
@@ -47,6 +48,77 @@ def test_two_agents_make_one_run_in_one_folder(tmp_path, cache):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+
+
+def ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a link between them; their names, and that of the link's ends."""
+    me = f"moe{os.getpid()}"
+    names, ends = [f"{me}a", f"{me}b"], [f"v{os.getpid()}a", f"v{os.getpid()}b"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            for device in ("lo", end):
+                ip("-n", name, "link", "set", device, "up")
+        yield names, ends
+    except OSError as error:
+        pytest.skip(f"this machine allows no network namespaces: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_ends_both_hosts_with_names(two_hosts, cache, tmp_path):
+    """Every rank ends within 90 s of the limit, here 6 s, and says which host fell silent."""
+    names, ends = two_hosts
+    folder = tmp_path / "run"
+    words = options(folder, cache, "--steps", "100000", "--eval-every", "100000")
+    words = [*words, "--timeout", "0.1", "--save-every", "100000"]
+    jobs = []
+    for number, (name, end) in enumerate(zip(names, ends, strict=True)):
+        environment = {
+            **{"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "10.77.0.1", "NPROC": "1"},
+            **{"GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1", "MOE_UPGRPO": str(OURS)},
+        }
+        jobs.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, "bash", SCRIPT, *words],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        deadline = time.monotonic() + 200
+        while len(rows_so_far(folder)) < 3:
+            assert all(job.poll() is None for job in jobs) and time.monotonic() < deadline
+            time.sleep(0.2)
+        ip("-n", names[0], "link", "set", ends[0], "down")
+        cut = time.monotonic()
+        said = [job.communicate(timeout=150)[1] for job in jobs]
+        assert time.monotonic() - cut < 6 + 90
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [4, 4], said
+    last = [text.splitlines()[-1] for text in said]
+    assert last[0].startswith("error: rank 1 (host "), said
+    assert last[1].startswith("error: rank 1 (host ") and "10.77.0.1:29500" in last[1], said
+    for text, line in zip(said, last, strict=True):
+        assert line.endswith(f"--resume {folder}") and "Traceback" not in text, said
 
 
 def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
