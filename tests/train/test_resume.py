@@ -44,7 +44,7 @@ from moe_upgrpo.train.config import options as file_options
 from moe_upgrpo.train.found import Checkpoint, find
 from tests.ranks import run_command
 from tests.store.rows import full_columns
-from tests.train.killed import kill_at
+from tests.train.killed import kill_at, kill_at_call
 from tests.train.test_launch import TORCHRUN, assert_fails, job, launch, options, warm_started
 
 STEPS, SAVE_EVERY = 4, 2
@@ -221,6 +221,42 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_p
     for saved in sorted(rollouts.iterdir()):
         assert saved.read_bytes() == (whole.parent / "rollouts" / saved.name).read_bytes()
     assert len(list(rollouts.iterdir())) == STEPS
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory, cache) -> list[int]:
+    """How many of the package's functions each of two ranks calls in a whole run."""
+    counts = []
+    for rank in range(2):
+        folder = tmp_path_factory.mktemp("counted")
+        first = partial(kill_at_call, 0, rank, str(folder / "calls"))
+        words = options(folder / "run", cache, *MORE)
+        result = run_command("train", *words, ranks=2, first=first, timeout_s=240)
+        assert result.returncode == 0, result.stderr[-3000:]
+        counts.append(int((folder / "calls").read_text()))
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+@pytest.mark.parametrize("seed", range(30))
+def test_a_run_killed_at_any_moment_equals_an_unbroken_one(seed, calls, whole, cache, tmp_path):
+    """The campaign: a seeded rank, killed at a seeded one of all the calls that it makes."""
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(2))
+    nth = int(rng.integers(1, calls[rank]))
+    run = tmp_path / "run"
+    words = options(run, cache, *MORE)
+    first = partial(kill_at_call, nth, rank)
+    result = run_command("train", *words, "--keep", "1", ranks=2, first=first)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    if not (run / "config.json").exists():  # nothing had begun
+        result = job(2, *words, "--keep", "1")
+    else:
+        result = job(2, "--resume", str(run))
+    if "has done 4 steps and --steps is 4" not in result.stderr:
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow
