@@ -99,7 +99,7 @@ def _parse(what, arguments: list[str], prog: str):
 
 
 def _condensed(said: str, prog: str) -> str:
-    """What tyro says of a wrong option in a box, in lines without one."""
+    """Put into one line what tyro says of a wrong option in a box."""
     inside = [line.strip("│╭╮╰╯─ ") for line in said.splitlines()]
     parts: list[list[str]] = [[]]
     for line, drawn in zip(inside, said.splitlines(), strict=True):

@@ -34,7 +34,7 @@ def remember(run: Path) -> None:
 
 
 def how_to_resume(folder: Path | None = None) -> str:
-    """What to do next with this process's run, or with that of a launcher's folder."""
+    """Say what to do next with this process's run, or with that of a launcher's folder."""
     run = _run
     if folder is not None and (folder / _RUN).exists():
         run = Path((folder / _RUN).read_text(encoding="utf-8"))
