@@ -13,7 +13,6 @@ from megatron.core.optimizer import Adam
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -21,6 +20,7 @@ from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import releases
+from moe_upgrpo.megatron.attention import CausalAttention
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
@@ -51,16 +51,6 @@ class LatentNorm(RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__(config, hidden_size, 1e-6)
-
-
-class LatentCoreAttention(DotProductAttention):
-    """Megatron's local attention does not take the head sizes that MLA gives it (line 55).
-
-    It needs neither: its output has kv_channels for each head, which are MLA's v_head_dim.
-    """
-
-    def __init__(self, *args, k_channels=None, v_channels=None, **kwargs):
-        super().__init__(*args, **kwargs)
 
 
 class LatentSelfAttention(MLASelfAttention):
@@ -101,7 +91,7 @@ def code_paths() -> dict[str, str]:
         "layer spec": "Transformer Engine" if te else "local (torch)",
         "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
         "linear layers": spec.column_parallel_linear().__name__,
-        "attention": spec.core_attention().__name__,
+        "attention": spec.core_attention().__name__ if te else CausalAttention.__name__,
         "experts": experts.__name__ if has_cuda() else GroupedExperts.__name__,
         "router": f"{TopKRouter.__name__}, unfused",
         "gradient accumulation": "Apex, fused" if _fuses_gradient_accumulation() else "torch",
@@ -190,9 +180,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     for spec in block.layer_specs:
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        attention.core_attention = CausalAttention
         if config.multi_latent_attention:
             attention.q_layernorm = attention.kv_layernorm = LatentNorm
-            attention.core_attention = LatentCoreAttention
             # Whole on every tensor-parallel rank, as in the spec with Transformer Engine. The local
             # spec splits them by columns and gathers their output with a backward that takes the
             # rank's own gradient alone (multi_latent_attention.py:607): that of the rotary key, a
