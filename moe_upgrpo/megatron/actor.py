@@ -33,8 +33,8 @@ from moe_upgrpo.megatron import backend, groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
@@ -238,12 +238,20 @@ class MegatronActor:
         ]
 
     def _run(
-        self, batches: Sequence[Batch], on_logits, *, train: bool, record: Collection[str]
+        self,
+        batches: Sequence[Batch],
+        on_output,
+        *,
+        train: bool,
+        record: Collection[str],
+        entropy: bool = True,
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
-        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` ends each.
+        """Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
 
-        On every rank of the copy: what `on_logits` returned for each, what was recorded of each by
-        name ([B, S, L, ...]), and the number of recomputed routers that chose other experts.
+        output: [B, S, 2], log-probs and entropy of the response's rows, or [B, S, 1] without
+        `entropy`. On every rank of the copy: what `on_output` returned for each, what was recorded
+        of each by name ([B, S, L, ...]), and the number of recomputed routers that chose other
+        experts.
         """
         if unknown := set(record) - set(RECORDS):
             raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
@@ -256,10 +264,16 @@ class MegatronActor:
 
         def forward_step(data: Iterator[tuple[Batch, Visit]], chunk):
             batch, visit = next(data)
+            wanted = Wanted(
+                targets_BS=batch.targets_BS,
+                mask_BS=batch.mask_BS,
+                temperature=self.temperature,
+                entropy=entropy,
+            )
             with visit:
-                output = chunk(batch.tokens_BS, batch.positions_BS, None)
+                output = chunk(batch.tokens_BS, batch.positions_BS, None, wanted=wanted)
             visit.backward_of(output)
-            return output, partial(on_logits, batch)
+            return output, partial(on_output, batch)
 
         data = [iter(list(zip(batches, of_chunk, strict=True))) for of_chunk in visits]
         with self.tap.installed() if tapped else nullcontext():
@@ -313,15 +327,12 @@ class MegatronActor:
         for chunk in self.chunks:
             chunk.eval()
 
-        def on_logits(batch: Batch, logits_BSv: torch.Tensor, non_loss_data: bool):
-            return (
-                token_log_probs(logits_BSv, batch.targets_BS, self.temperature).cpu().numpy(),
-                token_entropy(logits_BSv, self.temperature).cpu().numpy(),
-            )
+        def on_output(batch: Batch, output_BS2: torch.Tensor, non_loss_data: bool):
+            return tuple(part_BS.numpy() for part_BS in output_BS2.cpu().unbind(-1))
 
         size = micro_batch_size or self.micro_batch_size
         batches = self._micro_batches(samples, size)
-        outputs, traces, _ = self._run(batches, on_logits, train=False, record=record)
+        outputs, traces, _ = self._run(batches, on_output, train=False, record=record)
         return self._scored(samples, size, outputs, traces, record)
 
     def _scored(
@@ -380,8 +391,8 @@ class MegatronActor:
         # the micro-batches; the loss has the global denominators already.
         undo_means = dp_group.size() * len(batches)
 
-        def on_logits(batch: Batch, logits_BSv: torch.Tensor):
-            log_probs_BS = token_log_probs(logits_BSv, batch.targets_BS, self.temperature)
+        def on_output(batch: Batch, output_BSx: torch.Tensor):
+            log_probs_BS, *entropy_BS = output_BSx.unbind(-1)
             bad = ~log_probs_BS.isfinite() & batch.mask_BS
             if bad.any():
                 b, row = bad.nonzero()[0].tolist()
@@ -402,16 +413,16 @@ class MegatronActor:
                 global_tokens=counts[0],
                 global_sequences=counts[1],
             )
-            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight]
-            if record:
-                arrays_BS.append(token_entropy(logits_BSv.detach(), self.temperature))
+            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight, *entropy_BS]
             return result.loss * undo_means, _Seen(
                 arrays=tuple(tensor.detach().cpu().numpy() for tensor in arrays_BS),
                 loss=float(result.loss.detach()),
                 metrics=merge_metrics([result.metrics]),  # as plain numbers
             )
 
-        seen, traces, flips = self._run(batches, on_logits, train=True, record=record)
+        seen, traces, flips = self._run(
+            batches, on_output, train=True, record=record, entropy=bool(record)
+        )
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
         if problems:
             raise UserError(problems[0])

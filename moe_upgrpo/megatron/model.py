@@ -1,4 +1,4 @@
-"""A Hugging Face config made into a Megatron-Core GPTModel."""
+"""A Hugging Face config made into a Megatron-Core model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import Adam
 from megatron.core.post_training.modelopt.layers import Linear
@@ -25,6 +25,7 @@ from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.head import ScoringModel
 from moe_upgrpo.megatron.layout import Layout
 
 RECOMPUTE = {
@@ -197,7 +198,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
 
 def build_model(
     hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
-) -> list[GPTModel]:
+) -> list[ScoringModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage.
 
     The weights are not yet set (see `moe_upgrpo.megatron.weights`).
@@ -211,7 +212,7 @@ def build_model(
         vp_stage = stage if layout.vpp > 1 else None
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
         chunks.append(
-            GPTModel(
+            ScoringModel(
                 config,
                 block_spec(config, vp_stage),
                 vocab_size=hf.vocab_size,

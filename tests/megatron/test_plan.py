@@ -3,15 +3,12 @@
 Not covered: a GPU, whose allocator and kernels need more; fused attention; NCCL.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
@@ -22,6 +19,7 @@ from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import MicroBatch
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from tests.megatron.live import Live
 from tests.ranks import run_ranks
 
 LOSS = PolicyLossConfig.preset("up-grpo")
@@ -127,30 +125,6 @@ def test_what_autograd_keeps_of_a_shard(tmp_path):
     ranks = run_ranks(2, kept_bytes, checkpoint(hf, tmp_path), layout, "bfloat16")
     # The ranks' experts get different numbers of tokens; on average what an even router gives them.
     assert sum(ranks) / 2 == pytest.approx(expected_kept(hf, layout, "bfloat16"), rel=0.005)
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once."""
-
-    def __init__(self, known: set[int]):
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def tensors_of(actor: MegatronActor) -> dict[str, list[torch.Tensor]]:
