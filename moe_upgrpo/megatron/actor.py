@@ -38,7 +38,12 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
-from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
+from moe_upgrpo.megatron.weights import (
+    export_weights,
+    load_weights,
+    mark_split_weights,
+    write_checkpoint,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +134,7 @@ class MegatronActor:
         if settings.frozen == "router":
             for router in self.tap.routers.values():
                 router.weight.requires_grad_(False)
+        mark_split_weights(self.chunks, self.hf)  # before the optimizer copies the marks
         config = get_model_config(self.chunks[0])
         split_state = settings.algorithm == "adam"
         self.chunks = [
