@@ -20,8 +20,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -29,13 +27,14 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
-from moe_upgrpo.megatron import backend, groups, tap
+from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
+from moe_upgrpo.megatron.optimizer import make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import (
@@ -136,52 +135,17 @@ class MegatronActor:
                 router.weight.requires_grad_(False)
         mark_split_weights(self.chunks, self.hf)  # before the optimizer copies the marks
         config = get_model_config(self.chunks[0])
-        split_state = settings.algorithm == "adam"
         self.chunks = [
             DistributedDataParallel(
                 config,
                 DistributedDataParallelConfig(
-                    use_distributed_optimizer=split_state, grad_reduce_in_fp32=True
+                    use_distributed_optimizer=settings.splits_state, grad_reduce_in_fp32=True
                 ),
                 chunk,
             )
             for chunk in self.chunks
         ]
-        # Every DP rank read the same files, so no broadcast of parameters is needed.
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer=settings.algorithm,
-                lr=settings.lr,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                sgd_momentum=0.0,
-                weight_decay=settings.weight_decay,
-                clip_grad=settings.clip_grad,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=split_state,
-            ),
-            self.chunks,
-        )
-        if not backend.has_cuda():
-            # torch's Adam takes one call for all weights only on a GPU of its own accord, and
-            # Megatron leaves it there (optimizer/__init__.py:363).
-            for group in self.optimizer.param_groups:
-                group["foreach"] = True
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=settings.lr,
-            min_lr=settings.lr,
-            lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=max(1, settings.warmup_steps + 1),
-            lr_decay_style="constant",
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.chunks, settings)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
 

@@ -9,7 +9,6 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.optimizer import Adam
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -19,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import releases
+from moe_upgrpo.megatron import optimizer, releases
 from moe_upgrpo.megatron.attention import CausalAttention
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
@@ -72,6 +71,13 @@ def uses_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE and has_cuda()
 
 
+def takes_grouped_experts(config: TransformerConfig) -> bool:
+    """Whether torch's grouped product takes the experts: rows of a multiple of 16 bytes."""
+    inner = (config.moe_ffn_hidden_size or 0) // config.expert_tensor_parallel_size
+    width = config.params_dtype.itemsize
+    return all(size * width % 16 == 0 for size in (config.hidden_size, inner))
+
+
 def _fuses_gradient_accumulation() -> bool:
     """Whether Apex's kernel adds weight gradients to the buffers that are reduced."""
     return layers._grad_accum_fusion_available and has_cuda()
@@ -87,16 +93,16 @@ def code_paths() -> dict[str, str]:
     """
     te = uses_transformer_engine()
     spec = TESpecProvider() if te else LocalSpecProvider()
-    experts = releases.experts_of(spec, grouped=te)
+    experts = releases.experts_of(spec, grouped=True) if te else GroupedExperts
     return {
         "layer spec": "Transformer Engine" if te else "local (torch)",
         "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
         "linear layers": spec.column_parallel_linear().__name__,
         "attention": spec.core_attention().__name__ if te else CausalAttention.__name__,
-        "experts": experts.__name__ if has_cuda() else GroupedExperts.__name__,
+        "experts": experts.__name__,
         "router": f"{TopKRouter.__name__}, unfused",
         "gradient accumulation": "Apex, fused" if _fuses_gradient_accumulation() else "torch",
-        "optimizer": f"{Adam.__module__}.{Adam.__name__}",
+        "optimizer": optimizer.code_path(),
     }
 
 
@@ -191,7 +197,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if not has_cuda():
+        if takes_grouped_experts(config):
             releases.replace_experts(layer.mlp, GroupedExperts)
     return block
 

@@ -128,7 +128,7 @@ def test_code_paths_without_a_gpu():
         "experts": "GroupedExperts",
         "router": "TopKRouter, unfused",
         "gradient accumulation": "torch",
-        "optimizer": "torch.optim.adamw.AdamW",
+        "optimizer": "torch.optim.adamw.AdamW, foreach",
     }
 
 
