@@ -28,6 +28,7 @@ class GroupedExperts(SequentialMLP):
         out_of = [expert.linear_fc2.weight for expert in self.local_experts]
         gate_NF, up_NF = _GroupedProduct.apply(tokens_NH, ends_E, *into).chunk(2, dim=-1)
         inner_NF = silu(gate_NF) * up_NF
+        del gate_NF, up_NF  # where no gradient is asked for, nothing else keeps them
         inner_NF = (inner_NF * permuted_probs[:, None]).to(inner_NF.dtype)
         return _GroupedProduct.apply(inner_NF, ends_E, *out_of), None
 

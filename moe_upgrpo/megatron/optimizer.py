@@ -72,7 +72,7 @@ def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
     """Of their own accord torch's optimizers take foreach on a GPU and a loop on a CPU, and
     Megatron leaves it there (optimizer/__init__.py:363); those of others know no such option."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if type(part.optimizer) in TORCH:
+        if type(getattr(part, "optimizer", None)) in TORCH:
             for group in part.optimizer.param_groups:
                 group[one_call()] = True
 

@@ -22,7 +22,7 @@ from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.memory import Attention, Bytes, MicroBatch, Sizes, Stage
+from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
 from moe_upgrpo.routing.codec import set_bytes
 from moe_upgrpo.store.schema import COLUMNS
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
@@ -54,9 +54,6 @@ class PlanConfig(TrainConfig):
     """What a server of the engine takes of each of these GPUs; 0: it runs on others."""
     imbalance: float = 1.5
     """Tokens of the busiest rank's experts over the mean of the ranks."""
-    attention: Attention = "local"
-    """local: Megatron-Core's own, which keeps the scores of all token pairs; fused: one that keeps
-    none (Transformer Engine)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -239,21 +236,18 @@ def _moments(
 ) -> dict[str, Bytes]:
     """What comes on top of what is held, at each moment of a step."""
     given = dict(dtype=config.dtype)
-    shared = memory.own_parameters(stage, layout, config.ranks)
     old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
     moments = {}
 
     def computing(batch: MicroBatch, purpose: str) -> Bytes:
-        """The larger of the head's logits and one layer's working space; not both at a time."""
-        space = memory.working_space(
-            model, layout, batch, purpose=purpose, attention=config.attention, **given
-        )
-        kind = "score" if purpose == "score" else "update"
-        options = {"layer in work": space}
-        if stage.last:
-            options["logits"] = memory.logits(
-                model, layout, batch, purpose=purpose if kind == "update" else kind, **given
+        """The larger of the head and one layer's working space; not both at a time."""
+        options = {
+            "layer in work": memory.working_space(
+                model, layout, batch, imbalance=config.imbalance, **given
             )
+        }
+        if stage.last:
+            options["head"] = memory.head(model, layout, batch, purpose=purpose, **given)
         largest = max(options, key=options.get)
         return {largest: options[largest]}
 
@@ -271,10 +265,8 @@ def _moments(
         recompute=config.recompute,
         micro_batches=-(-sequences // update.sequences),
         imbalance=config.imbalance,
-        attention=config.attention,
         **given,
     ) | computing(update, "recorded update" if old_from_update else "update")
-    moments["optimizer step"] = {"torch's AdamW": 4 * shared}
     if _in_process(config):
         whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
@@ -354,17 +346,14 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     )
     if model.moe_layers:
         yield "imbalance", f"the busiest rank's experts get {config.imbalance:g} x the mean tokens"
-    if config.attention == "local":
-        yield (
-            "attention",
-            "local: the scores of all pairs of tokens are made, and kept where the layer is; "
-            "--attention fused counts none",
-        )
+    yield "attention", "no scores are kept (torch's kernels, or Transformer Engine's)"
+    rows = memory.rows_at_a_time(model.vocab // config.layout(config.ranks).tp)
     yield (
-        "logits",
-        "fp32, vocabulary/tp x tokens: 5 at a time for the old log-probs, 2 and a cast in the "
-        "update, 6 where the update makes the old ones itself (checked: peaks of CPU runs, to 15%)",
+        "head",
+        f"logits of {rows:,} rows at a time, and again in the backward (checked: peaks of CPU "
+        "runs, to 15%)",
     )
+    yield "optimizer step", "torch's fused kernel, which takes nothing beside"
     if _in_process(config):
         yield (
             "engine in process",
@@ -395,8 +384,6 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
     if _in_process(config):
         away = {"engine": "vllm", "engine_url": "http://HOST:PORT"}
         found["a server of the engine on other GPUs (--engine-url)"] = away
-    if config.attention == "local":
-        found["fused attention (--attention fused)"] = {"attention": "fused"}
     if config.vllm.kv_cache_gib > 1 and _in_process(config) and config.engine == "vllm":
         found["--vllm.kv-cache-gib 1"] = {"vllm": replace(config.vllm, kv_cache_gib=1.0)}
     layout = config.layout(config.ranks)

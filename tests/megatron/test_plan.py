@@ -1,6 +1,6 @@
 """The plan's arithmetic against real models: their parameters, and what autograd keeps of them.
 
-Not covered: a GPU, whose allocator and kernels need more; fused attention; NCCL.
+Not covered: a GPU, whose allocator and kernels need more; NCCL.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups, memory, model, plan
+from moe_upgrpo.megatron import groups, memory, plan
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
@@ -78,17 +77,9 @@ class Kept:
         return tensor
 
 
-def kept_bytes(folder, layout: Layout, dtype: str, **options) -> tuple[int, int]:
-    """On a rank: bytes that autograd keeps in an update of one micro-batch; experts' tokens.
-
-    With Megatron's own experts, which the plan is about: `GroupedExperts`, used on a CPU only, keep
-    a stacked copy of their weights beside.
-    """
-    with (
-        groups.process_groups(layout),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(model, "GroupedExperts", SequentialMLP)
+def kept_bytes(folder, layout: Layout, dtype: str, **options) -> int:
+    """On a rank: bytes that autograd keeps in an update of one micro-batch."""
+    with groups.process_groups(layout):
         actor = MegatronActor(
             folder,
             layout,
@@ -109,7 +100,7 @@ def expected_kept(hf, layout: Layout, dtype: str, recompute: str = "none") -> fl
     model = memory.Sizes.of(hf)
     sizes = memory.activations(model, layout, stage, BATCH, dtype=dtype, recompute=recompute)
     c = memory.DTYPE_BYTES[dtype]
-    head = (8 * hf.hidden_size + 4 + hf.hidden_size * c + 4 * hf.vocab_size) / layout.tp
+    head = (8 * hf.hidden_size + 4) / layout.tp + hf.hidden_size * c
     return sum(sizes.values()) + BATCH.tokens * head
 
 
@@ -172,8 +163,8 @@ def peaks(folder, dtype: str, recompute: str, batch: MicroBatch) -> tuple[dict, 
 CASES = {
     "activations": (config(), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
     "fp32": (config(), "float32", "none", MicroBatch(sequences=4, length=64)),
-    "logits": (config(vocab_size=4096), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
-    "scores": (config(), "bfloat16", "full", MicroBatch(sequences=2, length=512)),
+    "head": (config(vocab_size=4096), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
+    "recomputed": (config(), "bfloat16", "full", MicroBatch(sequences=2, length=512)),
 }  # fmt: skip
 
 
@@ -192,8 +183,8 @@ def test_the_most_that_an_update_holds(case, tmp_path):
     layers = memory.activations(model, Layout(), stage, batch, dtype=dtype, recompute=recompute)
     for purpose, measured in peak.items():
         kept = sum(layers.values()) if purpose != "score" else 0
-        head = memory.logits(model, Layout(), batch, dtype=dtype, purpose=purpose)
-        space = memory.working_space(model, Layout(), batch, dtype=dtype, purpose=purpose)
+        head = memory.head(model, Layout(), batch, dtype=dtype, purpose=purpose)
+        space = memory.working_space(model, Layout(), batch, dtype=dtype)
         assert measured == pytest.approx(kept + max(head, space), rel=0.15), purpose
 
 
