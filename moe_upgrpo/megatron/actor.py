@@ -20,8 +20,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -29,16 +27,22 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
-from moe_upgrpo.megatron import backend, groups, tap
+from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.logprobs import token_entropy, token_log_probs
 from moe_upgrpo.megatron.model import build_model
+from moe_upgrpo.megatron.optimizer import make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
-from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
+from moe_upgrpo.megatron.weights import (
+    export_weights,
+    load_weights,
+    mark_split_weights,
+    write_checkpoint,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,53 +133,19 @@ class MegatronActor:
         if settings.frozen == "router":
             for router in self.tap.routers.values():
                 router.weight.requires_grad_(False)
+        mark_split_weights(self.chunks, self.hf)  # before the optimizer copies the marks
         config = get_model_config(self.chunks[0])
-        split_state = settings.algorithm == "adam"
         self.chunks = [
             DistributedDataParallel(
                 config,
                 DistributedDataParallelConfig(
-                    use_distributed_optimizer=split_state, grad_reduce_in_fp32=True
+                    use_distributed_optimizer=settings.splits_state, grad_reduce_in_fp32=True
                 ),
                 chunk,
             )
             for chunk in self.chunks
         ]
-        # Every DP rank read the same files, so no broadcast of parameters is needed.
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer=settings.algorithm,
-                lr=settings.lr,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                sgd_momentum=0.0,
-                weight_decay=settings.weight_decay,
-                clip_grad=settings.clip_grad,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=split_state,
-            ),
-            self.chunks,
-        )
-        if not backend.has_cuda():
-            # torch's Adam takes one call for all weights only on a GPU of its own accord, and
-            # Megatron leaves it there (optimizer/__init__.py:363).
-            for group in self.optimizer.param_groups:
-                group["foreach"] = True
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=settings.lr,
-            min_lr=settings.lr,
-            lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=max(1, settings.warmup_steps + 1),
-            lr_decay_style="constant",
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.chunks, settings)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
 
@@ -238,12 +208,20 @@ class MegatronActor:
         ]
 
     def _run(
-        self, batches: Sequence[Batch], on_logits, *, train: bool, record: Collection[str]
+        self,
+        batches: Sequence[Batch],
+        on_output,
+        *,
+        train: bool,
+        record: Collection[str],
+        entropy: bool = True,
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
-        """Megatron's schedule over the micro-batches; `on_logits(batch, logits)` ends each.
+        """Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
 
-        On every rank of the copy: what `on_logits` returned for each, what was recorded of each by
-        name ([B, S, L, ...]), and the number of recomputed routers that chose other experts.
+        output: [B, S, 2], log-probs and entropy of the response's rows, or [B, S, 1] without
+        `entropy`. On every rank of the copy: what `on_output` returned for each, what was recorded
+        of each by name ([B, S, L, ...]), and the number of recomputed routers that chose other
+        experts.
         """
         if unknown := set(record) - set(RECORDS):
             raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
@@ -256,10 +234,16 @@ class MegatronActor:
 
         def forward_step(data: Iterator[tuple[Batch, Visit]], chunk):
             batch, visit = next(data)
+            wanted = Wanted(
+                targets_BS=batch.targets_BS,
+                mask_BS=batch.mask_BS,
+                temperature=self.temperature,
+                entropy=entropy,
+            )
             with visit:
-                output = chunk(batch.tokens_BS, batch.positions_BS, None)
+                output = chunk(batch.tokens_BS, batch.positions_BS, None, wanted=wanted)
             visit.backward_of(output)
-            return output, partial(on_logits, batch)
+            return output, partial(on_output, batch)
 
         data = [iter(list(zip(batches, of_chunk, strict=True))) for of_chunk in visits]
         with self.tap.installed() if tapped else nullcontext():
@@ -313,15 +297,12 @@ class MegatronActor:
         for chunk in self.chunks:
             chunk.eval()
 
-        def on_logits(batch: Batch, logits_BSv: torch.Tensor, non_loss_data: bool):
-            return (
-                token_log_probs(logits_BSv, batch.targets_BS, self.temperature).cpu().numpy(),
-                token_entropy(logits_BSv, self.temperature).cpu().numpy(),
-            )
+        def on_output(batch: Batch, output_BS2: torch.Tensor, non_loss_data: bool):
+            return tuple(part_BS.numpy() for part_BS in output_BS2.cpu().unbind(-1))
 
         size = micro_batch_size or self.micro_batch_size
         batches = self._micro_batches(samples, size)
-        outputs, traces, _ = self._run(batches, on_logits, train=False, record=record)
+        outputs, traces, _ = self._run(batches, on_output, train=False, record=record)
         return self._scored(samples, size, outputs, traces, record)
 
     def _scored(
@@ -380,8 +361,8 @@ class MegatronActor:
         # the micro-batches; the loss has the global denominators already.
         undo_means = dp_group.size() * len(batches)
 
-        def on_logits(batch: Batch, logits_BSv: torch.Tensor):
-            log_probs_BS = token_log_probs(logits_BSv, batch.targets_BS, self.temperature)
+        def on_output(batch: Batch, output_BSx: torch.Tensor):
+            log_probs_BS, *entropy_BS = output_BSx.unbind(-1)
             bad = ~log_probs_BS.isfinite() & batch.mask_BS
             if bad.any():
                 b, row = bad.nonzero()[0].tolist()
@@ -402,16 +383,16 @@ class MegatronActor:
                 global_tokens=counts[0],
                 global_sequences=counts[1],
             )
-            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight]
-            if record:
-                arrays_BS.append(token_entropy(logits_BSv.detach(), self.temperature))
+            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight, *entropy_BS]
             return result.loss * undo_means, _Seen(
                 arrays=tuple(tensor.detach().cpu().numpy() for tensor in arrays_BS),
                 loss=float(result.loss.detach()),
                 metrics=merge_metrics([result.metrics]),  # as plain numbers
             )
 
-        seen, traces, flips = self._run(batches, on_logits, train=True, record=record)
+        seen, traces, flips = self._run(
+            batches, on_output, train=True, record=record, entropy=bool(record)
+        )
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
         if problems:
             raise UserError(problems[0])

@@ -1,13 +1,14 @@
-"""Megatron-Core's local experts, all of a rank in two grouped products, for machines without CUDA.
+"""Megatron-Core's local experts, all of a rank in two grouped products, without Transformer Engine.
 
 N tokens that were dispatched here, by expert; E experts of this rank, H hidden size, F of an
-expert's share on this rank.
+expert's share on this rank; I → O one of its two linear layers.
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
 
 
@@ -23,14 +24,35 @@ class GroupedExperts(SequentialMLP):
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
         tokens_NH = permuted_local_hidden_states
         ends_E = torch.as_tensor(tokens_per_expert).cumsum(0).to(tokens_NH.device, torch.int32)
-        in_EHF = _stacked(self.local_experts, "linear_fc1")
-        out_EFH = _stacked(self.local_experts, "linear_fc2")
-        gate_NF, up_NF = grouped_mm(tokens_NH, in_EHF, offs=ends_E).chunk(2, dim=-1)
+        into = [expert.linear_fc1.weight for expert in self.local_experts]
+        out_of = [expert.linear_fc2.weight for expert in self.local_experts]
+        gate_NF, up_NF = _GroupedProduct.apply(tokens_NH, ends_E, *into).chunk(2, dim=-1)
         inner_NF = silu(gate_NF) * up_NF
+        del gate_NF, up_NF  # where no gradient is asked for, nothing else keeps them
         inner_NF = (inner_NF * permuted_probs[:, None]).to(inner_NF.dtype)
-        return grouped_mm(inner_NF, out_EFH, offs=ends_E), None
+        return _GroupedProduct.apply(inner_NF, ends_E, *out_of), None
 
 
-def _stacked(experts, linear: str) -> torch.Tensor:
-    """`[E, in, out]`"""
-    return torch.stack([getattr(expert, linear).weight for expert in experts]).transpose(1, 2)
+class _GroupedProduct(torch.autograd.Function):
+    """Each token times the transposed weight [O, I] of its expert.
+
+    The kernel wants the weights in one tensor. That copy is made again in the backward rather than
+    kept: in a model of many experts it would be as large as the model.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens_NI, ends_E, *weights):
+        ctx.save_for_backward(tokens_NI, ends_E, *weights)
+        return grouped_mm(tokens_NI, torch.stack(weights).transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_NO):
+        tokens_NI, ends_E, *weights = ctx.saved_tensors
+        gradient_NO = gradient_NO.contiguous()
+        of_tokens_NI, of_weights = None, [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            of_tokens_NI = grouped_mm(gradient_NO, torch.stack(weights), offs=ends_E)
+        if any(ctx.needs_input_grad[2:]):
+            of_weights = grouped_mm(gradient_NO.t(), tokens_NI, offs=ends_E).unbind()
+        return of_tokens_NI, None, *of_weights

@@ -1,36 +1,161 @@
-"""Log-probs and entropy where the vocabulary is split over the tensor-parallel ranks.
+"""Log-probs and entropy from hidden states and the head's weight, a few rows of logits at a time.
 
-B sequences, S tokens, V vocabulary, v = V / tp of this rank.
+No tensor of the size of a micro-batch's logits is ever made; the backward computes each row's
+logits again. Imports no Megatron.
+
+N rows of hidden states of size H, M of them asked for, C of those at a time; V vocabulary,
+v = V / tp of this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch.autograd.function import once_differentiable
+
+# Of one fp32 buffer for logits. Large enough that the product with the head keeps a GPU busy, small
+# beside what else a micro-batch needs.
+BUFFER_BYTES = 2**27
 
 
-def token_log_probs(
-    logits_BSv: torch.Tensor, targets_BS: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """log softmax(logits / temperature) at the targets, [B, S] in fp32, with gradient."""
-    # Megatron's function works in place, on the copy that the division makes.
-    return -vocab_parallel_cross_entropy(logits_BSv.float() / temperature, targets_BS)
+def rows_at_a_time(vocabulary: int) -> int:
+    """C, for v of this rank."""
+    return max(1, BUFFER_BYTES // (4 * vocabulary))
 
 
-@torch.no_grad()
-def token_entropy(logits_BSv: torch.Tensor, temperature: float) -> torch.Tensor:
-    """-sum_v p_v log p_v in nats with p = softmax(logits / temperature), [B, S] in fp32.
+def log_probs_and_entropy(
+    hidden_NH: torch.Tensor,
+    weight_vH: torch.Tensor,
+    targets_N: torch.Tensor,
+    mask_N: torch.Tensor,
+    *,
+    temperature: float,
+    group: dist.ProcessGroup,
+    entropy: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) and −Σ p log p in nats, p = softmax(logits / temperature): both [N] in fp32.
 
-    With m the largest logit, z = sum exp(l - m): entropy = log z - sum (l - m) exp(l - m) / z.
+    0 outside `mask_N`, whose rows are left out. The log-probs have a gradient, the entropy none
+    (None where it is not asked for). group: over which the vocabulary is split; each rank gives the
+    same hidden states and gets its part of their gradient, to be summed. Where the weight has a
+    `main_grad` (Megatron-Core's buffer of summed gradients), its gradient is added to that.
     """
-    logits = logits_BSv.float() / temperature
-    group = parallel_state.get_tensor_model_parallel_group()
-    largest = logits.amax(dim=-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    shifted = logits - largest.unsqueeze(-1)
-    weight = shifted.exp()
-    sums = torch.stack([weight.sum(dim=-1), (weight * shifted).sum(dim=-1)])
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() - sums[1] / sums[0]
+    index_M = mask_N.nonzero()[:, 0]
+    log_probs_N, entropy_N = _FromHidden.apply(
+        hidden_NH, weight_vH, targets_N[index_M], index_M, temperature, group, entropy
+    )
+    return log_probs_N, entropy_N if entropy else None
+
+
+class _Rows:
+    """The rows asked for, C at a time, with their logits in buffers that are used again."""
+
+    def __init__(self, hidden_NH, weight_vH, targets_M, index_M, temperature, group):
+        self.hidden_NH, self.weight_vH, self.index_M = hidden_NH, weight_vH, index_M
+        self.temperature = temperature
+        v = len(weight_vH)
+        local_M = targets_M - group.rank() * v
+        self.mine_M = (local_M >= 0) & (local_M < v)  # targets in this rank's vocabulary
+        self.local_M1 = local_M.clamp(0, v - 1).unsqueeze(1)
+        self.size = min(rows_at_a_time(v), max(1, len(index_M)))
+        self.product_Cv = hidden_NH.new_empty(self.size, v)
+        self.logits_Cv = self.product_Cv
+        if hidden_NH.dtype != torch.float32:
+            self.logits_Cv = self.product_Cv.new_empty(self.size, v, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(which of the M, their hidden states, their logits / temperature in fp32)"""
+        for begin in range(0, len(self.index_M), self.size):
+            part = slice(begin, min(begin + self.size, len(self.index_M)))
+            rows_CH = self.hidden_NH[self.index_M[part]]
+            product_Cv = self.product_Cv[: len(rows_CH)]
+            logits_Cv = self.logits_Cv[: len(rows_CH)]
+            torch.mm(rows_CH, self.weight_vH.t(), out=product_Cv)
+            if logits_Cv.dtype != product_Cv.dtype:
+                logits_Cv.copy_(product_Cv)
+            if self.temperature != 1:
+                logits_Cv.div_(self.temperature)
+            yield part, rows_CH, logits_Cv
+
+    def in_models_dtype(self, gradient_Cv: torch.Tensor) -> torch.Tensor:
+        """What the buffer of logits holds now, in the dtype of the weight."""
+        if gradient_Cv.dtype == self.product_Cv.dtype:
+            return gradient_Cv
+        return self.product_Cv[: len(gradient_Cv)].copy_(gradient_Cv)
+
+
+class _FromHidden(torch.autograd.Function):
+    """With m the largest logit, z = Σ exp(l − m), w = Σ (l − m) exp(l − m):
+
+    log p(y) = l_y − m − log z, entropy = log z − w / z, ∂ log p(y) / ∂ l_i = [i = y] − p_i.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_vH, targets_M, index_M, temperature, group, entropy):
+        rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
+        largest_M = hidden_NH.new_empty(len(index_M), dtype=torch.float32)
+        sums_3M = largest_M.new_zeros(3, len(index_M))  # z, w, l_y: of this rank's vocabulary
+        exps_Cv = torch.empty_like(rows.logits_Cv) if entropy else rows.logits_Cv
+        for part, _, logits_Cv in rows:
+            target_C = logits_Cv.gather(1, rows.local_M1[part])[:, 0]
+            sums_3M[2, part] = target_C.where(rows.mine_M[part], 0)
+            torch.amax(logits_Cv, dim=1, out=largest_M[part])
+            logits_Cv -= largest_M[part, None]
+            exp_Cv = torch.exp(logits_Cv, out=exps_Cv[: len(logits_Cv)])
+            torch.sum(exp_Cv, dim=1, out=sums_3M[0, part])
+            if entropy:
+                torch.sum(logits_Cv.mul_(exp_Cv), dim=1, out=sums_3M[1, part])
+        if group.size() > 1 and len(index_M):
+            here_M = largest_M.clone()
+            dist.all_reduce(largest_M, op=dist.ReduceOp.MAX, group=group)
+            below_M = here_M - largest_M
+            sums_3M[1] += below_M * sums_3M[0]
+            sums_3M[:2] *= below_M.exp()
+            dist.all_reduce(sums_3M, group=group)
+        log_z_M = sums_3M[0].log()
+        ctx.save_for_backward(hidden_NH, weight_vH, targets_M, index_M, largest_M + log_z_M)
+        ctx.given = temperature, group
+        ctx.main_grad = getattr(weight_vH, "main_grad", None)
+        log_probs_N, entropy_N = (largest_M.new_zeros(len(hidden_NH)) for _ in range(2))
+        log_probs_N[index_M] = sums_3M[2] - largest_M - log_z_M
+        if entropy:
+            entropy_N[index_M] = log_z_M - sums_3M[1] / sums_3M[0]
+        ctx.mark_non_differentiable(entropy_N)
+        return log_probs_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_N, _):
+        hidden_NH, weight_vH, targets_M, index_M, log_sum_M = ctx.saved_tensors
+        temperature, group = ctx.given
+        rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
+        scaled_M = gradient_N[index_M] / temperature
+        of_targets_M = scaled_M.where(rows.mine_M, 0)
+        of_hidden_NH = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        of_weight_vH = None
+        if ctx.needs_input_grad[1]:
+            of_weight_vH = ctx.main_grad
+            if of_weight_vH is None:
+                of_weight_vH = torch.zeros_like(weight_vH, dtype=torch.float32)
+        for part, rows_CH, logits_Cv in rows:
+            of_logits_Cv = logits_Cv.sub_(log_sum_M[part, None]).exp_().mul_(-scaled_M[part, None])
+            of_logits_Cv.scatter_add_(1, rows.local_M1[part], of_targets_M[part, None])
+            of_logits_Cv = rows.in_models_dtype(of_logits_Cv)
+            if of_hidden_NH is not None:
+                of_hidden_NH[index_M[part]] = of_logits_Cv @ weight_vH
+            if of_weight_vH is None:
+                continue
+            if of_weight_vH.dtype == of_logits_Cv.dtype:
+                of_weight_vH.addmm_(of_logits_Cv.t(), rows_CH)
+            else:
+                of_weight_vH += of_logits_Cv.t() @ rows_CH
+        if of_weight_vH is not None:
+            if of_weight_vH is ctx.main_grad:
+                # Nothing more to add; but DistributedDataParallel, when it overlaps communication,
+                # insists on a gradient (distributed_data_parallel.py:433).
+                of_weight_vH = weight_vH.new_empty(weight_vH.shape, layout=torch.sparse_coo)
+            else:
+                of_weight_vH = of_weight_vH.to(weight_vH.dtype)
+        return of_hidden_NH, of_weight_vH, None, None, None, None, None

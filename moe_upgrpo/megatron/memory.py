@@ -1,9 +1,9 @@
 """What a rank of the trainer holds, keeps for the backward pass and sends. Imports no Megatron.
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
-layers (Megatron-Core's own modules, without Transformer Engine), in the manner of Korthikanti et
-al. 2022 (arXiv:2205.05198), sections 4.1 and 4.2, with RMSNorm, SwiGLU, grouped queries, QK-norm
-and routed experts in the place of GPT's layers, and no dropout. tests/megatron/test_plan.py
+layers (without Transformer Engine), in the manner of Korthikanti et al. 2022 (arXiv:2205.05198),
+sections 4.1 and 4.2, with RMSNorm, SwiGLU, grouped queries, QK-norm and routed experts in the place
+of GPT's layers, attention that keeps no scores, and no dropout. tests/megatron/test_plan.py
 compares the sums with what autograd keeps.
 
 n tokens of a micro-batch = sequences x padded length S; h hidden size, D head dimension, c bytes of
@@ -14,14 +14,13 @@ an expert or MLP; t = tp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.families import family, head_dim, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.logprobs import rows_at_a_time
 
 Bytes = dict[str, float]
-Attention = Literal["local", "fused"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -141,39 +140,37 @@ def layer_activations(
     dtype: str,
     moe: bool,
     imbalance: float = 1.0,
-    attention: Attention = "local",
 ) -> Bytes:
     """What autograd keeps of one layer and micro-batch, for one rank.
 
     norms     2·(8h + 4)/t: input and normalised input in fp32, of both
     qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc
-    attention q, and k and v repeated to the query heads, c each, and the output c, /t; local also
-              the softmax, 4 (and its copy in bf16, 2) for each query head and key, /t, and the mask
+    attention queries, keys, the fused projection (v is a part of it), the output, c each, and the
+              logarithm of each query head's sum, 4, /t
     router    h·c/t input; 8E + 24K for the maps, /t (5E before Megatron-Core 0.19)
-    experts   (K·x/t)·(h·c·etp + 6·I·c): x the imbalance; input, gate and up, gate, silu, product,
-              product with the router's weight
+    experts   (K·x/t)·(h·c·etp + 5·I·c): x the imbalance; input, gate and up, silu, product, product
+              with the router's weight
     mlp       (dense layers) h·c/t input and 5·I·c/t: gate and up, gate, silu, product
     """
     c, t = DTYPE_BYTES[dtype], layout.tp
     n, length = batch.tokens, batch.length
     h, head = model.hidden, model.head
     heads, kv_heads = model.heads / t, model.kv_heads / t
-    # In fp32 the key's norm keeps the whole of the fused projection's output, in bf16 a copy.
-    key_in = 4 * kv_heads * head if c == 2 else 4 * (heads + 2 * kv_heads) * head
+    fused = (heads + 2 * kv_heads) * head
+    # The key's norm keeps its input in fp32: in bf16 a copy, else a part of the fused projection.
+    key_in = 4 * kv_heads * head if c == 2 else 0
     qk_norm = heads * (8 * head + 4) + key_in + 4 * kv_heads * (head + 1)
     kept = {
         "norms": 2 * n * (8 * h + 4) / t,
         "qkv": n * (h * c / t + qk_norm * model.qk_norm) + 4 * length * head * c,
-        "attention": 4 * n * heads * head * c,
+        "attention": n * (c * (2 * heads * head + kv_heads * head + fused) + 4 * heads),
     }
-    if attention == "local":
-        kept["attention scores"] = n * length * heads * (4 if c == 4 else 6) + length**2
     if moe:
         K = model.top_k
         etp = layout.expert_tp
         kept["router"] = n * (h * c + 8 * model.experts + 24 * K) / t
         # With etp the tokens of all its ranks are gathered, and each computes a part of I.
-        kept["experts"] = n * K / t * imbalance * c * (h * etp + 6 * model.expert_inner)
+        kept["experts"] = n * K / t * imbalance * c * (h * etp + 5 * model.expert_inner)
     else:
         kept["mlp"] = n * c / t * (h + 5 * model.inner)
     return kept
@@ -189,15 +186,14 @@ def activations(
     recompute: str = "none",
     micro_batches: int = 1,
     imbalance: float = 1.0,
-    attention: Attention = "local",
 ) -> Bytes:
-    """What a rank of `stage` keeps at its fullest moment, logits aside.
+    """What a rank of `stage` keeps at its fullest moment, the head aside.
 
     A pipeline stage keeps several micro-batches: pp − stage of them, and with vpp parts of the
     model (2·(pp − stage − 1) + (vpp − 1)·pp + 1) of its vpp parts. recompute=full keeps each
     layer's input (h·c/t) and one layer at a time.
     """
-    given = dict(dtype=dtype, imbalance=imbalance, attention=attention)
+    given = dict(dtype=dtype, imbalance=imbalance)
     of_layer = {
         moe: layer_activations(model, layout, batch, moe=moe, **given)
         for moe in (True, False)
@@ -221,35 +217,51 @@ def activations(
     return kept
 
 
-def logits(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose: str) -> float:
-    """Of the last stage's head, at its fullest moment: n·V/t numbers of
+def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose: str) -> float:
+    """Of the last stage's norm and head, at their fullest moment; v = V/t.
 
-    4 (logits, always fp32) + 4 (softmax, kept) in an "update", and in its backward 2 more for bf16;
-    16 more where the "recorded update" makes the old policy's entropy as well; 4 + 16 in a "score".
-    And the last norm and the head's input, n·(8h + 4 + h·c)/t.
+    n·((8h + 4)/t + h·c)  the norm, and its output gathered from the ranks
+    r·v·(4 + e + b)       logits of r rows at a time (moe_upgrpo/megatron/logprobs.py); e = 4 for
+                          the entropy in a "score" and a "recorded update", b = 2 in bf16
+    n·h·c + v·h·b         in an update's backward: the gradient of the hidden states and, in bf16,
+                          of the head before it is added to the fp32 gradients
     """
-    c = DTYPE_BYTES[dtype]
-    per_logit = {"update": 8 + (c if c == 2 else 0), "recorded update": 24, "score": 20}[purpose]
-    head = 8 * model.hidden + 4 + model.hidden * c
-    return batch.tokens * (per_logit * model.vocab + head) / layout.tp
+    c, n, h = DTYPE_BYTES[dtype], batch.tokens, model.hidden
+    v = model.vocab // layout.tp
+    rows = min(rows_at_a_time(v), n)
+    cast = c if c == 2 else 0
+    forward = rows * v * (4 + 4 * (purpose != "update") + cast)
+    backward = 0.0
+    if purpose != "score":
+        backward = rows * v * (4 + cast) + n * h * c + v * h * cast
+    return n * ((8 * h + 4) / layout.tp + h * c) + max(forward, backward)
 
 
 def working_space(
-    model: Sizes,
-    layout: Layout,
-    batch: MicroBatch,
-    *,
-    dtype: str,
-    purpose: str,
-    attention: Attention = "local",
+    model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, imbalance: float = 1.0
 ) -> float:
-    """Of one layer while it is computed, beside what is kept: eight tensors of the queries' size,
-    8·n·(heads·D)·c/t, and with local attention for each query head and key 8 in an update and 16 in
-    a "score", of which nothing is kept. The factors were read off CPU runs (tests/megatron)."""
-    heads = model.heads / layout.tp
-    each = 16 if purpose == "score" else 8
-    scores = each * batch.tokens * batch.length * heads if attention == "local" else 0
-    return scores + 8 * batch.tokens * heads * model.head * DTYPE_BYTES[dtype]
+    """Of one layer while it is computed, beside what is kept: the larger of
+
+    attention  n/t·((heads + 4·kv)·D·c + 12·heads·D): the fused projection, keys and values once
+               more, and three of the queries in fp32 in their norm
+    experts    (K·x/t)·n·(2·h·etp + 4·I)·c: input as it came and by expert; gate and up, silu,
+               product. While gate and up are made, in the place of the other two the weights of the
+               rank's first linear layers in one tensor, c·(E/ep)·2·h·I/etp
+    mlp        (dense layers) n·(h + 4·I/t)·c
+
+    and the layer's own four of n·h·c/t.
+    """
+    c, t, n, h = DTYPE_BYTES[dtype], layout.tp, batch.tokens, model.hidden
+    queries, keys = model.heads * model.head / t, model.kv_heads * model.head / t
+    spaces = [n * ((queries + 4 * keys) * c + 12 * queries)]
+    if model.moe_layers:
+        inner, etp = model.expert_inner, layout.expert_tp
+        sent = n * model.top_k / t * imbalance * c
+        stacked = c * model.experts / layout.ep * 2 * h * inner / etp
+        spaces.append(sent * (2 * h * etp + 2 * inner) + max(sent * 2 * inner, stacked))
+    if model.moe_layers < model.layers:
+        spaces.append(n * (h + 4 * model.inner / t) * c)
+    return max(spaces) + 4 * n * h * c / t
 
 
 def gathered_layer(model: Sizes, *, dtype: str) -> float:

@@ -1,4 +1,4 @@
-"""A Hugging Face config made into a Megatron-Core GPTModel."""
+"""A Hugging Face config made into a Megatron-Core model."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.optimizer import Adam
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import releases
+from moe_upgrpo.megatron import optimizer, releases
+from moe_upgrpo.megatron.attention import CausalAttention
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.families import family, moe_layers, num_experts, top_k
 from moe_upgrpo.megatron.groups import device
+from moe_upgrpo.megatron.head import ScoringModel
 from moe_upgrpo.megatron.layout import Layout
 
 RECOMPUTE = {
@@ -53,16 +53,6 @@ class LatentNorm(RMSNorm):
         super().__init__(config, hidden_size, 1e-6)
 
 
-class LatentCoreAttention(DotProductAttention):
-    """Megatron's local attention does not take the head sizes that MLA gives it (line 55).
-
-    It needs neither: its output has kv_channels for each head, which are MLA's v_head_dim.
-    """
-
-    def __init__(self, *args, k_channels=None, v_channels=None, **kwargs):
-        super().__init__(*args, **kwargs)
-
-
 class LatentSelfAttention(MLASelfAttention):
     """MLA whose norms and projections are those of the layer spec.
 
@@ -81,6 +71,13 @@ def uses_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE and has_cuda()
 
 
+def takes_grouped_experts(config: TransformerConfig) -> bool:
+    """Whether torch's grouped product takes the experts: rows of a multiple of 16 bytes."""
+    inner = (config.moe_ffn_hidden_size or 0) // config.expert_tensor_parallel_size
+    width = config.params_dtype.itemsize
+    return all(size * width % 16 == 0 for size in (config.hidden_size, inner))
+
+
 def _fuses_gradient_accumulation() -> bool:
     """Whether Apex's kernel adds weight gradients to the buffers that are reduced."""
     return layers._grad_accum_fusion_available and has_cuda()
@@ -96,16 +93,16 @@ def code_paths() -> dict[str, str]:
     """
     te = uses_transformer_engine()
     spec = TESpecProvider() if te else LocalSpecProvider()
-    experts = releases.experts_of(spec, grouped=te)
+    experts = releases.experts_of(spec, grouped=True) if te else GroupedExperts
     return {
         "layer spec": "Transformer Engine" if te else "local (torch)",
         "norm": "Transformer Engine" if te else "torch.nn.RMSNorm",
         "linear layers": spec.column_parallel_linear().__name__,
-        "attention": spec.core_attention().__name__,
-        "experts": experts.__name__ if has_cuda() else GroupedExperts.__name__,
+        "attention": spec.core_attention().__name__ if te else CausalAttention.__name__,
+        "experts": experts.__name__,
         "router": f"{TopKRouter.__name__}, unfused",
         "gradient accumulation": "Apex, fused" if _fuses_gradient_accumulation() else "torch",
-        "optimizer": f"{Adam.__module__}.{Adam.__name__}",
+        "optimizer": optimizer.code_path(),
     }
 
 
@@ -190,9 +187,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     for spec in block.layer_specs:
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        attention.core_attention = CausalAttention
         if config.multi_latent_attention:
             attention.q_layernorm = attention.kv_layernorm = LatentNorm
-            attention.core_attention = LatentCoreAttention
             # Whole on every tensor-parallel rank, as in the spec with Transformer Engine. The local
             # spec splits them by columns and gathers their output with a backward that takes the
             # rank's own gradient alone (multi_latent_attention.py:607): that of the rotary key, a
@@ -200,14 +197,14 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if not has_cuda():
+        if takes_grouped_experts(config):
             releases.replace_experts(layer.mlp, GroupedExperts)
     return block
 
 
 def build_model(
     hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
-) -> list[GPTModel]:
+) -> list[ScoringModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage.
 
     The weights are not yet set (see `moe_upgrpo.megatron.weights`).
@@ -221,7 +218,7 @@ def build_model(
         vp_stage = stage if layout.vpp > 1 else None
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
         chunks.append(
-            GPTModel(
+            ScoringModel(
                 config,
                 block_spec(config, vp_stage),
                 vocab_size=hf.vocab_size,

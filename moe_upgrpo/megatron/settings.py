@@ -40,3 +40,8 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: 0 or more and below 1 is needed.")
+
+    @property
+    def splits_state(self) -> bool:
+        """Whether the data-parallel ranks share the optimizer's state among them."""
+        return self.algorithm == "adam"

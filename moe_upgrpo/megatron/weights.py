@@ -143,6 +143,22 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
         raise RuntimeError(f"No rule of the table fills these parameters: {sorted(parameters)}")
 
 
+def mark_split_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig) -> None:
+    """Say of each weight whether tensor-parallel ranks hold different parts of it, by the table.
+
+    The gradient norm takes a weight without this mark for a copy, of which it counts that of the
+    first rank (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as
+    Transformer Engine's experts do (extensions/transformer_engine.py:1551): the ranks hold
+    different experts, and clipping would be too weak without a word.
+    """
+    parameters = _parameters(chunks)
+    for entry in _entries(hf):
+        split = entry.rule.is_expert or entry.rule.form.axis is not None
+        for name in entry.parameters:
+            if name in parameters:
+                parameters[name].tensor_model_parallel = split
+
+
 def export_weights(
     chunks: Sequence[torch.nn.Module], hf: PretrainedConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:

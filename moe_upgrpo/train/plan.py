@@ -205,21 +205,18 @@ def _moments(
 ) -> dict[str, Bytes]:
     """What comes on top of what is held, at each moment of a step."""
     given = dict(dtype=config.dtype)
-    shared = memory.own_parameters(stage, layout, config.ranks)
     old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
     moments = {}
 
     def computing(batch: MicroBatch, purpose: str) -> Bytes:
-        """The larger of the head's logits and one layer's working space; not both at a time."""
-        space = memory.working_space(
-            model, layout, batch, purpose=purpose, attention=config.attention, **given
-        )
-        kind = "score" if purpose == "score" else "update"
-        options = {"layer in work": space}
-        if stage.last:
-            options["logits"] = memory.logits(
-                model, layout, batch, purpose=purpose if kind == "update" else kind, **given
+        """The larger of the head and one layer's working space; not both at a time."""
+        options = {
+            "layer in work": memory.working_space(
+                model, layout, batch, imbalance=config.imbalance, **given
             )
+        }
+        if stage.last:
+            options["head"] = memory.head(model, layout, batch, purpose=purpose, **given)
         largest = max(options, key=options.get)
         return {largest: options[largest]}
 
@@ -237,10 +234,8 @@ def _moments(
         recompute=config.recompute,
         micro_batches=-(-sequences // update.sequences),
         imbalance=config.imbalance,
-        attention=config.attention,
         **given,
     ) | computing(update, "recorded update" if old_from_update else "update")
-    moments["optimizer step"] = {"torch's AdamW": 4 * shared}
     if _in_process(config):
         whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
@@ -320,17 +315,14 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     )
     if model.moe_layers:
         yield "imbalance", f"the busiest rank's experts get {config.imbalance:g} x the mean tokens"
-    if config.attention == "local":
-        yield (
-            "attention",
-            "local: the scores of all pairs of tokens are made, and kept where the layer is; "
-            "--attention fused counts none",
-        )
+    yield "attention", "no scores are kept (torch's kernels, or Transformer Engine's)"
+    rows = memory.rows_at_a_time(model.vocab // config.layout(config.ranks).tp)
     yield (
-        "logits",
-        "fp32, vocabulary/tp x tokens: 5 at a time for the old log-probs, 2 and a cast in the "
-        "update, 6 where the update makes the old ones itself (checked: peaks of CPU runs, to 15%)",
+        "head",
+        f"logits of {rows:,} rows at a time, and again in the backward (checked: peaks of CPU "
+        "runs, to 15%)",
     )
+    yield "optimizer step", "torch's fused kernel, which takes nothing beside"
     if _in_process(config):
         yield (
             "engine in process",
@@ -361,8 +353,6 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
     if _in_process(config):
         away = {"engine": "vllm", "engine_url": "http://HOST:PORT"}
         found["a server of the engine on other GPUs (--engine-url)"] = away
-    if config.attention == "local":
-        found["fused attention (--attention fused)"] = {"attention": "fused"}
     if config.vllm.kv_cache_gib > 1 and _in_process(config) and config.engine == "vllm":
         found["--vllm.kv-cache-gib 1"] = {"vllm": replace(config.vllm, kv_cache_gib=1.0)}
     layout = config.layout(config.ranks)

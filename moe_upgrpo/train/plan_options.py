@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron.memory import Attention
 from moe_upgrpo.train.config import TrainConfig
 
 
@@ -25,9 +24,6 @@ class PlanConfig(TrainConfig):
     """What a server of the engine takes of each of these GPUs; 0: it runs on others."""
     imbalance: float = 1.5
     """Tokens of the busiest rank's experts over the mean of the ranks."""
-    attention: Attention = "local"
-    """local: Megatron-Core's own, which keeps the scores of all token pairs; fused: one that keeps
-    none (Transformer Engine)."""
 
     def __post_init__(self):
         super().__post_init__()

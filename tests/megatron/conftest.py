@@ -34,7 +34,7 @@ LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | di
     kv_lora_rank=24,
     qk_nope_head_dim=12,
     qk_rope_head_dim=8,
-    v_head_dim=20,
+    v_head_dim=16,  # 20 are queries and keys
     moe_intermediate_size=32,
     num_experts_per_tok=4,
     n_shared_experts=2,
@@ -62,7 +62,7 @@ FAMILIES = {
     ),
     # As Moonlight: queries without a latent, no groups, another epsilon, no scaling of positions.
     "moonlight": DeepseekV3Config(
-        **(LATENT | dict(num_hidden_layers=2)),
+        **(LATENT | dict(num_hidden_layers=2, v_head_dim=24)),
         q_lora_rank=None,
         n_routed_experts=8,
         n_group=1,

@@ -9,12 +9,15 @@ from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.megatron import actor as actor_module
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.megatron.tap import Visit
+from tests.megatron.measured import gradients_by_name
 from tests.ranks import run_ranks
 
 VALUES = np.full(3, -1.0, np.float32)
@@ -52,6 +55,49 @@ def broken_update(layout: Layout, checkpoint) -> tuple[str, bool, bool]:
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         actor.update([SAMPLE], LOSS)  # and it is the log-prob that stopped it
         return str(error.value), after_error, changed()
+
+
+def norms_without_marks(layout: Layout, checkpoint, algorithm: str) -> tuple[float, float]:
+    """The gradient norm of a step whose modules marked nothing, or all; and from the gradients."""
+    with groups.process_groups(layout), pytest.MonkeyPatch.context() as patch:
+
+        def build(*args):
+            chunks = build_model(*args)
+            for i, parameter in enumerate(p for chunk in chunks for p in chunk.parameters()):
+                parameter.tensor_model_parallel = True
+                if i % 2:
+                    del parameter.tensor_model_parallel
+            return chunks
+
+        patch.setattr(actor_module, "build_model", build)
+        settings = OptimizerSettings(algorithm=algorithm, lr=0, warmup_steps=0, clip_grad=0)
+        actor = MegatronActor(checkpoint, layout, optimizer=settings)
+        seen = actor.update([SAMPLE], LOSS)
+        gradients = {}
+        if algorithm == "sgd":  # Adam's split buffers hold the sum of a part only
+            gradients = gradients_by_name(actor)
+        return seen.grad_norm, float(
+            sum(g.double().square().sum() for g in gradients.values())
+        ) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "layout"),
+    [
+        ("tiny", Layout(tp=2, ep=2)),
+        ("dense", Layout(tp=2)),
+        ("moonlight", Layout(tp=2, ep=2)),
+    ],
+    ids=str,
+)
+def test_the_gradient_norm_does_not_depend_on_the_marks_of_modules(checkpoint, layout, checkpoints):
+    folder = checkpoints[checkpoint]
+    ranks = run_ranks(2, norms_without_marks, layout, folder, "sgd")
+    ((one, from_gradients),) = run_ranks(1, norms_without_marks, Layout(), folder, "sgd")
+    assert from_gradients > 0.1 and one == pytest.approx(from_gradients, rel=1e-5)
+    for norm, whole in ranks + run_ranks(2, norms_without_marks, layout, folder, "adam"):
+        assert norm == pytest.approx(from_gradients, rel=1e-5)
+        assert whole in (0, pytest.approx(from_gradients, rel=1e-5))
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)

@@ -124,11 +124,11 @@ def test_code_paths_without_a_gpu():
         "layer spec": "local (torch)",
         "norm": "torch.nn.RMSNorm",
         "linear layers": "ColumnParallelLinear",
-        "attention": "DotProductAttention",
+        "attention": "CausalAttention",
         "experts": "GroupedExperts",
         "router": "TopKRouter, unfused",
         "gradient accumulation": "torch",
-        "optimizer": "torch.optim.adamw.AdamW",
+        "optimizer": "torch.optim.adamw.AdamW, foreach",
     }
 
 

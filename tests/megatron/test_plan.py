@@ -1,27 +1,24 @@
 """The plan's arithmetic against real models: their parameters, and what autograd keeps of them.
 
-Not covered: a GPU, whose allocator and kernels need more; fused attention; NCCL.
+Not covered: a GPU, whose allocator and kernels need more; NCCL.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups, memory, model, plan
+from moe_upgrpo.megatron import groups, memory, plan
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import MicroBatch
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from tests.megatron.live import Live
 from tests.ranks import run_ranks
 
 LOSS = PolicyLossConfig.preset("up-grpo")
@@ -80,17 +77,9 @@ class Kept:
         return tensor
 
 
-def kept_bytes(folder, layout: Layout, dtype: str, **options) -> tuple[int, int]:
-    """On a rank: bytes that autograd keeps in an update of one micro-batch; experts' tokens.
-
-    With Megatron's own experts, which the plan is about: `GroupedExperts`, used on a CPU only, keep
-    a stacked copy of their weights beside.
-    """
-    with (
-        groups.process_groups(layout),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(model, "GroupedExperts", SequentialMLP)
+def kept_bytes(folder, layout: Layout, dtype: str, **options) -> int:
+    """On a rank: bytes that autograd keeps in an update of one micro-batch."""
+    with groups.process_groups(layout):
         actor = MegatronActor(
             folder,
             layout,
@@ -111,7 +100,7 @@ def expected_kept(hf, layout: Layout, dtype: str, recompute: str = "none") -> fl
     model = memory.Sizes.of(hf)
     sizes = memory.activations(model, layout, stage, BATCH, dtype=dtype, recompute=recompute)
     c = memory.DTYPE_BYTES[dtype]
-    head = (8 * hf.hidden_size + 4 + hf.hidden_size * c + 4 * hf.vocab_size) / layout.tp
+    head = (8 * hf.hidden_size + 4) / layout.tp + hf.hidden_size * c
     return sum(sizes.values()) + BATCH.tokens * head
 
 
@@ -127,30 +116,6 @@ def test_what_autograd_keeps_of_a_shard(tmp_path):
     ranks = run_ranks(2, kept_bytes, checkpoint(hf, tmp_path), layout, "bfloat16")
     # The ranks' experts get different numbers of tokens; on average what an even router gives them.
     assert sum(ranks) / 2 == pytest.approx(expected_kept(hf, layout, "bfloat16"), rel=0.005)
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once."""
-
-    def __init__(self, known: set[int]):
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def tensors_of(actor: MegatronActor) -> dict[str, list[torch.Tensor]]:
@@ -198,8 +163,8 @@ def peaks(folder, dtype: str, recompute: str, batch: MicroBatch) -> tuple[dict, 
 CASES = {
     "activations": (config(), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
     "fp32": (config(), "float32", "none", MicroBatch(sequences=4, length=64)),
-    "logits": (config(vocab_size=4096), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
-    "scores": (config(), "bfloat16", "full", MicroBatch(sequences=2, length=512)),
+    "head": (config(vocab_size=4096), "bfloat16", "none", MicroBatch(sequences=4, length=64)),
+    "recomputed": (config(), "bfloat16", "full", MicroBatch(sequences=2, length=512)),
 }  # fmt: skip
 
 
@@ -218,8 +183,8 @@ def test_the_most_that_an_update_holds(case, tmp_path):
     layers = memory.activations(model, Layout(), stage, batch, dtype=dtype, recompute=recompute)
     for purpose, measured in peak.items():
         kept = sum(layers.values()) if purpose != "score" else 0
-        head = memory.logits(model, Layout(), batch, dtype=dtype, purpose=purpose)
-        space = memory.working_space(model, Layout(), batch, dtype=dtype, purpose=purpose)
+        head = memory.head(model, Layout(), batch, dtype=dtype, purpose=purpose)
+        space = memory.working_space(model, Layout(), batch, dtype=dtype)
         assert measured == pytest.approx(kept + max(head, space), rel=0.15), purpose
 
 

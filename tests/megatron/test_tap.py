@@ -8,6 +8,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, tap
 from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.families import read_model_config
+from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.tap import NO_ROUTE, RouterTap
@@ -30,7 +31,10 @@ def routers(model):
 
 
 def forward(model, tokens=TOKENS):
-    return model(tokens, tokens, None)
+    wanted = Wanted(
+        targets_BS=tokens, mask_BS=torch.ones_like(tokens).bool(), temperature=1.0, entropy=True
+    )
+    return model(tokens, tokens, None, wanted=wanted)
 
 
 def test_two_routers_with_one_layer_number_are_refused(model):

@@ -1,0 +1,83 @@
+"""Megatron-Core's optimizer and its learning rate, from the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.optimizer import (
+    Adam,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from moe_upgrpo.megatron.backend import has_cuda
+from moe_upgrpo.megatron.settings import OptimizerSettings
+
+TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def make_optimizer(
+    chunks: Sequence[torch.nn.Module], settings: OptimizerSettings
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """For model chunks that are wrapped in DistributedDataParallel."""
+    config = get_model_config(chunks[0])
+    # Every DP rank read the same files, so no broadcast of parameters is needed.
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=settings.algorithm,
+            lr=settings.lr,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            sgd_momentum=0.0,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=settings.splits_state,
+        ),
+        list(chunks),
+    )
+    _step_in_one_call(optimizer)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(1, settings.warmup_steps + 1),
+        lr_decay_style="constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def one_call() -> str:
+    """The option by which torch's optimizers take one call for all weights on this machine.
+
+    fused needs no temporaries, of which foreach has two as large as the weights; on a CPU fused
+    takes one weight after the other.
+    """
+    return "fused" if has_cuda() else "foreach"
+
+
+def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
+    """Of their own accord torch's optimizers take foreach on a GPU and a loop on a CPU, and
+    Megatron leaves it there (optimizer/__init__.py:363); those of others know no such option."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if type(getattr(part, "optimizer", None)) in TORCH:
+            for group in part.optimizer.param_groups:
+                group[one_call()] = True
+
+
+def code_path() -> str:
+    """The class of Adam that is used here, and how."""
+    name = f"{Adam.__module__}.{Adam.__name__}"
+    return f"{name}, {one_call()}" if Adam in TORCH else name
