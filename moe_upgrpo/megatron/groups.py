@@ -140,11 +140,11 @@ def from_rank_0(value):
     return holder[0]
 
 
-def on_any_rank(true_here: bool) -> bool:
-    """Whether it is true on one rank at least. A collective of all."""
-    flag = torch.tensor(float(true_here), device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def largest_everywhere(number: int) -> int:
+    """The largest of every rank's numbers. A collective of all."""
+    largest = torch.tensor(number, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:

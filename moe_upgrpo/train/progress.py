@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,11 +16,26 @@ from moe_upgrpo.train.alarms import ALARMS
 PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
 
 
-class Display:
-    """Shows steps as they finish, and the summary at the end. Silent where `shown` is False."""
+class _Console(Console):
+    """rich's, which tells when nobody reads any more, where rich's own ends the process."""
 
-    def __init__(self, steps: int, *, shown: bool):
-        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+    closed: Callable[[], None]
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.closed()
+
+
+class Display:
+    """Shows steps as they finish, and the summary at the end. Silent where `shown` is False.
+
+    closed: called once the reader of standard output is gone, as `| head` is.
+    """
+
+    def __init__(self, steps: int, *, shown: bool, closed: Callable[[], None]):
+        self.console = _Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.console.closed = closed
         self._explained: set[str] = set()
         self._bar = Progress(
             BarColumn(bar_width=20),

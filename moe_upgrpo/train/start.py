@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import InitVar, asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,10 @@ def start(config: TrainConfig) -> Iterator[Job]:
     rank = int(os.environ.get("RANK", 0))
     layout = config.layout(world_size)
     check_trackers(config.track)
-    display = Display(config.steps, shown=rank == 0)
+    stopping = Stopping(config.stop_within)
+    display = Display(config.steps, shown=rank == 0, closed=partial(stopping.ask, signal.SIGPIPE))
     with (
-        Stopping(config.stop_within) as stopping,
+        stopping,
         groups.process_groups(layout, seed=config.seed, timeout_s=60 * config.timeout),
         display,
         ExitStack() as begun,
@@ -707,8 +710,10 @@ class Job:
         """
         if done == self.config.steps or (in_step and self.config.overlap):
             return
-        if not groups.on_any_rank(self.stopping.asked is not None):
+        asked = groups.largest_everywhere(self.stopping.asked or 0)
+        if not asked:
             return
+        self.stopping.agree(asked)
         if not done:
             raise self.stopping.error("before its first step was done")
         if not self.config.save_every:

@@ -34,6 +34,7 @@ class Stopping:
         self.within_s = within_s
         self.asked: signal.Signals | None = None
         self._may_give_up = False
+        self._limit: threading.Timer | None = None
 
     def __enter__(self) -> Stopping:
         # A signal that comes while the main thread waits in a collective is heard by a thread:
@@ -54,19 +55,26 @@ class Stopping:
             raise self.error("before its first step") from None
 
     def _hear(self) -> None:
-        late = None
         with self._heard:
             while heard := self._heard.recv(1):
                 if heard[0] not in SIGNALS:
                     continue
-                self._asked_for(heard[0])
-                if late is not None:
+                if self._limit is not None:
                     ending.fail(self.message("at once"), 128 + self.asked)
                 if ending.failed_already():  # the agent ends those that a failed rank left
                     ending.fail("another rank of this machine failed.", 4, lost=True)
-                late = threading.Timer(self.within_s, self._late)
-                late.daemon = True
-                late.start()
+                self.ask(heard[0])
+
+    def ask(self, number: int) -> None:
+        """Ask for the end, as a signal of that number does."""
+        self._asked_for(number)
+        self._limit = threading.Timer(self.within_s, self._late)
+        self._limit.daemon = True
+        self._limit.start()
+
+    def agree(self, number: int) -> None:
+        """Take over what another rank was asked by, for the message and the status."""
+        self._asked_for(number)
 
     def _late(self) -> None:
         within = f"no state was written within --stop-within {self.within_s:g} s"
@@ -93,9 +101,12 @@ class Stopping:
 
     def message(self, how: str) -> str:
         """Say that the run was stopped, how, and how to go on."""
-        name = ending.signal_name(self.asked.name) if self.asked else "another rank's signal"
+        closed = "SIGPIPE, since standard output was closed by its reader"
+        if self.asked == signal.SIGPIPE:
+            return f"stopped by {closed}; {how}. {ending.how_to_resume()}"
+        name = ending.signal_name(self.asked.name)
         return f"stopped by {name}, {how}. {ending.how_to_resume()}"
 
     def error(self, how: str) -> Stopped:
         """The exception that ends this rank."""
-        return Stopped(self.message(how), self.asked or signal.SIGTERM)
+        return Stopped(self.message(how), self.asked)

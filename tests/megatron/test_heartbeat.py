@@ -70,7 +70,7 @@ def test_a_rank_that_ends_without_a_word_is_named():
 
 def fails_with(words: str) -> str:
     raised = pytest.raises(RuntimeError, match=words)
-    with raised as error, groups.process_groups(Layout(), timeout_s=8):
+    with raised as error, groups.process_groups(Layout(), timeout_s=4):
         dist.barrier()
         time.sleep(1.5)
         raise RuntimeError(words)

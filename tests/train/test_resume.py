@@ -42,6 +42,7 @@ from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
 from moe_upgrpo.train.config import options as file_options
 from moe_upgrpo.train.found import Checkpoint, find
+from moe_upgrpo.train.progress import Display
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at, kill_at_call
@@ -632,6 +633,33 @@ def test_a_run_that_keeps_no_state_says_so_when_it_is_stopped(cache, tmp_path):
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert "after step 1; --save-every 0 keeps no state" in result.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def closed_output(step: int) -> None:
+    """Have rank 0 write to a pipe that nobody reads, once it has told of a step."""
+    if os.environ["RANK"] != "0":
+        return
+    tell = Display.step
+
+    def told(self, row):
+        tell(self, row)
+        if row["step"] == step:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, sys.stdout.fileno())
+
+    Display.step = told
+
+
+def test_a_reader_that_ends_early_stops_the_run_with_a_state(cache, tmp_path):
+    """`make train | head` loses no rank."""
+    run = tmp_path / "run"
+    first = partial(closed_output, 2)
+    words = options(run, cache, *MORE, "--eval-every", "10")
+    result = run_command("train", *words, ranks=2, first=first)
+    assert result.returncode == 128 + signal.SIGPIPE, result.stderr[-3000:]
+    assert "standard output was closed by its reader; with its state after step 3" in result.stderr
+    assert Checkpoints(run / "checkpoints").all()[-1].name == "state-000003"
 
 
 @pytest.mark.slow
