@@ -19,7 +19,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from moe_upgrpo import kernels
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError, machine_fault, status_of
 from moe_upgrpo.megatron import releases
 
 COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), status_of(error))
     except KeyboardInterrupt:
         _fail("interrupted; what was logged is complete: moe-upgrpo report RUN shows it.", 130)
     except Exception as error:
         if isinstance(error, ImportError) and (lacking := releases.missing(error)):
             _fail(str(lacking))
-        _fail(_describe(error), status=1)
+        _fail(_describe(error), status_of(error))
 
 
 def _parse(what, arguments: list[str], prog: str):
@@ -180,10 +180,12 @@ def _compare(arguments: list[str]) -> None:
         plan = read_plan(config)
         folder = output or Path("runs/compare") / plan.name
         try:
-            run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
+            left = run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from there.", 130)
         print(write_report(folder))
+        if left:
+            raise MachineFault(left)
 
     _parse(compare, arguments, "moe-upgrpo compare")
 
@@ -247,12 +249,12 @@ def _fail(message: str, status: int = 2) -> NoReturn:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     first = True
     if error_file is not None:
-        first = _leave_mark(Path(error_file).parent.parent / "moe_upgrpo_failed")
-        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(error_file).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": about}})
-        )
+        about = {"py_callstack": message, "timestamp": str(int(time.time())), "status": status}
+        told = {"message": {"message": message, "extraInfo": about}}
+        with contextlib.suppress(OSError):  # on a full disk the message is all there is
+            first = _leave_mark(Path(error_file).parent.parent / "moe_upgrpo_failed")
+            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(error_file).write_text(json.dumps(told))
     if first:
         print(f"error: {message}", file=sys.stderr, flush=True)
     # Without the interpreter's shutdown, where process groups would wait for the other ranks.
@@ -271,10 +273,10 @@ def _leave_mark(mark: Path) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    lost_peer = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    if any(words in str(error) for words in lost_peer):
+    if what := machine_fault(error):
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         return (
-            f"rank {_rank()} lost another rank, which was killed or ended without a message. What "
-            "was logged until then is complete; --resume RUN goes on from its last checkpoint."
+            f"rank {_rank()}: {what}: {said}. What was logged until then is complete; --resume RUN "
+            "goes on from its last checkpoint."
         )
     return f"on rank {_rank()}:\n{''.join(traceback.format_exception(error))}"

@@ -12,7 +12,7 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import NumericalFailure, UserError
 
 # exp() of anything above this is cut, and its gradient with it: e^20 ≈ 4.9e8 leaves room for
 # squares in float32, and no loss is meant to work there. Below there is nothing to guard: exp → 0.
@@ -194,14 +194,14 @@ def check_shapes(named: dict[str, Tensor | None]) -> None:
 
 
 def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
-    """UserError naming the first tensor with a NaN or infinity where the mask selects."""
+    """NumericalFailure naming the first tensor with a NaN or infinity where the mask selects."""
     for name, x in named.items():
         if x is None:
             continue
         bad = (mask_BT & ~x.isfinite()).nonzero()
         if len(bad):
             b, t = bad[0].tolist()
-            raise UserError(
+            raise NumericalFailure(
                 f"{name}: {x[b, t].item()} given at sequence {b}, position {t} ({len(bad)} such); "
                 "allowed: finite numbers wherever the mask is 1"
             )

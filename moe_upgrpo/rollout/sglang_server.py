@@ -35,15 +35,22 @@ CPU_ARGUMENTS = [
     "--sleep-on-idle",  # else it takes a whole core also while the trainer computes
 ]
 UNTIL_STDIN_CLOSES = "--until-stdin-closes"
+KEY = "SGLANG_API_KEY"  # a variable of ours: SGLang takes a key from its command line alone
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until killed; with `--until-stdin-closes` also until the starting process is gone."""
+    """Serve until killed; with `--until-stdin-closes` also until the starting process is gone.
+
+    The key of the variable SGLANG_API_KEY is that of `--api-key`, which `ps` would show.
+    """
     if UNTIL_STDIN_CLOSES in arguments:
         arguments.remove(UNTIL_STDIN_CLOSES)
         threading.Thread(target=_die_with_stdin, daemon=True).start()
     if on_cpu():
         arguments = CPU_ARGUMENTS + arguments
+    if key := os.environ.get(KEY):
+        arguments = [*arguments, f"--api-key={key}"]
+        _keep_key_from_log()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
@@ -169,6 +176,18 @@ def _sample_by_request_seed() -> None:
         library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
         library.impl("murmur_hash32_cpu", hash_NV, "CPU")
     _libraries.append(library)
+
+
+def _keep_key_from_log() -> None:
+    """entrypoints/engine.py:1185 logs all arguments, the key among them."""
+    from sglang.srt.entrypoints import engine
+
+    logged = engine._server_args_for_logging
+
+    def without_key(server_args):
+        return logged(server_args) | {"api_key": "***"}
+
+    engine._server_args_for_logging = without_key
 
 
 _libraries = []  # operators live as long as their library

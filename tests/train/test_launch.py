@@ -479,7 +479,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, ru
         job.kill()
     assert job.returncode != 0
     # Whether the survivor says so or torchrun ends it first is a race; torchrun names the victim.
-    assert errors.count(f"error: rank {1 - victim} lost another rank") <= 1
+    assert errors.count(f"error: rank {1 - victim}: lost another rank") <= 1
     assert "error: on rank" not in errors  # how a fault without words of its own begins
     assert "Signal 9 (SIGKILL)" in errors
     steps = [row["step"] for row in read_metrics(folder)]

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tyro
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
@@ -321,7 +321,8 @@ def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000 * 1024, 1000 * 1024))
     result = run_command("train", *options(run, cache, *more), ranks=2, first=limit)
-    assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
+    assert_fails(result, "no space is left on the disk", "torch could not write", f"--resume {run}")
+    assert result.returncode == 4
     assert not Checkpoints(run / "checkpoints").all()
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
 
@@ -337,8 +338,8 @@ def test_a_full_disk_under_the_logs(what, tmp_path):
         run.metrics_path.symlink_to("/dev/full")
     else:
         (run.tokens / ".step-000001-rank-0000.parquet.tmp").symlink_to("/dev/full")
-    told = pytest.raises(UserError, match=f"no space is left .* --resume {run.path}")
-    with told, start.full_disk_named(run):
+    told = pytest.raises(MachineFault, match=f"no space is left .* --resume {run.path}")
+    with told, start.machine_fault_named(run):
         writer.write(1, full_columns())
         run.append_metrics({"step": 1})
     if what == "metrics":
