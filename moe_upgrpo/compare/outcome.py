@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_upgrpo.errors import MachineFault, NumericalFailure, UserError
 
+_EXIT_CODE = re.compile(r"^\s*exitcode\s*: (-?\d+) \(pid: ", re.MULTILINE)  # torchrun's report
 _BY_KIND = (0, *(kind.status for kind in (UserError, NumericalFailure, MachineFault)))
 
 
@@ -42,6 +43,12 @@ def outcome(status: int, said: str, ranks: Path) -> Outcome:
     if status == 0:
         return Outcome(0, "")
     told = [found for file in sorted(ranks.rglob("error.json")) if (found := _read(file))]
+    # A rank that ended before our code ran, or on a full disk, has none; torchrun says its status.
+    told = told or [
+        {"status": int(code), "message": tail(said), "at": 0}
+        for code in _EXIT_CODE.findall(said)
+        if int(code) > 0
+    ]
     # A rank that failed by itself comes before those that it took along.
     own = [one for one in told if one["status"] in (1, UserError.status, NumericalFailure.status)]
     first = min(own or told, key=lambda one: one["at"], default=None)

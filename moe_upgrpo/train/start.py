@@ -188,7 +188,7 @@ def machine_fault_named(run: RunFolder) -> Iterator[None]:
             raise
         else:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            said = f"rank {groups.rank()}: {what}: {first}."
+            said = f"rank {os.environ.get('RANK', 0)}: {what}: {first}."
         raise MachineFault(
             f"{said} What was logged in {run.path} and its last checkpoint are whole: once that is "
             f"mended, --resume {run.path} goes on."

@@ -63,7 +63,10 @@ def rank(number, status, at, message):
     told = {"message": {"message": message, "extraInfo": more}}
     (folder / "error.json").write_text(json.dumps(told))
 if kind == "silent":   # both ranks killed: torchrun's own words are all there is
-    print("exitcode  : -9 (pid: 1)"); sys.exit(1)
+    print("  exitcode  : -9 (pid: 1)"); sys.exit(1)
+if kind == "early":    # before it could leave a file
+    print("  the reason"); print("  exitcode  : -15 (pid: 1)"); print("  exitcode  : 2 (pid: 2)")
+    sys.exit(1)
 if kind == "full":     # the disk, for the error files too
     (ranks / "0").mkdir(parents=True); (ranks / "0/error.json").write_text('{"mess'); sys.exit(1)
 if kind == "launcher": # one that passes the ranks' status on
@@ -122,7 +125,7 @@ def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
     assert len(jobs) == 4 and not (tmp_path / "out/runs/b-seed1/checkpoints").exists()
 
 
-@pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0"])
+@pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0", "early@1"])
 def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
     """Wrong use, a fault of ours, and numbers that fail before there is anything to keep."""
     monkeypatch.setenv("MODE", mode)
@@ -271,3 +274,13 @@ def test_a_whole_comparison(tmp_path):
         a, b = (kept[arm, seed].series("eval/pass@1") for arm in "ab")
         assert a == b and len(a[0]) == 3
     assert kept["a", 0].series("reward/mean") != kept["a", 1].series("reward/mean")
+
+
+def test_the_status_that_ranks_leave_under_torchrun(tmp_path):
+    """The real one, whose own status is 1."""
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs/a.log"
+    what = ["--output-dir", str(tmp_path / "run"), "--prompts", "7", "--minibatches", "2"]
+    ended = run._start(2, what, log, None, {})
+    assert (ended.status, ended.crashed, ended.of_machine) == (2, False, False)
+    assert ended.message.startswith("error: ") and "prompts" in ended.message
