@@ -114,6 +114,7 @@ class ServerProcess:
         """The last exception in the log, else its last lines, and where the log stays."""
         try:
             text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+            text = text.replace(self.key, "***")
         except OSError:
             return ""
         lines = text.splitlines()

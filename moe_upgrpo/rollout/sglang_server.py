@@ -1,7 +1,8 @@
 """Starts an SGLang server; on a machine without GPU also what SGLang 0.5.23 lacks there.
 
 Run as a file by the Python of SGLang's own environment, which has no moe_upgrpo, with the arguments
-of `sglang serve`: `python -P moe_upgrpo/rollout/sglang_server.py --model-path DIR`. The server's
+of `sglang serve` and the server's key in the variable SGLANG_API_KEY:
+`python -P moe_upgrpo/rollout/sglang_server.py --model-path DIR --host 127.0.0.1`. The server's
 processes import this file again (multiprocessing's spawn), and so all get the mends. With a GPU
 nothing is touched. File and line numbers are those of sglang 0.5.23.
 """
