@@ -88,6 +88,11 @@ FAULTS = [
 ]
 
 
+@pytest.mark.fault(
+    "How a command ends",
+    "a fault of the machine inside of another error",
+    "status 4, whatever it was turned into on the way",
+)
 @pytest.mark.parametrize(("function", "status", "what"), FAULTS)
 def test_status_of_what_is_raised(function, status, what):
     error = raised(function)
@@ -155,6 +160,11 @@ def of_lost_ranks(seconds: float):
     return found
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank goes without a word, whatever the transport says of it",
+    "the others end with status 4",
+)
 def test_a_lost_rank_by_gloos_own_words():
     lost, _ = run_ranks(2, of_lost_ranks, 5.0)
     assert len(lost) == 3
@@ -162,6 +172,11 @@ def test_a_lost_rank_by_gloos_own_words():
         assert (status, what) == (4, "lost another rank or host"), said
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "rank 0's machine fails while it acts for all ranks",
+    "every rank ends with the kind of its error",
+)
 def test_the_kind_survives_the_way_to_other_ranks():
     """Told by pickle, an error loses what it was raised for."""
     for function in (full_disk, lambda: refused_for(too_many_files)):

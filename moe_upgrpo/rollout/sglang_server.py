@@ -51,13 +51,14 @@ def main(arguments: list[str]) -> None:
         arguments = CPU_ARGUMENTS + arguments
     if key := os.environ.get(KEY):
         arguments = [*arguments, f"--api-key={key}"]
-        _keep_key_from_log()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    if key:
+        _keep_key_from_log()
     try:
         run_server(prepare_server_args(arguments))
     finally:

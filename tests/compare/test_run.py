@@ -115,6 +115,11 @@ def test_runs_are_kept_and_not_repeated(jobs, tmp_path):
     assert jobs == ["a-seed1"]
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "a run's own numbers fail",
+    "crashed, which counts, also where another rank speaks first",
+)
 def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
     """Also where rank 0 says first that it lost the one whose numbers failed."""
     monkeypatch.setenv("MODE", "3@2")
@@ -125,6 +130,11 @@ def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
     assert len(jobs) == 4 and not (tmp_path / "out/runs/b-seed1/checkpoints").exists()
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "a run is refused, or fails by a fault of ours",
+    "the comparison stops with the message",
+)
 @pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0", "early@1"])
 def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
     """Wrong use, a fault of ours, and numbers that fail before there is anything to keep."""
@@ -135,6 +145,11 @@ def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
     assert jobs.count("b-seed1") == 1
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "a run's machine fails: disk, memory, files, a lost rank, killed without a word, interrupted",
+    "run again from its newest checkpoint; it counts as any other",
+)
 @pytest.mark.parametrize("fault", ["4", "killed", "silent", "full", "launcher", "130", "143"])
 def test_what_the_machine_failed_goes_on_from_its_checkpoint(fault, jobs, tmp_path, monkeypatch):
     """And counts as any other: of two arms that train alike the contrast stays what it is."""
@@ -151,6 +166,11 @@ def test_what_the_machine_failed_goes_on_from_its_checkpoint(fault, jobs, tmp_pa
     assert not list((tmp_path / "out/logs").glob("*.ranks"))
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "it does so three times",
+    "“not run: machine”, missing in the report, status 4; the same command goes on",
+)
 def test_what_the_machine_fails_each_time_is_not_run(jobs, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     config = tmp_path / "c.yaml"
@@ -193,6 +213,11 @@ def test_a_run_stopped_before_its_data_were_kept_is_kept_as_finished(jobs, tmp_p
     assert not (folder / "runs/b-seed1/checkpoints").exists()
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "SIGTERM to a comparison",
+    "its runs end; the same command goes on",
+)
 def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, monkeypatch):
     """And while the first command is at work, a second is refused."""
     monkeypatch.setenv("MODE", "hangs")
@@ -276,6 +301,11 @@ def test_a_whole_comparison(tmp_path):
     assert kept["a", 0].series("reward/mean") != kept["a", 1].series("reward/mean")
 
 
+@pytest.mark.fault(
+    "How a command ends",
+    "torchrun, whose own status is 1",
+    "the ranks' is found in what they leave",
+)
 def test_the_status_that_ranks_leave_under_torchrun(tmp_path):
     """The real one, whose own status is 1."""
     (tmp_path / "logs").mkdir()

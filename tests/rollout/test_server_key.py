@@ -156,6 +156,11 @@ def sampled(engine):
     return rollout.response_ids.tolist()
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "another user of the machine asks an engine's server",
+    "401: the trainer alone has its key, on every request",
+)
 @pytest.mark.parametrize("by", ["variable", "argument"])
 def test_every_request_carries_the_key(by, kind, tiny_checkpoint, monkeypatch):
     stand_in, engine_of, variable = kind
@@ -170,6 +175,11 @@ def test_every_request_carries_the_key(by, kind, tiny_checkpoint, monkeypatch):
     assert len(asked) >= 4 and {found for _, found in asked} == {f"Bearer {KEY}"}
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a server that asks for another key, or for one that was not given",
+    "one message that names the variable, status 2",
+)
 @pytest.mark.parametrize("key", [None, "another"])
 def test_a_refused_key_is_one_message(key, kind, tiny_checkpoint):
     stand_in, engine_of, variable = kind
@@ -218,6 +228,11 @@ def as_object(found):
     return found if isinstance(found, dict) else {}
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a server is started",
+    "on 127.0.0.1, with a key that no command line and no log shows",
+)
 def test_a_started_server_has_a_key_of_its_own_on_loopback(tiny_checkpoint, tmp_path, monkeypatch):
     """In its environment, and not on its command line."""
     python = tmp_path / "python"
@@ -290,6 +305,11 @@ def asgi(path, key=None, kind="http"):
     return passed, sent
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "vLLM's development endpoints, which its key leaves open",
+    "the guard asks for the key on every path",
+)
 def test_the_guard_asks_on_every_path_of_vllm(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     for path in ("/collective_rpc", "/pause", "/server_info", "/v1/models", "/", "/healthy"):
@@ -311,6 +331,11 @@ STARTS = re.compile(
 )
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a documented command line",
+    "has `--host 127.0.0.1`",
+)
 def test_every_server_that_is_started_or_documented_is_on_loopback():
     """Where a page or a script has a server's command line, the address is on it."""
     folders = ("docs", "examples", "benchmarks", "moe_upgrpo", "tests")

@@ -442,6 +442,11 @@ def test_a_checkpoint_whose_shapes_do_not_match(run, cache, tmp_path):
     assert_fails(result, NAME, "(64, 32)", "does not fit")
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "weights that are not finite",
+    "the run ends with the sequence and what to look for",
+)
 def test_non_finite_log_probs(run, cache, tmp_path):
     def break_head(state):
         state["lm_head.weight"][5, 0] = float("nan")
@@ -452,6 +457,11 @@ def test_non_finite_log_probs(run, cache, tmp_path):
     assert_fails(result, "not finite", "non-finite weights")
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank is killed",
+    "the job ends within a minute; what was logged is whole",
+)
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_ends_the_job_and_what_was_logged_stays(victim, run, cache, tmp_path):
     folder = tmp_path / "r"

@@ -168,6 +168,11 @@ SLOW_MOMENTS = {
 }
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a rank is killed in any phase, and the run resumed",
+    "log, metrics, weights and optimizer of the unbroken run, bit for bit on one type of CPU",
+)
 @pytest.mark.bits
 @pytest.mark.parametrize(
     "moment",
@@ -280,6 +285,11 @@ def test_more_steps(whole, tmp_path):
     assert read_config(run)["steps"] == 5
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "a resume from an earlier state than the export's",
+    "the export is written anew",
+)
 def test_after_a_resume_from_an_earlier_state_the_export_is_written_anew(whole, tmp_path):
     """Not the old run's weights beside the new run's log; nor those of steps that are not run."""
     shutil.copytree(whole, tmp_path / "run")
@@ -302,6 +312,11 @@ def test_what_may_not_change_is_named_with_both_values(whole):
     assert read_metrics(whole) == before and not (whole / ".lock").read_bytes()
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a state with a truncated file",
+    "refused, with the file and the state before it",
+)
 def test_a_truncated_checkpoint(whole, tmp_path):
     run = RunFolder(shutil.copytree(whole, tmp_path / "run"))
     broken = run.checkpoints / "state-000004" / "__1_0.distcp"
@@ -315,6 +330,11 @@ def test_a_truncated_checkpoint(whole, tmp_path):
     assert resume.find(run, steps=5).step == 2
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "the disk is full while a state is written",
+    "status 4 with the `--resume` line; no half of a state is taken for one",
+)
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     """No file may grow above 1000 KiB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
@@ -327,6 +347,11 @@ def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "the disk is full under metrics or token log",
+    "status 4 with the `--resume` line; a resume finds whole rows",
+)
 @pytest.mark.parametrize("what", ["metrics", "tokens"])
 def test_a_full_disk_under_the_logs(what, tmp_path):
     """/dev/full has no space, for any user."""
@@ -426,6 +451,11 @@ def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFol
     return run
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a resume where no state is left",
+    "refused where it would delete logged rows; `--restart` does it",
+)
 @pytest.mark.parametrize(
     ("steps", "save_every", "of", "last_state", "refused"),
     [
@@ -492,6 +522,11 @@ def test_a_run_whose_states_were_removed(whole, tmp_path):
     assert read_tokens(run)["step"].unique().to_pylist() == [1]
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "two jobs on one run folder",
+    "the second is refused",
+)
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
     """The lock is of the process, and ends with it. Jobs take it: the unbroken one had it."""
     assert (whole / ".lock").is_file()

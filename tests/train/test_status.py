@@ -14,6 +14,11 @@ def few_files(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
+@pytest.mark.fault(
+    "How a command ends",
+    "wrong use, numbers that are not finite, too many open files",
+    "status 2, 3 and 4, and one message",
+)
 @pytest.mark.parametrize(
     ("more", "first", "status", "words"),
     [
@@ -36,6 +41,11 @@ def test_status(more, first, status, words, cache, tmp_path):
     assert result.stderr.count("error:") == 1
 
 
+@pytest.mark.fault(
+    "How a command ends",
+    "a run's numbers fail",
+    "what was logged before stays",
+)
 def test_what_was_logged_before_the_numbers_failed_stays(cache, tmp_path):
     """A comparison counts the run by it."""
     more = ("--optimizer.lr", "1e30", "--optimizer.clip-grad", "0", "--minibatches", "1")
