@@ -23,6 +23,8 @@ import numpy as np
 import tyro
 
 from moe_upgrpo import kernels
+from moe_upgrpo.rollout.server_key import new_key
+from moe_upgrpo.rollout.vllm_guard import VARIABLE
 from moe_upgrpo.store import read_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -52,9 +54,10 @@ def vllm_server(model: str, log: Path) -> Iterator[str]:
         f"-m vllm.entrypoints.openai.api_server --model {model} --dtype bfloat16 --enforce-eager "
         "--skip-tokenizer-init --enable-scale-out --logprobs-mode processed_logprobs "
         f"--enable-return-routed-experts --kv-cache-memory-bytes {256 << 20} "
-        f"--host 127.0.0.1 --port {port}"
+        f"--host 127.0.0.1 --port {port} --middleware moe_upgrpo.rollout.vllm_guard.RequireKey"
     )
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault(VARIABLE, new_key())  # the trainers', too
     with log.open("w") as output:
         server = subprocess.Popen(
             [sys.executable, *command.split()],

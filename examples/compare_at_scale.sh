@@ -3,10 +3,11 @@
 #
 #     bash examples/compare_at_scale.sh PLAN FOLDER            which runs are to be done now, one a line
 #     bash examples/compare_at_scale.sh PLAN FOLDER RUN        start that run, or continue it
-#     bash examples/compare_at_scale.sh PLAN FOLDER --crashed RUN   it ended by its loss: keep it as such
+#     bash examples/compare_at_scale.sh PLAN FOLDER --crashed RUN   its loss ended it, as the log says: keep it as such
 #     moe-upgrpo compare PLAN --output FOLDER                  the report, once no run is to be done
 #
-# A run that was killed goes on where it was: the same line again. NPROC, NNODES, MASTER_ADDR: as
+# A run that was killed, or that its machine failed, goes on where it was: the same line again. One
+# that its own numbers ended (exit status 3) is kept as crashed. NPROC, NNODES, MASTER_ADDR: as
 # examples/train_moe.sh has them; several machines each start the same line and share FOLDER.
 # ENGINE_URL: the run's own server, where the plan names none that all can share.
 # As an array of jobs, under Slurm for instance:
@@ -34,6 +35,12 @@ words="$(jobs "$plan" "$folder" --start "$1")"
 [ -n "$words" ] || { echo "$1 is done."; exit 0; }
 mapfile -t options <<< "$words"
 [ -z "${ENGINE_URL:-}" ] || options+=(--engine-url "$ENGINE_URL")
-bash "$here/train_moe.sh" "${options[@]}"
+status=0
+bash "$here/train_moe.sh" "${options[@]}" || status=$?
+case "$status" in
+    0) ending=--end ;;
+    3) ending=--crashed ;;
+    *) exit "$status" ;;
+esac
 # One machine keeps the data: any that knows no number of its own, or number 0.
-[ "${NODE_RANK:-${SLURM_NODEID:-0}}" != 0 ] || jobs "$plan" "$folder" --end "$1"
+[ "${NODE_RANK:-${SLURM_NODEID:-0}}" != 0 ] || jobs "$plan" "$folder" "$ending" "$1"

@@ -22,7 +22,14 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from moe_upgrpo import __version__, ending, kernels
-from moe_upgrpo.errors import INTERRUPTED, UserError
+from moe_upgrpo.errors import (
+    INTERRUPTED,
+    LOST_RANK,
+    MachineFault,
+    UserError,
+    machine_fault,
+    status_of,
+)
 from moe_upgrpo.megatron import releases
 
 COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
-        ending.fail(str(error), error.status, lost=type(error).__name__ == "PeerLost")
+        ending.fail(str(error), status_of(error), lost=type(error).__name__ == "PeerLost")
     except KeyboardInterrupt:
         ending.fail("interrupted.", INTERRUPTED)
     except BrokenPipeError:  # as `| head` does, once it has seen enough
@@ -76,10 +83,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, ImportError) and (lacking := releases.missing(error)):
             ending.fail(str(lacking))
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if what := machine_fault(error):
+            ending.fail(
+                f"rank {ending.rank()}: {what}: {first}. {ending.how_to_resume()}",
+                MachineFault.status,
+                lost=what == LOST_RANK,
+            )
         ending.fail(
-            f"rank {ending.rank()} failed with {type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0][:300]}",
-            status=1,
+            f"rank {ending.rank()} failed with {type(error).__name__}: {first}",
+            status_of(error),
             details="".join(traceback.format_exception(error)),
         )
 
@@ -241,10 +254,12 @@ def _compare(arguments: list[str]) -> None:
         plan = read_plan(config)
         folder = output or Path("runs/compare") / plan.name
         try:
-            run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
+            left = run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:
             ending.fail("interrupted; the same command goes on from there.", 130)
         print(write_report(folder))
+        if left:
+            raise MachineFault(left)
 
     _call(compare, arguments, "moe-upgrpo compare")
 

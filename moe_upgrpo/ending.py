@@ -71,6 +71,20 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
     first = _leave_mark()
     if details and first:
         print(details.rstrip(), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk the message is all there is
+        _write(message, status, lost, launcher, error_file)
+    if first and not launcher:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    # Without the interpreter's shutdown, where process groups would wait for the other ranks.
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _write(
+    message: str, status: int, lost: bool, launcher: str | None, error_file: str | None
+) -> None:
+    """Leave the message where the launcher, or torchrun, looks for it."""
     if launcher:
         told = {"message": message, "status": status, "lost": lost, "time": time.time()}
         part = Path(launcher, f".rank-{rank()}")
@@ -81,12 +95,6 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
         told = {"message": {"message": message, "extraInfo": about}}
         Path(error_file).parent.mkdir(parents=True, exist_ok=True)
         Path(error_file).write_text(json.dumps(told), encoding="utf-8")
-    if first and not launcher:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    # Without the interpreter's shutdown, where process groups would wait for the other ranks.
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-        sys.stdout.flush()
-    os._exit(status)
 
 
 def _mark() -> Path | None:
@@ -106,9 +114,11 @@ def _leave_mark() -> bool:
     mark = _mark()
     if mark is None:
         return True
-    mark.parent.mkdir(parents=True, exist_ok=True)
     try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:
+        return True  # a full disk: said twice rather than never
     return True

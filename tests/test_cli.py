@@ -124,6 +124,11 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(
+    "The last word",
+    "a wrong option, layout, file or folder",
+    "refused in one line with status 2 before any rank starts",
+)
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_start_is_refused_before_any_rank_in_five_lines(what):
     words, says = WRONG[what]
@@ -138,6 +143,11 @@ def test_a_launch_without_dashes_says_how():
     assert result.returncode == 2 and "[OPTIONS OF TORCHRUN] -- [OPTIONS OF" in result.stderr
 
 
+@pytest.mark.fault(
+    "The last word",
+    "`moe-upgrpo doctor \\| head`",
+    "no rank counts as lost, no traceback",
+)
 def test_a_reader_that_ends_early_is_no_lost_rank():
     """`moe-upgrpo doctor | head -1`."""
     command = f"{sys.executable} -m moe_upgrpo doctor | head -c 1"

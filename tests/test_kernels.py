@@ -153,7 +153,9 @@ def test_a_server_that_we_start_inherits_the_pin(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nenv\n")
     python.chmod(0o755)
-    server = ServerProcess(python, {}, log=tmp_path / "log", log_stays=True, start_timeout=30)
+    server = ServerProcess(
+        python, {}, log=tmp_path / "log", log_stays=True, key="k", start_timeout=30
+    )
     with pytest.raises(UserError, match="ended with code 0"):
         server.start(tmp_path, "0")
     inherited = (tmp_path / "log").read_text().splitlines()

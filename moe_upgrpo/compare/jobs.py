@@ -27,7 +27,7 @@ from moe_upgrpo.compare.run import (
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import read_metrics
 
-CRASHED = "kept as crashed by hand; the job's own log says why"
+CRASHED = "ended by its own numbers (exit status 3); the job's log says where"
 
 
 def to_do(plan: Comparison, folder: Path) -> list[Run]:
@@ -59,7 +59,7 @@ def end(plan: Comparison, folder: Path, key: str, *, crashed: bool = False) -> N
     if last < steps and not crashed:
         raise UserError(
             f"{path} is at step {last} of {steps}: start it again to go on. If its loss ended it, "
-            "as the log would say, --crashed keeps it as such."
+            "with exit status 3, as the log would say, --crashed keeps it as such."
         )
     if last == steps and crashed:
         raise UserError(f"{path} has done its {steps} steps: --end keeps it.")

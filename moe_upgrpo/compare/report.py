@@ -45,11 +45,12 @@ Results = dict[str, dict[int, float]]
 def write_report(folder: Path) -> Path:
     """Write report.html, report.json and figures/*.svg of a comparison's folder.
 
-    They are made of plan.json, learning_rates.json and data/*.parquet alone, and are the same
-    whenever they are made. The JSON is strict (null for what is not finite) and holds:
+    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet alone, and are
+    the same whenever they are made. The JSON is strict (null for what is not finite) and holds:
 
     - ``plan``, ``learning_rates``: as they were written
-    - ``progress``: runs done, planned and crashed; missing ones by name
+    - ``progress``: runs done, planned and crashed; missing ones by name, and whether their
+      machine failed
     - ``runs``: arm, seed, status, message, lr, seconds, ``primary`` and all measures of each
     - ``primary``: a row for each planned contrast (`compare_pairs`) with its verdict and half-width
     - ``arms``: of each measure and arm mean, low, high (t interval over seeds) and runs
@@ -91,6 +92,7 @@ class Loaded:
     written: dict[str, Any]
     rates: dict[str, Any] | None
     tuning: list[RunData]
+    not_run: set[tuple[str, int]]  # arm and seed of those that their machine failed
     by_arm: dict[str, list[RunData]]
     shown: dict[str, list[RunData]]
     measures: list[Measure]
@@ -134,6 +136,7 @@ def load(folder: Path) -> Loaded:
         written=written,
         rates=_read_json(folder / "learning_rates.json") if asked else None,
         tuning=read_all(folder, tuning=True),
+        not_run=_read_not_run(folder / "not_run.json"),
         by_arm=by_arm,
         # Means over other seeds would not be comparable. Before the first full seed: all there is.
         shown={
@@ -191,6 +194,14 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if missing := sorted((needed | {"learning_rates"}) - {*plan}):
         raise UserError(f"{folder}/plan.json is not a comparison's: it lacks {', '.join(missing)}.")
     return written
+
+
+def _read_not_run(file: Path) -> set[tuple[str, int]]:
+    kept = _read_json(file) if file.exists() else []
+    try:
+        return {(one["arm"], one["seed"]) for one in kept if not one["tuning"]}
+    except (TypeError, KeyError):
+        raise UserError(f"{file} is not a comparison's: delete it.") from None
 
 
 def _by_arm(
@@ -274,7 +285,12 @@ def _run_row(run: RunData, primary: Results, all_measures: Sequence[Measure]) ->
 def _progress(loaded: Loaded) -> dict[str, Any]:
     plan, runs = loaded.plan, loaded.runs
     have = {(run.about.arm, run.about.seed) for run in runs}
-    missing = [f"{a}, seed {s}" for s in plan["seeds"] for a in plan["arms"] if (a, s) not in have]
+    asked = [(arm, seed) for seed in plan["seeds"] for arm in plan["arms"]]
+    missing = [
+        f"{arm}, seed {seed}" + (" (not run: machine)" if (arm, seed) in loaded.not_run else "")
+        for arm, seed in asked
+        if (arm, seed) not in have
+    ]
     return {
         "done": len(runs),
         "planned": len(plan["seeds"]) * len(plan["arms"]),

@@ -1,18 +1,19 @@
 """Doing a comparison: what is missing is run, as many runs at a time as there are cores.
 
-A folder holds plan.json, learning_rates.json, data/RUN.parquet, runs/RUN and logs/RUN.log. A run
-whose Parquet file is there is done. Stopped at any moment, the same command goes on.
+A folder holds plan.json, learning_rates.json, data/RUN.parquet, runs/RUN and logs/RUN.log, and
+not_run.json where machines failed. A run whose Parquet file is there is done. Stopped at any
+moment, the same command goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -26,8 +27,9 @@ import yaml
 
 from moe_upgrpo import kernels
 from moe_upgrpo.compare import data
+from moe_upgrpo.compare.outcome import Outcome, outcome
 from moe_upgrpo.compare.plan import Comparison, Run, default_parallel
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.store import RunFolder, read_config, read_environment, rows_so_far
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.files import parse_json, write_text
@@ -36,17 +38,19 @@ from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.warm_start import warm_start
 
-# A worker that the kernel or the user killed says nothing about the loss.
-_KILLED = re.compile(r"exitcode\s*:\s*-\d+|SignalException|interrupted;")
+TRIES = 3  # of a run that its machine fails
+PAUSE_S = 30  # before the next try
 
 
 def compare(
     plan: Comparison, folder: Path, *, parallel: int | None, say: Callable[[str], None]
-) -> None:
-    """Run what is missing of `plan` in `folder`.
+) -> str | None:
+    """Run what is missing of `plan` in `folder`; which runs their machines failed, in words.
 
-    Raises UserError: the folder holds another comparison, another command works in it, or a run
-    could not start. A SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt and its runs stopped.
+    These are tried `TRIES` times. Raises UserError: the folder holds another comparison, another
+    command works in it, or a run was refused; MachineFault where nothing can be reported on, as
+    the learning rates are not known or no run is done. A SIGTERM ends it as Ctrl-C does, with
+    KeyboardInterrupt and its runs stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -58,25 +62,49 @@ def compare(
             ) from None
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            _compare(plan, folder, parallel, say)
+            return _compare(plan, folder, parallel, say)
         finally:
             signal.signal(signal.SIGTERM, before)
 
 
 def _compare(
     plan: Comparison, folder: Path, parallel: int | None, say: Callable[[str], None]
-) -> None:
+) -> str | None:
     write_plan(plan, folder)
     pool = parallel or default_parallel(plan.nproc)
     tuning = plan.tuning()
     missing = [run for run in tuning if not data_file(folder, run).exists()]
     _prepare(plan, missing or plan.runs({}), pool, say)
-    _run_all(plan, folder, tuning, pool, say)
+    if left := _not_run(folder, tuning, _run_all(plan, folder, tuning, pool, say)):
+        raise MachineFault(f"{left} They choose the learning rates of all others.")
     rates = choose_rates(plan, folder)
     if rates:
         say("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in rates.items()))
     _prepare(plan, plan.runs({}), pool, say)
-    _run_all(plan, folder, plan.runs(rates), pool, say)
+    runs = plan.runs(rates)
+    left = _not_run(folder, runs, _run_all(plan, folder, runs, pool, say))
+    if left and not any(data_file(folder, run).exists() for run in runs):
+        raise MachineFault(left)
+    return left
+
+
+def _not_run(folder: Path, runs: Sequence[Run], left: dict[Run, Outcome]) -> str | None:
+    """Keep which runs their machines failed, for the report, and say it."""
+    file = folder / "not_run.json"
+    kept = [
+        {"arm": run.arm, "seed": run.seed, "tuning": run.tuning, "message": ended.message}
+        for run, ended in left.items()
+    ]
+    if not kept:
+        file.unlink(missing_ok=True)
+        return None
+    write_text(file, json.dumps(kept, indent=1) + "\n")
+    run, ended = next(iter(left.items()))
+    return (
+        f"{len(left)} of {len(runs)} runs not run: machine, {TRIES} tries each: "
+        f"{', '.join(sorted(run.key for run in left))}. What they have done stays: the same "
+        f"command goes on from there. {run.key}, {folder}/logs/{run.key}.log:\n{ended.message}"
+    )
 
 
 def write_plan(plan: Comparison, folder: Path) -> None:
@@ -161,17 +189,40 @@ def _warm_started(config: TrainConfig) -> str | None:
 
 def _run_all(
     plan: Comparison, folder: Path, runs: Sequence[Run], pool: int, say: Callable[[str], None]
-) -> None:
-    missing = [run for run in runs if not data_file(folder, run).exists()]
-    if not missing:
-        return
-    say(f"{len(missing)} of {len(runs)} runs to do, {pool} at a time")
-    begin, done = time.monotonic(), 0
+) -> dict[Run, Outcome]:
+    """Run what is missing, and `TRIES` times in all what its machine failed; what is left then."""
+    left: dict[Run, Outcome] = {}
+    for attempt in range(1, TRIES + 1):
+        missing = [run for run in runs if not data_file(folder, run).exists()]
+        if not missing:
+            return {}
+        if attempt == 1:
+            say(f"{len(missing)} of {len(runs)} runs to do, {pool} at a time")
+        else:
+            say(
+                f"{len(missing)} again, as their machine failed: try {attempt} of {TRIES}, in "
+                f"{PAUSE_S} s"
+            )
+            time.sleep(PAUSE_S)
+        left = _run_each(plan, folder, missing, pool, say)
+    return left
+
+
+def _run_each(
+    plan: Comparison, folder: Path, missing: Sequence[Run], pool: int, say: Callable[[str], None]
+) -> dict[Run, Outcome]:
+    """Run them once; those that their machine failed."""
+    begin, done, stopped = time.monotonic(), 0, threading.Event()
     children: dict[Run, subprocess.Popen] = {}
+    failed: dict[Run, Outcome] = {}
 
     def one(run: Run) -> None:
         nonlocal done
-        line = _run_one(plan, folder, run, children)
+        ended, line = _run_one(plan, folder, run, children)
+        if stopped.is_set():  # by us
+            return
+        if ended.of_machine:
+            failed[run] = ended
         done += 1
         left = (time.monotonic() - begin) / done * (len(missing) - done) / 60
         say(f"[{done}/{len(missing)}] {run.key}: {line}; about {left:.0f} min left")
@@ -183,41 +234,62 @@ def _run_all(
         for future in finished:
             future.result()
     finally:
+        stopped.set()
         threads.shutdown(wait=False, cancel_futures=True)
         for child in list(children.values()):
             child.terminate()
         threads.shutdown(wait=True)
+    return failed
 
 
-def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
-    """Run it to its end and keep its data; what to say of it."""
+def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> tuple[Outcome, str]:
+    """Run it to its end and keep its data; how it ended, and what to say of it.
+
+    Of a run that its machine failed nothing is kept, and nothing of it is removed. Raises UserError
+    where the job was refused, or failed by a fault of ours: no further run would do better.
+    """
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
-    begin, status, said, resumed = time.monotonic(), 0, "", True
+    begin, ended, resumed = time.monotonic(), Outcome(0, ""), True
     if not is_trained(folder, run):
         what = train_words(plan, folder, run)
         resumed = "--resume" in what
-        with log.open("w") as out:
-            command = _command(plan.nproc, what)
-            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-            children[run] = child
-            status = child.wait()
-            del children[run]
-        said = log.read_text()
+        ended = _start(plan.nproc, what, log, run, children)
     seconds = time.monotonic() - begin
+    if ended.of_machine:
+        reason = ended.message.partition("\n")[0]
+        return ended, f"NOT RUN, its machine failed: {reason}"
     rows = rows_so_far(path)
-    if status and (status < 0 or _KILLED.search(said)):
-        raise UserError(f"{run.key} was stopped ({log}); the same command goes on from there.")
-    if status and not any(row["step"] > 0 for row in rows):
-        raise UserError(f"{run.key} ended before its first step; {log} ends with:\n{_tail(said)}")
-    crashed = _tail(said) if status else None
+    if ended.status and not (ended.crashed and rows):
+        when = f"at step {rows[-1]['step']}" if rows else "before its first step"
+        raise UserError(f"{run.key} ended {when}, which is no result; {log}:\n{ended.message}")
+    crashed = ended.message if ended.crashed else None
     keep(folder, run, rows, crashed=crashed, seconds=None if resumed else seconds)
     shutil.rmtree(RunFolder(path).checkpoints, ignore_errors=True)
-    if status:
-        return f"CRASHED at step {rows[-1]['step']}, kept as such"
+    if crashed:
+        return ended, f"CRASHED at step {rows[-1]['step']}, kept as such"
     last = rows[-1]
     measured = last.get(plan.primary.metric)
     result = f"{plan.primary.metric} {measured:.3f}, " if measured is not None else ""
-    return f"{'' if run.tuning else result}{seconds:.0f} s"
+    return ended, f"{'' if run.tuning else result}{seconds:.0f} s"
+
+
+def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict) -> Outcome:
+    """The job of a run, to its end; its log has that of all tries."""
+    ranks = log.with_suffix(".ranks")
+    shutil.rmtree(ranks, ignore_errors=True)  # of the try before
+    with log.open("a") as out:
+        before = out.tell()
+        command = _command(nproc, what, ranks)
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        children[run] = child
+        status = child.wait()
+        del children[run]
+    with log.open("rb") as written:
+        written.seek(before)
+        said = written.read().decode(errors="replace")
+    ended = outcome(status, said, ranks)
+    shutil.rmtree(ranks, ignore_errors=True)
+    return ended
 
 
 def is_trained(folder: Path, run: Run) -> bool:
@@ -265,16 +337,9 @@ def keep(
     data.write(data_file(folder, run), data.RunData(about=about, rows=rows))
 
 
-def _command(nproc: int, what: Sequence[str]) -> list[str]:
+def _command(nproc: int, what: Sequence[str], ranks: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(nproc), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
-
-
-def _tail(said: str) -> str:
-    """The first error message of a log, or its last lines."""
-    found = re.search(r"^error: .*", said, re.MULTILINE | re.DOTALL)
-    lines = (found.group() if found else said).strip().splitlines()
-    return "\n".join(lines[:12] if found else lines[-12:])
+            str(nproc), "--log-dir", str(ranks), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:

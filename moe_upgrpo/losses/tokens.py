@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
 
 if TYPE_CHECKING:
@@ -198,14 +198,14 @@ def check_shapes(named: dict[str, Tensor | None]) -> None:
 
 
 def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
-    """UserError naming the first tensor with a NaN or infinity where the mask selects."""
+    """NumericalFailure naming the first tensor with a NaN or infinity where the mask selects."""
     for name, x in named.items():
         if x is None:
             continue
         bad = (mask_BT & ~x.isfinite()).nonzero()
         if len(bad):
             b, t = bad[0].tolist()
-            raise UserError(
+            raise NumericalFailure(
                 f"{name}: {x[b, t].item()} given at sequence {b}, position {t} ({len(bad)} such); "
                 "allowed: finite numbers wherever the mask is 1"
             )

@@ -5,6 +5,7 @@ Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE laye
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
 from moe_upgrpo.megatron import groups, tap
@@ -342,7 +343,8 @@ class MegatronActor:
 
         Every rank gives the same number of samples. record: as of `score`; with any, what this
         forward saw is handed over as `score` would. Raises
-        UserError on every rank, before any weight changes, where a log-prob is not finite.
+        NumericalFailure on every rank: before any weight changes, where a log-prob or the loss is
+        not finite; after it, where the gradient is not.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -383,10 +385,16 @@ class MegatronActor:
                 global_tokens=counts[0],
                 global_sequences=counts[1],
             )
+            value = float(result.loss.detach())
+            if not math.isfinite(value):
+                return log_probs_BS.sum() * 0, _Seen(
+                    problem=f"The loss of a micro-batch is {value}, of finite log-probs: ratios or "
+                    "advantages overflow. The weights were not changed by this step."
+                )
             arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight, *entropy_BS]
             return result.loss * undo_means, _Seen(
                 arrays=tuple(tensor.detach().cpu().numpy() for tensor in arrays_BS),
-                loss=float(result.loss.detach()),
+                loss=value,
                 metrics=merge_metrics([result.metrics]),  # as plain numbers
             )
 
@@ -395,9 +403,14 @@ class MegatronActor:
         )
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
         if problems:
-            raise UserError(problems[0])
+            raise NumericalFailure(problems[0])
         self.scheduler.step(increment=1)  # before the step: warm-up starts at lr / warmup_steps
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise NumericalFailure(
+                f"The gradient's norm is {float(grad_norm)}, of finite log-probs: the weights are "
+                "lost with this step. Lower the learning rate, and go on from the last checkpoint."
+            )
         # Each sample with its micro-batch and its row there.
         rows = [(sample, *divmod(i, size)) for i, sample in enumerate(samples)]
         log_probs, clipped, gradient_weight = (

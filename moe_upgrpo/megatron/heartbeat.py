@@ -16,12 +16,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from moe_upgrpo.errors import LOST_RANK, UserError, machine_fault
+
 _ENDED = "ended"
 _READS_ALL = 64  # ranks; of more each reads the next one only, so that the store is not flooded
-_WORDS = (
-    "connection closed", "connection reset", "connection refused", "broken pipe", "timed out",
-    "timeout", "no route to host", "unreachable", "socket", "gloo", "nccl", "store",
-)  # fmt: skip
 
 
 class Heartbeat:
@@ -67,18 +65,13 @@ class Heartbeat:
 
     def explain(self, error: BaseException) -> str | None:
         """Say which rank was lost where `error` comes of that; None where it does not."""
-        if not isinstance(error, (RuntimeError, OSError)) or isinstance(error, BrokenPipeError):
+        if isinstance(error, UserError) or machine_fault(error) != LOST_RANK:
             return None
         first = str(error).strip().partition("\n")[0][:200]
-        of_transport = isinstance(error, dist.DistError) or _in_transport(error)
-        if not (of_transport or any(word in str(error).lower() for word in _WORDS)):
-            return None
         self._read_all = True
         time.sleep(4 * self.interval_s)  # whose signs stop now?
         if names := self.silent(for_s=3 * self.interval_s):
             return f"rank {self.rank} lost {', '.join(names)}, which ended or was cut off"
-        if not of_transport:
-            return None
         if "time" in first.lower():
             return (
                 f"rank {self.rank} waited longer than --timeout for another rank ({first}); every "
@@ -142,13 +135,3 @@ def _connect(limit_s: float) -> dist.Store:
         is_master=False,
         timeout=timedelta(seconds=max(limit_s, 1)),
     )
-
-
-def _in_transport(error: BaseException) -> bool:
-    """Whether the exception left a function of torch.distributed."""
-    frame, last = error.__traceback__, None
-    while frame is not None:
-        frame, last = frame.tb_next, frame.tb_frame.f_code.co_filename
-        if "/torch/distributed/" in last:
-            return True
-    return False

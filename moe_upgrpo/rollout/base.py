@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
 
 
@@ -60,7 +60,7 @@ class Rollout:
             )
         if not np.isfinite(self.logp_rollout).all():
             position = int(np.flatnonzero(~np.isfinite(self.logp_rollout))[0])
-            raise UserError(
+            raise broken_weights(self.weight_version)(
                 f"logp_rollout of {self._named} is {self.logp_rollout[position]} at response "
                 f"position {position}. Finite log-probs are needed: look for non-finite weights "
                 f"(weight version {self.weight_version})."
@@ -127,6 +127,14 @@ def check_prompts(prompts: Sequence[np.ndarray], samples_per_prompt: int) -> Non
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("A prompt is empty; each needs at least one token.")
+
+
+def broken_weights(version: int) -> type[UserError]:
+    """The kind of error that log-probs which are not finite are, by the weights that gave them.
+
+    The trainer's weights have diverged; those of version 0 were given so.
+    """
+    return NumericalFailure if version else UserError
 
 
 def check_sequences(sequences: Sequence[np.ndarray]) -> None:

@@ -19,6 +19,7 @@ from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
+    broken_weights,
     check_prompts,
     check_sequences,
     routes_dtype,
@@ -248,7 +249,7 @@ class HFEngine:
         broken_A = logp_AV.isnan().any(dim=-1)
         if broken_A.any():
             prompt = prompts[prompt_A[int(broken_A.nonzero()[0, 0])]]
-            raise UserError(
+            raise broken_weights(self.weight_version)(
                 f"The log-probs of the sequence with prompt {prompt.tolist()} are not finite: "
                 f"look for non-finite weights (weight version {self.weight_version})."
             )

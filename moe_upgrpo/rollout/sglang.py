@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError, as_user_error
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import Weights
@@ -40,8 +40,10 @@ from moe_upgrpo.rollout.base import (
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
+from moe_upgrpo.rollout.server_key import headers, new_key, read_key, refused
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
+from moe_upgrpo.rollout.sglang_server import KEY
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 MAX_REQUESTS = 256  # at once, each of a prompt with its samples
@@ -59,6 +61,9 @@ class SGLangEngine:
     process; `options` are its arguments: `max_total_tokens=4096` is `--max-total-tokens 4096`.
     With `url` it must run on the same files, with --skip-tokenizer-init and
     --enable-return-routed-experts.
+
+    Every request carries the server's key: `api_key`, else that of the variable SGLANG_API_KEY. A
+    server that is started here listens on 127.0.0.1 alone, and has a key in any case.
 
     Several ranks share one server. The one with `leader` gives it new weights; `update_weights` of
     the others goes through the tensors (making them is a collective), then waits until the server
@@ -82,6 +87,7 @@ class SGLangEngine:
         *,
         url: str | None = None,
         leader: bool = True,
+        api_key: str | None = None,
         python: str | Path | None = None,
         transfer: Transfer = "disk",
         timeout: float = 60.0,
@@ -95,6 +101,7 @@ class SGLangEngine:
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         if transfer not in get_args(Transfer):
             raise UserError(f"transfer={transfer!r}: use one of {', '.join(get_args(Transfer))}.")
+        self._key = read_key(KEY, api_key)
         if url is None and not leader:
             raise UserError("leader=False needs the url of the leader's server.")
         if url is not None and options:
@@ -119,12 +126,14 @@ class SGLangEngine:
         self._server: ServerProcess | None = None
         self._weights = WeightsFolder("moe_upgrpo-sglang-", weights_dir)
         if url is None:
+            self._key = self._key or new_key()
             self._server = ServerProcess(
                 find_python(python),
                 {"dtype": dtype, "enable_return_routed_experts": bool(self.moe_layer_ids)}
                 | options,
                 log=Path(log or Path(self._weights.name) / "server.log").absolute(),
                 log_stays=log is not None,
+                key=self._key,
                 start_timeout=start_timeout,
             )
             url = self._server.url
@@ -156,15 +165,16 @@ class SGLangEngine:
         if dist.get_rank() == 0:
             try:
                 engine = cls(model_dir, dtype, **arguments)
-                told = [engine.url, None]
+                told = [(engine.url, engine._key), None]
             except Exception as error:
-                told = [None, error if isinstance(error, UserError) else UserError(repr(error))]
+                told = [None, as_user_error(error)]
         dist.broadcast_object_list(told, src=0)
-        url, error = told
+        shared, error = told
         if error is not None:
             raise error
         kept = {k: v for k, v in arguments.items() if k in ("timeout", "generate_timeout")}
-        return engine or cls(model_dir, dtype, url=url, leader=False, **kept)
+        url, key = shared
+        return engine or cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
 
     def generate(
         self,
@@ -461,7 +471,7 @@ class SGLangEngine:
         while (found := self._call("/model_info")["weight_version"]) != self._name(version):
             if found.endswith("-failed") or time.monotonic() > deadline:
                 self._half_updated_to = version
-                raise UserError(
+                raise MachineFault(
                     f"The server at {self.url} has the weights {found!r}; {self._name(version)!r} "
                     "were expected from the leading rank. See its error."
                 )
@@ -510,7 +520,7 @@ class SGLangEngine:
                 except queue.Empty:
                     alive = self._sign_of_life(alive)
                 if time.monotonic() - begin > self.generate_timeout:
-                    raise UserError(
+                    raise MachineFault(
                         f"SGLang at {self.url} has not answered {answers.count(None)} of "
                         f"{len(bodies)} prompts within generate_timeout="
                         f"{self.generate_timeout:g} s. Raise it, or ask for less."
@@ -535,7 +545,7 @@ class SGLangEngine:
             return time.monotonic()
         if time.monotonic() - alive < self.timeout:
             return alive
-        raise UserError(
+        raise MachineFault(
             f"SGLang at {self.url} has given no sign of life for {self.timeout:g} s while it "
             f"generated.{self._log()}"
         )
@@ -552,14 +562,16 @@ class SGLangEngine:
                 "GET" if body is None else "POST",
                 urlsplit(self.url).path + path,
                 None if body is None else json.dumps(body),
-                {"Content-Type": "application/json"},
+                headers(self._key),
             )
             answer = connection.getresponse()
             text = answer.read()
         finally:
             connection.close()
+        if answer.status == 401:
+            raise refused(f"SGLang at {self.url}", self._key, KEY)
         if answer.status != 200:
-            raise UserError(
+            raise (MachineFault if answer.status >= 500 else UserError)(
                 f"SGLang refused {path} ({answer.status}): {text.decode(errors='replace')[:2000]}"
             )
         return json.loads(text) if text[:1] in (b"{", b"[") else None
@@ -575,13 +587,13 @@ class SGLangEngine:
         with suppress(UserError, *NETWORK_ERRORS):
             self._exchange(self._connection(min(5.0, self.timeout)), path, body)
 
-    def _gone(self, error: Exception) -> UserError:
+    def _gone(self, error: Exception) -> MachineFault:
         what = (
             f"has not answered within {self.timeout:g} s"
             if isinstance(error, TimeoutError)
             else "is not there (any more)"
         )
-        return UserError(f"SGLang at {self.url} {what}: {error!r}.{self._log()}")
+        return MachineFault(f"SGLang at {self.url} {what}: {error!r}.{self._log()}")
 
     def _log(self) -> str:
         return self._server.log_end() if self._server else " See its log."

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 
 Call = Callable[[str, dict], Any]  # POST a body to a path of the server; UserError if refused
 
@@ -58,7 +58,7 @@ class WeightGroup:
                 group = torch.distributed.ProcessGroupGloo(store, 0, 1 + server_ranks, limit)
         except RuntimeError as error:
             joined.check()
-            raise UserError(f"SGLang did not join the group for its weights: {error}") from error
+            raise MachineFault(f"SGLang did not join the group for its weights: {error}") from error
         joined.wait()
         self._group = group
 
@@ -86,7 +86,7 @@ class WeightGroup:
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            raise UserError(f"Broadcasting the weights to SGLang failed: {error}") from error
+            raise MachineFault(f"Broadcasting the weights to SGLang failed: {error}") from error
         asked.wait()
 
     def close(self) -> None:

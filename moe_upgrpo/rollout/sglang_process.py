@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout import sglang_server
 
 LOG_LINES = 12  # of the server, in an error
@@ -26,7 +26,10 @@ INSTALL = (
 
 
 class ServerProcess:
-    """An SGLang server as a child process, on a port of its own."""
+    """An SGLang server as a child process, on a port of its own of this machine's loopback.
+
+    It answers requests with `key` alone.
+    """
 
     def __init__(
         self,
@@ -35,10 +38,11 @@ class ServerProcess:
         *,
         log: Path,
         log_stays: bool,
+        key: str,
         start_timeout: float,
     ):
         self.python, self.log, self.start_timeout = python, log, start_timeout
-        self.log_stays = log_stays
+        self.log_stays, self.key = log_stays, key
         self.options = options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -47,7 +51,7 @@ class ServerProcess:
         self.process: subprocess.Popen | None = None
 
     def start(self, model_dir: Path, weight_version: str) -> None:
-        """Return once it is ready; UserError, and no server, after `start_timeout` seconds."""
+        """Return once it is ready; MachineFault, and no server, after `start_timeout` seconds."""
         options = {
             "model_path": model_dir,
             "host": "127.0.0.1",
@@ -67,7 +71,8 @@ class ServerProcess:
                 stdin=subprocess.PIPE,  # closes when this process ends, however it does
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)},
+                env={k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
+                | {sglang_server.KEY: self.key},
                 start_new_session=True,
             )
         deadline = time.monotonic() + self.start_timeout
@@ -75,10 +80,10 @@ class ServerProcess:
             code = self.process.poll()
             if code is not None:
                 self.stop()  # what it had started
-                raise UserError(f"SGLang ended with code {code} at its start.{self.log_end()}")
+                raise MachineFault(f"SGLang ended with code {code} at its start.{self.log_end()}")
             if time.monotonic() > deadline:
                 self.stop()
-                raise UserError(
+                raise MachineFault(
                     f"SGLang was not up after start_timeout={self.start_timeout:g} s."
                     f"{self.log_end()}"
                 )
@@ -109,6 +114,7 @@ class ServerProcess:
         """The last exception in the log, else its last lines, and where the log stays."""
         try:
             text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+            text = text.replace(self.key, "***")
         except OSError:
             return ""
         lines = text.splitlines()

@@ -1,7 +1,8 @@
 """Starts an SGLang server; on a machine without GPU also what SGLang 0.5.23 lacks there.
 
 Run as a file by the Python of SGLang's own environment, which has no moe_upgrpo, with the arguments
-of `sglang serve`: `python -P moe_upgrpo/rollout/sglang_server.py --model-path DIR`. The server's
+of `sglang serve` and the server's key in the variable SGLANG_API_KEY:
+`python -P moe_upgrpo/rollout/sglang_server.py --model-path DIR --host 127.0.0.1`. The server's
 processes import this file again (multiprocessing's spawn), and so all get the mends. With a GPU
 nothing is touched. File and line numbers are those of sglang 0.5.23.
 """
@@ -35,21 +36,29 @@ CPU_ARGUMENTS = [
     "--sleep-on-idle",  # else it takes a whole core also while the trainer computes
 ]
 UNTIL_STDIN_CLOSES = "--until-stdin-closes"
+KEY = "SGLANG_API_KEY"  # a variable of ours: SGLang takes a key from its command line alone
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until killed; with `--until-stdin-closes` also until the starting process is gone."""
+    """Serve until killed; with `--until-stdin-closes` also until the starting process is gone.
+
+    The key of the variable SGLANG_API_KEY is that of `--api-key`, which `ps` would show.
+    """
     if UNTIL_STDIN_CLOSES in arguments:
         arguments.remove(UNTIL_STDIN_CLOSES)
         threading.Thread(target=_die_with_stdin, daemon=True).start()
     if on_cpu():
         arguments = CPU_ARGUMENTS + arguments
+    if key := os.environ.get(KEY):
+        arguments = [*arguments, f"--api-key={key}"]
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    if key:
+        _keep_key_from_log()
     try:
         run_server(prepare_server_args(arguments))
     finally:
@@ -169,6 +178,18 @@ def _sample_by_request_seed() -> None:
         library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
         library.impl("murmur_hash32_cpu", hash_NV, "CPU")
     _libraries.append(library)
+
+
+def _keep_key_from_log() -> None:
+    """entrypoints/engine.py:1185 logs all arguments, the key among them."""
+    from sglang.srt.entrypoints import engine
+
+    logged = engine._server_args_for_logging
+
+    def without_key(server_args):
+        return logged(server_args) | {"api_key": "***"}
+
+    engine._server_args_for_logging = without_key
 
 
 _libraries = []  # operators live as long as their library

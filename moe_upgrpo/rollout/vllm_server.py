@@ -26,18 +26,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError, as_user_error
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
+from moe_upgrpo.rollout.server_key import headers, read_key, refused
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
+from moe_upgrpo.rollout.vllm_guard import VARIABLE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 FLAGS = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --skip-tokenizer-init "
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --dtype DTYPE --skip-tokenizer-init "
     "--enable-scale-out --logprobs-mode processed_logprobs --enable-return-routed-experts "
     "(the last for MoE models)"
 )
@@ -48,6 +50,8 @@ HALF = "half of "  # the name of the weights while they are loaded
 
 class VLLMServerEngine:
     """`Engine` on a vLLM server at `url`, dense or MoE, that was started as `FLAGS` says.
+
+    Every request carries the server's key: `api_key`, else that of the variable VLLM_API_KEY.
 
     The server must serve `model_dir`, under this path or name, in `dtype` (None: in any). At the
     start it is asked for its settings, given the weights of `model_dir` and asked for a short
@@ -71,6 +75,7 @@ class VLLMServerEngine:
         url: str,
         dtype: str | None = None,
         *,
+        api_key: str | None = None,
         timeout: float = 30.0,
         generate_timeout: float = 1800.0,
         update_timeout: float = 600.0,
@@ -94,6 +99,7 @@ class VLLMServerEngine:
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.weight_version = 0
         # Another run's version 3 is not this one's.
+        self._key = self._on_rank_0(lambda: read_key(VARIABLE, api_key))
         self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
         self.max_model_len = self._on_rank_0(self._check_server)
         self._on_rank_0(self._first_response)
@@ -106,11 +112,11 @@ class VLLMServerEngine:
             try:
                 told[0] = action()
             except Exception as error:
-                told[1] = str(error) if isinstance(error, UserError) else repr(error)
+                told[1] = as_user_error(error)
         if not alone:
             dist.broadcast_object_list(told, src=0)
         if told[1] is not None:
-            raise UserError(told[1])
+            raise told[1]
         return told[0]
 
     def _check_server(self) -> int:
@@ -260,8 +266,8 @@ class VLLMServerEngine:
         if held != self._name(self.weight_version):
             raise self._other_weights(f"has weights {[held]}")
 
-    def _other_weights(self, what: str) -> UserError:
-        return UserError(
+    def _other_weights(self, what: str) -> MachineFault:
+        return MachineFault(
             f"vLLM at {self.url} {what}, not {self._name(self.weight_version)} alone: an "
             "update failed half-way, or the server was started again or updated by another. "
             "Update the weights."
@@ -329,7 +335,7 @@ class VLLMServerEngine:
                 with Weights(folder) as written:
                     whole = written.shapes() == self._model.shapes
                 if not whole:  # vLLM would load the rest and go on
-                    raise UserError(
+                    raise MachineFault(
                         f"The weights written to {folder} are not whole: is it full? Version "
                         f"{self.weight_version} stays in use."
                     )
@@ -404,7 +410,7 @@ class VLLMServerEngine:
                     heard = time.monotonic()
                 except queue.Empty:
                     if time.monotonic() - heard > self.generate_timeout:
-                        raise UserError(
+                        raise MachineFault(
                             f"vLLM at {self.url} has answered none of {answers.count(None)} "
                             f"requests for generate_timeout={self.generate_timeout:g} s."
                         ) from None
@@ -432,19 +438,21 @@ class VLLMServerEngine:
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers=headers(self._key),
         )
         try:
             with self._open(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:2000]
+            if error.code == 401:
+                raise refused(f"vLLM at {self.url}", self._key, VARIABLE) from None
             hint = f" Start it as: {FLAGS}" if error.code in (403, 404) else ""
-            raise UserError(
+            raise (MachineFault if error.code >= 500 else UserError)(
                 f"vLLM at {self.url} refused {path} ({error.code}): {text}.{hint}"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(
+            raise MachineFault(
                 f"vLLM at {self.url} is not there, or did not answer {path} within {timeout:g} s: "
                 f"{error!r}. See its log."
             ) from None

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import NumericalFailure, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _checked(**log_probs: Tensor) -> list[Tensor]:
             )
         if not bool(values.isfinite().all()):
             where = (~values.isfinite()).nonzero()[0].tolist()
-            raise UserError(
+            raise NumericalFailure(
                 f"{name} at {where} is {values[tuple(where)].item()}: log-probs must be finite. "
                 "Leave padding out"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from moe_upgrpo import ending
-from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.errors import LOST_RANK, MachineFault, UserError, machine_fault
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import drop_exports
 from moe_upgrpo.hugging_face.folder import Weights
@@ -145,7 +144,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                     done=found.step if config.resume else None,
                 )
             ) as tracking,
-            full_disk_named(run),
+            machine_fault_named(run),
         ):
             ahead = found.rollouts()
             if rank == 0 and config.resume:
@@ -192,16 +191,22 @@ def start(config: TrainConfig) -> Iterator[Job]:
 
 
 @contextmanager
-def full_disk_named(run: RunFolder) -> Iterator[None]:
-    """Raise MachineFault that says how to go on where a write found no space."""
+def machine_fault_named(run: RunFolder) -> Iterator[None]:
+    """Raise MachineFault that says how to go on where the machine failed, in whatever words."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        what = machine_fault(error)
+        if isinstance(error, MachineFault):
+            said = str(error)
+        elif what in (None, LOST_RANK):  # the process groups know which rank
             raise
+        else:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            said = f"rank {ending.rank()}: {what}: {first}."
         raise MachineFault(
-            f"no space is left in {run.path} or beside it ({error}). What was logged and the last "
-            f"checkpoint are whole: free space, then --resume {run.path}."
+            f"{said} What was logged in {run.path} and its last checkpoint are whole: once that is "
+            f"mended, --resume {run.path} goes on."
         ) from error
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_upgrpo.compare import data, run
+from moe_upgrpo.compare import data, report, run
 from moe_upgrpo.compare.plan import from_values
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 from tests.ranks import run_command
 
 VALUES = {
@@ -26,28 +26,54 @@ VALUES = {
     "contrasts": [["b", "a"]],
 }
 
-# argv: --config FILE --output-dir DIR. pass@1 is seed + step / 10; the arm b with seed 1 may fail.
+# argv: the ranks' folder, then --config FILE --output-dir DIR or --resume DIR. pass@1 is seed +
+# step / 10; the arm b with seed 1 may fail: MODE has how, of one try after the other.
 JOB = """
 import json, os, pathlib, signal, sys, time, yaml
-options = yaml.safe_load(open(sys.argv[2]))
-out = pathlib.Path(sys.argv[4]); out.mkdir(parents=True)
-mode = os.environ.get("MODE", "") if (options["loss"], options["seed"]) == ("up-grpo", 1) else ""
+ranks = pathlib.Path(sys.argv[1])
+out = pathlib.Path(sys.argv[-1]); out.mkdir(parents=True, exist_ok=True)
+options = yaml.safe_load((out.parents[1] / "logs" / (out.name + ".yaml")).read_text())
+modes = os.environ.get("MODE", "").split(",")
+tries = out.parent / (out.name + ".tries")
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+mode = modes[min(len(tries.read_text()), len(modes)) - 1]
+mode = mode if (options["loss"], options["seed"]) == ("up-grpo", 1) else ""
 lr = options.get("optimizer", {"lr": 1e-4})["lr"]
 (out / "config.json").write_text(json.dumps(
-    {"model": "/somewhere/model", "steps": options["steps"], "optimizer": {"lr": lr}}))
+    {"model": "/somewhere/model", "steps": options["steps"], "eval_every": 1,
+     "optimizer": {"lr": lr}}))
 (out / "env.json").write_text(json.dumps({"argv": ["/a/b"], "python": "3"}))
 if mode == "hangs":
     (out.parent / "pid").write_text(str(os.getpid())); time.sleep(60)
-steps = {"": 3, "crash": 2, "setup": 1, "killed": 2}[mode]
+kind, _, steps = mode.partition("@")
+steps = int(steps or 3)
 rows = [{"step": s, "eval/pass@1": options["seed"] + s / 10, "alarms": [], "list": [1.0, 2.0],
          "reward/correct_rate": lr * s}
         for s in range(steps)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
-(out / "checkpoints").mkdir()
-if mode == "killed":
+(out / "checkpoints").mkdir(exist_ok=True)
+if steps > 1:
+    state = out / "checkpoints" / f"state-{steps - 1:06d}"
+    state.mkdir(exist_ok=True)
+if kind == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if mode:
-    print("noise"); print("error: the weights are not finite"); sys.exit(1)
+def rank(number, status, at, message):
+    folder = ranks / "none_x" / "attempt_0" / str(number); folder.mkdir(parents=True)
+    more = {"py_callstack": "", "timestamp": str(at), "status": status}
+    told = {"message": {"message": message, "extraInfo": more}}
+    (folder / "error.json").write_text(json.dumps(told))
+if kind == "silent":   # both ranks killed: torchrun's own words are all there is
+    print("  exitcode  : -9 (pid: 1)"); sys.exit(1)
+if kind == "early":    # before it could leave a file
+    print("  the reason"); print("  exitcode  : -15 (pid: 1)"); print("  exitcode  : 2 (pid: 2)")
+    sys.exit(1)
+if kind == "full":     # the disk, for the error files too
+    (ranks / "0").mkdir(parents=True); (ranks / "0/error.json").write_text('{"mess'); sys.exit(1)
+if kind == "launcher": # one that passes the ranks' status on
+    print("error: by its own launcher"); sys.exit(4)
+if kind.isdigit():     # of rank 1; rank 0 lost it, and said so first
+    rank(0, 4, 10, "lost another rank"); rank(1, int(kind), 11, "the reason")
+    print("noise"); print("error: lost another rank"); sys.exit(1)
 """
 
 
@@ -57,11 +83,12 @@ def jobs(monkeypatch, tmp_path):
     script, started = tmp_path / "job.py", []
     script.write_text(JOB)
 
-    def command(nproc, what):
-        started.append(Path(what[-1]).name)
-        return [sys.executable, str(script), *what]
+    def command(nproc, what, ranks):
+        started.append(Path(what[-1]).name + (" --resume" if "--resume" in what else ""))
+        return [sys.executable, str(script), str(ranks), *what]
 
     monkeypatch.setattr(run, "_command", command)
+    monkeypatch.setattr(run, "PAUSE_S", 0)
     return started
 
 
@@ -88,31 +115,87 @@ def test_runs_are_kept_and_not_repeated(jobs, tmp_path):
     assert jobs == ["a-seed1"]
 
 
-def test_a_crash_counts(jobs, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODE", "crash")
+@pytest.mark.fault(
+    "Comparisons",
+    "a run's own numbers fail",
+    "crashed, which counts, also where another rank speaks first",
+)
+def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
+    """Also where rank 0 says first that it lost the one whose numbers failed."""
+    monkeypatch.setenv("MODE", "3@2")
     said = do(tmp_path / "out")
     crashed = [r.about for r in data.read_all(tmp_path / "out") if r.about.status == "crashed"]
-    assert [(a.arm, a.seed, a.message) for a in crashed] == [
-        ("b", 1, "error: the weights are not finite")
-    ]
+    assert [(a.arm, a.seed, a.message) for a in crashed] == [("b", 1, "error: the reason")]
     assert any("CRASHED at step 1" in line for line in said)
+    assert len(jobs) == 4 and not (tmp_path / "out/runs/b-seed1/checkpoints").exists()
 
 
-def test_a_run_that_cannot_start_stops_everything(jobs, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODE", "setup")
-    with pytest.raises(UserError, match=r"b-seed1 ended before its first step(?s:.*)not finite"):
+@pytest.mark.fault(
+    "Comparisons",
+    "a run is refused, or fails by a fault of ours",
+    "the comparison stops with the message",
+)
+@pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0", "early@1"])
+def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
+    """Wrong use, a fault of ours, and numbers that fail before there is anything to keep."""
+    monkeypatch.setenv("MODE", mode)
+    with pytest.raises(UserError, match=r"b-seed1 ended (at step|before its first)(?s:.*)reason"):
         do(tmp_path / "out")
     assert not (tmp_path / "out/data/b-seed1.parquet").exists()
+    assert jobs.count("b-seed1") == 1
 
 
-def test_a_killed_run_is_run_again(jobs, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODE", "killed")
-    with pytest.raises(UserError, match="b-seed1 was stopped"):
-        do(tmp_path / "out")
-    assert not (tmp_path / "out/data/b-seed1.parquet").exists()
+@pytest.mark.fault(
+    "Comparisons",
+    "a run's machine fails: disk, memory, files, a lost rank, killed without a word, interrupted",
+    "run again from its newest checkpoint; it counts as any other",
+)
+@pytest.mark.parametrize("fault", ["4", "killed", "silent", "full", "launcher", "130", "143"])
+def test_what_the_machine_failed_goes_on_from_its_checkpoint(fault, jobs, tmp_path, monkeypatch):
+    """And counts as any other: of two arms that train alike the contrast stays what it is."""
+    monkeypatch.setenv("MODE", f"{fault}@2,{fault}@3,@3")
+    said = do(tmp_path / "out")
+    assert jobs.count("b-seed1") == 1 and jobs.count("b-seed1 --resume") == 2 and len(jobs) == 6
+    kept = {(r.about.arm, r.about.seed): r for r in data.read_all(tmp_path / "out")}
+    assert {r.about.status for r in kept.values()} == {"finished"} and len(kept) == 4
+    assert kept["b", 1].series("eval/pass@1") == kept["a", 1].series("eval/pass@1")
+    assert any("NOT RUN, its machine failed" in line for line in said)
+    assert any("1 again, as their machine failed: try 3 of 3" in line for line in said)
+    log = (tmp_path / "out/logs/b-seed1.log").read_text()
+    assert log.count("error: lost another rank") == (2 if fault.isdigit() else 0)  # of all tries
+    assert not list((tmp_path / "out/logs").glob("*.ranks"))
+
+
+@pytest.mark.fault(
+    "Comparisons",
+    "it does so three times",
+    "“not run: machine”, missing in the report, status 4; the same command goes on",
+)
+def test_what_the_machine_fails_each_time_is_not_run(jobs, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(VALUES))
+    monkeypatch.setenv("MODE", "4@2")
+    left = run.compare(from_values(VALUES), folder, parallel=2, say=lambda line: None)
+    assert left.startswith("1 of 4 runs not run: machine, 3 tries each: b-seed1.")
+    assert "lost another rank" in left and len(jobs) == 6
+    assert len(data.read_all(folder)) == 3 and not (folder / "data/b-seed1.parquet").exists()
+    assert list((folder / "runs/b-seed1/checkpoints").iterdir())
+    progress = report.numbers(report.load(folder))["progress"]
+    assert (progress["crashed"], progress["missing"]) == (0, ["b, seed 1 (not run: machine)"])
     monkeypatch.setenv("MODE", "")
-    do(tmp_path / "out")
-    assert len(data.read_all(tmp_path / "out")) == 4
+    assert run.compare(from_values(VALUES), folder, parallel=2, say=lambda line: None) is None
+    assert jobs[6:] == ["b-seed1 --resume"] and len(data.read_all(folder)) == 4
+    assert report.numbers(report.load(folder))["progress"]["missing"] == []
+    assert not (folder / "not_run.json").exists()
+
+
+def test_learning_rates_wait_for_what_was_not_run(jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODE", "4@2")
+    rates = {"values": [1e-4, 3e-4], "seeds": [1], "steps": 2}
+    with pytest.raises(MachineFault, match=r"2 of 4 runs not run(?s:.*)choose the learning rates"):
+        do(tmp_path / "out", VALUES | {"seeds": [5, 6], "learning_rates": rates})
+    assert not (tmp_path / "out/learning_rates.json").exists()
 
 
 def test_a_run_stopped_before_its_data_were_kept_is_kept_as_finished(jobs, tmp_path):
@@ -130,6 +213,11 @@ def test_a_run_stopped_before_its_data_were_kept_is_kept_as_finished(jobs, tmp_p
     assert not (folder / "runs/b-seed1/checkpoints").exists()
 
 
+@pytest.mark.fault(
+    "Comparisons",
+    "SIGTERM to a comparison",
+    "its runs end; the same command goes on",
+)
 def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, monkeypatch):
     """And while the first command is at work, a second is refused."""
     monkeypatch.setenv("MODE", "hangs")
@@ -211,3 +299,18 @@ def test_a_whole_comparison(tmp_path):
         a, b = (kept[arm, seed].series("eval/pass@1") for arm in "ab")
         assert a == b and len(a[0]) == 3
     assert kept["a", 0].series("reward/mean") != kept["a", 1].series("reward/mean")
+
+
+@pytest.mark.fault(
+    "How a command ends",
+    "torchrun, whose own status is 1",
+    "the ranks' is found in what they leave",
+)
+def test_the_status_that_ranks_leave_under_torchrun(tmp_path):
+    """The real one, whose own status is 1."""
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs/a.log"
+    what = ["--output-dir", str(tmp_path / "run"), "--prompts", "7", "--minibatches", "2"]
+    ended = run._start(2, what, log, None, {})
+    assert (ended.status, ended.crashed, ended.of_machine) == (2, False, False)
+    assert ended.message.startswith("error: ") and "prompts" in ended.message

@@ -17,7 +17,10 @@ def altering(url: str, alter: Callable[[dict], None]) -> Iterator[str]:
         def forward(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
             request = urllib.request.Request(
-                url + self.path, body, {"Content-Type": "application/json"}, method=self.command
+                url + self.path,
+                body,
+                {n: v for n in ("Content-Type", "Authorization") if (v := self.headers.get(n))},
+                method=self.command,
             )
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:

@@ -62,6 +62,14 @@ def other_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def key():
+    """Of the server that is started, and of whoever is given its URL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_API_KEY", "of-the-tests")
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def process_groups():
     """As in the trainer: gloo runs, and Megatron's CPU backend is applied."""
     with groups.process_groups(Layout()):

@@ -28,6 +28,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout import SamplingConfig, vllm_server
+from moe_upgrpo.rollout.server_key import headers
 from moe_upgrpo.rollout.vllm import VLLMEngine
 from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 from tests.engines.tolerance import log_prob_tolerance
@@ -67,7 +68,8 @@ class Server:
         flags = (
             f"--model {self.model_dir} {self.flags} --enforce-eager --skip-tokenizer-init "
             "--block-size 32 --max-model-len 128 --max-num-seqs 16 "
-            f"--kv-cache-memory-bytes {128 << 20} --host 127.0.0.1 --port {self.port}"
+            f"--kv-cache-memory-bytes {128 << 20} --host 127.0.0.1 --port {self.port} "
+            "--middleware moe_upgrpo.rollout.vllm_guard.RequireKey"
         )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -119,10 +121,18 @@ def other_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, tmp_path_factory):
+def server(model_dir, tmp_path_factory, key):
     server = Server(model_dir, tmp_path_factory.mktemp("log") / "server.log")
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key():
+    """Of the server that is started, and of whoever is given its URL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "of-the-tests")
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,7 +150,8 @@ def engine(server, model_dir):
 
 def metric(engine, name, having="") -> float:
     """The sum of the server's own counts of that name."""
-    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=15) as answer:
+    request = urllib.request.Request(f"{engine.url}/metrics", headers=headers(engine._key))
+    with urllib.request.urlopen(request, timeout=15) as answer:
         lines = answer.read().decode().splitlines()
     found = [float(v.split()[-1]) for v in lines if v.startswith(f"vllm:{name}{{") and having in v]
     assert found

@@ -84,6 +84,11 @@ def tied(source: Path, folder: Path, head=None) -> Path:
     return edit_json(folder / "config.json", tie_word_embeddings=True)
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "tied embeddings with an equal `lm_head.weight` in the file",
+    "trains, in every family",
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_copy_of_the_embedding_as_head_trains_in_every_family(name, saved, tmp_path):
     """transformers ties the two; the trainer's weights go to engines under the same names."""
@@ -109,6 +114,11 @@ def test_a_copy_of_the_embedding_as_head_trains_in_every_family(name, saved, tmp
     assert not torch.allclose(logits_of(updated), expected, atol=0.1)
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "tied embeddings with a head that differs",
+    "refused by trainer and engines, by the field's name",
+)
 @pytest.mark.parametrize(
     "head",
     [
@@ -137,6 +147,11 @@ def test_a_head_that_is_missing_and_not_tied_is_refused(saved, tmp_path):
         HFEngine(folder)
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "config fields that contradict each other, or are of the wrong kind",
+    "one message that names the field",
+)
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
@@ -220,6 +235,11 @@ np.savez(out, **found)
 """
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "transformers 4 reads an export",
+    "the same model: both key styles are in config.json",
+)
 def test_transformers_4_reads_the_same_model(saved, exported, tmp_path):
     """As does 5. Read by 4, a config.json of 5 has a base of 10,000 for the positions."""
     assert TRANSFORMERS_4.is_dir(), f"no {TRANSFORMERS_4}: make test makes it"

@@ -67,6 +67,11 @@ def cluttered(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "a model folder with sub-folders and old weights",
+    "the export has tokenizer, templates and settings, and nothing else of it",
+)
 def test_the_tokenizer_templates_and_generation_settings_are_taken(cluttered):
     files = side_files(cluttered)
     assert files.keys() == TAKEN
@@ -75,6 +80,11 @@ def test_the_tokenizer_templates_and_generation_settings_are_taken(cluttered):
             assert content == (cluttered / name).read_bytes()
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "a server of another user",
+    "the exported files have the modes of the umask",
+)
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
 def test_a_written_checkpoint_holds_these_and_has_the_modes_of_the_umask(
     umask, cluttered, tmp_path
@@ -103,6 +113,11 @@ def test_a_written_checkpoint_holds_these_and_has_the_modes_of_the_umask(
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "writing the export fails",
+    "nothing is left of it",
+)
 def test_nothing_is_left_where_writing_fails(tmp_path):
     with pytest.raises(OSError, match="full"), writing(tmp_path / "step-000001") as part:
         (part / "model.safetensors").touch()
@@ -120,6 +135,11 @@ def test_weights_for_a_server_have_the_modes_of_the_umask_where_a_folder_is_name
     assert stat.S_IMODE(os.stat(own.name).st_mode) == 0o700
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "a file of the model folder that cannot be copied",
+    "said by plan and at the start, not after the last step",
+)
 def test_what_cannot_be_copied_is_said_by_plan_and_at_the_start(cluttered, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -131,6 +151,11 @@ def test_what_cannot_be_copied_is_said_by_plan_and_at_the_start(cluttered, tmp_p
             read(folder)
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "an export that would fail",
+    "tried at the start, and leaves no staging folder",
+)
 def test_an_export_that_would_fail_is_said_and_leaves_nothing(cluttered, tmp_path):
     hf = read_model_config(cluttered)
     try_export(hf, side_files(cluttered), tmp_path)

@@ -43,6 +43,11 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "stale shards, or files that it does not name, beside an index",
+    "the index says what is read; trainer, engine and plan read the same",
+)
 def test_the_index_says_which_files_count(stale):
     folder, expected = stale
     with Weights(folder) as weights:
@@ -72,6 +77,11 @@ def assert_equal_state(found, expected):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "other weight files beside `model.safetensors`",
+    "they are ignored",
+)
 def test_without_an_index_the_single_file_counts(tiny_checkpoint, tmp_path):
     folder = tmp_path / "model"
     expected = sharded(tiny_checkpoint, folder, 1)
@@ -100,6 +110,11 @@ def test_of_a_tensor_in_two_files_the_index_names_one(tiny_checkpoint, tmp_path)
         ModelFolder.read(tmp_path / "m")
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "an engine that reads every file of a model folder",
+    "it is given a folder of links to those that count",
+)
 def test_engines_that_read_by_themselves_get_links_to_what_counts(stale, tiny_checkpoint):
     """vLLM and SGLang take every *.safetensors where there is no index."""
     clean = ModelFolder.read(tiny_checkpoint)
@@ -202,6 +217,11 @@ FAULTS = {
 }
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "a missing or truncated shard, an index that contradicts it or leads elsewhere",
+    "one line that names it, of trainer, engine and plan",
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_folder_that_cannot_be_followed_is_one_line_everywhere(fault, tiny_checkpoint, tmp_path):
     make, words = FAULTS[fault]
@@ -246,6 +266,11 @@ READERS = {
 }
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "a model folder that does not exist",
+    "one line that names the path, without a look at the network",
+)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_folder_that_is_not_there_is_said_without_the_network(
     reader, no_network, tmp_path, monkeypatch

@@ -26,6 +26,11 @@ def folder(words, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "a model folder without a tokenizer",
+    "one message",
+)
 def test_a_folder_without_a_tokenizer(folder):
     """transformers 5 makes one of a single token."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -79,6 +84,11 @@ def own(folder, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "a tokenizer that is code of the model folder",
+    "refused; run with `--trust-remote-code`, which the log says",
+)
 def test_code_of_the_folder_runs_only_where_it_is_asked_for(own, words, tmp_path):
     refused = r"code of its own \(own_tokenizer\.py, spelling\.py\).*--trust-remote-code"
     with pytest.raises(UserError, match=refused):
@@ -127,6 +137,11 @@ def chatml(end):
     )
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "a chat template that ends turns on no end token",
+    "a note at the start",
+)
 @pytest.mark.parametrize(
     ("end", "words"),
     [

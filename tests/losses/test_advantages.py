@@ -91,6 +91,11 @@ def test_dynamic_sampling_is_bounded():
         dynamic_sampling(hopeless, groups=0, max_batches=3)
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "a response beyond the longest allowed",
+    "the penalty has DAPO's floor",
+)
 def test_overlong_penalty():
     """L_max 20, buffer 4, by eq. 13 of DAPO: free up to 16, −1 from 20 on, whatever is beyond."""
     lengths = torch.tensor([0, 16, 17, 18, 20, 22, 4000])
@@ -132,6 +137,11 @@ def test_k1_and_k3_are_unbiased_and_the_gradient_of_k2_is_the_kls():
     torch.testing.assert_close(estimated, exact, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "k3 beyond 20 nats",
+    "a gradient of the right sign",
+)
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @settings(deadline=None)
 @given(st.floats(-2000, 0), st.floats(-2000, 0), st.sampled_from(["float32", "float64"]))

@@ -38,6 +38,11 @@ def everything(arguments: dict) -> dict:
     }
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "a loss under `torch.autocast`",
+    "the same numbers; no share above 1",
+)
 @pytest.mark.parametrize("low", LOW, ids=str)
 @pytest.mark.parametrize("name", EVERY_PRESET)
 def test_autocast_changes_no_number(name, low):

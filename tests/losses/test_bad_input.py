@@ -174,6 +174,11 @@ def test_an_advantage_for_each_token(name, kind):
     torch.testing.assert_close(batch.log_probs.grad, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "an advantage for each token in a loss of whole sequences",
+    "refused, by name",
+)
 def test_an_advantage_for_each_token_where_whole_sequences_take_none():
     """UP's positive branch takes any; GSPO has the negative sequences. Behind the mask is nothing,
     and rounding makes no advantage of single tokens."""

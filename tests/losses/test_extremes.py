@@ -25,6 +25,11 @@ def finite_gradient(name: str, batch) -> torch.Tensor:
     return batch.log_probs.grad
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "log-ratios at which exp overflows",
+    "finite loss and gradient",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", EVERY_PRESET)
 def test_log_ratios_of_a_thousand(name, dtype):
@@ -56,6 +61,11 @@ def test_the_branch_not_taken_leaves_no_trace(shift, sign):
     torch.testing.assert_close(gradient, expected, rtol=1e-15, atol=0)
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "NaN and infinity in padding",
+    "neither value nor gradient sees them",
+)
 @pytest.mark.parametrize("name", EVERY_PRESET)
 def test_minus_infinity_behind_the_mask(name):
     batch = random_batch(seed=31)
@@ -82,6 +92,11 @@ def test_a_micro_batch_of_nothing_but_empty_responses(name):
     assert batch.log_probs.grad.count_nonzero() == 0
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "an empty micro-batch",
+    "a loss of zero with a graph",
+)
 @pytest.mark.parametrize("lengths", [(), (0, 0, 0)], ids=["no sequences", "no positions"])
 @pytest.mark.parametrize("name", EVERY_PRESET)
 def test_a_micro_batch_of_no_sequences_or_no_positions(name, lengths):

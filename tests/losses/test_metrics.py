@@ -104,6 +104,11 @@ def test_the_off_policy_mask_counts_as_clipped():
     assert float(share) == 1.0
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "padding, half precision, spread ratios",
+    "the effective sample is no larger than the sample",
+)
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 6),

@@ -222,6 +222,11 @@ def plant(folder, place: str, content: bytes) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a state with code in its pickles",
+    "refused; nothing of it runs",
+)
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
 @pytest.mark.parametrize("kind", ["code", "noise", "nothing"])
 def test_somebody_elses_state_runs_no_code(place, kind, state, checkpoints, tmp_path):
@@ -241,6 +246,11 @@ def test_somebody_elses_state_runs_no_code(place, kind, state, checkpoints, tmp_
     assert made.exists()
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a state whose index leads out of its folder",
+    "refused",
+)
 @pytest.mark.parametrize("path", ["../other", "/etc/hostname", "sub/file"])
 def test_an_index_that_leads_out_of_its_folder_is_refused(path, state, checkpoints, tmp_path):
     folder = shutil.copytree(state, tmp_path / "state")

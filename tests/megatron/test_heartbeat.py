@@ -35,6 +35,11 @@ def stopped(folder) -> None:
         time.sleep(60)
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank's process is stopped",
+    "it is named after `--timeout`, and the others end with status 4",
+)
 def test_a_rank_that_is_stopped_is_named_and_the_others_end(tmp_path):
     begin = time.monotonic()
     with pytest.raises(RankFailed, match="rank 0 of 2:\nended with exit status 4"):
@@ -62,6 +67,11 @@ def left_alone() -> str:
         return str(lost.value)
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank ends without a word",
+    "the others name it, whatever words the transport uses",
+)
 def test_a_rank_that_ends_without_a_word_is_named():
     said = run_ranks(2, left_alone)[0]
     assert said.startswith("rank 0 lost rank 1 (host "), said
@@ -123,6 +133,11 @@ def waits_for_a_rank_that_lives() -> str:
         return str(lost.value)
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank is late for longer than `--timeout`",
+    "the others say that it lives and name the option",
+)
 def test_a_wait_for_a_rank_that_lives_names_the_option():
     said = run_ranks(2, waits_for_a_rank_that_lives)[0]
     assert "waited longer than --timeout" in said and "slow or stuck" in said

@@ -27,6 +27,11 @@ def changed(source, folder, fields):
     return folder
 
 
+@pytest.mark.fault(
+    "Models that are read",
+    "top-1 with renormalised gates, `n_group: null`, what would train wrongly or crash",
+    "refused, by the field's name and what is supported",
+)
 @pytest.mark.parametrize(
     ("checkpoint", "fields", "words"),
     [

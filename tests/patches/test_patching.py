@@ -291,6 +291,11 @@ def test_links_are_refused_and_left(patches, root, tmp_path):
     assert files_below(root) == before and (root / "toy/b.py").is_symlink()
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a patch series with `..` or an absolute name",
+    "refused before anything changes",
+)
 @pytest.mark.parametrize("path", ["../out.py", "{outside}", "toy/../../out.py", "/out.py"])
 def test_a_series_that_leads_outside_of_its_root_is_refused(path, patches, root, tmp_path):
     """A diff that makes a file, and a series.yaml that agrees with it."""
@@ -317,6 +322,11 @@ def test_a_series_names_files_beside_it(name, patches):
         patching.load(patches)
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "a linked folder below a patch's root",
+    "refused; nothing is written through it",
+)
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_nothing_is_written_through_a_linked_folder(where, patches, root, tmp_path):
     real = (root if where == "inside" else tmp_path) / "real"

@@ -40,6 +40,11 @@ def test_control_characters_have_signs():
     assert printable({BAD: [BAD, 1, None, "ä\n\t"]}) == {SHOWN: [SHOWN, 1, None, "ä\n\t"]}
 
 
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "NUL and escape bytes in a run folder",
+    "shown as signs in the report",
+)
 def test_nul_and_escapes_of_a_run_do_not_reach_the_report(tmp_path):
     run = make_run(tmp_path / "a\x1b[2Jrun", steps=3)
     config = read_config(run) | {"loss": BAD, BAD: BAD, "alarms": {BAD: BAD}}

@@ -178,6 +178,11 @@ def test_injected_mismatch_is_recovered(rate):
     assert d.router_mismatch_by_layer[2] == pytest.approx(rate, rel=0.2)
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "routes joined to tokens one row off",
+    "the alarm for it",
+)
 def test_planted_off_by_one_row_join_is_caught():
     """The right join of two equal sides gives 0; one row late, it looks like a broken model.
 
@@ -292,6 +297,11 @@ def test_gpu_equals_cpu():
 NUMPY = [np.dtype(c) for c in ("i1", "u1", "<i2", ">i2", "<u2", ">i4", "u4", ">i8", "u8")]
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "routes as numpy arrays or batches",
+    "compared as tensors are",
+)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_numpy_arrays_and_batches(data):

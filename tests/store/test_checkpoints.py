@@ -67,6 +67,11 @@ def test_what_is_being_pruned_has_lost_its_name_before_its_files(tmp_path, monke
     assert sorted(os.listdir(tmp_path)) == [".state-000003", "state-000002"]
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a damaged state",
+    "the file is named, and the way out",
+)
 def test_damage_is_named_with_the_file_and_the_way_out(tmp_path):
     path = commit(Checkpoints(tmp_path), 3)
     files = read_manifest(path)["files"]
@@ -102,6 +107,11 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
         read_manifest(path)
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "copies and hidden folders beside the states",
+    "neither taken for a state nor deleted",
+)
 def test_names_that_are_nearly_ours_are_left_alone(tmp_path):
     """A copy was once taken for the newest state, and a hidden folder of the user's deleted."""
     checkpoints = Checkpoints(tmp_path)
@@ -126,6 +136,11 @@ def test_names_that_are_nearly_ours_are_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(others + ours)
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "step 1,000,000",
+    "its state is the newest",
+)
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (999_999, 1_000_000, 2_000_000):
@@ -137,6 +152,11 @@ def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     assert [path.name for path in checkpoints.all()] == ["state-2000000"]
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a state's folder that was renamed",
+    "refused: its manifest says another step",
+)
 @pytest.mark.parametrize("step", [3, "5", None, True])
 def test_a_manifest_of_another_step_than_its_folder_is_refused(step, tmp_path):
     path = commit(Checkpoints(tmp_path), 5)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import marked_faults
 from moe_upgrpo.store import TokenLogWriter, overlap_array, read_tokens
 from moe_upgrpo.store.questions import rate
 from tests.store.rows import EXPERTS, LAYERS, TOP_K, full_columns
@@ -49,12 +50,38 @@ def test_the_tables_are_up_to_date():
     spec = importlib.util.spec_from_file_location("make", DOCS / "make_tables.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
-    assert len(maker.PAGES) == 4
+    assert len(maker.PAGES) == 5
     for name, sections in maker.PAGES.items():
         page = (DOCS / name).read_text()
         assert maker.filled(page, sections) == page, "run python -m docs.make_tables"
     with pytest.raises(KeyError, match="section columns appears 0 times"):
         maker.filled("# Token log", maker.PAGES["token-log.md"])
+
+
+def test_the_faults_that_tests_hold(tmp_path):
+    """Of every area there is a test; a marker that says nothing is named."""
+    held = marked_faults.read()
+    assert {row[0] for row in held} == {*marked_faults.AREAS}
+    assert len(held) > 60
+    file = tmp_path / "tests/engines/test_x.py"
+    file.parent.mkdir(parents=True)
+    mark = "@pytest.mark.fault({})\n@pytest.mark.slow\ndef test_it(): pass\n"
+    file.write_text(mark.format("'Numbers', 'a | b', 'c'"))
+    row = "| a \\| b | c | [`test_it`](../tests/engines/test_x.py) (`make test-engines`) |"
+    assert row in marked_faults.markdown(tmp_path / "tests").splitlines()
+    for bad in (
+        "",
+        "'Numbers', 'a'",
+        "'Numbers', '', 'c'",
+        "'numbers', 'a', 'c'",
+        "AREA, 'a', 'c'",
+    ):
+        file.write_text(mark.format(bad))
+        with pytest.raises(ValueError, match=r"test_x\.py::test_it: fault.AREA, FAULT, WHAT"):
+            marked_faults.read(tmp_path / "tests")
+    file.write_text("def test_it(): pass")
+    with pytest.raises(ValueError, match="no test under"):
+        marked_faults.read(tmp_path / "tests")
 
 
 def test_numpy(run):

@@ -198,6 +198,11 @@ def run_steps(folder, first, last, killed_at, place) -> None:
         maybe_die("before the checkpoint", step)
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a kill between two writes of a run folder",
+    "no row is lost or doubled",
+)
 @pytest.mark.parametrize(
     ("place", "rows_of_step_3", "metrics_of_step_3"),
     [
@@ -270,6 +275,11 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "metrics that are no UTF-8, no JSON, nested too deep, with a huge number",
+    "one line that names the row",
+)
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("read", [read_metrics, lambda path: RunFolder.resume(path, step=1)])
 def test_metrics_that_are_no_json_are_one_line(kind, read, tmp_path):
@@ -283,6 +293,11 @@ def test_metrics_that_are_no_json_are_one_line(kind, read, tmp_path):
     assert len(message) < 500 and message.isprintable()
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a config.json like that",
+    "one line",
+)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_config_that_is_no_json_is_one_line(kind, tmp_path):
     run = RunFolder.create(tmp_path / "run", {})
@@ -299,6 +314,11 @@ def test_a_config_that_is_no_json_is_one_line(kind, tmp_path):
         read_config(run.path)
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "metrics with rows twice or out of order",
+    "refused, with the row",
+)
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
@@ -320,6 +340,11 @@ def test_metrics_twice_or_out_of_order_are_refused(steps, says, tmp_path):
     assert run.metrics_path.read_text() == text
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a run's config.json that was edited",
+    "the change is named and recorded",
+)
 def test_an_edited_config_is_noticed_and_recorded(tmp_path):
     config = {"seed": 0, "optimizer": {"lr": 0.1}, "data": ["a"], "keep": 2}
     run = RunFolder.create(tmp_path / "run", config)

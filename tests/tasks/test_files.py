@@ -109,6 +109,11 @@ NO_NUMBERS = [
 ]
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "NaN or infinity as a reference answer",
+    "an unanswered problem, counted",
+)
 @pytest.mark.parametrize("answer", NO_NUMBERS, ids=repr)
 @pytest.mark.parametrize("nested", [False, True], ids=["answer", "reward_model.ground_truth"])
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -147,6 +152,11 @@ def test_a_number_beyond_floats_is_no_answer_and_the_infinity_of_a_limit_is_one(
     assert read.unanswered == ["line 1"]
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "rows whose answers are in different fields",
+    "found row by row",
+)
 @pytest.mark.parametrize("write", [jsonl, parquet])
 def test_fields_are_found_row_by_row(write, tmp_path):
     """Files of several sources: in JSON Lines a field is absent, in Parquet null."""
@@ -182,6 +192,11 @@ def test_fields_are_found_row_by_row(write, tmp_path):
             read_problems(write(tmp_path, *rows), answer_field="label")
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "an empty system message",
+    "accepted",
+)
 @pytest.mark.parametrize("said", ["", None])
 @pytest.mark.parametrize("write", [jsonl, parquet])
 def test_an_empty_system_message(write, said, tmp_path):
@@ -193,6 +208,11 @@ def test_an_empty_system_message(write, said, tmp_path):
             read_problems(write(tmp_path, {"prompt": bad, "answer": "2"}))
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "a broken line of a data file",
+    "named with its number",
+)
 @pytest.mark.parametrize(
     ("line", "words"),
     [

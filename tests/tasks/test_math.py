@@ -83,6 +83,11 @@ def test_answers(reference, response, right, verifier):
     assert verifier.killed == 0
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "an answer that takes the verifier too long",
+    "wrong, and counted; the next is judged",
+)
 def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged():
     """Off the main thread, where math-verify's own timeouts raise."""
     verifier, found = MathVerifier(), []
@@ -98,6 +103,11 @@ def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged():
     assert found == [False, True] and verifier.killed == 1
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "the verifier's worker is stopped",
+    "killed after its wall-clock limit; another one judges",
+)
 @pytest.mark.parametrize("response", ["\\boxed{46}", " 1" * 100_000 + "\\boxed{46}"])
 def test_a_worker_that_is_stopped_is_killed_and_another_judges(response, monkeypatch):
     """No processor time passes in it, so that its own limit never comes. The long response does

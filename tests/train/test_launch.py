@@ -444,6 +444,11 @@ def test_a_checkpoint_whose_shapes_do_not_match(run, cache, tmp_path):
     assert_fails(result, NAME, "(64, 32)", "does not fit")
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "weights that are not finite",
+    "the run ends with the sequence and what to look for",
+)
 def test_non_finite_log_probs(run, cache, tmp_path):
     def break_head(state):
         state["lm_head.weight"][5, 0] = float("nan")
@@ -485,6 +490,11 @@ def assert_whole(folder: Path) -> None:
     assert set(read_tokens(folder)["step"].to_pylist()) >= set(steps[1:])
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "a rank is killed",
+    "the job ends within a minute; what was logged is whole",
+)
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_under_torchrun_ends_the_job(victim, run, cache, tmp_path):
     folder = tmp_path / "r"
@@ -496,7 +506,7 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_job(victim, run, cache, t
         assert time.monotonic() - killed < 90
     assert job.returncode != 0
     # Whether the survivor says so or torchrun ends it first is a race; torchrun names the victim.
-    assert errors.count(f"error: rank {1 - victim} lost ") <= 1
+    assert errors.count(f"error: rank {1 - victim}") <= 1
     assert "failed with" not in errors  # how a fault without words of its own is told
     assert "Signal 9 (SIGKILL)" in errors
     assert_whole(folder)
@@ -510,6 +520,11 @@ ENDS = {
 }
 
 
+@pytest.mark.fault(
+    "The last word",
+    "a rank is killed or stopped, or Ctrl-C, under `make train` and bash",
+    "one line at the end with the run, the `--resume` line and a status by kind",
+)
 @pytest.mark.parametrize(
     "how", ["Ctrl-C", *(pytest.param(m, marks=pytest.mark.slow) for m in [*ENDS][:2])]
 )

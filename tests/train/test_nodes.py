@@ -78,6 +78,11 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "the link between two hosts is cut",
+    "both hosts say which rank is gone and end within 90 s of `--timeout`",
+)
 @pytest.mark.slow
 def test_a_link_that_is_cut_ends_both_hosts_with_names(two_hosts, cache, tmp_path):
     """Every rank ends within 90 s of the limit, here 6 s, and says which host fell silent."""

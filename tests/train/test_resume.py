@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tyro
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
@@ -195,6 +195,11 @@ SLOW_MOMENTS = {
 }
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a rank is killed in any phase, and the run resumed",
+    "log, metrics, weights and optimizer of the unbroken run, bit for bit on one type of CPU",
+)
 @pytest.mark.bits
 @pytest.mark.parametrize(
     "moment",
@@ -238,6 +243,11 @@ def calls(tmp_path_factory, cache) -> list[int]:
     return counts
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a rank is killed at any of its calls, 30 seeded ones",
+    "the resumed run is the unbroken one, bit for bit",
+)
 @pytest.mark.slow
 @pytest.mark.bits
 @pytest.mark.parametrize("seed", range(30))
@@ -343,6 +353,11 @@ def test_more_steps(whole, tmp_path):
     assert read_config(run)["steps"] == 5
 
 
+@pytest.mark.fault(
+    "Models that are written",
+    "a resume from an earlier state than the export's",
+    "the export is written anew",
+)
 def test_after_a_resume_from_an_earlier_state_the_export_is_written_anew(whole, tmp_path):
     """Not the old run's weights beside the new run's log; nor those of steps that are not run."""
     shutil.copytree(whole, tmp_path / "run")
@@ -365,6 +380,11 @@ def test_what_may_not_change_is_named_with_both_values(whole):
     assert read_metrics(whole) == before and not (whole / ".lock").read_bytes()
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a state with a truncated file",
+    "refused, with the file and the state before it",
+)
 def test_a_truncated_checkpoint(whole, tmp_path):
     run = RunFolder(shutil.copytree(whole, tmp_path / "run"))
     broken = run.checkpoints / "state-000004" / "__1_0.distcp"
@@ -378,17 +398,28 @@ def test_a_truncated_checkpoint(whole, tmp_path):
     assert find(run, steps=5).step == 2
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "the disk is full while a state is written",
+    "status 4 with the `--resume` line; no half of a state is taken for one",
+)
 def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
     """No file may grow above 1000 KiB here: torch says then what it says of a full disk."""
     run = tmp_path / "run"
     more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000 * 1024, 1000 * 1024))
     result = run_command("train", *options(run, cache, *more), ranks=2, first=limit)
-    assert_fails(result, "no space is left in", "torch could not write", f"--resume {run}")
+    assert_fails(result, "no space is left on the disk", "torch could not write", f"--resume {run}")
+    assert result.returncode == 4
     assert not Checkpoints(run / "checkpoints").all()
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "the disk is full under metrics or token log",
+    "status 4 with the `--resume` line; a resume finds whole rows",
+)
 @pytest.mark.parametrize("what", ["metrics", "tokens"])
 def test_a_full_disk_under_the_logs(what, tmp_path):
     """/dev/full has no space, for any user."""
@@ -400,8 +431,8 @@ def test_a_full_disk_under_the_logs(what, tmp_path):
         run.metrics_path.symlink_to("/dev/full")
     else:
         (run.tokens / ".step-000001-rank-0000.parquet.tmp").symlink_to("/dev/full")
-    told = pytest.raises(UserError, match=f"no space is left .* --resume {run.path}")
-    with told, start.full_disk_named(run):
+    told = pytest.raises(MachineFault, match=f"no space is left .* --resume {run.path}")
+    with told, start.machine_fault_named(run):
         writer.write(1, full_columns())
         run.append_metrics({"step": 1})
     if what == "metrics":
@@ -488,6 +519,11 @@ def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFol
     return run
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "a resume where no state is left",
+    "refused where it would delete logged rows; `--restart` does it",
+)
 @pytest.mark.parametrize(
     ("steps", "save_every", "of", "last_state", "refused"),
     [
@@ -563,6 +599,11 @@ HEARD = {
 }
 
 
+@pytest.mark.fault(
+    "Signals",
+    "SIGTERM in any part of a step",
+    "a state of the last whole step, status 143, the `--resume` line; the resumed run is the unbroken one, bit for bit",
+)
 @pytest.mark.bits
 @pytest.mark.parametrize(
     "moment",
@@ -587,6 +628,11 @@ def test_a_stopped_run_keeps_its_last_step_and_goes_on_as_if_unbroken(
     assert_same_run(run, whole)
 
 
+@pytest.mark.fault(
+    "Signals",
+    "Ctrl-C before the first step",
+    "status 130 and one line; no state",
+)
 def test_a_run_stopped_before_its_first_step_keeps_nothing(cache, tmp_path):
     run = tmp_path / "run"
     place = ("moe_upgrpo.rollout.hf:HFEngine.generate", 3, 0)  # after the first evaluation's two
@@ -603,6 +649,11 @@ def test_a_run_stopped_before_its_first_step_keeps_nothing(cache, tmp_path):
     assert not list(run.iterdir())
 
 
+@pytest.mark.fault(
+    "Signals",
+    "an update that outlasts `--stop-within`",
+    "the ranks end without a new state; the last one stays",
+)
 def test_a_signal_waits_no_longer_than_it_may(cache, tmp_path):
     """The update that hears it takes a minute; a state of what was done before is there."""
     run = tmp_path / "run"
@@ -616,6 +667,11 @@ def test_a_signal_waits_no_longer_than_it_may(cache, tmp_path):
     assert [p.name for p in Checkpoints(run / "checkpoints").all()] == ["state-000001"]
 
 
+@pytest.mark.fault(
+    "Signals",
+    "a second signal",
+    "the ranks end at once",
+)
 def test_a_second_signal_ends_a_run_at_once(cache, tmp_path):
     begin = time.monotonic()
     first = partial(signals_in_update, [signal.SIGINT, signal.SIGINT])
@@ -651,6 +707,11 @@ def closed_output(step: int) -> None:
     Display.step = told
 
 
+@pytest.mark.fault(
+    "Signals",
+    "the reader of standard output ends (`make train \\| head`)",
+    "a state, and status 141; no rank counts as lost",
+)
 def test_a_reader_that_ends_early_stops_the_run_with_a_state(cache, tmp_path):
     """`make train | head` loses no rank."""
     run = tmp_path / "run"
@@ -675,6 +736,11 @@ def test_overlap_is_stopped_after_a_step_with_what_it_sampled_ahead(overlapped, 
     assert_same_run(run, overlapped)
 
 
+@pytest.mark.fault(
+    "Run folders",
+    "two jobs on one run folder",
+    "the second is refused",
+)
 def test_two_jobs_do_not_write_into_one_run(whole, tmp_path):
     """The lock is of the process, and ends with it. Jobs take it: the unbroken one had it."""
     assert (whole / ".lock").is_file()

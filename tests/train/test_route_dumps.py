@@ -128,6 +128,11 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault(
+    "Problems and routes",
+    "route dumps that are empty, archives or have huge headers",
+    "read, or refused in one line",
+)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_in_one_line(kind, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
