@@ -125,7 +125,7 @@ WRONG = {
 
 
 @pytest.mark.fault(
-    "The last word",
+    "How a command ends",
     "a wrong option, layout, file or folder",
     "refused in one line with status 2 before any rank starts",
 )
@@ -144,7 +144,7 @@ def test_a_launch_without_dashes_says_how():
 
 
 @pytest.mark.fault(
-    "The last word",
+    "How a command ends",
     "`moe-upgrpo doctor \\| head`",
     "no rank counts as lost, no traceback",
 )

@@ -521,7 +521,7 @@ ENDS = {
 
 
 @pytest.mark.fault(
-    "The last word",
+    "How a command ends",
     "a rank is killed or stopped, or Ctrl-C, under `make train` and bash",
     "one line at the end with the run, the `--resume` line and a status by kind",
 )

@@ -600,9 +600,9 @@ HEARD = {
 
 
 @pytest.mark.fault(
-    "Signals",
+    "How a command ends",
     "SIGTERM in any part of a step",
-    "a state of the last whole step, status 143, the `--resume` line; the resumed run is the unbroken one, bit for bit",
+    "a state of the last whole step, status 143; the resumed run is the unbroken one, bit for bit",
 )
 @pytest.mark.bits
 @pytest.mark.parametrize(
@@ -629,7 +629,7 @@ def test_a_stopped_run_keeps_its_last_step_and_goes_on_as_if_unbroken(
 
 
 @pytest.mark.fault(
-    "Signals",
+    "How a command ends",
     "Ctrl-C before the first step",
     "status 130 and one line; no state",
 )
@@ -650,7 +650,7 @@ def test_a_run_stopped_before_its_first_step_keeps_nothing(cache, tmp_path):
 
 
 @pytest.mark.fault(
-    "Signals",
+    "How a command ends",
     "an update that outlasts `--stop-within`",
     "the ranks end without a new state; the last one stays",
 )
@@ -668,7 +668,7 @@ def test_a_signal_waits_no_longer_than_it_may(cache, tmp_path):
 
 
 @pytest.mark.fault(
-    "Signals",
+    "How a command ends",
     "a second signal",
     "the ranks end at once",
 )
@@ -708,7 +708,7 @@ def closed_output(step: int) -> None:
 
 
 @pytest.mark.fault(
-    "Signals",
+    "How a command ends",
     "the reader of standard output ends (`make train \\| head`)",
     "a state, and status 141; no rank counts as lost",
 )
