@@ -145,7 +145,7 @@ def test_a_launch_without_dashes_says_how():
 
 @pytest.mark.fault(
     "How a command ends",
-    "`moe-upgrpo doctor \\| head`",
+    "`moe-upgrpo doctor`, piped into `head`",
     "no rank counts as lost, no traceback",
 )
 def test_a_reader_that_ends_early_is_no_lost_rank():

@@ -709,7 +709,7 @@ def closed_output(step: int) -> None:
 
 @pytest.mark.fault(
     "How a command ends",
-    "the reader of standard output ends (`make train \\| head`)",
+    "the reader of standard output ends (`make train` piped into `head`)",
     "a state, and status 141; no rank counts as lost",
 )
 def test_a_reader_that_ends_early_stops_the_run_with_a_state(cache, tmp_path):
