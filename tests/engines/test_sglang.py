@@ -12,7 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout import engines, sglang
+from moe_upgrpo.rollout.server_key import headers
 from moe_upgrpo.rollout.sglang import SGLangEngine
 from moe_upgrpo.routing import compare_routes
 from tests.engines.sglang_proxy import altering
@@ -112,6 +116,25 @@ def cached_tokens(monkeypatch):
 
     monkeypatch.setattr(SGLangEngine, "_ask", spy)
     return seen
+
+
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "another user of the machine asks a server of SGLang, or reads its log",
+    "401; the log has no key",
+)
+def test_nobody_else_is_answered(server, model_dir):
+    for path in ("/generate", "/update_weights_from_disk", "/pause_generation", "/server_info"):
+        for given in (None, "another"):
+            request = urllib.request.Request(server.url + path, b"{}", headers(given))
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request, timeout=15)
+    with pytest.raises(UserError, match="asks for another key than it was given: set SGLANG_API_K"):
+        SGLangEngine(model_dir, "float32", url=server.url, api_key="another")
+    log = server._server.log.read_text()
+    assert "'api_key': '***'" in log and "of-the-tests" not in log
+    command = Path(f"/proc/{server._server.process.pid}/cmdline").read_text()
+    assert "--host" in command and "of-the-tests" not in command
 
 
 def same(first, second):

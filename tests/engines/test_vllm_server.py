@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -193,6 +194,22 @@ def test_the_engine_starts_from_its_checkpoint_whatever_the_server_held(
     engine.update_weights(weights_of(other_dir).items(), version=1)
     assert differs(before, sample(engine))
     assert same(before, sample(VLLMServerEngine(model_dir, server.url, "float32")))
+
+
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "another user of the machine calls vLLM's development endpoints",
+    "401, on every path but /health",
+)
+def test_nobody_else_is_answered(server, model_dir):
+    paths = ("/collective_rpc", "/server_info", "/pause", "/v1/models", "/inference/v1/generate")
+    for path in paths:
+        for given in (None, "another"):
+            request = urllib.request.Request(server.url + path, b"{}", headers(given))
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request, timeout=15)
+    with pytest.raises(UserError, match="asks for another key than it was given: set VLLM_API_KEY"):
+        VLLMServerEngine(model_dir, server.url, "float32", api_key="another")
 
 
 def test_the_seed_decides_and_reloading_identical_weights_changes_nothing(engine, model_dir):
