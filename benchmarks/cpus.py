@@ -1,4 +1,4 @@
-"""What `make train` reaches on several CPUs and seeds, of the run folders that it left.
+"""Accuracies that `make train` reaches on several CPUs and seeds, of the run folders that it left.
 
     bash examples/train_moe.sh --seed S --cache-dir runs/cache-CPU --output-dir runs/CPU-S   # each
     python -m benchmarks.cpus runs/*-[0-9]

@@ -1,4 +1,4 @@
-"""What repeatable kernels cost on this CPU, and whether they are needed on it.
+"""The cost of repeatable kernels on this CPU, and whether they are needed on it.
 
     python -m benchmarks.kernels [--rounds 7]
 

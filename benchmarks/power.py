@@ -128,7 +128,7 @@ def needed() -> str:
 
 
 def samples() -> str:
-    """What more samples buy."""
+    """The gain of more samples."""
     rows = []
     for n in (1, 4, 8, 32, 128, 512):
         row = [n, f"{30 * n:,}"]
@@ -168,7 +168,7 @@ def published() -> str:
 
 
 def peak() -> str:
-    """What the best of K evaluations of one and the same policy adds to its accuracy."""
+    """The gain of the best of K evaluations over the accuracy of one and the same policy."""
     counts = (1, 5, 10, 20, 40)
     rows = []
     for name, (problems, n, other) in SETS.items():

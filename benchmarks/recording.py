@@ -1,4 +1,4 @@
-"""What recording costs: a training step with routes and token log against the same step without.
+"""The cost of recording: a training step with routes and token log against the same step without.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/recording.py --model CHECKPOINT
 

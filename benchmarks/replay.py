@@ -1,4 +1,4 @@
-"""What replaying the engine's routes takes off the divergence between engine and trainer.
+"""The part that replaying the engine's routes takes off the divergence between engine and trainer.
 
     OMP_NUM_THREADS=1 python benchmarks/replay.py [--engine vllm]
 

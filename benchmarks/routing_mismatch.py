@@ -84,7 +84,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What sampled."""
+    """The engine that sampled."""
 
     engine: EngineName = "hf"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -234,7 +234,7 @@ def warm_model(model: Model, cache_dir: Path) -> Path:
 
 @dataclass(kw_only=True)
 class Played:
-    """What an engine sampled, and its routes in two passes over the whole sequences."""
+    """Samples of an engine, and its routes in two passes over the whole sequences."""
 
     rollouts: list[Rollout]
     passes: list[list[np.ndarray]]
@@ -296,7 +296,7 @@ def sequence_sums(
 
 
 def gap_sums(gaps: Sequence[np.ndarray], prefix: str = "") -> dict[str, list[float]]:
-    """Of each sequence's d = log p_train − log p_rollout [T]: Σ|d|, Σ k3, tokens beyond F(2)."""
+    """Sums over each sequence's d = log p_train − log p_rollout: Σ|d|, Σ k3, tokens beyond F(2)."""
     gaps = [np.asarray(d_T, np.float64) for d_T in gaps]
     zero = [torch.zeros(len(d_T), dtype=torch.float64) for d_T in gaps]
     return {
@@ -491,7 +491,7 @@ def run_study(study: Study, work: Path, cache_dir: Path) -> Iterator[Measured]:
 
 
 def _plays(study: Study, model: Model, side: Side, folders: list[Path]) -> list[Played]:
-    """Of every seed's model, by one engine: further ones are handed over as a trainer does."""
+    """Samples of every seed's model by one engine, which gets them as from a trainer."""
     if side.engine == "sglang":  # with more time to start in than `make_engine` gives
         engine = SGLangEngine(folders[0], side.dtype, timeout=600, start_timeout=1800)
     else:
@@ -685,7 +685,7 @@ class Arguments:
     sglang: bool = False
     """Start SGLang's server, by the Python that SGLANG_PYTHON names."""
     engine_names: tuple[EngineName, ...] = ("hf",)
-    """Of the axis `engine`, those run in this process."""
+    """Names of the axis `engine` that are run in this process."""
     quick: bool = False
     read: bool = False
     """Compute nothing: read the output folder."""

@@ -72,7 +72,7 @@ class Figure:
 
 
 def figure(sequences: pd.DataFrame, name: str) -> Figure:
-    """Of all rows given; every (run, sequence) is drawn as one.
+    """Figures of all rows given; every (run, sequence) is drawn as one.
 
     Raises UserError where there is no row: no figure without data.
     """
@@ -97,7 +97,7 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
-        """Of all axes in an output folder; UserError where there is none."""
+        """Rows of all axes in an output folder; UserError where there is none."""
         parts = sorted(path.parent for path in folder.glob("*/about.json"))
         if not parts:
             raise UserError(f"{folder} holds no axis: run benchmarks.routing_mismatch first")

@@ -282,7 +282,7 @@ def _plan(arguments: list[str]) -> None:
 
 def _doctor(arguments: list[str]) -> None:
     def doctor(strict: bool = False, as_json: Annotated[bool, arg(name="json")] = False) -> None:
-        """What is installed, which code paths that selects, and how to get what is missing.
+        """Show what is installed, which code paths that selects, and how to get what is missing.
 
         Args:
             strict: exit with 1 where nothing can train.

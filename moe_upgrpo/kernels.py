@@ -74,7 +74,7 @@ def facts() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> dict[str, str]:
-    """What `facts` found, in words, a line for each library."""
+    """Put into words what `facts` found, a line for each library."""
     asked, mkl, limits = found["MKL_CBWR"], found["mkl"], found["limits"]
     if mkl is None:
         says = "cannot be asked (another BLAS, or a build that does not tell)"

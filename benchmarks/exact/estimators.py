@@ -158,7 +158,7 @@ class Tangent:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Of u(y) given its sign, under μ: mean `[S, 2, P]`, trace of the covariance `[S, 2]`."""
+    """Moments of u(y) given its sign, under μ: mean `[S, 2, P]`, covariance's trace `[S, 2]`."""
 
     mean_S2P: Tensor
     variance_S2: Tensor

@@ -1,4 +1,4 @@
-"""What the grid says: checks that must hold, tables, figures. Computes no gradient.
+"""Results of the grid: checks that must hold, tables, figures. Computes no gradient.
 
 Figures of a table are means over policies with a 95% t interval, unless it says otherwise. Biases
 are relative to the length of the whole target, also those of one sign's part, and variances and
@@ -136,7 +136,7 @@ def crossings(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def checks(cells: pd.DataFrame) -> dict[str, dict]:
-    """What must hold exactly or to rounding, whatever the policy: name -> value, bound, holds."""
+    """Checks that hold exactly or to rounding for any policy: name -> value, bound, holds."""
     trained = select(cells, part="all")
     start = select(trained, inner_step=1, mode=["recomputed", "R2", "R3"])
     on_policy = select(trained, inner_step=1, mismatch=NONE, mode="recomputed")

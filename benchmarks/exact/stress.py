@@ -50,7 +50,7 @@ PAIRED = ("grpo", "gspo", "tic-grpo", "up-grpo", "up-gspo", "up-tic", "reinforce
 class Studies:
     sizes: Sizes = field(default_factory=lambda: Sizes(layers=2, length=3))
     seeds: int = 12
-    """Of each cell."""
+    """Numbers of each cell."""
     right: float = 0.2
     """P(right) at the start, where it is not what is studied."""
     losses: tuple[str, ...] = (*PAIRED, "dapo", "no-upper-clip", "symmetric-ratio")

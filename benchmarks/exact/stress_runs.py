@@ -36,7 +36,7 @@ BETAS = (0.9, 0.999)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the runs of one cell have in common."""
+    """Settings that the runs of one cell have in common."""
 
     updates: int = 12
     """Batches drawn."""
@@ -74,7 +74,7 @@ class Run:
     false_positives: float = 0.0
     """Chance of a wrong response to be rewarded, drawn for each."""
     columns: dict = field(default_factory=dict)
-    """What names its cell."""
+    """Key of its cell."""
 
 
 class Model:
@@ -148,7 +148,7 @@ def make_start(
 
 
 def in_sequence_units(config: PolicyLossConfig, batch: int, length: int) -> float:
-    """What a mean over sequences of Σ_t has been divided by in the loss: 1 or the length."""
+    """Divisor of a mean over sequences of Σ_t in the loss: 1 or the length."""
     weight = aggregation_weights(
         torch.tensor([length], dtype=DTYPE),
         config.aggregation,

@@ -55,7 +55,7 @@ class Grid:
     """Updates that a stale engine is behind."""
     group: int = 8
     learning_rate: float = 1e-4
-    """Of the common trajectory."""
+    """Settings of the common trajectory."""
     noise_draws: int = 16
     """Draws of the noise by which it is scaled to a rate; the one that comes nearest is taken."""
     modes: tuple[str, ...] = MODES

@@ -65,7 +65,7 @@ def write(file: Path, run: RunData) -> None:
 
 
 def _kind(given: list) -> pa.DataType | None:
-    """Of numbers, or of lists of numbers; None where they are neither."""
+    """The Arrow type of numbers, or of lists of numbers; None where they are neither."""
 
     def numeric(values) -> bool:
         return all(isinstance(value, numbers.Real) for value in values)

@@ -1,4 +1,4 @@
-"""What the figures of a comparison show, and their drawing. One colour for each arm, everywhere."""
+"""Figures of a comparison, and their drawing. One colour for each arm, everywhere."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ CURVES = [
 def over_seeds(
     runs: Sequence[RunData], metric: str, confidence: float, width: int = 1
 ) -> dict[str, list]:
-    """Of each step mean and pointwise t interval over the runs that have it, and their number.
+    """Mean and pointwise t interval of each step over the runs that have it, and their number.
 
     A run's value is its mean over the `width` values up to that step.
     """

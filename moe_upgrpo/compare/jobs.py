@@ -31,7 +31,7 @@ CRASHED = "ended by its own numbers (exit status 3); the job's log says where"
 
 
 def to_do(plan: Comparison, folder: Path) -> list[Run]:
-    """What can run now: the runs that choose learning rates, once these are done the compared."""
+    """List what can run now: the runs that choose learning rates, then the compared."""
     tuning = [run for run in plan.tuning() if not data_file(folder, run).exists()]
     runs = tuning or plan.runs(choose_rates(plan, folder))
     return [run for run in runs if not data_file(folder, run).exists()]
@@ -84,7 +84,7 @@ def _named(plan: Comparison, folder: Path, key: str) -> Run:
 
 @dataclass(kw_only=True)
 class Arguments:
-    """What is to be done of a comparison whose runs are jobs of a cluster, one for each."""
+    """List what is to be done of a comparison whose runs are jobs of a cluster, one for each."""
 
     plan: Positional[Path]
     """YAML file of the comparison: examples/compare."""

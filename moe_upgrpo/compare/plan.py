@@ -1,4 +1,4 @@
-"""What a comparison is, all of it said before the first run: arms, seeds, endpoint, contrasts."""
+"""A comparison, all of it said before the first run: arms, seeds, endpoint, contrasts."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def write_report(folder: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a comparison's folder holds. `by_arm`: all runs, in the order of the plan; `shown`:
+    """Contents of a comparison's folder. `by_arm`: all runs, in the order of the plan; `shown`:
     those of tables and curves, of the seeds that every arm has."""
 
     written: dict[str, Any]
@@ -153,7 +153,7 @@ def full_seeds(by_arm: Mapping[str, Sequence[RunData]]) -> set[int]:
 
 
 def numbers(loaded: Loaded) -> dict[str, Any]:
-    """What `write_report` says of the JSON, but for the figures."""
+    """Data that `write_report` puts into the JSON, but for the figures."""
     plan, confidence, primary = loaded.plan, loaded.confidence, loaded.primary
     exploratory = []
     for m in loaded.measures:
@@ -492,7 +492,7 @@ def _ran(loaded: Loaded) -> list[tuple[str, str]]:
 
 
 def _warnings(loaded: Loaded, gains: Mapping[str, tuple[float, float, float]]) -> list[str]:
-    """What a reader must know before the answer."""
+    """Notes that a reader must have before the answer."""
     found, runs, tuning = [], loaded.runs, loaded.tuning
     said = datetime.fromisoformat(loaded.written["written"])
     early = [

@@ -79,7 +79,7 @@ def _check_consistent(folder: str | Path, raw: dict[str, Any], hf: PretrainedCon
 
 
 def _scaling(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """What is said of the scaling of positions, under the names of transformers 5."""
+    """Give what is said of the scaling of positions, under the names of transformers 5."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":  # nothing is scaled, whatever else is said

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a model folder, carried from one folder to the next."""
+"""Files beside the weights of a model folder, carried from one folder to the next."""
 
 from __future__ import annotations
 

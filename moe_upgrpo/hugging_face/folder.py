@@ -1,4 +1,4 @@
-"""What lies in a Hugging Face model folder: its config.json and its weights, by their index.
+"""Contents of a Hugging Face model folder: its config.json and its weights, by their index.
 
 The trainer, the engines, plan and probe read weights through `Weights`, so that they hold the same
 tensors: where there is a model.safetensors.index.json, those of the files that it names; else those
@@ -55,7 +55,7 @@ def check_folder(path: str | Path) -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds; UserError where it is not readable as one."""
+    """Read a JSON file; UserError where it is not readable as one."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

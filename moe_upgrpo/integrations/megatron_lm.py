@@ -105,14 +105,14 @@ def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a collection, over all data-parallel ranks."""
+    """Sums of a collection, over all data-parallel ranks."""
 
     tokens: float
     sequences: float
     micro_batches: float
 
     def divisor(self, per_token: bool, tokens: float) -> float:
-        """What a micro-batch's sum of token losses is divided by in the end, `tokens` its own.
+        """Divisor of a micro-batch's sum of token losses in the end, `tokens` its own.
 
         With --calculate-per-token-loss all tokens, else its tokens times the micro-batches.
         """
@@ -154,7 +154,7 @@ class Rows:
 def evaluate(
     given: dict[str, Any], loss_mask: Tensor, config: PolicyLossConfig | None, counts: Counts | None
 ) -> tuple[Terms, dict[str, Metric]]:
-    """What `rl_utils.calculate_grpo_loss` returns, with the policy term of `config`, and the
+    """Result of `rl_utils.calculate_grpo_loss`, with the policy term of `config`, and the
     library's metrics. `given`: its arguments; counts: None, those of this micro-batch.
 
     The fifth and sixth are Megatron-LM's only in form: positive, and negative, tokens whose
@@ -231,7 +231,7 @@ def _check_correction(config: PolicyLossConfig, given: bool, truncation: float |
 
 
 class Hooks:
-    """What stands around the functions of `rl_utils`."""
+    """Wrappers around the functions of `rl_utils`."""
 
     def __init__(self, config: PolicyLossConfig | None, settings: set[str], log=None):
         self.config, self.settings, self.log = config, settings, log

@@ -151,7 +151,7 @@ class Miles:
         return losses.policy_loss_function, reducer
 
     def rewards(self, data):
-        """Of the whole batch in raw_reward, of this rank's sequences in rewards."""
+        """Rewards of the whole batch in raw_reward, of this rank's sequences in rewards."""
         if "raw_reward" in data and len(self.partition) == len(data["tokens"]):
             return [data["raw_reward"][i] for i in self.partition]
         return data["rewards"]

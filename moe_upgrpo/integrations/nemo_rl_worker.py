@@ -232,7 +232,7 @@ class WorkerLog:
         return output
 
     def _recorded(self, forward, own: bool = False) -> tuple[Any, dict]:
-        """What `forward` returns, and for each row and layer of this rank the experts `[S, K]`.
+        """Give `forward`'s result, and for each row and layer of this rank the experts `[S, K]`.
 
         own: what the routers would choose without replay, else what they chose.
         """
@@ -485,7 +485,7 @@ class WorkerLog:
         ), missing
 
     def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
-        """Of an engine that also fills rows for dense layers, the MoE layers alone."""
+        """Take the MoE layers alone of an engine that also fills rows for dense layers."""
         if routes_SLK.shape[1] == len(self.layer_ids):
             return routes_SLK
         if routes_SLK.shape[1] == self.config.num_layers:
@@ -556,7 +556,7 @@ def _replaced(names: dict[str, Any], name: str, value: Any):
 
 
 def _keys(data) -> list[str]:
-    """What a sequence is known by from its old log-probs to its training: its tokens.
+    """Key by which a sequence is known from its old log-probs to its training: its tokens.
 
     Sequences of the same tokens have the same routes in the trainer, and share them.
     """

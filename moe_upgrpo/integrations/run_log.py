@@ -53,7 +53,7 @@ class LoggedSequence:
 
 @dataclass
 class Step:
-    """What one data-parallel rank gathered of a step besides its sequences."""
+    """Figures that one data-parallel rank gathered of a step besides its sequences."""
 
     sequences: list[LoggedSequence] = field(default_factory=list)
     loss_metrics: list[dict[str, Metric]] = field(default_factory=list)
@@ -162,7 +162,7 @@ class RunLog:
 
 
 def _added(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """Of ranks some of which may have had no sequence, so that they lack names."""
+    """Sum over ranks some of which may have had no sequence, so that they lack names."""
     names = dict.fromkeys(name for part in parts for name in part)
     pairs = {name: [part[name] for part in parts if name in part] for name in names}
     return {n: Metric(*map(sum, zip(*found, strict=True))) for n, found in pairs.items()}

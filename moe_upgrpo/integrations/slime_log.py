@@ -234,7 +234,7 @@ class TrainLog:
         return output
 
     def _recorded(self, call, *, rows, model, chunks, own=False) -> tuple[Any, dict]:
-        """What the forward returns; by layer number, the experts `[R, K]` of all of this rank's
+        """Give the forward's result; by layer number, the experts `[R, K]` of all of this rank's
         sequences, complete on the first rank of each pipeline stage.
 
         own: what the routers would choose without replay, else what they chose.
@@ -425,7 +425,7 @@ class TrainLog:
             }
 
     def _whole(self, parts: Sequence[Tensor], batch: dict) -> list[np.ndarray]:
-        """Of whole responses, also where context parallelism has split them; a collective there."""
+        """Log-probs of whole responses; a collective where context parallelism has split them."""
         lengths = zip(batch["total_lengths"], batch["response_lengths"], strict=True)
         gather = self.stack.losses.all_gather_with_cp
         return [

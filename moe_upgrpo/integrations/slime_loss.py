@@ -142,7 +142,7 @@ def replaced(module: ModuleType, **names: Any):
 
 
 def scored_by(found: Any) -> dict[str, list[Tensor]]:
-    """What get_log_probs_and_entropy returned: slime has a tensor before the dict."""
+    """Take apart what get_log_probs_and_entropy returned: slime has a tensor before the dict."""
     return found[1] if isinstance(found, tuple) else found
 
 

@@ -310,7 +310,7 @@ class EngineLog:
         }
 
     def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
-        """Of an engine that also fills rows for dense layers, the MoE layers alone."""
+        """Take the MoE layers alone of an engine that also fills rows for dense layers."""
         layers = routes_SLK.shape[1]
         if layers == len(self.layer_ids):
             return routes_SLK
@@ -499,7 +499,7 @@ def _share() -> float:
 
 
 def _keys(data) -> list[str]:
-    """What a sequence is known by from one forward to the next: its tokens, routes, log-probs."""
+    """Key of a sequence from one forward to the next: its tokens, routes, log-probs."""
     if "routed_experts" not in data:
         raise UserError(
             "MOE_UPGRPO_RUN: the batch has no routed_experts; the routing log needs "

@@ -1,4 +1,4 @@
-"""What a policy loss is made of, and the named ones."""
+"""The parts of a policy loss, and the named losses."""
 
 import math
 from dataclasses import dataclass, field, replace

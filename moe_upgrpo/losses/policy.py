@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What `policy_loss` returns.
+    """The result of `policy_loss`.
 
     loss: scalar, to be backpropagated.
     per_token: `[B, T]`, −A·f before aggregation, 0 at padding.

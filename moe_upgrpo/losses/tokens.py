@@ -1,4 +1,4 @@
-"""What a loss may look at, per token: masked log-probs, ratios and advantages.
+"""Quantities that a loss may look at, per token: masked log-probs, ratios and advantages.
 
 Shapes: B sequences, T response positions, L MoE layers, K experts per token; a suffix names them
 (`mask_BT`). A quantity of a whole sequence is `[B, 1]`, so that it broadcasts over its tokens.

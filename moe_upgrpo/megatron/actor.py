@@ -69,7 +69,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What one optimizer step saw of this rank's samples."""
+    """Record of this rank's samples in one optimizer step."""
 
     log_probs: list[np.ndarray]  # [T] float32 for each sample, at the weights before the step
     clipped: list[np.ndarray]  # [T] bool
@@ -461,7 +461,7 @@ class MegatronActor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Seen:
-    """What the loss made of one micro-batch."""
+    """Result of the loss for one micro-batch."""
 
     # [B, S]: log-probs, clipped, gradient weight and, where anything is recorded, entropy
     arrays: tuple[np.ndarray, ...] = ()

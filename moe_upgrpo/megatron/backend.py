@@ -116,7 +116,7 @@ def _as_numpy_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False
 
 
 def cpu_replacements() -> list[Replacement]:
-    """What stands in for CUDA. Every entry is a place that Megatron-Core assumes a GPU."""
+    """Stand-ins for CUDA. Every entry is a place that Megatron-Core assumes a GPU."""
 
     def nothing(*args, **kwargs):
         return None

@@ -18,7 +18,7 @@ from moe_upgrpo.megatron.tap import NO_ROUTE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the actor needs of one sequence: P prompt tokens, T response tokens."""
+    """One sequence as the actor needs it: P prompt tokens, T response tokens."""
 
     tokens: np.ndarray  # [P+T] integers
     prompt_length: int

@@ -99,7 +99,7 @@ def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
 
 
 def _told(error: BaseException) -> BaseException:
-    """Of a failed write torch says only where the file then ended (inline_container.cc:672)."""
+    """Name a full disk: torch says only where the file then ended (inline_container.cc:672)."""
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
         return OSError(errno.ENOSPC, f"torch could not write all of a file: {error}")
     return error

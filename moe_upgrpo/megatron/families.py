@@ -27,7 +27,7 @@ DTYPES = ("F32", "F16", "BF16")  # of a checkpoint's tensors, as safetensors has
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What a family asks of a field of its config."""
+    """A demand that a family makes of a field of its config."""
 
     field: str
     value: Any

@@ -21,7 +21,7 @@ from moe_upgrpo.megatron.logprobs import log_probs_and_entropy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What to compute of a micro-batch."""
+    """Quantities to compute of a micro-batch."""
 
     targets_BS: torch.Tensor
     mask_BS: torch.Tensor  # the rows to compute; the others are 0

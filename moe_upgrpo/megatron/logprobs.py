@@ -80,7 +80,7 @@ class _Rows:
             yield part, rows_CH, logits_Cv
 
     def in_models_dtype(self, gradient_Cv: torch.Tensor) -> torch.Tensor:
-        """What the buffer of logits holds now, in the dtype of the weight."""
+        """Contents of the buffer of logits now, in the dtype of the weight."""
         if gradient_Cv.dtype == self.product_Cv.dtype:
             return gradient_Cv
         return self.product_Cv[: len(gradient_Cv)].copy_(gradient_Cv)

@@ -1,4 +1,4 @@
-"""What a rank of the trainer holds, keeps for the backward pass and sends. Imports no Megatron.
+"""Bytes that a rank of the trainer holds, keeps for the backward pass and sends; no Megatron.
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
 layers (without Transformer Engine), in the manner of Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -26,7 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What of a Hugging Face config memory depends on."""
+    """Sizes of a Hugging Face config that memory depends on."""
 
     hidden: int
     vocab: int
@@ -72,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """What each rank of a pipeline stage holds; its ranks hold tensors of the same shapes."""
+    """Parameters on each rank of a pipeline stage, all of which hold the same shapes."""
 
     index: int
     shared: int  # parameters outside of experts: copies on all data-parallel ranks
@@ -141,7 +141,7 @@ def layer_activations(
     moe: bool,
     imbalance: float = 1.0,
 ) -> Bytes:
-    """What autograd keeps of one layer and micro-batch, for one rank.
+    """Bytes that autograd keeps of one layer and micro-batch, for one rank.
 
     norms     2·(8h + 4)/t: input and normalised input in fp32, of both
     qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc
@@ -187,7 +187,7 @@ def activations(
     micro_batches: int = 1,
     imbalance: float = 1.0,
 ) -> Bytes:
-    """What a rank of `stage` keeps at its fullest moment, the head aside.
+    """Bytes that a rank of `stage` keeps at its fullest moment, the head aside.
 
     A pipeline stage keeps several micro-batches: pp − stage of them, and with vpp parts of the
     model (2·(pp − stage − 1) + (vpp − 1)·pp + 1) of its vpp parts. recompute=full keeps each
@@ -218,7 +218,7 @@ def activations(
 
 
 def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose: str) -> float:
-    """Of the last stage's norm and head, at their fullest moment; v = V/t.
+    """Bytes of the last stage's norm and head, at their fullest moment; v = V/t.
 
     n·((8h + 4)/t + h·c)  the norm, and its output gathered from the ranks
     r·v·(4 + e + b)       logits of r rows at a time (moe_upgrpo/megatron/logprobs.py); e = 4 for
@@ -240,7 +240,7 @@ def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose
 def working_space(
     model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, imbalance: float = 1.0
 ) -> float:
-    """Of one layer while it is computed, beside what is kept: the larger of
+    """Bytes of one layer while it is computed, beside what is kept: the larger of
 
     attention  n/t·((heads + 4·kv)·D·c + 12·heads·D): the fused projection, keys and values once
                more, and three of the queries in fp32 in their norm

@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LatentNorm(RMSNorm):
-    """Of MLA's latents: transformers takes 1e-6 there whatever rms_norm_eps is."""
+    """The epsilon of MLA's latents: transformers takes 1e-6 there whatever rms_norm_eps is."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__(config, hidden_size, 1e-6)

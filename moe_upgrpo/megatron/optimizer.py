@@ -69,7 +69,7 @@ def one_call() -> str:
 
 
 def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
-    """Of their own accord torch's optimizers take foreach on a GPU and a loop on a CPU, and
+    """Have torch's optimizers take all weights in one call. They do on a GPU of their own accord, and
     Megatron leaves it there (optimizer/__init__.py:363); those of others know no such option."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(getattr(part, "optimizer", None)) in TORCH:

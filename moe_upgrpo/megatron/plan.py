@@ -53,7 +53,7 @@ def _as_rank(rank: int, world_size: int, layout: Layout) -> Iterator[None]:
 def rank_share(
     hf: PretrainedConfig, layout: Layout, world_size: int, rank: int, dtype: str = "bfloat16"
 ) -> Stage:
-    """What `rank` of `world_size` would hold, counted in the model that it would build."""
+    """Parameters on `rank` of `world_size`, counted in the model that it would build."""
     layout.check_world(world_size)
     with _as_rank(rank, world_size, layout):
         chunks = model_module.build_model(hf, layout, getattr(torch, dtype))
@@ -80,7 +80,7 @@ def rank_share(
 def stages(
     hf: PretrainedConfig, layout: Layout, world_size: int, dtype: str = "bfloat16"
 ) -> list[Stage]:
-    """What a rank of each pipeline stage holds: the first rank of each is built.
+    """Parameters that a rank of each pipeline stage holds: the first rank of each is built.
 
     The others of a stage hold tensors of the same shapes, because everything is split evenly or
     refused (`Layout.check_model`).

@@ -1,4 +1,4 @@
-"""What a user sets of the actor. Imports no Megatron, so that the command line starts fast."""
+"""Settings of the actor. Imports no Megatron, so that the command line starts fast."""
 
 from __future__ import annotations
 

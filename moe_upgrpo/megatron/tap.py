@@ -35,7 +35,7 @@ RECORDS = ("routes", "margins", "gates")
 
 @dataclass(slots=True)
 class _Trace:
-    """What one router did in one visit, and what it is held to; ids are int16."""
+    """The record of one router in one visit, and the routes that it is held to; ids are int16."""
 
     given_NK: torch.Tensor | None  # NO_ROUTE where the router chooses; None: everywhere
     record: Collection[str]
@@ -239,7 +239,7 @@ class RouterTap:
 
 
 class _Hook:
-    """What stands on a router's `router_replay`: the method that Megatron's top-k calls."""
+    """The object on a router's `router_replay`: the method that Megatron's top-k calls."""
 
     def __init__(self, tap: RouterTap, number: int):
         self._tap, self._number = tap, number
@@ -260,7 +260,7 @@ class _Hook:
 
 
 def wrong_uses(visits: Sequence[Visit], recomputations: int) -> str | None:
-    """What to say where a router did not run as often as it should have, or dropped tokens.
+    """The message where a router did not run as often as it should have, or dropped tokens.
 
     `recomputations`: how often each has to run again in the backward, 0 or 1.
     """
@@ -291,7 +291,7 @@ def flips(visits: Sequence[Visit]) -> int:
 
 
 def local_arrays(visits: Sequence[Visit]) -> list[dict[int, dict[str, np.ndarray]]]:
-    """What this rank recorded: for each visit, layer number -> name -> [s, B, ...]."""
+    """Give what this rank recorded: for each visit, layer number -> name -> [s, B, ...]."""
     return [{n: t.arrays(visit.batch) for n, t in visit.traces.items()} for visit in visits]
 
 

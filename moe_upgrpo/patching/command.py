@@ -1,4 +1,4 @@
-"""What `moe-upgrpo patch` prints."""
+"""The command `moe-upgrpo patch`, and what it prints."""
 
 from __future__ import annotations
 

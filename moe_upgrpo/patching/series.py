@@ -1,4 +1,4 @@
-"""What is in `patches/`: for each stack and version a folder of diffs and its series.yaml.
+"""The contents of `patches/`: for each stack and version a folder of diffs and its series.yaml.
 
     module: megatron.core           # found by it, and what its files are imported as
     distribution: megatron-core     # the version of an installed one
@@ -72,7 +72,7 @@ class Series:
         return [patch for patch in self.patches if file in patch.hunks]
 
     def checksums(self, file: str) -> list[str | None]:
-        """Of the file as upstream has it, then after each patch that changes it."""
+        """Checksums of the file as upstream has it, then after each patch that changes it."""
         chain = [patch.sha256[file] for patch in self.of_file(file)]
         return [chain[0][0], *(after for _, after in chain)]
 

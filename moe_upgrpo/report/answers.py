@@ -297,7 +297,7 @@ _WORDS |= {f"gradient_weight_{s}": f"gradient weight of A {c} 0" for s, c in _SI
 
 
 def _consequences(by: str) -> tuple[Answers, ...]:
-    """What may follow from mismatches: the gap, the ratio, clipping, and gradient weights."""
+    """Consequences that mismatches may have: the gap, the ratio, clipping, and gradient weights."""
     return (
         Answers(
             key=f"gap_by_{by}",

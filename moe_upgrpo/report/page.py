@@ -140,7 +140,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def _notes(run: Run) -> list[str]:
-    """What a reader must know of a run before its figures."""
+    """Notes that a reader must have of a run before its figures."""
     notes = []
     if run.is_probe:
         notes.append("A probe: engine and trainer are compared and nothing is trained.")
@@ -164,7 +164,7 @@ def _notes(run: Run) -> list[str]:
 
 
 def _unfinished(run: Run) -> str:
-    """What is there of a run without a row of a training step, else nothing."""
+    """Say what is there of a run without a row of a training step, else nothing."""
     if any(row["step"] > 0 for row in run.rows):
         return ""
     table = run.tokens.table
@@ -273,7 +273,7 @@ def _is_answer(entry: dict[str, Any], part: Answers, run: Run) -> bool:
 
 
 def _about(runs: list[Run]) -> list[dict[str, Any]]:
-    """What each run is: rows of the page's first table."""
+    """Rows of the page's first table: what each run is."""
 
     def versions(run: Run) -> str:
         known = run.environment.get("versions", {})

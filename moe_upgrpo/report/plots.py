@@ -153,7 +153,7 @@ def _metric_handle(i: int, several: bool) -> Line2D:
 def _two_legends(
     canvas: Figure, handles: list[Any], labels: list[str], floors: list[Any], named: list[str]
 ) -> None:
-    """What was measured on the left, the noise floors on the right."""
+    """Draw what was measured on the left, the noise floors on the right."""
     rows = max(len(labels), len(named))
     # Matplotlib fills a legend column by column.
     blank = [Line2D([], [], ls="")] * (rows - len(labels)), [""] * (rows - len(labels))

@@ -37,7 +37,7 @@ _SIGNIFICANT = 0.01
 
 
 def _counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int, int, int] | None:
-    """Of the routes compared under ``name``: pairs that differ, pairs, tokens that do, tokens."""
+    """Counts of the comparison ``name``: pairs that differ, pairs, tokens that do, tokens."""
     if (tokens_M := run.summed(f"{name}/histogram", steps=steps)) is None:
         return None
     tokens = int(tokens_M.sum())

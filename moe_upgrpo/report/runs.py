@@ -1,4 +1,4 @@
-"""What the report knows of a run: its config, environment and metrics, read from the store."""
+"""A run as the report knows it: its config, environment and metrics, read from the store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

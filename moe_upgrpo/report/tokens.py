@@ -1,4 +1,4 @@
-"""What the report reads of a run's token log: its newest files, the narrow columns."""
+"""A run's token log as the report reads it: its newest files, the narrow columns."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

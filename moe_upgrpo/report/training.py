@@ -1,4 +1,4 @@
-"""What a run learned and how its updates went: figures from the metrics of training."""
+"""Learning and updates of a run: figures from the metrics of training."""
 
 import numpy as np
 

@@ -114,7 +114,7 @@ class SamplingConfig:
 
     @property
     def logp_temperature(self) -> float:
-        """What the logits are divided by before the log-softmax, here and in the trainer."""
+        """Divisor of the logits before the log-softmax, here and in the trainer."""
         return self.temperature or 1.0
 
 

@@ -1,4 +1,4 @@
-"""What engines read of a checkpoint folder, and what they take as new weights."""
+"""Checkpoint folders as engines read them, and the new weights that they take."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFolder:
-    """What an engine has to know of a model folder before it starts on it.
+    """The facts of a model folder that an engine has to know before it starts on it.
 
     `view` is the folder that an engine reads which takes all *.safetensors that it finds: the
     folder itself, or one of links to what belongs to the model, which lives as long as this.

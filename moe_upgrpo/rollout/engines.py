@@ -19,7 +19,7 @@ EngineWeights = Literal["as-trained", "fp8"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VLLMSettings:
-    """Of vLLM in process."""
+    """Settings of vLLM in process."""
 
     sequences: int = 256
     """Most sequences in flight."""

@@ -281,7 +281,7 @@ class HFEngine:
         return logits[:, -1], self._read_taps(*ids_AX.shape)
 
     def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
-        """What the taps hold after one forward, as `[sequences, tokens, L, K]`."""
+        """Give what the taps hold after one forward, as `[sequences, tokens, L, K]`."""
         for name, tap in self._taps.items():
             if len(tap) != 1 or tap[0].ndim != 2 or len(tap[0]) != sequences * tokens:
                 raise RuntimeError(

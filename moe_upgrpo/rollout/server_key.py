@@ -27,14 +27,14 @@ def new_key() -> str:
 
 
 def headers(key: str | None) -> dict[str, str]:
-    """Of a request with a JSON body."""
+    """Headers of a request with a JSON body."""
     return {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
 
 
 def refused(server: str, key: str | None, variable: str) -> UserError:
-    """What to say where a server answers 401."""
+    """The error where a server answers 401."""
     what = "asks for another key than it was given" if key else "asks for a key, and got none"
     return UserError(
         f"{server} {what}: set {variable} to the same value where the server is started and where "

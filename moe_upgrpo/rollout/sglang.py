@@ -339,7 +339,7 @@ class SGLangEngine:
         return routes.astype(routes_dtype(self._num_experts))
 
     def _name(self, version: int) -> str:
-        """What the server calls the weights; another trainer's have another name."""
+        """The server's name for the weights; another trainer's have another name."""
         return f"{self._run}:{version}"
 
     def _usable_version(self) -> int:
@@ -556,7 +556,7 @@ class SGLangEngine:
         return kind[parts.scheme](parts.hostname, parts.port, timeout=timeout)
 
     def _exchange(self, connection, path: str, body: dict | None = None) -> Any:
-        """What the server answers to a GET, or to a POST of `body`; JSON decoded."""
+        """Give the server's answer to a GET, or to a POST of `body`; JSON decoded."""
         try:
             connection.request(
                 "GET" if body is None else "POST",
@@ -583,7 +583,7 @@ class SGLangEngine:
             raise self._gone(error) from error
 
     def _try(self, path: str, body: dict) -> None:
-        """What helps others if it works, after a failure that is raised."""
+        """Try what helps others if it works, after a failure that is raised."""
         with suppress(UserError, *NETWORK_ERRORS):
             self._exchange(self._connection(min(5.0, self.timeout)), path, body)
 

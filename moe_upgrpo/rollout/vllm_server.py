@@ -105,7 +105,7 @@ class VLLMServerEngine:
         self._on_rank_0(self._first_response)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, on every rank; where it raises there, all do."""
+        """Give every rank what `action` returns on rank 0; where it raises there, all do."""
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         told = [None, None]
         if alone or dist.get_rank() == 0:
@@ -433,7 +433,7 @@ class VLLMServerEngine:
         return answers
 
     def _call(self, path: str, body: dict | None = None, timeout: float | None = None) -> Any:
-        """What the server answers to a GET, or to a POST of `body`."""
+        """Give the server's answer to a GET, or to a POST of `body`."""
         timeout = timeout or self.timeout
         request = urllib.request.Request(
             self.url + path,

@@ -48,14 +48,14 @@ class ComparisonKind(StrEnum):
 
     @property
     def sides(self) -> tuple[str, str]:
-        """What the two arguments of `compare_routes` are."""
+        """The two arguments of `compare_routes`, by what they are."""
         noise = self in (ComparisonKind.REPEAT, ComparisonKind.BATCH_SHAPE)
         return ("first pass", "second pass") if noise else ("rollout", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingCounts:
-    """What two sides' expert sets have in common, as two histograms of counts.
+    """Counts of what two sides' expert sets have in common, as two histograms.
 
     With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K (in a
     noise floor, those of the first and of the second pass of one side):

@@ -1,4 +1,4 @@
-"""What a difference between two ways of training can be seen with: problems, samples, seeds.
+"""The power to see a difference between two ways of training: problems, samples, seeds.
 
 The run with training seed s is right on problem i with the chance
 
@@ -25,7 +25,7 @@ from scipy import optimize, stats
 from moe_upgrpo.errors import UserError
 
 Question = Literal["these", "such"]
-"""Of the problems that were taken alone, or of problems like them."""
+"""Whether a figure is of the problems that were taken alone, or of problems like them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def variances(design: Design, spread: Spread, *, paired: bool = True) -> dict[st
 def standard_error(
     design: Design, spread: Spread, *, question: Question, paired: bool = True
 ) -> float:
-    """Of the difference of two arms' avg@n; `variances` says of what it is made."""
+    """The variance of the difference of two arms' avg@n; `variances` says of what it is made."""
     parts = variances(design, spread, paired=paired)
     if question == "these":
         del parts["problems"]
@@ -99,7 +99,7 @@ def standard_error(
 
 
 def degrees_of_freedom(design: Design, spread: Spread, *, question: Question) -> float:
-    """Of the paired t-test (`paired_test`) at the variances that `spread` says.
+    """The power of the paired t-test (`paired_test`) at the variances that `spread` says.
 
     These problems: S − 1. Such problems: Satterthwaite's, V²/(V_seeds²/(S − 1) + V_problems²/(N −
     1)), V_seeds the part of V that differs from seed to seed, V_problems that from problem to
@@ -358,7 +358,7 @@ def _root(variance: float) -> float:
 
 
 def _mean_squares(table_SN: np.ndarray) -> tuple[float, float, float]:
-    """Of seeds, of problems and of the rest of a two-way table; NaN where one seed leaves none."""
+    """Variances of seeds, problems and the rest of a two-way table; NaN where one seed leaves none."""
     seeds, problems = table_SN.shape
     rows_S, columns_N = table_SN.mean(axis=1), table_SN.mean(axis=0)
     by_problem = seeds * float(columns_N.var(ddof=1))

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, written and read: config, metrics, token log.
+"""Files that a run leaves on disk, written and read: config, metrics, token log.
 
 Each name is imported from its module when it is first used: options and messages need the light
 ones of them, and no pyarrow.

@@ -140,7 +140,7 @@ def _is_ours(name: str, about: Any) -> bool:
 
 
 def faults(path: Path, expected: dict[str, Any]) -> list[str]:
-    """What is wrong with a checkpoint's files ``expected`` (a part of its manifest's)."""
+    """Name what is wrong with a checkpoint's files ``expected`` (a part of its manifest's)."""
     wrong = []
     for name, about in expected.items():
         file = path / name

@@ -1,4 +1,4 @@
-"""What an evaluation found, problem by problem: runs of the same problems are compared in pairs."""
+"""An evaluation, problem by problem: runs of the same problems are compared in pairs."""
 
 import re
 from collections.abc import Collection

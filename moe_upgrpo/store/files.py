@@ -32,14 +32,14 @@ def publish(part: Path, path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Of several processes that write the same file at once, on any machine, one wins."""
+    """Write a file whole: of several processes that write it at once, on any machine, one wins."""
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)
 
 
 def parse_json(written: bytes, where: str) -> Any:
-    """What JSON says. Raises UserError, one line that begins with `where`, for anything else."""
+    """Read JSON. Raises UserError, one line that begins with `where`, for anything else."""
     try:
         return json.loads(written.decode("utf-8"), parse_int=_integer)
     except UnicodeDecodeError as error:

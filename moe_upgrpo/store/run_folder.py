@@ -116,7 +116,7 @@ class RunFolder:
         return hashlib.sha256(self.config_path.read_bytes()).hexdigest()
 
     def memory(self) -> dict[str, Any]:
-        """What the run keeps of itself; empty of one that an older version wrote."""
+        """Facts that the run keeps of itself; empty of one that an older version wrote."""
         return _read_json(self.memory_path) if self.memory_path.is_file() else {}
 
     def edits(self) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""What a task has to offer: problems with prompt ids, and a verifier."""
+"""The protocol of a task: problems with prompt ids, and a verifier."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

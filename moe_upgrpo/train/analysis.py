@@ -1,4 +1,4 @@
-"""What some steps measure beside training: the log-prob gap taken apart, and the noise floors.
+"""Measurements beside training, on some steps: the log-prob gap in its parts, the noise floors.
 
 Neither touches the weights; both cost forwards, on one step in `analyse_every`.
 

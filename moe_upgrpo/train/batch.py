@@ -1,4 +1,4 @@
-"""What one step trains on: groups of responses with the verifier's verdicts, and their rewards.
+"""The batch of one step: groups of responses with the verifier's verdicts, and their rewards.
 
 G responses to a problem are a group. Shapes: B responses of this data-parallel rank, the G of a
 problem adjacent.

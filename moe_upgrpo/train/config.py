@@ -31,12 +31,12 @@ class TrainConfig:
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
-    """What the ratio is taken to: the trainer's log-probs at the old weights, or the rollout's
+    """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
     (bypass): the ratio then has the mismatch in it."""
     steps: int = 60
     """RL steps: a batch of rollouts and the optimizer steps on it."""
     seed: int = 0
-    """Of everything random: problems, sampling, the order of mini-batches."""
+    """Seed of everything random: problems, sampling, the order of mini-batches."""
     output_dir: Path | None = None
     """The run folder; must not hold another run. None: runs/LOSS-DATE-TIME."""
     resume: Path | None = None
@@ -77,9 +77,10 @@ class TrainConfig:
     eval_data: tuple[Path, ...] = ()
     """Files of held-out problems. None: no evaluation."""
     prompt_field: str | None = None
-    """Of the files. None: prompt, question or problem."""
+    """Name of the prompt in the files. None: prompt, question or problem."""
     answer_field: str | None = None
-    """Of the files. None: answer, reward_model.ground_truth, ground_truth, label or solution."""
+    """Name of the answer in the files. None: answer, reward_model.ground_truth, ground_truth, label or
+    solution."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, where it has one; none; or a file with a Jinja template."""
     chat_template_kwargs: str = "{}"
@@ -100,7 +101,7 @@ class TrainConfig:
     engine_every: int = 1
     """Steps between weight updates of the engine: rollouts are up to one less stale."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
+    """Number type of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
     tp: int | None = None
     """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
     ep: int | None = None

@@ -95,7 +95,7 @@ def diagnose(
     torch_facts: Callable[[], dict[str, Any]] | None = None,
     code_paths: Callable[[], dict[str, str]] | None = None,
 ) -> Diagnosis:
-    """What is found in the folders of `path` (None: of this Python). The other two are for tests:
+    """Look into the folders of `path` (None: of this Python). The other two are for tests:
     what torch says of itself and its devices, and the code paths of `moe_upgrpo.megatron.model`."""
     installed = Installed(sys.path if path is None else path)
     problems: list[str] = []
@@ -132,7 +132,7 @@ def diagnose(
 
 
 def _base(installed: Installed, problems: list[str]) -> list[Item]:
-    """What this package's own metadata requires without an extra."""
+    """Requirements of this package's own metadata without an extra."""
     items = []
     try:
         requires = importlib.metadata.requires("moe_upgrpo") or []

@@ -203,7 +203,7 @@ def _moments(
     sequences: int,
     length: int,
 ) -> dict[str, Bytes]:
-    """What comes on top of what is held, at each moment of a step."""
+    """Bytes that come on top of what is held, at each moment of a step."""
     given = dict(dtype=config.dtype)
     old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
     moments = {}

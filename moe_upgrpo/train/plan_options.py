@@ -10,7 +10,7 @@ from moe_upgrpo.train.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """What a training run needs of each GPU: memory, messages and logs, and whether it fits.
+    """Show what a training run needs of each GPU: memory, messages and logs, and whether it fits.
 
     Takes the options of train; --model may name a folder that holds a config.json alone.
     """
@@ -21,7 +21,7 @@ class PlanConfig(TrainConfig):
     gpu_memory_gb: float = 141
     """Memory of each GPU, in 1e9 bytes."""
     server_gb: float = 0
-    """What a server of the engine takes of each of these GPUs; 0: it runs on others."""
+    """Memory that a server of the engine takes of each of these GPUs; 0: it runs on others."""
     imbalance: float = 1.5
     """Tokens of the busiest rank's experts over the mean of the ranks."""
 

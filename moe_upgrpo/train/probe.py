@@ -131,7 +131,7 @@ def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]
 def _step(
     config: ProbeConfig, prompts: Sequence[np.ndarray], actor: MegatronActor, engine: Engine
 ) -> record.StepRecord:
-    """What a step of training would record, without its update."""
+    """The record that a step of training would make, without its update."""
     sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     rollouts = engine.generate(
         prompts, sampling, samples_per_prompt=config.samples, seed=config.seed

@@ -32,7 +32,7 @@ class ProbeConfig:
     """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trainer."""
+    """Number type of the trainer."""
     micro_batch: int = 64
     output_dir: Path = Path("runs/probe")
     """Where the report goes; must not hold another run."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line on a terminal, plain lines elsewhere; rank 0 only."""
+"""A run as a person sees it: one live line on a terminal, plain lines elsewhere; rank 0 only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one RL step leaves: rows of the token log, and sums from which its metrics are made.
+"""The record of one RL step: rows of the token log, and sums from which its metrics are made.
 
 Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that
 a metric does not depend on how sequences lie on ranks. Names: `moe_upgrpo.store.metrics`.

@@ -47,7 +47,7 @@ def read_routes(path: Path) -> np.ndarray:
 
 
 class _Refused(Exception):
-    """What is wrong with a file, in a few words."""
+    """Say in a few words what is wrong with a file."""
 
 
 def _read(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What a training run stands on: ranks, model, engine, task and run folder, put together once."""
+"""The ground of a training run: ranks, model, engine, task and run folder, put together once."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _task_and_model(
 
 
 def _say_of_model(config: TrainConfig, display: Display, rank: int) -> None:
-    """What to know of a given model; refused before the problems are read where it cannot be."""
+    """Say what is to be known of a given model; refuse it before the problems are read."""
     hf = read_model_config(config.model)
     with Weights(config.model, tied=is_tied(hf)) as weights:
         if note := weights.note():
@@ -322,7 +322,7 @@ class Job:
         return self.dp_rank * (self.config.prompts // self.dp_size) * self.config.group
 
     def _seed(self, purpose: int, step: int, which: int, refill: int = 0) -> int:
-        """Of one rank's, or one problem's, draws in a step."""
+        """Seed of one rank's, or one problem's, draws in a step."""
         numbers = (self.config.seed, purpose, step, which, *([refill] if refill else []))
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -404,7 +404,7 @@ class Job:
         ], killed
 
     def rewards(self, batch: Batch, step: int) -> np.ndarray:
-        """Of the batch's responses; which wrong ones pass for right is drawn for each problem of
+        """Rewards of the batch's responses. Which wrong ones pass for right is drawn for each problem of
         the step and each response to it, so that every layout has the same errors."""
         first = self.first_sequence // self.config.group
         draws = [
