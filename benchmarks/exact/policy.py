@@ -105,7 +105,7 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """Differences that make the rollout engine another policy than the trainer; held fixed while θ moves.
+    """Differences between the policies of rollout engine and trainer; held fixed while θ moves.
 
     noise_MLE: added to the router's logits, one draw for each prefix, layer and expert: it moves
         the choice of experts and their gates.

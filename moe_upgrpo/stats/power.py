@@ -358,7 +358,7 @@ def _root(variance: float) -> float:
 
 
 def _mean_squares(table_SN: np.ndarray) -> tuple[float, float, float]:
-    """Variances of seeds, problems and the rest of a two-way table; NaN where one seed leaves none."""
+    """Variances of seeds, problems and rest of a two-way table; NaN where one seed leaves none."""
     seeds, problems = table_SN.shape
     rows_S, columns_N = table_SN.mean(axis=1), table_SN.mean(axis=0)
     by_problem = seeds * float(columns_N.var(ddof=1))

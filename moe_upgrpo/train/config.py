@@ -79,8 +79,8 @@ class TrainConfig:
     prompt_field: str | None = None
     """Name of the prompt in the files. None: prompt, question or problem."""
     answer_field: str | None = None
-    """Name of the answer in the files. None: answer, reward_model.ground_truth, ground_truth, label or
-    solution."""
+    """Name of the answer in the files. None: answer, reward_model.ground_truth, ground_truth,
+    label or solution."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, where it has one; none; or a file with a Jinja template."""
     chat_template_kwargs: str = "{}"

@@ -404,8 +404,8 @@ class Job:
         ], killed
 
     def rewards(self, batch: Batch, step: int) -> np.ndarray:
-        """Rewards of the batch's responses. Which wrong ones pass for right is drawn for each problem of
-        the step and each response to it, so that every layout has the same errors."""
+        """Rewards of the batch's responses. Which wrong ones pass for right is drawn for each
+        problem of the step and each response to it, so that every layout has the same errors."""
         first = self.first_sequence // self.config.group
         draws = [
             np.random.default_rng(self._seed(_VERDICTS, step, first + i)).random(len(g.correct_G))
