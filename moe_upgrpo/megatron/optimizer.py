@@ -70,7 +70,7 @@ def one_call() -> str:
 
 def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
     """Have torch's optimizers take all weights in one call. On a GPU they do of their own accord,
-    and Megatron leaves it there (optimizer/__init__.py:363); those of others know no such option."""
+    and Megatron leaves it there (optimizer/__init__.py:363); others know no such option."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(getattr(part, "optimizer", None)) in TORCH:
             for group in part.optimizer.param_groups:
