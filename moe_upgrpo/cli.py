@@ -23,7 +23,6 @@ from tyro.conf import Positional, arg
 
 from moe_upgrpo import __version__, ending, kernels
 from moe_upgrpo.errors import (
-    INTERRUPTED,
     LOST_RANK,
     MachineFault,
     UserError,
@@ -76,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands[arguments[0]](arguments[1:])
     except UserError as error:
         ending.fail(str(error), status_of(error), lost=type(error).__name__ == "PeerLost")
-    except KeyboardInterrupt:
-        ending.fail("interrupted.", INTERRUPTED)
+    except KeyboardInterrupt as end:
+        ending.fail("interrupted.", status_of(end))
     except BrokenPipeError:  # as `| head` does, once it has seen enough
         ending.fail("standard output was closed by its reader.", 128 + signal.SIGPIPE)
     except Exception as error:
@@ -255,8 +254,8 @@ def _compare(arguments: list[str]) -> None:
         folder = output or Path("runs/compare") / plan.name
         try:
             left = run(plan, folder, parallel=parallel, say=lambda line: print(line, flush=True))
-        except KeyboardInterrupt:
-            ending.fail("interrupted; the same command goes on from there.", 130)
+        except KeyboardInterrupt as end:
+            ending.fail("interrupted; the same command goes on from there.", status_of(end))
         print(write_report(folder))
         if left:
             raise MachineFault(left)

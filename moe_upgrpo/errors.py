@@ -48,6 +48,11 @@ class Stopped(UserError):
 
 INTERRUPTED = 128 + signal.SIGINT
 
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it ends what Ctrl-C ends, in the same way."""
+
+
 _DISK = "no space is left on the disk"
 _FILES = "too many files are open (ulimit -n allows no more)"
 _MEMORY = "out of memory"
@@ -84,8 +89,10 @@ _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 def status_of(error: BaseException) -> int:
     """The exit status of a command that `error` ends."""
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     if isinstance(error, UserError) and error.status != UserError.status:
         return error.status
     if machine_fault(error):

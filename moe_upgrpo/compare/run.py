@@ -29,7 +29,7 @@ from moe_upgrpo import kernels
 from moe_upgrpo.compare import data
 from moe_upgrpo.compare.outcome import Outcome, outcome
 from moe_upgrpo.compare.plan import Comparison, Run, default_parallel
-from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.errors import MachineFault, Terminated, UserError
 from moe_upgrpo.store import RunFolder, read_config, read_environment, rows_so_far
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.files import parse_json, write_text
@@ -50,7 +50,7 @@ def compare(
     These are tried `TRIES` times. Raises UserError: the folder holds another comparison, another
     command works in it, or a run was refused; MachineFault where nothing can be reported on, as
     the learning rates are not known or no run is done. A SIGTERM ends it as Ctrl-C does, with
-    KeyboardInterrupt and its runs stopped.
+    KeyboardInterrupt (Terminated) and its runs stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -60,11 +60,15 @@ def compare(
             raise UserError(
                 f"Another compare is at work in {folder}: wait for it, or take another --output."
             ) from None
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.signal(signal.SIGTERM, _terminated)
         try:
             return _compare(plan, folder, parallel, say)
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _compare(

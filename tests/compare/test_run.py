@@ -14,7 +14,7 @@ import yaml
 
 from moe_upgrpo.compare import data, report, run
 from moe_upgrpo.compare.plan import from_values
-from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.errors import MachineFault, UserError, status_of
 from tests.ranks import run_command
 
 VALUES = {
@@ -233,8 +233,9 @@ def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, m
     config.write_text(yaml.safe_dump(VALUES))
     other = threading.Thread(target=meanwhile, daemon=True)  # waits for ever where no run starts
     other.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as ended:
         do(folder)
+    assert status_of(ended.value) == 143
     other.join()
     assert refused[0].returncode == 2 and "Another compare is at work" in refused[0].stderr
     with pytest.raises(ProcessLookupError):
