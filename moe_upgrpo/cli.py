@@ -251,7 +251,7 @@ def _fail(message: str, status: int = 2) -> NoReturn:
         about = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(error_file).parent.mkdir(parents=True, exist_ok=True)
         Path(error_file).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": about}})
+            json.dumps({"message": {"message": message, "extraInfo": about}}), encoding="utf-8"
         )
     if first:
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ def compare(
     could not start. A SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt and its runs stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -196,13 +196,13 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> str:
     if not is_trained(folder, run):
         what = train_words(plan, folder, run)
         resumed = "--resume" in what
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             command = _command(plan.nproc, what)
             child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
             children[run] = child
             status = child.wait()
             del children[run]
-        said = log.read_text()
+        said = log.read_text(encoding="utf-8", errors="replace")
     seconds = time.monotonic() - begin
     rows = rows_so_far(path)
     if status and (status < 0 or _KILLED.search(said)):
