@@ -8,7 +8,8 @@ without either are read as they are.
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,24 @@ def read_checked(
         pa.ArrowException: not Parquet, truncated or damaged.
         OSError: it cannot be opened.
     """
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            schema = parquet.schema_arrow
-            columns = choose(schema)
-            table = parquet.read(columns=None if columns is None else list(columns))
+    with _damage_named(), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        schema = parquet.schema_arrow
+        columns = choose(schema)
+        table = parquet.read(columns=None if columns is None else list(columns))
         _check(table, schema)
         return table
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a Parquet file, none of which is read. Raises as `read_checked`."""
+    with _damage_named():
+        return pq.read_schema(file).names
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
     except (UserError, pa.ArrowException, OSError):
         raise
     # Damaged names are not UTF-8, damaged sizes no sizes.
