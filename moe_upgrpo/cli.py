@@ -40,6 +40,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. `argv` are words that come before those of the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a sign that cannot be shown becomes a "?"
+        sys.stdout.reconfigure(errors="replace")
     arguments = [*(argv or ()), *sys.argv[1:]]
     commands = {
         "train": _train,
