@@ -27,9 +27,9 @@ import tyro
 ROOT = Path(__file__).parents[1]
 POLL_S = 1.0
 SMALL = (
-    *("--digits", "1", "--tiny.layers", "2", "--tiny.hidden", "64", "--minibatches", "2"),
+    *("--digits", "1", "--tiny.layers", "2", "--tiny.hidden", "32", "--minibatches", "1"),
     *("--warm-start.probe-problems", "64", "--warm-start.target-pass-at-1", "0.1"),
-    *("--prompts", "8", "--group", "4", "--eval-every", "50", "--save-every", "100"),
+    *("--prompts", "4", "--group", "2", "--eval-every", "50", "--save-every", "100"),
     "--no-report",
 )
 

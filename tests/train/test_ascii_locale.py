@@ -31,7 +31,9 @@ SIZES = {
 def train(*words) -> subprocess.CompletedProcess:
     """In an interpreter of its own, whose locale is that of its start; output as bytes."""
     command = [sys.executable, "-m", "moe_upgrpo", "train", *map(str, words)]
-    return subprocess.run(command, capture_output=True, env=os.environ | ASCII, timeout=120)
+    environment = os.environ | ASCII
+    environment.pop("PYTHONIOENCODING", None)
+    return subprocess.run(command, capture_output=True, env=environment, timeout=120)
 
 
 def test_a_run_with_its_report(tmp_path):
@@ -46,7 +48,7 @@ def test_a_run_with_its_report(tmp_path):
     given |= {name: [str(tmp_path / "fragen.jsonl")] for name in ("data", "eval_data")}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(given, allow_unicode=True), encoding="utf-8")
-    folder = tmp_path / "Läufe"
+    folder = tmp_path / os.fsdecode("Läufe".encode())  # as the locale has it
 
     result = train("--config", config, "--output-dir", folder)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
@@ -56,7 +58,7 @@ def test_a_run_with_its_report(tmp_path):
     assert read_config(folder)["instruction"] == "Antworte für Schüler."
     evaluated = read_evaluations(folder).to_pylist()
     assert any("Wie groß ist 0+1? ½" in row["prompt"] for row in evaluated)
-    assert "Wie groß ist 0+1? ½" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "TP1·EP1" in (folder / "report.html").read_text(encoding="utf-8")
 
     again = train("--config", config, "--output-dir", folder)
     assert again.returncode == 2
