@@ -8,8 +8,10 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").read_text())[1]
-RELEASES = (ROOT / "moe_upgrpo/megatron/releases.py").read_text()
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "moe_upgrpo/__init__.py").read_text(encoding="utf-8")
+)[1]
+RELEASES = (ROOT / "moe_upgrpo/megatron/releases.py").read_text(encoding="utf-8")
 MEGATRON = re.search(r'SUPPORTED = "(.+)"', RELEASES)[1]
 
 
@@ -27,7 +29,7 @@ setup(
     name="moe_upgrpo",
     version=VERSION,
     description="RL of mixture-of-experts models on Megatron-Core, routing mismatch in view",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -58,7 +58,7 @@ def vllm_server(model: str, log: Path) -> Iterator[str]:
     )
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     os.environ.setdefault(VARIABLE, new_key())  # the trainers', too
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(
             [sys.executable, *command.split()],
             env=os.environ | settings | {"TORCHDYNAMO_DISABLE": "1"},
@@ -85,7 +85,7 @@ def start(name: str, folder: Path, more: list[str]) -> None:
     command = [str(torchrun), "--nproc-per-node", "2", "examples/train_moe.sh", *RUNS[name]]
     command += ["--output-dir", str(folder), *more]
     log = folder.with_suffix(".log")
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         status = subprocess.run(
             command,
             cwd=ROOT,

@@ -460,8 +460,10 @@ def main(arguments: Arguments) -> None:
     for name, text in found.items():
         print(f"\n## {name}\n\n{text}")
     if arguments.page:
-        page = arguments.page.read_text()
-        arguments.page.write_text(filled(page, {n: lambda t=t: t for n, t in found.items()}))
+        page = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(
+            filled(page, {n: lambda t=t: t for n, t in found.items()}), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

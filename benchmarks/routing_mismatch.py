@@ -744,7 +744,7 @@ def save(found: list[Measured], folder: Path, about: dict) -> None:
             floats = dict.fromkeys(frame.select_dtypes("float64"), "float32")
             frame = frame.astype(floats)
         frame.to_parquet(folder / f"{name}.parquet", compression="zstd")
-    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def compute(axis: Axis, arguments: Arguments, work: Path) -> None:

@@ -107,7 +107,10 @@ class Report:
             )
             for name in ("runs", "sequences", "positions", "layers")
         }
-        about = {part.name: json.loads((part / "about.json").read_text()) for part in parts}
+        about = {
+            part.name: json.loads((part / "about.json").read_text(encoding="utf-8"))
+            for part in parts
+        }
         return cls(**frames, about=about)
 
     # --- selections
@@ -337,7 +340,7 @@ class Report:
 
     def fill(self, page: Path) -> None:
         """Fills the page's sections, and draws its figures into img/routing-mismatch beside."""
-        page.write_text(filled(page.read_text(), self.sections()))
+        page.write_text(filled(page.read_text(encoding="utf-8"), self.sections()), encoding="utf-8")
         self.draw(page.parent / "img" / "routing-mismatch")
 
     def draw(self, folder: Path) -> None:

@@ -52,7 +52,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", s
 def job(layout: Layout, model: Path, source: Path | None, target: Path) -> str:
     """The SHA-256 of the weights after loading, or after one step where there is no `source`."""
     torch.set_num_threads(1)
-    (target / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    (target / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()), encoding="utf-8")
     with groups.process_groups(layout):
         actor = MegatronActor(model, layout, optimizer=OptimizerSettings(lr=1e-2, warmup_steps=1))
         if source is None:
@@ -71,18 +71,20 @@ def job(layout: Layout, model: Path, source: Path | None, target: Path) -> str:
 def as_rank(values: dict) -> None:
     """A rank of torchrun."""
     target = Path(values["target"])
-    with (target / f"stack-{os.environ['RANK']}").open("w") as file:
+    with (target / f"stack-{os.environ['RANK']}").open("w", encoding="utf-8") as file:
         faulthandler.register(signal.SIGUSR1, file)
         layout = Layout(**values["layout"])
         found = job(layout, Path(values["model"]), Path(values["source"]), target)
-    (target / f"found-{os.environ['RANK']}").write_text(found)
+    (target / f"found-{os.environ['RANK']}").write_text(found, encoding="utf-8")
 
 
 def by_torchrun(layout: Layout, model: Path, source: Path, target: Path, limit_s: float) -> list:
     sizes = {name: getattr(layout, name) for name in ("tp", "ep", "pp")}
     values = {"layout": sizes, "model": str(model), "source": str(source), "target": str(target)}
     command = [*TORCHRUN, "-m", "benchmarks.starts", "--rank", json.dumps(values)]
-    agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    agent = subprocess.Popen(
+        command, stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8"
+    )
     try:
         _, errors = agent.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -90,7 +92,9 @@ def by_torchrun(layout: Layout, model: Path, source: Path, target: Path, limit_s
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(2)
-        stacks = "\n".join(f"{f.name}:\n{f.read_text()}" for f in sorted(target.glob("stack-*")))
+        stacks = "\n".join(
+            f"{f.name}:\n{f.read_text(encoding='utf-8')}" for f in sorted(target.glob("stack-*"))
+        )
         raise RankFailed(f"no result in {limit_s} s\n{stacks}") from None
     finally:
         for pid in (*pids(target), agent.pid):
@@ -98,11 +102,11 @@ def by_torchrun(layout: Layout, model: Path, source: Path, target: Path, limit_s
                 os.kill(pid, signal.SIGKILL)
     if agent.returncode:
         raise RankFailed(errors)
-    return [(target / f"found-{rank}").read_text() for rank in range(RANKS)]
+    return [(target / f"found-{rank}").read_text(encoding="utf-8") for rank in range(RANKS)]
 
 
 def pids(target: Path) -> list[int]:
-    return [int(text) for f in target.glob("pid-*") if (text := f.read_text())]
+    return [int(text) for f in target.glob("pid-*") if (text := f.read_text(encoding="utf-8"))]
 
 
 @contextmanager

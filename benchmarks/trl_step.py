@@ -68,7 +68,9 @@ json.dump(rows, open(f"{folder}/rows.json", "w"))
 
 def run(command: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"
+    )
     if result.returncode:
         sys.exit(f"{command[:3]} failed:\n{result.stderr[-3000:]}")
 
@@ -82,7 +84,7 @@ def trl(model: Path, folder: Path, steps: int, prompts: int) -> float:
     folder.mkdir()
     sizes = map(str, (steps, prompts, GROUP, NEW_TOKENS))
     run([sys.executable, "-c", TRL, str(model), str(folder), *sizes])
-    rows = json.loads((folder / "rows.json").read_text())
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return rate([(row["tokens"], row["seconds"]) for row in rows])
 
 

@@ -156,7 +156,7 @@ def _collapsed(run: RunData) -> bool:
 
 def quoted(page: str, words: str, verdict: str, effect: str | None = None) -> Evidence:
     """Evidence that another page states in these words. Raises UserError where it does not."""
-    if words not in (ROOT / "docs" / page).read_text():
+    if words not in (ROOT / "docs" / page).read_text(encoding="utf-8"):
         raise UserError(f"docs/{page} does not say {words!r} any more: write the verdict anew.")
     exact = page == "exact.md"
     return Evidence(
@@ -335,7 +335,10 @@ def main(
     print(table(found, below="docs/"))
     for page in pages:
         made = short(found) if page.name == "README.md" else table(found, below="")
-        page.write_text(filled(page.read_text(), {"verdicts": lambda made=made: made}))
+        page.write_text(
+            filled(page.read_text(encoding="utf-8"), {"verdicts": lambda made=made: made}),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

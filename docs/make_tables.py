@@ -74,4 +74,4 @@ def filled(page: str, sections: dict[str, str]) -> str:
 if __name__ == "__main__":
     for name, sections in PAGES.items():
         page = DOCS / name
-        page.write_text(filled(page.read_text(), sections))
+        page.write_text(filled(page.read_text(encoding="utf-8"), sections), encoding="utf-8")

@@ -119,6 +119,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # problems have signs that no terminal may have
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import locale
 import os
 import re
 import signal
@@ -50,6 +51,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. `argv` are words that come before those of the command line."""
+    _take_any_locale()
     arguments = [*(argv or ()), *sys.argv[1:]]
     commands = {
         "train": _train,
@@ -311,3 +313,14 @@ def _console() -> Console:
     """Square brackets are those of pip; where there is no terminal, lines are wide."""
     console = Console(markup=False, highlight=False)
     return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
+
+
+def _take_any_locale() -> None:
+    """Files are UTF-8 whatever the locale; a sign that the terminal cannot show becomes a "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    # torch reads its own templates in the locale's encoding (torch/_inductor/utils.py:4770), which
+    # fails where that is ASCII. Our own files and pipes name theirs.
+    if locale.getencoding().upper() != "UTF-8":
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")

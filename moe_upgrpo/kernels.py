@@ -104,9 +104,10 @@ def describe(found: dict[str, Any]) -> dict[str, str]:
 def _cpu() -> tuple[str, frozenset[str]]:
     """The CPU's name, and the names that Linux has for its instructions; none elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
+        text = ""
+    lines = text.split("\n\n")[0].splitlines()
     found = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     model = found.get("model name") or platform.processor() or platform.machine()
     return model, frozenset(found.get("flags", "").split())

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "moe_upgrpo"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moe_upgrpo"
 # Each may import those before it (and itself).
 ORDER = (
     "errors",
@@ -33,7 +34,7 @@ ORDER = (
 
 def imports(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -91,7 +92,7 @@ SAFELY = {
 def test_no_file_that_is_read_can_run_code():
     found = {}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in CODE_FROM_FILES:
                 found.setdefault(str(path.relative_to(PACKAGE)), []).append(ast.unparse(node))
     assert found.keys() <= SAFELY.keys(), found
@@ -102,6 +103,58 @@ def test_no_file_that_is_read_can_run_code():
         if not any(safe in call for safe in np.atleast_1d(SAFELY[name]))
     ]
     assert not unsafe and "megatron/checkpoint.py" in found
+
+
+def without_encoding(path: Path) -> list[str]:
+    """The calls that read or write text in the encoding of the locale, which may be ASCII."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        modes = [given.get("mode", ""), *map(ast.unparse, node.args)]
+        binary = any("b" in mode and set(mode) <= set("rwaxb+'") for mode in modes)
+        text = (
+            (name in ("read_text", "write_text") and owner)
+            or (name in ("open", "fdopen") and (owner, name) != ("os", "open") and not binary)
+            or "True" in (given.get("text"), given.get("universal_newlines"))
+        )
+        if text and "encoding" not in given:
+            found.append(f"{path}, line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_texts_and_pipes_name_their_encoding():
+    scripts = [
+        f for name in ("benchmarks", "docs", "examples") for f in (ROOT / name).rglob("*.py")
+    ]
+    checked = [*FILES, *scripts, ROOT / "setup.py"]
+    assert len(checked) > 120
+    assert not [call for path in checked for call in without_encoding(path)]
+
+
+@pytest.mark.parametrize(
+    ("line", "calls"),
+    [
+        ("Path('a').read_text()", 1),
+        ("Path('a').write_text('b', errors='replace')", 1),
+        ("open('a')", 1),
+        ("Path('a').open('a')", 1),
+        ("os.fdopen(0, 'w')", 1),
+        ("subprocess.run(['a'], text=True)", 1),
+        ("Path('a').read_text(encoding='utf-8')", 0),
+        ("Path('a').open('rb')", 0),
+        ("open('a', mode='wb')", 0),
+        ("os.open('a', os.O_RDONLY)", 0),
+        ("write_text(file, 'a')", 0),
+        ("subprocess.run(['a'], encoding='utf-8')", 0),
+    ],
+)
+def test_which_calls_that_are(line, calls, tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(line, encoding="utf-8")
+    assert len(without_encoding(file)) == calls
 
 
 # One interpreter, which has imported what any part may and forks for each.
@@ -119,5 +172,7 @@ for part in {PURE}:
 
 
 def test_pure_parts_import_without_megatron_or_engines():
-    result = subprocess.run([sys.executable, "-c", IMPORT_EACH], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH], capture_output=True, encoding="utf-8"
+    )
     assert result.stdout.split("\n") == [*PURE, ""], result.stdout + result.stderr

@@ -60,7 +60,9 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     cells.to_parquet(arguments.output_dir / "cells.parquet", **small)
     conditions.to_parquet(arguments.output_dir / "conditions.parquet")
     meta = watch.made()
-    (arguments.output_dir / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (arguments.output_dir / "meta.json").write_text(
+        json.dumps(meta, indent=1) + "\n", encoding="utf-8"
+    )
     return cells, conditions, meta
 
 
@@ -73,20 +75,20 @@ def main(arguments: Arguments) -> int:
         cells, conditions = (
             pd.read_parquet(out / f"{name}.parquet") for name in ("cells", "conditions")
         )
-        meta = json.loads((out / "meta.json").read_text())
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     else:
         cells, conditions, meta = computed(arguments)
     report = Report(cells, conditions, meta)
     report.crossings.to_parquet(out / "crossings.parquet")
     (out / "summary.json").write_text(
-        json.dumps(report.summary(), indent=1, allow_nan=False) + "\n"
+        json.dumps(report.summary(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
     report.draw(out)
     for name, make in report.sections().items():
         print(f"\n## {name}\n\n{make()}")
     if arguments.page:
-        page = arguments.page.read_text()
-        arguments.page.write_text(filled(page, report.sections()))
+        page = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(filled(page, report.sections()), encoding="utf-8")
         for figure in out.glob("exact-*.svg"):
             shutil.copy(figure, arguments.page.parent / "img" / figure.name)
     failed = [name for name, check in report.checks.items() if not check["holds"]]

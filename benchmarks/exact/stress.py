@@ -193,7 +193,7 @@ def main(arguments: Arguments) -> int:
     out = arguments.output_dir
     if arguments.read:
         curves, down = (pd.read_parquet(out / f"{name}.parquet") for name in ("curves", "fallen"))
-        meta = json.loads((out / "meta.json").read_text())
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     else:
         studies = QUICK if arguments.quick else Studies()
         if arguments.seeds is not None:
@@ -202,14 +202,18 @@ def main(arguments: Arguments) -> int:
         out.mkdir(parents=True, exist_ok=True)
         curves.to_parquet(out / "curves.parquet")
         down.to_parquet(out / "fallen.parquet")
-        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     report = Report(curves, down, meta)
-    (out / "summary.json").write_text(json.dumps(report.summary(), indent=1) + "\n")
+    (out / "summary.json").write_text(
+        json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8"
+    )
     report.draw(out)
     for name, make in report.sections().items():
         print(f"\n## {name}\n\n{make()}")
     if arguments.page:
-        arguments.page.write_text(filled(arguments.page.read_text(), report.sections()))
+        arguments.page.write_text(
+            filled(arguments.page.read_text(encoding="utf-8"), report.sections()), encoding="utf-8"
+        )
         for figure in out.glob("stress-*.svg"):
             shutil.copy(figure, arguments.page.parent / "img" / figure.name)
     return 0

@@ -196,7 +196,7 @@ class Run:
 def read_plan(path: Path) -> Comparison:
     """The comparison in a YAML (or JSON) file. Raises UserError that names the file."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise UserError("fields of a comparison are needed: name, question, base, arms, ...")
         return from_values(values)

@@ -68,7 +68,7 @@ def _with_own_code(folder: Path) -> list[Path]:
     """The tokenizer's own code, where it has some, and the files that the code names."""
     # What is not there is not needed: the tokenizer was loaded without.
     code = [folder / name for name in own_code(folder) if (folder / name).is_file()]
-    text = "".join(file.read_text(errors="replace") for file in code)
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in code)
     return code + [
         file
         for file in folder.iterdir()
@@ -192,4 +192,6 @@ def make_view(weights: Weights, view: Path) -> None:
         (view / name).symlink_to(file.absolute())
         placed |= dict.fromkeys(weights.held(file), name)
     if count > 1:
-        (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+        (view / INDEX).write_text(
+            json.dumps({"metadata": {}, "weight_map": placed}), encoding="utf-8"
+        )

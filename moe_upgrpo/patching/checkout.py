@@ -265,24 +265,29 @@ def _head(root: Path) -> str | None:
     """The commit that is checked out; None where `root` is not a git checkout."""
     git = root / ".git"
     if git.is_file():  # a worktree or a submodule
-        git = root / git.read_text().removeprefix("gitdir:").strip()
+        git = root / _name_in(git).removeprefix("gitdir:").strip()
     try:
-        head = (git / "HEAD").read_text().strip()
+        head = _name_in(git / "HEAD")
     except OSError:
         return None
     if not head.startswith("ref: "):
         return head
     ref = head.removeprefix("ref: ")
     common = git / "commondir"
-    folders = [git, git / common.read_text().strip()] if common.exists() else [git]
+    folders = [git, git / _name_in(common)] if common.exists() else [git]
     for folder in folders:
         with suppress(OSError):
-            return (folder / ref).read_text().strip()
+            return _name_in(folder / ref)
         with suppress(OSError):
-            for line in (folder / "packed-refs").read_text().splitlines():
+            for line in _name_in(folder / "packed-refs").splitlines():
                 if line.endswith(f" {ref}"):
                     return line.split()[0]
     return "a commit that cannot be read"
+
+
+def _name_in(file: Path) -> str:
+    """What git wrote, paths and names of branches, as the names of files are in this locale."""
+    return os.fsdecode(file.read_bytes()).strip()
 
 
 @contextmanager
@@ -320,7 +325,11 @@ def _module(file: str) -> str:
 def _run(python: str, code: str, names: list[str], environment: dict[str, str]) -> dict[str, str]:
     try:
         done = subprocess.run(
-            [python, "-c", code, *names], capture_output=True, text=True, env=environment
+            [python, "-c", code, *names],
+            capture_output=True,
+            env=environment,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise UserError(f"--python {python} cannot be run: {error}.") from error

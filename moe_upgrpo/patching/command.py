@@ -76,7 +76,7 @@ def show(series: Series, out: Console) -> None:
     out.print(f"upstream's license: {series.license}")
     for patch in series.patches:
         out.print(f"\n{patch.path.name}\n  {patch.reason}\n  test: {patch.test}\n")
-        out.print(patch.path.read_text())
+        out.print(patch.path.read_text(encoding="utf-8"))
 
 
 def show_all(known: dict[str, list[Series]], root: Path | None, python: str, out: Console) -> None:

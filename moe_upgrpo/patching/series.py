@@ -108,7 +108,7 @@ def load(folder: Path) -> Series:
     """Raises UserError where series.yaml and the diffs beside it do not fit together."""
     source = folder / "series.yaml"
     try:
-        given = yaml.safe_load(source.read_text())
+        given = yaml.safe_load(source.read_text(encoding="utf-8"))
         series = Series(
             stack=folder.parent.name,
             folder=folder,

@@ -7,6 +7,7 @@ without either are read as they are.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,19 @@ def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
     metadata = dict(table.schema.metadata or {})
     metadata.pop(_KEY, None)  # of the file that the table was read from
     checksums = {"columns": _columns(table), "metadata": _entries(metadata)}
-    pq.write_table(
-        table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
-        file,
-        compression="zstd",
-        write_page_checksum=True,
-        **options,
-    )
+    with opened(file, "wb") as sink:
+        pq.write_table(
+            table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
+            sink,
+            compression="zstd",
+            write_page_checksum=True,
+            **options,
+        )
+
+
+def opened(file: Path, mode: str = "rb") -> pa.OSFile:
+    """A file as pyarrow reads and writes it. By the bytes of its name, which need not be UTF-8."""
+    return pa.OSFile(os.fsencode(file), mode)
 
 
 def read_checked(
@@ -51,7 +58,11 @@ def read_checked(
         pa.ArrowException: not Parquet, truncated or damaged.
         OSError: it cannot be opened.
     """
-    with _damage_named(), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+    with (
+        _damage_named(),
+        opened(file) as source,
+        pq.ParquetFile(source, page_checksum_verification=True) as parquet,
+    ):
         schema = parquet.schema_arrow
         columns = choose(schema)
         table = parquet.read(columns=None if columns is None else list(columns))
@@ -61,8 +72,8 @@ def read_checked(
 
 def column_names(file: Path) -> list[str]:
     """The columns of a Parquet file, none of which is read. Raises as `read_checked`."""
-    with _damage_named():
-        return pq.read_schema(file).names
+    with _damage_named(), opened(file) as source:
+        return pq.read_schema(source).names
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class RunFolder:
 
         The lock is of the process: it ends with it, however that ends.
         """
-        with (self.path / ".lock").open("a") as file:
+        with (self.path / ".lock").open("a", encoding="utf-8") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -356,7 +356,7 @@ def git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
         ).stdout.strip()
 
     try:

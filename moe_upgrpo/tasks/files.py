@@ -157,8 +157,10 @@ def _parquet_rows(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from moe_upgrpo.store.parquet import opened
+
     try:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        parquet = pq.ParquetFile(opened(file), page_checksum_verification=True)
         known = parquet.schema_arrow.names
         kinds = [
             {c for c in known for name in names if c in (name, name.split(".")[0])}

@@ -195,7 +195,7 @@ class PromptWriter:
                     f"{self._model_dir}: {str(error).splitlines()[0]} Give --chat-template FILE."
                 ) from None
         try:
-            return Path(chat_template).read_text()
+            return Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"chat_template={chat_template!r} is neither auto nor none nor a file with a "

@@ -20,7 +20,7 @@ TAIL = 4000  # characters
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no reply
     logging.disable()
     functions = _functions()

@@ -465,7 +465,7 @@ def file_arguments(path: Path) -> list[str]:
     one is named) or stands there twice.
     """
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if not isinstance(values, dict):
             raise UserError("lines of `option: value` are needed.")
         return options(values)

@@ -307,7 +307,13 @@ def _sglang() -> Item:
         return Item(**about, version=None, state="missing", note=note, get=get)
     code = "import importlib.metadata as m; print(m.version('sglang'))"
     try:
-        asked = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(
+            [python, "-c", code],
+            capture_output=True,
+            timeout=60,
+            encoding="utf-8",
+            errors="replace",
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return Item(**about, version=None, state="wrong", note=f"{python}: {error}", get=get)
     if asked.returncode:

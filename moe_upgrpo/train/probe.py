@@ -110,7 +110,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
 def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]:
     """The token ids of each line, checked against the model's positions."""
     try:
-        lines = [line for line in config.prompts.read_text().splitlines() if line]
+        lines = [line for line in config.prompts.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts {config.prompts}: {error}") from None
     if not lines:

@@ -42,7 +42,7 @@ from moe_upgrpo.store import (
 )
 from moe_upgrpo.store.checkpoints import Checkpoints, step_of
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Problem, Task
-from moe_upgrpo.train import alarms, analysis, evaluate, record, resume
+from moe_upgrpo.train import alarms, analysis, evaluate, heap, record, resume
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.batch import Batch, Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig, changes
@@ -641,6 +641,7 @@ class Job:
     def log_step(self, step: int, step_record: record.StepRecord, clock) -> None:
         """Sum the step's metrics over the ranks, evaluate where it is due, write a row."""
         begin = clock.total()
+        heap.give_back(step)
         updates = step_record.updates
         sums, loss_metrics = step_record.sums(), step_record.loss_metrics()
         maxima = step_record.maxima()

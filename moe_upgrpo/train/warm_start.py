@@ -127,7 +127,7 @@ def warm_start(
             model.save_pretrained(unfinished)
         arithmetic.save_tokenizer(unfinished)
         made_by = json.dumps(recipe | {"reached": reached}, indent=1, default=str)
-        (unfinished / "warm_start.json").write_text(made_by + "\n")
+        (unfinished / "warm_start.json").write_text(made_by + "\n", encoding="utf-8")
         by_umask(unfinished)
         os.rename(unfinished, folder)
     except OSError:

@@ -6,6 +6,7 @@ Not covered here: that training raises accuracy in earnest (`make train`; the RE
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -373,7 +374,9 @@ def test_the_other_ways_to_start(command, layout, run, cache, tmp_path, monkeypa
     assert result.returncode == 0, result.stderr[-3000:]
     assert layout in result.stdout
     assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1]
-    assert read_environment(tmp_path / "r")["cpu"]["mkl"] != "OFF"
+    environment = read_environment(tmp_path / "r")
+    assert environment["cpu"]["mkl"] != "OFF"
+    assert environment["python"] == platform.python_version()
 
 
 def assert_fails(result: subprocess.CompletedProcess, *words: str) -> None:

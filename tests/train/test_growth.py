@@ -1,0 +1,77 @@
+"""A long run takes no more memory with each step, and no descriptors, threads or files.
+
+Of glibc's heap: other C libraries have no call that gives memory back. Not covered: what the
+libraries' own caches hold, which have limits of their own.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.growth import watched
+from moe_upgrpo.train import heap
+from tests.ranks import run_command
+from tests.train.test_launch import options
+
+BLOCKS, BLOCK_KB = 256, 64
+
+
+def resident_kb() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4
+
+
+def leave_holes(step: int, kept: list) -> None:
+    """Free some 16 MB in blocks whose beginnings stay, too small for those of the next step."""
+    blocks = [np.ones(BLOCK_KB * 1024 + 4096 * step, np.uint8) for _ in range(BLOCKS)]
+    for block in blocks:
+        block.resize(2048, refcheck=False)  # in place: what is behind it is free
+    kept += blocks
+
+
+def leaves_holes(file: Path) -> None:
+    """Have each step of this process's job leave holes, and its memory at its start noted."""
+    from moe_upgrpo.train.start import Job
+
+    kept, begin = [], Job.seed_global_generators
+
+    def beginning(job: Job, step: int) -> None:
+        with file.open("a", encoding="utf-8") as noted:
+            noted.write(f"{resident_kb()}\n")
+        leave_holes(step, kept)
+        begin(job, step)
+
+    Job.seed_global_generators = beginning
+
+
+def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
+    """Else the heap of a real run grew by 250 to 400 kB a step."""
+    steps = heap.EVERY + 1
+    noted = tmp_path / "resident"
+    more = ("--steps", str(steps), "--eval-every", "100", "--save-every", "0")
+    result = run_command(
+        "train", *options(tmp_path / "r", cache, *more), first=partial(leaves_holes, noted)
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    kb = [int(line) for line in noted.read_text(encoding="utf-8").splitlines()]
+    assert len(kb) == steps
+    before, after = kb[-2] - kb[0], kb[-1] - kb[0]  # of the step that gives back
+    holes = BLOCKS * BLOCK_KB  # of a step, at least
+    assert before > (heap.EVERY - 2) * holes  # the test does what it says
+    assert after < before - (heap.EVERY - 2) * holes
+
+
+@pytest.mark.slow
+def test_a_long_run_grows_by_less_than_20_kb_a_step(tmp_path):
+    """By more steps: `python -m benchmarks.growth`."""
+    trackers = ("--track", "wandb", "tensorboard")
+    growth = watched(tmp_path, *trackers, steps=800, after=300)
+    first, last = growth.samples[0], growth.samples[-1]
+    for rank in range(2):
+        assert growth.kb_a_step(rank) < 20, list(growth.lines())
+    assert last.descriptors == first.descriptors and last.threads == first.threads
+    assert (last.temporary, last.tracked) == (first.temporary, first.tracked)
+    assert not growth.left, growth.left
+    assert os.listdir(tmp_path / "run" / "wandb")
