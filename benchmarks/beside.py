@@ -61,12 +61,12 @@ CALLS = ("score", "update")
 
 def resident(field: str) -> int:
     """Bytes of this process: VmRSS now, or VmHWM, the most since `forget_the_most`."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 def forget_the_most() -> None:
-    with open("/proc/self/clear_refs", "w") as refs:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as refs:
         refs.write("5")
 
 

@@ -102,7 +102,7 @@ def _ranks() -> list[int]:
     found = []
     for task in Path("/proc/self/task").glob("*/children"):
         try:
-            found += map(int, task.read_text().split())
+            found += map(int, task.read_text(encoding="utf-8").split())
         except OSError:
             continue  # the thread has ended
     return found

@@ -281,7 +281,7 @@ def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict)
     """The job of a run, to its end; its log has that of all tries."""
     ranks = log.with_suffix(".ranks")
     shutil.rmtree(ranks, ignore_errors=True)  # of the try before
-    with log.open("a") as out:
+    with log.open("a", encoding="utf-8") as out:
         before = out.tell()
         command = _command(nproc, what, ranks)
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
