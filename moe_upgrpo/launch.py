@@ -9,6 +9,7 @@ one ends them at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -62,15 +63,24 @@ def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: lis
         from torch.distributed.launcher.api import elastic_launch
 
         words = [*agent_words, "-m", "moe_upgrpo", "train", *train_words]
-        arguments = run.parse_args(words)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                arguments = run.parse_args(words)
+        except SystemExit:
+            last = (said.getvalue().splitlines() or [""])[-1].partition("error: ")[2]
+            raise UserError(f"options before --: {last}; torchrun --help lists them.") from None
         alone = arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
         if alone and arguments.nnodes == "1" and arguments.master_port is None:
             arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "localhost:0"
             arguments.rdzv_id = Path(os.environ[ending.LAUNCHER]).name
         arguments.master_port = arguments.master_port or 29500
-        config, command, rest = run.config_from_args(arguments)
+        try:
+            config, command, rest = run.config_from_args(arguments)
+        except ValueError as error:
+            raise UserError(f"options before --: {error}") from None
         elastic_launch(config=config, entrypoint=command)(*rest)
-    except BaseException as error:  # also SystemExit of its own parser, which has spoken
+    except BaseException as error:
         failures.append(error)
 
 
@@ -133,8 +143,8 @@ def _cause(failure: BaseException, told: list[dict], folder: Path) -> UserError:
             )
     if told:
         return _with_status(told[0]["message"], told[0]["status"])
-    if isinstance(failure, SystemExit):  # of the agent's own parser
-        return UserError("the options before -- are those of torchrun: see torchrun --help.")
+    if isinstance(failure, UserError):
+        return failure
     return MachineFault(
         f"the ranks could not be started, or ended without a message: "
         f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}. "

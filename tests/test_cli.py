@@ -138,6 +138,19 @@ def test_a_wrong_start_is_refused_before_any_rank_in_five_lines(what):
     assert len(result.stderr.splitlines()) == 1 and len(result.stderr) < 600
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--bogus", "3"), "unrecognized arguments: --bogus; torchrun --help lists them."),
+        (("--nproc-per-node", "x"), "Unsupported nproc_per_node value: x"),
+    ],
+)
+def test_options_that_torchrun_does_not_have(words, says):
+    result = run_command("launch", *words, "--", "--steps", "3")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: options before --: {says}\n"
+
+
 def test_a_launch_without_dashes_says_how():
     result = run_command("launch", "--steps", "3")
     assert result.returncode == 2 and "[OPTIONS OF TORCHRUN] -- [OPTIONS OF" in result.stderr
