@@ -70,7 +70,7 @@ class Growth:
             )
         yield (
             f"temporary files {first.temporary} → {last.temporary}, after the run "
-            f"{len(self.left)} {self.left}; trackers' files {first.tracked} → {last.tracked}"
+            f"{', '.join(self.left) or 'none'}; trackers' files {first.tracked} → {last.tracked}"
         )
 
 
@@ -98,7 +98,8 @@ def watched(folder: Path, *options: str, steps: int, after: int, ranks: int = 2)
             while agent.poll() is None:
                 time.sleep(POLL_S)
                 step = last_step(run)
-                if step >= after and (not samples or step > samples[-1].step):
+                # Not of the last step, after which everything is closed.
+                if after <= step < steps and (not samples or step > samples[-1].step):
                     try:
                         samples.append(sampled(agent.pid, ranks, step, run, temporary))
                     except (FileNotFoundError, ProcessLookupError):  # it has just ended

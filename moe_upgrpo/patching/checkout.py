@@ -239,16 +239,16 @@ def recognise(versions: list[Series], root: Path) -> Checkout:
         raise UnknownRevision(
             f"{root} is {stack} at {commit}; there are patches for {known}. {take}"
         )
+    held = {
+        (name, found.version)
+        for name in {series.distribution for series in versions} - {None}
+        for found in importlib.metadata.distributions(name=name, path=[str(root)])
+    }
     for series in versions:
-        if series.distribution is None:
-            continue
-        for found in importlib.metadata.distributions(name=series.distribution, path=[str(root)]):
-            if found.version == series.version:
-                return Checkout(series, root)
-            raise UnknownRevision(
-                f"{root} has {series.distribution} {found.version}; there are patches for {known}. "
-                f"{take}"
-            )
+        if (series.distribution, series.version) in held:
+            return Checkout(series, root)
+    for name, version in sorted(held):
+        raise UnknownRevision(f"{root} has {name} {version}; there are patches for {known}. {take}")
     for series in versions:
         if not Checkout(series, root).modified():
             return Checkout(series, root)

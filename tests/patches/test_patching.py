@@ -541,6 +541,21 @@ def test_a_manifest_that_does_not_fit_its_diffs_is_refused(patches, root):
         toy(root)
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_of_several_versions_the_installed_one_is_taken(version, patches, root):
+    shutil.copytree(patches, patches.with_name("2.0"))
+    manifest = patches.with_name("2.0") / "series.yaml"
+    given = yaml.safe_load(manifest.read_text()) | {"version": "2.0"}
+    manifest.write_text(yaml.safe_dump(given))
+    metadata = root / f"toy_dist-{version}.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: toy-dist\nVersion: {version}\n")
+    assert toy(root).series.version == version
+    metadata.write_text("Metadata-Version: 2.1\nName: toy-dist\nVersion: 3.0\n")
+    with pytest.raises(patching.UnknownRevision, match=r"toy-dist 3.0; .* 1.0 .* or 2.0"):
+        toy(root)
+
+
 def test_megatron_core_is_patched_and_reverted_to_the_last_bit(copy):
     before = files_below(copy)
     checkout = patching.find("megatron-core", copy, sys.executable)

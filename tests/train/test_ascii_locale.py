@@ -63,4 +63,4 @@ def test_a_run_with_its_report(tmp_path):
     again = train("--config", config, "--output-dir", folder)
     assert again.returncode == 2
     message = again.stderr.decode("ascii")
-    assert message.startswith("error: ") and "already holds a run" in message
+    assert message.splitlines()[-1].startswith("error: ") and "already holds a run" in message

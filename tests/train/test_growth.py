@@ -73,5 +73,7 @@ def test_a_long_run_grows_by_less_than_20_kb_a_step(tmp_path):
         assert growth.kb_a_step(rank) < 20, list(growth.lines())
     assert last.descriptors == first.descriptors and last.threads == first.threads
     assert (last.temporary, last.tracked) == (first.temporary, first.tracked)
-    assert not growth.left, growth.left
+    # torchrun's own folder and torch's cache, one of each.
+    others = [n for n in growth.left if not n.startswith(("torchelastic", "torchinductor"))]
+    assert not others and len(growth.left) <= 2, growth.left
     assert os.listdir(tmp_path / "run" / "wandb")
