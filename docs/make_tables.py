@@ -1,4 +1,4 @@
-"""Fills the tables of docs/token-log.md, mismatch.md, checkpoints.md and patches.md from the code.
+"""Fills the tables of token-log.md, mismatch.md, checkpoints.md, scale.md, patches.md in docs/.
 
     python -m docs.make_tables
 
@@ -9,6 +9,7 @@ hand. tests/store/test_docs.py fails when a page is not up to date.
 import re
 from pathlib import Path
 
+from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
@@ -49,6 +50,19 @@ PAGES = {
         ),
     },
     "patches.md": {"faults": faults.markdown_table()},
+    "scale.md": {
+        "passed": table(["about", "options"], passed_fields.rows(passed_fields.PASSED)),
+        "refused": table(
+            ["why", "options"],
+            [
+                *(
+                    [f"set by {ours}", names]
+                    for ours, names in passed_fields.rows(passed_fields.OURS)
+                ),
+                *passed_fields.rows(passed_fields.REFUSED),
+            ],
+        ),
+    },
     "checkpoints.md": {
         "may_change": table(
             ["setting", "what it is"], [[f"`{name}`", text] for name, text in MAY_CHANGE.items()]

@@ -26,6 +26,16 @@ from torch.overrides import TorchFunctionMode
 
 from moe_upgrpo.megatron import releases
 
+_hybrid_init = HybridDeviceOptimizer.__init__
+
+
+def _init_of_views(self, params, *args, **kwargs) -> None:
+    for group in params:
+        for parameter in group["params"]:
+            if not parameter.is_leaf:
+                parameter.retain_grad()
+    _hybrid_init(self, params, *args, **kwargs)
+
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
@@ -70,6 +80,15 @@ def mends() -> list[Replacement]:
                 "not (its stand-ins import), and line 185 asks isinstance of one of them",
             )
         )
+    found.append(
+        Replacement(
+            HybridDeviceOptimizer,
+            "__init__",
+            _init_of_views,
+            "distrib_optimizer.py:389 hands over views of fp32 weights, which torch's optimizers "
+            "refuse (can't optimize a non-leaf Tensor) unless they retain their gradient",
+        )
+    )
     if get_te_version() is None:
         found.append(
             Replacement(
@@ -134,7 +153,7 @@ class _HostCopies(TorchFunctionMode):
         self.on_host: dict[int, torch.Tensor] = {}  # kept, so that no other gets the id
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:  # made anew each time it is asked for
             return id(args[0]) not in self.on_host
         moves = func in (torch.Tensor.cpu, torch.Tensor.pin_memory)
         result = args[0] if moves else func(*args, **(kwargs or {}))

@@ -42,7 +42,13 @@ def optimizer_config(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=settings.splits_state,
     )
-    return OptimizerConfig(**(own | dict(passed or {})))
+    passed = dict(passed or {})
+    if passed.get("optimizer_cpu_offload"):
+        # Of bf16 weights the offloading optimizer keeps the fp32 copies; without this Megatron
+        # would keep others on the GPU. Of fp32 weights it then takes gradients from where they are
+        # not (hybrid_optimizer.py:89), and trains only what is offloaded.
+        own["use_precision_aware_optimizer"] = config.bf16
+    return OptimizerConfig(**(own | passed))
 
 
 def ddp_config(

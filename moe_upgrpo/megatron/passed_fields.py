@@ -281,10 +281,9 @@ def may_change(name: str) -> bool:
     return found_in(PASSED, name) in MAY_CHANGE
 
 
-def rows(*tables: Mapping[str, str]) -> list[list[str]]:
+def rows(table: Mapping[str, str]) -> list[list[str]]:
     """For the docs: [what is said of them, their names], one row for each that is said."""
     found: dict[str, list[str]] = {}
-    for table in tables:
-        for name, said in table.items():
-            found.setdefault(said, []).append(f"`{name}`")
+    for name, said in table.items():
+        found.setdefault(said, []).append(f"`{name}`")
     return [[said, ", ".join(names)] for said, names in found.items()]

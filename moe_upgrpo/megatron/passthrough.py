@@ -66,11 +66,10 @@ class Passed:
 def read(given: Mapping[str, str], *, here: bool = True) -> Passed:
     """The options, each refused where it cannot be. `here`: they are to run on this machine."""
     values = {name: _checked(name, text, here) for name, text in given.items()}
-    _check_together(values, here)
+    _check_together(values)
     if values.get(_OFFLOAD):
-        # Megatron-LM asks for the first (its checkpoints of offloaded state need it) and defaults
-        # to the second, where Megatron-Core's own default offloads nothing.
-        values = {"use_precision_aware_optimizer": True, "optimizer_offload_fraction": 1.0} | values
+        # As Megatron-LM's own arguments do; Megatron-Core's default is to offload nothing.
+        values = {"optimizer_offload_fraction": 1.0} | values
     split: dict[str, dict[str, Any]] = {name: {} for name in _CONFIGS}
     for config, cls in _CONFIGS.items():
         known = {one.name for one in fields(cls)}
@@ -192,7 +191,7 @@ def _check_range(name: str, value: Any) -> None:
         raise _error(name, f"{value}: at least 1 is needed.")
 
 
-def _check_together(values: Mapping[str, Any], here: bool) -> None:
+def _check_together(values: Mapping[str, Any]) -> None:
     if values.get("overlap_param_gather") and not values.get("overlap_grad_reduce"):
         raise _error(
             "overlap_param_gather",
@@ -211,8 +210,8 @@ def _check_together(values: Mapping[str, Any], here: bool) -> None:
         if name in values and not offload:
             raise _error(name, f"it does nothing without --megatron.{_OFFLOAD} true. Give both.")
     precise = "use_precision_aware_optimizer"
-    if offload and values.get(precise) is False:
-        raise _error(precise, f"--megatron.{_OFFLOAD} needs it. Leave it out.")
+    if offload and precise in values:
+        raise _error(precise, f"--megatron.{_OFFLOAD} decides on it. Leave it out.")
 
 
 def _value(name: str, kind: Any, text: str) -> Any:

@@ -338,7 +338,7 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     if share_of_host := _offloaded(config):
         yield (
             "optimizer offload",
-            f"{share_of_host:.0%} of the state of Adam and of fp32 weights is in the host's memory, "
+            f"{share_of_host:.0%} of Adam's state and of the fp32 weights is in the host's memory, "
             "with a copy of their gradients: 16 bytes a parameter over the ranks that share it "
             "(not measured)",
         )

@@ -7,10 +7,12 @@ Not covered: CUDA's streams, on which overlap is of use; NCCL; Transformer Engin
 """
 
 import pytest
+import torch
 
 from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.megatron.experts import GroupedExperts
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
@@ -111,3 +113,115 @@ def test_the_steps_are_those_without_the_option(layout, option, plain, checkpoin
             assert rank["buckets"] > expected["buckets"]  # there is something to overlap
         if "optimizer_cpu_offload" in OPTIONS[option]:
             assert rank["optimizers"] == {"HybridDeviceOptimizer"}
+
+
+def job(checkpoint, dtype: str, options: dict, source, target) -> dict:
+    """Two updates, or what `source` holds; written to `target`; and what one update more gives."""
+    layout = Layout()
+    with groups.process_groups(layout):
+        given = dict(dtype=dtype, micro_batch_size=1, optimizer=SETTINGS, megatron=options)
+        actor = MegatronActor(checkpoint, layout, **given)
+        rank, size = groups.data_parallel()
+        mine = make_samples()[rank::size]
+        if source is None:
+            for _ in range(2):
+                actor.update(mine, LOSS)
+        else:
+            load_state(source, actor)
+        target.mkdir(exist_ok=True)
+        save_state(target, actor)
+        before = weights(actor)
+        norm = actor.update(mine, LOSS).grad_norm
+        return {"norm": norm, "before": before, "after": weights(actor)}
+
+
+def assert_near(found: dict, expected: dict, dtype: str) -> None:
+    """To rounding: fp32 to 1e-5 of each tensor's largest entry, bf16 to one unit of its own."""
+    if dtype == "float32":
+        assert_close(found, expected)
+        return
+    assert found.keys() == expected.keys() and len(expected) > 40
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2**-7, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "writer", "reader"),
+    [
+        ("float32", "none", "offload"),
+        ("float32", "half offloaded", "none"),
+        ("float32", "weights too", "none"),
+        ("bfloat16", "none", "half offloaded"),
+        ("bfloat16", "offload", "none"),
+    ],
+)
+def test_a_state_goes_from_one_option_to_another_and_back(
+    dtype, writer, reader, checkpoints, tmp_path
+):
+    tiny = checkpoints["tiny"]
+    wrote = run_ranks(2, job, tiny, dtype, OPTIONS[writer], None, tmp_path / "first")
+    read = run_ranks(2, job, tiny, dtype, OPTIONS[reader], tmp_path / "first", tmp_path / "second")
+    again = run_ranks(2, job, tiny, dtype, OPTIONS[writer], tmp_path / "second", tmp_path / "third")
+    for one, found, back in zip(wrote, read, again, strict=True):
+        for name, tensor in one["before"].items():
+            assert torch.equal(found["before"][name], tensor), name
+            assert torch.equal(back["before"][name], tensor), name
+            assert torch.equal(back["after"][name], one["after"][name]), name
+        assert back["norm"] == one["norm"] == pytest.approx(found["norm"], rel=1e-5)
+        assert_near(found["after"], one["after"], dtype)
+        moved = (one["after"]["lm_head.weight"] - one["before"]["lm_head.weight"]).abs().max()
+        assert moved > 1e-3
+
+
+def one_rank(checkpoint, options: dict, dtype: str) -> tuple[list[float], dict]:
+    with groups.process_groups(Layout()):
+        given = dict(dtype=dtype, micro_batch_size=4, optimizer=SETTINGS, megatron=options)
+        actor = MegatronActor(checkpoint, Layout(), **given)
+        norms = [actor.update(make_samples(), LOSS).grad_norm for _ in range(2)]
+        return norms, weights(actor)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints):
+    return {
+        (name, dtype): one_rank(checkpoints[name], {}, dtype)
+        for name, dtype in (("tiny", "float32"), ("tiny", "bfloat16"), ("deepseek", "float32"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "option", "value"),
+    [
+        ("tiny", "bias_activation_fusion", "true"),
+        ("tiny", "bias_dropout_fusion", "true"),
+        ("tiny", "clone_scatter_output_in_embedding", "false"),
+        ("tiny", "pad_buckets_for_high_nccl_busbw", "true"),
+        ("tiny", "gradient_accumulation_fusion", "false"),
+        ("tiny", "use_torch_optimizer_for_cpu_offload", "true"),
+        ("deepseek", "moe_shared_expert_overlap", "true"),
+    ],
+)
+def test_what_changes_no_number_changes_none(checkpoint, option, value, alone, checkpoints):
+    options = {option: value} | (OFFLOAD if "offload" in option else {})
+    norms, after = one_rank(checkpoints[checkpoint], options, "float32")
+    expected_norms, expected = alone[checkpoint, "float32"]
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert_close(after, expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "dtype"),
+    [
+        ("grad_reduce_in_fp32", "false", "bfloat16"),
+        ("fp32_residual_connection", "true", "bfloat16"),
+        ("reduce_scatter_with_fp32_accumulation", "true", "float32"),
+        ("decoupled_weight_decay", "false", "float32"),
+        ("apply_wd_to_qk_layernorm", "true", "float32"),
+    ],
+)
+def test_what_changes_numbers_changes_them_a_little(option, value, dtype, alone, checkpoints):
+    norms, after = one_rank(checkpoints["tiny"], {option: value}, dtype)
+    expected_norms, expected = alone["tiny", dtype]
+    assert norms == pytest.approx(expected_norms, rel=0.05)
+    same = all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+    assert same == (option == "reduce_scatter_with_fp32_accumulation")  # of one rank
