@@ -1,4 +1,4 @@
-"""Fills the tables of token-log.md, mismatch.md, checkpoints.md, patches.md and reliability.md.
+"""Fills the tables of the pages in docs/ that are made from the code and the tests.
 
     python -m docs.make_tables
 
@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from docs import marked_faults
+from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
@@ -51,6 +52,19 @@ PAGES = {
     },
     "patches.md": {"faults": faults.markdown_table()},
     "reliability.md": {"faults": marked_faults.markdown()},
+    "scale.md": {
+        "passed": table(["about", "options"], passed_fields.rows(passed_fields.PASSED)),
+        "refused": table(
+            ["why", "options"],
+            [
+                *(
+                    [f"set by {ours}", names]
+                    for ours, names in passed_fields.rows(passed_fields.OURS)
+                ),
+                *passed_fields.rows(passed_fields.REFUSED),
+            ],
+        ),
+    },
     "checkpoints.md": {
         "may_change": table(
             ["setting", "what it is"], [[f"`{name}`", text] for name, text in MAY_CHANGE.items()]

@@ -141,12 +141,13 @@ def _call(function, arguments: list[str], prog: str) -> None:
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
     from moe_upgrpo.train.config import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.passed_words import folded
 
     check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
     try:
-        return _parse(cls, [*from_run, *from_files, *arguments], prog)
+        return _parse(cls, folded([*from_run, *from_files, *arguments]), prog)
     except UserError as error:
         if not from_files:
             raise
@@ -163,6 +164,10 @@ def _train(arguments: list[str]) -> None:
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     releases.check()
     silence_upstream()
+    if config.megatron:
+        from moe_upgrpo.megatron.passthrough import read
+
+        read(config.megatron)  # before the ranks meet
 
     from moe_upgrpo.train.loop import train
 
@@ -178,6 +183,7 @@ def _launch(arguments: list[str]) -> None:
 
     from moe_upgrpo.train.checks import check_start  # here: --help does without
 
+    silence_upstream()
     check_start(config, launch.world_size(agent_words))
     kernels.pin()
     launch.launch(agent_words, train_words)

@@ -16,6 +16,7 @@ import yaml
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.train.config import TrainConfig, options
+from moe_upgrpo.train.passed_words import folded
 
 Summary = Literal["mean", "last", "best"]
 _OF_SAMPLES = ("avg", "best", "maj", "pass")
@@ -151,7 +152,8 @@ class Comparison:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                return tyro.cli(TrainConfig, args=options(self.options(run)), prog=run.arm)
+                words = folded(options(self.options(run)))
+                return tyro.cli(TrainConfig, args=words, prog=run.arm)
         except SystemExit:
             words = re.sub(r"[─╭╮╰╯│]|-{3,}", " ", said.getvalue()).split()  # tyro draws a box
             raise UserError(f"arm {run.arm}: {' '.join(words)}") from None

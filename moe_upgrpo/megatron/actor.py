@@ -6,7 +6,7 @@ Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE laye
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -28,14 +24,15 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
-from moe_upgrpo.megatron import groups, tap
+from moe_upgrpo.megatron import groups, passthrough, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
+from moe_upgrpo.megatron.experts import gather_before
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
-from moe_upgrpo.megatron.optimizer import make_optimizer
+from moe_upgrpo.megatron.optimizer import ddp_config, make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import (
@@ -89,6 +86,7 @@ class MegatronActor:
     All ranks of one copy of the model (its pipeline stages and tensor-parallel ranks) give the same
     samples and get the same results. Without `optimizer` the model is frozen: a reference policy.
     recompute: "full" keeps each layer's input only and runs the layer again in the backward.
+    megatron: options of Megatron-Core's own, name -> value as text (`passthrough`).
     """
 
     def __init__(
@@ -101,6 +99,7 @@ class MegatronActor:
         micro_batch_size: int = 64,
         optimizer: OptimizerSettings | None = None,
         recompute: str = "none",
+        megatron: Mapping[str, str] | None = None,
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
@@ -109,10 +108,16 @@ class MegatronActor:
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
         self.recompute = recompute
+        self._given = dict(megatron or {})
+        self._passed = passthrough.read(self._given)
+        self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
         # Read now: what cannot be copied is known before anything is trained.
         self._side_files = side_files(self.model_dir) if optimizer and groups.rank() == 0 else {}
-        self.chunks = build_model(self.hf, layout, getattr(torch, dtype), recompute)
+        with passthrough.told(self._given):
+            self.chunks = build_model(
+                self.hf, layout, getattr(torch, dtype), recompute, self._passed.transformer
+            )
         self.tap = RouterTap(self.chunks)
         if self.tap.layer_ids != moe_layers(self.hf):
             raise RuntimeError(
@@ -135,20 +140,33 @@ class MegatronActor:
             for router in self.tap.routers.values():
                 router.weight.requires_grad_(False)
         mark_split_weights(self.chunks, self.hf)  # before the optimizer copies the marks
-        config = get_model_config(self.chunks[0])
-        self.chunks = [
-            DistributedDataParallel(
-                config,
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=settings.splits_state, grad_reduce_in_fp32=True
-                ),
-                chunk,
-            )
-            for chunk in self.chunks
-        ]
-        self.optimizer, self.scheduler = make_optimizer(self.chunks, settings)
+        config, passed = get_model_config(self.chunks[0]), self._passed
+        passthrough.check_optimizer(passed, settings)
+        with passthrough.told(self._given):
+            of_chunks = ddp_config(settings, passed.ddp)
+            self.chunks = [
+                DistributedDataParallel(config, of_chunks, chunk) for chunk in self.chunks
+            ]
+            self.optimizer, self.scheduler = make_optimizer(self.chunks, settings, passed.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
+        if of_chunks.overlap_grad_reduce:  # all but the last micro-batch then only add up
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if passed.overlaps_gather:
+            for chunk in self.chunks:
+                gather_before(chunk)
+
+    def make_whole(self) -> None:
+        """Gather what the last step left on the ranks that own it. A collective.
+
+        With overlap_param_gather each weight is gathered where the next update's forward comes to
+        it; whatever else reads weights needs them whole.
+        """
+        if self._split:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._split = False
 
     @property
     def layer_ids(self) -> list[int]:
@@ -204,8 +222,12 @@ class MegatronActor:
             # So do the data-parallel ranks that share experts.
             widest = {"B": min(size, len(samples)), "S": max(len(s.tokens) for s in samples)}
             shape = tuple(map(int, groups.largest(widest).values()))
+        # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
+        config = get_model_config(self.chunks[0])
+        block = 32 if config.fp8 or config.fp4 else 1
         return [
-            make_batch(part, multiple_of=self.layout.tp, shape=shape).to(device()) for part in parts
+            make_batch(part, multiple_of=self.layout.tp * block, shape=shape).to(device())
+            for part in parts
         ]
 
     def _run(
@@ -295,6 +317,7 @@ class MegatronActor:
         Samples that carry routes are scored with those replayed. record: any of "routes",
         "margins" and "gates".
         """
+        self.make_whole()
         for chunk in self.chunks:
             chunk.eval()
 
@@ -411,6 +434,7 @@ class MegatronActor:
                 f"The gradient's norm is {float(grad_norm)}, of finite log-probs: the weights are "
                 "lost with this step. Lower the learning rate, and go on from the last checkpoint."
             )
+        self._split = self._passed.overlaps_gather
         # Each sample with its micro-batch and its row there.
         rows = [(sample, *divmod(i, size)) for i, sample in enumerate(samples)]
         log_probs, clipped, gradient_weight = (
@@ -434,7 +458,8 @@ class MegatronActor:
 
     @torch.no_grad()
     def take_weights(self, other: MegatronActor) -> None:
-        """Copy another actor's weights, of the same model in the same layout; no collective."""
+        """Copy another actor's weights, of the same model in the same layout. A collective."""
+        other.make_whole()
         for mine, theirs in zip(self.chunks, other.chunks, strict=True):
             pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
             for target, source in pairs:
@@ -442,6 +467,7 @@ class MegatronActor:
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on every rank, for an engine."""
+        self.make_whole()
         return export_weights(self.chunks, self.hf)
 
     def save(self, output_dir: Path) -> None:
@@ -449,6 +475,7 @@ class MegatronActor:
 
         The tokenizer of `model_dir` is in it, as it was when this actor was made to be trained.
         """
+        self.make_whole()
         write_checkpoint(self.chunks, self.hf, self._side_files, output_dir)
 
     def try_saving(self, folder: Path) -> None:

@@ -15,13 +15,26 @@ from typing import Any
 import torch
 import torch._dynamo
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.optimizer import optimizer_config
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.utils import get_te_version
 from torch.overrides import TorchFunctionMode
 
 from moe_upgrpo.megatron import releases
+
+_hybrid_init = HybridDeviceOptimizer.__init__
+
+
+def _init_of_views(self, params, *args, **kwargs) -> None:
+    for group in params:
+        for parameter in group["params"]:
+            if not parameter.is_leaf:
+                parameter.retain_grad()
+    _hybrid_init(self, params, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,25 @@ def mends() -> list[Replacement]:
                 "not (its stand-ins import), and line 185 asks isinstance of one of them",
             )
         )
+    found.append(
+        Replacement(
+            HybridDeviceOptimizer,
+            "__init__",
+            _init_of_views,
+            "distrib_optimizer.py:389 hands over views of fp32 weights, which torch's optimizers "
+            "refuse (can't optimize a non-leaf Tensor) unless they retain their gradient",
+        )
+    )
+    if get_te_version() is None:
+        found.append(
+            Replacement(
+                optimizer_config,
+                "is_te_min_version",
+                lambda *_, **__: False,
+                "optimizer_config.py:383 compares Transformer Engine's version where there is none "
+                "(0.19 calls it 0.0.0), also for an optimizer on the host, which does without",
+            )
+        )
     return found
 
 
@@ -82,6 +114,8 @@ class _CpuForCuda(TorchFunctionMode):
         # write device="cuda". Nearly no call has a device: a step of a small model makes 400,000.
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
+        if kwargs.get("pin_memory"):  # hybrid_optimizer.py:116
+            kwargs = kwargs | {"pin_memory": False}
         if func is torch.Tensor.cuda:  # optimizer.py:375, exchange_utils.py:336
             return args[0]
         result = func(*args, **kwargs)
@@ -106,6 +140,34 @@ class _Stream:
 
     def record_event(self) -> _Stream:
         return self  # an event of no stream: waiting for it is synchronize(), which returns at once
+
+    def wait(self, stream=None) -> None:
+        pass
+
+
+class _HostCopies(TorchFunctionMode):
+    """Every tensor counts as on the GPU but those that went through `cpu()`, and their copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_host: dict[int, torch.Tensor] = {}  # kept, so that no other gets the id
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.is_cuda.__get__:  # made anew each time it is asked for
+            return id(args[0]) not in self.on_host
+        moves = func in (torch.Tensor.cpu, torch.Tensor.pin_memory)
+        result = args[0] if moves else func(*args, **(kwargs or {}))
+        if torch.is_tensor(result) and (moves or id(args[0]) in self.on_host):
+            self.on_host[id(result)] = result
+        return result
+
+
+_offloaded_groups = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+
+def _offloaded_groups_on_cpu(optimizer, offload_fraction: float):
+    with _HostCopies():
+        return _offloaded_groups(optimizer, offload_fraction)
 
 
 _DEFAULT_STREAM = _Stream()
@@ -141,6 +203,13 @@ def cpu_replacements() -> list[Replacement]:
             "replaced by a class whose events are None",
         ),
         Replacement(torch.cuda, "synchronize", nothing, "parallel_state.py:198"),
+        Replacement(
+            HybridDeviceOptimizer,
+            "_get_sub_optimizer_param_groups",
+            _offloaded_groups_on_cpu,
+            "hybrid_optimizer.py:270 offloads weights whose is_cuda is true, and fails with "
+            "KeyError at 104 where a weight is on the CPU of its own accord",
+        ),
         Replacement(
             megatron_random.CudaRNGStatesTracker,
             "fork",

@@ -14,6 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
@@ -30,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -83,6 +85,7 @@ def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
     Into an empty folder that every rank sees; a collective, after at least one optimizer step.
     Raises OSError where a file cannot be written.
     """
+    actor.make_whole()
     model = _model_state(actor)
     state = {
         "model": model,
@@ -244,7 +247,11 @@ def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, to
 
 
 def _allocate(part: MegatronOptimizer, *, steps: int) -> None:
-    if isinstance(part, DistributedOptimizer):
+    if _is_offloaded(part):
+        # Its own loading of a state looks for fp32 copies of weights that are fp32
+        # (hybrid_optimizer.py:369). The step is of random gradients; all that it changes is loaded.
+        part.optimizer.dummy_step()
+    elif isinstance(part, DistributedOptimizer):
         param_groups = [
             {name: value for name, value in group.items() if name != "params"} | {"step": steps}
             for group in part.optimizer.param_groups
@@ -257,6 +264,9 @@ def _set_state(part: MegatronOptimizer, values: dict, *, steps: int) -> None:
         for i, (_, main) in enumerate(_main_parameters(part)):
             main.data.copy_(values[str(i)])
         return
+    if _is_offloaded(part):
+        _set_offloaded(part, values, steps=steps)
+        return
     # distrib_optimizer.py:941 looks for the step of torch's Adam among the tensors of the
     # checkpoint, where it is not.
     states = list(part.optimizer.state.values())
@@ -264,3 +274,28 @@ def _set_state(part: MegatronOptimizer, values: dict, *, steps: int) -> None:
     part.load_parameter_state_from_fully_reshardable(values)
     for state in counted:
         state["step"] = torch.tensor(float(steps))
+
+
+def _is_offloaded(part: MegatronOptimizer) -> bool:
+    return isinstance(getattr(part, "optimizer", None), HybridDeviceOptimizer)
+
+
+def _set_offloaded(part: DistributedOptimizer, values: dict, *, steps: int) -> None:
+    """Set the state where the optimizers of host and GPU hold it, copies of weights included."""
+    hybrid = part.optimizer
+
+    def set_one(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        parameter = hybrid.param_groups[group]["params"][order]
+        hybrid.param_to_inner_param[parameter].data.copy_(tensors["param"])
+        state = hybrid.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].copy_(tensors[name])
+        if "step" in state:
+            state["step"].fill_(float(steps))
+
+    with (
+        mock.patch.object(part, "_set_main_param_and_optimizer_states", set_one),
+        mock.patch.object(hybrid, "_sync_hdo_state_to_sub_optimizers", lambda: None),
+    ):
+        part.load_parameter_state_from_fully_reshardable(values)

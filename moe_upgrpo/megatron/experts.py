@@ -7,6 +7,7 @@ expert's share on this rank; I → O one of its two linear layers.
 from __future__ import annotations
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
@@ -56,3 +57,20 @@ class _GroupedProduct(torch.autograd.Function):
         if any(ctx.needs_input_grad[2:]):
             of_weights = grouped_mm(gradient_NO.t(), tokens_NI, offs=ends_E).unbind()
         return of_tokens_NI, None, *of_weights
+
+
+def gather_before(chunk: DistributedDataParallel) -> None:
+    """Let grouped experts wait for their weights under overlap_param_gather.
+
+    Megatron waits where a module that holds a weight is called (distributed_data_parallel.py:470),
+    and the linear layers of grouped experts never are: stale weights would be used silently.
+    """
+    wait = chunk._make_forward_pre_hook()
+
+    def wait_for_all(experts: GroupedExperts, *_) -> None:
+        for module in experts.modules():
+            wait(module)
+
+    for module in chunk.modules():
+        if isinstance(module, GroupedExperts):
+            module.register_forward_pre_hook(wait_for_all)

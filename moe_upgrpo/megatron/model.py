@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -107,9 +110,16 @@ def code_paths() -> dict[str, str]:
 
 
 def transformer_config(
-    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
+    hf: PretrainedConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    passed: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's config of a model; experts dropless, no auxiliary loss, router in fp32."""
+    """Megatron's config of a model; experts dropless, no auxiliary loss, router in fp32.
+
+    passed: values of fields that the user gave (`moe_upgrpo.megatron.passthrough`).
+    """
     experts, of_family = moe_layers(hf), family(hf)
     moe = {}
     if experts:
@@ -128,7 +138,7 @@ def transformer_config(
         )
     settings = of_family.settings(hf)
     latent = settings.get("multi_latent_attention")
-    return (MLATransformerConfig if latent else TransformerConfig)(
+    own = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         num_attention_heads=hf.num_attention_heads,
@@ -168,6 +178,7 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=_fuses_gradient_accumulation(),
     )
+    return (MLATransformerConfig if latent else TransformerConfig)(**(own | dict(passed or {})))
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -203,7 +214,11 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
 
 
 def build_model(
-    hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
+    hf: PretrainedConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    passed: Mapping[str, Any] | None = None,
 ) -> list[ScoringModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage.
 
@@ -212,7 +227,7 @@ def build_model(
     layout.check_model(hf)
     if recompute not in RECOMPUTE:
         raise UserError(f"recompute={recompute!r}: use one of {', '.join(RECOMPUTE)}.")
-    config = transformer_config(hf, layout, dtype, recompute)
+    config = transformer_config(hf, layout, dtype, recompute, passed)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     Adam,
     MegatronOptimizer,
@@ -12,6 +14,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from moe_upgrpo.megatron.backend import has_cuda
@@ -20,27 +23,51 @@ from moe_upgrpo.megatron.settings import OptimizerSettings
 TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
+def optimizer_config(
+    config: TransformerConfig,
+    settings: OptimizerSettings,
+    passed: Mapping[str, Any] | None = None,
+) -> OptimizerConfig:
+    """Megatron's config of the optimizer of a model with `config`; `passed` are the user's own."""
+    own = dict(
+        optimizer=settings.algorithm,
+        lr=settings.lr,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        sgd_momentum=0.0,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=settings.splits_state,
+    )
+    passed = dict(passed or {})
+    if passed.get("optimizer_cpu_offload"):
+        # Of bf16 weights the offloading optimizer keeps the fp32 copies; without this Megatron
+        # would keep others on the GPU. Of fp32 weights it then takes gradients from where they are
+        # not (hybrid_optimizer.py:89), and trains only what is offloaded.
+        own["use_precision_aware_optimizer"] = config.bf16
+    return OptimizerConfig(**(own | passed))
+
+
+def ddp_config(
+    settings: OptimizerSettings, passed: Mapping[str, Any] | None = None
+) -> DistributedDataParallelConfig:
+    """Megatron's config of how gradients and weights travel; `passed` are the user's own."""
+    own = dict(use_distributed_optimizer=settings.splits_state, grad_reduce_in_fp32=True)
+    return DistributedDataParallelConfig(**(own | dict(passed or {})))
+
+
 def make_optimizer(
-    chunks: Sequence[torch.nn.Module], settings: OptimizerSettings
+    chunks: Sequence[torch.nn.Module],
+    settings: OptimizerSettings,
+    passed: Mapping[str, Any] | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """For model chunks that are wrapped in DistributedDataParallel."""
-    config = get_model_config(chunks[0])
     # Every DP rank read the same files, so no broadcast of parameters is needed.
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=settings.algorithm,
-            lr=settings.lr,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            sgd_momentum=0.0,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=settings.splits_state,
-        ),
-        list(chunks),
+        optimizer_config(get_model_config(chunks[0]), settings, passed), list(chunks)
     )
     _step_in_one_call(optimizer)
     scheduler = OptimizerParamScheduler(

@@ -13,7 +13,7 @@ from moe_upgrpo.train.tracking import check as check_trackers
 
 
 def check_start(config: TrainConfig, world_size: int | None) -> None:
-    """Raise UserError for what `moe_upgrpo.train.start` would refuse; loads no torch, no model.
+    """Raise UserError for what `moe_upgrpo.train.start` would refuse; loads no model.
 
     world_size: None where only the ranks will know.
     """
@@ -38,3 +38,23 @@ def check_start(config: TrainConfig, world_size: int | None) -> None:
         read_raw_config(config.model)
     if config.load_rollouts and not config.load_rollouts.is_dir():
         raise UserError(f"--load-rollouts {config.load_rollouts}: there is no such folder.")
+    if config.megatron:
+        _check_passed(config, world_size)
+
+
+def _check_passed(config: TrainConfig, world_size: int | None) -> None:
+    # Here: only these options have to wait for Megatron's import.
+    from moe_upgrpo.megatron import passthrough
+    from moe_upgrpo.megatron.families import read_model_config
+
+    if world_size is None:
+        passthrough.read(config.megatron)
+        return
+    passthrough.check(
+        config.megatron,
+        read_model_config(config.model) if config.model else config.tiny.hugging_face(),
+        config.layout(world_size),
+        dtype=config.dtype,
+        recompute=config.recompute,
+        optimizer=config.optimizer,
+    )

@@ -14,9 +14,11 @@ import yaml
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
+from moe_upgrpo.train.passed_words import as_words
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
@@ -116,6 +118,8 @@ class TrainConfig:
     """How tokens get to their experts: each to its experts' ranks, or all to every such rank."""
     recompute: Literal["none", "full"] = "none"
     """full: keep no activations of a layer, run it again in the backward pass."""
+    megatron: dict[str, str] = field(default_factory=dict)
+    """Options of Megatron-Core's own, each as --megatron.NAME VALUE: docs/scale.md."""
 
     prompts: int = 32
     """Prompts in a step, over all ranks."""
@@ -337,6 +341,7 @@ MAY_CHANGE = {
     "vpp": "the layout",
     "dispatcher": "how experts are reached",
     "recompute": "memory",
+    "megatron": "of its options those about memory and communication: [scale.md](scale.md)",
     "micro_batch": "memory",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
@@ -374,7 +379,7 @@ def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
     now, before = dict(_settings(asdict(config))), dict(_settings(stored))
     before = dict(_settings(asdict(TrainConfig()))) | before
     changed = {n: [before.get(n), v] for n, v in now.items() if before.get(n) != v}
-    wrong = [name for name in changed if name.partition(".")[0] not in MAY_CHANGE]
+    wrong = [name for name in changed if not _may_change(name)]
     if wrong:
         values = "; ".join(f"{n} was {changed[n][0]}, now {changed[n][1]}" for n in wrong)
         raise UserError(
@@ -382,6 +387,11 @@ def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
             f"or start one with another --output-dir. May change: {', '.join(MAY_CHANGE)}."
         )
     return changed
+
+
+def _may_change(setting: str) -> bool:
+    group, _, name = setting.partition(".")
+    return group in MAY_CHANGE and (group != "megatron" or passed_fields.may_change(name))
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -500,7 +510,12 @@ def _flatten(values: dict, cls: type, prefix: str) -> Iterator[str]:
         if group and not isinstance(value, dict):
             inner = ", ".join(f.name for f in fields(group))
             raise UserError(f"{prefix}{name} is {value!r}; it is a group of the fields {inner}.")
-        if group:
+        if known[name] is dict:
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{name} is {value!r}; lines of `name: value` are needed.")
+            for inner, of_inner in value.items():
+                yield from as_words(inner, of_inner)
+        elif group:
             yield from _flatten(value, group, f"{prefix}{name}.")
         else:
             as_text = json.dumps(value) if isinstance(value, dict) else value
@@ -523,6 +538,8 @@ def _unknown(given: str) -> str:
 
 
 def _option(name: str, value: Any) -> list[str]:
+    if name.startswith("megatron."):
+        return as_words(name.partition(".")[2], value)
     *outer, last = name.replace("_", "-").split(".")
     if isinstance(value, bool):
         return ["--" + ".".join([*outer, last if value else f"no-{last}"])]

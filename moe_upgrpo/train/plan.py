@@ -89,6 +89,11 @@ def make_plan(config: PlanConfig) -> Plan:
     layout = config.layout(config.ranks)
     hf = _model_config(config.model or config.tiny)
     layout.check_model(hf)
+    if config.megatron:
+        from moe_upgrpo.megatron import passthrough  # slow: it imports Megatron
+
+        passed = passthrough.read(config.megatron, here=False)
+        passthrough.check_optimizer(passed, config.optimizer)
     if config.model:
         try_export(hf, side_files(config.model), None)
     model = Sizes.of(hf)
@@ -178,6 +183,7 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
     held = memory.weights(
         stage, layout, config.ranks, dtype=config.dtype, algorithm=config.optimizer.algorithm
     )
+    held["optimizer"] *= 1 - _offloaded(config)
     copy = memory.DTYPE_BYTES[config.dtype] * stage.parameters
     if config.reference_kl:
         held["reference model"] = copy
@@ -191,6 +197,13 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
     if config.server_gb:
         held["engine: server"] = config.server_gb * GB
     return held
+
+
+def _offloaded(config: PlanConfig) -> float:
+    """The share of the optimizer's state that the host holds."""
+    if config.megatron.get("optimizer_cpu_offload") != "true":
+        return 0.0
+    return float(config.megatron.get("optimizer_offload_fraction", 1))
 
 
 def _moments(
@@ -322,6 +335,13 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
         f"logits of {rows:,} rows at a time, and again in the backward (checked: peaks of CPU "
         "runs, to 15%)",
     )
+    if share_of_host := _offloaded(config):
+        yield (
+            "optimizer offload",
+            f"{share_of_host:.0%} of Adam's state and of the fp32 weights is in the host's memory, "
+            "with a copy of their gradients: 16 bytes a parameter over the ranks that share it "
+            "(not measured)",
+        )
     yield "optimizer step", "torch's fused kernel, which takes nothing beside"
     if _in_process(config):
         yield (

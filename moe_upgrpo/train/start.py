@@ -93,6 +93,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             "temperature": config.temperature,
             "micro_batch_size": config.micro_batch,
             "recompute": config.recompute,
+            "megatron": config.megatron,
         }
         actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
         reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
