@@ -87,7 +87,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(OSError):
                 urllib.request.urlopen(f"{self.url}/health", timeout=2)
