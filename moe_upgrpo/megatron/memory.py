@@ -249,7 +249,7 @@ def working_space(
                rank's first linear layers in one tensor, c·(E/ep)·2·h·I/etp
     mlp        (dense layers) n·(h + 4·I/t)·c
 
-    and the layer's own four of n·h·c/t.
+    and the layer's own four of n·h·c/t; with tp > 1 Megatron's buffer for what is gathered, n·h·c.
     """
     c, t, n, h = DTYPE_BYTES[dtype], layout.tp, batch.tokens, model.hidden
     queries, keys = model.heads * model.head / t, model.kv_heads * model.head / t
@@ -261,7 +261,12 @@ def working_space(
         spaces.append(sent * (2 * h * etp + 2 * inner) + max(sent * 2 * inner, stacked))
     if model.moe_layers < model.layers:
         spaces.append(n * (h + 4 * model.inner / t) * c)
-    return max(spaces) + 4 * n * h * c / t
+    return max(spaces) + 4 * n * h * c / t + n * h * c * (t > 1)
+
+
+def traces(model: Sizes, layout: Layout, *, tokens: float, layers: int) -> float:
+    """What a rank recorded of `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
+    return tokens / layout.tp * layers * (2 * model.top_k + 4)
 
 
 def gathered_layer(model: Sizes, *, dtype: str) -> float:

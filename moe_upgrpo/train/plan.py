@@ -68,6 +68,7 @@ class Plan:
     update_batch: MicroBatch
     stages: list[StagePlan]
     logged: Bytes  # all ranks, one RL step
+    host: Bytes  # of the first machine
     assumptions: list[tuple[str, str]]
 
     @property
@@ -104,7 +105,7 @@ def make_plan(config: PlanConfig) -> Plan:
             f"Sequences of {length} tokens, prompt and response together: the model has "
             f"max_position_embeddings={hf.max_position_embeddings}. Lower max_new_tokens."
         )
-    sequences = config.prompts * config.group // layout.data_parallel(config.ranks)
+    sequences = _sequences(config, layout)
     in_update = sequences // config.minibatches
     update = MicroBatch(sequences=min(config.micro_batch, in_update), length=length)
     score = MicroBatch(sequences=min(config.micro_batch, sequences), length=length)
@@ -115,7 +116,7 @@ def make_plan(config: PlanConfig) -> Plan:
             stage=stage,
             ranks=range(stage.index * of_stage, (stage.index + 1) * of_stage),
             held=_held(config, layout, model, stage, length),
-            moments=_moments(config, layout, model, stage, update, score, in_update, length),
+            moments=_moments(config, layout, model, stage, update, score, length),
             sent=_sent(config, layout, model, stage, sequences * length),
         )
         for stage in _stages(config, layout)
@@ -129,8 +130,14 @@ def make_plan(config: PlanConfig) -> Plan:
         update_batch=update,
         stages=made,
         logged=_logged(config, model, length, new_tokens),
+        host=_host(config, layout, model, length),
         assumptions=list(_assumptions(config, model, update)),
     )
+
+
+def _sequences(config: PlanConfig, layout: Layout) -> int:
+    """Of one copy of the model, in a step."""
+    return config.prompts * config.group // layout.data_parallel(config.ranks)
 
 
 def _stages(config: PlanConfig, layout: Layout) -> list[Stage]:
@@ -213,12 +220,12 @@ def _moments(
     stage: Stage,
     update: MicroBatch,
     score: MicroBatch,
-    sequences: int,
     length: int,
 ) -> dict[str, Bytes]:
     """Bytes that come on top of what is held, at each moment of a step."""
     given = dict(dtype=config.dtype)
     old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
+    sequences = _sequences(config, layout)
     moments = {}
 
     def computing(batch: MicroBatch, purpose: str) -> Bytes:
@@ -245,10 +252,14 @@ def _moments(
         stage,
         update,
         recompute=config.recompute,
-        micro_batches=-(-sequences // update.sequences),
+        micro_batches=-(-sequences // config.minibatches // update.sequences),
         imbalance=config.imbalance,
         **given,
     ) | computing(update, "recorded update" if old_from_update else "update")
+    if stage.moe_layers:
+        # Pickled, and over NCCL: what is sent, and that of every rank of the copy.
+        each = memory.traces(model, layout, tokens=sequences * length, layers=stage.moe_layers)
+        moments["routes gathered"] = {"routes and margins": each * (1 + layout.tp * layout.pp)}
     if _in_process(config):
         whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
@@ -286,6 +297,20 @@ def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens
     if config.load_rollouts is not None:
         del sent["engine"]
     return {name: size for name, size in sent.items() if size}
+
+
+def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Bytes:
+    """What the ranks of the first machine have in its own memory at a time, the largest of it."""
+    host: Bytes = {}
+    if model.moe_layers:
+        # Every rank of a copy gets all of it, as it was sent and joined.
+        tokens = _sequences(config, layout) * length * layout.tp
+        each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
+        host["routes and margins of a step"] = 2 * each * config.gpus_per_node
+    if config.engine == "vllm" and config.engine_url is not None and not config.load_rollouts:
+        width = memory.DTYPE_BYTES[config.dtype]
+        host["weights for the server, rank 0"] = width * memory.model_parameters(model)
+    return host
 
 
 def _logged(config: PlanConfig, model: Sizes, length: int, new_tokens: int) -> Bytes:
@@ -356,7 +381,11 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
         f"{fixed / GB:g} GB and {share:.0%} of a GPU for CUDA, NCCL and what the allocator loses "
         "(not measured: no GPU of ours ran this)",
     )
-    yield "not counted", "analyses (--analyse-every), evaluation, checkpoints; the host's memory"
+    yield (
+        "not counted",
+        "analyses (--analyse-every), evaluation, checkpoints; of the machine's own memory all but "
+        "routes and weights for a server",
+    )
 
 
 # What may help, by option; tried one at a time on the same config.
@@ -453,6 +482,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(table)
     _small(console, "a rank sends in a step", plan.fullest.sent)
     _small(console, "all ranks record in a step", plan.logged)
+    _small(console, "in the first machine's own memory", plan.host)
     console.print("assumptions; sizes in bytes")
     assumptions = Table(show_header=False)
     for name, text in plan.assumptions:

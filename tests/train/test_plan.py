@@ -82,7 +82,15 @@ def test_thirty_billion_parameters_fit_on_eight_gpus(monkeypatch):
     # busiest: twice 2,048 numbers and four times 768 of two bytes; and four times the rank's half
     # of the hidden states.
     sent = 9216 * 8 / 2 * 1.5 * 2 * (2 * 2048 + 4 * 768)
-    assert stage.moments["old log-probs"] == {"layer in work": sent + 4 * 9216 * 2048 * 2 / 2}
+    own = 4 * 9216 * 2048 * 2 / 2 + 9216 * 2048 * 2  # and a gathered one
+    assert stage.moments["old log-probs"] == {"layer in work": sent + own}
+    # 128 sequences; 48 routers, 8 ids of two bytes and a margin; sent, and gathered from two ranks.
+    routes = 128 * 9216 * 48 * (8 * 2 + 4)
+    assert stage.moments["routes gathered"] == {"routes and margins": routes / 2 * 3}
+    assert plan.host == {
+        "routes and margins of a step": routes * 2 * 8,
+        "weights for the server, rank 0": 2 * 30_532_122_624,
+    }
     # 441 rows of half the vocabulary, in bf16 once and in fp32 twice; all hidden states.
     head = memory.head(
         plan.model, plan.layout, plan.update_batch, dtype="bfloat16", purpose="score"
