@@ -126,6 +126,9 @@ class TrainConfig:
     """Passes over a step's responses."""
     micro_batch: int = 128
     """Most sequences in one forward of a rank."""
+    deterministic: bool = False
+    """On GPUs: only kernels that give the same bits each time, slower ones among them. A CPU's do
+    of themselves."""
     overlap: bool = False
     """Generate the next batch while the update runs: one step off-policy."""
     temperature: float = 1.0
@@ -336,6 +339,7 @@ MAY_CHANGE = {
     "vpp": "the layout",
     "dispatcher": "how experts are reached",
     "recompute": "memory",
+    "deterministic": "which kernels compute on a GPU",
     "micro_batch": "memory",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
