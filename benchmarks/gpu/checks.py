@@ -17,9 +17,10 @@ class Check:
     """
 
     name: str
-    module: str  # below benchmarks.gpu
+    module: str
     function: str
     budget_s: float
+    means: str  # for docs/gpu.md
     on_cpu: bool = False
 
 
@@ -33,19 +34,110 @@ class Outcome:
 
 
 CHECKS = (
-    Check("doctor", "environment", "doctor", 30),
-    Check("reference on the CPU", "parity", "reference", 90, on_cpu=True),
-    Check("against the CPU's fp32", "parity", "against_reference", 60),
-    Check("replay", "replay", "replay", 60),
-    Check("deterministic", "replay", "deterministic", 60),
-    Check("decomposition", "mismatch", "decomposition", 60),
-    Check("mismatch by layer", "mismatch", "by_layer", 90),
-    Check("core attention", "layers", "attention", 45),
-    Check("grouped experts", "layers", "experts", 45),
-    Check("optimizer step", "layers", "adam", 30),
-    Check("log-probs", "tensors", "log_probs", 45),
-    Check("route comparison", "tensors", "routes", 30),
-    Check("loss", "tensors", "loss", 30),
-    Check("large layers against plan", "training", "large_layers", 120),
-    Check("training run", "training", "run", 90),
+    Check(
+        "doctor",
+        "benchmarks.gpu.environment",
+        "doctor",
+        30,
+        "what is installed, and which code that selects",
+    ),
+    Check(
+        "reference on the CPU",
+        "benchmarks.gpu.parity",
+        "reference",
+        90,
+        "a model in fp32 without the GPU: log-probs, gradient, Adam's step",
+        on_cpu=True,
+    ),
+    Check(
+        "against the CPU's fp32",
+        "benchmarks.gpu.parity",
+        "against_reference",
+        60,
+        "the same on the GPU, held to the same experts; routers free; bf16",
+    ),
+    Check(
+        "replay",
+        "benchmarks.gpu.replay",
+        "replay",
+        60,
+        "a model's own routes change nothing, planted ones are used, recomputed ones too",
+    ),
+    Check(
+        "deterministic",
+        "benchmarks.gpu.replay",
+        "deterministic",
+        60,
+        "the same step twice, with `--deterministic` and without; what it costs",
+    ),
+    Check(
+        "decomposition",
+        "benchmarks.gpu.mismatch",
+        "decomposition",
+        60,
+        "the terms of the log-prob gap after a step add up to it",
+    ),
+    Check(
+        "mismatch by layer",
+        "benchmarks.gpu.mismatch",
+        "by_layer",
+        90,
+        "engine against trainer in bf16 and with FP8 weights; the noise floor",
+    ),
+    Check(
+        "core attention",
+        "benchmarks.gpu.layers",
+        "attention",
+        45,
+        "against Megatron-Core's, which makes all scores",
+    ),
+    Check(
+        "grouped experts",
+        "benchmarks.gpu.layers",
+        "experts",
+        45,
+        "against Megatron-Core's loop over the experts",
+    ),
+    Check(
+        "optimizer step",
+        "benchmarks.gpu.layers",
+        "adam",
+        30,
+        "torch's AdamW in the call that is used, against its own choice",
+    ),
+    Check(
+        "log-probs",
+        "benchmarks.gpu.tensors",
+        "log_probs",
+        45,
+        "a few rows of logits at a time, against all logits at once",
+    ),
+    Check(
+        "route comparison",
+        "benchmarks.gpu.tensors",
+        "routes",
+        30,
+        "against a naive broadcast; share of the memory bandwidth",
+    ),
+    Check(
+        "loss",
+        "benchmarks.gpu.tensors",
+        "loss",
+        30,
+        "with all its metrics, against GRPO's formula alone",
+    ),
+    Check(
+        "large layers against plan",
+        "benchmarks.gpu.training",
+        "large_layers",
+        120,
+        "two layers of Qwen3-30B-A3B: tokens/s, and peak memory against `moe-upgrpo plan`",
+    ),
+    Check(
+        "training run",
+        "benchmarks.gpu.training",
+        "run",
+        90,
+        "`moe-upgrpo train` from a warm start: tokens/s",
+    ),
 )

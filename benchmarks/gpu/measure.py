@@ -71,7 +71,7 @@ def compared(ours: dict[str, float], plain: dict[str, float]) -> str:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found − expected| / |expected|, of the whole tensors; inf where one is not finite."""
-    found, expected = found.double().cpu(), expected.double().cpu()
+    found, expected = found.double(), expected.double()
     if not bool(found.isfinite().all()):
         return float("inf")
     return float((found - expected).norm() / expected.norm())

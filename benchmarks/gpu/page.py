@@ -57,4 +57,4 @@ def _gb(one: dict[str, Any]) -> str:
 
 def _said(one: dict[str, Any]) -> str:
     text = ". ".join([one["line"], *one.get("faults", ())])
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("\n", " ")

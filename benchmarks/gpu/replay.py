@@ -50,7 +50,7 @@ def replay(job) -> Outcome:
                     break
             # Sums whose order is left to chance (atomic additions) are the noise of a repetition.
             noise = max(4 * figures[dtype]["repetition"], 1e-5 if dtype == "float32" else 0.05)
-            if torch.cuda.is_available() is False:
+            if not torch.cuda.is_available():
                 noise = 0.0
             if not figures[dtype]["own routes"] <= noise:
                 faults.append(f"{dtype}: its own routes, replayed, changed the log-probs")

@@ -10,9 +10,9 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -72,39 +72,47 @@ def run_checks(
 def _import(module: str) -> str | None:
     """Why the module cannot be imported here; None where it is there now."""
     try:
-        importlib.import_module(f"benchmarks.gpu.{module}")
+        with warnings.catch_warnings(action="ignore"):
+            importlib.import_module(module)
     except Exception as error:  # a broken package raises anything
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _run(check: Check, job: Job, budget_s: float) -> dict[str, Any]:
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
     begin = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = context.Process(target=_child, args=(check, job, sender, log.fileno()))
-        process.start()
-        sender.close()
-        try:
-            found = receiver.recv() if receiver.poll(budget_s) else None
-        except EOFError:
-            process.join()
-            found = {"state": "failed", "line": f"ended with status {process.exitcode}"}
-        finally:
-            process.kill()  # what it leaves is not waited for
-            process.join()
-        if found is None:
-            found = {"state": "out of time", "line": f"more than {budget_s:.0f} s"}
-        if found["state"] != "ok":
-            log.seek(0)
-            found["log"] = log.read()[-3000:]
+    log = job.scratch / "log"
+    found = _in_process("fork", check, job, budget_s, log)
+    if found.get("state") == "bad fork":  # something touched the GPU while it was imported
+        found = _in_process("spawn", check, job, budget_s, log)
+    if found["state"] != "ok":
+        found["log"] = log.read_text(errors="replace")[-3000:]
     return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
-def _child(check: Check, job: Job, answer: Connection, log: int) -> None:
+def _in_process(method: str, check: Check, job: Job, budget_s: float, log: Path) -> dict[str, Any]:
+    context = get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    log.write_text("")
+    process = context.Process(target=_child, args=(check, job, sender, log))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(budget_s):
+            return receiver.recv()
+        return {"state": "out of time", "line": f"more than {budget_s:.0f} s"}
+    except EOFError:
+        process.join()
+        return {"state": "failed", "line": f"ended with status {process.exitcode}"}
+    finally:
+        process.kill()  # what it leaves is not waited for
+        process.join()
+
+
+def _child(check: Check, job: Job, answer: Connection, log: Path) -> None:
+    target = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(target, stream)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     if check.on_cpu:
@@ -112,8 +120,10 @@ def _child(check: Check, job: Job, answer: Connection, log: int) -> None:
     try:
         import torch
 
-        module = importlib.import_module(f"benchmarks.gpu.{check.module}")
-        outcome: Outcome = getattr(module, check.function)(job)
+        if not check.on_cpu and torch.cuda._is_in_bad_fork():
+            answer.send({"state": "bad fork"})
+            return
+        outcome: Outcome = getattr(importlib.import_module(check.module), check.function)(job)
         found = {"state": "failed" if outcome.faults else "ok", **asdict(outcome)}
         if torch.cuda.is_initialized():
             found["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
