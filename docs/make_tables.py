@@ -1,4 +1,4 @@
-"""Fills what is generated of docs/token-log.md, mismatch.md, checkpoints.md, patches.md and gpu.md.
+"""Fills the tables of docs/token-log.md, mismatch.md, checkpoints.md and patches.md from the code.
 
     python -m docs.make_tables
 
@@ -9,7 +9,8 @@ hand. tests/store/test_docs.py fails when a page is not up to date.
 import re
 from pathlib import Path
 
-from benchmarks.gpu import checks, page
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import page as gpu_page
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
@@ -18,6 +19,7 @@ from moe_upgrpo.train.config import MAY_CHANGE
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
+CHECKS = [[one.name, one.means, f"{one.budget_s:g}"] for one in gpu_checks.CHECKS]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -26,6 +28,10 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 PAGES = {
+    "gpu.md": {
+        "results": gpu_page.section(),
+        "checks": table(["check", "what it looks at", "s"], CHECKS),
+    },
     "token-log.md": {
         "columns": table(
             ["column", "Arrow type", "optional", "meaning"],
@@ -50,13 +56,6 @@ PAGES = {
         ),
     },
     "patches.md": {"faults": faults.markdown_table()},
-    "gpu.md": {
-        "results": page.section(),
-        "checks": table(
-            ["check", "what it looks at", "s"],
-            [[one.name, one.means, f"{one.budget_s:g}"] for one in checks.CHECKS],
-        ),
-    },
     "checkpoints.md": {
         "may_change": table(
             ["setting", "what it is"], [[f"`{name}`", text] for name, text in MAY_CHANGE.items()]
@@ -65,19 +64,19 @@ PAGES = {
 }
 
 
-def filled(text: str, sections: dict[str, str]) -> str:
+def filled(page: str, sections: dict[str, str]) -> str:
     """The page with every generated section made anew; KeyError if one of them is missing."""
-    for name, made in sections.items():
+    for name, text in sections.items():
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text, count = re.subn(
-            pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL
+        page, count = re.subn(
+            pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
         )
         if count != 1:
             raise KeyError(f"section {name} appears {count} times in the page")
-    return text
+    return page
 
 
 if __name__ == "__main__":
     for name, sections in PAGES.items():
-        file = DOCS / name
-        file.write_text(filled(file.read_text(encoding="utf-8"), sections), encoding="utf-8")
+        page = DOCS / name
+        page.write_text(filled(page.read_text(), sections))

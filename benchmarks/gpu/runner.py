@@ -86,14 +86,14 @@ def _run(check: Check, job: Job, budget_s: float) -> dict[str, Any]:
     if found.get("state") == "bad fork":  # something touched the GPU while it was imported
         found = _in_process("spawn", check, job, budget_s, log)
     if found["state"] != "ok":
-        found["log"] = log.read_text(errors="replace")[-3000:]
+        found["log"] = log.read_text(encoding="utf-8", errors="replace")[-3000:]
     return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def _in_process(method: str, check: Check, job: Job, budget_s: float, log: Path) -> dict[str, Any]:
     context = get_context(method)
     receiver, sender = context.Pipe(duplex=False)
-    log.write_text("")
+    log.write_text("", encoding="utf-8")
     process = context.Process(target=_child, args=(check, job, sender, log))
     process.start()
     sender.close()
@@ -113,8 +113,8 @@ def _child(check: Check, job: Job, answer: Connection, log: Path) -> None:
     target = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(target, stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8")
     if check.on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
