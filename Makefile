@@ -25,9 +25,12 @@ SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
 # A release of Megatron-Core other than the newest that pip finds for the Python: 0.17.1, say.
 MEGATRON ?=
+
+# A bare machine with a GPU has no .venv, and a python3 that has torch.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-older-cpu test-megatron test-engines lint setup clean
+.PHONY: train test test-slow test-older-cpu test-megatron test-engines gpu-check lint setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +40,7 @@ help:
 	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
+	@echo "make gpu-check [ARGS='--only replay']           what one GPU says of this code, in eight minutes"
 	@echo "make setup                                      only make $(VENV)"
 	@echo "Each takes PYTHON=python3.12 or 3.13, and then the newest Megatron-Core that is supported."
 
@@ -71,6 +75,10 @@ $(TRANSFORMERS_4)/.installed: $(STAMP)
 
 train: $(STAMP)
 	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
+
+# Installs nothing: it says what is there and goes on with that (docs/gpu.md).
+gpu-check:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

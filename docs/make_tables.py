@@ -9,6 +9,8 @@ hand. tests/store/test_docs.py fails when a page is not up to date.
 import re
 from pathlib import Path
 
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import page as gpu_page
 from docs import marked_faults
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.store import COLUMNS, LEVELS
@@ -19,6 +21,7 @@ from moe_upgrpo.train.config import MAY_CHANGE
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
+CHECKS = [[one.name, one.means, f"{one.budget_s:g}"] for one in gpu_checks.CHECKS]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -27,6 +30,10 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 PAGES = {
+    "gpu.md": {
+        "results": gpu_page.section(),
+        "checks": table(["check", "what it looks at", "s"], CHECKS),
+    },
     "token-log.md": {
         "columns": table(
             ["column", "Arrow type", "optional", "meaning"],

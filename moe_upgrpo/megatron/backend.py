@@ -8,6 +8,7 @@ act, and only where they are needed.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.utils import get_te_version
 from torch.overrides import TorchFunctionMode
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import releases
 
 _hybrid_init = HybridDeviceOptimizer.__init__
@@ -254,6 +256,56 @@ def suspended() -> Iterator[None]:
 
 def has_cuda() -> bool:
     return torch.cuda.is_available()
+
+
+# Of CUDA's libraries: what makes each compute alike each time. cuBLAS takes one of these two sizes
+# of workspace; NCCL must not sum in the switch (NVLS); Transformer Engine asks when it is built.
+_WORKSPACES = (":4096:8", ":16:8")
+_SETTINGS = {
+    "CUBLAS_WORKSPACE_CONFIG": _WORKSPACES[0],
+    "NCCL_ALGO": "^NVLS",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, torch and Megatron-Core compute the same bits each time, on the same machine.
+
+    Megatron-Core asks torch for the mode where it has two ways (moe_utils.py:453, 731), and its
+    config for the embedding's gradient (layers.py:283; `model.transformer_config` sets it).
+    Raises UserError for a kernel that has no deterministic form, in whose place nothing else is
+    taken, and for settings of the user that forbid it. What was set before holds again afterwards.
+    """
+    for name, allowed in (("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES),
+                          ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", ("0",))):  # fmt: skip
+        given = os.environ.get(name)
+        if given is not None and given not in allowed:
+            raise UserError(
+                f"--deterministic with {name}={given}: {' or '.join(allowed)} is allowed. Leave "
+                "the variable unset, or --deterministic out."
+            )
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    added = [name for name in _SETTINGS if name not in os.environ]
+    os.environ |= {name: _SETTINGS[name] for name in added}
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it here
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        if "deterministic implementation" not in said and "not deterministic" not in said:
+            raise
+        raise UserError(
+            f"--deterministic: a kernel has no deterministic form on this device. torch says: "
+            f"{said} Leave --deterministic out, or what calls that kernel."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,16 @@ class PeerLost(MachineFault):
 
 
 @contextmanager
-def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) -> Iterator[None]:
+def process_groups(
+    layout: Layout, *, seed: int = 0, timeout_s: float = 1800, deterministic: bool = False
+) -> Iterator[None]:
     """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
 
     Expects the environment of torchrun; a single process needs none. The backend of
     `moe_upgrpo.megatron.backend` is applied inside. A rank that is silent for `timeout_s`, or
     that many seconds in a collective, end this process; errors of the transport become PeerLost,
-    with the name of the rank that was lost where it can be seen.
+    with the name of the rank that was lost where it can be seen. deterministic: see
+    `backend.deterministic`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout.check_world(world_size)
@@ -48,7 +51,7 @@ def process_groups(layout: Layout, *, seed: int = 0, timeout_s: float = 1800) ->
                 ". Start as many ranks as GPUs (torchrun --nproc-per-node, or NPROC with bash)."
             )
         torch.cuda.set_device(device())
-    with backend.apply():
+    with backend.deterministic() if deterministic else nullcontext(), backend.apply():
         dist.init_process_group(
             "nccl" if backend.has_cuda() else "gloo",
             store=dist.HashStore() if world_size == 1 else None,  # else torchrun's, by env://

@@ -160,10 +160,13 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         # Interleaved, two stages exchange activations and gradients with the same peer at a time,
         # and a batch of sends and receives does not tell them apart (p2p_communication.py:25): with
-        # two stages they are swapped without an error. deallocate_pipeline_outputs stays off: it
-        # frees outputs that gloo is still sending (schedules.py:1600).
+        # two stages they are swapped without an error.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        # A stage frees outputs that it has sent. Not where messages overlap: Megatron frees them
+        # while they are on their way (schedules.py:1522, 1600), and whether the backend still holds
+        # their memory depends on it.
+        deallocate_pipeline_outputs=layout.pp > 1 and layout.vpp == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -176,6 +179,7 @@ def transformer_config(
         bias_dropout_fusion=False,  # dropout is 0
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         gradient_accumulation_fusion=_fuses_gradient_accumulation(),
     )
     return (MLATransformerConfig if latent else TransformerConfig)(**(own | dict(passed or {})))

@@ -131,6 +131,9 @@ class TrainConfig:
     """Passes over a step's responses."""
     micro_batch: int = 128
     """Most sequences in one forward of a rank."""
+    deterministic: bool = False
+    """On GPUs: only kernels that give the same bits each time, slower ones among them. A CPU's do
+    of themselves."""
     overlap: bool = False
     """Generate the next batch while the update runs: one step off-policy."""
     temperature: float = 1.0
@@ -355,6 +358,7 @@ MAY_CHANGE = {
     "track": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
+    "deterministic": "which kernels compute on a GPU",
     "timeout": "how long ranks wait for each other",
     "stop_within": "how long a signal waits for a checkpoint",
     "report": "how the run is watched",

@@ -68,7 +68,12 @@ def start(config: TrainConfig) -> Iterator[Job]:
     display = Display(config.steps, shown=rank == 0, closed=partial(stopping.ask, signal.SIGPIPE))
     with (
         stopping,
-        groups.process_groups(layout, seed=config.seed, timeout_s=60 * config.timeout),
+        groups.process_groups(
+            layout,
+            seed=config.seed,
+            timeout_s=60 * config.timeout,
+            deterministic=config.deterministic,
+        ),
         display,
         ExitStack() as begun,
     ):

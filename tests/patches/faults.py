@@ -60,7 +60,7 @@ FAULTS = {
     ),
     "outputs_in_flight": (
         "`deallocate_pipeline_outputs` with `overlap_p2p_comm` frees what is being sent",
-        "the option is off; patch",
+        "the option is off where messages overlap; patch",
     ),
     "rotary_key_gradient": (
         "MLA of the local layer spec with tensor parallelism: the rotary key's gradient lacks the "

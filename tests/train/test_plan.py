@@ -30,6 +30,7 @@ from tests.train.test_launch import ROOT, job
 
 CONFIGS = ROOT / "examples" / "configs"
 MOE, DENSE = CONFIGS / "qwen3-30b-a3b.yaml", CONFIGS / "qwen3-14b-base.yaml"
+MOE_80 = CONFIGS / "qwen3-30b-a3b-80gb.yaml"
 STAND_IN = CONFIGS / "stand-in.yaml"
 GB = 1e9
 
@@ -101,6 +102,30 @@ def test_thirty_billion_parameters_fit_on_eight_gpus(monkeypatch):
     for words in ("30.53B parameters, 3.35B", "TP2·EP8", "assumptions", "Korthikanti",
                   "--server-gb", "expert-parallel", "token log: routes"):  # fmt: skip
         assert words in text
+
+
+def test_thirty_billion_parameters_fit_on_eight_gpus_of_80_gb(monkeypatch):
+    """TP4·EP8, 8,192 new tokens: what is not experts lies on four ranks, and twice."""
+    plan = make_plan(planned("--config", MOE_80, "--gpu-memory-gb", 80, monkeypatch=monkeypatch))
+    check_fits(plan)
+    assert (plan.new_tokens, plan.available) == (8192, 80 * GB * 0.94 - 2 * GB)
+    (stage,) = plan.stages
+    expert = 48 * 16 * 3 * 2048 * 768
+    split = 48 * (2048 * (4096 + 2 * 512) + 4096 * 2048) + 2 * 151936 * 2048
+    shared = split // 4 + 48 * (2048 * 128 + 256 + 4096) + 2048
+    assert sum(stage.held.values()) == 6 * (expert + shared) + 12 * (expert + shared / 2)
+    assert "engine: server" not in stage.held
+    assert stage.peak > 0.95 * plan.available
+
+
+def test_responses_of_32k_tokens_fit_on_eight_gpus_of_141_gb(monkeypatch):
+    words = ("--config", MOE, "--max-new-tokens", 32768, "--server-gb", 24)
+    plan = make_plan(planned(*words, monkeypatch=monkeypatch))
+    check_fits(plan)
+    assert plan.update_batch == memory.MicroBatch(sequences=1, length=1024 + 32768)
+    (stage,) = plan.stages
+    # Full recomputation keeps the input of each of 48 layers, half of it on a rank of TP2.
+    assert stage.moments["update"]["layer inputs"] == 48 * 33792 * 2048 * 2 / 2
 
 
 def test_what_does_not_fit_is_refused_with_what_would_help(monkeypatch):

@@ -1,0 +1,100 @@
+"""What a machine has of what the checks need, and how to go on with it. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CARRIED = ROOT / ".gpu-carry"
+# Import name -> distribution. What all checks need, and what most do.
+NEEDED = {"torch": "torch", "numpy": "numpy"}
+USED = {
+    "megatron.core": "megatron-core",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "pyarrow": "pyarrow",
+    "yaml": "pyyaml",
+    "tyro": "tyro",
+    "rich": "rich",
+    "packaging": "packaging",
+}
+
+
+def use_carried(folder: Path = CARRIED) -> bool:
+    """Put the carried packages behind those of the machine, which win."""
+    site = folder / "site"
+    if site.is_dir() and str(site) not in sys.path:
+        sys.path.append(str(site))
+    return site.is_dir()
+
+
+def machine() -> dict[str, Any]:
+    """Versions by distribution (None: not there), Python, and the GPUs that the driver names."""
+    return {
+        "python": platform.python_version(),
+        "executable": Path(sys.executable).name,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(module, name) for module, name in (NEEDED | USED).items()},
+        "gpus": _gpus(),
+    }
+
+
+def _version(module: str, name: str) -> str | None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "there"
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(
+            query, capture_output=True, encoding="utf-8", timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return answer.stdout.strip().splitlines()
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """What cannot be done with what is there, and what would help."""
+    missing = {name for name, version in found["packages"].items() if version is None}
+    said = []
+    for name in sorted(missing & set(NEEDED.values())):
+        said.append(
+            f"{name} is not there, and nothing goes without it: take a Python that has it "
+            "(make gpu-check GPU_PYTHON=/path/to/python)."
+        )
+    for name in sorted(missing & set(USED.values())):
+        said.append(
+            f"{name} is not there: checks that import it cannot run. Where there is a network: "
+            f"pip install {name}; else python -m benchmarks.gpu --carry, where it is installed, "
+            f"and take {CARRIED.name}/ along."
+        )
+    if not found["gpus"]:
+        said.append("the driver names no GPU: the checks run on the CPU, with small sizes.")
+    return said
+
+
+def shown(found: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version or '—'}" for name, version in found["packages"].items())
+    return [
+        f"Python {found['python']} ({found['executable']}), {found['platform']}, "
+        f"{found['cpus']} CPUs",
+        packages,
+        *(found["gpus"] or ["no GPU"]),
+    ]
