@@ -1,17 +1,8 @@
-import locale
-import os
-
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 torch.set_num_threads(1)
-
-# The tests compare texts with signs that ASCII lacks: where the locale is ASCII, their own files
-# and pipes are UTF-8 all the same. tests/train/test_ascii_locale.py is about such a locale.
-if locale.getencoding().upper() != "UTF-8":
-    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-    os.environ["PYTHONIOENCODING"] = "utf-8"
 
 
 @pytest.fixture(scope="session")

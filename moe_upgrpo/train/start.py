@@ -647,7 +647,7 @@ class Job:
     def log_step(self, step: int, step_record: record.StepRecord, clock) -> None:
         """Sum the step's metrics over the ranks, evaluate where it is due, write a row."""
         begin = clock.total()
-        heap.give_back(step)
+        heap.give_back()
         updates = step_record.updates
         sums, loss_metrics = step_record.sums(), step_record.loss_metrics()
         maxima = step_record.maxima()

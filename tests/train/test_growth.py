@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from benchmarks.growth import watched
-from moe_upgrpo.train import heap
 from tests.ranks import run_command
 from tests.train.test_launch import options
 
@@ -48,7 +47,7 @@ def leaves_holes(file: Path) -> None:
 
 def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
     """Else the heap of a real run grew by 250 to 400 kB a step."""
-    steps = heap.EVERY + 1
+    steps = 11
     noted = tmp_path / "resident"
     more = ("--steps", str(steps), "--eval-every", "100", "--save-every", "0")
     result = run_command(
@@ -57,10 +56,8 @@ def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     kb = [int(line) for line in noted.read_text(encoding="utf-8").splitlines()]
     assert len(kb) == steps
-    before, after = kb[-2] - kb[0], kb[-1] - kb[0]  # of the step that gives back
-    holes = BLOCKS * BLOCK_KB  # of a step, at least
-    assert before > (heap.EVERY - 2) * holes  # the test does what it says
-    assert after < before - (heap.EVERY - 2) * holes
+    # Of ten steps' holes, 160 MB at least; the first steps have caches to fill.
+    assert kb[-1] - kb[2] < 3 * BLOCKS * BLOCK_KB
 
 
 @pytest.mark.slow

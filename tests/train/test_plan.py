@@ -238,4 +238,4 @@ def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache)
 def test_the_command_prints_and_refuses():
     result = run_command("plan", "--gpus-per-node", "2", "--gpu-memory-gb", "2.13")
     assert result.returncode == 1 and "assumptions" in result.stdout
-    assert result.stderr.startswith("error: does not fit: rank 0 to 1 needs ")
+    assert result.stderr.splitlines()[-1].startswith("error: does not fit: rank 0 to 1 needs ")
