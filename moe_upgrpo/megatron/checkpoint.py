@@ -13,6 +13,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -218,7 +219,8 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
     Adam before it makes it (distrib_optimizer.py:659).
     """
     if isinstance(part, DistributedOptimizer):
-        return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
+        with _padding_counted(part):
+            return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
     # SGD without momentum has no state but the fp32 weights of a bf16 model.
     parameters = {id(sharded.data): sharded for sharded in _sharded(model)}
     return {
@@ -227,6 +229,23 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
         )
         for i, (parameter, main) in enumerate(_main_parameters(part))
     }
+
+
+@contextmanager
+def _padding_counted(part: DistributedOptimizer) -> Iterator[None]:
+    """Let a state be written with every element where it is read.
+
+    Where gradients travel in several buckets, distrib_optimizer.py:1114 leaves out the padding
+    between them and 1501 looks for each weight as if it were there: all states behind the first
+    padding are those of other elements, without an error.
+    """
+    with ExitStack() as stack:
+        for buffer in part.buffers:
+            sizes = [(buffer, buffer.numel)]
+            sizes += [(bucket, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            for one, size in sizes:
+                stack.enter_context(mock.patch.object(one, "numel_unpadded", size))
+        yield
 
 
 def _sharded(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:

