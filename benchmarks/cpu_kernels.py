@@ -1,6 +1,6 @@
 """The cost of repeatable kernels on this CPU, and whether they are needed on it.
 
-    python -m benchmarks.kernels [--rounds 7]
+    python -m benchmarks.cpu_kernels [--rounds 7]
 
 One process for each value of MKL_CBWR, all at once and asked in turn, so that what else the machine
 does falls on all of them alike. Processor time of fp32 products (rows × inputs × outputs; the first
