@@ -5,6 +5,8 @@ Not covered: a GPU.
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +138,7 @@ MACHINE = {"python": "3.12.3", "packages": {"torch": "2.11.0", "megatron-core": 
 
 def written(folder: Path, **changes) -> Path:
     checks = {
-        "doctor": {"state": "ok", "seconds": 2.0, "line": "a | b", "peak_GB": 1.234},
+        "doctor": {"state": "ok", "seconds": 2.0, "line": "a | b", "taken_GB": 1.234},
         "loss": {"state": "failed", "seconds": 3.4, "line": "off", "faults": ["too far"]},
     }
     document = {"card": "Some Card", "size": "card", "seconds": 61.0, "machine": MACHINE}
@@ -229,6 +231,41 @@ def test_what_is_missing_is_named_with_what_helps(monkeypatch, capsys):
     monkeypatch.setattr(found, "_version", lambda module, name: None)
     assert command.main(["--only", "loss"]) == 1
     assert "torch —" in capsys.readouterr().out
+
+
+# As on a machine that has torch and numpy alone of what is needed.
+BARE = """
+import sys
+sys.modules |= dict.fromkeys(["megatron", "transformers", "tyro", "rich", "pyarrow", "yaml"])
+from benchmarks.gpu.__main__ import main
+sys.exit(main(["--only", "loss", "route comparison", "log-probs", "grouped experts", "--out", %r]))
+"""
+
+
+def test_a_machine_without_megatron_core_runs_the_rest(tmp_path):
+    """An interpreter of its own: what others have imported would be there."""
+    out = tmp_path / "out.json"
+    result = subprocess.run(
+        [sys.executable, "-c", BARE % str(out)], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 1, result.stderr
+    assert "megatron-core —" in result.stdout and "! megatron-core is not there" in result.stdout
+    written = json.loads(out.read_text())
+    assert written["card"] is None and written["size"] == "tiny"
+    states = {name: one["state"] for name, one in written["checks"].items()}
+    assert states.pop("grouped experts") == "cannot run"
+    assert states == dict.fromkeys(["log-probs", "route comparison", "loss"], "ok")
+
+
+def test_a_gpu_that_torch_is_not_built_for_is_no_card(monkeypatch):
+    import torch
+
+    machine = {"gpus": ["Some Card, 80 GB, 580.1"]}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert found.card(machine) is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert found.card(machine) == "Some Card"
+    assert found.card({"gpus": []}) is None
 
 
 def test_what_this_machine_has(capsys):
