@@ -44,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(options: argparse.Namespace, machine: dict) -> int:
     """Run the checks and write the file."""
-    size = options.size or ("card" if machine["gpus"] else "tiny")
+    card = found.card(machine)
+    if machine["gpus"] and card is None:
+        print("! this torch is not built for CUDA: the checks run on the CPU, with small sizes.")
+    size = options.size or ("card" if card else "tiny")
     checks = [one for one in CHECKS if not options.only or one.name in options.only]
-    card = machine["gpus"][0].split(",")[0] if machine["gpus"] else None
     begin = time.monotonic()
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,12 +65,12 @@ def check(options: argparse.Namespace, machine: dict) -> int:
         written.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         os.replace(written, out)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         job = Job(
             sizes=CARD if size == "card" else TINY,
             scratch=Path(scratch),
             carried=found.CARRIED,
-            on_card=bool(machine["gpus"]) and size == "card",
+            on_card=card is not None and size == "card",
         )
         results = run_checks(
             checks,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+DRIVER = Path("/dev/nvidiactl")
 CARRIED = ROOT / ".gpu-carry"
 # Import name -> distribution. What all checks need, and what most do.
 NEEDED = {"torch": "torch", "numpy": "numpy"}
@@ -60,14 +61,31 @@ def _version(module: str, name: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(
-            query, capture_output=True, encoding="utf-8", timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return answer.stdout.strip().splitlines()
+    """Name, memory and driver of each; by torch where the driver's tool is not there. Other
+    processes ask, so that this one and its forks have not touched the GPU."""
+    smi = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    names = "import torch.cuda as c; [print(c.get_device_name(i)) for i in range(c.device_count())]"
+    for question in (smi, [sys.executable, "-c", names]):
+        if question is not smi and not DRIVER.exists():
+            break
+        try:
+            answer = subprocess.run(
+                question, capture_output=True, encoding="utf-8", timeout=60, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return answer.stdout.strip().splitlines()
+    return []
+
+
+def card(found: dict[str, Any]) -> str | None:
+    """The GPU that torch would use; None where there is none, or torch is not built for it."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks the driver, and leaves the GPU alone
+    import torch
+
+    if not found["gpus"] or torch.version.cuda is None:
+        return None
+    return found["gpus"][0].partition(",")[0]
 
 
 def advice(found: dict[str, Any]) -> list[str]:

@@ -47,12 +47,12 @@ def _of_file(file: Path) -> str:
     return (
         f"**{card}**: {good} of {len(results)} checks passed in {found['seconds']:.0f} s; Python "
         f"{found['machine']['python']}, {versions}.\n\n"
-        + table(["check", "", "s", "peak GB", "what it found"], rows)
+        + table(["check", "", "s", "GB taken", "what it found"], rows)
     )
 
 
 def _gb(one: dict[str, Any]) -> str:
-    return f"{one['peak_GB']:.2f}" if "peak_GB" in one else ""
+    return f"{one['taken_GB']:.2f}" if "taken_GB" in one else ""
 
 
 def _said(one: dict[str, Any]) -> str:

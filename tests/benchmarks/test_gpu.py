@@ -5,17 +5,21 @@ Not covered: a GPU.
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import carry, found, page
+from benchmarks.gpu import carry, found, layers, page, parity, replay
 from benchmarks.gpu.checks import CHECKS, Check
 from benchmarks.gpu.runner import Job, run_checks
 from benchmarks.gpu.sizes import CARD, TINY
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import tap
 from tests.ranks import exit_status
 
 FAULTS = "tests.benchmarks.gpu_faults"
@@ -68,22 +72,54 @@ def test_all_checks_pass_on_a_cpu(tmp_path):
     assert results["training run"]["figures"]["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize(
-    "wrong", ["against_reference", "attention"], ids=["no reference", "wrong attention"]
-)
-def test_a_wrong_value_is_a_fault(wrong, tmp_path, monkeypatch):
-    """In this process: a check that cannot fail would say nothing on a GPU either."""
-    from benchmarks.gpu import layers, parity
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    """In this process, with a reference to compare with."""
+    scratch = tmp_path_factory.mktemp("job")
+    made = Job(sizes=TINY, scratch=scratch, carried=scratch / "none", on_card=False)
+    assert not parity.reference(made).faults
+    return made
 
-    job = Job(sizes=TINY, scratch=tmp_path, carried=tmp_path / "none", on_card=False)
-    if wrong == "attention":
-        right = layers.CausalAttention.forward
-        monkeypatch.setattr(layers.CausalAttention, "forward", lambda *given: 1.05 * right(*given))
-        outcome = layers.attention(job)
-        assert "from Megatron's" in outcome.faults[0]
-    else:
-        outcome = parity.against_reference(job)
-        assert outcome.faults == ("the reference was not made",)
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("log_probs", "log-probs in fp32: 0.001 from the CPU's"),
+        ("gradient/lm_head.weight", "gradient in fp32: "),
+        ("step/model.layers.1.mlp.gate.weight", "step in fp32: "),
+    ],
+)
+def test_a_value_other_than_the_reference_s_is_a_fault(name, words, job, tmp_path):
+    expected = dict(np.load(job.scratch / "reference.npz"))
+    expected[name] = expected[name] * 1.002 if "/" in name else expected[name] + 0.001
+    np.savez(tmp_path / "reference.npz", **expected)
+    (tmp_path / "model").symlink_to(job.scratch / "model")
+    (fault,) = parity.against_reference(replace(job, scratch=tmp_path)).faults
+    assert fault.startswith(words)
+
+
+def test_without_a_reference_nothing_is_compared(job, tmp_path):
+    outcome = parity.against_reference(replace(job, scratch=tmp_path))
+    assert outcome.faults == ("the reference was not made",)
+
+
+def test_attention_that_computes_something_else_is_a_fault(job, monkeypatch):
+    right = layers.CausalAttention.forward
+    monkeypatch.setattr(layers.CausalAttention, "forward", lambda *given: 1.05 * right(*given))
+    assert "from Megatron's" in layers.attention(job).faults[0]
+
+
+def test_routes_that_are_not_replayed_are_a_fault(job, monkeypatch):
+    """The tap is given none, and the routers choose for themselves."""
+    visit = tap.RouterTap.visit
+    monkeypatch.setattr(
+        tap.RouterTap,
+        "visit",
+        lambda self, chunk, batch, routes, record: visit(self, chunk, batch, None, record),
+    )
+    faults = replay.replay(job).faults
+    for dtype in replay.DTYPES:
+        assert f"{dtype}: planted experts were not used" in faults
 
 
 def faulty(*functions: str, budget_s: float = 60) -> list[Check]:
@@ -136,7 +172,7 @@ MACHINE = {"python": "3.12.3", "packages": {"torch": "2.11.0", "megatron-core": 
 
 def written(folder: Path, **changes) -> Path:
     checks = {
-        "doctor": {"state": "ok", "seconds": 2.0, "line": "a | b", "peak_GB": 1.234},
+        "doctor": {"state": "ok", "seconds": 2.0, "line": "a | b", "taken_GB": 1.234},
         "loss": {"state": "failed", "seconds": 3.4, "line": "off", "faults": ["too far"]},
     }
     document = {"card": "Some Card", "size": "card", "seconds": 61.0, "machine": MACHINE}
@@ -229,6 +265,41 @@ def test_what_is_missing_is_named_with_what_helps(monkeypatch, capsys):
     monkeypatch.setattr(found, "_version", lambda module, name: None)
     assert command.main(["--only", "loss"]) == 1
     assert "torch —" in capsys.readouterr().out
+
+
+# As on a machine that has torch and numpy alone of what is needed.
+BARE = """
+import sys
+sys.modules |= dict.fromkeys(["megatron", "transformers", "tyro", "rich", "pyarrow", "yaml"])
+from benchmarks.gpu.__main__ import main
+sys.exit(main(["--only", "loss", "route comparison", "log-probs", "grouped experts", "--out", %r]))
+"""
+
+
+def test_a_machine_without_megatron_core_runs_the_rest(tmp_path):
+    """An interpreter of its own: what others have imported would be there."""
+    out = tmp_path / "out.json"
+    result = subprocess.run(
+        [sys.executable, "-c", BARE % str(out)], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 1, result.stderr
+    assert "megatron-core —" in result.stdout and "! megatron-core is not there" in result.stdout
+    written = json.loads(out.read_text())
+    assert written["card"] is None and written["size"] == "tiny"
+    states = {name: one["state"] for name, one in written["checks"].items()}
+    assert states.pop("grouped experts") == "cannot run"
+    assert states == dict.fromkeys(["log-probs", "route comparison", "loss"], "ok")
+
+
+def test_a_gpu_that_torch_is_not_built_for_is_no_card(monkeypatch):
+    import torch
+
+    machine = {"gpus": ["Some Card, 80 GB, 580.1"]}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert found.card(machine) is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert found.card(machine) == "Some Card"
+    assert found.card({"gpus": []}) is None
 
 
 def test_what_this_machine_has(capsys):
