@@ -30,6 +30,7 @@ OURS: dict[str, str] = {
         "--recompute",
     ),
     "moe_enable_routing_replay": "--replay",
+    "deterministic_mode": "--deterministic",
     **_names("lr min_lr decoupled_lr decoupled_min_lr", "--optimizer.lr"),
     "weight_decay": "--optimizer.weight-decay",
     "adam_beta1": "--optimizer.beta1",
@@ -204,7 +205,7 @@ REFUSED: dict[str, str] = {
     ),
     **_names(
         "moe_extended_tp async_tensor_model_parallel_allreduce num_buckets main_grads_dtype "
-        "pipeline_model_parallel_comm_backend deterministic_mode use_te_rng_tracker",
+        "pipeline_model_parallel_comm_backend use_te_rng_tracker",
         "nothing that this trainer runs reads it, or it needs settings outside of this config",
     ),
 }  # fmt: skip

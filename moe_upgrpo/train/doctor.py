@@ -217,7 +217,7 @@ def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
             version=installed.version("grouped_gemm"),
             state="unused",
             feature="nothing here",
-            note="experts are Megatron-Core's SequentialMLP, or Transformer Engine's grouped MLP",
+            note="experts run in torch's grouped product, or Transformer Engine's grouped MLP",
         )
     )
     version = installed.version("apex")
