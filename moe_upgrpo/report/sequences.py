@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import finite, number
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.store import TokenLayout, overlap_array, read_routes, read_tokens
+from moe_upgrpo.store.parquet import column_names
 from moe_upgrpo.store.token_log import token_files
 
 DIVERGING = 3
@@ -87,7 +87,7 @@ def _experts(
         if of_step != step:
             continue
         try:
-            if "rollout_experts" not in pq.read_schema(file).names:
+            if "rollout_experts" not in column_names(file):
                 continue  # version 1, a dense model, or a run that logged none
             table = read_tokens(file, columns=columns)
             table = table.filter(pc.is_in(table["sequence"], pa.array(ids, pa.int64())))

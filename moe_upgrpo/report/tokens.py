@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import TokenLayout, read_tokens
+from moe_upgrpo.store.parquet import column_names
 from moe_upgrpo.store.schema import metadata
 from moe_upgrpo.store.token_log import token_files
 
@@ -79,7 +79,7 @@ def read_token_log(
             break
         seen += 1
         try:
-            held = pq.read_schema(file).names
+            held = column_names(file)
             table = read_tokens(file, columns=[c for c in _COLUMNS if c in held])
         except (UserError, pa.ArrowException, OSError):
             left_out.append(f"{file.name} (not readable)")

@@ -12,6 +12,7 @@ from moe_upgrpo.train import start
 from moe_upgrpo.train.batch import Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.start import Job
+from moe_upgrpo.train.stopping import Stopping
 from tests.train.test_evaluate import ScriptedEngine
 
 
@@ -86,7 +87,7 @@ def job(monkeypatch, *, task=None, **options):
     job.task, job.engine = task or ArithmeticTask(), ScriptedEngine()
     job.rank = job.dp_rank = job.copy_rank = 0
     job.dp_size = job.copy_size = 1
-    job._ahead, job.sampling = None, Sampling()
+    job._ahead, job.sampling, job.stopping = None, Sampling(), Stopping(1)
     job._check_versions = lambda rollouts, step: None  # the scripted engine's is always 0
     return job
 
