@@ -4,14 +4,11 @@ Of glibc's heap: other C libraries have no call that gives memory back. Not cove
 libraries' own caches hold, which have limits of their own.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from benchmarks.growth import watched
 from tests.ranks import run_command
 from tests.train.test_launch import options
 
@@ -58,19 +55,3 @@ def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
     assert len(kb) == steps
     # Of ten steps' holes, 160 MB at least; the first steps have caches to fill.
     assert kb[-1] - kb[2] < 3 * BLOCKS * BLOCK_KB
-
-
-@pytest.mark.slow
-def test_a_long_run_grows_by_less_than_20_kb_a_step(tmp_path):
-    """By more steps: `python -m benchmarks.growth`."""
-    trackers = ("--track", "wandb", "tensorboard")
-    growth = watched(tmp_path, *trackers, steps=800, after=300)
-    first, last = growth.samples[0], growth.samples[-1]
-    for rank in range(2):
-        assert growth.kb_a_step(rank) < 20, list(growth.lines())
-    assert last.descriptors == first.descriptors and last.threads == first.threads
-    assert (last.temporary, last.tracked) == (first.temporary, first.tracked)
-    # torchrun's own folder and torch's cache, one of each.
-    others = [n for n in growth.left if not n.startswith(("torchelastic", "torchinductor"))]
-    assert not others and len(growth.left) <= 2, growth.left
-    assert os.listdir(tmp_path / "run" / "wandb")
