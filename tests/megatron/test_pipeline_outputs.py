@@ -25,9 +25,10 @@ def freed(folder, layout: Layout) -> list[tuple[int, int]]:
 
     def watched(output, wanted=False):
         if output is not None:
-            before = output.numel()
+            (tensor,) = output if isinstance(output, list) else [output]  # since 0.18 a list
+            before = tensor.numel()
             free(output, wanted)
-            left.append((before, output.numel()))
+            left.append((before, tensor.numel()))
 
     with (
         groups.process_groups(layout),

@@ -230,8 +230,11 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_p
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory, cache) -> list[int]:
-    """How many of the package's functions each of two ranks calls in a whole run."""
+def calls(tmp_path_factory, cache, whole) -> list[int]:
+    """How many of the package's functions each of two ranks calls in a whole run.
+
+    After `whole`: the warm start, with calls of its own, is in the cache by then.
+    """
     counts = []
     for rank in range(2):
         folder = tmp_path_factory.mktemp("counted")
@@ -255,7 +258,7 @@ def test_a_run_killed_at_any_moment_equals_an_unbroken_one(seed, calls, whole, c
     """The campaign: a seeded rank, killed at a seeded one of all the calls that it makes."""
     rng = np.random.default_rng(seed)
     rank = int(rng.integers(2))
-    nth = int(rng.integers(1, calls[rank]))
+    nth = int(rng.integers(1, 0.98 * calls[rank]))  # how often a rank looks for files varies
     run = tmp_path / "run"
     words = options(run, cache, *MORE)
     first = partial(kill_at_call, nth, rank)
