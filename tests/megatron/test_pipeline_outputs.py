@@ -24,11 +24,12 @@ def freed(folder, layout: Layout) -> list[tuple[int, int]]:
     free = schedules.deallocate_output_tensor
 
     def watched(output, wanted=False):
-        if output is not None:
-            (tensor,) = output if isinstance(output, list) else [output]  # since 0.18 a list
-            before = tensor.numel()
+        if isinstance(output, list):  # newer releases: it comes back here for each of them
             free(output, wanted)
-            left.append((before, tensor.numel()))
+        elif output is not None:
+            before = output.numel()
+            free(output, wanted)
+            left.append((before, output.numel()))
 
     with (
         groups.process_groups(layout),
