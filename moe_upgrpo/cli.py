@@ -7,7 +7,6 @@ import io
 import json
 import locale
 import os
-import re
 import signal
 import sys
 import time
@@ -18,8 +17,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from moe_upgrpo import __version__, ending, kernels
@@ -31,6 +28,8 @@ from moe_upgrpo.errors import (
     status_of,
 )
 from moe_upgrpo.megatron import releases
+from moe_upgrpo.train.command_line import parsed
+from moe_upgrpo.train.console import Console
 
 COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
@@ -52,31 +51,11 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. `argv` are words that come before those of the command line."""
     _take_any_locale()
-    arguments = [*(argv or ()), *sys.argv[1:]]
-    commands = {
-        "train": _train,
-        "launch": _launch,
-        "probe": _probe,
-        "compare": _compare,
-        "report": _report,
-        "plan": _plan,
-        "doctor": _doctor,
-        "patch": _patch,
-    }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if arguments[0] == "--version":
-        print(f"moe-upgrpo {__version__}")
-        return
-    if arguments[0] not in commands:
-        ending.fail(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
-    if arguments[0] in COMPUTE:
-        kernels.pin()  # before torch computes
     try:
-        commands[arguments[0]](arguments[1:])
+        _run([*(argv or ()), *sys.argv[1:]])
+        sys.stdout.flush()  # here, where a reader that is gone has a message
     except UserError as error:
-        ending.fail(str(error), status_of(error), lost=type(error).__name__ == "PeerLost")
+        ending.fail(str(error), status_of(error), lost=error.lost)
     except KeyboardInterrupt as end:
         ending.fail("interrupted.", status_of(end))
     except BrokenPipeError:  # as `| head` does, once it has seen enough
@@ -98,34 +77,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
+def _run(arguments: list[str]) -> None:
+    commands = {
+        "train": _train,
+        "launch": _launch,
+        "probe": _probe,
+        "compare": _compare,
+        "report": _report,
+        "plan": _plan,
+        "doctor": _doctor,
+        "patch": _patch,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+    elif arguments[0] == "--version":
+        print(f"moe-upgrpo {__version__}")
+    elif arguments[0] not in commands:
+        raise UserError(f"{arguments[0]!r} is not a command; known: {', '.join(commands)}.")
+    else:
+        if arguments[0] in COMPUTE:
+            kernels.pin()  # before torch computes
+        commands[arguments[0]](arguments[1:])
+
+
 def _parse(what, arguments: list[str], prog: str):
-    """tyro's command line. Every rank finds the same mistake in the options; rank 0 says it."""
-    said = io.StringIO()
+    """The options. Every rank finds the same mistake in them; rank 0 says it."""
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(what, args=arguments, prog=prog, console_outputs=ending.rank() == 0)
-    except SystemExit as end:
-        if not end.code:
-            raise
+        return parsed(what, arguments, prog, speaks=ending.rank() == 0)
+    except UserError:
         if ending.rank():  # torchrun ends all ranks once one has failed: not before rank 0 spoke
             time.sleep(RANK_0_SPEAKS_S)
-        raise UserError(_condensed(said.getvalue(), prog)) from None
-
-
-def _condensed(said: str, prog: str) -> str:
-    """Put into one line what tyro says of a wrong option in a box."""
-    inside = [line.strip("│╭╮╰╯─ ") for line in said.splitlines()]
-    parts: list[list[str]] = [[]]
-    for line, drawn in zip(inside, said.splitlines(), strict=True):
-        if not line and "──" in drawn:
-            parts.append([])
-        elif line and not drawn.startswith("╭"):
-            parts[-1].append(line)
-    texts = [" ".join(part) for part in parts if part]
-    texts = [text for text in texts if not text.startswith("For full helptext")]
-    said = ". ".join(text.removesuffix(".") for text in texts)
-    said = re.sub("^Error parsing ((TrainConfig|PlanConfig|ProbeConfig|tiny): )?", "", said)
-    return f"{said.replace('. Argument helptext: ', '; ')}. All options: {prog} --help"
+        raise
 
 
 def _call(function, arguments: list[str], prog: str) -> None:
@@ -317,8 +299,13 @@ def _patch(arguments: list[str]) -> None:
 
 def _console() -> Console:
     """Square brackets are those of pip; where there is no terminal, lines are wide."""
-    console = Console(markup=False, highlight=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
+    plain = partial(Console, _gone, markup=False, highlight=False)
+    console = plain()
+    return console if console.is_terminal else plain(width=120)
+
+
+def _gone() -> None:
+    raise BrokenPipeError  # said and given its status as a print's own is
 
 
 def _take_any_locale() -> None:

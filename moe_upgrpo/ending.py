@@ -33,14 +33,22 @@ def remember(run: Path) -> None:
         Path(folder, _RUN).write_text(str(run), encoding="utf-8")
 
 
-def how_to_resume(folder: Path | None = None) -> str:
-    """Say what to do next with this process's run, or with that of a launcher's folder."""
+def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
+    """Say what to do next with this process's run, or with that of a launcher's folder.
+
+    state: whether it keeps states, without which it can only begin again.
+    """
     run = _run
     if folder is not None and (folder / _RUN).exists():
         run = Path((folder / _RUN).read_text(encoding="utf-8"))
     if run is None:
         return "No run folder was made yet: start again."
-    return f"What was logged in {run} is complete; to go on: --resume {run}"
+    if state:
+        return f"What was logged in {run} is complete; to go on: --resume {run}"
+    return (
+        f"What was logged in {run} is complete; to delete it and begin again: --resume {run} "
+        "--restart"
+    )
 
 
 def leave_signal(name: str) -> None:
@@ -71,9 +79,12 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
     first = _leave_mark()
     if details and first:
         print(details.rstrip(), file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # on a full disk the message is all there is
+    try:
         _write(message, status, lost, launcher, error_file)
-    if first and not launcher:
+        printed_by_launcher = bool(launcher)
+    except OSError:  # on a full disk what is printed here is all there is
+        printed_by_launcher = False
+    if first and not printed_by_launcher:
         print(f"error: {message}", file=sys.stderr, flush=True)
     # Without the interpreter's shutdown, where process groups would wait for the other ranks.
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more

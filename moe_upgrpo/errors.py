@@ -21,6 +21,8 @@ class UserError(ValueError):
     """
 
     status = 2
+    lost = False
+    """Whether another rank's end is the cause, whose own message says more."""
 
 
 class NumericalFailure(UserError):
@@ -33,6 +35,12 @@ class MachineFault(UserError):
     """The machine's fault: the same command may do on another day, or on another machine."""
 
     status = 4
+
+
+class PeerLost(MachineFault):
+    """Another rank ended, was stopped or cut off."""
+
+    lost = True
 
 
 class Stopped(UserError):

@@ -49,6 +49,8 @@ def launch(agent_words: Sequence[str], train_words: Sequence[str]) -> None:
             _wait(agent, asked)
         finally:
             del os.environ[ending.LAUNCHER]  # it is the ranks': this process is none
+            for pid in _ranks():  # just started as a signal came, or given up by the agent
+                _send(pid, signal.SIGKILL)
         told = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank-*.json")]
         if asked:
             raise Stopped(_stopped(asked[0], told, folder), asked[0])
@@ -140,6 +142,12 @@ def _cause(failure: BaseException, told: list[dict], folder: Path) -> UserError:
             why = " (by hand, or by the kernel for lack of memory)" if name == "SIGKILL" else ""
             return MachineFault(
                 f"rank {rank} was ended by {name}{why}. {ending.how_to_resume(folder)}"
+            )
+        if not told:  # before it could say a word of its own: what it printed stands above
+            return _with_status(
+                f"rank {rank} ended with status {process.exitcode}, as is said above. "
+                f"{ending.how_to_resume(folder)}",
+                1,
             )
     if told:
         return _with_status(told[0]["message"], told[0]["status"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -11,10 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 import yaml
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.config import TrainConfig, options
 from moe_upgrpo.train.passed_words import folded
 
@@ -149,14 +147,8 @@ class Comparison:
 
     def config(self, run: Run) -> TrainConfig:
         """The same, checked. Raises UserError that names the arm."""
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                words = folded(options(self.options(run)))
-                return tyro.cli(TrainConfig, args=words, prog=run.arm)
-        except SystemExit:
-            words = re.sub(r"[─╭╮╰╯│]|-{3,}", " ", said.getvalue()).split()  # tyro draws a box
-            raise UserError(f"arm {run.arm}: {' '.join(words)}") from None
+            return parsed(TrainConfig, folded(options(self.options(run))), "moe-upgrpo train")
         except UserError as error:
             raise UserError(f"arm {run.arm}: {error}") from None
 

@@ -279,21 +279,16 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> tuple[
 
 def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict) -> Outcome:
     """The job of a run, to its end; its log has that of all tries."""
-    ranks = log.with_suffix(".ranks")
-    shutil.rmtree(ranks, ignore_errors=True)  # of the try before
     with log.open("a", encoding="utf-8") as out:
         before = out.tell()
-        command = _command(nproc, what, ranks)
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(_command(nproc, what), stdout=out, stderr=subprocess.STDOUT)
         children[run] = child
         status = child.wait()
         del children[run]
     with log.open("rb") as written:
         written.seek(before)
         said = written.read().decode(errors="replace")
-    ended = outcome(status, said, ranks)
-    shutil.rmtree(ranks, ignore_errors=True)
-    return ended
+    return outcome(status, said)
 
 
 def is_trained(folder: Path, run: Run) -> bool:
@@ -341,9 +336,9 @@ def keep(
     data.write(data_file(folder, run), data.RunData(about=about, rows=rows))
 
 
-def _command(nproc: int, what: Sequence[str], ranks: Path) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(nproc), "--log-dir", str(ranks), "-m", "moe_upgrpo", "train", *what]  # fmt: skip
+def _command(nproc: int, what: Sequence[str]) -> list[str]:
+    launch = [sys.executable, "-m", "moe_upgrpo", "launch", "--nproc-per-node", str(nproc)]
+    return [*launch, "--", *what]
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from moe_upgrpo import ending
-from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.errors import MachineFault, PeerLost, UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron import backend
 from moe_upgrpo.megatron.heartbeat import Heartbeat
@@ -24,10 +24,6 @@ def device() -> torch.device:
     if backend.has_cuda():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-class PeerLost(MachineFault):
-    """Another rank ended, was stopped or cut off; that one's own message would say more."""
 
 
 @contextmanager

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moe_upgrpo.train.alarms import ALARMS
+from moe_upgrpo.train.console import Console
 
 PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
-
-
-class _Console(Console):
-    """rich's, which tells when nobody reads any more, where rich's own ends the process."""
-
-    closed: Callable[[], None]
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.closed()
 
 
 class Display:
@@ -34,8 +21,7 @@ class Display:
     """
 
     def __init__(self, steps: int, *, shown: bool, closed: Callable[[], None]):
-        self.console = _Console(quiet=not shown, highlight=False, soft_wrap=True)
-        self.console.closed = closed
+        self.console = Console(closed, quiet=not shown, highlight=False, soft_wrap=True)
         self._explained: set[str] = set()
         self._bar = Progress(
             BarColumn(bar_width=20),

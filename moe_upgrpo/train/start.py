@@ -729,7 +729,8 @@ class Job:
         if not done:
             raise self.stopping.error("before its first step was done")
         if not self.config.save_every:
-            raise self.stopping.error(f"after step {done}; --save-every 0 keeps no state")
+            how = f"after step {done}; --save-every 0 keeps no state"
+            raise self.stopping.error(how, state=False)
         whole = Checkpoints(self.run.checkpoints).all()
         if groups.from_rank_0(not whole or step_of(whole[-1]) != done):
             self._save(done)

@@ -99,14 +99,13 @@ class Stopping:
         finally:
             self._may_give_up = False
 
-    def message(self, how: str) -> str:
-        """Say that the run was stopped, how, and how to go on."""
-        closed = "SIGPIPE, since standard output was closed by its reader"
+    def message(self, how: str, *, state: bool = True) -> str:
+        """Say that the run was stopped, how, and how to go on; state: whether it keeps states."""
+        by = ending.signal_name(self.asked.name)
         if self.asked == signal.SIGPIPE:
-            return f"stopped by {closed}; {how}. {ending.how_to_resume()}"
-        name = ending.signal_name(self.asked.name)
-        return f"stopped by {name}, {how}. {ending.how_to_resume()}"
+            by += " (the reader of standard output is gone)"
+        return f"stopped by {by}, {how}. {ending.how_to_resume(state=state)}"
 
-    def error(self, how: str) -> Stopped:
+    def error(self, how: str, *, state: bool = True) -> Stopped:
         """The exception that ends this rank."""
-        return Stopped(self.message(how), self.asked)
+        return Stopped(self.message(how, state=state), self.asked)

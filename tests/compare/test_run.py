@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from moe_upgrpo.compare import data, report, run
+from moe_upgrpo.compare.outcome import Outcome, outcome
 from moe_upgrpo.compare.plan import from_values
 from moe_upgrpo.errors import MachineFault, UserError, status_of
 from tests.ranks import run_command
@@ -26,11 +27,10 @@ VALUES = {
     "contrasts": [["b", "a"]],
 }
 
-# argv: the ranks' folder, then --config FILE --output-dir DIR or --resume DIR. pass@1 is seed +
-# step / 10; the arm b with seed 1 may fail: MODE has how, of one try after the other.
+# argv: --config FILE --output-dir DIR or --resume DIR. pass@1 is seed + step / 10; the arm b with
+# seed 1 may fail: MODE has how, of one try after the other.
 JOB = """
 import json, os, pathlib, signal, sys, time, yaml
-ranks = pathlib.Path(sys.argv[1])
 out = pathlib.Path(sys.argv[-1]); out.mkdir(parents=True, exist_ok=True)
 options = yaml.safe_load((out.parents[1] / "logs" / (out.name + ".yaml")).read_text())
 modes = os.environ.get("MODE", "").split(",")
@@ -57,23 +57,8 @@ if steps > 1:
     state.mkdir(exist_ok=True)
 if kind == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-def rank(number, status, at, message):
-    folder = ranks / "none_x" / "attempt_0" / str(number); folder.mkdir(parents=True)
-    more = {"py_callstack": "", "timestamp": str(at), "status": status}
-    told = {"message": {"message": message, "extraInfo": more}}
-    (folder / "error.json").write_text(json.dumps(told))
-if kind == "silent":   # both ranks killed: torchrun's own words are all there is
-    print("  exitcode  : -9 (pid: 1)"); sys.exit(1)
-if kind == "early":    # before it could leave a file
-    print("  the reason"); print("  exitcode  : -15 (pid: 1)"); print("  exitcode  : 2 (pid: 2)")
-    sys.exit(1)
-if kind == "full":     # the disk, for the error files too
-    (ranks / "0").mkdir(parents=True); (ranks / "0/error.json").write_text('{"mess'); sys.exit(1)
-if kind == "launcher": # one that passes the ranks' status on
-    print("error: by its own launcher"); sys.exit(4)
-if kind.isdigit():     # of rank 1; rank 0 lost it, and said so first
-    rank(0, 4, 10, "lost another rank"); rank(1, int(kind), 11, "the reason")
-    print("noise"); print("error: lost another rank"); sys.exit(1)
+if kind.isdigit():     # as the launcher ends, with the status of the rank that failed first
+    print("noise"); print("error: the reason"); sys.exit(int(kind))
 """
 
 
@@ -83,9 +68,9 @@ def jobs(monkeypatch, tmp_path):
     script, started = tmp_path / "job.py", []
     script.write_text(JOB)
 
-    def command(nproc, what, ranks):
+    def command(nproc, what):
         started.append(Path(what[-1]).name + (" --resume" if "--resume" in what else ""))
-        return [sys.executable, str(script), str(ranks), *what]
+        return [sys.executable, str(script), *what]
 
     monkeypatch.setattr(run, "_command", command)
     monkeypatch.setattr(run, "PAUSE_S", 0)
@@ -118,10 +103,9 @@ def test_runs_are_kept_and_not_repeated(jobs, tmp_path):
 @pytest.mark.fault(
     "Comparisons",
     "a run's own numbers fail",
-    "crashed, which counts, also where another rank speaks first",
+    "crashed, which counts",
 )
 def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
-    """Also where rank 0 says first that it lost the one whose numbers failed."""
     monkeypatch.setenv("MODE", "3@2")
     said = do(tmp_path / "out")
     crashed = [r.about for r in data.read_all(tmp_path / "out") if r.about.status == "crashed"]
@@ -135,7 +119,7 @@ def test_a_numerical_failure_counts(jobs, tmp_path, monkeypatch):
     "a run is refused, or fails by a fault of ours",
     "the comparison stops with the message",
 )
-@pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0", "early@1"])
+@pytest.mark.parametrize("mode", ["2@2", "2@1", "1@2", "3@0"])
 def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
     """Wrong use, a fault of ours, and numbers that fail before there is anything to keep."""
     monkeypatch.setenv("MODE", mode)
@@ -150,7 +134,7 @@ def test_a_refused_run_stops_everything(mode, jobs, tmp_path, monkeypatch):
     "a run's machine fails: disk, memory, files, a lost rank, killed without a word, interrupted",
     "run again from its newest checkpoint; it counts as any other",
 )
-@pytest.mark.parametrize("fault", ["4", "killed", "silent", "full", "launcher", "130", "143"])
+@pytest.mark.parametrize("fault", ["4", "killed", "130", "143"])
 def test_what_the_machine_failed_goes_on_from_its_checkpoint(fault, jobs, tmp_path, monkeypatch):
     """And counts as any other: of two arms that train alike the contrast stays what it is."""
     monkeypatch.setenv("MODE", f"{fault}@2,{fault}@3,@3")
@@ -162,8 +146,7 @@ def test_what_the_machine_failed_goes_on_from_its_checkpoint(fault, jobs, tmp_pa
     assert any("NOT RUN, its machine failed" in line for line in said)
     assert any("1 again, as their machine failed: try 3 of 3" in line for line in said)
     log = (tmp_path / "out/logs/b-seed1.log").read_text()
-    assert log.count("error: lost another rank") == (2 if fault.isdigit() else 0)  # of all tries
-    assert not list((tmp_path / "out/logs").glob("*.ranks"))
+    assert log.count("error: the reason") == (2 if fault.isdigit() else 0)  # of all tries
 
 
 @pytest.mark.fault(
@@ -178,7 +161,7 @@ def test_what_the_machine_fails_each_time_is_not_run(jobs, tmp_path, monkeypatch
     monkeypatch.setenv("MODE", "4@2")
     left = run.compare(from_values(VALUES), folder, parallel=2, say=lambda line: None)
     assert left.startswith("1 of 4 runs not run: machine, 3 tries each: b-seed1.")
-    assert "lost another rank" in left and len(jobs) == 6
+    assert "the reason" in left and len(jobs) == 6
     assert len(data.read_all(folder)) == 3 and not (folder / "data/b-seed1.parquet").exists()
     assert list((folder / "runs/b-seed1/checkpoints").iterdir())
     progress = report.numbers(report.load(folder))["progress"]
@@ -302,16 +285,31 @@ def test_a_whole_comparison(tmp_path):
     assert kept["a", 0].series("reward/mean") != kept["a", 1].series("reward/mean")
 
 
-@pytest.mark.fault(
-    "How a command ends",
-    "torchrun, whose own status is 1",
-    "the ranks' is found in what they leave",
-)
-def test_the_status_that_ranks_leave_under_torchrun(tmp_path):
-    """The real one, whose own status is 1."""
+def test_a_job_that_is_refused_says_so_by_its_status(tmp_path):
+    """The launcher itself."""
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs/a.log"
+    log.write_text("error: of the try before\n")
     what = ["--output-dir", str(tmp_path / "run"), "--prompts", "7", "--minibatches", "2"]
     ended = run._start(2, what, log, None, {})
     assert (ended.status, ended.crashed, ended.of_machine) == (2, False, False)
-    assert ended.message.startswith("error: ") and "prompts" in ended.message
+    assert ended.message.startswith("error: prompts=7") and "\n" not in ended.message
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind", "message"),
+    [
+        (0, "error: of a library", 0, ""),
+        (
+            3,
+            "step 1\nerror: one\nmore\nerror: the last\nof two lines",
+            3,
+            "error: the last\nof two lines",
+        ),
+        (-9, "step 1\nstep 2", 4, "step 1\nstep 2"),
+        (143, "error: stopped by SIGTERM", 4, "error: stopped by SIGTERM"),
+        (77, "", 4, ""),
+    ],
+)
+def test_how_a_job_ended(status, said, kind, message):
+    assert outcome(status, said) == Outcome(kind, message)

@@ -691,6 +691,7 @@ def test_a_run_that_keeps_no_state_says_so_when_it_is_stopped(cache, tmp_path):
     result = stopped(*place, signal.SIGTERM, *arguments, ranks=1)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert "after step 1; --save-every 0 keeps no state" in result.stderr
+    assert result.stderr.strip().endswith(f"--resume {tmp_path / 'run'} --restart")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -722,7 +723,7 @@ def test_a_reader_that_ends_early_stops_the_run_with_a_state(cache, tmp_path):
     words = options(run, cache, *MORE, "--eval-every", "10")
     result = run_command("train", *words, ranks=2, first=first)
     assert result.returncode == 128 + signal.SIGPIPE, result.stderr[-3000:]
-    assert "standard output was closed by its reader; with its state after step 3" in result.stderr
+    assert "reader of standard output is gone), with its state after step 3" in result.stderr
     assert Checkpoints(run / "checkpoints").all()[-1].name == "state-000003"
 
 
