@@ -22,8 +22,9 @@ from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.job import Job
 from moe_upgrpo.train.record import StepRecord
-from moe_upgrpo.train.start import Job, start
+from moe_upgrpo.train.start import start
 
 
 def step(job: Job, number: int, *, recording: bool) -> float:

@@ -8,10 +8,10 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.tasks import ArithmeticTask
-from moe_upgrpo.train import start
+from moe_upgrpo.train import job as job_module
 from moe_upgrpo.train.batch import Group, collect, shaped_rewards
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.start import Job
+from moe_upgrpo.train.job import Job
 from moe_upgrpo.train.stopping import Stopping
 from tests.train.test_evaluate import ScriptedEngine
 
@@ -81,7 +81,7 @@ class Sampling:
 
 def job(monkeypatch, *, task=None, **options):
     """One rank of a job that samples with the scripted engine: a + b is right a % 5 times of 4."""
-    monkeypatch.setattr(start.groups, "gather_in_model_copy", lambda items: list(items))
+    monkeypatch.setattr(job_module.groups, "gather_in_model_copy", lambda items: list(items))
     job = object.__new__(Job)
     job.config = TrainConfig(**({"group": 4, "prompts": 6, "minibatches": 1} | options))
     job.task, job.engine = task or ArithmeticTask(), ScriptedEngine()
@@ -165,7 +165,9 @@ def test_each_rank_of_a_model_copy_judges_its_part_and_has_all_verdicts(monkeypa
     expected, _ = whole._judged(problems, rollouts)
     parts = []
     monkeypatch.setattr(
-        start.groups, "gather_in_model_copy", lambda items: parts.append(list(items)) or list(items)
+        job_module.groups,
+        "gather_in_model_copy",
+        lambda items: parts.append(list(items)) or list(items),
     )
     whole.copy_size = 2
     for whole.copy_rank in (0, 1):

@@ -29,7 +29,7 @@ def leave_holes(step: int, kept: list) -> None:
 
 def leaves_holes(file: Path) -> None:
     """Have each step of this process's job leave holes, and its memory at its start noted."""
-    from moe_upgrpo.train.start import Job
+    from moe_upgrpo.train.job import Job
 
     kept, begin = [], Job.seed_global_generators
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
 from moe_upgrpo.train.batch import Batch, Group
-from moe_upgrpo.train.start import Job
+from moe_upgrpo.train.job import Job
 from tests.train.test_launch import job, options
 
 STEPS = 4

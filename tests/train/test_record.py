@@ -15,7 +15,7 @@ from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.train import record
 from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.start import Job
+from moe_upgrpo.train.job import Job
 
 
 def f32(*values: float) -> np.ndarray:
