@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """What was seen of a job from a step on, and what it left."""
+    """Samples of a job from a step on, and the files that it left."""
 
     samples: list[Sample]
     left: list[str]  # temporary files after its end
@@ -115,7 +115,7 @@ def watched(folder: Path, *options: str, steps: int, after: int, ranks: int = 2)
 
 
 def last_step(run: Path) -> int:
-    """Of the metrics; -1 before the first row."""
+    """The last step of the metrics; -1 before the first row."""
     file = run / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines[-2:] if line.endswith(b"\n")]

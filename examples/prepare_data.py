@@ -35,7 +35,7 @@ class Arguments:
     problems: int | None = None
     """How many held-out problems there must be: 30 for AIME 2024."""
     prompt_field: str | None = None
-    """Of the held-out files, where it is none of the known names."""
+    """Name of the field in held-out files, where it is none of the known ones."""
     answer_field: str | None = None
     output_dir: Path = Path("data")
 
@@ -50,7 +50,7 @@ def frame(texts: Sequence[str]) -> tuple[str, str]:
 
 
 def beginning(texts: Sequence[str]) -> str:
-    """What all begin with: what the first and the last in alphabetical order do."""
+    """The beginning that all share: what the first and the last in alphabetical order do."""
     pairs = zip(min(texts), max(texts), strict=False)
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

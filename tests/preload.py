@@ -1,4 +1,4 @@
-"""What the fork server of tests/ranks.py imports once for all processes of all tests."""
+"""Imports that the fork server of tests/ranks.py makes once for all processes of all tests."""
 
 import torch
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401

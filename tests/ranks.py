@@ -46,7 +46,7 @@ def host_store():
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
+    """The environment that torchrun gives a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -126,7 +126,7 @@ def run_ranks(
 
 
 def exit_status(function: Callable[..., None], *args: Any) -> int:
-    """Of a fresh process that calls `function`; negative where a signal ended it."""
+    """Exit status of a fresh process that calls `function`; negative where a signal ended it."""
     process = _context.Process(target=function, args=args)
     process.start()
     try:

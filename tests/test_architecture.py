@@ -176,3 +176,20 @@ def test_pure_parts_import_without_megatron_or_engines():
         [sys.executable, "-c", IMPORT_EACH], capture_output=True, encoding="utf-8"
     )
     assert result.stdout.split("\n") == [*PURE, ""], result.stdout + result.stderr
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """As CONTRIBUTING.md asks: a docstring that begins with "of" or "what" has lost its subject."""
+    folders = ("moe_upgrpo", "benchmarks", "docs", "examples", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 250
+    lost = [
+        f"{file.relative_to(ROOT)}: {said.splitlines()[0]}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(said := node.value.value, str)
+        and said.split(" ")[0] in ("Of", "What")
+    ]
+    assert not lost, lost

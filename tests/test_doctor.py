@@ -1,4 +1,4 @@
-"""What doctor says of installations, made of fake distributions: folders of metadata on a path.
+"""Doctor's words on installations, made of fake distributions: folders of metadata on a path.
 
 Not covered: a machine with CUDA, and the real Transformer Engine, Apex and vLLM for CUDA.
 """

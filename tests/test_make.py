@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def ended(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Of a command that finds the stand-ins of `folder` first."""
+    """Environment of a command that finds the stand-ins of `folder` first."""
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         command,

@@ -1,1 +1,1 @@
-"""What one GPU says of this code in eight minutes: `make gpu-check`, docs/gpu.md."""
+"""Checks of this code on one GPU, in eight minutes: `make gpu-check`, docs/gpu.md."""

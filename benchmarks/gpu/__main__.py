@@ -1,4 +1,4 @@
-"""What one GPU says of this code in eight minutes; without a GPU, what a CPU says with small sizes.
+"""Check this code on one GPU in eight minutes; without a GPU, on a CPU with small sizes.
 
     make gpu-check [ARGS='--only replay']       or python -m benchmarks.gpu
     python -m benchmarks.gpu --carry            the folder to take to a machine without network

@@ -26,7 +26,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a check found: one line for people, figures for the file, and what is wrong."""
+    """Findings of a check: one line for people, figures for the file, and what is wrong."""
 
     line: str
     figures: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a machine has of what the checks need, and how to go on with it. Standard library only."""
+"""The things that the checks need: which a machine has, how to go on. Standard library only."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def card(found: dict[str, Any]) -> str | None:
 
 
 def advice(found: dict[str, Any]) -> list[str]:
-    """What cannot be done with what is there, and what would help."""
+    """Name what cannot be done with what is there, and what would help."""
     missing = {name for name, version in found["packages"].items() if version is None}
     said = []
     for name in sorted(missing & set(NEEDED.values())):

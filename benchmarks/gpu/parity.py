@@ -34,7 +34,7 @@ BF16_LIMIT = 0.1  # of the mean |difference| of log-probs, in nats: far off, not
 
 
 def reference(job) -> Outcome:
-    """What `against_reference` compares with, in a file."""
+    """Write what `against_reference` compares with to a file."""
     if torch.cuda.is_available():
         return Outcome(line="no reference", faults=("the GPU could not be hidden from torch",))
     folder = models.checkpoint(models.config(job.sizes.model), job.scratch / "model")

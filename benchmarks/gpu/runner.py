@@ -28,7 +28,7 @@ LEAST_S = 5  # of what is left, for a check to be begun
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a check is given."""
+    """The arguments of a check."""
 
     sizes: Sizes
     scratch: Path  # shared by the checks of one run

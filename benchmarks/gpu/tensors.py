@@ -1,4 +1,4 @@
-"""What needs no Megatron-Core: log-probs by rows, the comparison of routes, the loss.
+"""Checks that need no Megatron-Core: log-probs by rows, the comparison of routes, the loss.
 
 N rows, H hidden size, V vocabulary; B sequences of T tokens; L MoE layers, K experts each.
 """

@@ -265,7 +265,7 @@ def working_space(
 
 
 def traces(model: Sizes, layout: Layout, *, tokens: float, layers: int) -> float:
-    """What a rank recorded of `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
+    """Bytes that a rank recorded of `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
     return tokens / layout.tp * layers * (2 * model.top_k + 4)
 
 

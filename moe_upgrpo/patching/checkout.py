@@ -286,7 +286,7 @@ def _head(root: Path) -> str | None:
 
 
 def _name_in(file: Path) -> str:
-    """What git wrote, paths and names of branches, as the names of files are in this locale."""
+    """Decode what git wrote, paths and names of branches, as names of files in this locale."""
     return os.fsdecode(file.read_bytes()).strip()
 
 

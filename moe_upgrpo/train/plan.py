@@ -136,7 +136,7 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def _sequences(config: PlanConfig, layout: Layout) -> int:
-    """Of one copy of the model, in a step."""
+    """Sequences of one copy of the model, in a step."""
     return config.prompts * config.group // layout.data_parallel(config.ranks)
 
 
@@ -300,7 +300,7 @@ def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens
 
 
 def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Bytes:
-    """What the ranks of the first machine have in its own memory at a time, the largest of it."""
+    """The most that the ranks of the first machine have in its own memory at a time."""
     host: Bytes = {}
     if model.moe_layers:
         # Every rank of a copy gets all of it, as it was sent and joined.

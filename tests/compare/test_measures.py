@@ -106,7 +106,7 @@ def test_kl_at_matched_reward():
 
 
 def test_ends():
-    """Of 12 values the first and last five, of 5 the first and last two."""
+    """Ends are the first and last five of 12 values, the first and last two of 5."""
     assert m.ends(list(range(12))) == (2, 9)
     assert m.ends([1, 2, 30, 4, 6]) == (1.5, 5)
     assert m.ends([1.0]) is None

@@ -1,4 +1,4 @@
-"""What a comparison's config may say, and the options that each of its runs gets."""
+"""Words that a comparison's config may have, and the options that each of its runs gets."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the report says of comparisons whose outcome is known."""
+"""The report's words on comparisons whose outcome is known."""
 
 import html
 import json
@@ -123,7 +123,7 @@ def test_arms_and_exploratory_contrasts_by_hand(tmp_path):
 
 
 def test_a_crashed_run_stays_in_with_zeros(whole):
-    """Of b with seed 3 the evaluation at 4 was .62, that at 8 is missed: (.62 + 0) / 2."""
+    """The evaluation of b with seed 3 was .62 at 4, and is missed at 8: (.62 + 0) / 2."""
     data = json.loads((whole / "report.json").read_text())
     crashed = next(row for row in data["runs"] if row["status"] == "crashed")
     assert (crashed["arm"], crashed["seed"], crashed["primary"]) == ("b", 3, 0.31)

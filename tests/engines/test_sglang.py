@@ -67,7 +67,7 @@ def other_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def key():
-    """Of the server that is started, and of whoever is given its URL."""
+    """Key of the server that is started, and of whoever is given its URL."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_API_KEY", "of-the-tests")
         yield
@@ -430,7 +430,7 @@ def test_greedy_takes_the_best_token_with_log_probs_at_temperature_1(engine, mod
 def test_an_update_during_generation_leaves_no_response_of_two_versions(
     engine, model_dir, other_dir, monkeypatch
 ):
-    """What it cuts off is sampled again; each response is the trainer's at its own version."""
+    """Responses cut off are sampled again; each is the trainer's at its own version."""
     unusable, reasons = sglang._unusable, []
     monkeypatch.setattr(sglang, "_unusable", lambda a: reasons.append(unusable(a)) or reasons[-1])
     actors = [MegatronActor(folder, Layout()) for folder in (model_dir, other_dir)]

@@ -130,7 +130,7 @@ def server(model_dir, tmp_path_factory, key):
 
 @pytest.fixture(scope="module", autouse=True)
 def key():
-    """Of the server that is started, and of whoever is given its URL."""
+    """Key of the server that is started, and of whoever is given its URL."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", "of-the-tests")
         yield
@@ -569,7 +569,7 @@ def test_after_a_failure_the_rest_of_the_call_is_aborted_on_the_server(engine, m
 
 
 def test_a_server_killed_while_it_generates_and_started_again(engine, server, model_dir):
-    """What the new server would sample before it has the weights is refused."""
+    """Refused is what the new server would sample before it has the weights."""
     before = sample(engine)
     killer = threading.Timer(0.3, server.kill)
     killer.start()

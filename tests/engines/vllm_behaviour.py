@@ -1,4 +1,4 @@
-"""What the vLLM that this process imports does where each patch acts: a check for each.
+"""Behaviour of the vLLM that this process imports, where each patch acts: a check for each.
 
     PYTHONPATH=DIR:. python -m tests.engines.vllm_behaviour FOLDER
 

@@ -1,4 +1,4 @@
-"""What is carried from a model folder to the next, with which modes; and that nothing is left."""
+"""Files carried from a model folder to the next, with which modes; and that nothing is left."""
 
 import os
 import stat

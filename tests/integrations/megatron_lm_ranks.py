@@ -403,7 +403,7 @@ def routes(folder: Path) -> None:
 
 
 def refused(args, model, plan) -> list[str]:
-    """What a collection ends with: under four settings, and where no routes were recorded."""
+    """The end of a collection: under four settings, and where no routes were recorded."""
     said = []
     for name, value in (
         ("pipeline_model_parallel_size", 2),
@@ -421,7 +421,7 @@ def refused(args, model, plan) -> list[str]:
 
 
 def settings(folder: Path) -> None:
-    """What importing the integration ends with, for each environment asked."""
+    """The end of an import of the integration, for each environment asked."""
     said = []
     for variables in pickle.loads((folder / "plan.pkl").read_bytes()):
         with mock.patch.dict(os.environ, variables):

@@ -1,4 +1,4 @@
-"""What stands in, when NeMo-RL's source is imported on a CPU, for packages that are not there.
+"""Stand-ins for packages that are not there when NeMo-RL's source is imported on a CPU.
 
 Empty modules for what is only named at import: web servers and loggers, Megatron-Bridge, and what
 NeMo-RL's own Megatron-Core has beyond 0.16.1. Nothing of them is called in the tests but what

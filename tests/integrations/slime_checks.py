@@ -1,4 +1,4 @@
-"""What is tested of slime and of miles alike; `slime_ranks` runs the stack.
+"""Tests of slime and of miles alike; `slime_ranks` runs the stack.
 
 Not run: Ray, SGLang, Transformer Engine, a GPU, virtual pipeline stages, --allgather-cp.
 """
@@ -149,7 +149,7 @@ def librarys(data: dict, config: PolicyLossConfig):
 
 
 def joined(ranks: list[dict]) -> tuple[float, list[torch.Tensor]]:
-    """Of context-parallel ranks, what Megatron makes of their losses and gradients.
+    """Sums over context-parallel ranks, as Megatron makes them of their losses and gradients.
 
     With a mean over tokens it divides by their number in the end; each rank has all of them.
     """

@@ -43,7 +43,7 @@ ANCHORS = {  # the line of megatron-core 0.16.1 that the stack's lines stand bef
 
 
 def added_lines(module: str) -> str:
-    """What the stack's Megatron has more than NVIDIA's in a file, for routing replay."""
+    """Lines that the stack's Megatron has more than NVIDIA's in a file, for routing replay."""
     if STACK == "miles":
         register = (
             "        from miles.utils.replay_base import routing_replay_manager\n"
@@ -246,7 +246,7 @@ def set_up(args: Args) -> None:
 
 
 def losses(jobs: list[dict], data: dict, context_parallel_size: int) -> list[dict]:
-    """Of each job, a set of flags: value, gradient on the logits and metrics of the dispatch."""
+    """Results of each job, a set of flags: value, gradient on the logits, the dispatch's metrics."""
     found = []
     set_up(args_of(context_parallel_size=context_parallel_size))
     with backend.apply():

@@ -1,4 +1,4 @@
-"""What slime and miles import and is not installed here; and a pytest plugin for their own tests.
+"""Stand-ins for what slime and miles import and is not here; a pytest plugin for their own tests.
 
 As a plugin, `-p stack_plugin` with this folder on PYTHONPATH (their tests are a package called
 `tests`, too) and MOE_UPGRPO_STACK: loads moe_upgrpo's module of that stack before their tests run,

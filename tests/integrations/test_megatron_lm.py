@@ -181,7 +181,7 @@ CORRECTED = PolicyLossConfig.preset(
 
 
 def sequences_of(call: dict) -> list[tuple]:
-    """Of a micro-batch, one by one: log-probs now, old, of inference, mask, advantage."""
+    """Arrays of a micro-batch, one by one: log-probs now, old, of inference, mask, advantage."""
     given = call["given"]
     inference = given["inference_logprobs"]
     inference = given["old_logprobs"] if inference is None else inference

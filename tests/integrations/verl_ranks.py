@@ -84,7 +84,7 @@ class Attention(DotProductAttention):
 
 
 class Bridge:
-    """What the engine asks of mbridge's AutoBridge."""
+    """Answers that the engine asks of mbridge's AutoBridge."""
 
     @classmethod
     def from_config(cls, hf_config, dtype):

@@ -19,7 +19,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def everything(arguments: dict) -> dict:
-    """What `policy_loss` gives, its gradient and the oracle."""
+    """The result of `policy_loss`, its gradient and the oracle."""
     leaf = arguments["log_probs"].detach().clone().requires_grad_()
     result = policy_loss(**arguments | {"log_probs": leaf})
     result.loss.backward()

@@ -291,7 +291,7 @@ def test_the_shared_intermediates():
 
 
 def test_the_intermediates_of_single_losses():
-    """What f and c of GMPO, TOPR, SAPO and DPPO are made of, digit by digit."""
+    """The parts of f and c of GMPO, TOPR, SAPO and DPPO, digit by digit."""
     t = Tokens(log_probs(), **INPUTS)
 
     def column(x: torch.Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""What must hold between losses, exactly."""
+"""Identities between losses, exact ones."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the layouts are compared on: one job for each layout measures all that is asked of it.
+"""Measurements to compare layouts by: one job for each layout measures all that is asked of it.
 
 Random checkpoints: `tiny` (2 MoE layers), `mixed` (4 layers, the second one dense, gates not
 renormalised), `dense` (4 layers without experts, embeddings tied), and one or two of each further
@@ -86,7 +86,7 @@ def make_samples() -> list[Sample]:
 
 
 def gradients_by_name(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    """What the last update left in the gradient buffers, under Hugging Face names.
+    """Gradients that the last update left in its buffers, under Hugging Face names.
 
     Without the routers' selection bias, which is no parameter and has none.
     """
@@ -118,7 +118,7 @@ def uneven(native: list, planted: list, dp_rank: int) -> list:
 
 
 def measure(layout: Layout, checkpoint, dtype: str = "float32") -> dict:
-    """Of this rank: scores, updates and gradients, weights after a step; native and replayed."""
+    """This rank's scores, updates and gradients, weights after a step; native and replayed."""
     with groups.process_groups(layout):
         dp_rank, dp_size = groups.data_parallel()
         share = len(make_samples()) // dp_size

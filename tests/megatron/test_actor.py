@@ -1,4 +1,4 @@
-"""What the actor refuses. That it computes rightly: test_layouts.py."""
+"""Refusals of the actor. That it computes rightly: test_layouts.py."""
 
 from dataclasses import replace
 

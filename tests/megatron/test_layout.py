@@ -1,4 +1,4 @@
-"""What divides into what, and the messages where it does not."""
+"""Sizes that have to divide others, and the messages where it does not."""
 
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig

@@ -112,7 +112,7 @@ def test_a_logit_that_is_not_finite_shows():
 
 
 def peaks(ranks: int) -> dict[str, float]:
-    """Of this rank: most bytes beside what is given, in units of its part of the logits in fp32."""
+    """This rank's peak beside what is given, in units of its part of the logits in fp32."""
     n, v = 4096, 2048
     with (
         groups.process_groups(Layout(tp=ranks)),

@@ -1,4 +1,4 @@
-"""What the router tap refuses and counts. That it records the right routes: test_layouts.py."""
+"""Refusals and counts of the router tap. That it records the right routes: test_layouts.py."""
 
 import numpy as np
 import pytest

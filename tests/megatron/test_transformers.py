@@ -115,7 +115,7 @@ def test_one_expert_a_token_with_its_own_gate_equals_transformers(tmp_path):
 
 
 def selection_scores(checkpoint, logits_TLE, biases_LE) -> np.ndarray:
-    """What the top-k is taken over, in float64."""
+    """Scores that the top-k is taken over, in float64."""
     if checkpoint in ("tiny", "mixtral"):  # their gates are renormalised: logits will do
         return logits_TLE
     if checkpoint == "mixed":

@@ -172,7 +172,7 @@ def replay_with_router_fusion(_):
 
 
 def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.Tensor]:
-    """Of one update on this rank. The layout is one that the package may refuse, and latent
+    """Gradients of one update on this rank. The package may refuse the layout, and latent
     attention is the local layer spec's own, which the package replaces."""
     for rule in (*rules.LATENT_ATTENTION, *rules.LATENT_QUERY):
         if "_down_proj" in rule.megatron:
@@ -219,7 +219,7 @@ def expert_gradients_with_etp(folder):
 
 
 def shards_of_different_sizes(folder):
-    """What the ranks of an expert gather of each other, with the all-to-all dispatcher."""
+    """Tensors that the ranks of an expert gather of each other, with the all-to-all dispatcher."""
     compare(folder / "qwen3_moe", {"tp": 2, "ep": 2, "etp": 2}, {}, world_size=4)
 
 

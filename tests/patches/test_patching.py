@@ -584,7 +584,7 @@ def test_each_patch_says_why_and_names_a_test_and_is_in_the_docs(patch):
 
 
 def test_a_built_package_brings_the_patches(tmp_path):
-    """What goes into a wheel; imported from there, not from this checkout."""
+    """Patches go into a wheel; imported from there, not from this checkout."""
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path],
         cwd=REPOSITORY,

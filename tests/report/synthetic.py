@@ -125,7 +125,7 @@ def histogram(tokens: int, rates) -> np.ndarray:
 
 
 def analysed(layers: int, tokens: int, gap: float, replay: str) -> dict:
-    """What the analysed steps log beside the others."""
+    """Columns that the analysed steps log beside the others."""
     row = {}
     for kind, floor in FLOORS.items():
         if kind.startswith("trainer"):

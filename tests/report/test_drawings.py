@@ -1,4 +1,4 @@
-"""What is drawn goes through the numbers of the JSON, curve by curve.
+"""Drawn curves go through the numbers of the JSON, curve by curve.
 
 Read back from matplotlib's axes, before they become SVG. Not covered: labels, colours, overlaps.
 """

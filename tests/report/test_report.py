@@ -112,7 +112,7 @@ def test_one_file_that_asks_for_nothing_from_outside(full):
 
 
 def test_every_token_tells_the_same_to_mouse_finger_and_keyboard(full):
-    """What a token tells is its label, shown on hover and on focus; each can have the focus."""
+    """A token's label is what it tells, shown on hover and on focus; each can have the focus."""
     _, html, data = full
     boxes = re.findall(r'<span class="token" ([^>]*)>', html)
     assert len(boxes) == sum(len(s["tokens"]) for s in data["sequences"]) > 0
@@ -400,7 +400,7 @@ def test_overlapped_generation_adds_a_term(tmp_path):
     ],
 )
 def test_the_decomposition_under_replay(tmp_path, replay, seen, unseen):
-    """What replay keeps from the loss is drawn apart and named as such."""
+    """The part that replay keeps from the loss is drawn apart and named as such."""
     row = {"step": 1} | {f"gap/{term}/mean_abs": 0.1 * (i + 1) for i, term in enumerate(seen)}
     row |= {f"counterfactual/{unseen}/mean_abs": 0.7}
     html, data = write(tmp_path, run_of(tmp_path, row, config={"replay": replay}))

@@ -290,7 +290,7 @@ def test_sglang_gets_the_key_and_logs_none(monkeypatch):
 
 
 def asgi(path, key=None, kind="http"):
-    """What the guard lets through, and what it answers."""
+    """Ask the guard: what it lets through, and what it answers."""
     passed, sent = [], []
 
     async def app(scope, receive, send):

@@ -91,7 +91,7 @@ def compared(folder):
 
 
 def campaign(file: Path, read, flips: int = FLIPS) -> Counter:
-    """What becomes of single flipped bits: "refused", "same", or another value, "silent"."""
+    """The fates of single flipped bits: "refused", "same", or another value, "silent"."""
     whole, expected, found = file.read_bytes(), repr(read()), Counter()
     rng = np.random.default_rng(0)
     for _ in range(flips):

@@ -59,7 +59,7 @@ def test_the_tables_are_up_to_date():
 
 
 def test_the_faults_that_tests_hold(tmp_path):
-    """Of every area there is a test; a marker that says nothing is named."""
+    """There is a test of every area; a marker that says nothing is named."""
     held = marked_faults.read()
     assert {row[0] for row in held} == {*marked_faults.AREAS}
     assert len(held) > 60

@@ -265,7 +265,7 @@ def script(*words: object, **environment: str) -> subprocess.CompletedProcess:
 
 
 def as_script(plan: Path, folder: Path, key: str) -> subprocess.CompletedProcess:
-    """What the script does for one run."""
+    """Do for one run what the script does."""
     words = jobs.start(read_plan(plan), folder, key)
     result = run_command("train", *words, ranks=2, timeout_s=1800)
     jobs.end(read_plan(plan), folder, key)

@@ -1,4 +1,4 @@
-"""What the command line and the config file accept, and what they say where they do not."""
+"""Options that the command line and the config file accept, and their words where they do not."""
 
 import sys
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_files_named_on_the_command_line(arguments, files):
 
 
 def test_no_option_at_all_starts_a_run(monkeypatch):
-    """What `make train` types; the run itself is test_launch.py's."""
+    """Words that `make train` types; the run itself is test_launch.py's."""
     from moe_upgrpo import cli
     from moe_upgrpo.train import loop
 

@@ -487,7 +487,7 @@ ENDLESS = ("--steps", "100000", "--eval-every", "100000")
 
 
 def assert_whole(folder: Path) -> None:
-    """What was logged until then."""
+    """Check what was logged until then."""
     steps = [row["step"] for row in read_metrics(folder)]
     assert steps == list(range(len(steps))) and len(steps) >= 4
     assert set(read_tokens(folder)["step"].to_pylist()) >= set(steps[1:])

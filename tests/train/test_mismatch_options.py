@@ -1,4 +1,4 @@
-"""What makes the engine and the verifier worse on purpose, seen in what a run leaves."""
+"""Options that make the engine and the verifier worse on purpose, seen in what a run leaves."""
 
 from types import SimpleNamespace
 

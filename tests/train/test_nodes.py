@@ -127,7 +127,7 @@ def test_a_link_that_is_cut_ends_both_hosts_with_names(two_hosts, cache, tmp_pat
 
 
 def bash(tmp_path, **environment) -> subprocess.CompletedProcess:
-    """What the script would start: a command of ours that prints its arguments."""
+    """Show what the script would start: a command of ours that prints its arguments."""
     fake = tmp_path / "bin" / "moe-upgrpo"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text('#!/bin/sh\necho "$@"\n')

@@ -515,7 +515,7 @@ def test_fewer_steps_than_are_done(whole):
 
 
 def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFolder:
-    """What a run of `of` steps leaves that has logged so many, without any state."""
+    """The folder of a run of `of` steps that has logged so many, without any state."""
     run = RunFolder.create(folder, {"save_every": save_every, "steps": of})
     for step in range(steps + 1):
         run.append_metrics({"step": step})
