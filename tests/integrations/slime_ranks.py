@@ -246,7 +246,7 @@ def set_up(args: Args) -> None:
 
 
 def losses(jobs: list[dict], data: dict, context_parallel_size: int) -> list[dict]:
-    """Results of each job, a set of flags: value, gradient on the logits, the dispatch's metrics."""
+    """Results of each job, a set of flags: value, logits' gradient, the dispatch's metrics."""
     found = []
     set_up(args_of(context_parallel_size=context_parallel_size))
     with backend.apply():
