@@ -84,12 +84,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# tests/train in a process of its own: each actor with an optimizer that a test makes in pytest's
-# leaves fifty threads of gloo there (Megatron's gradient hooks are a cycle that Python cannot free),
-# and jobs of several ranks are slow beside thousands.
 test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed lint
-	$(BIN)/python -m pytest --ignore tests/train
-	$(BIN)/python -m pytest tests/train
+	$(BIN)/python -m pytest
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
 	$(BIN)/python -m pytest -m slow

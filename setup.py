@@ -58,7 +58,16 @@ setup(
         # Problems from files: 0.8 is the first whose timeouts can be left to its caller.
         "math": ["math-verify>=0.8", "jinja2"],
         "report": ["matplotlib", "jinja2", "scipy"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "duckdb", "pandas", "polars"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "duckdb",
+            "pandas",
+            "polars",
+            "psutil",
+        ],
         # What verl and TRL import where the tests compare losses with theirs. The two themselves
         # are installed without dependencies (Makefile): theirs ask for a GPU.
         "parity": [

@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import tyro
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,7 @@ def watched(folder: Path, *options: str, steps: int, after: int, ranks: int = 2)
                 if after <= step < steps and (not samples or step > samples[-1].step):
                     try:
                         samples.append(sampled(agent.pid, ranks, step, run, temporary))
-                    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                    except (psutil.Error, ProcessLookupError):  # it has just ended
                         break
             agent.wait()
         finally:
@@ -123,30 +125,28 @@ def last_step(run: Path) -> int:
 
 
 def sampled(agent: int, ranks: int, step: int, run: Path, temporary: Path) -> Sample:
-    processes = [Path(f"/proc/{pid}") for pid in pids(agent, ranks)]
-    pages = [int((p / "statm").read_text(encoding="utf-8").split()[1]) for p in processes]
+    processes = of_ranks(agent, ranks)
     trackers = [path for name in ("wandb", "tensorboard") for path in (run / name).rglob("*")]
     return Sample(
         step=step,
-        resident_kb=[n * os.sysconf("SC_PAGE_SIZE") // 1024 for n in pages],
-        descriptors=[len(list((p / "fd").iterdir())) for p in processes],
-        threads=[len(list((p / "task").iterdir())) for p in processes],
+        resident_kb=[p.memory_info().rss // 1024 for p in processes],
+        descriptors=[p.num_fds() for p in processes],
+        threads=[p.num_threads() for p in processes],
         temporary=sum(1 for _ in temporary.rglob("*")),
         tracked=len(trackers),
     )
 
 
-def pids(agent: int, ranks: int) -> list[int]:
-    """The processes of the ranks of a torchrun, in their order."""
+def of_ranks(agent: int, ranks: int) -> list[psutil.Process]:
+    """The processes of the ranks of a torchrun or of `moe-upgrpo launch`, in their order."""
     found = {}
-    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text(encoding="utf-8").split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        for rank in range(ranks):
-            if f"RANK={rank}".encode() in variables:
-                found[rank] = int(child)
-    if len(found) < ranks:
-        raise ProcessLookupError(f"{ranks} ranks are expected, {len(found)} are there")
-    return [found[rank] for rank in range(ranks)]
+    for child in psutil.Process(agent).children():
+        with suppress(psutil.Error):  # ended since
+            found[child.environ().get("RANK")] = child
+    missing = [rank for rank in range(ranks) if str(rank) not in found]
+    if missing:
+        raise ProcessLookupError(f"{ranks} ranks are expected, {missing} are not there")
+    return [found[str(rank)] for rank in range(ranks)]
 
 
 def main(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -32,7 +32,7 @@ from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
-from moe_upgrpo.megatron.optimizer import ddp_config, make_optimizer
+from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import (
@@ -144,9 +144,7 @@ class MegatronActor:
         passthrough.check_optimizer(passed, settings)
         with passthrough.told(self._given):
             of_chunks = ddp_config(settings, passed.ddp)
-            self.chunks = [
-                DistributedDataParallel(config, of_chunks, chunk) for chunk in self.chunks
-            ]
+            self.chunks = [ReleasedWithItsActor(config, of_chunks, chunk) for chunk in self.chunks]
             self.optimizer, self.scheduler = make_optimizer(self.chunks, settings, passed.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     Adam,
     MegatronOptimizer,
@@ -19,6 +20,19 @@ from megatron.core.utils import get_model_config
 
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.settings import OptimizerSettings
+
+
+class ReleasedWithItsActor(DistributedDataParallel):
+    """DistributedDataParallel whose gradient hooks do not keep it alive.
+
+    Each hook holds its wrapper, which holds the weights' gradient nodes, which hold their hooks in
+    C++ where Python's collector cannot see the ring. Every actor of a process would leave its
+    weights and process groups (gloo: some fifty threads) there until the end.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter):
+        return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
+
 
 TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 

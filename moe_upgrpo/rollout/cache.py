@@ -69,8 +69,8 @@ def check_new(folder: str | Path) -> None:
 
 
 def drop_after(folder: str | Path, step: int) -> None:
-    """Remove the rollouts of later steps, and of a step that was cut short."""
-    for file in Path(folder).iterdir():
+    """Remove the rollouts of later steps, and of a step that was cut short, if any were saved."""
+    for file in Path(folder).glob("*"):
         match = _FILE_NAME.fullmatch(file.name.removeprefix(".").removesuffix(".tmp"))
         unfinished = file.name.startswith(".") and file.suffix == ".tmp"
         if match and (unfinished or int(match[1]) > step):

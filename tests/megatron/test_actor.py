@@ -1,5 +1,8 @@
 """Refusals of the actor. That it computes rightly: test_layouts.py."""
 
+import gc
+import os
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +125,27 @@ def actor(tiny_checkpoint):
             optimizer=OptimizerSettings(algorithm="sgd"),
             recompute="full",
         )
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_actor_that_is_given_up_leaves_neither_weights_nor_threads(trains, tiny_checkpoint):
+    """Megatron's gradient hooks, left alone, keep both to the end of the process."""
+    optimizer = OptimizerSettings() if trains else None
+
+    def left_by_one() -> int:
+        with groups.process_groups(Layout()):
+            actor = MegatronActor(tiny_checkpoint, Layout(), optimizer=optimizer)
+            if trains:
+                actor.update([SAMPLE], LOSS)
+            weights = weakref.ref(actor.chunks[0])
+            assert len(os.listdir("/proc/self/task")) > 40  # gloo's
+        del actor
+        gc.collect()
+        assert weights() is None
+        return len(os.listdir("/proc/self/task"))
+
+    # One group of them all stays in torch after an update: three threads.
+    assert left_by_one() + 3 >= left_by_one()
 
 
 def test_no_samples_is_an_error(actor):

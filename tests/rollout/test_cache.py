@@ -106,5 +106,6 @@ def test_only_files_of_ours_are_read_and_dropped(tmp_path):
     assert [len(load_rollouts(tmp_path, step)) for step in (1, 2, 1_000_000)] == [1, 1, 1]
     (tmp_path / ".step-000002-rank-0000.parquet.tmp").write_bytes(b"half")
     drop_after(tmp_path, 1)
+    drop_after(tmp_path / "none was saved yet", 0)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([*theirs, "step-000001-rank-0000.parquet"])

@@ -8,7 +8,6 @@ themselves, GPUs, servers, several machines.
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -290,19 +290,14 @@ def killed_after_a_step(plan: Path, folder: Path, key: str) -> None:
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)
     finally:
-        for pid in (job.pid, *descendants(job.pid)):  # torchrun's ranks have sessions of their own
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    job.wait()
+        whole = psutil.Process(job.pid)
+        processes = [whole, *whole.children(recursive=True)]  # ranks have sessions of their own
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        job.wait()
+        assert not psutil.wait_procs(processes, timeout=60)[1]
     assert not (folder / "data" / f"{key}.parquet").exists()
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return [x for child in map(int, found) for x in (child, *descendants(child))]
 
 
 @pytest.mark.slow

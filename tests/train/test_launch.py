@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
+from benchmarks.growth import of_ranks
 from moe_upgrpo.store import (
     overlap_array,
     read_config,
@@ -549,9 +550,4 @@ def test_the_last_word_is_ours(how, run, cache, tmp_path):
 
 
 def rank_pid(agent: int, rank: int) -> int:
-    tasks = Path(f"/proc/{agent}/task").glob("*/children")  # of any thread
-    children = [child for task in tasks for child in task.read_text().split()]
-    for child in map(int, children):
-        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
-            return child
-    raise AssertionError(f"torchrun {agent} has no rank {rank} among {children}")
+    return of_ranks(agent, 2)[rank].pid
