@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 LAUNCHER = "MOE_UPGRPO_LAUNCHER"  # the launcher's folder
+_PARENT = os.getppid()  # of a rank: the launcher
 _FAILED, _RUN, _SIGNAL = "moe_upgrpo_failed", "run", "signal"
 _run: Path | None = None
 
@@ -23,6 +24,11 @@ _run: Path | None = None
 def rank() -> int:
     """The number of this process among those of its job."""
     return int(os.environ.get("RANK", 0))
+
+
+def launcher_is_gone() -> bool:
+    """Whether this rank's launcher ended before it, without a word: killed."""
+    return LAUNCHER in os.environ and os.getppid() != _PARENT
 
 
 def remember(run: Path) -> None:
@@ -81,7 +87,7 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
         print(details.rstrip(), file=sys.stderr, flush=True)
     try:
         _write(message, status, lost, launcher, error_file)
-        printed_by_launcher = bool(launcher)
+        printed_by_launcher = bool(launcher) and not launcher_is_gone()
     except OSError:  # on a full disk what is printed here is all there is
         printed_by_launcher = False
     if first and not printed_by_launcher:

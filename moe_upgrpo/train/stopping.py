@@ -7,6 +7,7 @@ once) and after it. A state is written there, and every rank ends.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -17,6 +18,7 @@ from moe_upgrpo import ending
 from moe_upgrpo.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOOK_S = 1.0  # how often for the launcher
 
 
 class GivenUp(BaseException):
@@ -44,9 +46,12 @@ class Stopping:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._bell_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._hear, daemon=True, name="signals").start()
+        self._left = threading.Event()
+        threading.Thread(target=self._look, daemon=True, name="launcher").start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._left.set()
         signal.set_wakeup_fd(self._bell_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -64,6 +69,13 @@ class Stopping:
                 if ending.failed_already():  # the agent ends those that a failed rank left
                     ending.fail("another rank of this machine failed.", 4, lost=True)
                 self.ask(heard[0])
+
+    def _look(self) -> None:
+        """Stop where the launcher was killed, which can pass nothing on: no rank goes on unseen."""
+        while not self._left.wait(LOOK_S):
+            if ending.launcher_is_gone():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def ask(self, number: int) -> None:
         """Ask for the end, as a signal of that number does."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -32,6 +33,7 @@ from moe_upgrpo.store import (
     read_tokens,
     rows_so_far,
 )
+from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.train.warm_start import tiny_model_config
@@ -547,6 +549,24 @@ def test_the_last_word_is_ours(how, run, cache, tmp_path):
     assert says in last and last.endswith(f"to go on: --resume {folder}"), errors
     assert errors.count("error: ") == 1 and "Traceback" not in errors
     assert_whole(folder)
+
+
+@pytest.mark.fault(
+    "Ranks, hosts and workers",
+    "the launcher is killed",
+    "its ranks write a state and end, with the `--resume` line",
+)
+def test_no_rank_outlives_its_launcher(run, cache, tmp_path):
+    folder = tmp_path / "r"
+    with running(folder, "bash", SCRIPT, *options(folder, cache, *ENDLESS)) as job:
+        ranks = of_ranks(job.pid, 2)
+        job.kill()
+        _, errors = job.communicate(timeout=60)  # until the ranks, which hold it too, are gone
+        assert not psutil.wait_procs(ranks, timeout=10)[1]
+    assert errors.splitlines()[-1].endswith(f"to go on: --resume {folder}"), errors
+    assert errors.count("stopped by SIGTERM") == 1
+    assert_whole(folder)
+    assert Checkpoints(folder / "checkpoints").all(), errors
 
 
 def rank_pid(agent: int, rank: int) -> int:
