@@ -23,39 +23,41 @@ from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.job import Job
-from moe_upgrpo.train.record import StepRecord
+from moe_upgrpo.train.learner import samples_of
+from moe_upgrpo.train.record import record_step
 from moe_upgrpo.train.start import start
 
 
-def step(job: Job, number: int, *, recording: bool) -> float:
+def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> float:
     """Seconds of one RL step from rollouts to new engine weights."""
     begin = time.perf_counter()
-    batch = job.batch(number)
-    rollouts, rewards = batch.rollouts, job.rewards(batch)
-    advantages = group_advantages(torch.from_numpy(rewards), job.config.group).numpy()
-    samples = job.samples(rollouts, advantages)
+    learner, first = job.learner, job.rollouts.first_sequence
+    batch = job.rollouts.batch(number)
+    rewards = job.rewarding.rewards(batch, number, first_prompt=first // config.group)
+    advantages = group_advantages(torch.from_numpy(rewards), config.group).numpy()
+    samples = samples_of(batch.rollouts, advantages)
     wanted = ("routes", "margins") if recording else ()
-    old = OldScores(native=job.actor.score(samples, record=wanted), held=None)
-    reference = job.reference.score(samples, record=())
-    visited = job.update(samples, rollouts, old, number)
-    job.engine.update_weights(job.actor.export_weights(), version=number)
+    old = OldScores(native=learner.actor.score(samples, record=wanted), held=None)
+    reference = learner.score_reference(samples)
+    updated = learner.update(samples, batch.rollouts, old, number)
+    job.rollouts.update_engine(learner.actor, number)
     if recording:
-        record = StepRecord(
-            first_sequence=job.first_sequence,
-            group=job.config.group,
-            replay=job.config.replay,
-            weight_version=number - 1,
-            rollouts=rollouts,
+        trained = record_step(
+            batch=batch,
             rewards=rewards,
             advantages=advantages,
-            sampled=batch.sampled,
+            updated=updated,
             reference=reference,
             noise={},
-            num_experts=job.actor.num_experts,
-            **visited,
+            first_sequence=first,
+            group=config.group,
+            replay=config.replay,
+            weight_version=number - 1,
+            num_experts=learner.actor.num_experts,
+            counts_updates=True,
         )
-        record.sums()
-        job.log_tokens(number, record)
+        trained.sums()
+        job.recorder.log_tokens(number, trained)
     return time.perf_counter() - begin
 
 
@@ -68,10 +70,12 @@ def main(model: Path, pairs: int = 20) -> None:
     with start(config) as job:
         for pair in range(pairs + 2):
             order = (True, False) if pair % 2 else (False, True)
-            seconds = {on: step(job, 2 * pair + 1 + i, recording=on) for i, on in enumerate(order)}
+            seconds = {
+                on: step(job, config, 2 * pair + 1 + i, recording=on) for i, on in enumerate(order)
+            }
             if pair >= 2:  # the first steps warm up
                 ratios.append(seconds[True] / seconds[False])
-        if job.rank == 0:
+        if job.rollouts.place.rank == 0:
             low, median, high = statistics.quantiles(ratios, n=4)
             print(
                 f"a step with recording / without: median {median:.3f} of {pairs} pairs "

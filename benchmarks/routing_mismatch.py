@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.routing_mismatch --cache-dir runs/cache \
         [--vllm-python PYTHON] [--sglang] [--page docs/routing-mismatch.md]
 
-Run from the repository's root. Every metric is the trainer's own (`train.record`, `train.analysis`,
+Run from the repository's root. Every metric is the trainer's own (`record`, `train.analysis`,
 `routing`): a rollout engine samples, a Megatron actor scores the same tokens with its routers free
 and held to the engine's routes. Writes a folder for each axis: runs.parquet (a row for each model,
 seed, engine and trainer), sequences.parquet (sums of each sequence, from which every interval is
@@ -45,10 +45,11 @@ from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.record import StepRecord, Sums, measured
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, make_engine
 from moe_upgrpo.rollout.hf import no_progress_bar
@@ -57,8 +58,8 @@ from moe_upgrpo.routing import ComparisonKind, RoutingDivergence
 from moe_upgrpo.routing.clustering import clustering
 from moe_upgrpo.stats import ratio_tails
 from moe_upgrpo.tasks.arithmetic import EOS_ID, VOCABULARY, ArithmeticTask
-from moe_upgrpo.train import analysis, record
-from moe_upgrpo.train.sums import measured
+from moe_upgrpo.train import analysis
+from moe_upgrpo.train.record import record_without_update
 from moe_upgrpo.train.warm_start import WarmStartConfig, tiny_model_config, warm_start
 
 Axis = Literal[
@@ -317,7 +318,7 @@ def compared(
     updated: Sequence[np.ndarray] | None = None,
     counterpart: Sequence[np.ndarray] | None = None,
     scored: tuple | None = None,
-) -> tuple[record.StepRecord, Measured]:
+) -> tuple[StepRecord, Measured]:
     """Rollout against trainer, as a step of training records it.
 
     updated, counterpart: L(θ, native) and L(θ, n(θ_old)) after updates, where the actor has had
@@ -334,31 +335,18 @@ def compared(
             play.passes, samples, play.rollouts, num_experts=actor.num_experts
         )
     before = [s.log_probs for s in native]
-    nothing = np.zeros(len(samples), np.float32)
-    step = record.StepRecord(
-        first_sequence=0,
-        group=1,
-        replay="none",
-        weight_version=0,
+    step = record_without_update(
         rollouts=play.rollouts,
-        rewards=nothing,
-        advantages=nothing,
         old=analysis.OldScores(
             native=native,
             held=held,
             analysed=True,
             counterpart=list(counterpart) if counterpart else before,
         ),
-        reference=None,
-        updates=[],
-        logp_train=list(updated) if updated else before,
-        clipped=[np.zeros(len(x), bool) for x in before],
-        gradient_weight=[np.zeros(len(x), np.float32) for x in before],
-        noise=floors,
         num_experts=actor.num_experts,
-        updates_counted=0,
+        logp_train=updated,
     )
-    return step, tabled(step, play, before)
+    return step, tabled(step, play, before, held, floors)
 
 
 def scores_of(actor: MegatronActor, play: Played) -> tuple:
@@ -369,7 +357,9 @@ def scores_of(actor: MegatronActor, play: Played) -> tuple:
     )
 
 
-def tabled(step: record.StepRecord, play: Played, before: list[np.ndarray]) -> Measured:
+def tabled(
+    step: StepRecord, play: Played, before: list[np.ndarray], held: Sequence[Scored], floors: Sums
+) -> Measured:
     lengths = [len(r.response_ids) for r in play.rollouts]
     ends = np.cumsum(lengths)[:-1]
     rows = step.token_rows()
@@ -383,7 +373,7 @@ def tabled(step: record.StepRecord, play: Played, before: list[np.ndarray]) -> M
                 **gap_sums(
                     [
                         s.log_probs - r.logp_rollout
-                        for s, r in zip(step.old.held, play.rollouts, strict=True)
+                        for s, r in zip(held, play.rollouts, strict=True)
                     ],
                     "replayed_",
                 ),
@@ -435,7 +425,7 @@ def tabled(step: record.StepRecord, play: Played, before: list[np.ndarray]) -> M
     found = clustering(free)
     row = {
         name: value
-        for name, value in measured(step.sums()).items()
+        for name, value in measured(step.sums() | floors).items()
         if name.startswith(("noise/", "mismatch/", "conditional/", "logp_gap/", "gap/"))
         and not isinstance(value, list)
     }

@@ -13,10 +13,10 @@ from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import page as gpu_page
 from docs import marked_faults
 from moe_upgrpo.megatron import passed_fields
+from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
-from moe_upgrpo.train.alarms import ALARMS
 from moe_upgrpo.train.config import MAY_CHANGE
 from tests.patches import faults
 

@@ -21,6 +21,7 @@ ORDER = (
     "routing",
     "stats",
     "store",
+    "record",
     "report",
     "hugging_face",
     "tasks",
@@ -75,6 +76,7 @@ PURE = (
     "megatron.layout",
     "megatron.memory",
     "train.config",
+    "record",
     "integrations.run_log",
 )
 # What a call would run code from, or from where somebody's objects would come.

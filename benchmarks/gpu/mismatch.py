@@ -14,10 +14,11 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.record import gap_terms
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.routing import ComparisonKind
-from moe_upgrpo.train.analysis import compare_responses, gap_terms, trainer_noise_floor
+from moe_upgrpo.train.analysis import compare_responses, trainer_noise_floor
 
 
 def sampled(job, folder, **engine) -> tuple[list[Rollout], list[Sample]]:

@@ -199,7 +199,7 @@ METRICS: dict[str, Metric] = {
     "time/logging": Metric("token log and metrics", "none", "s"),
     "time/total": Metric("the whole step", "none", "s"),
     "alarms": Metric(
-        "names of the alarms this step raised: moe_upgrpo/train/alarms.py", "none", "list"
+        "names of the alarms this step raised: moe_upgrpo/record/alarms.py", "none", "list"
     ),
     "tokens/visited": Metric("tokens/sampled × passes over the batch", "none", "tokens"),
     "tokens/sampled": Metric("response tokens sampled", "none", "tokens"),

@@ -16,6 +16,7 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import dynamic_sampling, overlong_penalty
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.train.place import VERDICTS, seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +140,41 @@ def shaped_rewards(
         lengths = torch.from_numpy(lengths_B)
         rewards_B += overlong_penalty(lengths, max_length, overlong_buffer, overlong_factor).numpy()
     return rewards_B.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewarding:
+    """What a response earns by its verdict and its length.
+
+    false_positives: share of the wrong responses that pass for right, drawn at random.
+    """
+
+    seed: int
+    max_length: int
+    wrong: float = 0.0
+    false_positives: float = 0.0
+    overlong_buffer: int = 0
+    overlong_factor: float = 1.0
+
+    def rewards(self, batch: Batch, step: int, *, first_prompt: int) -> np.ndarray:
+        """Rewards of the batch's responses, [B] float32.
+
+        Which wrong ones pass for right is drawn for each problem of the step and each response to
+        it, so that every layout has the same errors. first_prompt: the batch's first, among those
+        of all ranks.
+        """
+        draws = [
+            np.random.default_rng(seed_of(self.seed, VERDICTS, step, first_prompt + i)).random(
+                len(group.correct_G)
+            )
+            for i, group in enumerate(batch.groups)
+        ]
+        mistaken_B = np.concatenate(draws) < self.false_positives
+        return shaped_rewards(
+            np.where(mistaken_B, 1, batch.correct_B),
+            np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
+            wrong=self.wrong,
+            max_length=self.max_length,
+            overlong_buffer=self.overlong_buffer,
+            overlong_factor=self.overlong_factor,
+        )

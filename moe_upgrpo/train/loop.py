@@ -11,54 +11,70 @@ import torch
 
 from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.record import StepRecord
+from moe_upgrpo.train.learner import samples_of
+from moe_upgrpo.train.place import seed_global_generators
+from moe_upgrpo.train.record import record_step
 from moe_upgrpo.train.start import start
 
 
 def train(config: TrainConfig) -> Path:
     """Run the RL steps of `config` and return the run folder. Every rank of the job calls it."""
     with start(config) as job:
+        sampler, learner, recorder, states = job.rollouts, job.learner, job.recorder, job.states
         if job.done == 0:
-            job.log_evaluation(step=0)
+            recorder.log_evaluation(step=0)
         for step in range(job.done + 1, config.steps + 1):
-            job.seed_global_generators(step)
+            seed_global_generators(config.seed, step, sampler.place.rank)
             clock = Clock()
             with clock("generate"):
-                batch = job.batch(step)
-                job.leave_if_asked(step - 1, in_step=True)
-                rollouts, rewards = batch.rollouts, job.rewards(batch, step)
+                batch = sampler.batch(step)
+                states.leave_if_asked(step - 1, in_step=True)
+                first = sampler.first_sequence
+                rewards = job.rewarding.rewards(batch, step, first_prompt=first // config.group)
                 advantages = group_advantages(
                     torch.from_numpy(rewards), config.group, config.advantage
                 ).numpy()
             with clock("old_log_probs"):
-                samples = job.samples(rollouts, advantages)
-                old = job.score_old(step, samples, rollouts)
-                reference = job.reference and job.reference.score(samples, record=())
+                rollouts = batch.rollouts
+                samples = samples_of(rollouts, advantages)
+                old = learner.score_old(step, samples, rollouts)
+                reference = learner.score_reference(samples)
             with clock("analysis"):
-                noise = job.analyse(step, samples, rollouts, old)
+                noise = learner.analyse(
+                    step,
+                    samples,
+                    rollouts,
+                    old,
+                    engine=sampler.engine,
+                    stale=sampler.stale(step),
+                )
             with clock("update"):
-                job.generate_ahead(step + 1)
-                record = StepRecord(
-                    first_sequence=job.first_sequence,
+                if sampler.generate_ahead(step + 1):
+                    learner.keep_behind()
+                updated = learner.update(samples, rollouts, old, step)
+                sampler.update_engine(learner.actor, step)
+            with clock("logging"):
+                trained = record_step(
+                    batch=batch,
+                    rewards=rewards,
+                    advantages=advantages,
+                    updated=updated,
+                    reference=reference,
+                    noise=noise,
+                    first_sequence=first,
                     group=config.group,
                     replay=config.replay,
                     weight_version=step - 1,
-                    rollouts=rollouts,
-                    rewards=rewards,
-                    advantages=advantages,
-                    sampled=batch.sampled,
-                    reference=reference,
-                    noise=noise,
-                    num_experts=job.actor.num_experts,
-                    **job.update(samples, rollouts, old, step),
+                    num_experts=learner.actor.num_experts,
+                    counts_updates=sampler.place.dp_rank == 0,
                 )
-                job.update_engine(step)
-            with clock("logging"):
-                job.log_tokens(step, record)
-            job.log_step(step, record, clock)
-            job.save_checkpoint(step)
-            job.leave_if_asked(step)
-        return job.finish()
+                recorder.log_tokens(step, trained)
+            recorder.log_step(step, trained, clock)
+            states.save_if_due(step)
+            states.leave_if_asked(step)
+        learner.actor.save(states.run.checkpoints / f"step-{config.steps:06d}")
+        recorder.finish()
+        return states.run.path
 
 
 class Clock:

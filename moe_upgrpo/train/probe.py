@@ -16,13 +16,15 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.record import StepRecord, Sums, alarms, measured, routing_sums
 from moe_upgrpo.report import write_report
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
-from moe_upgrpo.train import alarms, analysis, record
+from moe_upgrpo.train import analysis
 from moe_upgrpo.train.probe_options import ProbeConfig
+from moe_upgrpo.train.record import record_without_update
 from moe_upgrpo.train.route_dumps import read_routes
 
 
@@ -53,7 +55,7 @@ def _compare_dumps(config: ProbeConfig, run: RunFolder) -> dict:
     about |= {"moe_layers": list(range(counts.num_layers)), "loss": "none (probe of two dumps)"}
     RunFolder.create(run.path, asdict(config) | about | _ALARMS)
     rollout_NLK = rollout.reshape(-1, *rollout.shape[-2:])
-    return {"step": 1} | record.measured(record.routing_sums(counts, rollout_NLK))
+    return {"step": 1} | measured(routing_sums(counts, rollout_NLK))
 
 
 def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
@@ -76,7 +78,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
         server_log=run.path / "engine.log",
     )
     with closing(engine):
-        step = _step(config, prompts, actor, engine)
+        step, noise = _step(config, prompts, actor, engine)
     RunFolder.create(
         run.path,
         asdict(config)
@@ -102,7 +104,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
     without = ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
     return {"step": 1} | {
         name: value
-        for name, value in (record.measured(step.sums()) | step.maxima()).items()
+        for name, value in (measured(step.sums() | noise) | step.maxima()).items()
         if not name.startswith(without)
     }
 
@@ -130,8 +132,8 @@ def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]
 
 def _step(
     config: ProbeConfig, prompts: Sequence[np.ndarray], actor: MegatronActor, engine: Engine
-) -> record.StepRecord:
-    """The record that a step of training would make, without its update."""
+) -> tuple[StepRecord, Sums]:
+    """The record that a step of training would make, without its update, and the noise floors."""
     sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     rollouts = engine.generate(
         prompts, sampling, samples_per_prompt=config.samples, seed=config.seed
@@ -157,25 +159,10 @@ def _step(
         noise |= analysis.engine_noise_floor(
             passes, samples, rollouts, num_experts=actor.num_experts
         )
-    nothing = np.zeros(len(rollouts), np.float32)
-    return record.StepRecord(
-        first_sequence=0,
-        group=config.samples,
-        replay="none",
-        weight_version=0,
-        rollouts=rollouts,
-        rewards=nothing,
-        advantages=nothing,
-        old=old,
-        reference=None,
-        updates=[],
-        logp_train=[s.log_probs for s in native],
-        clipped=[np.zeros(len(s.log_probs), bool) for s in native],
-        gradient_weight=[np.zeros(len(s.log_probs), np.float32) for s in native],
-        noise=noise,
-        num_experts=actor.num_experts,
-        updates_counted=0,
+    record = record_without_update(
+        rollouts=rollouts, old=old, group=config.samples, num_experts=actor.num_experts
     )
+    return record, noise
 
 
 def _show(console: Console, row: dict) -> None:

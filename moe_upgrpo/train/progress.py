@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_upgrpo.train.alarms import ALARMS
+from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.train.console import Console
 
 PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")

@@ -21,6 +21,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.record import alarms
 from moe_upgrpo.rollout.base import SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after
 from moe_upgrpo.rollout.engines import make_engine
@@ -30,10 +31,10 @@ from moe_upgrpo.store import (
 )
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
-from moe_upgrpo.train import alarms, resume
+from moe_upgrpo.train import resume
 from moe_upgrpo.train.config import TrainConfig, changes
 from moe_upgrpo.train.found import Checkpoint, find
-from moe_upgrpo.train.job import Job
+from moe_upgrpo.train.job import Job, make_job
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.stopping import Stopping
 from moe_upgrpo.train.tracking import Tracking
@@ -157,10 +158,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
             )
             if config.resume:
                 display.resumed(found.step, changed, edited)
-            job = Job(
-                config=config,
-                rank=rank,
-                world_size=world_size,
+            job = make_job(
+                config,
                 task=task,
                 actor=actor,
                 reference=reference,
@@ -175,7 +174,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 ahead=ahead,
             )
             if found.step:
-                job.update_engine(found.step)
+                job.rollouts.update_engine(actor, found.step)
             begun.close()
             yield job
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_upgrpo.train.alarms import ALARMS, raised
+from moe_upgrpo.record.alarms import ALARMS, raised
 
 HEALTHY = {
     "mismatch/router_rate": 0.004,

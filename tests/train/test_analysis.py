@@ -15,11 +15,12 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.record import StepRecord, gap_terms, measured
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.train import analysis
-from moe_upgrpo.train.analysis import OldScores, gap_terms
-from moe_upgrpo.train.record import StepRecord, measured
+from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.record import record_without_update
 from tests.ranks import run_ranks
 
 LAYERS, EXPERTS = 2, 8
@@ -145,33 +146,16 @@ def swap_experts(state) -> None:
         state[a], state[b] = state[b], state[a]
 
 
-def record_of(actor, samples, rollouts, *, noise=None) -> StepRecord:
+def record_of(actor, samples, rollouts) -> StepRecord:
     native = actor.score(samples, record=("routes", "margins", "gates"))
     held = [replace(s, routes=r.routes) for s, r in zip(samples, rollouts, strict=True)]
-    nothing = np.zeros(len(samples), np.float32)
-    return StepRecord(
-        first_sequence=0,
-        group=2,
-        replay="none",
-        weight_version=0,
-        rollouts=rollouts,
-        rewards=nothing,
-        advantages=nothing,
-        old=OldScores(
-            native=native,
-            held=actor.score(held, record=("routes", "gates")),
-            analysed=True,
-            counterpart=[s.log_probs for s in native],
-        ),
-        reference=None,
-        updates=[],
-        logp_train=[s.log_probs for s in native],
-        clipped=[np.zeros(len(s.log_probs), bool) for s in native],
-        gradient_weight=[np.zeros(len(s.log_probs), np.float32) for s in native],
-        noise=noise or {},
-        num_experts=EXPERTS,
-        updates_counted=0,
+    old = OldScores(
+        native=native,
+        held=actor.score(held, record=("routes", "gates")),
+        analysed=True,
+        counterpart=[s.log_probs for s in native],
     )
+    return record_without_update(rollouts=rollouts, old=old, group=2, num_experts=EXPERTS)
 
 
 def measure_engine(checkpoint, engine_checkpoint) -> dict:
@@ -193,11 +177,11 @@ def measure_engine(checkpoint, engine_checkpoint) -> dict:
         noise = analysis.trainer_noise_floor(actor, samples) | analysis.engine_noise_floor(
             passes, samples, rollouts, num_experts=EXPERTS
         )
-        record = record_of(actor, samples, rollouts, noise=noise)
+        record = record_of(actor, samples, rollouts)
         return {
-            "metrics": measured(record.sums()),
+            "metrics": measured(record.sums() | noise),
             "rows": record.token_rows(),
-            "train": [s.routes for s in record.old.native],
+            "train": [s.train_routes for s in record.sequences],
             "samples": samples,
         }
 

@@ -3,15 +3,17 @@
 Whole runs with them are in test_data_runs.py.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.tasks import ArithmeticTask
-from moe_upgrpo.train import job as job_module
+from moe_upgrpo.train import rollouts as rollouts_module
 from moe_upgrpo.train.batch import Group, collect, shaped_rewards
-from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.job import Job
+from moe_upgrpo.train.place import SAMPLING, Place, seed_of
+from moe_upgrpo.train.rollouts import Rollouts
 from moe_upgrpo.train.stopping import Stopping
 from tests.train.test_evaluate import ScriptedEngine
 
@@ -79,17 +81,21 @@ class Sampling:
     temperature, max_new_tokens = 1.0, 4
 
 
-def job(monkeypatch, *, task=None, **options):
-    """One rank of a job that samples with the scripted engine: a + b is right a % 5 times of 4."""
-    monkeypatch.setattr(job_module.groups, "gather_in_model_copy", lambda items: list(items))
-    job = object.__new__(Job)
-    job.config = TrainConfig(**({"group": 4, "prompts": 6, "minibatches": 1} | options))
-    job.task, job.engine = task or ArithmeticTask(), ScriptedEngine()
-    job.rank = job.dp_rank = job.copy_rank = 0
-    job.dp_size = job.copy_size = 1
-    job._ahead, job.sampling, job.stopping = None, Sampling(), Stopping(1)
-    job._check_versions = lambda rollouts, step: None  # the scripted engine's is always 0
-    return job
+def sampler(monkeypatch, *, task=None, place=None, **options) -> Rollouts:
+    """One rank's rollouts by the scripted engine: a + b is right a % 5 times of 4."""
+    monkeypatch.setattr(rollouts_module.groups, "gather_in_model_copy", lambda items: list(items))
+    made = Rollouts(
+        task=task or ArithmeticTask(),
+        engine=ScriptedEngine(),
+        sampling=Sampling(),
+        place=place or Place(),
+        stopping=Stopping(1),
+        seed=0,
+        steps=60,
+        **({"group": 4, "prompts": 6} | options),
+    )
+    made._check_versions = lambda rollouts, step: None  # the scripted engine's is always 0
+    return made
 
 
 def prompts(batch):
@@ -97,7 +103,7 @@ def prompts(batch):
 
 
 def test_a_job_keeps_mixed_groups_and_does_it_again_the_same_way(monkeypatch):
-    dynamic = job(monkeypatch, max_refills=20)
+    dynamic = sampler(monkeypatch, max_refills=20)
     batch = dynamic.batch(3)
     assert len(batch.groups) == 6 and len(set(prompts(batch))) == 6
     for group in batch.groups:
@@ -107,22 +113,22 @@ def test_a_job_keeps_mixed_groups_and_does_it_again_the_same_way(monkeypatch):
     assert prompts(dynamic.batch(3)) == prompts(batch)
     assert prompts(dynamic.batch(4)) != prompts(batch)
     # Two ranks share the step's problems and fill their shares for themselves.
-    dynamic.dp_size = 2
     shares = []
-    for dynamic.dp_rank in (0, 1):
-        shares.append(prompts(dynamic.batch(3)))
+    for rank in (0, 1):
+        place = Place(dp_rank=rank, dp_size=2)
+        shares.append(prompts(sampler(monkeypatch, max_refills=20, place=place).batch(3)))
     assert [len(share) for share in shares] == [3, 3]
     assert not set(shares[0]) & set(shares[1])
 
 
-def test_a_refill_samples_with_seeds_of_its_own(monkeypatch):
-    seeds = [job(monkeypatch)._seed(0, 1, 0, refill) for refill in range(3)]
+def test_a_refill_samples_with_seeds_of_its_own():
+    seeds = [seed_of(0, SAMPLING, 1, 0, refill) for refill in range(3)]
     assert len(set(seeds)) == 3
-    assert seeds[0] == job(monkeypatch)._seed(0, 1, 0)
+    assert seeds[0] == seed_of(0, SAMPLING, 1, 0)
 
 
 def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
-    short = job(monkeypatch, max_refills=1, prompts=5000, group=2)  # of 8,999
+    short = sampler(monkeypatch, max_refills=1, prompts=5000, group=2)  # of 8,999
     with pytest.raises(UserError, match=r"max_refills=1: 5000 groups .* All problems were tried"):
         short.batch(1)
 
@@ -130,7 +136,7 @@ def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
         def reward(self, problem, response_ids):
             return 0.0
 
-    never = job(monkeypatch, max_refills=1, task=Never())
+    never = sampler(monkeypatch, max_refills=1, task=Never())
     with pytest.raises(
         UserError, match=r"12 groups were sampled, 0 of them .*; 6 are needed\. Allow"
     ):
@@ -138,7 +144,7 @@ def test_what_a_job_says_where_refills_do_not_suffice(monkeypatch):
 
 
 def test_what_a_batch_itself_says_is_not_hidden(monkeypatch):
-    broken = job(monkeypatch, max_refills=1)
+    broken = sampler(monkeypatch, max_refills=1)
 
     def check(rollouts, step):
         raise UserError("another weight version")
@@ -153,25 +159,25 @@ def test_a_verdict_that_is_none_names_its_prompt(monkeypatch):
         def reward(self, problem, response_ids):
             return float("nan")
 
-    broken = job(monkeypatch, task=Broken())
+    broken = sampler(monkeypatch, task=Broken())
     with pytest.raises(UserError, match=r"gave nan to a response to '\d\d\+\d\d='"):
         broken.batch(1)
 
 
 def test_each_rank_of_a_model_copy_judges_its_part_and_has_all_verdicts(monkeypatch):
-    whole = job(monkeypatch)
+    whole = sampler(monkeypatch)
     problems = whole.problems(1)
-    rollouts = whole.generate(problems, 1)
+    rollouts = whole._generated(problems, 1)
     expected, _ = whole._judged(problems, rollouts)
     parts = []
     monkeypatch.setattr(
-        job_module.groups,
+        rollouts_module.groups,
         "gather_in_model_copy",
         lambda items: parts.append(list(items)) or list(items),
     )
-    whole.copy_size = 2
-    for whole.copy_rank in (0, 1):
-        whole._judged(problems, rollouts)
+    for rank in (0, 1):
+        place = Place(rank=rank, size=2, copy_rank=rank, copy_size=2)
+        replace(whole, place=place, ahead=None)._judged(problems, rollouts)
     verdicts = [*parts[0], *parts[2]]  # parts[1] and parts[3] count what was killed
     assert [len(part) for part in parts] == [12, 1, 12, 1]
     assert verdicts == [x for group in expected for x in group.correct_G]

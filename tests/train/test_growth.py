@@ -29,17 +29,17 @@ def leave_holes(step: int, kept: list) -> None:
 
 def leaves_holes(file: Path) -> None:
     """Have each step of this process's job leave holes, and its memory at its start noted."""
-    from moe_upgrpo.train.job import Job
+    from moe_upgrpo.train import loop
 
-    kept, begin = [], Job.seed_global_generators
+    kept, begin = [], loop.seed_global_generators
 
-    def beginning(job: Job, step: int) -> None:
+    def beginning(seed: int, step: int, rank: int) -> None:
         with file.open("a", encoding="utf-8") as noted:
             noted.write(f"{resident_kb()}\n")
         leave_holes(step, kept)
-        begin(job, step)
+        begin(seed, step, rank)
 
-    Job.seed_global_generators = beginning
+    loop.seed_global_generators = beginning
 
 
 def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):

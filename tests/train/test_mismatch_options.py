@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
-from moe_upgrpo.train.batch import Batch, Group
-from moe_upgrpo.train.job import Job
+from moe_upgrpo.train.batch import Batch, Group, Rewarding
 from tests.train.test_launch import job, options
 
 STEPS = 4
@@ -65,21 +64,11 @@ def test_wrong_answers_are_rewarded_half_the_time(run):
 
 def mistaken(rank: int, ranks: int, *, step: int = 1, group: int = 8, rate: float = 0.5) -> list:
     """Which of a rank's wrong responses to 12 problems are rewarded."""
-    job = object.__new__(Job)
-    job.config = SimpleNamespace(
-        seed=0,
-        prompts=12,
-        group=group,
-        false_positives=rate,
-        reward_wrong=0.0,
-        overlong_buffer=0,
-        overlong_penalty=1.0,
-    )
-    job.sampling = SimpleNamespace(max_new_tokens=4)
-    job.dp_rank, job.dp_size = rank, ranks
     response = SimpleNamespace(response_ids=[1])
     one = Group(rollouts=[response] * group, correct_G=np.zeros(group, np.float32))
-    return job.rewards(Batch(groups=[one] * (12 // ranks), sampled=None), step).tolist()
+    batch = Batch(groups=[one] * (12 // ranks), sampled=None)
+    rewarding = Rewarding(seed=0, max_length=4, false_positives=rate)
+    return rewarding.rewards(batch, step, first_prompt=rank * (12 // ranks)).tolist()
 
 
 def test_the_same_answers_are_mistaken_in_every_layout():

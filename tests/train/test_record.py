@@ -10,12 +10,13 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.record import StepRecord, count_sums, gap_terms, measured
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import compare_routes
-from moe_upgrpo.train import record
-from moe_upgrpo.train.analysis import OldScores, count_sums, gap_terms
-from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.job import Job
+from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.learner import Learner
+from moe_upgrpo.train.place import Place
+from moe_upgrpo.train.record import LastVisit, TrainedStep, sequence_records
 
 
 def f32(*values: float) -> np.ndarray:
@@ -85,15 +86,22 @@ HELD = [
 COUNTERPART = [f32(-1.0, -1.5, -0.5), f32(-3.5, -1.2)]
 
 
-def a_step(**changes) -> record.StepRecord:
-    update = Update(
-        log_probs=[],
-        clipped=[],
-        gradient_weight=[],
-        loss=0.5,
-        metrics={"m": Metric(1.0, 2.0)},
-        grad_norm=1.0,
-    )
+UPDATE = Update(
+    log_probs=[],
+    clipped=[],
+    gradient_weight=[],
+    loss=0.5,
+    metrics={"m": Metric(1.0, 2.0)},
+    grad_norm=1.0,
+)
+LAST = LastVisit(
+    logp_train=[f32(-1.0, -1.0, -0.5), f32(-4.0, -1.2)],
+    clipped=[np.array([False, True, False]), np.array([True, False])],
+    gradient_weight=[f32(0.1, 0.0, 0.2), f32(0.0, 0.3)],
+)
+
+
+def a_step(*, old=None, num_experts=4, noise=None, **changes) -> TrainedStep:
     fields = dict(
         first_sequence=6,
         group=2,
@@ -102,26 +110,27 @@ def a_step(**changes) -> record.StepRecord:
         rollouts=[FIRST, SECOND],
         rewards=f32(1, 0),
         advantages=f32(0.7, -0.7),
-        old=OldScores(native=NATIVE, held=HELD, analysed=True, counterpart=COUNTERPART),
+        old=old or OldScores(native=NATIVE, held=HELD, analysed=True, counterpart=COUNTERPART),
         reference=None,
-        updates=[update, update],
-        logp_train=[f32(-1.0, -1.0, -0.5), f32(-4.0, -1.2)],
-        clipped=[np.array([False, True, False]), np.array([True, False])],
-        gradient_weight=[f32(0.1, 0.0, 0.2), f32(0.0, 0.3)],
-        noise={"noise/trainer_repeat/k3": Metric(0.0, 5)},
-        num_experts=4,
-        updates_counted=2,
+        last=LAST,
     )
-    return record.StepRecord(**(fields | changes))
+    sequences = sequence_records(**(fields | changes))
+    return TrainedStep(
+        record=StepRecord(sequences=sequences, first_sequence=6, num_experts=num_experts),
+        old=fields["old"],
+        updates=[UPDATE, UPDATE],
+        updates_counted=2,
+        noise={"noise/trainer_repeat/k3": Metric(0.0, 5)} if noise is None else noise,
+    )
 
 
 @pytest.fixture
-def step() -> record.StepRecord:
+def step() -> TrainedStep:
     return a_step()
 
 
 def test_token_rows(step):
-    rows = step.token_rows()
+    rows = step.record.token_rows()
     expected = {
         "sequence": [6, 6, 6, 7, 7],
         "prompt": [3, 3, 3, 3, 3],
@@ -181,18 +190,20 @@ def test_sums(step):
     # row 1: {0,1} against (1, 0): 1/4 + 1/4; row 2, layer 1: (2,3) against (1,2): 1/4;
     # row 3: (0,1) against (1,2): 1/4, and (0,1) against (2,3): 0. The other five of ten are whole.
     assert sums["conditional/gate_overlap"] == (pytest.approx(0.5 + 1 + 1 + 0.25 + 0.25 + 4), 10)
-    metrics = record.measured(named)
+    metrics = measured(named)
     assert metrics["mismatch/histogram"] == [3, 1, 1] and metrics["mismatch/by_layer"] == [0.2, 0.4]
     assert metrics["conditional/histogram"] == [4, 1, 0]
     assert metrics["mismatch/zero_rows_by_layer"] == [0, 0]
-    maxima = step.maxima()
+    maxima = step.record.maxima()
     assert maxima["logp_gap/max_abs"] == pytest.approx(0.2, rel=1e-5)
     assert maxima["ratio/max"] == pytest.approx(np.e, rel=1e-5)
 
 
 def test_under_r3_the_gap_has_two_terms_and_the_old_policy_is_the_held_one():
     """The gap columns add up to what the loss sees; the free routing's share stands apart."""
-    rows = a_step(replay="R3", old=OldScores(native=NATIVE, held=HELD, analysed=True)).token_rows()
+    rows = a_step(
+        replay="R3", old=OldScores(native=NATIVE, held=HELD, analysed=True)
+    ).record.token_rows()
     close = {"rtol": 1e-6, "atol": 1e-6}
     np.testing.assert_allclose(rows["logp_old"], [-1.05, -2.0, -0.5, -3.0, -1.1], **close)
     np.testing.assert_allclose(rows["entropy"], [1.5, 2, 3, 0.5, 0.5], **close)
@@ -207,7 +218,7 @@ def test_under_r3_the_gap_has_two_terms_and_the_old_policy_is_the_held_one():
 
 def test_under_r2_the_routing_shift_is_what_the_loss_does_not_see():
     """Held to the old routes, the update's forward is L(θ, n(θ_old)); the native one is extra."""
-    rows = a_step(replay="R2").token_rows()
+    rows = a_step(replay="R2").record.token_rows()
     close = {"rtol": 1e-6, "atol": 1e-6}
     np.testing.assert_allclose(rows["gap_update"], [0.1, 1, 0, -1, 0], **close)
     np.testing.assert_allclose(rows["counterfactual_routing_shift"], [0, -0.5, 0, 0.5, 0], **close)
@@ -230,7 +241,7 @@ def test_older_weights_in_the_engine_are_a_term_of_their_own():
     behind = [f32(-1.04, -2.0, -0.25), f32(-3.0, -1.0)]
     old = OldScores(native=NATIVE, held=HELD, analysed=True, counterpart=COUNTERPART, behind=behind)
     step = a_step(old=old, weight_version=1)
-    rows = step.token_rows()
+    rows = step.record.token_rows()
     close = {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(rows["gap_numerics"], [-0.04, 0, 0.25, 0, 0], **close)
     np.testing.assert_allclose(rows["gap_staleness"], [-0.01, 0, -0.25, 0, -0.1], **close)
@@ -252,10 +263,10 @@ def test_a_dense_model_has_token_rows_and_no_routing():
         noise={},
         num_experts=0,
     )
-    rows = step.token_rows()
+    rows = step.record.token_rows()
     assert rows["layers_mismatched"].tolist() == [0] * 5
     assert not {"overlap", "rollout_routes", "margin_min", "prefix_mismatched"} & rows.keys()
-    assert not [name for name in record.measured(step.sums()) if name.startswith("mismatch")]
+    assert not [name for name in measured(step.sums()) if name.startswith("mismatch")]
 
 
 @pytest.mark.parametrize(
@@ -311,18 +322,25 @@ class FakeActor:
 
 
 def test_every_epoch_visits_each_sequence_once_and_the_last_visit_counts():
-    job = object.__new__(Job)
-    job.config = TrainConfig(epochs=2, minibatches=2)
-    job.actor, job.loss, job.dp_rank = FakeActor(), None, 0
+    learner = Learner(
+        actor=FakeActor(),
+        reference=None,
+        behind=None,
+        loss=None,
+        place=Place(),
+        seed=0,
+        minibatches=2,
+        epochs=2,
+    )
     samples = [Sample(tokens=np.array([i, 1]), prompt_length=1) for i in range(4)]
     scores = [scored(f32(-9), f32(0), np.empty((1, 0, 0))) for _ in samples]
-    result = job.update(samples, [], OldScores(native=scores, held=None), step=1)
-    seen = job.actor.seen
+    result = learner.update(samples, [], OldScores(native=scores, held=None), step=1)
+    seen = learner.actor.seen
     assert [len(batch) for batch in seen] == [2, 2, 2, 2]
     for epoch in (seen[:2], seen[2:]):
         assert sorted(epoch[0] + epoch[1]) == [0, 1, 2, 3]
     for i in range(4):
         last = 3 if i in seen[2] else 4
-        assert result["logp_train"][i].tolist() == [-last]
-        assert result["clipped"][i].tolist() == [last % 2 == 1]
-        assert result["gradient_weight"][i].tolist() == [last]
+        assert result.last.logp_train[i].tolist() == [-last]
+        assert result.last.clipped[i].tolist() == [last % 2 == 1]
+        assert result.last.gradient_weight[i].tolist() == [last]

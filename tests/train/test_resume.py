@@ -150,9 +150,9 @@ MOMENTS = {
 }
 SLOW_MOMENTS = {
     "in the first evaluation": ("moe_upgrpo.train.evaluate:finish", 1, 0, [], None),
-    "before the first step": ("moe_upgrpo.train.job:Job.problems", 1, 0, [0], None),
-    "in generation": ("moe_upgrpo.train.job:save_rollouts", 3, 0, [0, 1, 2], 2),
-    "in the old log-probs": ("moe_upgrpo.train.job:Job.score_old", 3, 1, [0, 1, 2], 2),
+    "before the first step": ("moe_upgrpo.train.rollouts:Rollouts.problems", 1, 0, [0], None),
+    "in generation": ("moe_upgrpo.train.rollouts:save_rollouts", 3, 0, [0, 1, 2], 2),
+    "in the old log-probs": ("moe_upgrpo.train.learner:Learner.score_old", 3, 1, [0, 1, 2], 2),
     "in the analysis": (
         *("moe_upgrpo.train.analysis:trainer_noise_floor", 3, 0),
         *([0, 1, 2], 2),

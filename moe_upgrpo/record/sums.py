@@ -1,7 +1,6 @@
 """A step's sums under the names of `moe_upgrpo.store.metrics`, and the metrics made from them.
 
-Every mean is carried as (numerator, denominator) until the ranks are summed. Imports no Megatron:
-other trainers' records are made of the same sums (`moe_upgrpo.integrations`).
+Every mean is carried as (numerator, denominator) until the ranks are summed.
 
 Shapes: N response tokens, L MoE layers, K experts per token.
 """
@@ -11,7 +10,7 @@ import re
 
 import numpy as np
 
-from moe_upgrpo.losses import Metric
+from moe_upgrpo.losses import Metric, finalize_metrics
 from moe_upgrpo.routing import RoutingCounts
 
 Sums = dict[str, Metric]
@@ -72,3 +71,16 @@ def measured(sums: Sums) -> dict[str, float | list[float]]:
         metrics["mismatch/router_numerator"] = routers.numerator
         metrics["mismatch/router_denominator"] = routers.denominator
     return metrics
+
+
+def finish(
+    sums: Sums, loss_metrics: Sums, maxima: dict[str, float]
+) -> dict[str, float | list[float]]:
+    """All metrics of a step, from sums, the loss library's sums and maxima over all ranks."""
+    of_loss = finalize_metrics(loss_metrics)
+    clipped = {f"clip/{sign}": of_loss[f"clip_fraction_{sign}"] for sign in _SIGNS}
+    named = {f"loss/{name}": value for name, value in of_loss.items()}
+    return measured(sums) | clipped | named | maxima
+
+
+_SIGNS = ("positive", "negative")

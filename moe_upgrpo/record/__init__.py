@@ -1,0 +1,23 @@
+"""The record of a step: sequences as rollout and trainer saw them, and what is made of them.
+
+The one author of token rows, of a step's sums and of its alarms, for the trainer of this package
+and for the stacks of `moe_upgrpo.integrations`. Arrays are handed in: it knows no Megatron, no
+engine and no file.
+"""
+
+from moe_upgrpo.record.gap import gap_terms
+from moe_upgrpo.record.sequence import SequenceRecord, known_rows
+from moe_upgrpo.record.step import StepRecord
+from moe_upgrpo.record.sums import Sums, count_sums, finish, measured, routing_sums
+
+__all__ = [
+    "SequenceRecord",
+    "StepRecord",
+    "Sums",
+    "count_sums",
+    "finish",
+    "gap_terms",
+    "known_rows",
+    "measured",
+    "routing_sums",
+]

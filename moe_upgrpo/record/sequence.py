@@ -1,0 +1,68 @@
+"""A sequence as the rollout and the trainer saw it, at its last optimizer visit.
+
+Shapes: S tokens, N of them response tokens that count, L MoE layers, K experts each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(kw_only=True)
+class SequenceRecord:
+    """One sequence as its source knows it; None where it cannot know, and then no column says it.
+
+    Arrays of tokens are [N], in the order of `positions`; routes and what goes with them are
+    [S − 1, L, K] or [S − 1, L], row p − 1 for the token at p, with L = 0 for a dense model.
+
+    prompt: index of its prompt within the step, counted over all ranks.
+    positions: of the response tokens that count, in prompt + response, ascending.
+    known: [S − 1], the rows of which both sides' routes are known; None: all. Others are not
+        looked at, and how many mismatches came before a token is null where one of them did.
+    train_routes: native ones at the old weights. own_routes: what the routers would have chosen
+        where the trainer was held to the rollout's routes, at the same weights.
+    margins: the trainer's top-k margins, native, at the old weights.
+    gap: the terms of logp_train − logp_rollout by their columns (`gap_terms`).
+    held_routes, held_gates, native_gates: the gates of the held forward, for the experts of
+        held_routes in their order, and of the native one, for those of train_routes.
+    """
+
+    prompt: int
+    token_ids: np.ndarray  # [S]
+    positions: np.ndarray
+    reward: float
+    advantage: np.ndarray
+    logp_rollout: np.ndarray
+    logp_old: np.ndarray
+    logp_train: np.ndarray
+    clipped: np.ndarray
+    gradient_weight: np.ndarray
+    rollout_routes: np.ndarray
+    train_routes: np.ndarray
+    known: np.ndarray | None = None
+    own_routes: np.ndarray | None = None
+    margins: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    logp_reference: np.ndarray | None = None
+    gap: dict[str, np.ndarray] | None = None
+    staleness: int | None = None
+    finished: bool | None = None
+    held_routes: np.ndarray | None = None
+    held_gates: np.ndarray | None = None
+    native_gates: np.ndarray | None = None
+
+
+def known_rows(*routes: np.ndarray, num_experts: int) -> np.ndarray:
+    """Rows [S − 1] in which each of `routes` [S − 1, L, K] names K different experts everywhere.
+
+    Not those of padding, of tokens that an engine took from a cache, or that were never computed.
+    """
+    known = np.ones(len(routes[0]), bool)
+    for ids_SLK in routes:
+        ascending = np.sort(ids_SLK, axis=2)
+        inside = (ascending[..., 0] >= 0) & (ascending[..., -1] < num_experts)
+        different = (ascending[..., 1:] != ascending[..., :-1]).all(axis=2)
+        known &= (inside & different).all(axis=1)
+    return known

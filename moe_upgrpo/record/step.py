@@ -1,0 +1,257 @@
+"""One RL step: rows of the token log, and sums from which its metrics are made.
+
+Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that
+a metric does not depend on how sequences lie on ranks. Names: `moe_upgrpo.store.metrics`.
+
+Shapes: N response tokens of this rank, R rows of whole sequences, L MoE layers, K experts each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import Metric
+from moe_upgrpo.losses.kl import k3
+from moe_upgrpo.record.sequence import SequenceRecord
+from moe_upgrpo.record.sums import Sums, count_sums, routing_sums
+from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
+from moe_upgrpo.routing.gates import gate_overlap, layer_sums
+
+
+@dataclass(kw_only=True)
+class StepRecord:
+    """This data-parallel rank's part of one step.
+
+    first_sequence: index, over all ranks, of this rank's first sequence.
+    """
+
+    sequences: Sequence[SequenceRecord]
+    first_sequence: int
+    num_experts: int
+
+    def knows(self, *names: str) -> bool:
+        """Whether the source of these sequences could fill the fields."""
+        return all(getattr(s, name) is not None for s in self.sequences for name in names)
+
+    def of_tokens(self, name: str) -> np.ndarray:
+        """A field of [N] of each sequence, one after the other."""
+        return np.concatenate([getattr(s, name) for s in self.sequences])
+
+    def of_rows(self, name: str) -> np.ndarray:
+        """A field over whole sequences, at the rows of the tokens: row p - 1 for position p."""
+        return np.concatenate([getattr(s, name)[s.positions - 1] for s in self.sequences])
+
+    @property
+    def dense(self) -> bool:
+        return self.sequences[0].train_routes.shape[1] == 0
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(s.positions) for s in self.sequences])
+
+    @cached_property
+    def _ratio(self) -> np.ndarray:
+        return np.exp(self.of_tokens("logp_train") - self.of_tokens("logp_old"))
+
+    @cached_property
+    def _gap(self) -> dict[str, np.ndarray]:
+        """The columns of the gap's terms."""
+        if not self.knows("gap"):
+            return {}
+        names = self.sequences[0].gap
+        return {name: np.concatenate([s.gap[name] for s in self.sequences]) for name in names}
+
+    def _repeated(self, name: str) -> np.ndarray:
+        return np.repeat([getattr(s, name) for s in self.sequences], self._lengths)
+
+    @property
+    def _ends(self) -> np.ndarray:
+        """Ends of the sequences but the last among the rows R."""
+        return np.cumsum([len(s.train_routes) for s in self.sequences])[:-1]
+
+    def _compare(
+        self, train: str, kind: ComparisonKind
+    ) -> tuple[RoutingDivergence, RoutingDivergence]:
+        """Rollout's routes against those of the field `train`: of whole sequences [R], and of the
+        response tokens [N].
+
+        A fault in the routes names its sequence.
+        """
+
+        def compare(sequences: Sequence[SequenceRecord]) -> RoutingDivergence:
+            sides = (
+                np.concatenate([getattr(s, name) for s in sequences])
+                for name in ("rollout_routes", train)
+            )
+            return compare_routes(
+                *sides, num_experts=self.num_experts, valid=_known(sequences), kind=kind
+            )
+
+        try:
+            whole = compare(self.sequences)
+        except (UserError, ValueError):  # numpy's, where the sequences' routes do not fit together
+            for i, sequence in enumerate(self.sequences):
+                try:
+                    compare([sequence])
+                except UserError as error:
+                    raise UserError(f"sequence {self.first_sequence + i}: {error}") from None
+            raise
+        return whole, whole.select(torch.from_numpy(self._is_token))
+
+    @cached_property
+    def _is_token(self) -> np.ndarray:
+        """Whether a row [R] is that of a token that counts."""
+        found = [np.zeros(len(s.train_routes), bool) for s in self.sequences]
+        for i, (sequence, rows) in enumerate(zip(self.sequences, found, strict=True)):
+            rows[sequence.positions - 1] = True
+            if sequence.known is not None and (rows & ~sequence.known).any():
+                row = int((rows & ~sequence.known).argmax())
+                sides = sequence.rollout_routes[row].tolist(), sequence.train_routes[row].tolist()
+                raise UserError(
+                    f"sequence {self.first_sequence + i}: the token at position {row + 1} counts, "
+                    f"and its routes are none: rollout {sides[0]}, training {sides[1]}"
+                )
+        return np.concatenate(found)
+
+    @cached_property
+    def _free_running(self) -> tuple[RoutingDivergence, RoutingDivergence]:
+        return self._compare("train_routes", ComparisonKind.FREE_RUNNING)
+
+    @property
+    def divergence(self) -> RoutingDivergence:
+        """Rollout against trainer on the response tokens, free-running, at the old weights."""
+        return self._free_running[1]
+
+    @cached_property
+    def conditional(self) -> RoutingDivergence | None:
+        """Rollout against what the trainer's routers would choose while held to the rollout's
+        routes, at the old weights; None where no such forward was made."""
+        if self.dense or not self.knows("own_routes"):
+            return None
+        return self._compare("own_routes", ComparisonKind.CONDITIONAL)[1]
+
+    def _prefix_mismatched(self) -> np.ndarray:
+        """(row, layer) pairs that differ before each token's row; null after an unknown row."""
+        whole, _ = self._free_running
+        by_sequence = np.split(whole.routers_per_token.numpy(), self._ends)
+        before, unknown = [], []
+        for sequence, mismatched in zip(self.sequences, by_sequence, strict=True):
+            rows = sequence.positions - 1
+            before.append((mismatched.cumsum() - mismatched)[rows])
+            lost = np.zeros(len(mismatched), bool) if sequence.known is None else ~sequence.known
+            unknown.append((lost.cumsum() - lost)[rows] > 0)
+        counts_N, unknown_N = np.concatenate(before), np.concatenate(unknown)
+        return np.ma.masked_array(counts_N, unknown_N) if unknown_N.any() else counts_N
+
+    def _routing_columns(self) -> dict[str, np.ndarray]:
+        if self.dense:
+            return {"layers_mismatched": np.zeros(self._lengths.sum(), np.int16)}
+        columns = {
+            "layers_mismatched": self.divergence.routers_per_token.numpy(),
+            "overlap": self.divergence.overlap.numpy(),
+            "rollout_routes": self.of_rows("rollout_routes"),
+            "train_routes": self.of_rows("train_routes"),
+            "prefix_mismatched": self._prefix_mismatched(),
+        }
+        if self.knows("margins"):
+            columns["margin_min"] = self.of_rows("margins").min(axis=1)
+        if self.conditional is not None:
+            per_token_N = self.conditional.routers_per_token.numpy()
+            columns["layers_mismatched_conditional"] = per_token_N
+        return columns
+
+    def token_rows(self) -> dict[str, np.ndarray]:
+        """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K]."""
+        lengths = self._lengths
+        sequence = self.first_sequence + np.arange(len(lengths))
+        rows = {
+            "sequence": np.repeat(sequence, lengths),
+            "prompt": self._repeated("prompt"),
+            "position": self.of_tokens("positions"),
+            "token_id": np.concatenate([s.token_ids[s.positions] for s in self.sequences]),
+            "reward": self._repeated("reward").astype(np.float64),
+            "advantage": self.of_tokens("advantage"),
+            "logp_rollout": self.of_tokens("logp_rollout"),
+            "logp_old": self.of_tokens("logp_old"),
+            "logp_train": self.of_tokens("logp_train"),
+            "ratio": self._ratio,
+            "clipped": self.of_tokens("clipped"),
+            "gradient_weight": self.of_tokens("gradient_weight"),
+            **self._routing_columns(),
+            **self._gap,
+        }
+        if self.knows("staleness"):
+            rows["staleness"] = self._repeated("staleness")
+        if self.knows("entropy"):
+            rows["entropy"] = self.of_tokens("entropy")
+        return rows
+
+    def sums(self) -> Sums:
+        """Every mean that the sequences give, this rank's share."""
+        sequences, tokens = len(self.sequences), int(self._lengths.sum())
+        rewards = np.array([s.reward for s in self.sequences])
+        old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
+        pairs = {
+            "reward/mean": (float(rewards.sum()), sequences),
+            "reward/mean_square": (float((rewards**2).sum()), sequences),
+            "response/length_mean": (tokens, sequences),
+        }
+        if self.knows("finished"):
+            finished = sum(bool(s.finished) for s in self.sequences)
+            pairs["response/finished_rate"] = (finished, sequences)
+        if self.knows("staleness"):
+            pairs["staleness/mean"] = (sum(int(s.staleness) for s in self.sequences), sequences)
+        if self.knows("entropy"):
+            pairs["entropy/mean"] = (float(self.of_tokens("entropy").sum()), tokens)
+        pairs["logp_gap/mean_abs"] = (float(np.abs(old_N - rollout_N).sum()), tokens)
+        pairs["logp_gap/k3"] = (_k3_sum(old_N, rollout_N), tokens)
+        if self.knows("logp_reference"):
+            reference_N = self.of_tokens("logp_reference")
+            pairs["kl/warm_start"] = (_k3_sum(reference_N, old_N), tokens)
+        for name, term_N in self._gap.items():
+            short = name.replace("_", "/", 1)
+            pairs[f"{short}/mean"] = (float(term_N.sum()), tokens)
+            pairs[f"{short}/mean_abs"] = (float(np.abs(term_N).sum()), tokens)
+        sums = {name: Metric(*pair) for name, pair in pairs.items()}
+        return sums if self.dense else sums | self._routing_sums()
+
+    def _routing_sums(self) -> Sums:
+        counts = self.divergence  # first: it names the sequence where routes cannot be
+        sums = routing_sums(counts, self.of_rows("rollout_routes"))
+        if self.conditional is not None:
+            sums |= count_sums("conditional", self.conditional)
+        gated = ("held_routes", "held_gates", "train_routes", "native_gates")
+        if self.knows(*gated):
+            by_layer, tokens = layer_sums(
+                gate_overlap(*(torch.from_numpy(self.of_rows(name)) for name in gated))
+            )
+            sums["conditional/gate_overlap"] = Metric(float(by_layer.sum()), tokens * len(by_layer))
+        return sums
+
+    def maxima(self) -> dict[str, float]:
+        """Largest values on this rank, by metric."""
+        gap_N = self.of_tokens("logp_old") - self.of_tokens("logp_rollout")
+        return {
+            "logp_gap/max_abs": float(np.abs(gap_N).max()),
+            "ratio/max": float(self._ratio.max()),
+        }
+
+
+def _known(sequences: Sequence[SequenceRecord]) -> np.ndarray | None:
+    if all(s.known is None for s in sequences):
+        return None
+    return np.concatenate(
+        [np.ones(len(s.train_routes), bool) if s.known is None else s.known for s in sequences]
+    )
+
+
+def _k3_sum(logp_target: np.ndarray, logp_sampler: np.ndarray) -> float:
+    """Sum over tokens of the k3 estimate of KL(sampler || target)."""
+    sampler, target = (torch.from_numpy(x).double() for x in (logp_sampler, logp_target))
+    return float(k3(sampler, target).sum())

@@ -1,0 +1,133 @@
+"""What a run leaves of its steps: token rows, metrics, evaluations, and what is shown of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.record import alarms, finish
+from moe_upgrpo.rollout.base import Engine, SamplingConfig
+from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics, write_evaluation
+from moe_upgrpo.tasks import Problem, Task
+from moe_upgrpo.train import evaluate, heap
+from moe_upgrpo.train.place import EVALUATION, Place, seed_of
+from moe_upgrpo.train.progress import Display
+from moe_upgrpo.train.record import TrainedStep
+from moe_upgrpo.train.tracking import Tracking
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """Accuracy on held-out problems, which all ranks share. engine: None where there is none."""
+
+    engine: Engine | None
+    task: Task
+    sampling: SamplingConfig
+    place: Place
+    run: RunFolder
+    seed: int
+    samples: int
+    most_problems: int
+
+    def why_not(self) -> str | None:
+        """Say why there is none, if so."""
+        if self.engine is None:
+            return "rollouts are loaded: no evaluation"
+        return None if self.task.heldout_problems() else "no --eval-data: no evaluation"
+
+    def of(self, step: int) -> dict[str, float]:
+        """Metrics of the engine's weights after `step`, and a file of each problem's counts."""
+        problems: list[Problem] = self.task.heldout_problems()[: self.most_problems]
+        counts = evaluate.count_correct(
+            self.engine,
+            problems[self.place.rank :: self.place.size],
+            self.task,
+            sampling=self.sampling,
+            samples=self.samples,
+            seed=seed_of(self.seed, EVALUATION, step, self.place.rank),
+        )
+        shares = groups.gather_everywhere([counts])
+        if self.place.rank == 0:
+            write_evaluation(self.run.evaluations, step, evaluate.by_problem(shares, problems))
+        return evaluate.finish(shares)
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """Writes what the ranks measured; rank 0 shows it."""
+
+    run: RunFolder
+    token_log: TokenLogWriter
+    tracking: Tracking
+    display: Display
+    evaluation: Evaluation
+    place: Place
+    steps: int
+    epochs: int
+    eval_every: int
+    report: bool
+
+    def log_tokens(self, step: int, trained: TrainedStep) -> None:
+        """Write this data-parallel rank's token rows."""
+        if self.place.copy_rank == 0:
+            self.token_log.write(step, trained.record.token_rows())
+
+    def log_step(self, step: int, trained: TrainedStep, clock) -> None:
+        """Sum the step's metrics over the ranks, evaluate where it is due, write a row."""
+        begin = clock.total()
+        heap.give_back()
+        metrics = finish(
+            groups.sum_metrics(trained.sums()),
+            groups.sum_metrics(trained.loss_metrics()),
+            groups.largest(trained.record.maxima()),
+        )
+        metrics["tokens/visited"] = metrics["tokens/sampled"] * self.epochs
+        metrics["grad_norm"] = float(np.mean([update.grad_norm for update in trained.updates]))
+        seconds = clock.seconds
+        seconds["logging"] += clock.total() - begin
+        seconds["total"] = clock.total()
+        if trained.old.analysed:
+            seconds["decomposition"] = trained.old.seconds
+        row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
+        row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
+        row["alarms"] = alarms.raised(row)
+        due = step % self.eval_every == 0 or step == self.steps
+        if due and not self.evaluation.why_not():
+            row |= self.evaluation.of(step)
+        self._append(row)
+        if self.place.rank == 0:
+            self.display.step(row)
+
+    def log_evaluation(self, step: int) -> None:
+        """Write a row of its own for the model before the first step."""
+        if why_not := self.evaluation.why_not():
+            self.display.say(why_not)
+            return
+        row = {"step": step} | self.evaluation.of(step)
+        self._append(row)
+        self.display.say(
+            f"warm start: held-out greedy {row['eval/greedy']:.3f}, pass@1 {row['eval/pass@1']:.3f}"
+        )
+
+    def _append(self, row: dict) -> None:
+        if self.place.rank == 0:
+            self.run.append_metrics(row)
+            self.tracking.log(row)
+
+    def finish(self) -> None:
+        """Write the report, say what came of the run."""
+        if self.place.rank:
+            return
+        self.display.summary(read_metrics(self.run.path))
+        if not self.report:
+            return
+        try:
+            from moe_upgrpo.report import write_report
+
+            write_report([self.run.path], self.run.report_path)
+            self.display.say(f"report: {self.run.report_path}")
+        except UserError as error:  # its libraries are an extra; the run itself is whole
+            self.display.say(f"no report: {error}")

@@ -1,0 +1,220 @@
+"""The rollouts of each step: sampled, sampled ahead or loaded, judged, and kept in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import backend, groups
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
+from moe_upgrpo.tasks import Problem, Task
+from moe_upgrpo.train.batch import Batch, Group, collect
+from moe_upgrpo.train.place import SAMPLING, Place, seed_of
+from moe_upgrpo.train.stopping import GivenUp, Stopping
+
+
+@dataclass(kw_only=True)
+class Rollouts:
+    """One rank's part in the rollouts of all steps.
+
+    engine: None where rollouts are loaded, from `load_from`. done: steps, before this process.
+    ahead: everyone's rollouts of the next step, where they were sampled ahead.
+    """
+
+    task: Task
+    engine: Engine | None
+    sampling: SamplingConfig
+    place: Place
+    stopping: Stopping
+    seed: int
+    steps: int
+    prompts: int
+    group: int
+    max_refills: int = 0
+    overlap: bool = False
+    engine_every: int = 1
+    save_in: Path | None = None
+    load_from: Path | None = None
+    done: int = 0
+    ahead: InitVar[list[Rollout] | None] = None
+
+    def __post_init__(self, ahead: list[Rollout] | None):
+        self._thread = ThreadPoolExecutor(1, "generate")
+        self._ahead: Future | None = None
+        if ahead is not None:
+            self._ahead = Future()
+            self._ahead.set_result(self.place.of_rank(self.place.of_copy(ahead)))
+        # With overlap, the only step whose batch is sampled with the weights that it trains.
+        self._fresh_step = self.done + 1 if ahead is None else None
+
+    @property
+    def first_sequence(self) -> int:
+        """Index, over all ranks, of this rank's first sequence of a step."""
+        return self.place.dp_rank * (self.prompts // self.place.dp_size) * self.group
+
+    def stale(self, step: int) -> bool:
+        """Whether the step's batch was sampled ahead, with older weights than it trains."""
+        return self.overlap and step != self._fresh_step
+
+    def problems(self, step: int, refill: int = 0) -> list[Problem]:
+        """This data-parallel rank's share of the step's problems, or of a refill of them."""
+        everyone = self.task.training_problems(
+            self.prompts, seed=self.seed, step=step, refill=refill
+        )
+        return self.place.of_copy(everyone)
+
+    def batch(self, step: int) -> Batch | None:
+        """This data-parallel rank's groups of the step, sampled or loaded, and judged.
+
+        None where a signal came meanwhile and generation was given up: `leave_if_asked` is next.
+        """
+        groups_needed = self.prompts // self.place.dp_size
+        if self.engine is None:
+            problems, rollouts = self._loaded(step)
+            return collect(
+                lambda refill: self._judged(problems, rollouts),
+                groups=groups_needed,
+                max_refills=0,
+            )
+
+        def sample(refill: int) -> tuple[list[Group], int]:
+            problems = self.problems(step, refill)
+            if not problems:
+                return [], 0  # every problem has been sampled
+            return self._judged(problems, self._generated(problems, step, refill))
+
+        try:
+            batch = collect(sample, groups=groups_needed, max_refills=self.max_refills)
+        except GivenUp:
+            return None
+        if self.save_in and self.place.copy_rank == 0:
+            save_rollouts(self.save_in, step, self.place.dp_rank, batch.rollouts)
+        return batch
+
+    def _judged(
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Group], int]:
+        """The rollouts in groups with the verifier's verdicts, and how many took it too long.
+
+        Each rank of a model copy judges a part, so that all have the same verdicts: whether an
+        answer takes too long may differ from one call to the next.
+        """
+        size = self.group
+        before = self.task.killed
+        verdicts = [
+            self.task.reward(problem, rollout.response_ids)
+            for problem, rollout in self.place.of_rank(
+                [(problems[i // size], r) for i, r in enumerate(rollouts)]
+            )
+        ]
+        correct = np.array(groups.gather_in_model_copy(verdicts), np.float32)
+        killed = sum(groups.gather_in_model_copy([self.task.killed - before]))
+        if not np.isin(correct, (0, 1)).all():
+            i = int(np.flatnonzero(~np.isin(correct, (0, 1)))[0])
+            raise UserError(
+                f"The verifier gave {correct[i]} to a response to {problems[i // size].prompt!r}: "
+                "1 for a right and 0 for a wrong one are needed."
+            )
+        return [
+            Group(rollouts=rollouts[i : i + size], correct_G=correct[i : i + size])
+            for i in range(0, len(rollouts), size)
+        ], killed
+
+    def _generated(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
+        """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
+        mine: list[Rollout | None]
+        if self.overlap:  # never given up: the next state has these rollouts in it
+            mine = self._ahead.result() if self._ahead else self._sample(problems, step, refill)
+        else:
+            try:
+                with self.stopping.giving_up():
+                    mine = self._sample(problems, step, refill)
+            except GivenUp:
+                mine = [None]
+        rollouts = groups.gather_in_model_copy(mine)
+        if any(rollout is None for rollout in rollouts):
+            raise GivenUp
+        self._check_versions(rollouts, step)
+        return rollouts
+
+    def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
+        """This rank's part of the responses; touches no other rank, so that a thread may do it."""
+        with backend.suspended():
+            return self.engine.generate(
+                [problem.prompt_ids for problem in self.place.of_rank(problems)],
+                self.sampling,
+                samples_per_prompt=self.group,
+                seed=seed_of(self.seed, SAMPLING, step, self.place.rank, refill),
+            )
+
+    def generate_ahead(self, step: int) -> bool:
+        """With overlap, begin to generate a step's batch with the weights that the engine holds.
+
+        Tells whether it did.
+        """
+        if not self.overlap or step > self.steps:
+            return False
+        self._ahead = self._thread.submit(self._sample, self.problems(step), step)
+        return True
+
+    def ahead_of(self, step: int) -> list[Rollout] | None:
+        """This copy's rollouts that were sampled ahead of a state after `step`, to be kept with it.
+
+        A collective; on one rank of each copy, None on the others and where there are none.
+        """
+        if not self.overlap or step >= self.steps:
+            return None
+        rollouts = groups.gather_in_model_copy(self._ahead.result())
+        return rollouts if self.place.copy_rank == 0 else None
+
+    def _loaded(self, step: int) -> tuple[list[Problem], list[Rollout]]:
+        """This rank's share of a step's saved rollouts, and the problems that they answer."""
+        everyone = load_rollouts(self.load_from, step)
+        expected, size = self.prompts * self.group, self.group
+        mine = self.place.of_copy(everyone)
+        known = {
+            problem.prompt_ids.tobytes(): problem
+            for refill in range(1 + self.max_refills)
+            for problem in self.task.training_problems(
+                self.prompts, seed=self.seed, step=step, refill=refill
+            )
+        }
+        answered = [known.get(rollout.prompt_ids.tobytes()) for rollout in mine]
+        problems = answered[::size]
+        whole = all(problem is problems[i // size] for i, problem in enumerate(answered))
+        if len(everyone) != expected or not whole or None in problems:
+            raise UserError(
+                f"{self.load_from}: the {len(everyone)} rollouts of step {step} do not "
+                f"answer the {expected} prompts of this run. Use the digits or data, seed, "
+                "prompts, group and max_refills of the run that saved them."
+            )
+        self._check_versions(mine, step)
+        return problems, mine
+
+    def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Nothing is trained on that other weights have sampled than those meant."""
+        expected = step - 1 - self.stale(step)
+        expected -= expected % self.engine_every
+        for i, rollout in enumerate(rollouts):
+            if rollout.weight_version != expected:
+                raise UserError(
+                    f"Sequence {self.first_sequence + i} of step {step} was sampled with weight "
+                    f"version {rollout.weight_version}; {expected} was expected"
+                    + (" (the saved run's --overlap differs)" if self.engine is None else "")
+                    + "."
+                )
+
+    def update_engine(self, actor: MegatronActor, step: int) -> None:
+        """Give the engine the trainer's weights, once it has finished what it is generating."""
+        if self._ahead:
+            self._ahead.result()
+        if self.engine is not None and step % self.engine_every == 0:
+            with backend.suspended():
+                self.engine.update_weights(actor.export_weights(), version=step)
