@@ -22,7 +22,6 @@ import inspect
 import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +32,18 @@ from megatron.training import get_args
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit.presets import coupled, resolve, served
 from moe_upgrpo.losses import (
-    BRANCHES,
-    PRESETS,
     Metric,
     PolicyLossConfig,
-    RolloutCorrection,
     aggregation_weights,
     policy_loss,
 )
 
 CLAMP_DEFAULT = 0.01  # of --grpo-clamp-eps-lower and -upper (arguments.py:2740)
-LOSSES = {n: p for n, p in PRESETS.items() if "router_log_probs" not in p.arguments}
+NOT_HANDED_OVER = ("router_log_probs",)
+LOSSES = served(NOT_HANDED_OVER)
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -62,24 +61,21 @@ def asked() -> PolicyLossConfig | None:
                 "MOE_UPGRPO_LOSS_SETTINGS is set, MOE_UPGRPO_LOSS is not: name a preset"
             )
         return None
-    if name not in LOSSES:
-        raise UserError(f"MOE_UPGRPO_LOSS: {name!r} given; allowed: {', '.join(LOSSES)}")
     try:
         settings = json.loads(given or "{}")
-        if isinstance(settings.get("correction"), dict):
-            settings["correction"] = RolloutCorrection(**settings["correction"])
-        config = replace(LOSSES[name], **settings)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(
             f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given ({error}); allowed: a JSON object of "
-            f"{', '.join(vars(LOSSES[name]))}"
+            f"fields of the loss"
         ) from error
-    if "router_log_probs" in config.arguments:
-        raise UserError(
-            f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given; router_shift_floor needs the router's "
-            "log-probs, which Megatron-LM does not hand to a loss"
-        )
-    return config
+    return resolve(
+        name,
+        settings,
+        option="MOE_UPGRPO_LOSS",
+        settings_option="MOE_UPGRPO_LOSS_SETTINGS",
+        stack="Megatron-LM",
+        not_handed_over=NOT_HANDED_OVER,
+    )
 
 
 def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -> PolicyLossConfig:
@@ -222,7 +218,7 @@ def _check_correction(config: PolicyLossConfig, given: bool, truncation: float |
                 "--rl-importance-sampling-truncation-coef has no part in it (leave it out; "
                 '{"correction": {"high": ...}} is the bound of a correction)'
             )
-    elif given and (BRANCHES[config.positive].coupled or BRANCHES[config.negative].coupled):
+    elif given and coupled(config):
         raise UserError(
             "--rl-inference-logprobs-is-correction weights every token, and the loss is one of "
             "whole sequences. Take gspo-token, or one weight for each sequence: "
@@ -287,21 +283,16 @@ class Hooks:
         rl_utils.prepare_data_for_update = prepare_data_for_update
 
 
-def folder() -> Path | None:
-    path = os.environ.get("MOE_UPGRPO_RUN")
-    return Path(path) if path else None
-
-
 def loss_name() -> str:
     return os.environ.get("MOE_UPGRPO_LOSS") or "grpo of Megatron-LM"
 
 
 _config = asked()
 _log = None
-if folder() is not None:
+if environment.run_folder() is not None:
     from moe_upgrpo.integrations.megatron_lm_log import CollectionLog
 
-    _log = CollectionLog(folder())
+    _log = CollectionLog(environment.run_folder())
 hooks = Hooks(_config, set(json.loads(os.environ.get("MOE_UPGRPO_LOSS_SETTINGS") or "{}")), _log)
 if _config is not None or _log is not None:
     hooks.install()

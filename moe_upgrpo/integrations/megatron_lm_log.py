@@ -26,16 +26,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.inference.inference_request import FinishedRequestRecord
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.rl import rl_utils
 from megatron.training import get_args
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import megatron_lm
-from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
-from moe_upgrpo.losses import Metric
+from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free
+from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.record import SequenceRecord, known_rows
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Sequence:
     turn: int | None
     prompt: str
     train_SLK: np.ndarray = field(default=None, repr=False)
+    margins_SL: np.ndarray = field(default=None, repr=False)
 
 
 class CollectionLog:
@@ -57,7 +58,7 @@ class CollectionLog:
 
     def __init__(self, path: Path):
         check_free(path)
-        self.path = path
+        self.path, self.share = path, environment.token_share()
         self.log: RunLog | None = None
         self.step = 0
         self.layer_ids: list[int] = []
@@ -68,10 +69,10 @@ class CollectionLog:
         self.sequences: list[Sequence] = []
         self.by_key: dict[bytes, list[int]] = defaultdict(list)
         self.visits: Counter = Counter()
-        self.logged: dict[int, LoggedSequence] = {}
+        self.logged: dict[int, SequenceRecord] = {}
         self.gathered = Step()
         self.seen = self.micro_batches = 0
-        self.recorded: list[torch.Tensor] = []  # [N, L, K] of each micro-batch
+        self.recorded: list[torch.Tensor] = []  # [N, L, X] of each micro-batch, see kit.routers
         self.recording = False
 
     def _install(self) -> None:
@@ -123,6 +124,11 @@ class CollectionLog:
             for name, record in request_ledger.items()
             if (routes := getattr(record, "routing_indices", None)) is not None
         }
+        self.epochs = {
+            name: epochs[0][1]  # of the oldest token
+            for name, record in request_ledger.items()
+            if (epochs := getattr(record, "policy_epoch", None))
+        }
         if request_ledger and not self.routes:
             raise UserError(
                 "MOE_UPGRPO_RUN: no finished request has routing_indices; the routing log needs "
@@ -136,7 +142,7 @@ class CollectionLog:
             f"rl_inference_{name}_parallel_size"
             for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor_model")
         ]
-        refused = {
+        not_covered = {
             "pipeline stages: inference records the routers of one stage alone": (
                 args.pipeline_model_parallel_size > 1
             ),
@@ -147,49 +153,22 @@ class CollectionLog:
                 getattr(args, name, None) is not None for name in inference
             ),
         }
-        for name, there in refused.items():
-            if there:
-                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}")
-        routers = {
-            r.layer_number: r
-            for r in rl_utils.unwrap_model(model[0]).modules()
-            if isinstance(r, TopKRouter) and not getattr(r, "is_mtp_layer", False)
-        }
-        if not routers:
+        environment.refuse(not_covered)
+        self.routers = [r for chunk in rl_utils.unwrap_model(model) for r in routers.counted(chunk)]
+        if not self.routers:
             raise UserError(
                 "MOE_UPGRPO_RUN: the model has no MoE layer whose routes could be logged"
             )
-        self.routers = dict(sorted(routers.items()))
-        self.layer_ids = [number - 1 for number in self.routers]
+        self.layer_ids = sorted(router.layer_number - 1 for router in self.routers)
         self.config = get_attr_wrapped_model(model[0], "config")
 
     def _recorded(self, model, forward) -> Any:
-        current: dict[int, torch.Tensor] = {}
-
-        def chosen(router, _, outputs):
-            map_NE = outputs[1]
-            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
-            # A token that was not sent to K experts has no K ids to compare.
-            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
-            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
-
-        hooks = [r.register_forward_hook(chosen) for r in self.routers.values()]
-        try:
+        with routers.watched(self.routers) as watch:
             result = forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if current.keys() != self.routers.keys():
-            raise UserError(
-                f"MOE_UPGRPO_RUN: of the routers of layers {list(self.routers)} those of "
-                f"{list(current)} ran in the forward of the old log-probs; is it a CUDA graph?"
-            )
-        routes_NLK = torch.stack([current[number] for number in self.routers], dim=1)
-        if self.config.sequence_parallel:
-            routes_NLK = gather_from_sequence_parallel_region(
-                routes_NLK.contiguous(), tensor_parallel_output_grad=False
-            )
-        self.recorded.append(routes_NLK.short().cpu())
+        _, table_NLX = watch.take()
+        self.recorded.append(
+            routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel).cpu()
+        )
         return result
 
     def collected(self, rows: list, trajs: torch.Tensor, packed) -> None:
@@ -198,8 +177,8 @@ class CollectionLog:
         named = [self._named(row, number) for row in rows]
         if packed is None:
             width, routes = trajs.shape[1], []
-            for routes_NLK in self.recorded:  # position-major
-                routes.extend(routes_NLK.unflatten(0, (width, -1)).unbind(dim=1))
+            for table_NLX in self.recorded:  # position-major
+                routes.extend(table_NLX.unflatten(0, (width, -1)).unbind(dim=1))
             found = zip(named, trajs, routes, strict=True)
         else:
             ranks = [None] * mpu.get_data_parallel_world_size()
@@ -213,9 +192,13 @@ class CollectionLog:
                     sides = packed.packed_trajs[i, here], self.recorded[i][here]
                     found.append((everywhere[index], *sides))
         self.micro_batches = len(self.recorded)
-        for (index, turn), tokens_S, routes_SLK in found:
+        for (index, turn), tokens_S, table_SLX in found:
             rollout, prompt = (None, "") if index is None else self.rollouts[index]
-            sequence = Sequence(_key(tokens_S), rollout, turn, prompt, routes_SLK.numpy()[:-1])
+            layers = routers.by_layer([n + 1 for n in self.layer_ids], table_SLX[:-1])
+            whole = routers.Routes.of({0: layers})
+            sequence = Sequence(
+                _key(tokens_S), rollout, turn, prompt, whole.routes[0], whole.margins[0]
+            )
             self.by_key[sequence.key].append(len(self.sequences))
             self.sequences.append(sequence)
 
@@ -232,29 +215,30 @@ class CollectionLog:
         self, given: dict, loss_mask: torch.Tensor, tokens: torch.Tensor, config, counts
     ) -> None:
         """A micro-batch of the update; arguments as `megatron_lm.evaluate` has them."""
-        leaf = given["current_logprobs"].detach().float().requires_grad_()
-        alone = given | {"current_logprobs": leaf, "kl_beta": 0.0, "entropy_weight": 0.0}
-        mask = loss_mask.to(leaf.device) > 0
-        with torch.enable_grad():
+        current = given["current_logprobs"].detach().float()
+        mask = loss_mask.to(current.device) > 0
+        divisor = counts.divisor(get_args().calculate_per_token_loss, float(mask.sum()))
+
+        def evaluate(leaves):
+            alone = given | {"current_logprobs": leaves[0], "kl_beta": 0.0, "entropy_weight": 0.0}
             terms, metrics = megatron_lm.evaluate(alone, loss_mask, config, counts)
-            divisor = counts.divisor(get_args().calculate_per_token_loss, float(mask.sum()))
-            share = torch.where(mask, terms[0].float(), 0.0).sum() / divisor
-            (grad,) = torch.autograd.grad(share, leaf)
+            return torch.where(mask, terms[0].float(), 0.0).sum() / divisor, metrics
+
+        look = second_look(evaluate, [current])
         self.seen += 1
-        self.gathered.loss_sum += float(share)
-        if metrics:
-            numbers = {name: Metric(*map(float, pair)) for name, pair in metrics.items()}
-            self.gathered.loss_metrics.append(numbers)
+        self.gathered.loss_sum += float(look.loss)
+        if look.metrics:
+            self.gathered.loss_metrics.append(look.metrics)
         starts, lengths = given.get("seq_starts"), given.get("seq_lengths")
-        rows = megatron_lm.Rows.of(leaf.shape, starts, lengths, leaf.device)
+        rows = megatron_lm.Rows.of(current.shape, starts, lengths, current.device)
         of_token = {
             "mask": mask,
-            "logp_train": leaf.detach(),
+            "logp_train": current,
             "logp_old": given["old_logprobs"],
-            "pull": grad,
+            "pull": look.pulls[0],
         }
         of_token = {
-            n: rows.take(x.to(leaf.device)).float().cpu().numpy() for n, x in of_token.items()
+            n: rows.take(x.to(current.device)).float().cpu().numpy() for n, x in of_token.items()
         }
         of_token["mask"] = (of_token["mask"] > 0) & rows.there_BT.cpu().numpy()
         if starts is None:
@@ -276,10 +260,9 @@ class CollectionLog:
         self.visits[key] += 1
         sequence = self.sequences[index]
         positions = np.flatnonzero(token["mask"]) + 1
-        clipped = (token["pull"] == 0) & (advantage != 0)
-        if advantage:
-            sign = "positive" if advantage > 0 else "negative"
-            self.gathered.clips[sign] += [clipped[positions - 1].sum(), len(positions)]
+        advantages = np.full(len(token["mask"]), advantage)
+        clipped = clipped_tokens(token["pull"], advantages, token["mask"])
+        self.gathered.visit(clipped, advantages, token["mask"])
         rollout_SLK, logp_S = self._of_rollout(sequence, len(tokens_S))
         # What inference did not compute: a token that an environment appended, evicted requests.
         there = (rollout_SLK[:, 0, 0] != -2) & np.isfinite(logp_S[1:])
@@ -287,12 +270,12 @@ class CollectionLog:
         if not len(positions):
             return
         at = positions - 1
-        self.logged[index] = LoggedSequence(
+        self.logged[index] = SequenceRecord(
             prompt=sequence.prompt,
             token_ids=tokens_S.cpu().numpy(),
             positions=positions,
             reward=float(np.sum(sequence.rollout.reward)),
-            advantage=np.full(len(positions), advantage),
+            advantage=advantages[at],
             logp_rollout=logp_S[positions],
             logp_old=token["logp_old"][at].astype(float),
             logp_train=token["logp_train"][at].astype(float),
@@ -300,7 +283,20 @@ class CollectionLog:
             gradient_weight=np.abs(token["pull"][at]).astype(float),
             rollout_routes=rollout_SLK,
             train_routes=sequence.train_SLK,
+            known=known_rows(
+                rollout_SLK, sequence.train_SLK, num_experts=self.config.num_moe_experts
+            ),
+            margins=sequence.margins_SL,
+            staleness=self._staleness(sequence),
         )
+
+    def _staleness(self, sequence: Sequence) -> int | None:
+        """Training steps since the weights that sampled its oldest token."""
+        names = sequence.rollout.completion_ids or []
+        if sequence.turn is not None:
+            names = names[sequence.turn : sequence.turn + 1]
+        epochs = [self.epochs[name] for name in names if name in self.epochs]
+        return get_args().curr_iteration - min(epochs) if epochs else None
 
     def _of_rollout(self, sequence: Sequence, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Routes `[S - 1, L, K]`, -2 where there are none, and log-probs `[S]`, NaN likewise.
@@ -361,6 +357,7 @@ class CollectionLog:
                 layer_ids=self.layer_ids,
                 top_k=self.config.moe_router_topk,
                 num_experts=self.config.num_moe_experts,
+                share=self.share,
             )
         self.step += 1
         self.gathered.sequences = [self.logged[i] for i in sorted(self.logged)]

@@ -16,6 +16,7 @@ from miles.utils.replay_base import all_replay_managers, routing_replay_manager
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.slime_loss import check_loss, replaced, stack_loss
 
 HERE = "moe_upgrpo.integrations.miles"
@@ -56,17 +57,15 @@ def init(args: Namespace) -> None:
 
     check_loss(args, f"{HERE}.loss")
     mode = slime_log.check_replay(args)
-    if slime_log.run_folder():
-        refused = {
+    if environment.run_folder():
+        not_covered = {
             f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
             "independent data-parallel replicas (--ft-components)": getattr(
                 args, "indep_dp", False
             ),
             "multi-LoRA": getattr(args, "multi_lora", False),
         }
-        for name, given in refused.items():
-            if given:
-                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}; unset it")
+        environment.refuse(not_covered)
         slime_log.install(Miles(), args, mode)
 
 

@@ -9,7 +9,6 @@ Without `moe_upgrpo` the loss is NeMo-RL's. How it gets into a job: nemo_rl.py, 
 Shapes: B sequences of a micro-batch, T positions but the first; index t is the token at t + 1.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,21 +17,19 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedP
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
 from moe_upgrpo.losses import (
-    BRANCHES,
     GLOSSARY,
-    PRESETS,
     PolicyLoss,
     PolicyLossConfig,
-    RolloutCorrection,
     aggregation_weights,
     policy_loss,
 )
 
-LOSSES = {n: p for n, p in PRESETS.items() if "router_log_probs" not in p.arguments}
+NOT_HANDED_OVER = ("router_log_probs",)
+LOSSES = served(NOT_HANDED_OVER)
 
-# NeMo-RL's field -> (its default, our field). A number other than the default is taken as set by
-# the user; the preset's holds otherwise.
+# NeMo-RL's field -> (its default, our field).
 CLIPS = {
     "ratio_clip_min": (0.2, "clip_low"),
     "ratio_clip_max": (0.2, "clip_high"),
@@ -51,45 +48,24 @@ def loss_config(cfg: ClippedPGLossConfig) -> PolicyLossConfig | None:
         return None
     settings = dict(given)
     preset = settings.pop("preset", None)
-    if preset not in LOSSES:
-        raise UserError(
-            f"loss_fn.moe_upgrpo.preset: {preset!r} given; allowed: {', '.join(LOSSES)}"
-        )
-    if unknown := settings.keys() - vars(LOSSES[preset]).keys():
-        raise UserError(
-            f"loss_fn.moe_upgrpo: {', '.join(sorted(unknown))} given; allowed: preset, "
-            f"{', '.join(vars(LOSSES[preset]))}"
-        )
-    if isinstance(settings.get("correction"), dict):
-        settings["correction"] = RolloutCorrection(**settings["correction"])
-    config = replace(LOSSES[preset], **settings)
-    if "router_log_probs" in config.arguments:
-        raise UserError(
-            "loss_fn.moe_upgrpo.router_shift_floor: given; NeMo-RL does not hand the router's "
-            "log-probs to a loss"
-        )
-    sides = {config.positive, config.negative}
-    used = {name for side in sides for name in BRANCHES[side].fields}
-    changes = {}
-    for name, (default, ours) in CLIPS.items():
-        value = getattr(cfg, name)
-        if value == default or ours in settings:
-            continue
-        if ours not in used:
-            raise UserError(
-                f"loss_fn.{name}: {value} given; {preset} has no {ours}. Leave it at NeMo-RL's "
-                f"{default}; the fields of this loss, in loss_fn.moe_upgrpo: "
-                f"{', '.join(sorted(used)) or 'none'}"
-            )
-        changes[ours] = value
-    config = replace(config, **changes)
+    config = resolve(
+        preset,
+        settings,
+        [
+            Flag(name=f"loss_fn.{name}", value=getattr(cfg, name), default=default, field=ours)
+            for name, (default, ours) in CLIPS.items()
+        ],
+        option="loss_fn.moe_upgrpo.preset",
+        settings_option="loss_fn.moe_upgrpo",
+        stack="NeMo-RL",
+        not_handed_over=NOT_HANDED_OVER,
+    )
     _check(cfg, config, preset)
     return config
 
 
 def _check(cfg: ClippedPGLossConfig, config: PolicyLossConfig, preset: str) -> None:
     sides = {config.positive, config.negative}
-    coupled = any(BRANCHES[side].coupled for side in sides)
     by_sequence = cfg.sequence_level_importance_ratios
     refused = {
         "loss_fn.use_cispo": cfg.use_cispo and "it is a loss of NeMo-RL: take the preset cispo",
@@ -104,7 +80,9 @@ def _check(cfg: ClippedPGLossConfig, config: PolicyLossConfig, preset: str) -> N
             "one weight for each token, and this is a loss of whole sequences: set "
             "loss_fn.sequence_level_importance_ratios, or take gspo-token"
         )
-        refused["loss_fn.use_importance_sampling_correction"] = (coupled and token_weights) or (
+        refused["loss_fn.use_importance_sampling_correction"] = (
+            coupled(config) and token_weights
+        ) or (
             ("topr" in sides or config.correction.active)
             and "this loss corrects for the rollout itself, and would do it twice"
         )

@@ -22,54 +22,30 @@ Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE laye
 
 import functools
 import hashlib
-import os
 from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.moe.router import TopKRouter
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 from nemo_rl.distributed.model_utils import allgather_cp_sharded_tensor
 from nemo_rl.models.megatron import router_replay
 from nemo_rl.package_info import __version__
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
-from moe_upgrpo.losses import Metric
+from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.record import SequenceRecord, known_rows
 
 FORWARD = "megatron_forward_backward"
 ROW = "moe_upgrpo_row"  # of each sequence in a worker's batch; travels with the micro-batches
-REPORTED = (
-    "mismatch/router_rate",
-    "mismatch/router_numerator",
-    "mismatch/router_denominator",
-    "mismatch/slot_rate",
-    "mismatch/token_any_rate",
-    "mismatch/routers_per_token",
-    "conditional/router_rate",
-    "conditional/token_any_rate",
-    "logp_gap/mean_abs",
-    "logp_gap/k3",
-    "gap/numerics/mean_abs",
-    "gap/update/mean_abs",
-    "counterfactual/engine_routing/mean_abs",
-    "clip/positive",
-    "clip/negative",
-)
-
-
-def folder() -> Path | None:
-    path = os.environ.get("MOE_UPGRPO_RUN")
-    return Path(path) if path else None
 
 
 def logged(worker_class: type) -> type:
@@ -84,11 +60,11 @@ def logged(worker_class: type) -> type:
         if observes:
             config = {**config, "router_replay": {"enabled": False}}
         init(self, config, *args, **kwargs)
-        if folder() is not None and replay.get("enabled"):
-            self.moe_upgrpo_log = WorkerLog(self, _globals(get_logprobs, FORWARD), folder())
+        if environment.run_folder() is not None and replay.get("enabled"):
+            self.moe_upgrpo_log = WorkerLog(self, _globals(get_logprobs, FORWARD))
 
     worker_class.__init__ = __init__
-    if folder() is None:
+    if environment.run_folder() is None:
         return worker_class
 
     @functools.wraps(get_logprobs)
@@ -134,6 +110,7 @@ class _Scored:
     """A sequence at the old weights. Log-probs: `[S]`, value p for the token at p."""
 
     native_SLK: np.ndarray
+    margins_SL: np.ndarray
     own_SLK: np.ndarray | None = None
     native_logp: np.ndarray | None = None
 
@@ -156,13 +133,14 @@ class _Seen:
 class WorkerLog:
     """The log of one worker."""
 
-    def __init__(self, worker, names: dict[str, Any], path: Path):
+    def __init__(self, worker, names: dict[str, Any]):
         """names: the globals in which the worker's `get_logprobs` looks up `FORWARD`."""
-        check_free(path)
-        self.worker, self.names, self.path = worker, names, path
+        self.worker, self.names, self.path = worker, names, environment.run_folder()
+        self.share = environment.token_share()
+        check_free(self.path)
         self.replays = worker._router_replay_enabled
         config = router_replay._unwrap_model_config(worker.model)
-        refused = {
+        not_covered = {
             "models that pack or slice their inputs themselves": (
                 worker.delegate_pack_to_model or worker.model_slices_context_parallel_inputs
             ),
@@ -170,20 +148,11 @@ class WorkerLog:
             "moe_router_fusion with replay": self.replays
             and getattr(config, "moe_router_fusion", False),
         }
-        for name, there in refused.items():
-            if there:
-                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}")
+        environment.refuse(not_covered)
         self.config = config
-        self.routers = {
-            router.layer_number: router
-            for name, router in worker.model.named_modules()
-            # Multi-token-prediction layers carry the number of another layer (NeMo-RL#3903).
-            if isinstance(router, TopKRouter) and "mtp" not in name.split(".")
-        }
+        self.routers = routers.counted(worker.model)
         self.writes = (
-            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_context_parallel_rank() == 0
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True) and routers.first_of_stage()
         )
         self.group = parallel_state.get_data_parallel_group()
         self.layer_ids: list[int] = []
@@ -221,140 +190,72 @@ class WorkerLog:
                 output, native = self._recorded(forward)
         finally:
             del data[ROW]
-        native, own = self._joined(native), self._joined(own)
+        native = routers.joined(native, writes=self.writes)
+        own = None if own is None else routers.joined(own, writes=self.writes)
         if self.writes:
+            self.layer_ids = native.layer_ids
             for row, key in enumerate(_keys(data)):
                 self.scored[key] = _Scored(
-                    native[row],
-                    own[row] if own else None,
+                    native.routes[row],
+                    native.margins[row],
+                    own.routes[row] if own else None,
                     None if native_logp is None else native_logp[row].double().numpy(),
                 )
         return output
 
     def _recorded(self, forward, own: bool = False) -> tuple[Any, dict]:
-        """Give `forward`'s result, and for each row and layer of this rank the experts `[S, K]`.
+        """Give `forward`'s result, and for each row and layer of this rank what was recorded.
 
         own: what the routers would choose without replay, else what they chose.
         """
-        found: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-        current: dict[int, torch.Tensor] = {}
+        found: dict[int, routers.Layers] = defaultdict(dict)
         run = self.names[FORWARD]
+        watched_routers = routers.watched_under_replay if own else routers.watched
+        before: list[Any] = []  # the micro-batch that the watch has seen
 
-        before: list[Any] = []  # the micro-batch whose routes are in `current`
+        with watched_routers(self.routers) as watch:
 
-        def take():
-            for batch in before:
-                self._take(batch, current, found)
-            before.clear()
-            current.clear()
+            def take():
+                for batch in before:
+                    self._take(batch, *watch.take(), found)
+                before.clear()
 
-        def one_by_one(batches):
-            for batch in batches:
+            def one_by_one(batches):
+                for batch in batches:
+                    take()
+                    before.append(batch)
+                    yield batch
+
+            @functools.wraps(run)
+            def watched(*args, data_iterator, **kwargs):
+                result = run(*args, data_iterator=one_by_one(data_iterator), **kwargs)
                 take()
-                before.append(batch)
-                yield batch
+                return result
 
-        @functools.wraps(run)
-        def watched(*args, data_iterator, **kwargs):
-            result = run(*args, data_iterator=one_by_one(data_iterator), **kwargs)
-            take()
-            return result
-
-        with self._hooks(current, own), _replaced(self.names, FORWARD, watched):
-            output = forward()
+            with _replaced(self.names, FORWARD, watched):
+                output = forward()
         return output, found
 
-    def _take(self, batch, current: dict, found: dict) -> None:
-        if not current:  # a stage without MoE layers
+    def _take(self, batch, numbers: list[int], table_NLX, found: dict) -> None:
+        if not numbers:  # a stage without MoE layers
             return
-        numbers = sorted(current)
-        routes_NLK = torch.stack([current[n] for n in numbers], dim=1)
-        if self.config.sequence_parallel:
-            routes_NLK = gather_from_sequence_parallel_region(
-                routes_NLK.contiguous(), tensor_parallel_output_grad=False
-            )
+        table_NLX = routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel)
         data = batch.data_dict
         lengths = data["input_lengths"].tolist()
         if batch.cu_seqlens_padded is None:
-            of_rows = routes_NLK.unflatten(0, (-1, len(lengths))).unbind(dim=1)
+            of_rows = table_NLX.unflatten(0, (-1, len(lengths))).unbind(dim=1)
         else:
             size = parallel_state.get_context_parallel_world_size()
             starts = (batch.cu_seqlens_padded // size).tolist()
-            of_rows = [routes_NLK[a:b] for a, b in pairwise(starts)]
+            of_rows = [table_NLX[a:b] for a, b in pairwise(starts)]
             if size > 1:
                 cp_group = parallel_state.get_context_parallel_group()
                 of_rows = [
                     allgather_cp_sharded_tensor(x.contiguous(), cp_group, seq_dim=0)
                     for x in of_rows
                 ]
-        for row, length, routes_SLK in zip(data[ROW].tolist(), lengths, of_rows, strict=True):
-            layers = routes_SLK[:length].short().cpu().numpy().swapaxes(0, 1)
-            found[row].update(zip(numbers, layers, strict=True))
-
-    @contextmanager
-    def _hooks(self, current: dict[int, torch.Tensor], own: bool):
-        """Inside, `current` takes each router's experts `[N, K]` int32, by layer number."""
-        undo = []
-
-        def chosen(router, _, outputs):
-            map_NE = outputs[1]
-            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
-            # A token that was not sent to K experts has no K ids to compare.
-            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
-            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
-
-        def would_choose(router):
-            replay, get = router.router_replay, router.router_replay.get_replay_topk
-
-            @functools.wraps(get)
-            def watching(scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
-                limits = dict(num_groups=num_groups, group_topk=group_topk)
-                _, ids_NK = default_compute_topk(scores, topk, **limits)
-                current[router.layer_number] = ids_NK.int()
-                return get(scores, topk, **limits, default_compute_topk=default_compute_topk)
-
-            replay.get_replay_topk = watching
-            undo.append(lambda: delattr(replay, "get_replay_topk"))
-
-        for router in self.routers.values():
-            if own:
-                would_choose(router)
-            else:
-                undo.append(router.register_forward_hook(chosen).remove)
-        try:
-            yield
-        finally:
-            for function in undo:
-                function()
-
-    def _joined(self, mine: dict | None) -> dict[int, np.ndarray] | None:
-        """Row -> `[S, L, K]` of all layers, on the ranks that write; the pipeline's stages join."""
-        ranks = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_context_parallel_rank(),
-        )
-        if mine is None or ranks != (0, 0):
-            return None
-        group = parallel_state.get_pipeline_model_parallel_group()
-        last = dist.get_process_group_ranks(group)[-1]
-        stages = [None] * dist.get_world_size(group) if dist.get_rank() == last else None
-        dist.gather_object(dict(mine), stages, dst=last, group=group)
-        if not self.writes:
-            return None
-        by_row: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-        for stage in stages:
-            for row, layers in stage.items():
-                by_row[row].update(layers)
-        numbers = sorted(next(iter(by_row.values()), {}))
-        if not numbers:
-            raise UserError(
-                "MOE_UPGRPO_RUN: no router ran in the forward of the old log-probs; is the model "
-                "one with MoE layers?"
-            )
-        self.layer_ids = [n - 1 for n in numbers]
-        return {
-            row: np.stack([layers[n] for n in numbers], axis=1) for row, layers in by_row.items()
-        }
+        for row, length, table_SLX in zip(data[ROW].tolist(), lengths, of_rows, strict=True):
+            found[row].update(routers.by_layer(numbers, table_SLX[:length]))
 
     # --- update
 
@@ -374,35 +275,32 @@ class WorkerLog:
         return self._reported(output, metrics)
 
     def _see(self, loss_fn, logprobs, data, global_valid_seqs, global_valid_toks) -> None:
-        leaf_BT = logprobs.detach().float().requires_grad_()
         totals = (global_valid_seqs, global_valid_toks)
-        with torch.enable_grad():
+
+        def evaluate(leaves):
             if getattr(loss_fn, "config", None) is not None:
-                loss, result = loss_fn.evaluate(leaf_BT, data, *totals)
-                self.gathered.loss_metrics.append(
-                    {name: Metric(*map(float, pair)) for name, pair in result.metrics.items()}
-                )
-            else:
-                alone = copy(loss_fn)
-                alone.reference_policy_kl_penalty = alone.positive_example_nll_weight = 0
-                loss, _ = alone(leaf_BT, data, *totals)
-            (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
-        self.gathered.loss_sum += float(loss)
+                loss, result = loss_fn.evaluate(leaves[0], data, *totals)
+                return loss, result.metrics
+            alone = copy(loss_fn)
+            alone.reference_policy_kl_penalty = alone.positive_example_nll_weight = 0
+            return alone(leaves[0], data, *totals)[0], {}
+
+        look = second_look(evaluate, [logprobs.float()])
+        if look.metrics:
+            self.gathered.loss_metrics.append(look.metrics)
+        self.gathered.loss_sum += float(look.loss)
+        (pull_BT,) = look.pulls
         mask_BT = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) > 0
         advantages_BT = data["advantages"][:, 1:]
-        clipped_BT = (grad_BT == 0) & (advantages_BT != 0) & mask_BT
-        for sign, here_BT in (("positive", advantages_BT > 0), ("negative", advantages_BT < 0)):
-            self.gathered.clips[sign] += [
-                int((clipped_BT & here_BT).sum()),
-                int((mask_BT & here_BT).sum()),
-            ]
+        clipped_BT = clipped_tokens(pull_BT, advantages_BT, mask_BT)
+        self.gathered.visit(clipped_BT, advantages_BT, mask_BT)
         columns = {
-            "logp_train": leaf_BT.detach(),
+            "logp_train": logprobs.detach().float(),
             "logp_old": data["prev_logprobs"][:, 1:],
             "logp_rollout": data["generation_logprobs"][:, 1:],
             "advantage": advantages_BT,
             "clipped": clipped_BT,
-            "gradient_weight": grad_BT.abs(),
+            "gradient_weight": pull_BT.abs(),
             "mask": mask_BT,
         }
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
@@ -433,9 +331,8 @@ class WorkerLog:
                 self.gathered.sequences.append(sequence)
         self._open(loss_fn)
         self.step += 1
-        metrics = self.log.write_step(self.step, self.gathered)
-        counts = self.log._gather(missing)
-        return metrics | {"mismatch/tokens_without_routes": float(sum(counts))}
+        self.gathered.without_routes = missing
+        return self.log.write_step(self.step, self.gathered)
 
     def _fetch(self, keys: list[str]) -> None:
         """Scores of sequences whose old log-probs another data-parallel rank computed.
@@ -457,7 +354,7 @@ class WorkerLog:
             dist.scatter_object_list(found, parts, src=source, group=self.group)
             self.scored |= found[0]
 
-    def _sequence(self, data, row: int, scored: _Scored) -> tuple[LoggedSequence | None, int]:
+    def _sequence(self, data, row: int, scored: _Scored) -> tuple[SequenceRecord | None, int]:
         """The sequence, and the number of its tokens whose rollout routes are missing."""
         token = self.seen[row]
         length = int(data["input_lengths"][row])
@@ -469,30 +366,34 @@ class WorkerLog:
         if not len(kept):
             return None, missing
         positions = kept + 1
-        native_logp = scored.native_logp
         names = ("advantage", "logp_rollout", "logp_old", "logp_train", "gradient_weight")
-        return LoggedSequence(
+        of_token = {name: token[name][kept].astype(float) for name in names}
+        gap = None
+        if scored.native_logp is not None:
+            logps = (of_token[f"logp_{name}"] for name in ("rollout", "old"))
+            gap = gap_under_r3(*logps, scored.native_logp[positions], of_token["logp_train"])
+        native_SLK = scored.native_SLK[: length - 1]
+        return SequenceRecord(
             prompt=ids[: int(at[0]) + 1].tobytes().hex(),
             token_ids=ids,
             positions=positions,
             reward=float(data["total_reward"][row]),
             clipped=token["clipped"][kept],
             rollout_routes=routes,
-            train_routes=scored.native_SLK[: length - 1],
+            train_routes=native_SLK,
+            known=known_rows(routes, native_SLK, num_experts=self.config.num_moe_experts),
             own_routes=None if scored.own_SLK is None else scored.own_SLK[: length - 1],
-            native_logp=None if native_logp is None else native_logp[positions],
-            **{name: token[name][kept].astype(float) for name in names},
+            margins=scored.margins_SL[: length - 1],
+            gap=gap,
+            **of_token,
         ), missing
 
     def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
-        """Take the MoE layers alone of an engine that also fills rows for dense layers."""
-        if routes_SLK.shape[1] == len(self.layer_ids):
-            return routes_SLK
-        if routes_SLK.shape[1] == self.config.num_layers:
-            return routes_SLK[:, self.layer_ids]
-        raise UserError(
-            f"routed_experts: {routes_SLK.shape[1]} layers given; the model has "
-            f"{len(self.layer_ids)} MoE layers of {self.config.num_layers}"
+        return routers.moe_layers(
+            "routed_experts",
+            routes_SLK,
+            layer_ids=self.layer_ids,
+            num_layers=self.config.num_layers,
         )
 
     def _open(self, loss_fn) -> None:
@@ -516,6 +417,7 @@ class WorkerLog:
             layer_ids=self.layer_ids,
             top_k=self.config.moe_router_topk,
             num_experts=self.config.num_moe_experts,
+            share=self.share,
         )
 
     def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -527,7 +429,7 @@ class WorkerLog:
             dist.broadcast_object_list(shared, src=last, group=group)
             metrics = shared[0]
         if dist.get_rank(self.group) == 0:
-            for name in (*REPORTED, "mismatch/tokens_without_routes"):
+            for name in REPORTED:
                 if name in metrics:
                     output["all_mb_metrics"][name] = [metrics[name]]
         return output

@@ -16,6 +16,7 @@ from slime.utils import routing_replay
 from slime.utils.misc import load_function
 from torch import Tensor
 
+from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.slime_loss import check_loss, replaced, stack_loss
 
 HERE = "moe_upgrpo.integrations.slime"
@@ -53,7 +54,7 @@ def init(args: Namespace) -> None:
     mode = slime_log.check_replay(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
-    if slime_log.run_folder():
+    if environment.run_folder():
         slime_log.install(Slime(), args, mode)
 
 

@@ -18,11 +18,9 @@ layers, K experts each. Routes have S − 1 rows: row p − 1 for the token at p
 
 import copy
 import functools
-import os
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -31,14 +29,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
+from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.slime_loss import library_sums, replaced, scored_by
-
-REPORTED = ("mismatch/", "conditional/", "logp_gap/", "gap/", "counterfactual/", "clip/")
+from moe_upgrpo.record import SequenceRecord, known_rows
 
 
 class Stack(Protocol):
@@ -105,30 +103,10 @@ def install(stack: Stack, args: Namespace, mode: str) -> None:
     """
     if hasattr(stack.actor, "moe_upgrpo_log"):
         return
-    if mode == "R3" and getattr(args, "moe_router_fusion", False):
-        raise UserError(
-            "MOE_UPGRPO_RUN: the routing log does not cover moe_router_fusion under R3; unset it"
-        )
-    stack.actor.moe_upgrpo_log = TrainLog(stack, args, mode, run_folder())
-
-
-def run_folder() -> Path | None:
-    """The folder that MOE_UPGRPO_RUN names; None: no routing log."""
-    path = os.environ.get("MOE_UPGRPO_RUN")
-    return Path(path) if path else None
-
-
-def _share() -> float:
-    given = os.environ.get("MOE_UPGRPO_TOKENS", "1")
-    try:
-        share = float(given)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UserError(
-            f"MOE_UPGRPO_TOKENS: {given!r} given; allowed: a share of the sequences, 0 < x <= 1"
-        )
-    return share
+    environment.refuse(
+        {"moe_router_fusion under R3": mode == "R3" and getattr(args, "moe_router_fusion", False)}
+    )
+    stack.actor.moe_upgrpo_log = TrainLog(stack, args, mode, environment.run_folder())
 
 
 class TrainLog:
@@ -136,7 +114,8 @@ class TrainLog:
 
     def __init__(self, stack: Stack, args: Namespace, mode: str, path: Path):
         check_free(path)
-        self.stack, self.args, self.mode, self.path, self.share = stack, args, mode, path, _share()
+        self.stack, self.args, self.mode, self.path = stack, args, mode, path
+        self.share = environment.token_share()
         self.log: RunLog | None = None
         self.layer_ids: list[int] = []
         self.top_k = 0
@@ -207,9 +186,7 @@ class TrainLog:
         self.starts = np.cumsum([0, *lengths])
         ids = torch.arange(int(self.starts[-1])).split(lengths)
         rows = stack.rows(self.args, data_iterator, num_microbatches, list(ids))
-        chunks = [
-            [m for m in _decoder(chunk).modules() if isinstance(m, TopKRouter)] for chunk in model
-        ]
+        chunks = [routers.counted(chunk) for chunk in model]
         recorded = functools.partial(self._recorded, rows=rows, model=model, chunks=chunks)
         native_output, own = None, None
         if self.mode == "R3":
@@ -223,10 +200,15 @@ class TrainLog:
             with stack.stage("fallthrough") if own_forward else nullcontext():
                 output, native = recorded(call)
         self.last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self.writes = self.last and _first_of_its_stage()
+        self.writes = self.last and routers.first_of_stage()
+        native = routers.joined({0: native}, writes=self.writes)
+        own = None if own is None else routers.joined({0: own}, writes=self.writes)
+        if self.writes:
+            self.layer_ids = native.layer_ids
         self.scored = {
-            "native_routes": self._joined(native),
-            "own_routes": None if own is None else self._joined(own),
+            "native_routes": native and native.routes[0],
+            "margins": native and native.margins[0],
+            "own_routes": own and own.routes[0],
             "logp": output.get("log_probs"),
             "native_logp": native_output and native_output.get("log_probs"),
             "entropy": output.get("entropy"),
@@ -234,108 +216,78 @@ class TrainLog:
         return output
 
     def _recorded(self, call, *, rows, model, chunks, own=False) -> tuple[Any, dict]:
-        """Give the forward's result; by layer number, the experts `[R, K]` of all of this rank's
-        sequences, complete on the first rank of each pipeline stage.
+        """Give the forward's result; by layer number, what was recorded `[R, X]` of all of this
+        rank's sequences, complete on the first rank of each pipeline stage.
 
         own: what the routers would choose without replay, else what they chose.
         """
-        found: dict[int, np.ndarray] = {}
-        current: dict[int, Tensor] = {}
-        done = Counter()
-        at_work: list[int] = []
-
-        def chosen(router, _, outputs):
-            map_NE = outputs[1]
-            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
-            # A token that was not sent to K experts has no K ids to compare.
-            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
-            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1)
-
-        def see(ids_NK: Tensor):
-            if at_work:  # not a router of multi-token prediction
-                current[at_work[0]] = ids_NK
-
-        def end_of_chunk(index: int):
-            numbers = sorted(current)
-            if numbers:
-                routes_NLK = torch.stack([current[n].int() for n in numbers], dim=1)
-                self._place(routes_NLK, rows[done[index]], numbers, found)
-            current.clear()
-            done[index] += 1
-
+        found: routers.Layers = {}
+        self.top_k = next((r.topk for of_chunk in chunks for r in of_chunk), self.top_k)
         with ExitStack() as undo:
-            if own:
-                undo.enter_context(self.stack.watched(see))
-            for index, (chunk, routers) in enumerate(zip(model, chunks, strict=True)):
-                for router in routers:
-                    self.top_k = router.topk
-                    if own:
-                        hooks = [
-                            router.register_forward_pre_hook(
-                                lambda m, *_: at_work.append(m.layer_number)
-                            ),
-                            router.register_forward_hook(lambda *_: at_work.clear()),
-                        ]
-                    else:
-                        hooks = [router.register_forward_hook(chosen)]
-                    for hook in hooks:
-                        undo.callback(hook.remove)
-                end = chunk.register_forward_hook(lambda *_, index=index: end_of_chunk(index))
-                undo.callback(end.remove)
+            watches = (
+                undo.enter_context(self._would_choose(chunks))
+                if own
+                else [undo.enter_context(routers.watched(of_chunk)) for of_chunk in chunks]
+            )
+            for chunk, watch in zip(model, watches, strict=True):
+                end = functools.partial(self._end_of_chunk, watch, iter(rows), found)
+                undo.callback(chunk.register_forward_hook(end).remove)
             return call(), found
 
-    def _place(self, routes_NLK: Tensor, ids_N: Tensor, numbers: list[int], found: dict) -> None:
+    def _end_of_chunk(self, watch, rows_of_batches, found: dict, *_) -> None:
+        """Take what a micro-batch's forward recorded."""
+        ids_N, (numbers, table_NLX) = next(rows_of_batches), watch.take()
+        if numbers:
+            self._place(table_NLX, ids_N, numbers, found)
+
+    @contextmanager
+    def _would_choose(self, chunks):
+        """Inside, a watch of each chunk takes what its routers would choose without replay."""
+        watches = [routers.Watch(of_chunk) for of_chunk in chunks]
+        by_number = {number: watch for watch in watches for number in watch.numbers}
+        with routers.at_work([r for of_chunk in chunks for r in of_chunk]) as running:
+
+            def see(ids_NK: Tensor):
+                if running:  # not a router of multi-token prediction
+                    number = running[0].layer_number
+                    by_number[number].saw(number, ids_NK)
+
+            with self.stack.watched(see):
+                yield watches
+
+    def _place(self, table_NLX: Tensor, ids_N: Tensor, numbers: list[int], found: dict) -> None:
         """Join the shards of sequence and context parallelism, and sort the rows into `found`."""
-        table = torch.cat([ids_N[:, None].to(routes_NLK), routes_NLK.flatten(1)], dim=1)
+        table = torch.cat([ids_N[:, None].to(table_NLX), table_NLX.flatten(1)], dim=1)
         sizes = self.args.context_parallel_size > 1, self.args.sequence_parallel
         if any(sizes):
             group = parallel_state.get_tensor_and_context_parallel_group()
             shards = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
             dist.all_gather(shards, table.contiguous(), group=group)
             table = torch.cat(shards)
-        if not _first_of_its_stage():
+        if not routers.first_of_stage():
             return
         table = table.cpu().numpy()
         table = table[table[:, 0] >= 0]
-        routes = table[:, 1:].reshape(len(table), len(numbers), -1).astype(np.int16)
+        of_rows = table[:, 1:].reshape(len(table), len(numbers), -1)
         for layer, number in enumerate(numbers):
             whole = found.setdefault(
-                number, np.full((self.starts[-1], routes.shape[2]), -1, np.int16)
+                number, np.full((self.starts[-1], of_rows.shape[2]), -1, np.int32)
             )
-            whole[table[:, 0]] = routes[:, layer]
-
-    def _joined(self, mine: dict[int, np.ndarray]) -> np.ndarray | None:
-        """`[R, L, K]` of all layers, on the ranks that write; the pipeline's stages join."""
-        if not _first_of_its_stage():
-            return None
-        group = parallel_state.get_pipeline_model_parallel_group()
-        last = dist.get_process_group_ranks(group)[-1]
-        stages = [None] * dist.get_world_size(group) if self.writes else None
-        dist.gather_object(mine, stages, dst=last, group=group)
-        if not self.writes:
-            return None
-        by_number = {number: routes for stage in stages for number, routes in stage.items()}
-        if not by_number:
-            raise UserError("MOE_UPGRPO_RUN: the model has no MoE router; unset it")
-        self.layer_ids = [number - 1 for number in sorted(by_number)]
-        return np.stack([by_number[number] for number in sorted(by_number)], axis=1)
+            whole[table[:, 0]] = of_rows[:, layer]
 
     def _moe_layers(self, routes: Any, i: int, tokens: int) -> np.ndarray:
         """The rollout's of a sequence; of an engine with rows for dense layers the others alone."""
         routes_SLK = np.asarray(routes)
-        rows, layers = routes_SLK.shape[:2]
-        if rows != tokens - 1:
+        if len(routes_SLK) != tokens - 1:
             raise UserError(
-                f"rollout_routed_experts: {rows} rows given for sequence {i} of {tokens} tokens; "
-                f"allowed: {tokens - 1}"
+                f"rollout_routed_experts: {len(routes_SLK)} rows given for sequence {i} of "
+                f"{tokens} tokens; allowed: {tokens - 1}"
             )
-        if layers == self.args.num_layers:
-            return routes_SLK[:, self.layer_ids]
-        if layers == len(self.layer_ids):
-            return routes_SLK
-        raise UserError(
-            f"rollout_routed_experts: {layers} layers given; the model has {len(self.layer_ids)} "
-            f"MoE layers of {self.args.num_layers}"
+        return routers.moe_layers(
+            "rollout_routed_experts",
+            routes_SLK,
+            layer_ids=self.layer_ids,
+            num_layers=self.args.num_layers,
         )
 
     # --- update
@@ -386,23 +338,25 @@ class TrainLog:
             int(np.searchsorted(self.ends, self.microbatch, side="right"))
         ]  # fmt: skip
         self.microbatch += 1
-        leaves = [x.detach().requires_grad_() for x in scored_by(output)["log_probs"]]
-        detached = {"log_probs": leaves, "entropy": [torch.zeros_like(x) for x in leaves]}
-        if isinstance(output, tuple):
-            detached = output[0], detached
+        log_probs = scored_by(output)["log_probs"]
         alone = copy.copy(args)
         alone.entropy_coef, alone.use_kl_loss, alone.dump_details = 0.0, False, None
         loss_of, reducer = stack.loss_of(alone, batch)
-        again = replaced(stack.losses, get_log_probs_and_entropy=lambda *_, **__: detached)
-        with torch.enable_grad(), again:
-            loss, _ = loss_of(alone, batch, logits.detach(), reducer)
-            # Not autograd.grad(loss, leaves): a context-parallel rank without tokens of a sequence
-            # would leave out its part in the backward of all_gather_with_cp, and the others wait.
-            loss.backward()
+
+        def evaluate(leaves):
+            detached = {"log_probs": leaves, "entropy": [torch.zeros_like(x) for x in leaves]}
+            if isinstance(output, tuple):
+                detached = output[0], detached
+            again = replaced(stack.losses, get_log_probs_and_entropy=lambda *_, **__: detached)
+            with again:
+                return loss_of(alone, batch, logits.detach(), reducer)[0], {}
+
+        look = second_look(evaluate, log_probs)
         with torch.no_grad():
-            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
-            logp, grad = self._whole([x.detach() for x in leaves], batch), self._whole(grads, batch)
-            loss = loss.detach().clone()
+            logp, grad = (
+                self._whole([x.detach() for x in parts], batch) for parts in (log_probs, look.pulls)
+            )
+            loss = look.loss.clone()
             if parallel_state.get_context_parallel_world_size() > 1:
                 dist.all_reduce(loss, group=parallel_state.get_context_parallel_group())
             advantages = self._whole(batch["advantages"], batch)
@@ -414,9 +368,8 @@ class TrainLog:
         masks = (mask.cpu().numpy().astype(bool) for mask in batch["loss_masks"])
         columns = zip(batch["unconcat_tokens"], masks, advantages, logp, grad, strict=True)
         for tokens, mask, advantage, logp_train, pull in columns:
-            clipped = (pull == 0) & (advantage != 0) & mask
-            for sign, here in (("positive", advantage > 0), ("negative", advantage < 0)):
-                self.step.clips[sign] += [(clipped & here).sum(), (mask & here).sum()]
+            clipped = clipped_tokens(pull, advantage, mask)
+            self.step.visit(clipped, advantage, mask)
             self.seen[self.index[id(tokens)]] = {
                 "advantage": advantage,
                 "logp_train": logp_train,
@@ -462,30 +415,40 @@ class TrainLog:
             ids = tokens.cpu().numpy()
             prompt_length = data["total_lengths"][i] - data["response_lengths"][i]
             rows = slice(self.starts[i], self.starts[i + 1])
-            own = self.scored["own_routes"]
+            routes = self._moe_layers(self.routes[i], i, len(ids))
+            native, own = self.scored["native_routes"][rows], self.scored["own_routes"]
+            of_token = {
+                "logp_rollout": whole["rollout"][i][kept_N],
+                "logp_old": whole["old"][i][kept_N],
+                **{name: column[kept_N] for name, column in self.seen[i].items()},
+            }
+            gap = whole["native"] and gap_under_r3(
+                of_token["logp_rollout"],
+                of_token["logp_old"],
+                whole["native"][i][kept_N],
+                of_token["logp_train"],
+            )
             self.step.sequences.append(
-                LoggedSequence(
+                SequenceRecord(
                     prompt=ids[:prompt_length].tobytes().hex(),
                     token_ids=ids,
                     positions=prompt_length + kept_N,
                     reward=float(rewards[i]),
-                    logp_rollout=whole["rollout"][i][kept_N],
-                    logp_old=whole["old"][i][kept_N],
-                    native_logp=whole["native"] and whole["native"][i][kept_N],
                     entropy=whole["entropy"] and whole["entropy"][i][kept_N],
-                    rollout_routes=self._moe_layers(self.routes[i], i, len(ids)),
-                    train_routes=self.scored["native_routes"][rows],
+                    rollout_routes=routes,
+                    train_routes=native,
+                    known=known_rows(routes, native, num_experts=self.args.num_experts),
                     own_routes=None if own is None else own[rows],
-                    **{name: column[kept_N] for name, column in self.seen[i].items()},
+                    margins=self.scored["margins"][rows],
+                    gap=gap,
+                    **of_token,
                 )
             )
         self._open()
         metrics = self.log.write_step(rollout_id, self.step)
         if self.log.rank == 0:
-            scalars = {n: v for n, v in metrics.items() if not isinstance(v, list)}
-            self.stack.report(
-                self.args, rollout_id, {n: v for n, v in scalars.items() if n.startswith(REPORTED)}
-            )
+            reported = {name: metrics[name] for name in REPORTED if name in metrics}
+            self.stack.report(self.args, rollout_id, reported)
 
     def _loss_name(self) -> str:
         args = self.args
@@ -515,17 +478,3 @@ class TrainLog:
             num_experts=args.num_experts,
             share=self.share,
         )
-
-
-def _first_of_its_stage() -> bool:
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-    )
-
-
-def _decoder(chunk: torch.nn.Module) -> torch.nn.Module:
-    """Without multi-token prediction."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return getattr(chunk, "decoder", chunk)

@@ -20,17 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import (
-    BRANCHES,
-    PRESETS,
-    Metric,
-    PolicyLossConfig,
-    RolloutCorrection,
-    policy_loss,
-)
+from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve
+from moe_upgrpo.losses import Metric, PolicyLossConfig, policy_loss
 
-# The stack's flag -> (its default, our field). The flag always holds a number, so a number other
-# than the default is taken as set by the user; the preset's holds otherwise.
+NOT_HANDED_OVER = ("router_log_probs",)
+# The stack's flag -> (its default, our field).
 CLIPS = {
     "eps_clip": (0.2, "clip_low"),
     "eps_clip_high": (0.2, "clip_high"),
@@ -50,37 +44,26 @@ def loss_config(args: Namespace) -> PolicyLossConfig:
         UserError: no such loss or field, settings that cannot be, or that the stack cannot do.
     """
     name = getattr(args, "moe_upgrpo_loss", None)
-    if name not in PRESETS:
-        raise UserError(
-            f"moe_upgrpo_loss: {name!r} given in --custom-config-path; allowed: "
-            f"{', '.join(PRESETS)}"
-        )
-    preset = PRESETS[name]
     settings = getattr(args, "moe_upgrpo_settings", None) or {}
-    if not isinstance(settings, dict) or settings.keys() - vars(preset).keys():
-        raise UserError(
-            f"moe_upgrpo_settings: {settings!r} given; allowed: fields of {', '.join(vars(preset))}"
-        )
-    signs = [settings.get(sign, getattr(preset, sign)) for sign in ("positive", "negative")]
-    used = {field for sign in signs if sign in BRANCHES for field in BRANCHES[sign].fields}
-    changes = {}
-    for flag, (default, ours) in CLIPS.items():
-        value = getattr(args, flag, default)
-        if value == default:
-            continue
-        if ours not in used:
-            raise UserError(
-                f"--{flag.replace('_', '-')}: {value} given; {name} has no {ours}. Leave it at "
-                f"{default}; the fields of this loss, in moe_upgrpo_settings: "
-                f"{', '.join(sorted(used)) or 'none'}"
+    config = resolve(
+        name,
+        settings,
+        [
+            Flag(
+                name=f"--{flag.replace('_', '-')}",
+                value=getattr(args, flag, default),
+                default=default,
+                field=ours,
             )
-        changes[ours] = value
-    if isinstance(correction := settings.get("correction"), dict):
-        try:
-            settings = settings | {"correction": RolloutCorrection(**correction)}
-        except TypeError as error:
-            raise UserError(f"moe_upgrpo_settings: correction {correction}: {error}") from None
-    aggregation = settings.get("aggregation", preset.aggregation)
+            for flag, (default, ours) in CLIPS.items()
+        ],
+        option="moe_upgrpo_loss",
+        settings_option="moe_upgrpo_settings",
+        stack="the stack",
+        not_handed_over=NOT_HANDED_OVER,
+        settings_win=False,
+    )
+    aggregation = config.aggregation
     if args.calculate_per_token_loss:
         if settings.get("aggregation", "token-mean") != "token-mean":
             raise UserError(
@@ -92,7 +75,7 @@ def loss_config(args: Namespace) -> PolicyLossConfig:
         aggregation = "seq-mean-token-mean"
     elif aggregation == "token-mean":
         raise UserError("aggregation: 'token-mean' given; add --calculate-per-token-loss")
-    config = replace(preset, **(changes | settings | {"aggregation": aggregation}))
+    config = replace(config, aggregation=aggregation)
     _check_stack(args, name, config)
     return config
 
@@ -109,16 +92,9 @@ def check_loss(args: Namespace, path: str) -> None:
 
 
 def _check_stack(args: Namespace, name: str, config: PolicyLossConfig) -> None:
-    if "router_log_probs" in config.arguments:
+    if args.use_tis and (whole := coupled(config)):
         raise UserError(
-            f"moe_upgrpo_loss: {name} given; it needs log-probs of the router, which the stack "
-            "does not hand to a loss. Take another, or router_shift_floor: null in "
-            "moe_upgrpo_settings"
-        )
-    coupled = [s for s in (config.positive, config.negative) if BRANCHES[s].coupled]
-    if args.use_tis and coupled:
-        raise UserError(
-            f"--use-tis: given with {name}, a loss of whole sequences ({coupled[0]}); allowed: its "
+            f"--use-tis: given with {name}, a loss of whole sequences ({whole[0]}); allowed: its "
             "correction in moe_upgrpo_settings with a weight for sequences (or take gspo-token)"
         )
     if getattr(args, "custom_pg_loss_reducer_function_path", None):

@@ -14,6 +14,7 @@ Shapes: B sequences, T response tokens.
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
@@ -25,10 +26,10 @@ from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import verl_install
+from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
 from moe_upgrpo.losses import (
-    BRANCHES,
     GLOSSARY,
-    PRESETS,
     PolicyLoss,
     PolicyLossConfig,
     aggregation_weights,
@@ -36,9 +37,9 @@ from moe_upgrpo.losses import (
 )
 
 PREFIX = "moe_upgrpo/"
+NOT_HANDED_OVER = ("rollout_log_probs", "router_log_probs")
 
-# verl's actor field -> (its default, our field). verl's config always holds a number, so a number
-# other than the default is taken as set by the user; the preset's holds otherwise.
+# verl's actor field -> (its default, our field).
 CLIPS = {
     "clip_ratio_low": (0.2, "clip_low"),
     "clip_ratio_high": (0.2, "clip_high"),
@@ -58,48 +59,36 @@ def loss_config(preset: str, actor: Any, mode: str, length: int) -> PolicyLossCo
         UserError: a clip that the loss does not have, settings that cannot be, a loss that needs
             what verl does not hand over.
     """
-    config = PRESETS[preset]
     settings = dict(actor.policy_loss.get("settings") or {})
-    branches = (
-        BRANCHES[settings.get(sign, getattr(config, sign))]
-        for sign in ("positive", "negative")
-        if settings.get(sign, getattr(config, sign)) in BRANCHES
-    )
-    used = {name for branch in branches for name in branch.fields}
-    changes = {}
+    flags = []
     for name, (default, ours) in CLIPS.items():
         value = actor.get(name, default)
         if value is None and name.startswith("clip_ratio_"):
             value = actor.clip_ratio  # verl's rule
-        if value == default:
-            continue
-        if ours not in used:
-            raise UserError(
-                f"actor.{name}: {value} given; {PREFIX}{preset} has no {ours}. Leave it at verl's "
-                f"{default}; the fields of this loss, as policy_loss.settings.NAME: "
-                f"{', '.join(sorted(used)) or 'none'}"
-            )
-        changes[ours] = value
+        flags.append(Flag(name=f"actor.{name}", value=value, default=default, field=ours))
+    config = _resolve(preset, settings, flags)
     # The sum over all tokens is the mean with a denominator of 1: verl's token-sum.
-    changes["aggregation"] = "token-mean" if mode == "token-sum" else mode
-    changes["token_sum_norm"] = actor.global_batch_info.get("loss_scale_factor") or length
-    return _with(config, changes | settings)
+    aggregation = "token-mean" if mode == "token-sum" else mode
+    norm = actor.global_batch_info.get("loss_scale_factor") or length
+    return replace(
+        config,
+        aggregation=settings.get("aggregation", aggregation),
+        token_sum_norm=settings.get("token_sum_norm", norm),
+    )
 
 
-def _with(config: PolicyLossConfig, settings: dict[str, Any]) -> PolicyLossConfig:
-    unknown = settings.keys() - vars(config).keys()
-    if unknown:
-        raise UserError(
-            f"policy_loss.settings: {', '.join(sorted(unknown))} given; allowed: "
-            f"{', '.join(vars(config))}"
-        )
-    config = replace(config, **settings)
-    if config.arguments:
-        raise UserError(
-            f"policy_loss.settings: {settings} given; this loss needs "
-            f"{', '.join(sorted(config.arguments))}, which verl does not hand to a policy loss"
-        )
-    return config
+def _resolve(preset: str, settings: dict[str, Any], flags: Sequence[Flag] = ()) -> PolicyLossConfig:
+    return resolve(
+        preset,
+        settings,
+        flags,
+        option="loss_mode",
+        settings_option="policy_loss.settings",
+        stack="verl",
+        not_handed_over=NOT_HANDED_OVER,
+        settings_win=False,
+        label=PREFIX + preset,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,7 @@ class VerlLoss:
         return (weighted_BT.sum(-1) * weights_B).sum(), result
 
     def _check_weights(self, ours: PolicyLossConfig, weights_BT: Tensor, mask: Tensor) -> None:
-        if not (BRANCHES[ours.positive].coupled or BRANCHES[ours.negative].coupled):
+        if not coupled(ours):
             return
         first_B1 = weights_BT.gather(1, mask.int().argmax(dim=1, keepdim=True))
         if bool(((weights_BT != first_B1) & mask).any()):
@@ -191,7 +180,7 @@ class VerlLoss:
         return loss, metrics
 
 
-LOSSES = {PREFIX + name: VerlLoss(name) for name, p in PRESETS.items() if not p.arguments}
+LOSSES = {PREFIX + name: VerlLoss(name) for name in served(NOT_HANDED_OVER)}
 
 
 def check(loss_mode: str | None = None) -> list[str]:
@@ -221,7 +210,7 @@ def check(loss_mode: str | None = None) -> list[str]:
     print(
         f"moe_upgrpo: {len(LOSSES)} losses registered in verl (pid {os.getpid()})"
         + (f"; in use: {loss_mode}" if loss_mode else "")
-        + (f"; routing log: {verl_install.folder()}" if verl_install.folder() else ""),
+        + (f"; routing log: {environment.run_folder()}" if environment.run_folder() else ""),
         flush=True,
     )
     return list(LOSSES)
@@ -241,7 +230,7 @@ class LossConfig(VerlLossConfig):
         check(self.loss_mode)
         loss = core_algos.POLICY_LOSS_REGISTRY[self.loss_mode]
         if isinstance(loss, VerlLoss):
-            _with(PRESETS[loss.preset], dict(self.settings))
+            _resolve(loss.preset, dict(self.settings))
         elif self.settings:
             raise UserError(
                 f"policy_loss.settings: {dict(self.settings)} given with loss_mode "

@@ -19,7 +19,6 @@ Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE laye
 
 import functools
 import hashlib
-import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import verl.workers.utils.losses as verl_losses
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.moe.router import TopKRouter
 from verl.models.mcore.util import (
     postprocess_bshd_engine,
     postprocess_thd_engine,
@@ -44,31 +40,14 @@ from verl.utils.megatron_utils import unwrap_model
 from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations import verl_install
-from moe_upgrpo.integrations.run_log import LoggedSequence, RunLog, Step, check_free
+from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.verl import VerlLoss
-from moe_upgrpo.losses import Metric as Sums
+from moe_upgrpo.record import SequenceRecord, known_rows
 
 ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches
 REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")  # the last with a KL penalty
-# Reported to verl under actor/, next to the sums they are made of.
-REPORTED = (
-    "mismatch/router_rate",
-    "mismatch/router_numerator",
-    "mismatch/router_denominator",
-    "mismatch/slot_rate",
-    "mismatch/token_any_rate",
-    "mismatch/routers_per_token",
-    "conditional/router_rate",
-    "conditional/token_any_rate",
-    "logp_gap/mean_abs",
-    "logp_gap/k3",
-    "gap/numerics/mean_abs",
-    "gap/update/mean_abs",
-    "counterfactual/engine_routing/mean_abs",
-    "clip/positive",
-    "clip/negative",
-)
 
 
 def install(module) -> None:
@@ -97,6 +76,7 @@ class _Scored:
 
     rollout_SLK: np.ndarray | None = None
     native_SLK: np.ndarray | None = None
+    margins_SL: np.ndarray | None = None
     own_SLK: np.ndarray | None = None
     native_logp: np.ndarray | None = None  # [S], value p - 1 for the token at p
     entropy: np.ndarray | None = None
@@ -109,21 +89,16 @@ class EngineLog:
         self.engine = engine
         self.mode = engine.engine_config.router_replay.mode
         self._forward_backward = functools.partial(forward_backward, engine)
-        refused = {
+        not_covered = {
             "dynamic_context_parallel": engine.engine_config.dynamic_context_parallel,
             "LoRA": engine.peft_cls is not None,
             "use_fused_kernels": engine.engine_config.use_fused_kernels,
             "moe_router_fusion under R3": self.mode == "R3" and engine.tf_config.moe_router_fusion,
         }
-        for name, given in refused.items():
-            if given:
-                raise UserError(f"MOE_UPGRPO_RUN: the routing log does not cover {name}; unset it")
-        self.routers = [
-            [m for m in getattr(c, "decoder", c).modules() if isinstance(m, TopKRouter)]
-            for c in unwrap_model(engine.module)
-        ]
+        environment.refuse(not_covered)
+        self.routers = [routers.counted(chunk) for chunk in unwrap_model(engine.module)]
         self.writes = engine.is_mp_src_rank_with_outputs()
-        self.folder, self.share = verl_install.folder(), _share()
+        self.folder, self.share = environment.run_folder(), environment.token_share()
         check_free(self.folder)
         self.loss_mode = ""
         self.step = 0
@@ -134,7 +109,7 @@ class EngineLog:
     def _clear(self) -> None:
         self.scored: dict[str, list[_Scored]] = {}
         self.visits = Counter()
-        self.logged: dict[tuple[str, int], LoggedSequence] = {}
+        self.logged: dict[tuple[str, int], SequenceRecord] = {}
         self.gathered = Step()
 
     # --- old log-probs
@@ -159,8 +134,10 @@ class EngineLog:
                 # With the rollout's routes in the batch, verl would replay those (:938).
                 data = data.exclude("routed_experts")
             output, native_parts = self._recorded(data, loss_function)
-        native = self._joined(native_parts)
-        own = self._joined(own_parts) if self.mode == "R3" else None
+        native = routers.joined(native_parts, writes=self.writes)
+        own = routers.joined(own_parts, writes=self.writes) if self.mode == "R3" else None
+        if native is not None:
+            self.layer_ids = native.layer_ids
         lengths = data["input_ids"].offsets().diff().tolist()
         routes = rollout.unbind() if self.writes else [None] * len(keys)
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
@@ -168,8 +145,9 @@ class EngineLog:
             if self.writes:
                 scored = _Scored(
                     rollout_SLK=self._moe_layers(routes[row].cpu().numpy())[: length - 1],
-                    native_SLK=native[row][: length - 1],
-                    own_SLK=own[row][: length - 1] if own else None,
+                    native_SLK=native.routes[row][: length - 1],
+                    margins_SL=native.margins[row][: length - 1],
+                    own_SLK=own.routes[row][: length - 1] if own else None,
                     native_logp=_of_row(native_output, "log_probs", row),
                     entropy=_of_row(output, "entropy", row),
                 )
@@ -177,85 +155,44 @@ class EngineLog:
         return output
 
     def _recorded(self, data, loss_function, own: bool = False) -> tuple[Any, dict]:
-        """The forward, and for each row and each layer of this rank the experts `[S, K]`.
+        """The forward, and for each row and each layer of this rank what was recorded.
 
         own: what the routers would choose without replay, else what they chose.
         """
-        found: dict[int, dict[int, np.ndarray]] = {}  # row, layer number
-        current: dict[int, torch.Tensor] = {}
+        found: dict[int, routers.Layers] = {}
         engine = self.engine
         forward_step = type(engine).forward_step
+        watched = routers.watched_under_replay if own else routers.watched
+        of_chunk = dict(zip(unwrap_model(engine.module), self.routers, strict=True))
 
         def step(batch_iter, model, *args, **kwargs):
             batch = next(batch_iter)
-            current.clear()
-            result = forward_step(engine, iter([batch]), model, *args, **kwargs)
-            numbers = sorted(current)
+            with watched(of_chunk[unwrap_model(model)]) as watch:
+                result = forward_step(engine, iter([batch]), model, *args, **kwargs)
+            numbers, table = watch.take()
             if numbers:
-                routes = torch.stack([current[n] for n in numbers], dim=1)
-                for row, routes_SLK in zip(
-                    batch[ROW].tolist(), self._by_sequence(routes, batch), strict=True
+                for row, table_SLX in zip(
+                    batch[ROW].tolist(), self._by_sequence(table, batch), strict=True
                 ):
-                    layers = routes_SLK.short().cpu().numpy().swapaxes(0, 1)
-                    found.setdefault(row, {}).update(zip(numbers, layers, strict=True))
+                    found.setdefault(row, {}).update(routers.by_layer(numbers, table_SLX))
             return result
 
-        with self._watched(current, own):
-            engine.forward_step = step
-            try:
-                output = self._forward_backward(data, loss_function, True)
-            finally:
-                del engine.forward_step
+        engine.forward_step = step
+        try:
+            output = self._forward_backward(data, loss_function, True)
+        finally:
+            del engine.forward_step
         return output, found
 
-    @contextmanager
-    def _watched(self, current: dict[int, torch.Tensor], own: bool):
-        """Inside, `current` takes each router's experts `[N, K]` int32, by layer number."""
-        undo = []
-
-        def chosen(router, _, outputs):
-            map_NE = outputs[1]
-            ids_NK = map_NE.int().topk(router.topk, dim=1).indices
-            # A token that was not sent to K experts has no K ids to compare.
-            whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
-            current[router.layer_number] = torch.where(whole_N1, ids_NK, -1).int()
-
-        def would_choose(router):
-            replay, get = router.router_replay, router.router_replay.get_replay_topk
-
-            @functools.wraps(get)
-            def watching(scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
-                limits = dict(num_groups=num_groups, group_topk=group_topk)
-                _, ids_NK = default_compute_topk(scores, topk, **limits)
-                current[router.layer_number] = ids_NK.int()
-                return get(scores, topk, **limits, default_compute_topk=default_compute_topk)
-
-            replay.get_replay_topk = watching
-            undo.append(lambda: delattr(replay, "get_replay_topk"))
-
-        for router in (r for chunk in self.routers for r in chunk):
-            if own:
-                would_choose(router)
-            else:
-                undo.append(router.register_forward_hook(chosen).remove)
-        try:
-            yield
-        finally:
-            for function in undo:
-                function()
-
-    def _by_sequence(self, routes_NLK: torch.Tensor, batch) -> list[torch.Tensor]:
-        """Rows of this rank's shard of a micro-batch -> `[S, L, K]` of each sequence.
+    def _by_sequence(self, table_NLX: torch.Tensor, batch) -> list[torch.Tensor]:
+        """Rows of this rank's shard of a micro-batch -> `[S, L, X]` of each sequence.
 
         The shards of sequence and context parallelism are joined by verl's own functions, in the
         layouts in which its forward splits a micro-batch (model_forward.py:303 and 409).
         """
         config = self.engine.tf_config
-        if config.sequence_parallel:
-            routes_NLK = gather_from_sequence_parallel_region(
-                routes_NLK.contiguous(), tensor_parallel_output_grad=False
-            )
-        input_ids = batch["input_ids"].to(routes_NLK.device)
+        table_NLX = routers.whole_sequence_parallel(table_NLX, config.sequence_parallel)
+        input_ids = batch["input_ids"].to(table_NLX.device)
         fp8 = config.fp8 in ("e4m3", "hybrid")
         if self.engine.engine_config.use_remove_padding:
             layout = self.engine._get_context_parallel_layout(unwrap_model(self.engine.module)[0])
@@ -270,7 +207,7 @@ class EngineLog:
                 cp_layout=layout,
             )
             nested = postprocess_thd_engine(
-                routes_NLK[None], packed, input_ids, len(input_ids), cp_layout=layout
+                table_NLX[None], packed, input_ids, len(input_ids), cp_layout=layout
             )
         else:
             _, mask_BS, _ = preprocess_bshd_engine(
@@ -278,47 +215,16 @@ class EngineLog:
                 use_fp8_padding=fp8,
                 forced_max_seqlen=tu.get_non_tensor_data(batch, "forced_max_seqlen", None),
             )
-            routes_BSLK = routes_NLK.unflatten(0, mask_BS.T.shape).transpose(0, 1).contiguous()
-            nested = postprocess_bshd_engine(routes_BSLK, mask_BS)
+            table_BSLX = table_NLX.unflatten(0, mask_BS.T.shape).transpose(0, 1).contiguous()
+            nested = postprocess_bshd_engine(table_BSLX, mask_BS)
         return list(nested.unbind())
 
-    def _joined(self, mine: dict) -> dict[int, np.ndarray] | None:
-        """Row -> `[S, L, K]` of all layers, on the ranks that write; the pipeline's stages join.
-
-        Every rank with the first tensor- and context-parallel rank takes part.
-        """
-        ranks = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_context_parallel_rank(),
-        )
-        if ranks != (0, 0):
-            return None
-        group = parallel_state.get_pipeline_model_parallel_group()
-        last = dist.get_process_group_ranks(group)[-1]
-        stages = [None] * dist.get_world_size(group) if dist.get_rank() == last else None
-        dist.gather_object(mine, stages, dst=last, group=group)
-        if not self.writes:
-            return None
-        by_row: dict[int, dict[int, np.ndarray]] = {}
-        for stage in stages:
-            for row, layers in stage.items():
-                by_row.setdefault(row, {}).update(layers)
-        numbers = sorted(next(iter(by_row.values()), {}))
-        self.layer_ids = [n - 1 for n in numbers] or self.layer_ids
-        return {
-            row: np.stack([layers[n] for n in numbers], axis=1) for row, layers in by_row.items()
-        }
-
     def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
-        """Take the MoE layers alone of an engine that also fills rows for dense layers."""
-        layers = routes_SLK.shape[1]
-        if layers == len(self.layer_ids):
-            return routes_SLK
-        if layers == self.engine.tf_config.num_layers:
-            return routes_SLK[:, self.layer_ids]
-        raise UserError(
-            f"routed_experts: {layers} layers given; the model has {len(self.layer_ids)} MoE "
-            f"layers of {self.engine.tf_config.num_layers}"
+        return routers.moe_layers(
+            "routed_experts",
+            routes_SLK,
+            layer_ids=self.layer_ids,
+            num_layers=self.engine.tf_config.num_layers,
         )
 
     def _open(self) -> None:
@@ -380,8 +286,7 @@ class EngineLog:
             policy_loss, self.loss_mode = get(name), name
 
             def call(**arguments):
-                with torch.random.fork_rng():  # so that a loss that draws, draws the same again
-                    self._see(policy_loss, arguments, rows, seen)
+                self._see(policy_loss, arguments, rows, seen)
                 return policy_loss(**arguments)
 
             return call
@@ -404,32 +309,29 @@ class EngineLog:
             verl_losses.get_policy_loss_fn = get
 
     def _see(self, policy_loss, arguments: dict, rows: list[int], seen: dict) -> None:
-        leaf_BT = arguments["log_prob"].detach().requires_grad_()
-        arguments = arguments | {"log_prob": leaf_BT}
         dp_size = arguments["config"].global_batch_info.get("dp_size") or 1
-        with torch.enable_grad():
+
+        def evaluate(leaves):
+            given = arguments | {"log_prob": leaves[0]}
             if isinstance(policy_loss, VerlLoss):
-                loss, result = policy_loss.evaluate(**arguments)
-                self.gathered.loss_metrics.append(
-                    {name: Sums(*map(float, pair)) for name, pair in result.metrics.items()}
-                )
-            else:
-                loss, _ = policy_loss(**arguments)
-            (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
-        self.gathered.loss_sum += float(loss) / dp_size
+                loss, result = policy_loss.evaluate(**given)
+                return loss, result.metrics
+            return policy_loss(**given)[0], {}
+
+        look = second_look(evaluate, [arguments["log_prob"]])
+        if look.metrics:
+            self.gathered.loss_metrics.append(look.metrics)
+        self.gathered.loss_sum += float(look.loss) / dp_size
+        (pull_BT,) = look.pulls
         advantages_BT, mask_BT = arguments["advantages"], arguments["response_mask"].bool()
-        clipped_BT = (grad_BT == 0) & (advantages_BT != 0) & mask_BT
-        for sign, here_BT in (("positive", advantages_BT > 0), ("negative", advantages_BT < 0)):
-            self.gathered.clips[sign] += [
-                int((clipped_BT & here_BT).sum()),
-                int((mask_BT & here_BT).sum()),
-            ]
+        clipped_BT = clipped_tokens(pull_BT, advantages_BT, mask_BT)
+        self.gathered.visit(clipped_BT, advantages_BT, mask_BT)
         columns = {
-            "logp_train": leaf_BT.detach(),
+            "logp_train": arguments["log_prob"].detach(),
             "logp_old": arguments["old_log_prob"],
             "advantage": advantages_BT,
             "clipped": clipped_BT,
-            "gradient_weight": grad_BT.abs() / dp_size,
+            "gradient_weight": pull_BT.abs() / dp_size,
             "mask": mask_BT,
         }
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
@@ -469,33 +371,33 @@ class EngineLog:
                 for name in ("advantage", "logp_old", "logp_train", "gradient_weight")
             }
             uid = ids[: prompt_lengths[row]].tobytes().hex() if uids is None else str(uids[row])
-            self.logged[key, copy] = LoggedSequence(
+            logp_rollout = _row(data["rollout_log_probs"], row)[kept_N].astype(float)
+            native_logp, entropy = (
+                None if x is None else x[positions - 1]
+                for x in (scored.native_logp, scored.entropy)
+            )
+            gap = None
+            if native_logp is not None:
+                gap = gap_under_r3(
+                    logp_rollout, of_token["logp_old"], native_logp, of_token["logp_train"]
+                )
+            both = scored.rollout_SLK, scored.native_SLK
+            self.logged[key, copy] = SequenceRecord(
                 prompt=uid,
                 token_ids=ids,
                 positions=positions,
                 reward=float(_row(rewards, row).sum()),
-                logp_rollout=_row(data["rollout_log_probs"], row)[kept_N].astype(float),
+                logp_rollout=logp_rollout,
                 clipped=token["clipped"][kept_N],
                 rollout_routes=scored.rollout_SLK,
                 train_routes=scored.native_SLK,
+                known=known_rows(*both, num_experts=self.engine.tf_config.num_moe_experts),
                 own_routes=scored.own_SLK,
-                native_logp=_taken(scored.native_logp, positions - 1),
-                entropy=_taken(scored.entropy, positions - 1),
+                margins=scored.margins_SL,
+                gap=gap,
+                entropy=entropy,
                 **of_token,
             )
-
-
-def _share() -> float:
-    given = os.environ.get("MOE_UPGRPO_TOKENS", "1")
-    try:
-        share = float(given)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UserError(
-            f"MOE_UPGRPO_TOKENS: {given!r} given; allowed: a share of the sequences, 0 < x <= 1"
-        )
-    return share
 
 
 def _keys(data) -> list[str]:
@@ -533,7 +435,3 @@ def _of_row(output, name: str, row: int) -> np.ndarray | None:
     if output is None or name not in output["model_output"]:
         return None
     return output["model_output"][name][row].detach().float().cpu().numpy().astype(float)
-
-
-def _taken(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
-    return None if values is None else values[indices]

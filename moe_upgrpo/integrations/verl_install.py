@@ -3,24 +3,18 @@
 verl's rollout servers and its driver load the plugin too; they need neither Megatron nor the log.
 """
 
-import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
-from pathlib import Path
+
+from moe_upgrpo.integrations.kit import environment
 
 ENGINE = "verl.workers.engine.megatron.transformer_impl"
 
 
-def folder() -> Path | None:
-    """The run folder that MOE_UPGRPO_RUN names; None: no routing log."""
-    path = os.environ.get("MOE_UPGRPO_RUN")
-    return Path(path) if path else None
-
-
 def when_imported() -> None:
     """`verl_engine.install` once verl's engine is there; nothing without MOE_UPGRPO_RUN."""
-    if folder() is None:
+    if environment.run_folder() is None:
         return
     if ENGINE in sys.modules:
         _install(sys.modules[ENGINE])

@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, releases
+from moe_upgrpo.routing.margins import of_best_groups, top_k_margins
 
 NO_ROUTE = -1  # in place of an expert id: the router chooses for itself
 RECORDS = ("routes", "margins", "gates")
@@ -61,7 +62,7 @@ class _Trace:
         self.forwards += 1
         self.own_NK = self.used_NK = own_NK
         if "margins" in self.record:
-            self.margins_N = _margins(ranked_NE, native_NK.shape[1])
+            self.margins_N = top_k_margins(ranked_NE, native_NK.shape[1])
         if self.given_NK is None:
             return native_NK
         if self.given_NK.shape != native_NK.shape:
@@ -105,30 +106,6 @@ class _Trace:
 
 def _sets(ids_NK: torch.Tensor) -> torch.Tensor:
     return ids_NK.sort(dim=1).values
-
-
-def _margins(scores_NE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """s_(K) − s_(K+1), [N] float32: how far the router's own choice is from another set.
-
-    s are the scores that the top-k is taken over: logits (Qwen3-MoE), probabilities where the
-    softmax comes first, scores with the selection bias where the router has one. Where the router
-    chooses groups of experts first, those of the chosen groups: a set with experts of another group
-    may be nearer.
-    """
-    if top_k == scores_NE.shape[1]:
-        return scores_NE.new_full(scores_NE.shape[:1], torch.inf, dtype=torch.float32)
-    best = scores_NE.float().topk(top_k + 1, dim=1).values
-    return best[:, -2] - best[:, -1]
-
-
-def _of_best_groups(scores_NE, top_k: int, groups: int, kept: int) -> torch.Tensor:
-    """The scores with −inf outside the chosen groups, as moe_utils.py:554 chooses them: those with
-    the largest sums of their best top_k / kept scores."""
-    scores_NGX = scores_NE.unflatten(1, (groups, -1))
-    best_NG = scores_NGX.topk(top_k // kept, dim=2).values.sum(dim=2)
-    chosen_NG = torch.zeros_like(best_NG, dtype=torch.bool)
-    chosen_NG.scatter_(1, best_NG.topk(kept, dim=1).indices, True)
-    return scores_NGX.masked_fill(~chosen_NG.unsqueeze(2), -torch.inf).flatten(1)
 
 
 class Visit:
@@ -252,7 +229,7 @@ class _Hook:
             best, native_NK = native(scores, topk, num_groups=num_groups, group_topk=group_topk)
         ranked = scores.detach()
         if group_topk and "margins" in trace.record:
-            ranked = _of_best_groups(ranked, topk, num_groups, group_topk)
+            ranked = of_best_groups(ranked, topk, num_groups, group_topk)
         chosen_NK = trace.choose(scores, ranked, native_NK, self._tap.again)
         if chosen_NK is native_NK:
             return best, native_NK

@@ -1,0 +1,104 @@
+"""A preset with what a stack's flags and settings change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A stack's own flag that sets a field of the loss.
+
+    A stack's config always holds a value, so that one other than the default is taken as set by
+    the user; the preset's holds otherwise.
+    """
+
+    name: str
+    value: Any
+    default: Any
+    field: str
+
+
+def served(not_handed_over: Iterable[str]) -> dict[str, PolicyLossConfig]:
+    """The presets that need none of the arguments of `policy_loss` that a stack does not have."""
+    return {n: p for n, p in PRESETS.items() if not p.arguments & set(not_handed_over)}
+
+
+def resolve(
+    preset: str | None,
+    settings: Mapping[str, Any] | None,
+    flags: Iterable[Flag] = (),
+    *,
+    option: str,
+    settings_option: str,
+    stack: str,
+    not_handed_over: Iterable[str],
+    settings_win: bool = True,
+    label: str | None = None,
+) -> PolicyLossConfig:
+    """The preset, changed by the flags, then by the settings.
+
+    option, settings_option: what the user calls the two. not_handed_over: arguments of
+    `policy_loss` that the stack cannot give. settings_win: a flag for a field that the settings
+    name is left alone, whatever it says. label: of the loss in messages, the preset if None.
+
+    Raises UserError: no such preset or field, settings that cannot be, a flag for a field that the
+    loss does not have, a loss that needs what the stack does not hand over.
+    """
+    allowed = served(not_handed_over)
+    if preset not in allowed:
+        raise UserError(f"{option}: {preset!r} given; allowed: {', '.join(allowed)}")
+    config, label = allowed[preset], label or preset
+    config = with_settings(config, settings, settings_option, stack, not_handed_over)
+    sides = {config.positive, config.negative}
+    used = {field for side in sides for field in BRANCHES[side].fields}
+    changes = {}
+    for flag in flags:
+        if flag.value == flag.default or (settings_win and flag.field in (settings or {})):
+            continue
+        if flag.field not in used:
+            raise UserError(
+                f"{flag.name}: {flag.value} given; {label} has no {flag.field}. Leave it at "
+                f"{stack}'s {flag.default}; the fields of this loss, in {settings_option}: "
+                f"{', '.join(sorted(used)) or 'none'}"
+            )
+        if flag.field not in (settings or {}):
+            changes[flag.field] = flag.value
+    return replace(config, **changes)
+
+
+def with_settings(
+    config: PolicyLossConfig,
+    settings: Mapping[str, Any] | None,
+    option: str,
+    stack: str,
+    not_handed_over: Iterable[str],
+) -> PolicyLossConfig:
+    """A config with fields changed. Raises UserError that names the option."""
+    settings = {} if settings is None else settings
+    fields = vars(config)
+    if not isinstance(settings, Mapping) or settings.keys() - fields.keys():
+        raise UserError(f"{option}: {settings!r} given; allowed: fields of {', '.join(fields)}")
+    settings = dict(settings)
+    try:
+        if isinstance(settings.get("correction"), Mapping):
+            settings["correction"] = RolloutCorrection(**settings["correction"])
+        config = replace(config, **settings)
+    except TypeError as error:
+        raise UserError(f"{option}: {settings!r} given: {error}") from None
+    if lacking := sorted(config.arguments & set(not_handed_over)):
+        raise UserError(
+            f"{option}: {settings!r} given; this loss needs {', '.join(lacking)}, which {stack} "
+            "does not hand to a loss"
+        )
+    return config
+
+
+def coupled(config: PolicyLossConfig) -> list[str]:
+    """Branches of the loss that weigh whole sequences."""
+    return [side for side in (config.positive, config.negative) if BRANCHES[side].coupled]
