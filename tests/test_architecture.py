@@ -77,7 +77,7 @@ PURE = (
     "megatron.memory",
     "train.config",
     "record",
-    "integrations.run_log",
+    "integrations.kit.run_log",
 )
 # What a call would run code from, or from where somebody's objects would come.
 CODE_FROM_FILES = {"pickle.load", "pickle.loads", "dill.load", "joblib.load", "shelve.open",

@@ -25,6 +25,7 @@ from moe_upgrpo.losses import (
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
+from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
 USABLE = [name for name in PRESETS if name not in ("rspo", "up-rspo")]  # they need the router's
@@ -282,6 +283,10 @@ class StackChecks:
         assert " passed" in done.stdout
 
     # --- routes
+
+    @pytest.mark.parametrize("name", JOBS)
+    def test_the_record_is_whole(self, runs, name):
+        assert_whole(runs[0] / name)
 
     @pytest.mark.parametrize("name", JOBS)
     def test_the_token_log_of_an_actor_step(self, runs, name):

@@ -29,6 +29,7 @@ from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection, poli
 from moe_upgrpo.patching.command import PatchCommand, run
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
+from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("MOE_UPGRPO_MEGATRON_LM")
@@ -384,6 +385,11 @@ def jobs(patched, tmp_path_factory):
         (folder / name / "plan.pkl").write_bytes(pickle.dumps(plan))
     ranks(patched, given, folder)
     return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_record_is_whole(jobs, name):
+    assert_whole(jobs / name)
 
 
 @pytest.mark.parametrize("name", RUNS)

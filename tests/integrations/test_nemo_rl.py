@@ -44,6 +44,7 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn  # noqa: E402
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # noqa: E402
 
 from moe_upgrpo.integrations.nemo_rl_loss import LOSSES, PolicyLossFn  # noqa: E402
+from tests.integrations.whole import assert_whole  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 B, S, V = 6, 9, 12
@@ -486,6 +487,11 @@ def of_step(folder: Path, step: int = 1):
     rollout, train = read_routes(table)
     names = [n for n in table.column_names if "experts" not in n]
     return {n: np.array(table[n].to_pylist()) for n in names}, rollout, train
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_record_is_whole(runs, name):
+    assert_whole(runs[0] / name)
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.slime_log import _share, check_replay
+from moe_upgrpo.integrations.kit.environment import token_share
+from moe_upgrpo.integrations.slime_log import check_replay
 from moe_upgrpo.integrations.slime_loss import check_loss, loss_config
 from tests.integrations.slime_checks import StackChecks
 
@@ -103,4 +104,4 @@ def test_what_the_log_cannot_do_is_refused(monkeypatch):
         check_replay(args(moe_upgrpo_replay="observe"))
     monkeypatch.setenv("MOE_UPGRPO_TOKENS", "5%")
     with pytest.raises(UserError, match="MOE_UPGRPO_TOKENS: '5%' given"):
-        _share()
+        token_share()

@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,6 +26,7 @@ from moe_upgrpo.integrations.verl import LOSSES, LossConfig, check
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, finalize_metrics, policy_loss
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
+from tests.integrations.whole import assert_whole
 from tests.losses.batches import random_batch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -341,6 +341,11 @@ def test_the_token_log_of_an_engine_step(runs, name):
     assert (config["loss"], config["stack"]) == (JOBS[name][2], "verl 0.9.1")
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_the_record_is_whole(runs, name):
+    assert_whole(runs[0] / name)
+
+
 def test_steps_and_epochs(runs):
     """Rows are of a token's last visit, once; sums are of all visits; a forward that was followed
     by no update leaves nothing."""
@@ -415,23 +420,6 @@ def test_r3_tells_native_from_held(runs):
     assert row["conditional/router_rate"] == pytest.approx(
         column["layers_mismatched_conditional"].sum() / (L * len(changed))
     )
-
-
-def test_rows_of_dense_layers_are_left_out():
-    """Engines give a row for each layer of the model, also for those without a router."""
-    from moe_upgrpo.integrations.verl_engine import EngineLog
-
-    def chosen(layers: int, moe: list[int]):
-        log = SimpleNamespace(
-            layer_ids=moe, engine=SimpleNamespace(tf_config=SimpleNamespace(num_layers=3))
-        )
-        routes = np.arange(layers)[None, :, None]
-        return EngineLog._moe_layers(log, routes)[0, :, 0].tolist()
-
-    assert chosen(3, [1, 2]) == [1, 2]
-    assert chosen(2, [1, 2]) == [0, 1]
-    with pytest.raises(UserError, match="4 layers given; the model has 2 MoE layers of 3"):
-        chosen(4, [1, 2])
 
 
 def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):

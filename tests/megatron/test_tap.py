@@ -13,6 +13,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.tap import NO_ROUTE, RouterTap
 from moe_upgrpo.megatron.weights import load_weights
+from moe_upgrpo.routing.margins import of_best_groups, top_k_margins
 
 TOKENS = torch.arange(6)[None]
 
@@ -185,20 +186,20 @@ def test_a_recomputation_with_the_routes_of_another_micro_batch_is_noticed(model
 
 def test_margins_by_hand():
     scores_NE = torch.tensor([[1.0, 4.0, 2.5, -1.0], [0.0, 0.0, 0.0, 3.0]])
-    assert tap._margins(scores_NE, 1).tolist() == [1.5, 3.0]
-    assert tap._margins(scores_NE, 2).tolist() == [1.5, 0.0]
-    assert tap._margins(scores_NE, 4).tolist() == [float("inf")] * 2
+    assert top_k_margins(scores_NE, 1).tolist() == [1.5, 3.0]
+    assert top_k_margins(scores_NE, 2).tolist() == [1.5, 0.0]
+    assert top_k_margins(scores_NE, 4).tolist() == [float("inf")] * 2
 
 
 def test_margins_of_group_limited_routing_by_hand():
     """Groups (5, 1), (4, 3), (6, −9): the first two have the larger sums, and the best expert of
     all is in neither. Top-2 of (5, 1, 4, 3) is (5, 4), and 3 the next."""
     scores_NE = torch.tensor([[5.0, 1.0, 4.0, 3.0, 6.0, -9.0]])
-    ranked_NE = tap._of_best_groups(scores_NE, 4, 3, 2)  # by their best 4 / 2
+    ranked_NE = of_best_groups(scores_NE, 4, 3, 2)  # by their best 4 / 2
     assert ranked_NE.tolist() == [[5.0, 1.0, 4.0, 3.0, -torch.inf, -torch.inf]]
-    assert tap._margins(ranked_NE, 2).tolist() == [1.0]
-    assert tap._margins(ranked_NE, 4).tolist() == [torch.inf]
-    by_best = tap._of_best_groups(scores_NE, 2, 3, 2)  # by their best 2 / 2
+    assert top_k_margins(ranked_NE, 2).tolist() == [1.0]
+    assert top_k_margins(ranked_NE, 4).tolist() == [torch.inf]
+    by_best = of_best_groups(scores_NE, 2, 3, 2)  # by their best 2 / 2
     assert by_best.tolist() == [[5.0, 1.0, -torch.inf, -torch.inf, 6.0, -9.0]]
 
 
