@@ -163,9 +163,15 @@ def test_flags_and_settings_change_a_preset():
     [
         ("up", {}, 1, "--loss: 'up' given; allowed: grpo, "),
         (None, {}, 1, "--loss: None given"),
+        ("rspo", {}, 1, "--loss: 'rspo' given, a loss that needs router_log_probs, which the st"),
         ("up-grpo", {"clip_lo": 1}, 1, r"--settings: {'clip_lo': 1} given; allowed: fields of pos"),
         ("up-grpo", [1], 1, r"--settings: \[1\] given"),
-        ("up-grpo", {"correction": {"hi": 1}}, 1, "--settings: .* unexpected keyword"),
+        (
+            "up-grpo",
+            {"correction": {"hi": 1}},
+            1,
+            "--settings: correction with hi given; allowed: weight",
+        ),
         ("gmpo", {"router_shift_floor": 0.8}, 1, "needs router_log_probs, which the stack does"),
         ("dppo-tv", {}, 2, r"--eps: 2 given; dppo-tv has no clip_low. Leave it at the stack's 1;"),
     ],

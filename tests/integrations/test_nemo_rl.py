@@ -253,9 +253,13 @@ def test_what_cannot_be_is_refused():
             PolicyLossFn(config(preset, settings, **fields))
 
     refused("preset: 'up' given; allowed: grpo", "up")
-    refused("clip_lo given; allowed: preset, positive", settings={"clip_lo": 0.1})
+    refused("clip_lo.* given; allowed: fields of positive", settings={"clip_lo": 0.1})
     refused("ratio_clip_min: 0.05 given; dppo-tv has no clip_low", "dppo-tv", ratio_clip_min=0.05)
-    refused("router_shift_floor: given", "gmpo", {"router_shift_floor": 0.8})
+    refused(
+        "router_shift_floor.* given; this loss needs router_log_probs",
+        "gmpo",
+        {"router_shift_floor": 0.8},
+    )
     refused("use_cispo: given with the preset up-grpo", use_cispo=True)
     refused("averaged over tokens", sequence_level_importance_ratios=True, token_level_loss=False)
     weighted = {"use_importance_sampling_correction": True}

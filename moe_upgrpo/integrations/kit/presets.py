@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,11 @@ def resolve(
     """
     allowed = served(not_handed_over)
     if preset not in allowed:
-        raise UserError(f"{option}: {preset!r} given; allowed: {', '.join(allowed)}")
+        reason = ""
+        if preset in PRESETS:
+            lacking = ", ".join(sorted(PRESETS[preset].arguments & set(not_handed_over)))
+            reason = f", a loss that needs {lacking}, which {stack} does not hand to one"
+        raise UserError(f"{option}: {preset!r} given{reason}; allowed: {', '.join(allowed)}")
     config, label = allowed[preset], label or preset
     config = with_settings(config, settings, settings_option, stack, not_handed_over)
     sides = {config.positive, config.negative}
@@ -84,13 +89,16 @@ def with_settings(
     fields = vars(config)
     if not isinstance(settings, Mapping) or settings.keys() - fields.keys():
         raise UserError(f"{option}: {settings!r} given; allowed: fields of {', '.join(fields)}")
-    settings = dict(settings)
-    try:
-        if isinstance(settings.get("correction"), Mapping):
-            settings["correction"] = RolloutCorrection(**settings["correction"])
-        config = replace(config, **settings)
-    except TypeError as error:
-        raise UserError(f"{option}: {settings!r} given: {error}") from None
+    changes = dict(settings)
+    if isinstance(correction := changes.get("correction"), Mapping):
+        known = [field.name for field in dataclasses.fields(RolloutCorrection)]
+        if unknown := correction.keys() - set(known):
+            raise UserError(
+                f"{option}: correction with {', '.join(sorted(unknown))} given; allowed: "
+                f"{', '.join(known)}"
+            )
+        changes["correction"] = RolloutCorrection(**correction)
+    config = replace(config, **changes)
     if lacking := sorted(config.arguments & set(not_handed_over)):
         raise UserError(
             f"{option}: {settings!r} given; this loss needs {', '.join(lacking)}, which {stack} "
