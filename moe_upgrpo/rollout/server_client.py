@@ -20,18 +20,23 @@ from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout.server_key import headers, refused
 
 KINDS = {"http": HTTPConnection, "https": HTTPSConnection}
-MAX_REQUESTS = 256  # at once, of `answers`
+MAX_REQUESTS = 256  # at once
 SHOWN = 2000  # characters of a refusal
 
 Ask = Callable[[Any, list[HTTPConnection]], Any]
 
 
+class _Lost(Exception):
+    """An exchange that the server did not finish: a MachineFault yet without the server's log."""
+
+
 class ServerClient:
-    """Ask the server `name` at `url`, with the key that the variable `key_variable` holds.
+    """Ask the server `name` at `url`, with its key.
 
     Every fault is one error that names the server, the path and what to do: UserError where the
     request is refused, MachineFault where the server is gone, late or broken.
 
+    key_variable: where the key comes from, for errors.
     late: how a request is called that was not answered in time; may name {path} and {timeout}.
     unknown: what to do where the server does not know a path, or forbids it.
     log: what the server's log says, or where it is, at the end of a MachineFault.
@@ -71,9 +76,14 @@ class ServerClient:
         """Give the server's answer to a GET, or to a POST of `body`: its JSON, None if empty.
 
         `timeout` seconds are for each wait: to be connected, and for the next bytes. The connection
-        is added to `opened` before it is used, so that another thread can cut it.
+        is added to `opened` before it is used, so that `answers` can cut it.
         """
-        text = self._exchange(path, body, timeout, opened)
+        try:
+            text = self._exchange(path, body, timeout, opened)
+        except _Lost as lost:
+            if opened is not None:
+                raise  # `answers` looks into the log once, not each of its threads
+            raise self._fault(lost) from lost.__cause__
         try:
             return json.loads(text) if text else None
         except ValueError:
@@ -86,9 +96,12 @@ class ServerClient:
         """Whether its HTTP side answers within `timeout` seconds, whatever it says."""
         try:
             self._exchange("/health", None, timeout)
-        except UserError:
+        except (UserError, _Lost):
             return False
         return True
+
+    def _fault(self, lost: _Lost) -> MachineFault:
+        return MachineFault(f"{lost}.{self.log()}")
 
     def _exchange(
         self, path: str, body: Any, timeout: float, opened: list[HTTPConnection] | None = None
@@ -113,7 +126,7 @@ class ServerClient:
                 if isinstance(error, TimeoutError)
                 else "is not there (any more)"
             )
-            raise MachineFault(f"{self._server} {what}: {error!r}.{self.log()}") from error
+            raise _Lost(f"{self._server} {what}: {error!r}") from error
         finally:
             connection.close()
         if answer.status == 401:
@@ -126,51 +139,54 @@ class ServerClient:
             )
         return text
 
+    def answers(
+        self, ask: Ask, bodies: Sequence[Any], *, beat: float
+    ) -> Iterator[tuple[int, Any] | None]:
+        """Ask all at once (up to `MAX_REQUESTS`): (i, answer to body i) as it comes.
 
-def answers(ask: Ask, bodies: Sequence[Any], *, beat: float) -> Iterator[tuple[int, Any] | None]:
-    """Ask all at once (up to `MAX_REQUESTS`): (i, answer to body i) as it comes, all of them once.
+        None comes where no answer did for `beat` seconds: time to see whether the server lives.
+        `ask` gets a body and what `call` takes as `opened`; what it raises is raised here. However
+        the iteration ends, nothing more is asked and open connections are cut, so that the server
+        can drop what nobody waits for: `contextlib.closing` ends it early.
+        """
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        arrived: queue.SimpleQueue = queue.SimpleQueue()
+        opened: list[HTTPConnection] = []
+        for item in enumerate(bodies):
+            waiting.put(item)
 
-    None comes where no answer did for `beat` seconds: time to see whether the server lives. `ask`
-    gets a body and the list of connections (see `ServerClient.call`); what it raises is raised
-    here. However the iteration ends, nothing more is asked and open connections are cut, so that
-    the server can drop what nobody waits for: `contextlib.closing` ends it early.
-    """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    arrived: queue.SimpleQueue = queue.SimpleQueue()
-    opened: list[HTTPConnection] = []
-    for item in enumerate(bodies):
-        waiting.put(item)
+        def work() -> None:
+            with suppress(queue.Empty):
+                while True:
+                    i, body = waiting.get_nowait()
+                    try:
+                        arrived.put((i, ask(body, opened), None))
+                    except Exception as error:
+                        arrived.put((i, None, error))
+                        return
 
-    def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                i, body = waiting.get_nowait()
+        for _ in range(min(len(bodies), MAX_REQUESTS)):
+            # Not a pool, whose threads a dying process would wait for.
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            left = len(bodies)
+            while left:
                 try:
-                    arrived.put((i, ask(body, opened), None))
-                except Exception as error:
-                    arrived.put((i, None, error))
-                    return
-
-    for _ in range(min(len(bodies), MAX_REQUESTS)):
-        # Not a pool, whose threads a dying process would wait for.
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        left = len(bodies)
-        while left:
-            try:
-                i, answer, error = arrived.get(timeout=beat)
-            except queue.Empty:
-                yield None
-                continue
-            if error is not None:
-                raise error
-            left -= 1
-            yield i, answer
-    finally:
-        with suppress(queue.Empty):
-            while True:
-                waiting.get_nowait()
-        for connection in opened:
-            if (used := connection.sock) is not None:
-                with suppress(OSError):
-                    used.shutdown(socket.SHUT_RDWR)
+                    i, answer, error = arrived.get(timeout=beat)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(error, _Lost):
+                    raise self._fault(error) from error.__cause__
+                if error is not None:
+                    raise error
+                left -= 1
+                yield i, answer
+        finally:
+            with suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
+            for connection in opened:
+                if (used := connection.sock) is not None:
+                    with suppress(OSError):
+                        used.shutdown(socket.SHUT_RDWR)

@@ -36,7 +36,7 @@ from moe_upgrpo.rollout.base import (
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
-from moe_upgrpo.rollout.server_client import ServerClient, answers
+from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import new_key, read_key
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
@@ -495,7 +495,9 @@ class SGLangEngine:
 
         found: list[list[dict] | None] = [None] * len(bodies)
         begin = alive = time.monotonic()
-        with closing(answers(ask, bodies, beat=min(5.0, self.timeout / 4))) as arriving:
+        with closing(
+            self._client.answers(ask, bodies, beat=min(5.0, self.timeout / 4))
+        ) as arriving:
             for arrived in arriving:
                 if arrived is None:
                     alive = self._sign_of_life(alive)

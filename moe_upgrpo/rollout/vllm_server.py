@@ -26,7 +26,7 @@ from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
-from moe_upgrpo.rollout.server_client import ServerClient, answers
+from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import read_key
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_guard import VARIABLE
@@ -386,7 +386,7 @@ class VLLMServerEngine:
         found: list[dict | None] = [None] * len(bodies)
         heard = time.monotonic()
         try:
-            with closing(answers(ask, bodies, beat=SIGN_OF_LIFE)) as arriving:
+            with closing(self._client.answers(ask, bodies, beat=SIGN_OF_LIFE)) as arriving:
                 for arrived in arriving:
                     if arrived is not None:
                         i, found[i] = arrived

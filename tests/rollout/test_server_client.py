@@ -10,7 +10,7 @@ import pytest
 
 from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout import server_client
-from moe_upgrpo.rollout.server_client import ServerClient, answers
+from moe_upgrpo.rollout.server_client import ServerClient
 from tests.rollout.local_server import serving
 
 
@@ -111,8 +111,11 @@ def test_what_is_no_url_is_refused(url):
         client(url)
 
 
-def all_of(ask, bodies, beat=5.0):
-    with closing(answers(ask, bodies, beat=beat)) as arriving:
+NOBODY = client("http://127.0.0.1:9")
+
+
+def all_of(ask, bodies, asker=NOBODY):
+    with closing(asker.answers(ask, bodies, beat=5.0)) as arriving:
         return dict(filter(None, arriving))
 
 
@@ -143,7 +146,7 @@ def test_silence_is_told_every_beat():
         return body
 
     begin, beats = time.monotonic(), 0
-    with closing(answers(slow, ["a"], beat=0.05)) as arriving:
+    with closing(NOBODY.answers(slow, ["a"], beat=0.05)) as arriving:
         for arrived in arriving:
             beats += arrived is None
     assert arrived == (0, "a")
@@ -170,6 +173,23 @@ def test_a_failure_ends_all_and_cuts_what_is_open(monkeypatch):
             all_of(lambda b, opened: asker.call("/a", b, timeout=60, opened=opened), range(9))
         assert cut.acquire(timeout=30) and cut.acquire(timeout=30)
     assert sorted(asked) == [0, 1, 2]
+
+
+def test_a_server_that_dies_is_one_fault_and_its_log_is_read_once():
+    together, read = threading.Barrier(5, timeout=30), []
+
+    def dies(*_):
+        together.wait()
+
+    def log():
+        read.append("once")
+        return " Its last words."
+
+    with serving(dies) as url:
+        asker = client(url, log=log)
+        with pytest.raises(MachineFault, match=r"not there \(any more\): .*\. Its last words\.$"):
+            all_of(lambda b, o: asker.call("/a", b, timeout=30, opened=o), range(5), asker)
+    assert read == ["once"]
 
 
 def test_a_fault_of_ours_in_a_thread_is_raised_too():
