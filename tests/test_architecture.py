@@ -4,9 +4,12 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+
+from moe_upgrpo.rollout.engines import EngineName
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_upgrpo"
@@ -178,6 +181,58 @@ def test_pure_parts_import_without_megatron_or_engines():
         [sys.executable, "-c", IMPORT_EACH], capture_output=True, encoding="utf-8"
     )
     assert result.stdout.split("\n") == [*PURE, ""], result.stdout + result.stderr
+
+
+def engines_compared(path: Path) -> list[str]:
+    """The places where code asks which engine it is, in place of what its record says."""
+    names, found = set(get_args(EngineName)), []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        asked: list[ast.AST | None] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            asked = node.value.keys
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = node.func.value
+            if node.func.attr == "get" and isinstance(of, ast.Dict):
+                asked = of.keys
+            elif node.func.attr in ("startswith", "endswith"):
+                asked = node.args
+        constants = [c for part in asked if part for c in ast.walk(part)]
+        if any(isinstance(c, ast.Constant) and c.value in names for c in constants):
+            found.append(f"{path}, line {node.lineno}")
+    return found
+
+
+def test_nothing_outside_rollout_compares_engine_names():
+    """Else a new engine has to be known there too: `moe_upgrpo.rollout.engines.ENGINES` tells."""
+    outside = [f for f in FILES if f.relative_to(PACKAGE).parts[0] != "rollout"]
+    assert len(outside) > 100
+    assert not [place for path in outside for place in engines_compared(path)]
+
+
+@pytest.mark.parametrize(
+    ("code", "places"),
+    [
+        ("config.engine == 'hf'", 1),
+        ("'vllm' != config.engine", 1),
+        ("config.engine in ('vllm', 'sglang')", 1),
+        ("match config.engine:\n    case 'sglang' | 'other':\n        pass", 1),
+        ("{'hf': 1, 'vllm': 2}[config.engine]", 1),
+        ("{'hf': 1}.get(config.engine)", 1),
+        ("config.engine.startswith('vllm')", 1),
+        ("config.engine == 'other'", 0),
+        ("ENGINES[config.engine].takes_url", 0),
+        ("engine: str = 'hf'", 0),
+        ("{'engine': 'hf'}['engine']", 0),
+    ],
+)
+def test_which_comparisons_those_are(code, places, tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(code, encoding="utf-8")
+    assert len(engines_compared(file)) == places
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():

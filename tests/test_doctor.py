@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from moe_upgrpo.rollout.engines import ENGINES, EngineRecord, Found
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
 from moe_upgrpo.train.doctor import Diagnosis, Item, diagnose, show
 from tests.ranks import run_command
@@ -152,6 +153,19 @@ def test_sglang_is_asked_in_its_own_environment(folder, tmp_path, monkeypatch):
         python.chmod(0o755)
         _, items = look(folder)
         assert (items["sglang"].state, items["sglang"].version) == (state, version)
+
+
+def test_an_engine_is_looked_for_by_its_record(folder, monkeypatch):
+    def look_for(installed, *, cuda, source):
+        assert installed.version("pyarrow") and not cuda
+        return Found(
+            name="mine", version="1", state="wrong", note="old", get=source, never_run=True
+        )
+
+    monkeypatch.setitem(ENGINES, "new", EngineRecord(title="New", make=None, look=look_for))
+    _, items = look(folder)
+    assert items["mine"].feature == "--engine new" and "repository" in items["mine"].get
+    assert items["mine"].note == "old; not run (no machine of ours could)"
 
 
 def test_the_table_shows_brackets_and_what_was_never_run(folder):

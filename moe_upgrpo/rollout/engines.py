@@ -1,10 +1,17 @@
-"""The engines by name; each engine's module is imported only when it is used."""
+"""The engines by name: one record of each, for all who do not run it, and how each is made.
+
+Nothing outside this folder compares engine names: who must know what an engine is like asks
+`ENGINES`. It imports no engine, and no torch; each engine's module is imported only when it is
+used.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_upgrpo.errors import UserError
 
@@ -15,6 +22,8 @@ if TYPE_CHECKING:
 
 EngineName = Literal["hf", "vllm", "sglang"]
 EngineWeights = Literal["as-trained", "fp8"]
+Place = Literal["each rank", "a server", "a server started here"]
+HF_SEQUENCES = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +42,152 @@ class VLLMSettings:
             raise UserError(f"vllm.kv_cache_gib={self.kv_cache_gib}: above 0 is needed.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The state of an engine's package, as `moe-upgrpo doctor` shows it."""
+
+    name: str
+    version: str | None
+    state: Literal["ok", "missing", "wrong"]
+    note: str = ""
+    get: str = ""  # how to get it, where it is missing or wrong
+    never_run: bool = False  # no machine of ours could
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRecord:
+    """The traits of one engine, as far as somebody asks for them.
+
+    Fields:
+        title: its name in a sentence.
+        make: makes it, from a folder and the keywords of `make_engine`.
+        look: says what of it is installed; None where it comes with what training needs. It gets
+            what knows the installed distributions (`train.doctor.Installed`), and as keywords
+            `cuda`, whether torch finds a GPU, and `source`, how this project itself is installed.
+        without_url: where it runs unless a URL names a server.
+        takes_url: whether it can be a server that runs already.
+        weights: the forms in which it samples with the trainer's weights.
+    Memory where it runs in each rank:
+        cache_setting: the setting of the GiB that it holds for keys and values, as a path in the
+            configuration; None where it allocates them as it generates, and frees them.
+        in_flight: most sequences with keys and values at a time, where it allocates them.
+        copies_to_cast: whether an update to another number type than the trainer's makes a second
+            model beside the first.
+    Memory where it is a server:
+        update_on_host: whether rank 0 has the whole model in its host's memory for an update.
+    """
+
+    title: str
+    make: Callable[..., Engine]
+    look: Callable[..., Found] | None = None
+    without_url: Place = "each rank"
+    takes_url: bool = False
+    weights: tuple[EngineWeights, ...] = ("as-trained",)
+    cache_setting: str | None = None
+    in_flight: int | None = None
+    copies_to_cast: bool = False
+    update_on_host: bool = False
+
+    def place(self, url: str | None) -> Place:
+        """Where it runs, with the URL of a server or without one."""
+        return self.without_url if url is None else "a server"
+
+    def cache_gib(self, config: Any) -> float:
+        """GiB that each rank holds for keys and values, by a configuration's `cache_setting`."""
+        return attrgetter(self.cache_setting)(config) if self.cache_setting else 0.0
+
+    def with_cache(self, config: Any, gib: float) -> dict[str, Any]:
+        """The change of a configuration that gives a cache of `gib`."""
+        settings, name = self.cache_setting.split(".")
+        return {settings: replace(getattr(config, settings), **{name: gib})}
+
+
+def _make_hf(
+    model_dir: str | Path, *, dtype: str, weights: EngineWeights, device: torch.device, **_
+) -> Engine:
+    from moe_upgrpo.rollout.hf import HFEngine
+
+    return HFEngine(model_dir, dtype=dtype, device=device, weights=weights)
+
+
+def _make_vllm(
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    max_tokens: int,
+    seed: int,
+    url: str | None,
+    vllm: VLLMSettings | None,
+    **_,
+) -> Engine:
+    if url is not None:
+        from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(model_dir, url, dtype)
+    from moe_upgrpo.rollout.vllm import VLLMEngine
+
+    vllm = vllm or VLLMSettings()
+    return VLLMEngine(
+        model_dir,
+        dtype,
+        max_model_len=max_tokens,
+        max_num_seqs=vllm.sequences,
+        memory_bytes=int(vllm.kv_cache_gib * 2**30),
+        seed=seed,
+    )
+
+
+def _make_sglang(
+    model_dir: str | Path, *, dtype: str, url: str | None, server_log: str | Path | None, **_
+) -> Engine:
+    from moe_upgrpo.rollout.sglang import SGLangEngine
+
+    return SGLangEngine.shared(model_dir, dtype, url=url, log=server_log)
+
+
+def _look_for_vllm(installed: Any, *, cuda: bool, source: str) -> Found:
+    from moe_upgrpo.rollout import vllm_install
+
+    return vllm_install.look(installed, cuda=cuda, source=source)
+
+
+def _look_for_sglang(*_, **__) -> Found:
+    from moe_upgrpo.rollout import sglang_process
+
+    return sglang_process.look()
+
+
+ENGINES: dict[EngineName, EngineRecord] = {
+    "hf": EngineRecord(
+        title="transformers",
+        make=_make_hf,
+        weights=("as-trained", "fp8"),
+        in_flight=HF_SEQUENCES,
+        copies_to_cast=True,
+    ),
+    "vllm": EngineRecord(
+        title="vLLM",
+        make=_make_vllm,
+        look=_look_for_vllm,
+        takes_url=True,
+        cache_setting="vllm.kv_cache_gib",
+        update_on_host=True,
+    ),
+    "sglang": EngineRecord(
+        title="SGLang",
+        make=_make_sglang,
+        look=_look_for_sglang,
+        without_url="a server started here",
+        takes_url=True,
+    ),
+}
+
+
+def with_servers() -> list[EngineName]:
+    """The engines that can be a server which runs already."""
+    return [name for name, record in ENGINES.items() if record.takes_url]
+
+
 def make_engine(
     name: EngineName,
     model_dir: str | Path,
@@ -48,34 +203,27 @@ def make_engine(
 ) -> Engine:
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
-    hf, and vllm without `url`: one in each rank. Otherwise one server for all: that at `url`, or
-    one of SGLang that rank 0 starts, whose output goes to `server_log`. `max_tokens`: of the
-    longest sequence, prompt and response together. `weights`: hf alone rounds them.
+    It runs where its record says: one in each rank, or one server for all, which is at `url` or is
+    started by rank 0, with its output in `server_log`. `max_tokens`: of the longest sequence,
+    prompt and response together. `weights`: a form that its record has.
     """
-    if weights != "as-trained" and name != "hf":
-        raise UserError(f"engine_weights={weights!r} with engine={name}: allowed with engine=hf.")
-    if url is not None and name == "hf":
-        raise UserError(f"engine_url={url} with engine=hf: only vllm and sglang have servers.")
-    if name == "sglang":
-        from moe_upgrpo.rollout.sglang import SGLangEngine
-
-        return SGLangEngine.shared(model_dir, dtype, url=url, log=server_log)
-    if name == "vllm" and url is not None:
-        from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
-
-        return VLLMServerEngine(model_dir, url, dtype)
-    if name == "vllm":
-        from moe_upgrpo.rollout.vllm import VLLMEngine
-
-        vllm = vllm or VLLMSettings()
-        return VLLMEngine(
-            model_dir,
-            dtype,
-            max_model_len=max_tokens,
-            max_num_seqs=vllm.sequences,
-            memory_bytes=int(vllm.kv_cache_gib * 2**30),
-            seed=seed,
+    record = ENGINES[name]
+    if weights not in record.weights:
+        able = " or ".join(n for n, other in ENGINES.items() if weights in other.weights)
+        raise UserError(
+            f"engine_weights={weights!r} with engine={name}: allowed with engine={able}."
         )
-    from moe_upgrpo.rollout.hf import HFEngine
-
-    return HFEngine(model_dir, dtype=dtype, device=device, weights=weights)
+    if url is not None and not record.takes_url:
+        able = " and ".join(with_servers())
+        raise UserError(f"engine_url={url} with engine={name}: only {able} have servers.")
+    return record.make(
+        model_dir,
+        dtype=dtype,
+        weights=weights,
+        device=device,
+        max_tokens=max_tokens,
+        seed=seed,
+        url=url,
+        vllm=vllm,
+        server_log=server_log,
+    )

@@ -25,6 +25,7 @@ from moe_upgrpo.rollout.base import (
     routes_dtype,
 )
 from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.engines import HF_SEQUENCES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -50,7 +51,7 @@ class HFEngine:
         device: str | torch.device | None = None,
         *,
         weights: str = "as-trained",
-        max_sequences: int = 512,
+        max_sequences: int = HF_SEQUENCES,
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")

@@ -6,18 +6,14 @@ P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token
 from __future__ import annotations
 
 import base64
-import http.client
-import json
 import pickle
-import queue
 import shutil
-import socket
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,14 +36,13 @@ from moe_upgrpo.rollout.base import (
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
-from moe_upgrpo.rollout.server_key import headers, new_key, read_key, refused
+from moe_upgrpo.rollout.server_client import ServerClient
+from moe_upgrpo.rollout.server_key import new_key, read_key
 from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
 from moe_upgrpo.rollout.sglang_server import KEY
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
-MAX_REQUESTS = 256  # at once, each of a prompt with its samples
-NETWORK_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)
 ATTEMPTS = 3  # to sample a sequence that an update cut off
 Transfer = Literal["disk", "tensor", "distributed"]
 PART_BYTES = 256 << 20  # of the weights sent in one request
@@ -137,9 +132,15 @@ class SGLangEngine:
                 start_timeout=start_timeout,
             )
             url = self._server.url
-        self.url = url.rstrip("/")
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
+        self._client = ServerClient(
+            "SGLang",
+            url,
+            key=self._key,
+            key_variable=KEY,
+            late="has not answered within {timeout} s",
+            **({"log": self._server.log_end} if self._server else {}),
+        )
+        self.url = self._client.url
         self._held_dir = self._model.view
         if self._server:
             self._server.start(self._held_dir, self._name(0))
@@ -481,132 +482,62 @@ class SGLangEngine:
     # --- HTTP ------------------------------------------------------------------------------------
 
     def _ask(self, bodies: Sequence[dict]) -> list[list[dict]]:
-        """The answers of `/generate` to bodies, asked at once (up to `MAX_REQUESTS`)."""
+        """The answers of `/generate` to bodies, each of a prompt with its samples."""
         asked = {
             "return_logprob": True,
             "return_routed_experts": bool(self.moe_layer_ids),
             "stream": False,
         }
-        answers: list[list[dict] | None] = [None] * len(bodies)
-        waiting, arrived = queue.SimpleQueue(), queue.SimpleQueue()
-        for i in range(len(bodies)):
-            waiting.put(i)
-        connections = []
 
-        def work() -> None:
-            with suppress(queue.Empty):
-                while True:
-                    i = waiting.get_nowait()
-                    connections.append(self._connection(self.generate_timeout + self.timeout))
-                    try:
-                        arrived.put(
-                            (i, self._exchange(connections[-1], "/generate", bodies[i] | asked))
-                        )
-                    except Exception as error:
-                        arrived.put((i, error))
-                        return
+        def ask(body: dict, opened: list) -> list[dict]:
+            timeout = self.generate_timeout + self.timeout
+            return self._call("/generate", body | asked, timeout, opened=opened)
 
-        for _ in range(min(len(bodies), MAX_REQUESTS)):
-            # Not a pool, whose threads a dying process would wait for.
-            threading.Thread(target=work, daemon=True).start()
+        found: list[list[dict] | None] = [None] * len(bodies)
         begin = alive = time.monotonic()
-        try:
-            while None in answers:
-                try:
-                    i, answer = arrived.get(timeout=min(5.0, self.timeout / 4))
-                    if isinstance(answer, Exception):
-                        raise answer
-                    answers[i], alive = answer, time.monotonic()
-                except queue.Empty:
+        with closing(
+            self._client.answers(ask, bodies, beat=min(5.0, self.timeout / 4))
+        ) as arriving:
+            for arrived in arriving:
+                if arrived is None:
                     alive = self._sign_of_life(alive)
-                if time.monotonic() - begin > self.generate_timeout:
+                else:
+                    i, found[i] = arrived
+                    alive = time.monotonic()
+                if None in found and time.monotonic() - begin > self.generate_timeout:
                     raise MachineFault(
-                        f"SGLang at {self.url} has not answered {answers.count(None)} of "
+                        f"SGLang at {self.url} has not answered {found.count(None)} of "
                         f"{len(bodies)} prompts within generate_timeout="
                         f"{self.generate_timeout:g} s. Raise it, or ask for less."
                     )
-            return answers
-        except NETWORK_ERRORS as error:
-            raise self._gone(error) from error
-        finally:
-            while not waiting.empty():
-                with suppress(queue.Empty):
-                    waiting.get_nowait()
-            for connection in connections:  # the server aborts what nobody waits for
-                if connection.sock is not None:
-                    with suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+        return found
 
     def _sign_of_life(self, alive: float) -> float:
         """When the server last was heard; UserError where that is `timeout` seconds ago."""
-        left = max(alive + self.timeout - time.monotonic(), 0.1)
-        with suppress(UserError, *NETWORK_ERRORS):
-            self._exchange(self._connection(left), "/health")
+        if self._client.is_alive(max(alive + self.timeout - time.monotonic(), 0.1)):
             return time.monotonic()
         if time.monotonic() - alive < self.timeout:
             return alive
         raise MachineFault(
             f"SGLang at {self.url} has given no sign of life for {self.timeout:g} s while it "
-            f"generated.{self._log()}"
+            f"generated.{self._client.log()}"
         )
 
-    def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        parts = urlsplit(self.url)
-        kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        return kind[parts.scheme](parts.hostname, parts.port, timeout=timeout)
-
-    def _exchange(self, connection, path: str, body: dict | None = None) -> Any:
-        """Give the server's answer to a GET, or to a POST of `body`; JSON decoded."""
-        try:
-            connection.request(
-                "GET" if body is None else "POST",
-                urlsplit(self.url).path + path,
-                None if body is None else json.dumps(body),
-                headers(self._key),
-            )
-            answer = connection.getresponse()
-            text = answer.read()
-        finally:
-            connection.close()
-        if answer.status == 401:
-            raise refused(f"SGLang at {self.url}", self._key, KEY)
-        if answer.status != 200:
-            raise (MachineFault if answer.status >= 500 else UserError)(
-                f"SGLang refused {path} ({answer.status}): {text.decode(errors='replace')[:2000]}"
-            )
-        return json.loads(text) if text[:1] in (b"{", b"[") else None
-
-    def _call(self, path: str, body: dict | None = None) -> Any:
-        try:
-            return self._exchange(self._connection(self.timeout), path, body)
-        except NETWORK_ERRORS as error:
-            raise self._gone(error) from error
+    def _call(
+        self, path: str, body: dict | None = None, timeout: float | None = None, **given
+    ) -> Any:
+        return self._client.call(path, body, timeout=timeout or self.timeout, **given)
 
     def _try(self, path: str, body: dict) -> None:
         """Try what helps others if it works, after a failure that is raised."""
-        with suppress(UserError, *NETWORK_ERRORS):
-            self._exchange(self._connection(min(5.0, self.timeout)), path, body)
-
-    def _gone(self, error: Exception) -> MachineFault:
-        what = (
-            f"has not answered within {self.timeout:g} s"
-            if isinstance(error, TimeoutError)
-            else "is not there (any more)"
-        )
-        return MachineFault(f"SGLang at {self.url} {what}: {error!r}.{self._log()}")
-
-    def _log(self) -> str:
-        return self._server.log_end() if self._server else " See its log."
+        with suppress(UserError):
+            self._call(path, body, min(5.0, self.timeout))
 
     # --- The server ------------------------------------------------------------------------------
 
     def health(self) -> bool:
         """Whether the server answers, within `timeout` seconds."""
-        try:
-            self._call("/health")
-        except UserError:
-            return False
-        return True
+        return self._client.is_alive(self.timeout)
 
     def restart(self) -> None:
         """End the server, whatever its state, and start it with the weights that it held.

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout import sglang_server
+from moe_upgrpo.rollout.engines import Found
 
 LOG_LINES = 12  # of the server, in an error
 # Of torchrun and this environment: SGLang would take them for its own.
@@ -138,3 +139,31 @@ def find_python(python: str | Path | None) -> Path:
         if candidate.is_file():
             return candidate.absolute()  # not resolved: a virtual environment is found by its link
     raise UserError(f"There is no {' or '.join(map(str, candidates))}. {INSTALL}")
+
+
+def look() -> Found:
+    """See `EngineRecord.look`; SGLang's own environment is asked."""
+    get = (
+        "make .venv-sglang/.installed, or set SGLANG_PYTHON to the Python of an environment with it"
+    )
+    try:
+        python = find_python(None)
+    except UserError:
+        note = "no .venv-sglang here, and no SGLANG_PYTHON"
+        return Found(name="sglang", version=None, state="missing", note=note, get=get)
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    try:
+        asked = subprocess.run(
+            [python, "-c", code],
+            capture_output=True,
+            timeout=60,
+            encoding="utf-8",
+            errors="replace",
+        )
+        note = f"{python} has none" if asked.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        note = f"{python}: {error}"
+    if note:
+        return Found(name="sglang", version=None, state="wrong", note=note, get=get)
+    version = asked.stdout.strip()
+    return Found(name="sglang", version=version, state="ok", note=f"in {python}")

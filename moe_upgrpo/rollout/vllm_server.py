@@ -6,18 +6,12 @@ P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token
 from __future__ import annotations
 
 import base64
-import http.client
 import io
-import json
-import queue
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +26,8 @@ from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
-from moe_upgrpo.rollout.server_key import headers, read_key, refused
+from moe_upgrpo.rollout.server_client import ServerClient
+from moe_upgrpo.rollout.server_key import read_key
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_guard import VARIABLE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
@@ -43,7 +38,6 @@ FLAGS = (
     "--enable-scale-out --logprobs-mode processed_logprobs --enable-return-routed-experts "
     "(the last for MoE models)"
 )
-MAX_REQUESTS = 256  # at once
 SIGN_OF_LIFE = 5.0  # seconds between looks whether the server is there
 HALF = "half of "  # the name of the weights while they are loaded
 
@@ -83,13 +77,8 @@ class VLLMServerEngine:
     ):
         if dtype not in (None, *DTYPES):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
-        self.url = url.rstrip("/")
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.update_timeout = update_timeout
-        # A proxy named in the environment is for other addresses.
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.model_dir, self.dtype = Path(model_dir).absolute(), dtype
         self._model = ModelFolder.read(model_dir, weights_dir)
         config, self.moe_layer_ids = self._model.config, self._model.moe_layer_ids
@@ -98,8 +87,17 @@ class VLLMServerEngine:
         self._eos_ids = self._model.eos_ids
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.weight_version = 0
-        # Another run's version 3 is not this one's.
         self._key = self._on_rank_0(lambda: read_key(VARIABLE, api_key))
+        self._client = ServerClient(
+            "vLLM",
+            url,
+            key=self._key,
+            key_variable=VARIABLE,
+            late="did not answer {path} within {timeout} s",
+            unknown=f"Start it as: {FLAGS}",
+        )
+        self.url = self._client.url
+        # Another run's version 3 is not this one's.
         self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
         self.max_model_len = self._on_rank_0(self._check_server)
         self._on_rank_0(self._first_response)
@@ -380,48 +378,27 @@ class VLLMServerEngine:
         self._check_held()
         call = uuid.uuid4().hex
         bodies = [body | {"request_id": f"{call}-{i}"} for i, body in enumerate(bodies)]
-        waiting: queue.Queue = queue.Queue()
-        arrived: queue.Queue = queue.Queue()
-        for item in enumerate(bodies):
-            waiting.put(item)
 
-        def work() -> None:
-            while True:
-                try:
-                    i, body = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    answer = self._call("/inference/v1/generate", body, self.generate_timeout)
-                    arrived.put((i, self._checked(answer)))
-                except UserError as error:
-                    arrived.put((i, error))
-                    return
+        def ask(body: dict, opened: list) -> dict:
+            path, timeout = "/inference/v1/generate", self.generate_timeout
+            return self._checked(self._call(path, body, timeout, opened=opened))
 
-        for _ in range(min(len(bodies), MAX_REQUESTS)):
-            # Not a pool, whose threads a dying process would wait for.
-            threading.Thread(target=work, daemon=True).start()
-        answers: list[dict | None] = [None] * len(bodies)
+        found: list[dict | None] = [None] * len(bodies)
         heard = time.monotonic()
         try:
-            while None in answers:
-                try:
-                    i, answers[i] = arrived.get(timeout=SIGN_OF_LIFE)
-                    heard = time.monotonic()
-                except queue.Empty:
-                    if time.monotonic() - heard > self.generate_timeout:
+            with closing(self._client.answers(ask, bodies, beat=SIGN_OF_LIFE)) as arriving:
+                for arrived in arriving:
+                    if arrived is not None:
+                        i, found[i] = arrived
+                        heard = time.monotonic()
+                    elif time.monotonic() - heard > self.generate_timeout:
                         raise MachineFault(
-                            f"vLLM at {self.url} has answered none of {answers.count(None)} "
+                            f"vLLM at {self.url} has answered none of {found.count(None)} "
                             f"requests for generate_timeout={self.generate_timeout:g} s."
-                        ) from None
-                    self._check_held()
-                    continue
-                if isinstance(answers[i], UserError):
-                    raise answers[i]
-        except UserError:  # nothing more is asked, or computed
-            with suppress(queue.Empty):
-                while True:
-                    waiting.get_nowait()
+                        )
+                    else:
+                        self._check_held()
+        except UserError:  # nothing more is computed
             ids = [f"generate-tokens-{body['request_id']}" for body in bodies]
             with suppress(UserError):
                 self._call(
@@ -430,41 +407,16 @@ class VLLMServerEngine:
                     timeout=min(SIGN_OF_LIFE, self.timeout),
                 )
             raise
-        return answers
+        return found
 
-    def _call(self, path: str, body: dict | None = None, timeout: float | None = None) -> Any:
-        """Give the server's answer to a GET, or to a POST of `body`."""
-        timeout = timeout or self.timeout
-        request = urllib.request.Request(
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers=headers(self._key),
-        )
-        try:
-            with self._open(request, timeout=timeout) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")[:2000]
-            if error.code == 401:
-                raise refused(f"vLLM at {self.url}", self._key, VARIABLE) from None
-            hint = f" Start it as: {FLAGS}" if error.code in (403, 404) else ""
-            raise (MachineFault if error.code >= 500 else UserError)(
-                f"vLLM at {self.url} refused {path} ({error.code}): {text}.{hint}"
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise MachineFault(
-                f"vLLM at {self.url} is not there, or did not answer {path} within {timeout:g} s: "
-                f"{error!r}. See its log."
-            ) from None
-        return json.loads(text) if text else None
+    def _call(
+        self, path: str, body: dict | None = None, timeout: float | None = None, **given
+    ) -> Any:
+        return self._client.call(path, body, timeout=timeout or self.timeout, **given)
 
     def health(self) -> bool:
         """Whether the server answers, within `timeout` seconds."""
-        try:
-            self._call("/health")
-        except UserError:
-            return False
-        return True
+        return self._client.is_alive(self.timeout)
 
     def close(self) -> None:
         """See `Engine.close`; the server goes on."""

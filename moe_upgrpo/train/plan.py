@@ -23,6 +23,7 @@ from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
+from moe_upgrpo.rollout.engines import ENGINES, with_servers
 from moe_upgrpo.routing.codec import set_bytes
 from moe_upgrpo.store.schema import COLUMNS
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
@@ -31,7 +32,6 @@ from moe_upgrpo.train.tiny import TinyModel
 
 GB = 1e9
 RESERVE = 2 * GB, 0.06  # of each GPU, and of its memory
-HF_SEQUENCES = 512  # most that the hf engine has in flight
 FIXED_WIDTH = {"int16": 2, "int32": 4, "int64": 8, "float": 4, "bool": 1 / 8}  # columns of the log
 
 
@@ -172,17 +172,19 @@ def _lengths(config: PlanConfig) -> tuple[int, int]:
 
 def _in_process(config: PlanConfig) -> bool:
     """Whether each rank has an engine, and a copy of the model in it, of its own."""
-    served = config.engine_url is not None or config.engine == "sglang"
-    return config.load_rollouts is None and not served
+    place = ENGINES[config.engine].place(config.engine_url)
+    return config.load_rollouts is None and place == "each rank"
 
 
 def _check_engine(config: PlanConfig) -> None:
-    started_here = config.engine == "sglang" and config.engine_url is None
+    engine = ENGINES[config.engine]
+    started_here = engine.place(config.engine_url) == "a server started here"
     if started_here and config.load_rollouts is None and not config.server_gb:
         raise UserError(
-            "engine=sglang without engine_url: rank 0 would start the server on a GPU of the "
-            "trainer, where SGLang takes most of the memory unless told otherwise. Start it "
-            "yourself and give --engine-url; where it shares these GPUs, give --server-gb too."
+            f"engine={config.engine} without engine_url: rank 0 would start the server on a GPU of "
+            f"the trainer, where {engine.title} takes most of the memory unless told otherwise. "
+            "Start it yourself and give --engine-url; where it shares these GPUs, give --server-gb "
+            "too."
         )
 
 
@@ -199,8 +201,8 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
     if _in_process(config):
         width = memory.DTYPE_BYTES[config.engine_dtype]
         held["engine: model"] = width * memory.model_parameters(model)
-        if config.engine == "vllm":
-            held["engine: cache"] = config.vllm.kv_cache_gib * 2**30
+        if cache_gib := ENGINES[config.engine].cache_gib(config):
+            held["engine: cache"] = cache_gib * 2**30
     if config.server_gb:
         held["engine: server"] = config.server_gb * GB
     return held
@@ -240,8 +242,9 @@ def _moments(
         largest = max(options, key=options.get)
         return {largest: options[largest]}
 
-    if _in_process(config) and config.engine == "hf":
-        in_flight = min(HF_SEQUENCES, config.prompts * config.group // config.ranks)
+    engine = ENGINES[config.engine]
+    if _in_process(config) and engine.in_flight is not None:
+        in_flight = min(engine.in_flight, config.prompts * config.group // config.ranks)
         width = memory.DTYPE_BYTES[config.engine_dtype]
         cache_bytes = 2 * model.layers * model.kv_heads * model.head * width * in_flight * length
         moments["generation"] = {"engine: cache": cache_bytes * (1 + 1 / model.layers)}
@@ -263,7 +266,7 @@ def _moments(
     if _in_process(config):
         whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
-        if config.engine == "hf" and config.engine_dtype != config.dtype:
+        if engine.copies_to_cast and config.engine_dtype != config.dtype:
             width = memory.DTYPE_BYTES[config.engine_dtype]
             moments["weights to the engine"]["engine's next model"] = (
                 width * memory.model_parameters(model)
@@ -307,7 +310,8 @@ def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Byte
         tokens = _sequences(config, layout) * length * layout.tp
         each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
-    if config.engine == "vllm" and config.engine_url is not None and not config.load_rollouts:
+    to_server = config.load_rollouts is None and not _in_process(config)
+    if to_server and ENGINES[config.engine].update_on_host:
         width = memory.DTYPE_BYTES[config.dtype]
         host["weights for the server, rank 0"] = width * memory.model_parameters(model)
     return host
@@ -400,10 +404,13 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
     if config.reference_kl:
         found["--no-reference-kl"] = {"reference_kl": False}
     if _in_process(config):
-        away = {"engine": "vllm", "engine_url": "http://HOST:PORT"}
+        engine = ENGINES[config.engine]
+        served = config.engine if engine.takes_url else with_servers()[0]
+        away = {"engine": served, "engine_url": "http://HOST:PORT"}
         found["a server of the engine on other GPUs (--engine-url)"] = away
-    if config.vllm.kv_cache_gib > 1 and _in_process(config) and config.engine == "vllm":
-        found["--vllm.kv-cache-gib 1"] = {"vllm": replace(config.vllm, kv_cache_gib=1.0)}
+        if engine.cache_gib(config) > 1:
+            option = engine.cache_setting.replace("_", "-")
+            found[f"--{option} 1"] = engine.with_cache(config, 1.0)
     layout = config.layout(config.ranks)
     for name in ("tp", "ep", "pp"):
         size = 2 * getattr(layout, name)

@@ -27,9 +27,9 @@ class ProbeConfig:
     temperature: float = 1.0
     seed: int = 0
     engine: EngineName = "hf"
-    """Rollout engine: hf (transformers), vllm or sglang."""
+    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
     engine_url: str | None = None
-    """A running server of vllm or sglang, http://HOST:PORT. None: sglang's is started here."""
+    """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the trainer."""

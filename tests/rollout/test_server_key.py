@@ -11,9 +11,7 @@ import json
 import os
 import re
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +24,7 @@ from moe_upgrpo.rollout.sglang import SGLangEngine
 from moe_upgrpo.rollout.vllm_guard import RequireKey
 from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 from tests.ranks import run_ranks
+from tests.rollout.local_server import serving
 
 KEY = "the-key"
 ROOT = Path(__file__).parents[2]
@@ -36,33 +35,15 @@ def server(answer, key=KEY):
     """The URL of a server whose `answer(path, body)` is JSON, and the paths and keys asked."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            path, given = self.path.partition("?")[0], self.headers.get("Authorization")
-            asked.append((path, given))
-            allowed = given == f"Bearer {key}"
-            data = answer(path, json.loads(body or b"{}")) if allowed else {"error": "Unauthorized"}
-            data = json.dumps(data).encode()
-            self.send_response(200 if allowed else 401)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def reply(request, body):
+        path, given = request.path.partition("?")[0], request.headers.get("Authorization")
+        asked.append((path, given))
+        if given != f"Bearer {key}":
+            return 401, b'{"error": "Unauthorized"}'
+        return 200, json.dumps(answer(path, json.loads(body or b"{}"))).encode()
 
-        do_GET = do_POST = reply
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}", asked
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
+    with serving(reply) as url:
+        yield url, asked
 
 
 def vllm(model_dir):

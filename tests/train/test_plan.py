@@ -16,6 +16,7 @@ from moe_upgrpo.cli import _parse_with_files
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.memory import Sizes
+from moe_upgrpo.rollout.engines import ENGINES, EngineRecord
 from moe_upgrpo.store import read_config, read_metrics
 from moe_upgrpo.train.config import TinyModel, TrainConfig
 from moe_upgrpo.train.plan import (
@@ -159,6 +160,35 @@ def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
     hf = make_plan(replace(plan.config, engine="hf"))
     cache = 2 * 40 * 8 * 128 * 2 * 64 * 9216
     assert hf.stages[0].moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
+
+
+@pytest.mark.parametrize(("engine", "on_host"), [("vllm", True), ("sglang", False)])
+def test_an_update_of_a_server_may_hold_the_whole_model_on_the_host(engine, on_host, monkeypatch):
+    config = planned("--config", DENSE, monkeypatch=monkeypatch)
+    host = make_plan(replace(config, engine=engine, engine_url="http://elsewhere:1")).host
+    held = {"weights for the server, rank 0": 2 * 14_768_307_200}
+    assert host == (held if on_host else {})
+
+
+def test_an_engine_is_planned_by_its_record(monkeypatch):
+    """A new one, which the plan has never heard of."""
+    config = replace(planned("--config", DENSE, monkeypatch=monkeypatch), engine="new")
+
+    def plan(**traits):
+        monkeypatch.setitem(ENGINES, "new", EngineRecord(title="New", make=None, **traits))
+        return make_plan(replace(config, engine_dtype="float32"))
+
+    (stage,) = plan(in_flight=3, copies_to_cast=True).stages
+    assert stage.held["engine: model"] == 4 * 14_768_307_200 and "engine: cache" not in stage.held
+    cache = 2 * 40 * 8 * 128 * 4 * 3 * 9216  # as hf's above, in fp32, of three sequences
+    assert stage.moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
+    handed_over = stage.moments["weights to the engine"]
+    assert handed_over["engine's next model"] == 4 * 14_768_307_200
+    (stage,) = plan(cache_setting="vllm.kv_cache_gib").stages
+    assert stage.held["engine: cache"] == 16 * 2**30 and "generation" not in stage.moments
+    assert "engine's next model" not in stage.moments["weights to the engine"]
+    with pytest.raises(UserError, match=r"engine=new without .* where New takes most of the mem"):
+        plan(without_url="a server started here", takes_url=True)
 
 
 def test_pipeline_stages_are_planned_one_by_one(monkeypatch):
