@@ -28,6 +28,7 @@ ORDER = (
     "rollout",
     "megatron",
     "train",
+    "tools",
     "compare",
     "integrations",
 )
@@ -87,7 +88,7 @@ SAFELY = {
     "megatron/checkpoint.py": "weights_only=True",
     "rollout/vllm_server.py": "allow_pickle=False",
     "train/config.py": "_Loader",  # a yaml.SafeLoader
-    "train/route_dumps.py": ("allow_pickle=False", "weights_only=True"),
+    "tools/route_dumps.py": ("allow_pickle=False", "weights_only=True"),
 }
 
 

@@ -15,8 +15,8 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.weights import load_weights, write_checkpoint
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from tests.hugging_face.made import with_stale_files
 from tests.tasks.words import save_words
 

@@ -23,9 +23,9 @@ from moe_upgrpo.rollout import sglang
 from moe_upgrpo.rollout.checkpoint import ModelFolder
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.tasks import ArithmeticTask, MathTask
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.config import TinyModel
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
 from tests.hugging_face.made import INDEX, sharded, with_stale_files
 
 TENSOR = "model.layers.1.self_attn.q_proj.weight"

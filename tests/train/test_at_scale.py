@@ -29,9 +29,9 @@ from moe_upgrpo.stats.power import paired_test
 from moe_upgrpo.store import RunFolder, read_evaluations, read_metrics
 from moe_upgrpo.tasks import ArithmeticTask
 from moe_upgrpo.tasks.files import read_problems
+from moe_upgrpo.tools.plan import check_fits, make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.config import TinyModel, options
-from moe_upgrpo.train.plan import check_fits, make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
 from moe_upgrpo.train.warm_start import WarmStartConfig, warm_start
 from tests.ranks import run_command
 from tests.train.test_launch import ROOT, launch

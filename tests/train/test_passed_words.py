@@ -8,11 +8,11 @@ import tyro
 from moe_upgrpo import cli
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import RunFolder
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.checks import check_start
 from moe_upgrpo.train.config import TrainConfig, changes, file_arguments, run_arguments
 from moe_upgrpo.train.passed_words import folded
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
 
 SMALL = Path(__file__).parents[2] / "examples/configs/models/qwen3-30b-a3b"
 

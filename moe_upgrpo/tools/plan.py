@@ -26,7 +26,7 @@ from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
 from moe_upgrpo.routing.codec import set_bytes
 from moe_upgrpo.store.schema import COLUMNS
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.tiny import TinyModel
 
 GB = 1e9
