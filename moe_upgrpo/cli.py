@@ -122,7 +122,7 @@ def _call(function, arguments: list[str], prog: str) -> None:
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
-    from moe_upgrpo.train.config import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.options import check_supported, file_arguments, named, run_arguments
     from moe_upgrpo.train.passed_words import folded
 
     check_supported(arguments)
@@ -146,10 +146,10 @@ def _train(arguments: list[str]) -> None:
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     releases.check()
     silence_upstream()
-    if config.megatron:
+    if config.trainer.megatron:
         from moe_upgrpo.megatron.passthrough import read
 
-        read(config.megatron)  # before the ranks meet
+        read(config.trainer.megatron)  # before the ranks meet
 
     from moe_upgrpo.train.loop import train
 

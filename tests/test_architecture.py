@@ -77,6 +77,7 @@ PURE = (
     "megatron.layout",
     "megatron.memory",
     "train.config",
+    "train.options",
     "record",
     "integrations.run_log",
 )
@@ -87,7 +88,7 @@ SAFELY = {
     # The file's calls, with what makes them safe.
     "megatron/checkpoint.py": "weights_only=True",
     "rollout/vllm_server.py": "allow_pickle=False",
-    "train/config.py": "_Loader",  # a yaml.SafeLoader
+    "train/options.py": "_Loader",  # a yaml.SafeLoader
     "tools/route_dumps.py": ("allow_pickle=False", "weights_only=True"),
 }
 

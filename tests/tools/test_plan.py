@@ -5,7 +5,6 @@ tests/train/test_stand_in.py. Not covered: a GPU; the configs themselves were no
 """
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,7 +135,7 @@ def test_what_does_not_fit_is_refused_with_what_would_help(monkeypatch):
     assert "The largest: optimizer 45.8 GB" in message
     # The optimizer's share halves on twice the ranks, with the experts on two of them each.
     assert "Enough by itself: " in message and "--nodes 2 (" in message
-    twice = make_plan(replace(config, nodes=2))
+    twice = make_plan(config.but(nodes=2))
     assert f"--nodes 2 ({twice.fullest.peak / GB:.1f} GB)" in message
     check_fits(twice)
 
@@ -151,9 +150,9 @@ def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
     assert plan.fullest.fullest == "weights to the engine"
     # A server elsewhere takes nothing here, and hf keeps keys and values of 64 sequences: 40
     # layers, 8 heads of 128, in bf16, twice, and one layer once more while it grows.
-    away = make_plan(replace(plan.config, engine_url="http://elsewhere:1"))
+    away = make_plan(plan.config.but(engine_url="http://elsewhere:1"))
     assert away.fullest.peak < stage.peak - 60 * GB
-    hf = make_plan(replace(plan.config, engine="hf"))
+    hf = make_plan(plan.config.but(engine="hf"))
     cache = 2 * 40 * 8 * 128 * 2 * 64 * 9216
     assert hf.stages[0].moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
 
@@ -182,14 +181,14 @@ def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
         ({"model": tmp_path}, "holds no config.json"),
     ):
         with pytest.raises(UserError, match=words):
-            make_plan(replace(base, **change))
+            make_plan(base.but(**change))
     for wrong in ({"imbalance": 0.5}, {"gpu_memory_gb": 0}, {"nodes": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            replace(base, **wrong)
+            base.but(**wrong)
 
 
 def test_the_tiny_model_needs_next_to_nothing():
-    plan = make_plan(PlanConfig(gpus_per_node=2))
+    plan = make_plan(PlanConfig.of(gpus_per_node=2))
     check_fits(plan)
     assert plan.fullest.peak < 0.5 * GB
 

@@ -12,7 +12,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.memory import Sizes
 from moe_upgrpo.store import read_config, read_metrics
-from moe_upgrpo.train.config import TinyModel, TrainConfig
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.tiny import TinyModel
 from tests.train.test_launch import ROOT, job
 
 CONFIGS = ROOT / "examples" / "configs"
@@ -32,7 +33,8 @@ def test_a_stand_in_has_the_architecture(like):
     ratios = [c.num_attention_heads / c.num_key_value_heads for c in (big, small)]
     assert ratios[0] == ratios[1]
     assert memory.model_parameters(Sizes.of(small)) < 2e7
-    assert TrainConfig(tiny=TinyModel(like=folder)).layout(2).ep == (1 if like[6:9] == "14b" else 2)
+    layout = TrainConfig.of(tiny=TinyModel(like=folder)).layout(2)
+    assert layout.ep == (1 if like[6:9] == "14b" else 2)
 
 
 def test_a_stand_in_of_another_family_is_refused(tmp_path):
