@@ -33,8 +33,8 @@ def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> floa
     begin = time.perf_counter()
     learner, first = job.learner, job.rollouts.first_sequence
     batch = job.rollouts.batch(number)
-    rewards = job.rewarding.rewards(batch, number, first_prompt=first // config.group)
-    advantages = group_advantages(torch.from_numpy(rewards), config.group).numpy()
+    rewards = job.rewarding.rewards(batch, number, first_prompt=first // config.batch.group)
+    advantages = group_advantages(torch.from_numpy(rewards), config.batch.group).numpy()
     samples = samples_of(batch.rollouts, advantages)
     wanted = ("routes", "margins") if recording else ()
     old = OldScores(native=learner.actor.score(samples, record=wanted), held=None)
@@ -50,8 +50,8 @@ def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> floa
             reference=reference,
             noise={},
             first_sequence=first,
-            group=config.group,
-            replay=config.replay,
+            group=config.batch.group,
+            replay=config.objective.replay,
             weight_version=number - 1,
             num_experts=learner.actor.num_experts,
             counts_updates=True,
@@ -65,7 +65,7 @@ def main(model: Path, pairs: int = 20) -> None:
     silence_upstream()
     kernels.pin()
     folder = Path(tempfile.gettempdir()) / "moe_upgrpo-recording"
-    config = TrainConfig(model=model, steps=2 * pairs, output_dir=folder)
+    config = TrainConfig.of(model=model, steps=2 * pairs, output_dir=folder)
     ratios = []
     with start(config) as job:
         for pair in range(pairs + 2):

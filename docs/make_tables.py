@@ -17,7 +17,7 @@ from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
-from moe_upgrpo.train.config import MAY_CHANGE
+from moe_upgrpo.train.options import MAY_CHANGE
 from tests.patches import faults
 
 DOCS = Path(__file__).parent

@@ -122,7 +122,7 @@ def _call(function, arguments: list[str], prog: str) -> None:
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
-    from moe_upgrpo.train.config import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.options import check_supported, file_arguments, named, run_arguments
     from moe_upgrpo.train.passed_words import folded
 
     check_supported(arguments)
@@ -146,10 +146,10 @@ def _train(arguments: list[str]) -> None:
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     releases.check()
     silence_upstream()
-    if config.megatron:
+    if config.trainer.megatron:
         from moe_upgrpo.megatron.passthrough import read
 
-        read(config.megatron)  # before the ranks meet
+        read(config.trainer.megatron)  # before the ranks meet
 
     from moe_upgrpo.train.loop import train
 
@@ -182,12 +182,12 @@ def silence_upstream() -> None:
 
 
 def _probe(arguments: list[str]) -> None:
-    from moe_upgrpo.train.probe_options import ProbeConfig
+    from moe_upgrpo.tools.probe_options import ProbeConfig
 
     releases.check()
     config = _parse(ProbeConfig, arguments, "moe-upgrpo probe")
     silence_upstream()
-    from moe_upgrpo.train.probe import probe
+    from moe_upgrpo.tools.probe import probe
 
     probe(config)
 
@@ -254,12 +254,12 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    from moe_upgrpo.train.plan_options import PlanConfig
+    from moe_upgrpo.tools.plan_options import PlanConfig
 
     releases.check()
     config = _parse_with_files(PlanConfig, arguments, "moe-upgrpo plan")
     silence_upstream()
-    from moe_upgrpo.train.plan import check_fits, make_plan, show
+    from moe_upgrpo.tools.plan import check_fits, make_plan, show
 
     plan = make_plan(config)
     show(plan, _console())
@@ -277,7 +277,7 @@ def _doctor(arguments: list[str]) -> None:
             strict: exit with 1 where nothing can train.
             as_json: print JSON, for a bug report.
         """
-        from moe_upgrpo.train.doctor import diagnose, show
+        from moe_upgrpo.tools.doctor import diagnose, show
 
         silence_upstream()
         found = diagnose()

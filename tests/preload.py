@@ -3,8 +3,8 @@
 import torch
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-import moe_upgrpo.train.loop
-import moe_upgrpo.train.plan
-import moe_upgrpo.train.probe  # noqa: F401
+import moe_upgrpo.tools.plan
+import moe_upgrpo.tools.probe
+import moe_upgrpo.train.loop  # noqa: F401
 
 torch.set_num_threads(1)

@@ -31,6 +31,7 @@ ORDER = (
     "rollout",
     "megatron",
     "train",
+    "tools",
     "compare",
     "integrations",
 )
@@ -79,6 +80,7 @@ PURE = (
     "megatron.layout",
     "megatron.memory",
     "train.config",
+    "train.options",
     "record",
     "integrations.kit.run_log",
 )
@@ -89,8 +91,8 @@ SAFELY = {
     # The file's calls, with what makes them safe.
     "megatron/checkpoint.py": "weights_only=True",
     "rollout/vllm_server.py": "allow_pickle=False",
-    "train/config.py": "_Loader",  # a yaml.SafeLoader
-    "train/route_dumps.py": ("allow_pickle=False", "weights_only=True"),
+    "train/options.py": "_Loader",  # a yaml.SafeLoader
+    "tools/route_dumps.py": ("allow_pickle=False", "weights_only=True"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line itself; what `train` and `probe` do: tests/train/."""
+"""The command line itself; what its commands do: tests/train/, tests/tools/."""
 
 import signal
 import subprocess

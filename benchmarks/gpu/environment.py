@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.gpu.checks import Outcome
-from moe_upgrpo.train.doctor import diagnose
+from moe_upgrpo.tools.doctor import diagnose
 
 
 def doctor(job) -> Outcome:

@@ -100,7 +100,7 @@ def run(job) -> Outcome:
     if model is None:
         model = models.checkpoint(tiny_model_config(), job.scratch / "arithmetic")
         arithmetic.save_tokenizer(model)
-    config = TrainConfig(
+    config = TrainConfig.of(
         model=model,
         steps=job.sizes.train_steps,
         prompts=job.sizes.train_prompts,
@@ -118,7 +118,7 @@ def run(job) -> Outcome:
     names = ("tokens_per_second", "time/generate", "time/update", "time/total", "grad_norm")
     figures = {"start": "warm start" if carried else "random weights"}
     figures |= {name: last[name] for name in names}
-    faults = [] if len(rows) == config.steps else [f"{len(rows)} of {config.steps} steps"]
+    faults = [] if len(rows) == config.run.steps else [f"{len(rows)} of {config.run.steps} steps"]
     if not all(row["grad_norm"] > 0 for row in rows) and (job.on_card and carried):
         faults.append("no gradient")
     return Outcome(

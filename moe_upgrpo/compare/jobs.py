@@ -53,7 +53,7 @@ def end(plan: Comparison, folder: Path, key: str, *, crashed: bool = False) -> N
     if _done(folder, key):
         return
     run = _named(plan, folder, key)
-    path, steps = folder / "runs" / run.key, plan.config(run).steps
+    path, steps = folder / "runs" / run.key, plan.config(run).run.steps
     rows = read_metrics(path)
     last = rows[-1]["step"]
     if last < steps and not crashed:

@@ -13,7 +13,8 @@ import yaml
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.train.command_line import parsed
-from moe_upgrpo.train.config import TrainConfig, options
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.options import mapping_arguments
 from moe_upgrpo.train.passed_words import folded
 
 Summary = Literal["mean", "last", "best"]
@@ -122,7 +123,7 @@ class Comparison:
                 config = self.config(run)
                 config.layout(self.nproc)
                 if not run.tuning:
-                    self._check_measured(name, config.eval_samples)
+                    self._check_measured(name, config.evaluation.eval_samples)
 
     def _check_measured(self, arm: str, samples: int) -> None:
         """That the arm's evaluations give the primary metric."""
@@ -148,7 +149,8 @@ class Comparison:
     def config(self, run: Run) -> TrainConfig:
         """The same, checked. Raises UserError that names the arm."""
         try:
-            return parsed(TrainConfig, folded(options(self.options(run))), "moe-upgrpo train")
+            words = folded(mapping_arguments(self.options(run)))
+            return parsed(TrainConfig, words, "moe-upgrpo train")
         except UserError as error:
             raise UserError(f"arm {run.arm}: {error}") from None
 

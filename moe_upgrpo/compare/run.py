@@ -166,8 +166,9 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
     configs = {}
     for run in runs:
         config = plan.config(run)
-        if config.model is None and not config.data:
-            configs[repr((config.warm_start, config.tiny, config.digits))] = config
+        start, problems = config.start, config.problems
+        if start.model is None and not problems.data:
+            configs[repr((start.warm_start, start.tiny, problems.digits))] = config
     if not configs:
         return
     # Fresh processes: torch's threads, kernels and random state are those of a run.
@@ -180,13 +181,14 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
 
 def _warm_started(config: TrainConfig) -> str | None:
     """The folder's name where it had to be made."""
-    config.cache_dir.mkdir(parents=True, exist_ok=True)
-    before = {path.name for path in config.cache_dir.iterdir()}
+    start = config.start
+    start.cache_dir.mkdir(parents=True, exist_ok=True)
+    before = {path.name for path in start.cache_dir.iterdir()}
     made = warm_start(
-        ArithmeticTask(config.digits),
-        config.tiny.hugging_face(),
-        settings=config.warm_start,
-        cache_dir=config.cache_dir,
+        ArithmeticTask(config.problems.digits),
+        start.tiny.hugging_face(),
+        settings=start.warm_start,
+        cache_dir=start.cache_dir,
     )
     return None if made.name in before else made.name
 

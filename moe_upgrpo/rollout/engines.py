@@ -62,7 +62,7 @@ class EngineRecord:
         title: its name in a sentence.
         make: makes it, from a folder and the keywords of `make_engine`.
         look: says what of it is installed; None where it comes with what training needs. It gets
-            what knows the installed distributions (`train.doctor.Installed`), and as keywords
+            what knows the installed distributions (`tools.doctor.Installed`), and as keywords
             `cuda`, whether torch finds a GPU, and `source`, how this project itself is installed.
         without_url: where it runs unless a URL names a server.
         takes_url: whether it can be a server that runs already.

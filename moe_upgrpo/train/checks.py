@@ -7,8 +7,9 @@ from moe_upgrpo.hugging_face.config import read_raw_config
 from moe_upgrpo.megatron import releases
 from moe_upgrpo.rollout.cache import check_new
 from moe_upgrpo.store import RunFolder, read_config
-from moe_upgrpo.train.config import TrainConfig, changes
+from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.found import find
+from moe_upgrpo.train.options import changes
 from moe_upgrpo.train.tracking import check as check_trackers
 
 
@@ -20,25 +21,26 @@ def check_start(config: TrainConfig, world_size: int | None) -> None:
     releases.check()
     if world_size is not None:
         config.layout(world_size)
-    check_trackers(config.track)
-    if config.resume:
-        run = RunFolder(config.resume)
-        changes(read_config(run.path), config)
-        find(run, config.steps, restart=config.restart)
+    check_trackers(config.log.track)
+    run, rollouts = config.run, config.rollouts
+    if run.resume:
+        changes(read_config(run.resume), config)
+        find(RunFolder(run.resume), run.steps, restart=run.restart)
     else:
-        if config.output_dir:
-            RunFolder(config.output_dir).check_free()
-        if config.save_rollouts:
-            check_new(config.save_rollouts)
-    for name in ("data", "eval_data"):
-        for path in getattr(config, name):
+        if run.output_dir:
+            RunFolder(run.output_dir).check_free()
+        if rollouts.save_rollouts:
+            check_new(rollouts.save_rollouts)
+    given = {"--data": config.problems.data, "--eval-data": config.problems.eval_data}
+    for option, files in given.items():
+        for path in files:
             if not path.is_file():
-                raise UserError(f"--{name.replace('_', '-')} {path}: there is no such file.")
-    if config.model:
-        read_raw_config(config.model)
-    if config.load_rollouts and not config.load_rollouts.is_dir():
-        raise UserError(f"--load-rollouts {config.load_rollouts}: there is no such folder.")
-    if config.megatron:
+                raise UserError(f"{option} {path}: there is no such file.")
+    if config.start.model:
+        read_raw_config(config.start.model)
+    if rollouts.load_rollouts and not rollouts.load_rollouts.is_dir():
+        raise UserError(f"--load-rollouts {rollouts.load_rollouts}: there is no such folder.")
+    if config.trainer.megatron:
         _check_passed(config, world_size)
 
 
@@ -47,14 +49,15 @@ def _check_passed(config: TrainConfig, world_size: int | None) -> None:
     from moe_upgrpo.megatron import passthrough
     from moe_upgrpo.megatron.families import read_model_config
 
+    start, trainer = config.start, config.trainer
     if world_size is None:
-        passthrough.read(config.megatron)
+        passthrough.read(trainer.megatron)
         return
     passthrough.check(
-        config.megatron,
-        read_model_config(config.model) if config.model else config.tiny.hugging_face(),
+        trainer.megatron,
+        read_model_config(start.model) if start.model else start.tiny.hugging_face(),
         config.layout(world_size),
-        dtype=config.dtype,
-        recompute=config.recompute,
-        optimizer=config.optimizer,
+        dtype=trainer.dtype,
+        recompute=trainer.recompute,
+        optimizer=trainer.optimizer,
     )

@@ -11,7 +11,8 @@ import tyro
 
 from moe_upgrpo.errors import UserError
 
-_OURS = re.compile("^Error parsing ((TrainConfig|PlanConfig|ProbeConfig|tiny): )?")
+# The part of a config has a name that nobody types.
+_OURS = re.compile(r"^Error parsing (\w+\.)?((TrainConfig|PlanConfig|ProbeConfig|tiny): )?")
 
 
 def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> Any:
@@ -25,10 +26,13 @@ def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> An
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(what, args=words, prog=prog, console_outputs=speaks)
+    except UserError as error:  # of a part without a prefix, which tyro lets through
+        wrong = str(error).removesuffix(".")
     except SystemExit as end:
         if not end.code:
             raise
-        raise UserError(f"{_condensed(said.getvalue())}. All options: {prog} --help") from None
+        wrong = _condensed(said.getvalue())
+    raise UserError(f"{wrong}. All options: {prog} --help")
 
 
 def _condensed(box: str) -> str:

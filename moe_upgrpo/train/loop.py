@@ -21,18 +21,19 @@ def train(config: TrainConfig) -> Path:
     """Run the RL steps of `config` and return the run folder. Every rank of the job calls it."""
     with start(config) as job:
         sampler, learner, recorder, states = job.rollouts, job.learner, job.recorder, job.states
+        run, objective, group = config.run, config.objective, config.batch.group
         if job.done == 0:
             recorder.log_evaluation(step=0)
-        for step in range(job.done + 1, config.steps + 1):
-            seed_global_generators(config.seed, step, sampler.place.rank)
+        for step in range(job.done + 1, run.steps + 1):
+            seed_global_generators(run.seed, step, sampler.place.rank)
             clock = Clock()
             with clock("generate"):
                 batch = sampler.batch(step)
                 states.leave_if_asked(step - 1, in_step=True)
                 first = sampler.first_sequence
-                rewards = job.rewarding.rewards(batch, step, first_prompt=first // config.group)
+                rewards = job.rewarding.rewards(batch, step, first_prompt=first // group)
                 advantages = group_advantages(
-                    torch.from_numpy(rewards), config.group, config.advantage
+                    torch.from_numpy(rewards), group, objective.advantage
                 ).numpy()
             with clock("old_log_probs"):
                 rollouts = batch.rollouts
@@ -62,8 +63,8 @@ def train(config: TrainConfig) -> Path:
                     reference=reference,
                     noise=noise,
                     first_sequence=first,
-                    group=config.group,
-                    replay=config.replay,
+                    group=group,
+                    replay=objective.replay,
                     weight_version=step - 1,
                     num_experts=learner.actor.num_experts,
                     counts_updates=sampler.place.dp_rank == 0,
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> Path:
             recorder.log_step(step, trained, clock)
             states.save_if_due(step)
             states.leave_if_asked(step)
-        learner.actor.save(states.run.checkpoints / f"step-{config.steps:06d}")
+        learner.actor.save(states.run.checkpoints / f"step-{run.steps:06d}")
         recorder.finish()
         return states.run.path
 

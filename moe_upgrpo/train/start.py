@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe_upgrpo import ending
 from moe_upgrpo.errors import LOST_RANK, MachineFault, UserError, machine_fault
@@ -22,19 +23,18 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.record import alarms
-from moe_upgrpo.rollout.base import SamplingConfig
+from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after
 from moe_upgrpo.rollout.engines import make_engine
-from moe_upgrpo.store import (
-    RunFolder,
-    read_config,
-)
+from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
 from moe_upgrpo.train import resume
-from moe_upgrpo.train.config import TrainConfig, changes
+from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
 from moe_upgrpo.train.job import Job, make_job
+from moe_upgrpo.train.options import changes
+from moe_upgrpo.train.parts import ProblemOptions, RunOptions, StartOptions
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.stopping import Stopping
 from moe_upgrpo.train.tracking import Tracking
@@ -48,115 +48,71 @@ def start(config: TrainConfig) -> Iterator[Job]:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     layout = config.layout(world_size)
-    check_trackers(config.track)
-    stopping = Stopping(config.stop_within)
-    display = Display(config.steps, shown=rank == 0, closed=partial(stopping.ask, signal.SIGPIPE))
+    check_trackers(config.log.track)
+    stopping = Stopping(config.run.stop_within)
+    closed = partial(stopping.ask, signal.SIGPIPE)
+    display = Display(config.run.steps, shown=rank == 0, closed=closed)
     with (
         stopping,
         groups.process_groups(
             layout,
-            seed=config.seed,
-            timeout_s=60 * config.timeout,
-            deterministic=config.deterministic,
+            seed=config.run.seed,
+            timeout_s=60 * config.run.timeout,
+            deterministic=config.trainer.deterministic,
         ),
         display,
         ExitStack() as begun,
     ):
         begun.enter_context(stopping.giving_up())
-        # Ranks start at different seconds; the folder has one name.
-        started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
-        output_dir = config.resume or config.output_dir
-        run = RunFolder(output_dir or Path("runs") / f"{config.loss}-{started}")
-        found, changed, edited = Checkpoint(), {}, {}
-        if config.resume:
-            changed = changes(read_config(run.path), config)
-            edited = run.edits()
-            found = find(run, config.steps, restart=config.restart)
-        elif rank == 0:
-            run.check_free()
-            if config.save_rollouts:
-                check_new(config.save_rollouts)
-        task, model_dir = _task_and_model(config, layout, display, rank)
-        task.training_problems(config.prompts, seed=config.seed, step=1)  # are there that many?
-        settings = {
-            "dtype": config.dtype,
-            "temperature": config.temperature,
-            "micro_batch_size": config.micro_batch,
-            "recompute": config.recompute,
-            "megatron": config.megatron,
-        }
-        actor = MegatronActor(model_dir, layout, optimizer=config.optimizer, **settings)
-        reference = MegatronActor(model_dir, layout, **settings) if config.reference_kl else None
-        needs_behind = config.overlap and config.analyse_every > 0
-        behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
+        run = _run_folder(config.run, config.objective.loss)
+        found, changed, edited = _found(config, run, rank)
+        task, model_dir = _task_and_model(config.start, config.problems, layout, display, rank)
+        # Are there that many?
+        task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
+        actor, reference, behind = _actors(config, model_dir, layout)
         if rank == 0:
             actor.try_saving(run.path)
         resume.load(found, actor, behind)
         sampling = SamplingConfig(
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens or task.max_response_tokens,
+            temperature=config.rollouts.temperature,
+            max_new_tokens=config.rollouts.max_new_tokens or task.max_response_tokens,
         )
         max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
         actor.check_length(max_tokens)
-        about = asdict(config) | {
-            "model": str(model_dir),
-            "layout": str(layout),
-            "world_size": world_size,
-            "moe_layers": actor.layer_ids,
-            "num_experts": actor.num_experts,
-            "top_k": actor.top_k,
-            "parameters": actor.parameter_count(),
-            "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
-            "policy_loss": asdict(config.policy_loss()),
-        }
-        engine = None
-        if config.load_rollouts is None:
-            engine = make_engine(
-                config.engine,
-                model_dir,
-                dtype=config.engine_dtype,
-                weights=config.engine_weights,
-                device=groups.device(),
-                max_tokens=max_tokens,
-                seed=config.seed,
-                url=config.engine_url,
-                vllm=config.vllm,
-                server_log=run.path / "engine.log",
-            )
+        about = (
+            config.flat()
+            | _about(actor, layout, world_size)
+            | {
+                "policy_loss": asdict(config.objective.policy_loss()),
+            }
+        )
+        engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")
         with (
             closing(task),
             closing(engine) if engine else nullcontext(),
             run.locked() if rank == 0 else nullcontext(),
             closing(
                 Tracking(
-                    config.track if rank == 0 else (),
+                    config.log.track if rank == 0 else (),
                     run.path,
                     about,
-                    done=found.step if config.resume else None,
+                    done=found.step if config.run.resume else None,
                 )
             ) as tracking,
             machine_fault_named(run),
         ):
             ahead = found.rollouts()
-            if rank == 0 and config.resume:
-                if config.save_rollouts:
-                    drop_after(config.save_rollouts, found.step)
-                step = found.step if found.path else None
-                RunFolder.resume(run.path, step=step, config=about, changed=changed)
-                # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept
-                # has been read by now.
-                Checkpoints(run.checkpoints).prune(config.keep)
-                for path in drop_exports(run.checkpoints, found.step if found.path else -1):
-                    display.say(f"{path} is removed: its steps are run again")
+            if rank == 0 and config.run.resume:
+                _cut_back(config, run, found, about, changed, display)
             elif rank == 0:
                 RunFolder.create(run.path, about)
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
             ending.remember(run.path)
             display.say(
-                f"{config.loss} on {layout}, {world_size} rank(s), "
+                f"{config.objective.loss} on {layout}, {world_size} rank(s), "
                 f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
             )
-            if config.resume:
+            if config.run.resume:
                 display.resumed(found.step, changed, edited)
             job = make_job(
                 config,
@@ -177,6 +133,100 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 job.rollouts.update_engine(actor, found.step)
             begun.close()
             yield job
+
+
+def _run_folder(options: RunOptions, loss: str) -> RunFolder:
+    # Ranks start at different seconds; the folder has one name.
+    started = groups.from_rank_0(f"{datetime.now():%Y%m%d-%H%M%S}")
+    return RunFolder(options.resume or options.output_dir or Path("runs") / f"{loss}-{started}")
+
+
+def _found(
+    config: TrainConfig, run: RunFolder, rank: int
+) -> tuple[Checkpoint, dict[str, list], dict]:
+    """The checkpoint to go on from, what is given anew, and edits of the run's config.json."""
+    if config.run.resume:
+        changed = changes(read_config(run.path), config)
+        edited = run.edits()
+        return find(run, config.run.steps, restart=config.run.restart), changed, edited
+    if rank == 0:
+        run.check_free()
+        if config.rollouts.save_rollouts:
+            check_new(config.rollouts.save_rollouts)
+    return Checkpoint(), {}, {}
+
+
+def _actors(
+    config: TrainConfig, model_dir: Path, layout: Layout
+) -> tuple[MegatronActor, MegatronActor | None, MegatronActor | None]:
+    """The policy; the start model, where it is measured against; the policy one step behind."""
+    trainer = config.trainer
+    settings = {
+        "dtype": trainer.dtype,
+        "temperature": config.rollouts.temperature,
+        "micro_batch_size": trainer.micro_batch,
+        "recompute": trainer.recompute,
+        "megatron": trainer.megatron,
+    }
+    actor = MegatronActor(model_dir, layout, optimizer=trainer.optimizer, **settings)
+    reference = MegatronActor(model_dir, layout, **settings) if config.log.reference_kl else None
+    needs_behind = config.rollouts.overlap and config.log.analyse_every > 0
+    behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
+    return actor, reference, behind
+
+
+def _about(actor: MegatronActor, layout: Layout, world_size: int) -> dict[str, Any]:
+    """Facts of a run for its config.json, beside its options."""
+    return {
+        "model": str(actor.model_dir),
+        "layout": str(layout),
+        "world_size": world_size,
+        "moe_layers": actor.layer_ids,
+        "num_experts": actor.num_experts,
+        "top_k": actor.top_k,
+        "parameters": actor.parameter_count(),
+        "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
+    }
+
+
+def _engine(
+    config: TrainConfig, model_dir: Path, max_tokens: int, server_log: Path
+) -> Engine | None:
+    options = config.rollouts
+    if options.load_rollouts is not None:
+        return None
+    return make_engine(
+        options.engine,
+        model_dir,
+        dtype=options.engine_dtype,
+        weights=options.engine_weights,
+        device=groups.device(),
+        max_tokens=max_tokens,
+        seed=config.run.seed,
+        url=options.engine_url,
+        vllm=options.vllm,
+        server_log=server_log,
+    )
+
+
+def _cut_back(
+    config: TrainConfig,
+    run: RunFolder,
+    found: Checkpoint,
+    about: dict[str, Any],
+    changed: dict[str, list],
+    display: Display,
+) -> None:
+    """Remove from a resumed run what it did after the checkpoint."""
+    if config.rollouts.save_rollouts:
+        drop_after(config.rollouts.save_rollouts, found.step)
+    step = found.step if found.path else None
+    RunFolder.resume(run.path, step=step, config=about, changed=changed)
+    # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept has been
+    # read by now.
+    Checkpoints(run.checkpoints).prune(config.run.keep)
+    for path in drop_exports(run.checkpoints, found.step if found.path else -1):
+        display.say(f"{path} is removed: its steps are run again")
 
 
 @contextmanager
@@ -207,58 +257,58 @@ def routing(actor: MegatronActor) -> str:
 
 
 def _task_and_model(
-    config: TrainConfig, layout: Layout, display: Display, rank: int
+    start: StartOptions, problems: ProblemOptions, layout: Layout, display: Display, rank: int
 ) -> tuple[Task, Path]:
     """The task and the folder of the model, which speaks its tokens."""
-    if config.model:
-        _say_of_model(config, display, rank)
-    if config.data:
+    if start.model:
+        _say_of_model(start, display, rank)
+    if problems.data:
         task = MathTask(
-            config.data,
-            config.eval_data,
-            model_dir=config.model,
-            prompt_field=config.prompt_field,
-            answer_field=config.answer_field,
-            chat_template=config.chat_template,
-            chat_template_kwargs=config.chat_template_kwargs,
-            instruction=config.instruction,
-            max_prompt_tokens=config.max_prompt_tokens,
-            trust_remote_code=config.trust_remote_code,
+            problems.data,
+            problems.eval_data,
+            model_dir=start.model,
+            prompt_field=problems.prompt_field,
+            answer_field=problems.answer_field,
+            chat_template=problems.chat_template,
+            chat_template_kwargs=problems.chat_template_kwargs,
+            instruction=problems.instruction,
+            max_prompt_tokens=problems.max_prompt_tokens,
+            trust_remote_code=start.trust_remote_code,
         )
         for note in task.notes:
             display.say(note)
-        return task, config.model
-    task = ArithmeticTask(config.digits)
-    model_dir = config.model or groups.from_rank_0(
-        _warm_started(config, task, layout, display) if rank == 0 else None
+        return task, start.model
+    task = ArithmeticTask(problems.digits)
+    model_dir = start.model or groups.from_rank_0(
+        _warm_started(start, task, layout, display) if rank == 0 else None
     )
-    task.check_model(Path(model_dir), trust_remote_code=config.trust_remote_code)
+    task.check_model(Path(model_dir), trust_remote_code=start.trust_remote_code)
     return task, Path(model_dir)
 
 
-def _say_of_model(config: TrainConfig, display: Display, rank: int) -> None:
+def _say_of_model(start: StartOptions, display: Display, rank: int) -> None:
     """Say what is to be known of a given model; refuse it before the problems are read."""
-    hf = read_model_config(config.model)
-    with Weights(config.model, tied=is_tied(hf)) as weights:
+    hf = read_model_config(start.model)
+    with Weights(start.model, tied=is_tied(hf)) as weights:
         if note := weights.note():
             display.say(note)
-    if config.trust_remote_code:
-        display.say(f"--trust-remote-code: code of {config.model} is run for its tokenizer")
+    if start.trust_remote_code:
+        display.say(f"--trust-remote-code: code of {start.model} is run for its tokenizer")
         if rank == 0:  # transformers copies the code into a cache: one rank after the other
-            read_tokenizer(config.model, trust_remote_code=True)
+            read_tokenizer(start.model, trust_remote_code=True)
         groups.from_rank_0(None)
 
 
-def _warm_started(config: TrainConfig, task: ArithmeticTask, layout: Layout, display: Display):
-    model = config.tiny.hugging_face()
+def _warm_started(start: StartOptions, task: ArithmeticTask, layout: Layout, display: Display):
+    model, cache_dir = start.tiny.hugging_face(), start.cache_dir
     layout.check_model(model)
     try:
-        config.cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the cache folder {config.cache_dir} cannot be made ({error.strerror}): choose "
-            "another --cache-dir."
+            f"the cache folder {cache_dir} cannot be made ({error.strerror}): choose another "
+            "--cache-dir."
         ) from None
     return warm_start(
-        task, model, settings=config.warm_start, cache_dir=config.cache_dir, progress=display.say
+        task, model, settings=start.warm_start, cache_dir=cache_dir, progress=display.say
     )

@@ -25,16 +25,18 @@ def test_options_of_a_run():
     assert given["optimizer"] == {"lr": 2e-3, "clip_grad": 0.5}  # the arm's over the base's
     assert given["warm_start"] == {"seed": 1} and given["seed"] == 1
     config = plan.config(Run(arm="up", seed=1))
-    assert (config.loss, config.seed, config.warm_start.seed) == ("up-grpo", 1, 1)
-    assert (config.optimizer.lr, config.optimizer.clip_grad, config.report) == (2e-3, 0.5, False)
+    assert (config.objective.loss, config.run.seed) == ("up-grpo", 1)
+    assert config.start.warm_start.seed == 1 and not config.log.report
+    optimizer = config.trainer.optimizer
+    assert (optimizer.lr, optimizer.clip_grad) == (2e-3, 0.5)
 
 
 def test_a_chosen_learning_rate_wins():
     plan = from_values(VALUES | {"learning_rates": RATES})
     config = plan.config(Run(arm="up", seed=1, lr=5e-4))
-    assert config.optimizer.lr == 5e-4 and config.steps == 4
+    assert config.trainer.optimizer.lr == 5e-4 and config.run.steps == 4
     tuning = plan.config(plan.tuning()[0])
-    assert tuning.steps == 2 and tuning.seed == 7 and tuning.eval_problems == 1
+    assert (tuning.run.steps, tuning.run.seed, tuning.evaluation.eval_problems) == (2, 7, 1)
 
 
 def test_rates_without_a_dot_are_words_in_yaml():

@@ -15,8 +15,8 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.weights import load_weights, write_checkpoint
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from tests.hugging_face.made import with_stale_files
 from tests.tasks.words import save_words
 
@@ -144,9 +144,9 @@ def test_what_cannot_be_copied_is_said_by_plan_and_at_the_start(cluttered, tmp_p
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_bytes((cluttered / "config.json").read_bytes())
-    make_plan(PlanConfig(model=folder, gpus_per_node=2))
+    make_plan(PlanConfig.of(model=folder, gpus_per_node=2))
     (folder / "tokenizer.json").symlink_to(folder / "gone")
-    for read in (side_files, lambda path: make_plan(PlanConfig(model=path, gpus_per_node=2))):
+    for read in (side_files, lambda path: make_plan(PlanConfig.of(model=path, gpus_per_node=2))):
         with pytest.raises(UserError, match=r"tokenizer\.json cannot be read \(No such file"):
             read(folder)
 

@@ -23,9 +23,9 @@ from moe_upgrpo.rollout import sglang
 from moe_upgrpo.rollout.checkpoint import ModelFolder
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.tasks import ArithmeticTask, MathTask
-from moe_upgrpo.train.config import TinyModel
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
+from moe_upgrpo.train.tiny import TinyModel
 from tests.hugging_face.made import INDEX, sharded, with_stale_files
 
 TENSOR = "model.layers.1.self_attn.q_proj.weight"
@@ -259,7 +259,7 @@ READERS = {
     "engine": HFEngine,
     "engines of others": ModelFolder.read,
     "tokenizer": read_tokenizer,
-    "plan": lambda path: make_plan(PlanConfig(model=path, gpus_per_node=1)),
+    "plan": lambda path: make_plan(PlanConfig.of(model=path, gpus_per_node=1)),
     "stand-in": lambda path: TinyModel(like=path).hugging_face(),
     "arithmetic": lambda path: ArithmeticTask().check_model(path),
     "problems": lambda path: MathTask([], model_dir=path),

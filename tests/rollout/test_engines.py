@@ -68,7 +68,7 @@ def test_a_cache_setting_is_read_and_changed():
 
 
 def test_a_new_engine_is_a_record(monkeypatch):
-    """`plan` and `doctor` with it: tests/train/test_plan.py, tests/test_doctor.py."""
+    """`plan` and `doctor` with it: tests/tools."""
     made = EngineRecord(title="Mine", make=lambda folder, **given: (folder, given), takes_url=True)
     monkeypatch.setitem(ENGINES, "mine", made)
     folder, given = make_engine(

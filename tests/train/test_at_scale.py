@@ -29,9 +29,10 @@ from moe_upgrpo.stats.power import paired_test
 from moe_upgrpo.store import RunFolder, read_evaluations, read_metrics
 from moe_upgrpo.tasks import ArithmeticTask
 from moe_upgrpo.tasks.files import read_problems
-from moe_upgrpo.train.config import TinyModel, options
-from moe_upgrpo.train.plan import check_fits, make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan import check_fits, make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
+from moe_upgrpo.train.options import mapping_arguments
+from moe_upgrpo.train.tiny import TinyModel
 from moe_upgrpo.train.warm_start import WarmStartConfig, warm_start
 from tests.ranks import run_command
 from tests.train.test_launch import ROOT, launch
@@ -54,9 +55,10 @@ def test_the_plans_are_those_of_the_six_losses_and_fit(name, monkeypatch):
     runs = [*plan.tuning(), *plan.runs(dict.fromkeys(ARMS, 1e-6))]
     assert len({run.key for run in runs}) == 6 * 3 + 6 * 5
     assert plan.base["minibatches"] * plan.base.get("epochs", 1) == 16
-    words = [*options(plan.options(runs[-1])), "--server-gb", str(AT_SCALE[name])]
+    words = [*mapping_arguments(plan.options(runs[-1])), "--server-gb", str(AT_SCALE[name])]
     config = tyro.cli(PlanConfig, args=words)
-    assert (config.loss, config.seed, config.optimizer.lr) == ("up-tic", 4, 1e-6)
+    assert (config.objective.loss, config.run.seed) == ("up-tic", 4)
+    assert config.trainer.optimizer.lr == 1e-6
     check_fits(make_plan(config))
 
 

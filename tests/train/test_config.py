@@ -1,6 +1,8 @@
 """Options that the command line and the config file accept, and their words where they do not."""
 
+import json
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,12 @@ import tyro
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.settings import OptimizerSettings
-from moe_upgrpo.train.config import (
-    TinyModel,
-    TrainConfig,
-    check_supported,
-    file_arguments,
-    named,
-)
+from moe_upgrpo.tools.plan_options import PlanConfig
+from moe_upgrpo.train.command_line import parsed
+from moe_upgrpo.train.config import OPTIONS, TrainConfig
+from moe_upgrpo.train.options import check_supported, file_arguments, named
+from moe_upgrpo.train.parts import LogOptions
+from moe_upgrpo.train.tiny import TinyModel
 
 
 def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_path):
@@ -24,9 +25,68 @@ def test_a_file_says_what_the_command_line_says_and_the_command_line_wins(tmp_pa
         "loss: up-gspo\nsteps: 7\nreference_kl: false\noptimizer:\n  lr: 3.0e-4\n  clip-grad: 0\n"
     )
     config = tyro.cli(TrainConfig, args=[*file_arguments(file), "--steps", "9"])
-    assert (config.loss, config.steps, config.reference_kl) == ("up-gspo", 9, False)
-    assert (config.optimizer.lr, config.optimizer.clip_grad) == (3e-4, 0)
-    assert config.group == TrainConfig().group
+    optimizer = OptimizerSettings(lr=3e-4, clip_grad=0)
+    given = dict(loss="up-gspo", steps=9, reference_kl=False, optimizer=optimizer)
+    assert config == TrainConfig.of(**given)
+    assert config.flat() == TrainConfig().flat() | given | {"optimizer": asdict(optimizer)}
+
+
+# As older runs have them in config.json, and scripts on their command lines.
+NAMES = {
+    "config", "loss", "correction", "old_log_probs", "steps", "seed", "output_dir", "resume",
+    "restart", "timeout", "stop_within", "track", "save_every", "keep", "save_rollouts",
+    "load_rollouts", "model", "trust_remote_code", "digits", "tiny", "warm_start", "cache_dir",
+    "data", "eval_data", "prompt_field", "answer_field", "chat_template",
+    "chat_template_kwargs", "instruction", "max_prompt_tokens", "engine", "engine_url", "vllm",
+    "engine_dtype", "engine_weights", "engine_every", "dtype", "tp", "ep", "etp", "pp", "vpp",
+    "dispatcher", "recompute", "megatron", "prompts", "group", "minibatches", "epochs",
+    "micro_batch", "deterministic", "overlap", "temperature", "max_new_tokens", "reward_wrong",
+    "false_positives", "overlong_buffer", "overlong_penalty", "max_refills", "advantage",
+    "replay", "analyse_every", "token_log", "token_log_share", "optimizer", "eval_every",
+    "eval_samples", "eval_problems", "reference_kl", "report",
+}  # fmt: skip
+
+
+def test_every_option_keeps_its_name_in_one_part_of_the_config():
+    config, parts = TrainConfig(), fields(TrainConfig)
+    declared = [option.name for part in parts for option in fields(getattr(config, part.name))]
+    assert len(declared) == len({*declared}) and NAMES <= {*declared} == OPTIONS.keys()
+    assert not {part.name for part in parts} & {*declared}
+    assert list(config.flat()) == declared
+    json.dumps(config.flat(), default=str)
+
+
+def test_a_copy_with_other_values_of_options_in_two_parts():
+    config = TrainConfig.of(steps=7, group=2)
+    other = config.but(steps=8, prompts=4)
+    assert (config.run.steps, config.batch.group, config.batch.prompts) == (7, 2, 32)
+    assert (other.run.steps, other.batch.group, other.batch.prompts) == (8, 2, 4)
+    with pytest.raises(TypeError, match="stepps"):
+        config.but(stepps=8)
+    with pytest.raises(UserError, match="steps=0"):
+        config.but(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--steps 0", "steps=0: at least 1 is needed"),
+        ("--engine-every 2", "engine_every=2 with overlap or analyse_every=20: the weights that "
+         "sampled are not kept. Give --no-overlap and --analyse-every 0"),
+        ("--tiny.layers 0", "tiny.layers=0: at least 1 is needed"),
+        ("--optimizer.lr -1", "optimizer: lr=-1.0: a number of at least 0 is needed"),
+        ("--correction.weight x", "correction: correction.weight: 'x' given; allowed: none, "
+         "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop"),
+        ("--eval-samples x", "--eval-samples: invalid literal for int() with base 10: 'x'; "
+         "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
+         "4)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cls", [TrainConfig, PlanConfig])
+def test_a_mistake_on_the_command_line_is_named_as_it_is_typed(cls, words, said):
+    with pytest.raises(UserError) as error:
+        parsed(cls, words.split(), "prog")
+    assert str(error.value) == f"{said}. All options: prog --help"
 
 
 @pytest.mark.parametrize(
@@ -115,15 +175,16 @@ def test_the_recipes_that_are_shipped():
     recipe = Path(__file__).parents[2] / "examples/configs/dapo.yaml"
     needed = ["--model", "model", "--data", "a.jsonl", "b.parquet"]
     config = tyro.cli(TrainConfig, args=[*file_arguments(recipe), *needed])
-    assert config.data == (Path("a.jsonl"), Path("b.parquet"))
-    loss = PolicyLossConfig.preset(config.loss)
+    assert config.problems.data == (Path("a.jsonl"), Path("b.parquet"))
+    loss = PolicyLossConfig.preset(config.objective.loss)
     # The numbers of the paper: section 4.1 and verl's script.
     assert (loss.clip_low, loss.clip_high, loss.dual_clip) == (0.2, 0.28, 10)
     assert loss.aggregation == "token-mean"
-    assert (config.prompts, config.group, config.prompts // config.minibatches) == (512, 16, 32)
-    assert (config.max_new_tokens, config.overlong_buffer) == (20 * 1024, 4 * 1024)
-    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.1)
-    assert config.optimizer.warmup_steps == 10 * config.minibatches * config.epochs
+    batch, optimizer = config.batch, config.trainer.optimizer
+    assert (batch.prompts, batch.group, batch.prompts // batch.minibatches) == (512, 16, 32)
+    assert (config.rollouts.max_new_tokens, config.reward.overlong_buffer) == (20 * 1024, 4 * 1024)
+    assert (optimizer.lr, optimizer.weight_decay) == (1e-6, 0.1)
+    assert optimizer.warmup_steps == 10 * batch.optimizer_steps
     config.layout(8)
 
 
@@ -175,7 +236,7 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
 )
 def test_values_that_cannot_be(options, words):
     with pytest.raises(UserError, match=words):
-        TrainConfig(**options)
+        TrainConfig.of(**options)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +249,9 @@ def test_values_that_cannot_be(options, words):
         (TinyModel, {"layers": 0}, "tiny.layers=0"),
         (TinyModel, {"top_k": 9}, "tiny.top_k=9"),
         (TinyModel, {"experts": -1}, "tiny.experts=-1"),
-        (TrainConfig, {"token_log": "sampled"}, "token_log_share=1.0"),
-        (TrainConfig, {"token_log_share": 0.5}, "token_log='full'"),
-        (TrainConfig, {"token_log": "sampled", "token_log_share": 1.5}, "token_log_share=1.5"),
+        (LogOptions, {"token_log": "sampled"}, "token_log_share=1.0"),
+        (LogOptions, {"token_log_share": 0.5}, "token_log='full'"),
+        (LogOptions, {"token_log": "sampled", "token_log_share": 1.5}, "token_log_share=1.5"),
     ],
 )
 def test_parts_that_cannot_be(cls, options, words):
@@ -208,4 +269,4 @@ def test_parts_that_cannot_be(cls, options, words):
 )
 def test_batches_and_ranks_that_do_not_divide(options, world_size, words):
     with pytest.raises(UserError, match=words):
-        TrainConfig(**options).layout(world_size)
+        TrainConfig.of(**options).layout(world_size)

@@ -16,7 +16,8 @@ from moe_upgrpo.rollout.cache import load_rollouts
 from moe_upgrpo.store import read_config, read_evaluations, read_metrics, read_tokens
 from moe_upgrpo.store.metrics import metric
 from moe_upgrpo.tasks import MathTask, arithmetic
-from moe_upgrpo.train.config import TrainConfig, changes, run_arguments
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.options import changes, run_arguments
 from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.train.test_launch import job
 
@@ -123,7 +124,7 @@ def test_that_code_may_be_run_is_said_and_not_inherited(run):
     assert "--trust-remote-code: code of " in output
     assert read_config(folder)["trust_remote_code"] is True
     assert not any("trust-remote-code" in word for word in run_arguments(folder))
-    again = TrainConfig(resume=folder)
+    again = TrainConfig.of(resume=folder)
     assert "trust_remote_code" not in changes({"trust_remote_code": True}, again)
 
 

@@ -8,11 +8,12 @@ import tyro
 from moe_upgrpo import cli
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import RunFolder
+from moe_upgrpo.tools.plan import make_plan
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.checks import check_start
-from moe_upgrpo.train.config import TrainConfig, changes, file_arguments, run_arguments
+from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.options import changes, file_arguments, run_arguments
 from moe_upgrpo.train.passed_words import folded
-from moe_upgrpo.train.plan import make_plan
-from moe_upgrpo.train.plan_options import PlanConfig
 
 SMALL = Path(__file__).parents[2] / "examples/configs/models/qwen3-30b-a3b"
 
@@ -32,8 +33,8 @@ def parsed(words: list[str]) -> TrainConfig:
 )  # fmt: skip
 def test_both_ways_of_writing_mean_the_same_and_the_last_value_wins(words):
     config = parsed(["--steps", "3", *words, "--prompts", "64"])
-    assert config.megatron == {"overlap_grad_reduce": "true", "bucket_size": "4000"}
-    assert (config.steps, config.prompts) == (3, 64)
+    assert config.trainer.megatron == {"overlap_grad_reduce": "true", "bucket_size": "4000"}
+    assert (config.run.steps, config.batch.prompts) == (3, 64)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_both_ways_of_writing_mean_the_same_and_the_last_value_wins(words):
      ("FALSE", "false"), (".5", "0.5"), ("a: b: c", "a: b: c")],
 )  # fmt: skip
 def test_a_value_is_kept_as_yaml_reads_it(value, text):
-    assert parsed([f"--megatron.x={value}"]).megatron == {"x": text}
+    assert parsed([f"--megatron.x={value}"]).trainer.megatron == {"x": text}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_file_says_the_same_and_the_command_line_wins(tmp_path):
         "  offload_modules: [core_attn]\n"
     )
     config = parsed(["--config", str(file), "--megatron.bucket_size", "10"])
-    assert config.megatron == {
+    assert config.trainer.megatron == {
         "overlap_grad_reduce": "false",
         "bucket_size": "10",
         "offload_modules": '["core_attn"]',
@@ -83,7 +84,7 @@ def test_a_file_says_the_same_and_the_command_line_wins(tmp_path):
 def test_a_resumed_run_has_them_and_may_change_those_about_memory_alone(tmp_path):
     given = {"overlap_grad_reduce": "true", "grad_reduce_in_fp32": "false"}
     run = RunFolder.create(tmp_path / "run", {"megatron": given, "steps": 9, "keep": 3})
-    assert parsed(run_arguments(run.path)).megatron == given
+    assert parsed(run_arguments(run.path)).trainer.megatron == given
     resumed = ["--resume", str(run.path)]
     config = parsed([*resumed, "--megatron.overlap_grad_reduce", "false"])
     stored = {"megatron": given, "steps": 9, "keep": 3}
@@ -98,8 +99,8 @@ def test_a_resumed_run_has_them_and_may_change_those_about_memory_alone(tmp_path
 @pytest.mark.parametrize("world_size", [None, 2])
 def test_before_any_rank_starts_they_are_checked(world_size):
     with pytest.raises(UserError, match=r"--megatron.bucket_sise: .* nearest is bucket_size"):
-        check_start(TrainConfig(megatron={"bucket_sise": "1"}), world_size)
-    check_start(TrainConfig(megatron={"bucket_size": "100"}), world_size)
+        check_start(TrainConfig.of(megatron={"bucket_sise": "1"}), world_size)
+    check_start(TrainConfig.of(megatron={"bucket_size": "100"}), world_size)
 
 
 def test_plan_takes_what_needs_a_gpu_and_counts_what_the_host_holds():
@@ -107,14 +108,14 @@ def test_plan_takes_what_needs_a_gpu_and_counts_what_the_host_holds():
         model=SMALL, data=("a.jsonl",), max_prompt_tokens=100, max_new_tokens=100, tp=2, ep=8,
         dtype="bfloat16", engine="vllm", engine_url="http://host:1",
     )  # fmt: skip
-    plain = make_plan(PlanConfig(**options)).fullest.held["optimizer"]
+    plain = make_plan(PlanConfig.of(**options)).fullest.held["optimizer"]
     half = {"optimizer_cpu_offload": "true", "optimizer_offload_fraction": "0.5"}
     for given, share in ((half, 0.5), ({"optimizer_cpu_offload": "true"}, 0), ({"fp8": "e4m3"}, 1)):
-        plan = make_plan(PlanConfig(**options, megatron=given))
+        plan = make_plan(PlanConfig.of(**options, megatron=given))
         assert plan.fullest.held["optimizer"] == pytest.approx(share * plain) and plain > 1e9
         assert ("optimizer offload" in dict(plan.assumptions)) == (share < 1)
     with pytest.raises(UserError, match=r"--megatron.hidden_size: refused"):
-        make_plan(PlanConfig(**options, megatron={"hidden_size": "1"}))
+        make_plan(PlanConfig.of(**options, megatron={"hidden_size": "1"}))
 
 
 def test_help_names_the_way(capsys):

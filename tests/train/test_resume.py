@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +38,11 @@ from moe_upgrpo.store import (
 )
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 from moe_upgrpo.train import resume, start
-from moe_upgrpo.train.config import MAY_CHANGE, TinyModel, TrainConfig, changes, run_arguments
-from moe_upgrpo.train.config import options as file_options
+from moe_upgrpo.train.config import OPTIONS, TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
+from moe_upgrpo.train.options import MAY_CHANGE, changes, mapping_arguments, run_arguments
 from moe_upgrpo.train.progress import Display
+from moe_upgrpo.train.tiny import TinyModel
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at, kill_at_call
@@ -454,7 +454,7 @@ def test_a_checkpoint_of_another_model(whole, tiny_checkpoint):
             resume.load(found, actor, None)
 
 
-OTHERS = TrainConfig(
+OTHERS = TrainConfig.of(
     loss="up-gspo",
     seed=7,
     instruction="-- Think:\n- step by step",
@@ -474,30 +474,30 @@ OTHERS = TrainConfig(
 @pytest.mark.parametrize("config", [TrainConfig(), OTHERS], ids=["defaults", "others"])
 def test_the_settings_of_a_run_come_back_from_its_folder(config, tmp_path):
     """The model's path apart, which config.json has in the place of None."""
-    run = RunFolder.create(tmp_path / "run", asdict(config) | {"layout": "TP2·EP2", "top_k": 2})
+    run = RunFolder.create(tmp_path / "run", config.flat() | {"layout": "TP2·EP2", "top_k": 2})
     arguments = [*run_arguments(run.path), "--resume", str(run.path)]
     resumed = tyro.cli(TrainConfig, args=arguments)
-    assert resumed == replace(config, resume=run.path)
+    assert resumed == config.but(resume=run.path)
     assert changes(read_config(run.path), resumed) == {}
 
 
 def test_settings_that_a_run_did_not_know_had_their_defaults():
     """Its config.json was written before they were there."""
-    stored = json.loads(json.dumps(asdict(TrainConfig()), default=str))
+    stored = json.loads(json.dumps(TrainConfig().flat(), default=str))
     del stored["replay"], stored["optimizer"]["beta2"], stored["keep"]
-    now = TrainConfig(resume=Path("runs/a"))
+    now = TrainConfig.of(resume=Path("runs/a"))
     assert changes(stored, now) == {}
-    assert changes(stored, replace(now, keep=5)) == {"keep": [2, 5]}
+    assert changes(stored, now.but(keep=5)) == {"keep": [2, 5]}
     with pytest.raises(UserError, match="replay was none, now R3"):
-        changes(stored, replace(now, replay="R3"))
+        changes(stored, now.but(replay="R3"))
     with pytest.raises(UserError, match="continued in its own folder"):
-        changes(stored, replace(now, output_dir=Path("runs/b")))
-    assert changes(stored, replace(now, output_dir=Path("runs/../runs/a"))) == {}
+        changes(stored, now.but(output_dir=Path("runs/b")))
+    assert changes(stored, now.but(output_dir=Path("runs/../runs/a"))) == {}
 
 
-@pytest.mark.parametrize("name", [*MAY_CHANGE, *vars(OTHERS)])
+@pytest.mark.parametrize("name", [*MAY_CHANGE, *OTHERS.flat()])
 def test_every_setting_may_or_may_not_change(name):
-    assert name in {field.name for field in fields(TrainConfig)}
+    assert name in OPTIONS
     science = ("loss", "seed", "model", "data", "optimizer", "prompts", "group", "engine", "dtype")
     assert not (name in MAY_CHANGE and name in science)
 
@@ -566,9 +566,9 @@ def test_restart_is_for_a_run_without_a_state(whole):
     with pytest.raises(UserError, match=r"--restart begins .*state-000004 is one\. Leave"):
         find(RunFolder(whole), steps=9, restart=True)
     with pytest.raises(UserError, match="restart without resume"):
-        TrainConfig(restart=True)
+        TrainConfig.of(restart=True)
     with pytest.raises(UserError, match="an option of the command line only"):
-        file_options({"restart": True})
+        mapping_arguments({"restart": True})
 
 
 def test_a_run_whose_states_were_removed(whole, tmp_path):

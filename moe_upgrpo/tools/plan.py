@@ -8,7 +8,7 @@ allows. GB are 1e9 bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from moe_upgrpo.rollout.engines import ENGINES, with_servers
 from moe_upgrpo.routing.codec import set_bytes
 from moe_upgrpo.store.schema import COLUMNS
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.tiny import TinyModel
 
 GB = 1e9
@@ -87,16 +87,17 @@ class Plan:
 
 def make_plan(config: PlanConfig) -> Plan:
     """The plan of a config; UserError where the run would be refused or nothing can be said."""
+    start, trainer = config.start, config.trainer
     layout = config.layout(config.ranks)
-    hf = _model_config(config.model or config.tiny)
+    hf = _model_config(start.model or start.tiny)
     layout.check_model(hf)
-    if config.megatron:
+    if trainer.megatron:
         from moe_upgrpo.megatron import passthrough  # slow: it imports Megatron
 
-        passed = passthrough.read(config.megatron, here=False)
-        passthrough.check_optimizer(passed, config.optimizer)
-    if config.model:
-        try_export(hf, side_files(config.model), None)
+        passed = passthrough.read(trainer.megatron, here=False)
+        passthrough.check_optimizer(passed, trainer.optimizer)
+    if start.model:
+        try_export(hf, side_files(start.model), None)
     model = Sizes.of(hf)
     prompt_tokens, new_tokens = _lengths(config)
     length = -(-(prompt_tokens + new_tokens) // layout.tp) * layout.tp
@@ -106,9 +107,9 @@ def make_plan(config: PlanConfig) -> Plan:
             f"max_position_embeddings={hf.max_position_embeddings}. Lower max_new_tokens."
         )
     sequences = _sequences(config, layout)
-    in_update = sequences // config.minibatches
-    update = MicroBatch(sequences=min(config.micro_batch, in_update), length=length)
-    score = MicroBatch(sequences=min(config.micro_batch, sequences), length=length)
+    in_update = sequences // config.batch.minibatches
+    update = MicroBatch(sequences=min(trainer.micro_batch, in_update), length=length)
+    score = MicroBatch(sequences=min(trainer.micro_batch, sequences), length=length)
     _check_engine(config)
     of_stage = config.ranks // layout.pp
     made = [
@@ -137,12 +138,12 @@ def make_plan(config: PlanConfig) -> Plan:
 
 def _sequences(config: PlanConfig, layout: Layout) -> int:
     """Sequences of one copy of the model, in a step."""
-    return config.prompts * config.group // layout.data_parallel(config.ranks)
+    return config.batch.sequences // layout.data_parallel(config.ranks)
 
 
 def _stages(config: PlanConfig, layout: Layout) -> list[Stage]:
-    model = config.model or config.tiny
-    return _built(model, layout, config.ranks, config.dtype)
+    model = config.start.model or config.start.tiny
+    return _built(model, layout, config.ranks, config.trainer.dtype)
 
 
 @cache
@@ -158,30 +159,32 @@ def _model_config(model: Path | TinyModel) -> PretrainedConfig:
 
 def _lengths(config: PlanConfig) -> tuple[int, int]:
     """Tokens of the longest prompt and of the longest response."""
-    if getattr(config, "data", ()):
-        for name in ("max_prompt_tokens", "max_new_tokens"):
-            if getattr(config, name) is None:
-                raise UserError(
-                    f"{name} is not given: without it nobody knows how long sequences get, and "
-                    f"how much memory they need. Give --{name.replace('_', '-')}."
-                )
-        return config.max_prompt_tokens, config.max_new_tokens
-    task = ArithmeticTask(config.digits)
-    return task.max_prompt_tokens, config.max_new_tokens or task.max_response_tokens
+    problems, longest = config.problems, config.rollouts.max_new_tokens
+    if problems.data:
+        if problems.max_prompt_tokens is None:
+            raise UserError(
+                "max_prompt_tokens is not given: without it nobody knows how long sequences get, "
+                "and how much memory they need. Give --max-prompt-tokens."
+            )
+        return problems.max_prompt_tokens, longest
+    task = ArithmeticTask(problems.digits)
+    return task.max_prompt_tokens, longest or task.max_response_tokens
 
 
 def _in_process(config: PlanConfig) -> bool:
     """Whether each rank has an engine, and a copy of the model in it, of its own."""
-    place = ENGINES[config.engine].place(config.engine_url)
-    return config.load_rollouts is None and place == "each rank"
+    rollouts = config.rollouts
+    place = ENGINES[rollouts.engine].place(rollouts.engine_url)
+    return rollouts.load_rollouts is None and place == "each rank"
 
 
 def _check_engine(config: PlanConfig) -> None:
-    engine = ENGINES[config.engine]
-    started_here = engine.place(config.engine_url) == "a server started here"
-    if started_here and config.load_rollouts is None and not config.server_gb:
+    rollouts = config.rollouts
+    engine = ENGINES[rollouts.engine]
+    started_here = engine.place(rollouts.engine_url) == "a server started here"
+    if started_here and rollouts.load_rollouts is None and not config.server_gb:
         raise UserError(
-            f"engine={config.engine} without engine_url: rank 0 would start the server on a GPU of "
+            f"engine={rollouts.engine} without engine_url: rank 0 would start the server on a GPU of "
             f"the trainer, where {engine.title} takes most of the memory unless told otherwise. "
             "Start it yourself and give --engine-url; where it shares these GPUs, give --server-gb "
             "too."
@@ -189,19 +192,20 @@ def _check_engine(config: PlanConfig) -> None:
 
 
 def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length: int) -> Bytes:
+    trainer, rollouts = config.trainer, config.rollouts
     held = memory.weights(
-        stage, layout, config.ranks, dtype=config.dtype, algorithm=config.optimizer.algorithm
+        stage, layout, config.ranks, dtype=trainer.dtype, algorithm=trainer.optimizer.algorithm
     )
     held["optimizer"] *= 1 - _offloaded(config)
-    copy = memory.DTYPE_BYTES[config.dtype] * stage.parameters
-    if config.reference_kl:
+    copy = memory.DTYPE_BYTES[trainer.dtype] * stage.parameters
+    if config.log.reference_kl:
         held["reference model"] = copy
-    if config.overlap and config.analyse_every:
+    if rollouts.overlap and config.log.analyse_every:
         held["policy one step behind"] = copy
     if _in_process(config):
-        width = memory.DTYPE_BYTES[config.engine_dtype]
+        width = memory.DTYPE_BYTES[rollouts.engine_dtype]
         held["engine: model"] = width * memory.model_parameters(model)
-        if cache_gib := ENGINES[config.engine].cache_gib(config):
+        if cache_gib := ENGINES[rollouts.engine].cache_gib(rollouts):
             held["engine: cache"] = cache_gib * 2**30
     if config.server_gb:
         held["engine: server"] = config.server_gb * GB
@@ -210,9 +214,10 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
 
 def _offloaded(config: PlanConfig) -> float:
     """The share of the optimizer's state that the host holds."""
-    if config.megatron.get("optimizer_cpu_offload") != "true":
+    passed = config.trainer.megatron
+    if passed.get("optimizer_cpu_offload") != "true":
         return 0.0
-    return float(config.megatron.get("optimizer_offload_fraction", 1))
+    return float(passed.get("optimizer_offload_fraction", 1))
 
 
 def _moments(
@@ -225,8 +230,8 @@ def _moments(
     length: int,
 ) -> dict[str, Bytes]:
     """Bytes that come on top of what is held, at each moment of a step."""
-    given = dict(dtype=config.dtype)
-    old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
+    trainer, rollouts = config.trainer, config.rollouts
+    given = dict(dtype=trainer.dtype)
     sequences = _sequences(config, layout)
     moments = {}
 
@@ -242,10 +247,10 @@ def _moments(
         largest = max(options, key=options.get)
         return {largest: options[largest]}
 
-    engine = ENGINES[config.engine]
+    engine = ENGINES[rollouts.engine]
     if _in_process(config) and engine.in_flight is not None:
-        in_flight = min(engine.in_flight, config.prompts * config.group // config.ranks)
-        width = memory.DTYPE_BYTES[config.engine_dtype]
+        in_flight = min(engine.in_flight, config.batch.sequences // config.ranks)
+        width = memory.DTYPE_BYTES[rollouts.engine_dtype]
         cache_bytes = 2 * model.layers * model.kv_heads * model.head * width * in_flight * length
         moments["generation"] = {"engine: cache": cache_bytes * (1 + 1 / model.layers)}
     moments["old log-probs"] = computing(score, "score")
@@ -254,34 +259,39 @@ def _moments(
         layout,
         stage,
         update,
-        recompute=config.recompute,
-        micro_batches=-(-sequences // config.minibatches // update.sequences),
+        recompute=trainer.recompute,
+        micro_batches=-(-sequences // config.batch.minibatches // update.sequences),
         imbalance=config.imbalance,
         **given,
-    ) | computing(update, "recorded update" if old_from_update else "update")
+    ) | computing(update, "recorded update" if _old_from_update(config) else "update")
     if stage.moe_layers:
         # Pickled, and over NCCL: what is sent, and that of every rank of the copy.
         each = memory.traces(model, layout, tokens=sequences * length, layers=stage.moe_layers)
         moments["routes gathered"] = {"routes and margins": each * (1 + layout.tp * layout.pp)}
     if _in_process(config):
-        whole = memory.DTYPE_BYTES[config.dtype] * memory.model_parameters(model)
+        whole = memory.DTYPE_BYTES[trainer.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
-        if engine.copies_to_cast and config.engine_dtype != config.dtype:
-            width = memory.DTYPE_BYTES[config.engine_dtype]
+        if engine.copies_to_cast and rollouts.engine_dtype != trainer.dtype:
+            width = memory.DTYPE_BYTES[rollouts.engine_dtype]
             moments["weights to the engine"]["engine's next model"] = (
                 width * memory.model_parameters(model)
             )
-    elif config.load_rollouts is None:
+    elif rollouts.load_rollouts is None:
         moments["weights to the engine"] = {"one layer": memory.gathered_layer(model, **given)}
     return moments
 
 
+def _old_from_update(config: PlanConfig) -> bool:
+    """Whether the update's only forward is the old policy's too, as `Learner` has it."""
+    return config.objective.replay == "none" and config.batch.optimizer_steps == 1
+
+
 def _passes(config: PlanConfig) -> tuple[int, int]:
     """Forward and backward passes of each token in a step; without the analyses."""
-    old_from_update = config.replay == "none" and config.minibatches * config.epochs == 1
-    before = (not old_from_update) + (config.replay == "R3") + config.reference_kl
-    again = 2 if config.recompute == "full" else 1
-    return before + again * config.epochs, config.epochs
+    held = config.objective.replay == "R3"
+    before = (not _old_from_update(config)) + held + config.log.reference_kl
+    again = 2 if config.trainer.recompute == "full" else 1
+    return before + again * config.batch.epochs, config.batch.epochs
 
 
 def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens: int) -> Bytes:
@@ -292,12 +302,12 @@ def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens
         stage,
         config.ranks,
         tokens=tokens,
-        dtype=config.dtype,
+        dtype=config.trainer.dtype,
         forwards=forwards,
         backwards=backwards,
-        optimizer_steps=config.minibatches * config.epochs,
+        optimizer_steps=config.batch.optimizer_steps,
     )
-    if config.load_rollouts is not None:
+    if config.rollouts.load_rollouts is not None:
         del sent["engine"]
     return {name: size for name, size in sent.items() if size}
 
@@ -310,23 +320,24 @@ def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Byte
         tokens = _sequences(config, layout) * length * layout.tp
         each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
-    to_server = config.load_rollouts is None and not _in_process(config)
-    if to_server and ENGINES[config.engine].update_on_host:
-        width = memory.DTYPE_BYTES[config.dtype]
+    rollouts = config.rollouts
+    to_server = rollouts.load_rollouts is None and not _in_process(config)
+    if to_server and ENGINES[rollouts.engine].update_on_host:
+        width = memory.DTYPE_BYTES[config.trainer.dtype]
         host["weights for the server, rank 0"] = width * memory.model_parameters(model)
     return host
 
 
 def _logged(config: PlanConfig, model: Sizes, length: int, new_tokens: int) -> Bytes:
     """Bytes of routes and token rows of an RL step, over all ranks, before compression."""
-    sequences = config.prompts * config.group
+    log, sequences = config.log, config.batch.sequences
     logged: Bytes = {}
     if model.moe_layers:
         ids = sequences * (length - 1) * model.moe_layers * model.top_k
         width = 1 if model.experts <= 256 else 2
         logged["routes from the engine, in memory"] = width * ids
         logged["routes of the trainer, in memory"] = 2 * ids
-    share = {"full": 1.0, "sampled": config.token_log_share, "aggregate": 0.0}[config.token_log]
+    share = {"full": 1.0, "sampled": log.token_log_share, "aggregate": 0.0}[log.token_log]
     rows = sequences * new_tokens * share
     columns = sum(FIXED_WIDTH.get(column.type, 0) for column in COLUMNS.values())
     logged["token log: numbers"] = rows * columns
@@ -338,7 +349,7 @@ def _logged(config: PlanConfig, model: Sizes, length: int, new_tokens: int) -> B
 
 def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterator[tuple[str, str]]:
     fixed, share = RESERVE
-    c = memory.DTYPE_BYTES[config.dtype]
+    c = memory.DTYPE_BYTES[config.trainer.dtype]
     yield (
         "longest case",
         f"every sequence of a micro-batch has prompt and response of full length: "
@@ -378,7 +389,7 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
             "one whole copy of the model in each rank, and the trainer's whole weights once more "
             "while they are handed over; vLLM's own buffers are not counted",
         )
-    elif config.load_rollouts is None:
+    elif config.rollouts.load_rollouts is None:
         yield "engine", f"a server; {config.server_gb:g} GB of each of these GPUs (--server-gb)"
     yield (
         "reserve",
@@ -395,22 +406,22 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
 # What may help, by option; tried one at a time on the same config.
 def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    if config.dtype == "float32":
+    if config.trainer.dtype == "float32":
         found["--dtype bfloat16"] = {"dtype": "bfloat16"}
-    if config.recompute == "none":
+    if config.trainer.recompute == "none":
         found["--recompute full"] = {"recompute": "full"}
-    if config.micro_batch > 1:
+    if config.trainer.micro_batch > 1:
         found["--micro-batch 1"] = {"micro_batch": 1}
-    if config.reference_kl:
+    if config.log.reference_kl:
         found["--no-reference-kl"] = {"reference_kl": False}
     if _in_process(config):
-        engine = ENGINES[config.engine]
-        served = config.engine if engine.takes_url else with_servers()[0]
+        engine = ENGINES[config.rollouts.engine]
+        served = config.rollouts.engine if engine.takes_url else with_servers()[0]
         away = {"engine": served, "engine_url": "http://HOST:PORT"}
         found["a server of the engine on other GPUs (--engine-url)"] = away
-        if engine.cache_gib(config) > 1:
+        if engine.cache_gib(config.rollouts) > 1:
             option = engine.cache_setting.replace("_", "-")
-            found[f"--{option} 1"] = engine.with_cache(config, 1.0)
+            found[f"--{option} 1"] = engine.with_cache(config.rollouts, 1.0)
     layout = config.layout(config.ranks)
     for name in ("tp", "ep", "pp"):
         size = 2 * getattr(layout, name)
@@ -422,7 +433,7 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
 
 def _peak(config: PlanConfig, change: dict[str, Any]) -> float | None:
     try:
-        return make_plan(replace(config, **change)).fullest.peak
+        return make_plan(config.but(**change)).fullest.peak
     except UserError:  # the layout does not divide, say
         return None
 
@@ -461,11 +472,12 @@ def _span(ranks: Sequence[int]) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Print the plan with its assumptions."""
     model, config = plan.model, plan.config
+    name, batch = config.start.model or "tiny model", config.batch
     console.print(
-        f"{config.model or 'tiny model'}: {memory.model_parameters(model) / 1e9:.2f}B parameters, "
+        f"{name}: {memory.model_parameters(model) / 1e9:.2f}B parameters, "
         f"{memory.active_parameters(model) / 1e9:.2f}B of them for a token; {plan.layout} on "
-        f"{config.nodes} x {config.gpus_per_node} GPUs; a step of {config.prompts} x "
-        f"{config.group} sequences of {plan.prompt_tokens} + {plan.new_tokens} tokens at most"
+        f"{config.nodes} x {config.gpus_per_node} GPUs; a step of {batch.prompts} x "
+        f"{batch.group} sequences of {plan.prompt_tokens} + {plan.new_tokens} tokens at most"
     )
     for made in plan.stages:
         stage = made.stage

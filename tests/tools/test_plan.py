@@ -1,11 +1,10 @@
-"""The plan of a run, the configs for eight GPUs, and their stand-in on a CPU.
+"""The plan of a run, and the configs for eight GPUs.
 
-What the arithmetic is held to: tests/megatron/test_plan.py. Not covered: a GPU; the configs
-themselves were not run on any.
+What the arithmetic is held to: tests/megatron/test_plan.py; the configs' stand-in on a CPU:
+tests/train/test_stand_in.py. Not covered: a GPU; the configs themselves were not run on any.
 """
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,22 +16,19 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import memory
 from moe_upgrpo.megatron.memory import Sizes
 from moe_upgrpo.rollout.engines import ENGINES, EngineRecord
-from moe_upgrpo.store import read_config, read_metrics
-from moe_upgrpo.train.config import TinyModel, TrainConfig
-from moe_upgrpo.train.plan import (
+from moe_upgrpo.tools.plan import (
     DoesNotFit,
     check_fits,
     make_plan,
     show,
 )
-from moe_upgrpo.train.plan_options import PlanConfig
+from moe_upgrpo.tools.plan_options import PlanConfig
 from tests.ranks import run_command
-from tests.train.test_launch import ROOT, job
 
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 MOE, DENSE = CONFIGS / "qwen3-30b-a3b.yaml", CONFIGS / "qwen3-14b-base.yaml"
 MOE_80 = CONFIGS / "qwen3-30b-a3b-80gb.yaml"
-STAND_IN = CONFIGS / "stand-in.yaml"
 GB = 1e9
 
 
@@ -140,7 +136,7 @@ def test_what_does_not_fit_is_refused_with_what_would_help(monkeypatch):
     assert "The largest: optimizer 45.8 GB" in message
     # The optimizer's share halves on twice the ranks, with the experts on two of them each.
     assert "Enough by itself: " in message and "--nodes 2 (" in message
-    twice = make_plan(replace(config, nodes=2))
+    twice = make_plan(config.but(nodes=2))
     assert f"--nodes 2 ({twice.fullest.peak / GB:.1f} GB)" in message
     check_fits(twice)
 
@@ -155,9 +151,9 @@ def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
     assert plan.fullest.fullest == "weights to the engine"
     # A server elsewhere takes nothing here, and hf keeps keys and values of 64 sequences: 40
     # layers, 8 heads of 128, in bf16, twice, and one layer once more while it grows.
-    away = make_plan(replace(plan.config, engine_url="http://elsewhere:1"))
+    away = make_plan(plan.config.but(engine_url="http://elsewhere:1"))
     assert away.fullest.peak < stage.peak - 60 * GB
-    hf = make_plan(replace(plan.config, engine="hf"))
+    hf = make_plan(plan.config.but(engine="hf"))
     cache = 2 * 40 * 8 * 128 * 2 * 64 * 9216
     assert hf.stages[0].moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
 
@@ -165,18 +161,18 @@ def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
 @pytest.mark.parametrize(("engine", "on_host"), [("vllm", True), ("sglang", False)])
 def test_an_update_of_a_server_may_hold_the_whole_model_on_the_host(engine, on_host, monkeypatch):
     config = planned("--config", DENSE, monkeypatch=monkeypatch)
-    host = make_plan(replace(config, engine=engine, engine_url="http://elsewhere:1")).host
+    host = make_plan(config.but(engine=engine, engine_url="http://elsewhere:1")).host
     held = {"weights for the server, rank 0": 2 * 14_768_307_200}
     assert host == (held if on_host else {})
 
 
 def test_an_engine_is_planned_by_its_record(monkeypatch):
     """A new one, which the plan has never heard of."""
-    config = replace(planned("--config", DENSE, monkeypatch=monkeypatch), engine="new")
+    config = planned("--config", DENSE, monkeypatch=monkeypatch).but(engine="new")
 
     def plan(**traits):
         monkeypatch.setitem(ENGINES, "new", EngineRecord(title="New", make=None, **traits))
-        return make_plan(replace(config, engine_dtype="float32"))
+        return make_plan(config.but(engine_dtype="float32"))
 
     (stage,) = plan(in_flight=3, copies_to_cast=True).stages
     assert stage.held["engine: model"] == 4 * 14_768_307_200 and "engine: cache" not in stage.held
@@ -215,54 +211,16 @@ def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
         ({"model": tmp_path}, "holds no config.json"),
     ):
         with pytest.raises(UserError, match=words):
-            make_plan(replace(base, **change))
+            make_plan(base.but(**change))
     for wrong in ({"imbalance": 0.5}, {"gpu_memory_gb": 0}, {"nodes": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            replace(base, **wrong)
+            base.but(**wrong)
 
 
 def test_the_tiny_model_needs_next_to_nothing():
-    plan = make_plan(PlanConfig(gpus_per_node=2))
+    plan = make_plan(PlanConfig.of(gpus_per_node=2))
     check_fits(plan)
     assert plan.fullest.peak < 0.5 * GB
-
-
-@pytest.mark.parametrize("like", ["qwen3-30b-a3b", "qwen3-14b-base"])
-def test_a_stand_in_has_the_architecture(like):
-    folder = CONFIGS / "models" / like
-    big, small = AutoConfig.from_pretrained(folder), TinyModel(like=folder).hugging_face()
-    same = ("model_type", "tie_word_embeddings", "rms_norm_eps")
-    if big.model_type == "qwen3_moe":
-        same += ("num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step")
-    for name in same:
-        assert getattr(small, name) == getattr(big, name), name
-    ratios = [c.num_attention_heads / c.num_key_value_heads for c in (big, small)]
-    assert ratios[0] == ratios[1]
-    assert memory.model_parameters(Sizes.of(small)) < 2e7
-    assert TrainConfig(tiny=TinyModel(like=folder)).layout(2).ep == (1 if like[6:9] == "14b" else 2)
-
-
-def test_a_stand_in_of_another_family_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    with pytest.raises(UserError, match="'mixtral' model"):
-        TinyModel(like=tmp_path).hugging_face()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [MOE, DENSE], ids=lambda path: path.stem)
-def test_a_config_runs_on_a_cpu_with_its_stand_in(config: Path, tmp_path, cache):
-    cache = cache / "stand-in"
-    words = ("--config", str(config), "--config", str(STAND_IN), "--cache-dir", str(cache))
-    result = job(2, *words, "--output-dir", str(tmp_path / "run"), timeout_s=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    of_run = read_config(tmp_path / "run")
-    layout, experts = ("TP2·EP2", 128) if config == MOE else ("TP2·EP1", 0)
-    assert (of_run["layout"], of_run["num_experts"]) == (layout, experts)
-    for name, value in {"loss": "up-grpo", "recompute": "full", "dtype": "bfloat16"}.items():
-        assert of_run[name] == value
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert all(row["grad_norm"] > 0 for row in rows[1:])
 
 
 def test_the_command_prints_and_refuses():

@@ -22,10 +22,10 @@ from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.store import RunFolder, TokenLogWriter
+from moe_upgrpo.tools.probe_options import ProbeConfig
+from moe_upgrpo.tools.route_dumps import read_routes
 from moe_upgrpo.train import analysis
-from moe_upgrpo.train.probe_options import ProbeConfig
 from moe_upgrpo.train.record import record_without_update
-from moe_upgrpo.train.route_dumps import read_routes
 
 
 def probe(config: ProbeConfig) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moe_upgrpo.rollout.engines import ENGINES, EngineRecord, Found
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
-from moe_upgrpo.train.doctor import Diagnosis, Item, diagnose, show
+from moe_upgrpo.tools.doctor import Diagnosis, Item, diagnose, show
 from tests.ranks import run_command
 
 CPU = {"version": "2.13.0", "cuda": None, "devices": [], "backend": "gloo"}

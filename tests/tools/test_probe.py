@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import read_metrics, read_tokens
 from moe_upgrpo.tasks import arithmetic
-from moe_upgrpo.train.probe_options import ProbeConfig
+from moe_upgrpo.tools.probe_options import ProbeConfig
 from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.ranks import run_command
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import read_metrics
-from moe_upgrpo.train.route_dumps import read_routes
+from moe_upgrpo.tools.route_dumps import read_routes
 from tests.ranks import run_command
 
 ROUTES = np.arange(24).reshape(3, 4, 2).astype(np.int16)

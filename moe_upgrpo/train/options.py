@@ -1,0 +1,241 @@
+"""The options of a run read: from YAML files, a run folder and the command line, into its words.
+
+tyro reads the words; what is wrong with a value it says, whichever way the value came.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import passed_fields
+from moe_upgrpo.train.config import OPTIONS, TrainConfig
+from moe_upgrpo.train.passed_words import as_words
+
+# What may be given anew where a run is resumed: it says where the run is computed, how far it goes
+# and how it is watched. Everything else says what the run is.
+MAY_CHANGE = {
+    "steps": "a run goes on where it ended; fewer than are done is refused",
+    "tp": "the layout, and with it the number of ranks: checkpoints are of the whole model",
+    "ep": "the layout",
+    "etp": "the layout",
+    "pp": "the layout",
+    "vpp": "the layout",
+    "dispatcher": "how experts are reached",
+    "recompute": "memory",
+    "megatron": "of its options those about memory and communication: [scale.md](scale.md)",
+    "micro_batch": "memory",
+    "vllm": "memory",
+    "engine_url": "where the engine is; which engine it is may not change",
+    "cache_dir": "not used any more: the start model is there",
+    "max_refills": "how long a step looks for groups",
+    "eval_data": "evaluation",
+    "eval_every": "evaluation",
+    "eval_samples": "evaluation",
+    "eval_problems": "evaluation",
+    "reference_kl": "a measurement, and the memory of a second model",
+    "track": "how the run is watched",
+    "save_every": "checkpoints",
+    "keep": "checkpoints",
+    "deterministic": "which kernels compute on a GPU",
+    "timeout": "how long ranks wait for each other",
+    "stop_within": "how long a signal waits for a checkpoint",
+    "report": "how the run is watched",
+}
+# Of the command line only.
+_OF_THE_START = ("config", "resume", "restart")
+# Which folder, how the options came, and what may be done on this machine.
+_NO_SETTINGS = (*_OF_THE_START, "output_dir", "trust_remote_code")
+
+
+def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
+    """Setting -> [the run's value, the value now] of what a resumed run changes.
+
+    `stored` is the run's config.json; a setting that it does not know had its default. Raises
+    UserError naming both values of a setting that may not change.
+    """
+    output_dir, run = config.run.output_dir, config.run.resume
+    if output_dir is not None and output_dir.resolve() != run.resolve():
+        raise UserError(
+            f"--output-dir {output_dir} with --resume {run}: a run is continued in its own folder. "
+            "Leave --output-dir out."
+        )
+    now, before = dict(_settings(config.flat())), dict(_settings(stored))
+    before = dict(_settings(TrainConfig().flat())) | before
+    changed = {n: [before.get(n), v] for n, v in now.items() if before.get(n) != v}
+    wrong = [name for name in changed if not _may_change(name)]
+    if wrong:
+        values = "; ".join(f"{n} was {changed[n][0]}, now {changed[n][1]}" for n in wrong)
+        raise UserError(
+            f"--resume {run}: {values}. That would be another run: leave the option out, "
+            f"or start one with another --output-dir. May change: {', '.join(MAY_CHANGE)}."
+        )
+    return changed
+
+
+def _may_change(setting: str) -> bool:
+    group, _, name = setting.partition(".")
+    return group in MAY_CHANGE and (group != "megatron" or passed_fields.may_change(name))
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value as JSON has it) of the settings among `values`."""
+    known = OPTIONS.keys() - {*_NO_SETTINGS}
+    for name, value in values.items():
+        if not prefix and name not in known:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + name, [str(v) if isinstance(v, Path) else v for v in value]
+        else:
+            yield prefix + name, str(value) if isinstance(value, Path) else value
+
+
+_CONTEXT = (
+    "context parallelism is not supported: each rank sees whole sequences. tp (with sequence "
+    "parallelism) and recompute=full save activations."
+)
+_PACKED = (
+    "packed sequences are not supported: sequences are padded to the longest of their micro-batch. "
+    "A smaller micro_batch pads less."
+)
+# By the names that Megatron-LM, verl, slime and NeMo-RL give them.
+NOT_SUPPORTED = {
+    "cp": _CONTEXT,
+    "context_parallel_size": _CONTEXT,
+    "packed_sequences": _PACKED,
+    "sequence_packing": _PACKED,
+    "use_remove_padding": _PACKED,
+    "use_dynamic_batch_size": _PACKED,
+}
+
+
+def check_supported(arguments: Sequence[str]) -> None:
+    """Raise UserError where an option asks for what other stacks have and this one has not."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in NOT_SUPPORTED:
+            raise UserError(f"{argument}: {NOT_SUPPORTED[name]}")
+
+
+def named(option: str, arguments: Sequence[str]) -> list[Path]:
+    """The paths of every `OPTION PATH` and `OPTION=PATH` among command line arguments."""
+    paths = []
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == option and (value or arguments[i + 1 :]):
+            paths.append(Path(value or arguments[i + 1]))
+    return paths
+
+
+def run_arguments(path: Path) -> list[str]:
+    """The settings of a run folder as the command line would have them; see `file_arguments`."""
+    from moe_upgrpo.store import read_config  # here: it brings pyarrow
+
+    return [
+        word
+        for name, value in _settings(read_config(path))
+        if value is not None  # the default of every setting that can be None
+        for word in _option(name, value)
+    ]
+
+
+def mapping_arguments(values: dict[str, Any]) -> list[str]:
+    """Options as the command line would have them, of a mapping as `file_arguments` reads it.
+
+    Raises UserError where a field is not known.
+    """
+    known = {name: option for name, option in OPTIONS.items() if name not in _OF_THE_START}
+    return list(_flatten(values, known, prefix=""))
+
+
+def file_arguments(path: Path) -> list[str]:
+    """The options in a YAML (or JSON) file as the command line would have them.
+
+    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: kinds of values and their mistakes
+    are those of the command line, whose own options come after and win.
+
+    Raises UserError, which names the file: it cannot be read, or a field is not known (the nearest
+    one is named) or stands there twice.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if not isinstance(values, dict):
+            raise UserError("lines of `option: value` are needed.")
+        return mapping_arguments(values)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without fields that stand there twice, of which the last would win silently."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in lines:
+                raise UserError(f"{name!r} stands in line {lines[name]} and in line {line}.")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _flatten(values: dict, known: dict[str, Field], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(_unknown(f"{prefix}{name}"))
+        made_by = known[name].default_factory
+        group = {f.name: f for f in fields(made_by)} if is_dataclass(made_by) else None
+        if group and not isinstance(value, dict):
+            raise UserError(
+                f"{prefix}{name} is {value!r}; it is a group of the fields {', '.join(group)}."
+            )
+        if made_by is dict:
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{name} is {value!r}; lines of `name: value` are needed.")
+            for inner, of_inner in value.items():
+                yield from as_words(inner, of_inner)
+        elif group:
+            yield from _flatten(value, group, f"{prefix}{name}.")
+        else:
+            as_text = json.dumps(value) if isinstance(value, dict) else value
+            yield from _option(f"{prefix}{name}", as_text)
+
+
+def _unknown(given: str) -> str:
+    if given in NOT_SUPPORTED:
+        return f"{given}: {NOT_SUPPORTED[given]}"
+    names = [*OPTIONS]
+    for option in OPTIONS.values():
+        if is_dataclass(option.default_factory):
+            names += [f"{option.name}.{inner.name}" for inner in fields(option.default_factory)]
+    # `lr` at the top is optimizer.lr.
+    near = [name for name in names if name.split(".")[-1] == given.split(".")[-1]]
+    near = near or get_close_matches(given, names, n=1)
+    if given in names:
+        return f"{given} is an option of the command line only."
+    return f"{given!r} is not a field" + (f"; {near[0]!r} is." if near else ".")
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if name.startswith("megatron."):
+        return as_words(name.partition(".")[2], value)
+    *outer, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return ["--" + ".".join([*outer, last if value else f"no-{last}"])]
+    option = "--" + ".".join([*outer, last])
+    # With "=" a value may begin with a dash.
+    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]

@@ -1,0 +1,364 @@
+"""The options of a training run by theme, each declared, documented and checked in its part.
+
+What concerns two parts is checked in `moe_upgrpo.train.config`. Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.megatron.layout import Dispatcher, Layout
+from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
+from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
+from moe_upgrpo.train.tracking import Tracker
+
+
+def _at_least(part: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value < least:
+            allowed = "at least 1" if least else "0 or more"
+            raise UserError(f"{name}={value}: {allowed} is needed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How far a run goes, its folder and its checkpoints, and when its ranks end."""
+
+    config: Path | None = None
+    """YAML file of these options; those of the command line win."""
+    steps: int = 60
+    """RL steps: a batch of rollouts and the optimizer steps on it."""
+    seed: int = 0
+    """Seed of everything random: problems, sampling, the order of mini-batches."""
+    output_dir: Path | None = None
+    """The run folder; must not hold another run. None: runs/LOSS-DATE-TIME."""
+    resume: Path | None = None
+    """Run folder to continue from its newest checkpoint, with its settings; layout, steps, engine
+    URL, evaluation and checkpoints may be given anew."""
+    restart: bool = False
+    """With resume: begin again from step 1 where no state is left, and delete what was logged."""
+    timeout: float = 10.0
+    """Minutes without a sign of life of a rank, or in one exchange between ranks, until all end."""
+    stop_within: float = 120.0
+    """Seconds from SIGTERM or Ctrl-C to the checkpoint that is written then; at their end the
+    ranks end without it."""
+    save_every: int = 20
+    """Steps between checkpoints to resume from; the last step has one too; 0: none."""
+    keep: int = 2
+    """Newest checkpoints to keep; an older one goes once a new one is whole."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "seed", "save_every")
+        _at_least(self, 1, "steps", "keep")
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"timeout={self.timeout:g}: minutes above 0 are needed.")
+        if not 0 < self.stop_within < math.inf:
+            raise UserError(f"stop_within={self.stop_within:g}: seconds above 0 are needed.")
+        if self.restart and self.resume is None:
+            raise UserError("restart without resume: --resume RUN says which run begins again.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """The loss, and what its ratio, its advantages and the trainer's routes are taken from."""
+
+    loss: str = "up-grpo"
+    """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
+    correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    old_log_probs: Literal["trainer", "rollout"] = "trainer"
+    """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
+    (bypass): the ratio then has the mismatch in it."""
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    replay: Literal["none", "R2", "R3"] = "none"
+    """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
+    old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
+
+    def __post_init__(self):
+        if "router_log_probs" in self.policy_loss().arguments:
+            served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
+            raise UserError(
+                f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
+                f"record; it serves {', '.join(served)}."
+            )
+        if self.correction.active and self.old_log_probs == "rollout":
+            raise UserError(
+                "correction with old_log_probs=rollout: the ratio is taken to the rollout already, "
+                "and would be corrected twice. Leave one out."
+            )
+
+    def policy_loss(self) -> PolicyLossConfig:
+        """The preset, with this run's rollout correction."""
+        changed = {"correction": self.correction} if self.correction.active else {}
+        return PolicyLossConfig.preset(self.loss, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """The model that training starts from."""
+
+    model: Path | None = None
+    """Hugging Face checkpoint folder: docs/models.md. None: a tiny model, warm-started, cached."""
+    trust_remote_code: bool = False
+    """Run Python code of the model folder that its tokenizer needs. Never taken from a run that is
+    resumed: give it again."""
+    tiny: TinyModel = field(default_factory=TinyModel)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    cache_dir: Path = Path("runs/cache")
+    """Where warm-started checkpoints are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """The problems: sums, or those of files, and how a prompt is made of one."""
+
+    digits: int = 2
+    """The task where there is no --data: addition of two numbers of this many digits."""
+    data: tuple[Path, ...] = ()
+    """Files of problems to train on, .jsonl or .parquet: docs/data.md."""
+    eval_data: tuple[Path, ...] = ()
+    """Files of held-out problems. None: no evaluation."""
+    prompt_field: str | None = None
+    """Name of the prompt in the files. None: prompt, question or problem."""
+    answer_field: str | None = None
+    """Name of the answer in the files. None: answer, reward_model.ground_truth, ground_truth,
+    label or solution."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, where it has one; none; or a file with a Jinja template."""
+    chat_template_kwargs: str = "{}"
+    """JSON of what the template takes, {"enable_thinking": false} for instance."""
+    instruction: str = ""
+    """Text after each question."""
+    max_prompt_tokens: int | None = None
+    """Longer training problems are left out; a longer held-out one is an error. None: no limit."""
+
+    def __post_init__(self):
+        if self.digits not in (1, 2, 3):
+            raise UserError(f"digits is {self.digits}; 1, 2 or 3 are allowed.")
+        if self.data:
+            if self.digits != ProblemOptions.digits:
+                raise UserError(
+                    f"digits={self.digits} with data: sums or the files' problems, not both."
+                )
+            _at_least(self, 1, "max_prompt_tokens")
+        elif given := [
+            name
+            for name in ("eval_data", "prompt_field", "answer_field", "chat_template",
+                         "chat_template_kwargs", "instruction", "max_prompt_tokens")
+            if getattr(self, name) != getattr(ProblemOptions, name)
+        ]:  # fmt: skip
+            raise UserError(f"{', '.join(given)} without data: --data FILE is missing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """The engine, how it samples, and when."""
+
+    engine: EngineName = "hf"
+    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
+    engine_url: str | None = None
+    """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
+    vllm: VLLMSettings = field(default_factory=VLLMSettings)
+    engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    engine_weights: EngineWeights = "as-trained"
+    """fp8: engine hf samples with weights rounded to e4m3, as an FP8 server would."""
+    engine_every: int = 1
+    """Steps between weight updates of the engine: rollouts are up to one less stale."""
+    overlap: bool = False
+    """Generate the next batch while the update runs: one step off-policy."""
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    """Longest response. None: the longest sum; with --data it must be said."""
+    save_rollouts: Path | None = None
+    """Folder to keep every step's rollouts in."""
+    load_rollouts: Path | None = None
+    """Folder of a run's saved rollouts to train on: no engine, no evaluation."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "engine_every")
+        if self.overlap and self.load_rollouts is not None:
+            raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens}: at least 1 is needed, or leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How each rank computes: numbers, kernels, memory, optimizer."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
+    micro_batch: int = 128
+    """Most sequences in one forward of a rank."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep no activations of a layer, run it again in the backward pass."""
+    deterministic: bool = False
+    """On GPUs: only kernels that give the same bits each time, slower ones among them. A CPU's do
+    of themselves."""
+    megatron: dict[str, str] = field(default_factory=dict)
+    """Options of Megatron-Core's own, each as --megatron.NAME VALUE: docs/scale.md."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def __post_init__(self):
+        _at_least(self, 1, "micro_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """How the model is laid out on the ranks."""
+
+    tp: int | None = None
+    """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
+    ep: int | None = None
+    """Expert parallelism. None: 2 on an even number of ranks, else 1."""
+    etp: int | None = None
+    """Tensor parallelism inside an expert. None: 1 with ep > 1, else tp."""
+    pp: int = 1
+    """Pipeline parallelism: stages of consecutive layers."""
+    vpp: int = 1
+    """Virtual pipeline: parts of the model that each stage holds in turn."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens get to their experts: each to its experts' ranks, or all to every such rank."""
+
+    def layout(self, world_size: int, *, dense: bool) -> Layout:
+        """The layout on `world_size` ranks, checked. dense: the model is known to be."""
+        layout = Layout.for_world(
+            world_size,
+            tp=self.tp,
+            ep=1 if dense and self.ep is None else self.ep,
+            etp=self.etp,
+            pp=self.pp,
+            vpp=self.vpp,
+            dispatcher=self.dispatcher,
+        )
+        layout.check_world(world_size)
+        return layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """The responses of a step, and the optimizer steps on them."""
+
+    prompts: int = 32
+    """Prompts in a step, over all ranks."""
+    group: int = 8
+    """Responses to each prompt."""
+    minibatches: int = 4
+    """Optimizer steps per pass over a step's responses."""
+    epochs: int = 1
+    """Passes over a step's responses."""
+    max_refills: int = 0
+    """DAPO's dynamic sampling: no group that is all right or all wrong is trained on, up to so many
+    more batches are sampled in their place; 0: off."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "max_refills")
+        _at_least(self, 1, "prompts", "minibatches", "epochs")
+        if self.group < 2:
+            raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
+
+    @property
+    def sequences(self) -> int:
+        """Responses in a step, over all ranks."""
+        return self.prompts * self.group
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in a step."""
+        return self.minibatches * self.epochs
+
+    def check_ranks(self, world_size: int, data_parallel: int) -> None:
+        """Raise UserError where a step's prompts or mini-batches cannot be split over the ranks."""
+        if self.prompts % world_size:
+            raise UserError(
+                f"prompts={self.prompts} is not a multiple of the {world_size} ranks, which "
+                "generate equal shares."
+            )
+        if self.sequences % (data_parallel * self.minibatches):
+            raise UserError(
+                f"prompts x group = {self.sequences} sequences cannot be split into "
+                f"{self.minibatches} mini-batches on {data_parallel} data-parallel rank(s): it "
+                f"must be a multiple of {data_parallel * self.minibatches}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """What a response is given for the verifier's verdict and for its length."""
+
+    reward_wrong: float = 0.0
+    """Reward of a wrong response; a right one's is 1."""
+    false_positives: float = 0.0
+    """Share of the wrong responses that are rewarded as right in training, drawn at random: a
+    verifier that errs."""
+    overlong_buffer: int = 0
+    """DAPO: the last so many tokens before max_new_tokens cost reward, linearly; 0: off."""
+    overlong_penalty: float = 1.0
+    """Taken off at max_new_tokens."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "overlong_buffer")
+        if not 0 <= self.false_positives < 1:
+            raise UserError(f"false_positives={self.false_positives}: 0 or more and below 1.")
+        if not -math.inf < self.reward_wrong < 1:
+            raise UserError(f"reward_wrong={self.reward_wrong}: a number below 1 is needed.")
+        if not 0 <= self.overlong_penalty < math.inf:
+            raise UserError(f"overlong_penalty={self.overlong_penalty}: 0 or more is needed.")
+        if self.overlong_penalty != 1 and not self.overlong_buffer:
+            raise UserError(
+                f"overlong_penalty={self.overlong_penalty} without overlong_buffer: nothing is "
+                "overlong. Give both or none."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """When and how the model is tried on held-out problems."""
+
+    eval_every: int = 20
+    """Steps between evaluations on held-out problems; the first and the last step have one too."""
+    eval_samples: int = 4
+    """Samples of each held-out problem, for pass@1 and pass@k."""
+    eval_problems: int = 1024
+    """Most held-out problems to use."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "eval_every", "eval_samples", "eval_problems")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What is measured and written down, and where."""
+
+    track: tuple[Tracker, ...] = ("none",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb or both."""
+    analyse_every: int = 20
+    """Steps between analyses: the log-prob gap taken apart, and the noise floors; 0: never."""
+    reference_kl: bool = True
+    """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
+    token_log: Literal["full", "sampled", "aggregate"] = "full"
+    """Token rows of every sequence, of a share of the sequences, or none."""
+    token_log_share: float = 1.0
+    """Share of the sequences that token_log=sampled keeps."""
+    report: bool = True
+    """Write report.html at the end."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "analyse_every")
+        if (self.token_log == "sampled") != (self.token_log_share != 1):
+            raise UserError(
+                f"token_log={self.token_log!r} with token_log_share={self.token_log_share}: a "
+                "share between 0 and 1 goes with token_log=sampled, and only with it."
+            )
+        if not 0 < self.token_log_share <= 1:
+            raise UserError(f"token_log_share={self.token_log_share}: above 0 and below 1.")
