@@ -184,8 +184,8 @@ def _check_engine(config: PlanConfig) -> None:
     started_here = engine.place(rollouts.engine_url) == "a server started here"
     if started_here and rollouts.load_rollouts is None and not config.server_gb:
         raise UserError(
-            f"engine={rollouts.engine} without engine_url: rank 0 would start the server on a GPU of "
-            f"the trainer, where {engine.title} takes most of the memory unless told otherwise. "
+            f"engine={rollouts.engine} without engine_url: rank 0 would start the server on a GPU "
+            f"of the trainer, where {engine.title} takes most of the memory unless told otherwise. "
             "Start it yourself and give --engine-url; where it shares these GPUs, give --server-gb "
             "too."
         )

@@ -1,4 +1,4 @@
-"""What a run leaves of its steps: token rows, metrics, evaluations, and what is shown of them."""
+"""The traces that a run leaves of its steps: token rows, metrics, evaluations, the terminal."""
 
 from __future__ import annotations
 

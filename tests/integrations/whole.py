@@ -1,4 +1,4 @@
-"""What every stack's run folder has, held by one check that the tests of each stack call."""
+"""One check of what every stack's run folder has; the tests of each stack call it."""
 
 from __future__ import annotations
 

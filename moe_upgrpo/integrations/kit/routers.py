@@ -46,7 +46,7 @@ def counted(chunk: torch.nn.Module) -> list[TopKRouter]:
 
 
 class Watch:
-    """What the watched routers chose since the last `take`, by layer number."""
+    """The choices of the watched routers since the last `take`, by layer number."""
 
     def __init__(self, routers: Sequence[TopKRouter]):
         self.numbers = sorted(router.layer_number for router in routers)
