@@ -17,14 +17,14 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.integrations.slime_loss import check_loss, replaced, stack_loss
+from moe_upgrpo.integrations.slime_miles.loss import check_loss, replaced, stack_loss
 
 HERE = "moe_upgrpo.integrations.miles"
 ROWS = "moe_upgrpo_rows"  # in the rollout's data while `Miles.rows` lays them out
 
 
 def loss(args: Namespace, batch, logits: Tensor, sum_of_sample_mean):
-    """--custom-loss-function-path: see `slime_loss.stack_loss`."""
+    """--custom-loss-function-path: see `slime_miles.loss.stack_loss`."""
     if args.qkv_format != "thd" and args.context_parallel_size > 1:
         raise UserError(
             f"--qkv-format: {args.qkv_format} given with context parallelism; allowed with it: thd"
@@ -53,10 +53,10 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations import slime_log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
 
     check_loss(args, f"{HERE}.loss")
-    mode = slime_log.check_replay(args)
+    mode = log.check_replay(args)
     if environment.run_folder():
         not_covered = {
             f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
@@ -66,11 +66,11 @@ def init(args: Namespace) -> None:
             "multi-LoRA": getattr(args, "multi_lora", False),
         }
         environment.refuse(not_covered)
-        slime_log.install(Miles(), args, mode)
+        log.install(Miles(), args, mode)
 
 
 class Miles:
-    """`slime_log.Stack` of miles."""
+    """`log.Stack` of miles."""
 
     name = "miles"
     losses = losses

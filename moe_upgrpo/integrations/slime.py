@@ -17,13 +17,13 @@ from slime.utils.misc import load_function
 from torch import Tensor
 
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.integrations.slime_loss import check_loss, replaced, stack_loss
+from moe_upgrpo.integrations.slime_miles.loss import check_loss, replaced, stack_loss
 
 HERE = "moe_upgrpo.integrations.slime"
 
 
 def loss(args: Namespace, batch, logits: Tensor, sum_of_sample_mean):
-    """--custom-loss-function-path: see `slime_loss.stack_loss`."""
+    """--custom-loss-function-path: see `slime_miles.loss.stack_loss`."""
     return stack_loss(
         losses,
         cp_utils.slice_log_prob_with_cp,
@@ -48,18 +48,18 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations import slime_log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
 
     check_loss(args, f"{HERE}.loss")
-    mode = slime_log.check_replay(args)
+    mode = log.check_replay(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
     if environment.run_folder():
-        slime_log.install(Slime(), args, mode)
+        log.install(Slime(), args, mode)
 
 
 class Slime:
-    """`slime_log.Stack` of slime."""
+    """`log.Stack` of slime."""
 
     name = "slime"
     losses = losses

@@ -429,7 +429,8 @@ def settings(folder: Path) -> None:
                 importlib.import_module("moe_upgrpo.integrations.megatron_lm")
             except UserError as error:
                 said.append(str(error))
-            sys.modules.pop("moe_upgrpo.integrations.megatron_lm", None)
+            for name in [n for n in sys.modules if n.startswith("moe_upgrpo.integrations.megat")]:
+                del sys.modules[name]
     (folder / "said.pkl").write_bytes(pickle.dumps(said))
 
 

@@ -43,7 +43,7 @@ from nemo_rl.algorithms.loss.interfaces import LossType, MetricNormalizer  # noq
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn  # noqa: E402
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # noqa: E402
 
-from moe_upgrpo.integrations.nemo_rl_loss import LOSSES, PolicyLossFn  # noqa: E402
+from moe_upgrpo.integrations.nemo_rl.loss import LOSSES, PolicyLossFn  # noqa: E402
 from tests.integrations.whole import assert_whole  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
@@ -295,7 +295,7 @@ def test_the_launcher_binds_the_name_that_the_trainers_import(tmp_path):
     )
     done = fresh("-c", launch, "up-grpo", cwd=tmp_path)
     last = done.stdout.splitlines()[-1:]
-    assert last == ["__main__ log-likelihood moe_upgrpo.integrations.nemo_rl_loss"], done.stderr
+    assert last == ["__main__ log-likelihood moe_upgrpo.integrations.nemo_rl.loss"], done.stderr
     done = fresh("-c", launch, "up", cwd=tmp_path)
     assert done.returncode == 1 and "preset: 'up' given" in done.stderr
 

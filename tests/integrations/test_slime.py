@@ -6,8 +6,8 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.environment import token_share
-from moe_upgrpo.integrations.slime_log import check_replay
-from moe_upgrpo.integrations.slime_loss import check_loss, loss_config
+from moe_upgrpo.integrations.slime_miles.log import check_replay
+from moe_upgrpo.integrations.slime_miles.loss import check_loss, loss_config
 from tests.integrations.slime_checks import StackChecks
 
 

@@ -31,10 +31,10 @@ from megatron.rl import rl_utils
 from megatron.training import get_args
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations import megatron_lm
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.integrations.megatron_lm import loss
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 
@@ -214,14 +214,14 @@ class CollectionLog:
     def see(
         self, given: dict, loss_mask: torch.Tensor, tokens: torch.Tensor, config, counts
     ) -> None:
-        """A micro-batch of the update; arguments as `megatron_lm.evaluate` has them."""
+        """A micro-batch of the update; arguments as `loss.evaluate` has them."""
         current = given["current_logprobs"].detach().float()
         mask = loss_mask.to(current.device) > 0
         divisor = counts.divisor(get_args().calculate_per_token_loss, float(mask.sum()))
 
         def evaluate(leaves):
             alone = given | {"current_logprobs": leaves[0], "kl_beta": 0.0, "entropy_weight": 0.0}
-            terms, metrics = megatron_lm.evaluate(alone, loss_mask, config, counts)
+            terms, metrics = loss.evaluate(alone, loss_mask, config, counts)
             return torch.where(mask, terms[0].float(), 0.0).sum() / divisor, metrics
 
         look = second_look(evaluate, [current])
@@ -230,7 +230,7 @@ class CollectionLog:
         if look.metrics:
             self.gathered.loss_metrics.append(look.metrics)
         starts, lengths = given.get("seq_starts"), given.get("seq_lengths")
-        rows = megatron_lm.Rows.of(current.shape, starts, lengths, current.device)
+        rows = loss.Rows.of(current.shape, starts, lengths, current.device)
         of_token = {
             "mask": mask,
             "logp_train": current,
@@ -349,7 +349,7 @@ class CollectionLog:
                     "model": str(args.pretrained_checkpoint or args.load),
                     "layout": f"tp {args.tensor_model_parallel_size}, pp 1, "
                     f"ep {args.expert_model_parallel_size}, cp 1",
-                    "loss": megatron_lm.loss_name(),
+                    "loss": loss.loss_name(),
                     "replay": "none",
                     "engine": "Megatron-Core inference",
                 },

@@ -43,7 +43,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
-from moe_upgrpo.integrations.verl import VerlLoss
+from moe_upgrpo.integrations.verl.loss import VerlLoss
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches

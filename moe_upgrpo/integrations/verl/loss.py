@@ -6,14 +6,13 @@ that fails but at level DEBUG (line 74): hence `check`, `LossConfig` and
     python -m moe_upgrpo.integrations.verl moe_upgrpo/up-grpo
 
 A loss is named `moe_upgrpo/PRESET`: verl has losses of its own called gspo, sapo and cispo. With
-MOE_UPGRPO_RUN set, `verl_engine` writes the routing log of the Megatron engine. Flags, metrics and
+MOE_UPGRPO_RUN set, `log` writes the routing log of the Megatron engine. Flags, metrics and
 limits: docs/verl.md.
 
 Shapes: B sequences, T response tokens.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -25,9 +24,9 @@ from verl.trainer.ppo import core_algos
 from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations import verl_install
 from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
+from moe_upgrpo.integrations.verl import install
 from moe_upgrpo.losses import (
     GLOSSARY,
     PolicyLoss,
@@ -240,24 +239,6 @@ class LossConfig(VerlLossConfig):
 
 _MODULE = "moe_upgrpo.integrations.verl"
 
-if __name__ != "__main__":
-    for _name, _loss in LOSSES.items():
-        core_algos.register_policy_loss(_name)(_loss)
-    verl_install.when_imported()
-
-
-def main() -> None:
-    """Check in a fresh process what verl's own loader made of the plugin."""
-    if _MODULE not in sys.modules:
-        sys.exit(
-            "verl did not load the plugin moe_upgrpo. Its reason: "
-            'python -c "import logging; logging.basicConfig(level=10); import verl"'
-        )
-    try:
-        sys.modules[_MODULE].check(*sys.argv[1:2])
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
+for _name, _loss in LOSSES.items():
+    core_algos.register_policy_loss(_name)(_loss)
+install.when_imported()

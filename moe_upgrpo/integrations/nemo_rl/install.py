@@ -20,7 +20,7 @@ def rebind() -> None:
     """`ClippedPGLossFn` becomes `PolicyLossFn` wherever a job's loss is made; again is harmless."""
     import nemo_rl.algorithms.loss as package
 
-    from moe_upgrpo.integrations.nemo_rl_loss import PolicyLossFn
+    from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn
 
     package.ClippedPGLossFn = PolicyLossFn
     for name in ("grpo", "ppo", "single_controller_utils.setup"):
@@ -38,7 +38,7 @@ def main() -> None:
         )
     try:
         rebind()
-        from moe_upgrpo.integrations.nemo_rl_loss import LOSSES
+        from moe_upgrpo.integrations.nemo_rl.loss import LOSSES
 
         print(f"moe_upgrpo: {len(LOSSES)} losses for loss_fn.moe_upgrpo.preset", flush=True)
         sys.argv = sys.argv[1:]
@@ -46,7 +46,3 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     except UserError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

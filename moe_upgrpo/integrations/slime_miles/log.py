@@ -35,7 +35,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
-from moe_upgrpo.integrations.slime_loss import library_sums, replaced, scored_by
+from moe_upgrpo.integrations.slime_miles.loss import library_sums, replaced, scored_by
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 

@@ -13,7 +13,7 @@ ENGINE = "verl.workers.engine.megatron.transformer_impl"
 
 
 def when_imported() -> None:
-    """`verl_engine.install` once verl's engine is there; nothing without MOE_UPGRPO_RUN."""
+    """`log.install` once verl's engine is there; nothing without MOE_UPGRPO_RUN."""
     if environment.run_folder() is None:
         return
     if ENGINE in sys.modules:
@@ -23,9 +23,9 @@ def when_imported() -> None:
 
 
 def _install(module) -> None:
-    from moe_upgrpo.integrations import verl_engine
+    from moe_upgrpo.integrations.verl import log
 
-    verl_engine.install(module)
+    log.install(module)
 
 
 class _Finder(MetaPathFinder):

@@ -1,11 +1,11 @@
-"""Megatron-LM's own RL (`megatron/rl`): every preset in place of `calculate_grpo_loss`.
+"""Every preset in place of Megatron-LM's `calculate_grpo_loss`.
 
-`moe-upgrpo patch apply megatron-lm` makes train_rl.py import `calculate_grpo_loss` from here and
-hand over the loss mask and the tokens. What it does is said by the environment of all ranks:
+The patched train_rl.py hands over the loss mask and the tokens. Which preset it is, the environment
+of all ranks says:
 
     MOE_UPGRPO_LOSS           a preset; unset: Megatron-LM's own loss
     MOE_UPGRPO_LOSS_SETTINGS  JSON, fields of `PolicyLossConfig`: {"clip_low": 0.1}
-    MOE_UPGRPO_RUN            a new folder for the routing log (megatron_lm_log); unset: none
+    MOE_UPGRPO_RUN            a new folder for the routing log (`log`); unset: none
 
 Megatron-LM wants the losses of the tokens and divides their sum itself: with
 --calculate-per-token-loss by the response tokens of the optimizer step, else by those of the
@@ -17,22 +17,17 @@ Shapes: B rows of a micro-batch (of a packed bin, its sequences), T positions; t
 index t is that of the token at t + 1. Flags and limits: docs/megatron-lm.md.
 """
 
-import functools
-import inspect
 import json
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import mpu
 from megatron.rl import rl_utils
 from megatron.training import get_args
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.kit.presets import coupled, resolve, served
 from moe_upgrpo.losses import (
     Metric,
@@ -226,74 +221,6 @@ def _check_correction(config: PolicyLossConfig, given: bool, truncation: float |
         )
 
 
-class Hooks:
-    """Wrappers around the functions of `rl_utils`."""
-
-    def __init__(self, config: PolicyLossConfig | None, settings: set[str], log=None):
-        self.config, self.settings, self.log = config, settings, log
-        self.counts: Counts | None = None
-        self.rows: tuple | None = None
-
-    def calculate_grpo_loss(self, *, loss_mask: Tensor, tokens: Tensor, **given) -> Terms:
-        """Called by the patched train_rl.py for every micro-batch of the update."""
-        config = self.config
-        if config is not None:
-            clamps = {"clip_low": given["clamp_eps_lower"], "clip_high": given["clamp_eps_upper"]}
-            config = with_clamps(config, self.settings, **clamps)
-        terms, _ = evaluate(given, loss_mask, config, self.counts)
-        if self.log is not None:
-            self.log.see(given, loss_mask, tokens, config, self.counts)
-        return terms
-
-    def install(self) -> None:
-        prepare, trajectories = rl_utils.prepare_data_for_update, rl_utils.prepare_trajectories
-
-        @functools.wraps(trajectories)
-        def prepare_trajectories(rows, *args, **kwargs):
-            made = trajectories(rows, *args, **kwargs)
-            self.rows = rows, *made[:2]
-            return made
-
-        @functools.wraps(prepare)
-        def prepare_data_for_update(*args, **kwargs):
-            bound = inspect.signature(prepare).bind(*args, **kwargs).arguments
-            if self.log is not None:
-                self.log.begin(bound["model"], bound["rollouts"], bound["request_ledger"])
-            result = prepare(*args, **kwargs)
-            packed = rl_utils.get_rl_runtime_state().packing_context
-            rows, trajs, generated = self.rows
-            if packed is None:
-                mask = (generated & (trajs != bound["tokenizer"].pad))[:, 1:]
-                tokens, sampled = mask.sum(), mask.any(dim=1)
-                micro_batches = len(rows) / get_args().micro_batch_size
-            else:
-                mine = [i for bin_ in packed.packing_info.bin_seq_indices for i in bin_]
-                tokens = packed.packed_loss_mask[:, 1:].sum()
-                sampled = packed.original_generation_masks[mine][:, 1:].any(dim=1)
-                micro_batches = len(packed.packed_trajs)
-            here = (tokens, sampled.sum(), micro_batches)
-            total = torch.tensor([float(x) for x in here], dtype=torch.float64).cuda()
-            dist.all_reduce(total, group=mpu.get_data_parallel_group())
-            self.counts = Counts(*total.tolist())
-            if self.log is not None:
-                self.log.collected(rows, trajs, packed)
-            return result
-
-        rl_utils.prepare_trajectories = prepare_trajectories
-        rl_utils.prepare_data_for_update = prepare_data_for_update
-
-
 def loss_name() -> str:
+    """Name the loss of this job, for the run's config."""
     return os.environ.get("MOE_UPGRPO_LOSS") or "grpo of Megatron-LM"
-
-
-_config = asked()
-_log = None
-if environment.run_folder() is not None:
-    from moe_upgrpo.integrations.megatron_lm_log import CollectionLog
-
-    _log = CollectionLog(environment.run_folder())
-hooks = Hooks(_config, set(json.loads(os.environ.get("MOE_UPGRPO_LOSS_SETTINGS") or "{}")), _log)
-if _config is not None or _log is not None:
-    hooks.install()
-calculate_grpo_loss = hooks.calculate_grpo_loss

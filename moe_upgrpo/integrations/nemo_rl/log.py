@@ -1,0 +1,469 @@
+"""The routing log of NeMo-RL's Megatron workers: rollout against trainer, token by token.
+
+`moe-upgrpo patch apply nemo-rl` puts `logged` on `MegatronPolicyWorkerImpl`, the class of the
+workers of all tensor, pipeline, context and data ranks. It wraps
+
+- `get_logprobs`, the forward at the old weights: the routers' own choice is taken from forward
+  hooks. With replay that forward is held to the rollout's routes; one more without replay goes
+  before it, and of the held one what each router would have chosen is taken (NeMo-RL's and
+  Megatron-Core's `RouterReplay.get_replay_topk` drop it);
+- `train`: the loss is evaluated a second time, on detached log-probs and without its KL term; the
+  gradient says which tokens the loss's own rule cut. After the last optimizer step the token rows
+  and metrics of the step are written.
+
+`policy.router_replay.observe_only` carries the rollout's routes to the workers as router_replay
+does, and there nothing is replayed.
+
+Row p - 1 of `routed_experts` is that of the token at p. A row of -1 is missing: its token is left
+out of the log, and counted.
+
+Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
+"""
+
+import functools
+import hashlib
+from collections import defaultdict
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
+from nemo_rl.distributed.model_utils import allgather_cp_sharded_tensor
+from nemo_rl.models.megatron import router_replay
+from nemo_rl.package_info import __version__
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.record import SequenceRecord, known_rows
+
+FORWARD = "megatron_forward_backward"
+ROW = "moe_upgrpo_row"  # of each sequence in a worker's batch; travels with the micro-batches
+
+
+def logged(worker_class: type) -> type:
+    """The class itself, with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
+    init, get_logprobs = worker_class.__init__, worker_class.get_logprobs
+    train, begin = worker_class.train, worker_class.begin_train_step
+
+    @functools.wraps(init)
+    def __init__(self, config, *args, **kwargs):
+        replay = config.get("router_replay") or {}
+        observes = bool(replay.get("enabled") and replay.get("observe_only"))
+        if observes:
+            config = {**config, "router_replay": {"enabled": False}}
+        init(self, config, *args, **kwargs)
+        if environment.run_folder() is not None and replay.get("enabled"):
+            self.moe_upgrpo_log = WorkerLog(self, _globals(get_logprobs, FORWARD))
+
+    worker_class.__init__ = __init__
+    if environment.run_folder() is None:
+        return worker_class
+
+    @functools.wraps(get_logprobs)
+    def with_routes(self, *, data, micro_batch_size=None, require_router_replay=True):
+        def call():
+            return get_logprobs(
+                self,
+                data=data,
+                micro_batch_size=micro_batch_size,
+                require_router_replay=require_router_replay,
+            )
+
+        log = getattr(self, "moe_upgrpo_log", None)
+        if log is None or not require_router_replay:  # the reference's, or a calibration
+            return call()
+        return log.score(data, call)
+
+    @functools.wraps(train)
+    def with_log(self, data, loss_fn, eval_mode=False, gbs=None, *args, **kwargs):
+        log = getattr(self, "moe_upgrpo_log", None)
+        if log is None or eval_mode or not isinstance(loss_fn, ClippedPGLossFn):
+            return train(self, data, loss_fn, eval_mode, gbs, *args, **kwargs)
+        return log.update(
+            data, loss_fn, gbs, lambda loss: train(self, data, loss, False, gbs, *args, **kwargs)
+        )
+
+    @functools.wraps(begin)
+    def refused(self, *args, **kwargs):
+        if getattr(self, "moe_upgrpo_log", None) is not None:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the routing log does not cover the single controller's split "
+                "training step; unset it"
+            )
+        return begin(self, *args, **kwargs)
+
+    worker_class.get_logprobs, worker_class.train = with_routes, with_log
+    worker_class.begin_train_step = refused
+    return worker_class
+
+
+@dataclass
+class _Scored:
+    """A sequence at the old weights. Log-probs: `[S]`, value p for the token at p."""
+
+    native_SLK: np.ndarray
+    margins_SL: np.ndarray
+    own_SLK: np.ndarray | None = None
+    native_logp: np.ndarray | None = None
+
+
+class _Seen:
+    """A loss that is called as the worker's, and shows what it is called with."""
+
+    def __init__(self, loss_fn: ClippedPGLossFn, see):
+        self.loss_fn, self._see = loss_fn, see
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss_fn, name)
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        totals = (global_valid_seqs, global_valid_toks)
+        self._see(self.loss_fn, next_token_logprobs, data, *totals)
+        return self.loss_fn(next_token_logprobs, data, *totals)
+
+
+class WorkerLog:
+    """The log of one worker."""
+
+    def __init__(self, worker, names: dict[str, Any]):
+        """names: the globals in which the worker's `get_logprobs` looks up `FORWARD`."""
+        self.worker, self.names, self.path = worker, names, environment.run_folder()
+        self.share = environment.token_share()
+        check_free(self.path)
+        self.replays = worker._router_replay_enabled
+        config = router_replay._unwrap_model_config(worker.model)
+        not_covered = {
+            "models that pack or slice their inputs themselves": (
+                worker.delegate_pack_to_model or worker.model_slices_context_parallel_inputs
+            ),
+            "policy.draft": worker.draft_model is not None,
+            "moe_router_fusion with replay": self.replays
+            and getattr(config, "moe_router_fusion", False),
+        }
+        environment.refuse(not_covered)
+        self.config = config
+        self.routers = routers.counted(worker.model)
+        self.writes = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True) and routers.first_of_stage()
+        )
+        self.group = parallel_state.get_data_parallel_group()
+        self.layer_ids: list[int] = []
+        self.log: RunLog | None = None
+        self.step = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.scored: dict[str, _Scored] = {}
+        self.seen: dict[int, dict[str, np.ndarray]] = {}
+        self.gathered = Step()
+
+    # --- old log-probs
+
+    def score(self, data, forward) -> Any:
+        """The worker's forward, with routes. `forward` calls its `get_logprobs`."""
+        if "routed_experts" not in data:
+            raise UserError(
+                "MOE_UPGRPO_RUN: the batch has no routed_experts; the routing log needs "
+                "policy.router_replay.enabled=true (with observe_only=true nothing is replayed) "
+                "and vLLM as the generation backend"
+            )
+        data[ROW] = torch.arange(data.size)
+        try:
+            native_logp = own = None
+            if self.replays:
+                self.worker._router_replay_enabled = False
+                try:
+                    native_output, native = self._recorded(forward)
+                finally:
+                    self.worker._router_replay_enabled = True
+                native_logp = native_output["logprobs"]
+                output, own = self._recorded(forward, own=True)
+            else:
+                output, native = self._recorded(forward)
+        finally:
+            del data[ROW]
+        native = routers.joined(native, writes=self.writes)
+        own = None if own is None else routers.joined(own, writes=self.writes)
+        if self.writes:
+            self.layer_ids = native.layer_ids
+            for row, key in enumerate(_keys(data)):
+                self.scored[key] = _Scored(
+                    native.routes[row],
+                    native.margins[row],
+                    own.routes[row] if own else None,
+                    None if native_logp is None else native_logp[row].double().numpy(),
+                )
+        return output
+
+    def _recorded(self, forward, own: bool = False) -> tuple[Any, dict]:
+        """Give `forward`'s result, and for each row and layer of this rank what was recorded.
+
+        own: what the routers would choose without replay, else what they chose.
+        """
+        found: dict[int, routers.Layers] = defaultdict(dict)
+        run = self.names[FORWARD]
+        watched_routers = routers.watched_under_replay if own else routers.watched
+        before: list[Any] = []  # the micro-batch that the watch has seen
+
+        with watched_routers(self.routers) as watch:
+
+            def take():
+                for batch in before:
+                    self._take(batch, *watch.take(), found)
+                before.clear()
+
+            def one_by_one(batches):
+                for batch in batches:
+                    take()
+                    before.append(batch)
+                    yield batch
+
+            @functools.wraps(run)
+            def watched(*args, data_iterator, **kwargs):
+                result = run(*args, data_iterator=one_by_one(data_iterator), **kwargs)
+                take()
+                return result
+
+            with _replaced(self.names, FORWARD, watched):
+                output = forward()
+        return output, found
+
+    def _take(self, batch, numbers: list[int], table_NLX, found: dict) -> None:
+        if not numbers:  # a stage without MoE layers
+            return
+        table_NLX = routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel)
+        data = batch.data_dict
+        lengths = data["input_lengths"].tolist()
+        if batch.cu_seqlens_padded is None:
+            of_rows = table_NLX.unflatten(0, (-1, len(lengths))).unbind(dim=1)
+        else:
+            size = parallel_state.get_context_parallel_world_size()
+            starts = (batch.cu_seqlens_padded // size).tolist()
+            of_rows = [table_NLX[a:b] for a, b in pairwise(starts)]
+            if size > 1:
+                cp_group = parallel_state.get_context_parallel_group()
+                of_rows = [
+                    allgather_cp_sharded_tensor(x.contiguous(), cp_group, seq_dim=0)
+                    for x in of_rows
+                ]
+        for row, length, table_SLX in zip(data[ROW].tolist(), lengths, of_rows, strict=True):
+            found[row].update(routers.by_layer(numbers, table_SLX[:length]))
+
+    # --- update
+
+    def update(self, data, loss_fn: ClippedPGLossFn, gbs: int | None, train) -> Any:
+        """All optimizer steps of a rollout batch. `train` calls the worker's with a loss."""
+        data[ROW] = torch.arange(data.size)
+        try:
+            output = train(_Seen(loss_fn, self._see) if self.writes else loss_fn)
+        finally:
+            del data[ROW]
+        metrics: dict[str, float] = {}
+        if self.writes:
+            per_update = (gbs or self.worker.cfg["train_global_batch_size"]) // self.worker.dp_size
+            self.gathered.updates = data.size // per_update
+            metrics = self._write(data, loss_fn)
+        self._clear()
+        return self._reported(output, metrics)
+
+    def _see(self, loss_fn, logprobs, data, global_valid_seqs, global_valid_toks) -> None:
+        totals = (global_valid_seqs, global_valid_toks)
+
+        def evaluate(leaves):
+            if getattr(loss_fn, "config", None) is not None:
+                loss, result = loss_fn.evaluate(leaves[0], data, *totals)
+                return loss, result.metrics
+            alone = copy(loss_fn)
+            alone.reference_policy_kl_penalty = alone.positive_example_nll_weight = 0
+            return alone(leaves[0], data, *totals)[0], {}
+
+        look = second_look(evaluate, [logprobs.float()])
+        if look.metrics:
+            self.gathered.loss_metrics.append(look.metrics)
+        self.gathered.loss_sum += float(look.loss)
+        (pull_BT,) = look.pulls
+        mask_BT = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) > 0
+        advantages_BT = data["advantages"][:, 1:]
+        clipped_BT = clipped_tokens(pull_BT, advantages_BT, mask_BT)
+        self.gathered.visit(clipped_BT, advantages_BT, mask_BT)
+        columns = {
+            "logp_train": logprobs.detach().float(),
+            "logp_old": data["prev_logprobs"][:, 1:],
+            "logp_rollout": data["generation_logprobs"][:, 1:],
+            "advantage": advantages_BT,
+            "clipped": clipped_BT,
+            "gradient_weight": pull_BT.abs(),
+            "mask": mask_BT,
+        }
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        for i, row in enumerate(data[ROW].tolist()):
+            self.seen[row] = {name: array[i] for name, array in arrays.items()}
+
+    def _write(self, data, loss_fn) -> dict[str, Any]:
+        """A collective over the data-parallel ranks."""
+        keys = _keys(data)
+        self._fetch(keys)
+        if "total_reward" not in data or any(key not in self.scored for key in keys):
+            raise UserError(
+                "MOE_UPGRPO_RUN: a batch is trained on "
+                + (
+                    "without old log-probs: the routing log needs their forward "
+                    "(loss_fn.force_on_policy_ratio=false)"
+                    if "total_reward" in data
+                    else "without rewards: the routing log covers GRPO with "
+                    "data_plane.enabled=false, in a checkout that is patched (moe-upgrpo patch "
+                    "apply nemo-rl)"
+                )
+            )
+        missing = 0
+        for row, key in enumerate(keys):
+            sequence, left_out = self._sequence(data, row, self.scored[key])
+            missing += left_out
+            if sequence is not None:
+                self.gathered.sequences.append(sequence)
+        self._open(loss_fn)
+        self.step += 1
+        self.gathered.without_routes = missing
+        return self.log.write_step(self.step, self.gathered)
+
+    def _fetch(self, keys: list[str]) -> None:
+        """Scores of sequences whose old log-probs another data-parallel rank computed.
+
+        NeMo-RL shards a batch anew for `train`, by its global batches and packing.
+        """
+        size = dist.get_world_size(self.group)
+        wanted: list[list[str]] = [None] * size
+        dist.all_gather_object(
+            wanted, [key for key in dict.fromkeys(keys) if key not in self.scored], self.group
+        )
+        if not any(wanted):
+            return
+        mine = dict(self.scored)
+        for source in dist.get_process_group_ranks(self.group):
+            parts, found = None, [None]
+            if source == dist.get_rank():
+                parts = [{key: mine[key] for key in names if key in mine} for names in wanted]
+            dist.scatter_object_list(found, parts, src=source, group=self.group)
+            self.scored |= found[0]
+
+    def _sequence(self, data, row: int, scored: _Scored) -> tuple[SequenceRecord | None, int]:
+        """The sequence, and the number of its tokens whose rollout routes are missing."""
+        token = self.seen[row]
+        length = int(data["input_lengths"][row])
+        ids = data["input_ids"][row, :length].cpu().numpy()
+        routes = self._moe_layers(data["routed_experts"][row, : length - 1].cpu().numpy())
+        at = np.flatnonzero(token["mask"])
+        there = (routes[at] >= 0).all(axis=(1, 2))
+        kept, missing = at[there], int((~there).sum())
+        if not len(kept):
+            return None, missing
+        positions = kept + 1
+        names = ("advantage", "logp_rollout", "logp_old", "logp_train", "gradient_weight")
+        of_token = {name: token[name][kept].astype(float) for name in names}
+        gap = None
+        if scored.native_logp is not None:
+            logps = (of_token[f"logp_{name}"] for name in ("rollout", "old"))
+            gap = gap_under_r3(*logps, scored.native_logp[positions], of_token["logp_train"])
+        native_SLK = scored.native_SLK[: length - 1]
+        return SequenceRecord(
+            prompt=ids[: int(at[0]) + 1].tobytes().hex(),
+            token_ids=ids,
+            positions=positions,
+            reward=float(data["total_reward"][row]),
+            clipped=token["clipped"][kept],
+            rollout_routes=routes,
+            train_routes=native_SLK,
+            known=known_rows(routes, native_SLK, num_experts=self.config.num_moe_experts),
+            own_routes=None if scored.own_SLK is None else scored.own_SLK[: length - 1],
+            margins=scored.margins_SL[: length - 1],
+            gap=gap,
+            **of_token,
+        ), missing
+
+    def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
+        return routers.moe_layers(
+            "routed_experts",
+            routes_SLK,
+            layer_ids=self.layer_ids,
+            num_layers=self.config.num_layers,
+        )
+
+    def _open(self, loss_fn) -> None:
+        if self.log is not None:
+            return
+        cfg, preset = self.worker.cfg, getattr(loss_fn, "preset", None)
+        sizes = cfg["megatron_cfg"]
+        self.log = RunLog(
+            self.path,
+            {
+                "stack": f"NeMo-RL {__version__}",
+                "model": str(cfg["model_name"]),
+                "layout": f"tp {sizes['tensor_model_parallel_size']}, "
+                f"pp {sizes['pipeline_model_parallel_size']}, "
+                f"ep {sizes['expert_model_parallel_size']}, cp {sizes['context_parallel_size']}",
+                "loss": f"moe_upgrpo/{preset}" if preset else "ClippedPGLossFn of NeMo-RL",
+                "replay": "R3" if self.replays else "none",
+                "engine": "vLLM",
+            },
+            group=self.group,
+            layer_ids=self.layer_ids,
+            top_k=self.config.moe_router_topk,
+            num_experts=self.config.num_moe_experts,
+            share=self.share,
+        )
+
+    def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+        """The driver reads the first pipeline stage, and adds up what data-parallel ranks say."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if dist.get_world_size(group) > 1:
+            shared = [metrics]
+            last = dist.get_process_group_ranks(group)[-1]
+            dist.broadcast_object_list(shared, src=last, group=group)
+            metrics = shared[0]
+        if dist.get_rank(self.group) == 0:
+            for name in REPORTED:
+                if name in metrics:
+                    output["all_mb_metrics"][name] = [metrics[name]]
+        return output
+
+
+def _globals(function, name: str) -> dict[str, Any] | None:
+    """Those of `function`, or of one that it wraps, that have `name`.
+
+    Not the module's: Ray pickles the methods of an actor by value, with globals of their own.
+    """
+    if name in function.__globals__:
+        return function.__globals__
+    inside = [cell.cell_contents for cell in function.__closure__ or ()]
+    found = (_globals(f, name) for f in inside if hasattr(f, "__globals__"))
+    return next((names for names in found if names is not None), None)
+
+
+@contextmanager
+def _replaced(names: dict[str, Any], name: str, value: Any):
+    original = names[name]
+    names[name] = value
+    try:
+        yield
+    finally:
+        names[name] = original
+
+
+def _keys(data) -> list[str]:
+    """Key by which a sequence is known from its old log-probs to its training: its tokens.
+
+    Sequences of the same tokens have the same routes in the trainer, and share them.
+    """
+    ids, lengths = data["input_ids"].cpu(), data["input_lengths"].tolist()
+    return [
+        hashlib.blake2b(row[:n].numpy().tobytes(), digest_size=16).hexdigest()
+        for row, n in zip(ids, lengths, strict=True)
+    ]

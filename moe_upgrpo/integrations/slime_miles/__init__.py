@@ -1,0 +1,4 @@
+"""The part that slime and miles share: a preset inside their policy loss, the log of their actor.
+
+`moe_upgrpo.integrations.slime` and `.miles` say where in each stack that is.
+"""
