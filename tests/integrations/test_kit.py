@@ -10,7 +10,7 @@ from torch import nn
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, presets, routers
 from moe_upgrpo.integrations.kit.presets import Flag
-from moe_upgrpo.integrations.kit.run_log import RunLog, Step
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.losses import PRESETS, Metric
 from moe_upgrpo.megatron import groups
@@ -305,6 +305,8 @@ def alarming(folder) -> dict:
 def test_alarms_ring(tmp_path):
     (metrics,) = run_ranks(1, alarming, tmp_path)
     assert metrics["alarms/raised"] == 1
+    assert {"ratio/max", "logp_gap/k3", "alarms/raised"} <= reported(metrics).keys()
+    assert not any(isinstance(value, list) for value in reported(metrics).values())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["alarms"] == ["large-log-prob-gap"]
 

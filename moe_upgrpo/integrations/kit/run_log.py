@@ -19,28 +19,25 @@ from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.record import SequenceRecord, StepRecord, alarms, gap_terms, measured
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 
-# Of a step's metrics, what is reported to the stack's own trackers next to the sums it is made of.
-REPORTED = (
-    "mismatch/router_rate",
-    "mismatch/router_numerator",
-    "mismatch/router_denominator",
-    "mismatch/slot_rate",
-    "mismatch/token_any_rate",
-    "mismatch/routers_per_token",
-    "mismatch/tokens_without_routes",
-    "conditional/router_rate",
-    "conditional/token_any_rate",
-    "logp_gap/mean_abs",
-    "logp_gap/max_abs",
-    "logp_gap/k3",
-    "gap/numerics/mean_abs",
-    "gap/update/mean_abs",
-    "counterfactual/engine_routing/mean_abs",
-    "ratio/max",
-    "clip/positive",
-    "clip/negative",
-    "alarms/raised",
+_REPORTED = (
+    "mismatch/",
+    "conditional/",
+    "logp_gap/",
+    "gap/",
+    "counterfactual/",
+    "ratio/",
+    "clip/",
+    "alarms/",
 )
+
+
+def reported(metrics: dict[str, Any]) -> dict[str, float]:
+    """Those of a step's metrics that go to the stack's own trackers too."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(_REPORTED) and not isinstance(value, list)
+    }
 
 
 def gap_under_r3(

@@ -40,7 +40,7 @@ from nemo_rl.package_info import __version__
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
-from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.record import SequenceRecord, known_rows
 
@@ -429,9 +429,8 @@ class WorkerLog:
             dist.broadcast_object_list(shared, src=last, group=group)
             metrics = shared[0]
         if dist.get_rank(self.group) == 0:
-            for name in REPORTED:
-                if name in metrics:
-                    output["all_mb_metrics"][name] = [metrics[name]]
+            for name, value in reported(metrics).items():
+                output["all_mb_metrics"][name] = [value]
         return output
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
-from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.slime_miles.loss import library_sums, replaced, scored_by
 from moe_upgrpo.record import SequenceRecord, known_rows
@@ -447,8 +447,7 @@ class TrainLog:
         self._open()
         metrics = self.log.write_step(rollout_id, self.step)
         if self.log.rank == 0:
-            reported = {name: metrics[name] for name in REPORTED if name in metrics}
-            self.stack.report(self.args, rollout_id, reported)
+            self.stack.report(self.args, rollout_id, reported(metrics))
 
     def _loss_name(self) -> str:
         args = self.args

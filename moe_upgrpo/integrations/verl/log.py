@@ -41,7 +41,7 @@ from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
-from moe_upgrpo.integrations.kit.run_log import REPORTED, RunLog, Step, check_free, gap_under_r3
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.verl.loss import VerlLoss
 from moe_upgrpo.record import SequenceRecord, known_rows
@@ -269,9 +269,8 @@ class EngineLog:
                 self.gathered.sequences = list(self.logged.values())
                 metrics = self.log.write_step(self.step, self.gathered)
                 output["metrics"] |= {
-                    name: Metric(value=metrics[name], aggregation=AggregationType.MEAN)
-                    for name in REPORTED
-                    if name in metrics
+                    name: Metric(value=value, aggregation=AggregationType.MEAN)
+                    for name, value in reported(metrics).items()
                 }
             self._clear()
         return output
