@@ -102,6 +102,11 @@ METRICS: dict[str, Metric] = {
     ),
     "mismatch/router_numerator": Metric("pairs with S ≠ S′", "none", _ROUTERS),
     "mismatch/router_denominator": Metric("pairs compared", "none", _ROUTERS),
+    "mismatch/tokens_without_routes": Metric(
+        "response tokens without the rollout's routes, left out of rows and metrics (NeMo-RL)",
+        "none",
+        "tokens",
+    ),
     "conditional/router_rate": Metric(
         "mean of 1[S ≠ the router's own top-k] in a forward held to S: flips of each layer alone",
         _ROUTERS,
