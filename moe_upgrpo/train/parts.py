@@ -294,7 +294,7 @@ class BatchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions:
-    """What a response is given for the verifier's verdict and for its length."""
+    """Rewards: for the verifier's verdict, and for the length."""
 
     reward_wrong: float = 0.0
     """Reward of a wrong response; a right one's is 1."""
@@ -338,7 +338,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """What is measured and written down, and where."""
+    """Measurements, and where they are written down."""
 
     track: tuple[Tracker, ...] = ("none",)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb or both."""

@@ -1,4 +1,4 @@
-"""What a run leaves of its steps: token rows, metrics, evaluations, and what is shown of them."""
+"""The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
 
 from __future__ import annotations
 
