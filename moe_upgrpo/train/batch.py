@@ -144,7 +144,7 @@ def shaped_rewards(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewarding:
-    """The reward of a response by its verdict and its length.
+    """Rewards: what a response earns by its verdict and its length.
 
     false_positives: share of the wrong responses that pass for right, drawn at random.
     """

@@ -23,7 +23,7 @@ from moe_upgrpo.train.tracking import Tracking
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The parts that sample, reward, train, write down and keep the state."""
+    """The objects that sample, reward, train, write down and keep the state."""
 
     rollouts: Rollouts
     rewarding: Rewarding

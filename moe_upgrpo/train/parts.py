@@ -294,7 +294,7 @@ class BatchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions:
-    """The reward of a response, by the verifier's verdict and its length."""
+    """Rewards: for the verifier's verdict, and for the length."""
 
     reward_wrong: float = 0.0
     """Reward of a wrong response; a right one's is 1."""

@@ -1,4 +1,4 @@
-"""The traces that a run leaves of its steps: token rows, metrics, evaluations, the terminal."""
+"""The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
 
 from __future__ import annotations
 
