@@ -30,7 +30,7 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-older-cpu test-megatron test-engines gpu-check lint setup clean
+.PHONY: train test test-slow test-older-cpu test-megatron test-engines test-stacks gpu-check lint setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make gpu-check [ARGS='--only replay']           what one GPU says of this code, in eight minutes"
+	@echo "make test-stacks STACKS=DIR                     integrations with checkouts of slime, miles, ..."
 	@echo "make setup                                      only make $(VENV)"
 	@echo "Each takes PYTHON=python3.12 or 3.13, and then the newest Megatron-Core that is supported."
 
@@ -121,6 +122,17 @@ $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
 
 test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
+
+# Checkouts of the stacks that have no wheel, at the revisions of tests/integrations/hooks.json:
+# STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
+STACKS ?=
+stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
+test-stacks: $(TEST_STAMP)
+	@test -n "$(foreach name,slime miles nemo-rl megatron-lm,$(call stack,$(name)))" || { \
+	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm"; exit 2; }
+	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
+	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
+	  $(BIN)/python -m pytest tests/integrations
 
 clean:
 	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) build *.egg-info

@@ -32,7 +32,7 @@ from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
-CHECKOUT = os.environ.get("MOE_UPGRPO_MEGATRON_LM")
+CHECKOUT = os.environ.get("MOE_UPGRPO_MEGATRON_LM") or None
 PYTHON = os.environ.get("MOE_UPGRPO_MEGATRON_LM_PYTHON", sys.executable)
 SERIES = patching.of_stack("megatron-lm")[-1]
 VARIABLES = ("MOE_UPGRPO_LOSS", "MOE_UPGRPO_LOSS_SETTINGS", "MOE_UPGRPO_RUN")

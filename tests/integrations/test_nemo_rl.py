@@ -22,7 +22,7 @@ from moe_upgrpo.megatron import backend
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 
-ROOT = os.environ.get("MOE_UPGRPO_NEMO_RL")
+ROOT = os.environ.get("MOE_UPGRPO_NEMO_RL") or None
 if not ROOT:
     pytest.skip(
         "MOE_UPGRPO_NEMO_RL names no checkout of NVIDIA-NeMo/RL (docs/nemo-rl.md has the revision)",

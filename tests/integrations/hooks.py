@@ -1,0 +1,148 @@
+"""Where each stack is hooked into, as data: file, name, signature, checksum.
+
+    python -m tests.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
+
+A release in which one of them is gone, takes other arguments or computes otherwise is one that the
+integration was not tested with; `difference` says which. Read with ast: nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+FOUND = Path(__file__).with_name("hooks.json")
+
+_MEGATRON = "backends/megatron_utils"
+_TRAINING = "miles/backends/training_utils"
+_WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
+_LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
+HOOKS: dict[str, list[tuple[str, str]]] = {
+    "slime": [
+        (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
+        (f"slime/{_MEGATRON}/model.py", "forward_only"),
+        (f"slime/{_MEGATRON}/model.py", "train"),
+        (f"slime/{_MEGATRON}/loss.py", "loss_function"),
+        (f"slime/{_MEGATRON}/loss.py", "get_log_probs_and_entropy"),
+        (f"slime/{_MEGATRON}/loss.py", "policy_loss_function"),
+        ("slime/utils/ppo_utils.py", "compute_policy_loss"),
+        (f"slime/{_MEGATRON}/cp_utils.py", "all_gather_with_cp"),
+        (f"slime/{_MEGATRON}/cp_utils.py", "slice_log_prob_with_cp"),
+        (f"slime/{_MEGATRON}/cp_utils.py", "get_sum_of_sample_mean"),
+        (f"slime/{_MEGATRON}/cp_utils.py", "prepare_routed_experts_for_routing_replay"),
+        ("slime/utils/routing_replay.py", "get_routing_replay_compute_topk"),
+        ("slime/utils/routing_replay.py", "RoutingReplay.clear_all_forward"),
+        ("slime/utils/misc.py", "load_function"),
+        ("slime/observability/logging_utils.py", "log"),
+        ("slime/observability/metric_utils.py", "compute_rollout_step"),
+    ],
+    "miles": [
+        (f"{_TRAINING}/data.py", "get_data_iterator"),
+        (f"miles/{_MEGATRON}/model.py", "forward_only"),
+        (f"miles/{_MEGATRON}/model.py", "train"),
+        (f"{_TRAINING}/loss.py", "loss_function"),
+        (f"{_TRAINING}/loss_hub/logit_processors.py", "get_log_probs_and_entropy"),
+        (f"{_TRAINING}/loss_hub/losses.py", "policy_loss_function"),
+        (f"{_TRAINING}/loss_hub/math_utils.py", "compute_policy_loss"),
+        (f"{_TRAINING}/cp_utils.py", "all_gather_with_cp"),
+        (f"{_TRAINING}/cp_utils.py", "slice_log_prob_with_cp"),
+        (f"{_TRAINING}/cp_utils.py", "get_sum_of_sample_mean"),
+        (f"{_TRAINING}/replay_data.py", "fill_replay_data"),
+        ("miles/utils/replay_base.py", "BaseReplayManager.clear_all_forward"),
+        ("miles/utils/replay_base.py", "BaseReplayManager.check_replay_result"),
+        ("miles/utils/misc.py", "load_function"),
+        ("miles/utils/metric_utils.py", "compute_rollout_step"),
+        ("miles/utils/tracking_utils/tracking.py", "log"),
+    ],
+    "nemo-rl": [
+        (_LOSSES, "ClippedPGLossFn.__init__"),
+        (_LOSSES, "ClippedPGLossFn.__call__"),
+        (_WORKER, "MegatronPolicyWorkerImpl.__init__"),
+        (_WORKER, "MegatronPolicyWorkerImpl.get_logprobs"),
+        (_WORKER, "MegatronPolicyWorkerImpl.train"),
+        (_WORKER, "MegatronPolicyWorkerImpl.begin_train_step"),
+        ("nemo_rl/models/megatron/train.py", "megatron_forward_backward"),
+        ("nemo_rl/models/megatron/router_replay.py", "_unwrap_model_config"),
+        ("nemo_rl/distributed/model_utils.py", "allgather_cp_sharded_tensor"),
+    ],
+    "megatron-lm": [
+        ("megatron/rl/rl_utils.py", "calculate_grpo_loss"),
+        ("megatron/rl/rl_utils.py", "prepare_data_for_update"),
+        ("megatron/rl/rl_utils.py", "prepare_trajectories"),
+        ("megatron/rl/rl_utils.py", "compute_logprobs_batch"),
+        ("megatron/rl/rl_utils.py", "logprobs_forward_step"),
+        ("megatron/rl/rl_utils.py", "rl_inference_interface_shutdown"),
+        (
+            "megatron/core/inference/inference_request.py",
+            "FinishedRequestRecord.from_request",
+        ),
+    ],
+}  # fmt: skip
+
+
+def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
+    """`FILE:NAME` → signature and checksum, of every hook that is there."""
+    return {
+        f"{file}:{name}": about
+        for file, name in HOOKS[stack]
+        if (about := _about(checkout / file, name)) is not None
+    }
+
+
+def _about(file: Path, name: str) -> dict[str, str] | None:
+    if not file.is_file():
+        return None
+    source = file.read_text(encoding="utf-8")
+    body = ast.parse(source).body
+    *outer, last = name.split(".")
+    for part in outer:
+        classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name == part]
+        body = classes[0].body if classes else []
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [n for n in body if isinstance(n, functions) and n.name == last]
+    if not nodes:
+        return None
+    # Without comments and layout: of what it computes.
+    text = ast.dump(nodes[-1], annotate_fields=False)
+    return {
+        "signature": f"({ast.unparse(nodes[-1].args)})",
+        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
+    """Stack → revision → hook → what was found of it."""
+    return json.loads(FOUND.read_text(encoding="utf-8"))
+
+
+def difference(stack: str, checkout: Path, revision: str) -> list[str]:
+    """Hooks of a checkout that are not as they were at a tested revision, one line each."""
+    tested, here = read()[stack][revision], found_in(checkout, stack)
+    lines = []
+    for hook, before in tested.items():
+        now = here.get(hook)
+        if now is None:
+            lines.append(f"{hook}: gone")
+        elif now["signature"] != before["signature"]:
+            lines.append(f"{hook}: takes {now['signature']}, before {before['signature']}")
+        elif now != before:
+            lines.append(f"{hook}: computes otherwise")
+    return lines
+
+
+def main(stack: str, revision: str, checkout: str) -> None:
+    found = found_in(Path(checkout), stack)
+    missing = [name for file, name in HOOKS[stack] if f"{file}:{name}" not in found]
+    if missing:
+        sys.exit(f"{checkout}: no {', '.join(missing)}")
+    kept = read() if FOUND.exists() else {}
+    kept.setdefault(stack, {})[revision] = found
+    FOUND.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{stack} {revision}: {len(found)} hooks")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,61 @@
+"""The hook points of each stack, as data of every tested revision and in a checkout."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integrations import hooks
+
+# Stack → the variable that names a checkout of it, and the revision that it has to be at.
+CHECKOUTS = {
+    "slime": ("MOE_UPGRPO_SLIME", "624b824a8"),
+    "miles": ("MOE_UPGRPO_MILES", "31f1ca961"),
+    "nemo-rl": ("MOE_UPGRPO_NEMO_RL", "7ea279a"),
+    "megatron-lm": ("MOE_UPGRPO_MEGATRON_LM", "d98e8a6"),
+}
+
+
+@pytest.mark.parametrize("stack", hooks.HOOKS)
+def test_every_hook_is_kept_at_each_tested_revision(stack):
+    names = {f"{file}:{name}" for file, name in hooks.HOOKS[stack]}
+    kept = hooks.read()[stack]
+    assert CHECKOUTS[stack][1] in kept
+    for revision, found in kept.items():
+        assert found.keys() == names, revision
+        assert all(
+            about["signature"].startswith("(") and about["sha256"] for about in found.values()
+        )
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [stack for stack, (variable, _) in CHECKOUTS.items() if os.environ.get(variable)] or ["none"],
+)
+def test_a_checkouts_hooks_are_as_they_were_tested(stack):
+    """Where a variable names one: `make test-stacks`."""
+    if stack != "none":
+        variable, revision = CHECKOUTS[stack]
+        assert hooks.difference(stack, Path(os.environ[variable]), revision) == []
+
+
+def test_what_changed_is_said(tmp_path, monkeypatch):
+    source = (
+        "class A:\n    def kept(self, x, *, y=1):\n        return x  # one\n\ndef gone(a): ...\n"
+    )
+    (tmp_path / "m.py").write_text(source, encoding="utf-8")
+    monkeypatch.setitem(hooks.HOOKS, "s", [("m.py", "A.kept"), ("m.py", "gone")])
+    monkeypatch.setattr(hooks, "FOUND", tmp_path / "hooks.json")
+    hooks.main("s", "1", str(tmp_path))
+    assert hooks.difference("s", tmp_path, "1") == []
+
+    def after(change, to):
+        (tmp_path / "m.py").write_text(source.replace(change, to), encoding="utf-8")
+        return hooks.difference("s", tmp_path, "1")
+
+    assert after("# one", "# two") == []
+    assert after("return x", "return -x") == ["m.py:A.kept: computes otherwise"]
+    assert after("y=1", "z=1") == ["m.py:A.kept: takes (self, x, *, z=1), before (self, x, *, y=1)"]
+    assert after("def gone", "def other") == ["m.py:gone: gone"]
+    with pytest.raises(SystemExit, match="no gone"):
+        hooks.main("s", "2", str(tmp_path))
