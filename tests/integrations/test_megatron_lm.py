@@ -278,11 +278,14 @@ def test_grpo_is_megatron_lms_own_with_its_settings(called):
 
 
 REFUSED = [
-    ({"MOE_UPGRPO_LOSS": "rspo"}, "MOE_UPGRPO_LOSS: 'rspo' given; allowed: grpo, dapo"),
+    (
+        {"MOE_UPGRPO_LOSS": "rspo"},
+        "MOE_UPGRPO_LOSS: 'rspo' given, a loss that needs router_log_probs",
+    ),
     ({"MOE_UPGRPO_LOSS_SETTINGS": "{}"}, "MOE_UPGRPO_LOSS is not: name a preset"),
     (
         {"MOE_UPGRPO_LOSS": "gspo", "MOE_UPGRPO_LOSS_SETTINGS": '{"clip": 1}'},
-        "allowed: a JSON object of positive, negative, aggregation",
+        "{'clip': 1} given; allowed: fields of positive, negative, aggregation",
     ),
     (
         {"MOE_UPGRPO_LOSS": "gspo", "MOE_UPGRPO_LOSS_SETTINGS": "clip_low=1"},
@@ -290,7 +293,7 @@ REFUSED = [
     ),
     (
         {"MOE_UPGRPO_LOSS": "grpo", "MOE_UPGRPO_LOSS_SETTINGS": '{"router_shift_floor": 0.8}'},
-        "router_shift_floor needs the router's log-probs",
+        "this loss needs router_log_probs, which Megatron-LM does not hand",
     ),
 ]
 

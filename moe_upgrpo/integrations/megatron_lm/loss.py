@@ -30,6 +30,7 @@ from torch import Tensor
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import coupled, resolve, served
 from moe_upgrpo.losses import (
+    PRESETS,
     Metric,
     PolicyLossConfig,
     aggregation_weights,
@@ -61,7 +62,7 @@ def asked() -> PolicyLossConfig | None:
     except json.JSONDecodeError as error:
         raise UserError(
             f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given ({error}); allowed: a JSON object of "
-            f"fields of the loss"
+            f"{', '.join(vars(PRESETS['grpo']))}"
         ) from error
     return resolve(
         name,
