@@ -493,6 +493,8 @@ class Job:
         whole = Checkpoints(self.run.checkpoints).all()
         if groups.from_rank_0(not whole or step_of(whole[-1]) != done):
             self._save(done)
+            # The first rank to leave has the others ended: not before the state has its name.
+            groups.from_rank_0(None)
         raise self.stopping.error(f"with its state after step {done} kept")
 
     def _save(self, step: int) -> None:
