@@ -64,19 +64,7 @@ def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: lis
         from torch.distributed import run
         from torch.distributed.launcher.api import elastic_launch
 
-        words = [*agent_words, "-m", "moe_upgrpo", "train", *train_words]
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                arguments = run.parse_args(words)
-        except SystemExit:
-            last = (said.getvalue().splitlines() or [""])[-1].partition("error: ")[2]
-            raise UserError(f"options before --: {last}; torchrun --help lists them.") from None
-        alone = arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
-        if alone and arguments.nnodes == "1" and arguments.master_port is None:
-            arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "localhost:0"
-            arguments.rdzv_id = Path(os.environ[ending.LAUNCHER]).name
-        arguments.master_port = arguments.master_port or 29500
+        arguments = _arguments([*agent_words, "-m", "moe_upgrpo", "train", *train_words])
         try:
             config, command, rest = run.config_from_args(arguments)
         except ValueError as error:
@@ -84,6 +72,25 @@ def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: lis
         elastic_launch(config=config, entrypoint=command)(*rest)
     except BaseException as error:
         failures.append(error)
+
+
+def _arguments(words: Sequence[str]) -> Any:
+    """Torchrun's options as it reads them; a job of one machine alone meets at any free port."""
+    from torch.distributed import run
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments = run.parse_args(list(words))
+    except SystemExit:
+        last = (said.getvalue().splitlines() or [""])[-1].partition("error: ")[2]
+        raise UserError(f"options before --: {last}; torchrun --help lists them.") from None
+    named = arguments.rdzv_endpoint or arguments.master_port or arguments.rdzv_backend != "static"
+    if arguments.nnodes in ("1", "1:1") and not named:  # "1:1" where it is not given
+        arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "localhost:0"
+        arguments.rdzv_id = Path(os.environ[ending.LAUNCHER]).name
+    arguments.master_port = arguments.master_port or 29500
+    return arguments
 
 
 def _wait(agent: threading.Thread, asked: list[int]) -> None:

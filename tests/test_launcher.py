@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_upgrpo import launch
+from moe_upgrpo import ending, launch
 from moe_upgrpo.errors import MachineFault, UserError, status_of
 
 
@@ -88,6 +88,30 @@ def test_what_the_agent_itself_refuses(tmp_path):
 )
 def test_the_number_of_ranks_that_its_options_name(words, size):
     assert launch.world_size(words) == size
+
+
+@pytest.mark.parametrize(
+    ("words", "backend", "endpoint", "port"),
+    [
+        ([], "c10d", "localhost:0", 29500),
+        (["--nnodes", "1"], "c10d", "localhost:0", 29500),
+        (["--master-port", "1234"], "static", "", 1234),
+        (["--rdzv-endpoint", "a:1"], "static", "a:1", 29500),
+        (["--nnodes", "2", "--node-rank", "1", "--master-addr", "a"], "static", "", 29500),
+        (["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "a:1"], "c10d", "a:1",
+         29500),
+    ],
+)  # fmt: skip
+def test_where_ranks_meet(words, backend, endpoint, port, monkeypatch):
+    """Those of one machine at any free port: another job may have torchrun's 29500."""
+    monkeypatch.setenv(ending.LAUNCHER, "/tmp/of-this-job")
+    found = launch._arguments([*words, "--nproc-per-node", "2", "-m", "moe_upgrpo", "train"])
+    assert (found.rdzv_backend, found.rdzv_endpoint, found.master_port) == (backend, endpoint, port)
+
+
+def test_options_that_torchrun_does_not_know():
+    with pytest.raises(UserError, match=r"options before --: .*--nodes.*torchrun --help lists"):
+        launch._arguments(["--nodes", "2", "-m", "x"])
 
 
 def test_words_are_split_once():

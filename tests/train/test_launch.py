@@ -8,11 +8,12 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -557,8 +558,11 @@ def test_the_last_word_is_ours(how, run, cache, tmp_path):
     "its ranks write a state and end, with the `--resume` line",
 )
 def test_no_rank_outlives_its_launcher(run, cache, tmp_path):
-    folder = tmp_path / "r"
-    with running(folder, "bash", SCRIPT, *options(folder, cache, *ENDLESS)) as job:
+    folder, other = tmp_path / "r", socket.socket()
+    with suppress(OSError):
+        other.bind(("", 29500))  # torchrun's port, as another job on this machine has it
+        other.listen()
+    with other, running(folder, "bash", SCRIPT, *options(folder, cache, *ENDLESS)) as job:
         ranks = of_ranks(job.pid, 2)
         job.kill()
         _, errors = job.communicate(timeout=60)  # until the ranks, which hold it too, are gone
