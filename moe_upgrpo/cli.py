@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # as `| head` does, once it has seen enough
         ending.fail("standard output was closed by its reader.", 128 + signal.SIGPIPE)
     except Exception as error:
-        if isinstance(error, ImportError) and (lacking := releases.missing(error)):
+        if lacking := releases.missing(error):
             ending.fail(str(lacking))
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if what := machine_fault(error):

@@ -15,14 +15,21 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.optimizer import optimizer_config
+from megatron.core.optimizer import clip_grads, optimizer_config
+from megatron.core.optimizer import optimizer as optimizer_module
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
-from megatron.core.utils import get_te_version
+from megatron.core.utils import (
+    get_te_version,
+    local_multi_tensor_applier,
+    local_multi_tensor_l2_norm,
+    local_multi_tensor_scale,
+)
 from torch.overrides import TorchFunctionMode
 
 from moe_upgrpo.errors import UserError
@@ -239,6 +246,39 @@ def cpu_replacements() -> list[Replacement]:
             True,
             "jit.py decorates small functions with torch.compile: minutes of compiling on a CPU",
         ),
+        *_instead_of_kernels(),
+    ]
+
+
+def _instead_of_kernels() -> list[Replacement]:
+    """What Megatron-Core takes where neither Transformer Engine nor Apex is installed.
+
+    It asks whether they can be imported, which they can without a GPU; their kernels take one.
+    """
+    taken = {
+        megatron_optimizer: {  # optimizer/__init__.py:13
+            "Adam": torch.optim.AdamW,
+            "SGD": torch.optim.SGD,
+            "USING_PYTORCH_OPTIMIZER": True,
+        },
+        clip_grads: {  # clip_grads.py:11
+            "multi_tensor_applier": local_multi_tensor_applier,
+            "l2_norm_impl": local_multi_tensor_l2_norm,
+            "multi_tensor_scale_impl": local_multi_tensor_scale,
+            "multi_tensor_scale_tensor_impl": None,  # since 0.17
+        },
+        optimizer_module: {  # optimizer.py:17
+            "multi_tensor_applier": local_multi_tensor_applier,
+            "multi_tensor_scale_impl": local_multi_tensor_scale,
+        },
+        moe_utils: {"te_general_gemm": None},  # moe_utils.py:1192
+    }
+    reason = "Transformer Engine's and Apex's kernels take a GPU, and importing them does not"
+    return [
+        Replacement(owner, name, value, reason)
+        for owner, names in taken.items()
+        for name, value in names.items()
+        if getattr(owner, name, value) is not value
     ]
 
 

@@ -49,11 +49,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class LatentNorm(RMSNorm):
-    """The epsilon of MLA's latents: transformers takes 1e-6 there whatever rms_norm_eps is."""
+LATENT_EPS = 1e-6  # of MLA's latents: transformers takes it whatever rms_norm_eps is
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
-        super().__init__(config, hidden_size, 1e-6)
+
+class LatentNorm(RMSNorm):
+    """RMSNorm with the epsilon of MLA's latents."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = LATENT_EPS, **_):
+        super().__init__(config, hidden_size, LATENT_EPS)
 
 
 class LatentSelfAttention(MLASelfAttention):
@@ -62,6 +65,15 @@ class LatentSelfAttention(MLASelfAttention):
     Since 0.19 Megatron chooses them itself (multi_latent_attention.py:631): it norms the query of
     a model without a query latent, which transformers does not, and only Transformer Engine can.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+            projection = getattr(self, name, None)
+            # Transformer Engine's has the latent's norm in it, which Megatron gives the epsilon of
+            # all others (extensions/transformer_engine.py: eps=self.config.layernorm_epsilon).
+            if hasattr(projection, "layer_norm_weight"):
+                projection.eps = LATENT_EPS
 
     def _resolve_qk_norm_config(self, submodules):
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")

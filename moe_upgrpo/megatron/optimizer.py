@@ -119,6 +119,7 @@ def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
 
 
 def code_path() -> str:
-    """The class of Adam that is used here, and how."""
-    name = f"{Adam.__module__}.{Adam.__name__}"
-    return f"{name}, {one_call()}" if Adam in TORCH else name
+    """The class of Adam that is used here, and how; without a GPU torch's (`backend.apply`)."""
+    used = Adam if has_cuda() else torch.optim.AdamW
+    name = f"{used.__module__}.{used.__name__}"
+    return f"{name}, {one_call()}" if used in TORCH else name

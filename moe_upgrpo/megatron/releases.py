@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import traceback
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -48,11 +49,28 @@ def lacks(hook: str) -> UserError:
     )
 
 
-def missing(error: ImportError) -> UserError | None:
-    """The error for an import that failed because Megatron-Core lacks something; else None."""
-    if (error.name or "").partition(".")[0] != "megatron":
+def missing(error: BaseException) -> UserError | None:
+    """The error for a Megatron-Core that could not be imported, and what to do; else None.
+
+    Because it lacks something, or because of a Transformer Engine that is there and broken:
+    Megatron-Core does without one only where importing it is an ImportError.
+    """
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "megatron":
+        return lacks(error.msg)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    importing = any(
+        frame.f_code.co_name == "<module>"
+        and frame.f_globals.get("__name__", "").partition(".")[0] == "transformer_engine"
+        for frame in frames
+    )
+    if not importing:
         return None
-    return lacks(error.msg)
+    return UserError(
+        f"Megatron-Core cannot be imported, because Transformer Engine is installed and cannot be "
+        f"({type(error).__name__}: {error}). Install all of it (pip install --no-build-isolation "
+        "'transformer_engine[pytorch]') or nothing (pip uninstall transformer_engine "
+        "transformer_engine_torch transformer_engine_cu12 transformer_engine_cu13)."
+    )
 
 
 def reduces_expert_gradients() -> bool:

@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo import __version__, kernels
+from moe_upgrpo.megatron import releases
 from moe_upgrpo.rollout.engines import ENGINES
 
 NOT_RUN = "not run (no machine of ours could)"
+TE_RUN = "its kernels were not run (no machine of ours could)"
 SOURCE = "make setup, or pip install -e . in the repository"
 
 
@@ -83,6 +85,16 @@ class Installed:
         folders = (spec and spec.submodule_search_locations) or ()
         return any((Path(folder) / file).is_file() for folder in folders)
 
+    def has_library(self, name: str) -> bool:
+        """Whether a compiled library of Transformer Engine lies where it looks for it."""
+        places = ("", "transformer_engine", "transformer_engine/wheel_lib")
+        return any(
+            True
+            for folder in self.path
+            for place in places
+            for _ in (Path(folder) / place).glob(f"{name}*.so")
+        )
+
 
 def _canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
@@ -118,7 +130,9 @@ def diagnose(
         try:
             paths = (code_paths or _code_paths)()
         except Exception as error:
-            problems.append(f"Megatron-Core cannot be imported: {error}")
+            problems.append(
+                str(releases.missing(error) or f"Megatron-Core cannot be imported: {error}")
+            )
     return Diagnosis(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -186,30 +200,18 @@ def _code_paths() -> dict[str, str]:
 def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
     """Where they are installed they are used, or not at all; none is required."""
     here = "" if cuda else " (needs an NVIDIA GPU; this machine has none)"
-    items = []
-    for name, feature, get in (
-        (
-            "transformer_engine",
-            "faster layers on GPUs",
-            "pip install --no-build-isolation 'transformer_engine[pytorch]'",
-        ),
-        (
-            "flash-attn",
-            "Transformer Engine's attention",
-            "pip install --no-build-isolation flash-attn",
-        ),
-    ):
-        version = installed.version(name)
-        items.append(
-            Item(
-                name=name,
-                version=version,
-                state="ok" if version else "missing",
-                feature=feature,
-                note=NOT_RUN,
-                get="" if version else get + here,
-            )
+    items = [_transformer_engine(installed, here)]
+    version = installed.version("flash-attn")
+    items.append(
+        Item(
+            name="flash-attn",
+            version=version,
+            state="ok" if version else "missing",
+            feature="Transformer Engine's attention",
+            note=NOT_RUN,
+            get="" if version else "pip install --no-build-isolation flash-attn" + here,
         )
+    )
     items.append(
         Item(
             name="grouped_gemm",
@@ -247,6 +249,39 @@ def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
         )
     )
     return items
+
+
+_TE_PARTS = (  # as PyPI has it; what is built from a checkout is one part
+    "transformer_engine",
+    "transformer_engine_torch",
+    "transformer_engine_cu12",
+    "transformer_engine_cu13",
+)
+
+
+def _transformer_engine(installed: Installed, here: str) -> Item:
+    """Its parts are installed one by one, and without one of them nothing of it can be imported,
+    nor can Megatron-Core (`releases.missing`)."""
+    parts = {name: v for name in _TE_PARTS if (v := installed.version(name))}
+    about = dict(name="transformer_engine", feature="faster layers on GPUs")
+    about["version"] = parts.get("transformer_engine")
+    whole = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+    if not parts:
+        return Item(**about, state="missing", note=TE_RUN, get=whole + here)
+    if "transformer_engine" not in parts:
+        lacking = "the package transformer_engine"
+    elif not installed.has_library("transformer_engine_torch"):
+        lacking = "its part for PyTorch"
+    elif len(set(parts.values())) > 1:
+        lacking = "parts of one version: " + ", ".join(f"{n} {v}" for n, v in parts.items())
+    else:
+        return Item(**about, state="ok", note=TE_RUN)
+    return Item(
+        **about,
+        state="wrong",
+        note=f"it lacks {lacking}, and Megatron-Core cannot be imported beside it",
+        get=f"{whole}, or pip uninstall {' '.join(parts)}",
+    )
 
 
 def _engines(installed: Installed, cuda: bool) -> Iterator[Item]:

@@ -78,6 +78,36 @@ def test_imports_of_others_are_not_megatrons_fault():
     assert releases.missing(ImportError("without a name")) is None
 
 
+BROKEN = {  # what import transformer_engine.pytorch raised with one of its parts missing
+    "FileNotFoundError": "Could not find shared object file for Transformer Engine torch lib.",
+    "OSError": "libnccl.so.2: cannot open shared object file: No such file or directory",
+    "AssertionError": "Transformer Engine package version mismatch.",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_transformer_engine_that_cannot_be_imported_is_named(kind, tmp_path, monkeypatch):
+    """Megatron-Core goes on without it after an ImportError alone."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("from . import pytorch\n")
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text(f"raise {kind}({BROKEN[kind]!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    with pytest.raises(Exception) as caught:
+        import transformer_engine.pytorch  # noqa: F401
+    said = str(releases.missing(caught.value))
+    assert f"{kind}: {BROKEN[kind]}" in said
+    assert "transformer_engine[pytorch]" in said and "pip uninstall transformer_engine " in said
+
+
+def test_an_error_of_transformer_engines_functions_is_no_failed_import():
+    at_work = {"__name__": "transformer_engine.pytorch"}
+    exec("def forward():\n    raise RuntimeError('CUDA error')", at_work)
+    with pytest.raises(RuntimeError) as caught:
+        at_work["forward"]()
+    assert releases.missing(caught.value) is None
+
+
 def test_a_stand_in_for_nothing_is_an_error(monkeypatch):
     gone = backend.Replacement(backend.moe_utils, "helper_of_old", None, "moe_utils.py:1")
     monkeypatch.setattr(backend, "cpu_replacements", lambda: [gone])

@@ -1,6 +1,6 @@
 """Doctor's words on installations, made of fake distributions: folders of metadata on a path.
 
-Not covered: a machine with CUDA, and the real Transformer Engine, Apex and vLLM for CUDA.
+Not covered: a machine with CUDA, and the real Apex and vLLM for CUDA.
 """
 
 import io
@@ -111,6 +111,51 @@ def test_nvidia_apex_is_recognised(with_metadata, folder):
     _, items = look(folder, GPU)
     assert (items["apex"].state, items["apex"].get) == ("ok", "")
     assert "not run" in items["apex"].note
+
+
+LIBRARY = "transformer_engine/wheel_lib/transformer_engine_torch.cpython-312-x86_64-linux-gnu.so"
+
+
+def install_transformer_engine(folder, *parts, torch_version="2.20.2", library=True):
+    """As its wheels of PyPI lie there."""
+    for part in parts:
+        version = torch_version if part == "transformer_engine_torch" else "2.20.2"
+        install(folder, part, version, *([LIBRARY] if part.endswith("torch") and library else []))
+
+
+TE = ("transformer_engine", "transformer_engine_cu13", "transformer_engine_torch")
+
+
+def test_transformer_engine_is_whole_or_wrong(folder):
+    install_transformer_engine(folder, *TE)
+    _, items = look(folder)
+    item = items["transformer_engine"]
+    assert (item.version, item.state, item.get) == ("2.20.2", "ok", "")
+
+
+def test_transformer_engine_built_from_a_checkout(folder):
+    install(folder, "transformer_engine", "2.21.0.dev0+abc", "transformer_engine_torch.so")
+    _, items = look(folder)
+    assert items["transformer_engine"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("parts", "changed", "lacks"),
+    [
+        (TE[:2], {}, "it lacks its part for PyTorch"),
+        (TE[1:], {}, "it lacks the package transformer_engine"),
+        (TE, {"library": False}, "it lacks its part for PyTorch"),
+        (TE, {"torch_version": "2.19.0"}, "transformer_engine_torch 2.19.0"),
+    ],
+)
+def test_a_transformer_engine_that_lacks_a_part(parts, changed, lacks, folder):
+    """Megatron-Core 0.19.2 could not be imported beside 2.20.2 without its part for PyTorch."""
+    install_transformer_engine(folder, *parts, **changed)
+    _, items = look(folder)
+    item = items["transformer_engine"]
+    assert item.state == "wrong" and lacks in item.note and "cannot be imported" in item.note
+    assert "transformer_engine[pytorch]" in item.get
+    assert set(item.get.partition("pip uninstall ")[2].split()) == set(parts)
 
 
 def test_vllm_for_the_cpu_with_its_plugin(folder):
