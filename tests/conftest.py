@@ -5,8 +5,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
+def save_tiny(path):
     """A random Qwen3-MoE checkpoint that divides into every layout tested: 8 experts, top-2."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -31,6 +30,10 @@ def tiny_checkpoint(tmp_path_factory):
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is skipped or swapped
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     model.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")

@@ -84,9 +84,8 @@ def save_random(model, path):
     return path
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tiny_checkpoint, tmp_path_factory):
-    """The checkpoints that measured.py describes, by name."""
+def save_checkpoints(folder):
+    """Those that measured.py describes but `tiny`, by name."""
     torch.manual_seed(1)
     mixed = Qwen3MoeConfig(
         **SIZES,
@@ -98,15 +97,19 @@ def checkpoints(tiny_checkpoint, tmp_path_factory):
         tie_word_embeddings=False,
     )
     dense = Qwen3Config(**SIZES, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("checkpoints")
     return {
-        "tiny": tiny_checkpoint,
         "mixed": save_random(Qwen3MoeForCausalLM(mixed), folder / "mixed"),
         "dense": save_random(Qwen3ForCausalLM(dense), folder / "dense"),
     } | {
         name: save_random(AutoModelForCausalLM.from_config(config), folder / name)
         for name, config in FAMILIES.items()
     }
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny_checkpoint, tmp_path_factory):
+    """The checkpoints that measured.py describes, by name."""
+    return {"tiny": tiny_checkpoint} | save_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="session")
