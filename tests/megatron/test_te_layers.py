@@ -145,6 +145,7 @@ def test_latents_have_their_own_epsilon_inside_a_projection_too(rms_norm_eps):
 
 
 def test_the_command_says_that_it_was_not_run_where_it_cannot(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     monkeypatch.setattr(sys, "argv", ["te_layers"])
     with pytest.raises(UserError, match=r"^Not run: transformer_engine.pytorch cannot"):
