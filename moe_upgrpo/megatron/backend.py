@@ -17,7 +17,7 @@ import torch
 import torch._dynamo
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.optimizer import clip_grads, optimizer_config
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer_config
 from megatron.core.optimizer import optimizer as optimizer_module
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.post_training.modelopt.layers import Linear
@@ -271,6 +271,7 @@ def _instead_of_kernels() -> list[Replacement]:
             "multi_tensor_applier": local_multi_tensor_applier,
             "multi_tensor_scale_impl": local_multi_tensor_scale,
         },
+        distrib_optimizer: {"HAVE_APEX_OR_TE": False},  # distrib_optimizer.py:21
         moe_utils: {"te_general_gemm": None},  # moe_utils.py:1192
     }
     reason = "Transformer Engine's and Apex's kernels take a GPU, and importing them does not"
