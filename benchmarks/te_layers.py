@@ -4,7 +4,8 @@
 
 Builds the tests' tiny models of each family with the layers that a GPU would take, on one rank and
 on two (TP2·EP2), and looks at every weight: its name and shape against the models of torch's
-layers, its marks, a checkpoint in and out again to the bit; and at the epsilon of every norm.
+layers, its marks, a checkpoint in and out again to the bit; at the epsilon of every norm; and a
+training state read in the other layout.
 Nothing is computed: Transformer Engine's kernels take a GPU, its modules only ask whether there is
 one. `--write` puts names, shapes and marks into tests/megatron/te_layers.json, from which `make
 test` makes stand-ins.
@@ -21,18 +22,24 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
 from safetensors.torch import load_file
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import actor as actor_module
 from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.checkpoint import load_state, save_state
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.settings import OptimizerSettings
 from tests.conftest import save_tiny
 from tests.megatron import te_layers
 from tests.megatron.conftest import save_checkpoints
 from tests.ranks import run_ranks
 
+STEP = OptimizerSettings(lr=1e-2, warmup_steps=0)
 PACKAGES = ("transformer_engine", "megatron-core", "torch")
 
 
@@ -104,6 +111,57 @@ def exact(chunk: torch.nn.Module, hf, folder: Path, dtype: torch.dtype) -> int:
     )
 
 
+def state_of_rank(layout: Layout, folder: Path, source: Path | None, target: Path) -> dict:
+    """Weights after a training state was read from `source`, or a step without a model was made;
+    written to `target`."""
+    with process_groups(layout), mock.patch.object(actor_module, "build_model", built_with_theirs):
+        actor = MegatronActor(folder, layout, optimizer=STEP, dtype="bfloat16")
+        if source:
+            load_state(source, actor)
+        else:
+            for parameter in actor.chunks[0].parameters():
+                parameter.main_grad.fill_(0.01)
+            actor.optimizer.step()
+        target.mkdir(exist_ok=True)
+        save_state(target, actor)
+        return {name: tensor.cpu().clone() for name, tensor in actor.export_weights()}
+
+
+def built_with_theirs(*args) -> list[torch.nn.Module]:
+    with as_with_a_gpu():
+        return model.build_model(*args)
+
+
+def check_state(folder: Path, states: Path) -> bool:
+    """Whether a training state goes from TP2·EP2 to one rank and back to the bit."""
+    two, one = te_layers.LAYOUTS["TP2·EP2"], te_layers.LAYOUTS["one rank"]
+    steps = ((two, None, "first"), (one, "first", "second"), (two, "second", "third"))
+    weights_then = [
+        rank
+        for layout, source, target in steps
+        for rank in run_ranks(
+            layout.tp, state_of_rank, layout, folder, source and states / source, states / target
+        )
+    ]
+    with process_groups(one):
+        first, _, third = (
+            {
+                name: tensor
+                for name, tensor in load_plain_tensors(str(states / target)).items()
+                if isinstance(tensor, torch.Tensor)
+            }
+            for _, _, target in steps
+        )
+    changed = load_file(folder / "model.safetensors")
+    return (
+        sum("exp_avg" in name for name in first) > 20
+        and first.keys() == third.keys()
+        and all(torch.equal(first[name], third[name]) for name in first)
+        and all(torch.equal(weights_then[0][n], w[n]) for w in weights_then for n in w)
+        and any(not torch.equal(changed[n].bfloat16(), t) for n, t in weights_then[0].items())
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="the table that the tests read")
@@ -153,6 +211,15 @@ def main() -> None:
                 for line in dict.fromkeys(differs):
                     print(f"     {line}")
                 tables[f"{name}, {layout_name}"] = first["rows"]
+        if backend.has_cuda() and torch.cuda.device_count() < 2:
+            print("tiny, training state: not run, two GPUs are needed")
+        else:
+            exact = check_state(checkpoints["tiny"], Path(folder))
+            failed += not exact
+            print(
+                f"{'ok' if exact else 'FAIL'} tiny, training state from TP2·EP2 to one rank and "
+                "back: weights, fp32 weights and moments to the bit"
+            )
     if options.write and not failed:
         te_layers.write(tables, {"versions": versions, "code_paths": paths})
         print(f"written: {te_layers.TABLE}")

@@ -56,7 +56,7 @@ def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
 
 
 # Transformer Engine's layers have norms inside the linear layers that follow them, and all experts
-# of a rank in one module. Not run: it takes a GPU.
+# of a rank in one module. As benchmarks/te_layers.py found them; tests/megatron/test_te_layers.py.
 _TE_NAMES = {
     r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
     r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -148,7 +148,7 @@ def mark_split_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig) 
 
     The gradient norm takes a weight without this mark for a copy, of which it counts that of the
     first rank (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as
-    Transformer Engine's experts do (extensions/transformer_engine.py:1551): the ranks hold
+    Transformer Engine's experts do before 0.19 (extensions/transformer_engine.py:1551): ranks hold
     different experts, and clipping would be too weak without a word.
     """
     parameters = _parameters(chunks)

@@ -124,7 +124,7 @@ def test_rl_defaults(checkpoints):
 
 
 def test_code_paths_without_a_gpu():
-    """Those with Transformer Engine and Apex are not covered: they need one."""
+    """Those with Transformer Engine are in te_layers.json; Apex is not covered."""
     assert model.code_paths() == {
         "layer spec": "local (torch)",
         "norm": "torch.nn.RMSNorm",
@@ -156,5 +156,6 @@ def test_code_paths_without_a_gpu():
     ],
 )
 def test_the_names_of_transformer_engines_layers(theirs, ours):
-    """As gpt_layer_specs.py and the two maps of Megatron-Bridge have them; no model is built."""
+    """As gpt_layer_specs.py and the two maps of Megatron-Bridge have them; whole models are in
+    test_te_layers.py."""
     assert weights._local_name(f"decoder.layers.{theirs}") == f"decoder.layers.{ours}"
