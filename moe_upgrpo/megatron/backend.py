@@ -251,7 +251,7 @@ def cpu_replacements() -> list[Replacement]:
 
 
 def _instead_of_kernels() -> list[Replacement]:
-    """What Megatron-Core takes where neither Transformer Engine nor Apex is installed.
+    """Replacements by what Megatron-Core takes without Transformer Engine and Apex.
 
     It asks whether they can be imported, which they can without a GPU; their kernels take one.
     """

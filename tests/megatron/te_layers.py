@@ -143,7 +143,7 @@ def stand_in(chunk: torch.nn.Module, table: list[Row]) -> torch.nn.Module:
 
 
 def differences(chunk: torch.nn.Module, ours: torch.nn.Module, hf) -> list[str]:
-    """What of a model's weights is not as in one of local layers, once marked by the table."""
+    """Weights of a model that are not as in one of local layers, once marked by the table."""
     for one in (chunk, ours):
         weights.mark_split_weights([one], hf)
     theirs, local = weights._parameters([chunk]), weights._parameters([ours])

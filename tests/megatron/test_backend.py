@@ -48,3 +48,39 @@ def test_transformers_loads_the_same_weights_inside_the_backend(tiny_checkpoint)
         loaded = Qwen3MoeForCausalLM.from_pretrained(tiny_checkpoint).state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_without_a_gpu_kernels_that_are_installed_are_not_taken(monkeypatch):
+    """As where Transformer Engine is installed: Megatron-Core takes what it can import."""
+
+    def kernel(*_):
+        raise RuntimeError("CUDA error")
+
+    where = {
+        backend.megatron_optimizer: ("Adam", "SGD"),
+        backend.clip_grads: (
+            "multi_tensor_applier",
+            "l2_norm_impl",
+            "multi_tensor_scale_impl",
+            "multi_tensor_scale_tensor_impl",
+        ),
+        backend.optimizer_module: ("multi_tensor_applier", "multi_tensor_scale_impl"),
+        backend.moe_utils: ("te_general_gemm",),
+    }
+    for owner, names in where.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, kernel, raising=False)
+    monkeypatch.setattr(backend.megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(backend.distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    with backend.apply():
+        for owner, names in where.items():
+            assert all(getattr(owner, name) is not kernel for name in names)
+        assert backend.megatron_optimizer.Adam is torch.optim.AdamW
+        assert backend.megatron_optimizer.USING_PYTORCH_OPTIMIZER
+        assert not backend.distrib_optimizer.HAVE_APEX_OR_TE
+        norm, _ = backend.clip_grads.multi_tensor_applier(
+            backend.clip_grads.l2_norm_impl, None, [[torch.tensor([3.0, 4.0])]], False
+        )
+        assert float(norm) == 5.0
+    assert backend.megatron_optimizer.Adam is kernel
+    assert backend.moe_utils.te_general_gemm is kernel

@@ -34,7 +34,7 @@ def built(folder, layout: Layout, dtype: torch.dtype, table: list[Row]):
 
 
 def of_rank(folder, layout: Layout, table: list[Row]) -> dict:
-    """What a rank exports of a checkpoint that it loaded, by dtype, and the marks that are set."""
+    """A rank's exports of a checkpoint that it loaded, by dtype, and the marks that are set."""
     with process_groups(layout):
         exported = {}
         for dtype in DTYPES:
