@@ -460,7 +460,8 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
 
         def kept(*arguments):
             found = get_iterator(*arguments)
-            microbatches[:] = found[0][0].micro_batch_indices
+            iterators = found if STACK == "slime" else found[0]
+            microbatches[:] = iterators[0].micro_batch_indices
             return found
 
         actor_module.get_data_iterator = kept
