@@ -87,6 +87,15 @@ class Miles:
         self.actor, self.model = actor, model
         self.partition: list[int] = []
         self._keep_partition()
+        self.tracking = first_module(
+            "miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils"
+        )
+        method = getattr(actor.MegatronTrainRayActor, "_fill_replay_data", None)
+        if method:  # 0.0.2; it reads the actor's arguments and model
+            self.fill = lambda args, **given: method(Namespace(args=args, model=None), **given)
+        else:
+            fill = first_module("miles.backends.training_utils.replay_data").fill_replay_data
+            self.fill = lambda args, **given: fill(args=args, models=None, **given)
 
     def _keep_partition(self):
         """Sees to it that `partition` has the rows of each rollout, which miles drops."""
@@ -119,21 +128,15 @@ class Miles:
         found = []
         data = data_iterator[0].rollout_data
         data[ROWS] = [x[:, None, None] for x in ids]
-        given = {
-            "data_iterator": data_iterator,
-            "num_microbatches": num_microbatches,
-            "rollout_data": data,
-            "data_key": ROWS,
-            "replay_list": [],
-            "register_replay_list_func": lambda _, rows, *__, **___: found.append(rows[:, 0, 0]),
-        }
-        fill = getattr(self.actor.MegatronTrainRayActor, "_fill_replay_data", None)
-        if fill is None:
-            from miles.backends.training_utils.replay_data import fill_replay_data
-
-            fill_replay_data(args=args, models=None, **given)
-        else:  # 0.0.2; the actor itself hands over its arguments and model
-            fill(Namespace(args=args, model=None), **given)
+        self.fill(
+            args,
+            data_iterator=data_iterator,
+            num_microbatches=num_microbatches,
+            rollout_data=data,
+            data_key=ROWS,
+            replay_list=[],
+            register_replay_list_func=lambda _, rows, *__, **___: found.append(rows[:, 0, 0]),
+        )
         return found
 
     @contextmanager
@@ -185,7 +188,6 @@ class Miles:
     def report(self, args, rollout_id, metrics):
         from miles.utils.metric_utils import compute_rollout_step
 
-        tracking = first_module("miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils")
         row = {f"rollout/{name}": value for name, value in metrics.items()}
         step = {"rollout/step": compute_rollout_step(args, rollout_id)}
-        tracking.log(args, row | step, step_key="rollout/step")
+        self.tracking.log(args, row | step, step_key="rollout/step")
