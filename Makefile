@@ -20,6 +20,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
 TRANSFORMERS_4 := .venv-transformers4
+MILES := .venv-miles
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
@@ -74,6 +75,13 @@ $(TRANSFORMERS_4)/.installed: $(STAMP)
 	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	@touch $@
 
+# miles as released, with nothing that it depends on: its integration is tested with it. Never on the
+# path of anything else: it brings a Megatron-LM and an SGLang.
+$(MILES)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(MILES) \
+	  miles-rl==0.0.2
+	@touch $@
+
 train: $(STAMP)
 	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
 
@@ -85,7 +93,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed lint
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint
 	$(BIN)/python -m pytest
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
@@ -127,7 +135,7 @@ test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 # STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
-test-stacks: $(TEST_STAMP)
+test-stacks: $(TEST_STAMP) $(MILES)/.installed
 	@test -n "$(foreach name,slime miles nemo-rl megatron-lm,$(call stack,$(name)))" || { \
 	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
@@ -135,4 +143,4 @@ test-stacks: $(TEST_STAMP)
 	  $(BIN)/python -m pytest tests/integrations
 
 clean:
-	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) build *.egg-info
+	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) build *.egg-info

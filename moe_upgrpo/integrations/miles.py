@@ -3,14 +3,14 @@
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.miles.loss
     --custom-megatron-init-path moe_upgrpo.integrations.miles.init
 
-Flags, metrics and limits: docs/slime.md.
+Flags, metrics and limits: docs/slime.md. Between the released 0.0.2 and its newer checkouts names
+moved and arguments came in; what is found decides (`slime_miles.revisions`).
 """
 
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 
 from miles.backends.training_utils import cp_utils
-from miles.backends.training_utils.loss_hub import losses
 from miles.utils.misc import load_function
 from miles.utils.replay_base import all_replay_managers, routing_replay_manager
 from torch import Tensor
@@ -18,7 +18,12 @@ from torch import Tensor
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.slime_miles.loss import check_loss, replaced, stack_loss
+from moe_upgrpo.integrations.slime_miles.revisions import first_module, taken
 
+losses = first_module(
+    "miles.backends.training_utils.loss_hub.losses",
+    "miles.backends.training_utils.loss",  # up to 0.0.2
+)
 HERE = "moe_upgrpo.integrations.miles"
 ROWS = "moe_upgrpo_rows"  # in the rollout's data while `Miles.rows` lays them out
 
@@ -78,34 +83,59 @@ class Miles:
     def __init__(self):
         # The actor's module calls the init hook, so that it is loaded.
         from miles.backends.megatron_utils import actor, model
-        from miles.ray.rollout import train_data_conversion
 
         self.actor, self.model = actor, model
         self.partition: list[int] = []
-        original = train_data_conversion.process_rollout_data_shard
+        self._keep_partition()
+        self.tracking = first_module(
+            "miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils"
+        )
+        method = getattr(actor.MegatronTrainRayActor, "_fill_replay_data", None)
+        if method:  # 0.0.2; it reads the actor's arguments and model
+            self.fill = lambda args, **given: method(Namespace(args=args, model=None), **given)
+        else:
+            fill = first_module("miles.backends.training_utils.replay_data").fill_replay_data
+            self.fill = lambda args, **given: fill(args=args, models=None, **given)
 
-        def shard(args, rollout_data):
-            self.partition = list(rollout_data["partition"])  # miles drops it
-            return original(args, rollout_data)
+    def _keep_partition(self):
+        """Sees to it that `partition` has the rows of each rollout, which miles drops."""
+        from miles.utils import data
 
-        train_data_conversion.process_rollout_data_shard = shard
+        def kept(rollout_data):
+            self.partition = list(rollout_data["partition"])
+            return rollout_data
+
+        if not hasattr(data, "ray"):
+            conversion = first_module("miles.ray.rollout.train_data_conversion")
+            shard = conversion.process_rollout_data_shard
+            conversion.process_rollout_data_shard = lambda args, rollout_data: shard(
+                args, kept(rollout_data)
+            )
+            return
+
+        from miles.backends.training_utils import data as batches  # 0.0.2: straight from Ray
+
+        process, get = batches.process_rollout_data, data.ray.get
+
+        def watched(*args):
+            with replaced(data, ray=Namespace(get=lambda ref: kept(get(ref)))):
+                return process(*args)
+
+        batches.process_rollout_data = watched
 
     def rows(self, args, data_iterator, num_microbatches, ids):
         """Through miles' own layout for replayed routes; it pads with -1."""
-        from miles.backends.training_utils.replay_data import fill_replay_data
-
         found = []
         data = data_iterator[0].rollout_data
         data[ROWS] = [x[:, None, None] for x in ids]
-        fill_replay_data(
-            args=args,
-            models=None,
+        self.fill(
+            args,
             data_iterator=data_iterator,
             num_microbatches=num_microbatches,
             rollout_data=data,
             data_key=ROWS,
             replay_list=[],
-            register_replay_list_func=lambda _, rows, **__: found.append(rows[:, 0, 0]),
+            register_replay_list_func=lambda _, rows, *__, **___: found.append(rows[:, 0, 0]),
         )
         return found
 
@@ -135,7 +165,7 @@ class Miles:
             manager.clear_all_forward()
 
     def forward_arguments(self, rollout_id):
-        return {"rollout_id": rollout_id}
+        return taken(self.model.forward_only, rollout_id=rollout_id)
 
     def loss_of(self, args, batch):
         reducer = cp_utils.get_sum_of_sample_mean(
@@ -143,7 +173,7 @@ class Miles:
             batch["response_lengths"],
             batch["loss_masks"],
             args.calculate_per_token_loss,
-            denominators=batch.get("rollout_mask_sums"),
+            **taken(cp_utils.get_sum_of_sample_mean, denominators=batch.get("rollout_mask_sums")),
         )
         if args.loss_type == "custom_loss":
             return load_function(args.custom_loss_function_path), reducer
@@ -157,8 +187,7 @@ class Miles:
 
     def report(self, args, rollout_id, metrics):
         from miles.utils.metric_utils import compute_rollout_step
-        from miles.utils.tracking_utils import tracking
 
         row = {f"rollout/{name}": value for name, value in metrics.items()}
         step = {"rollout/step": compute_rollout_step(args, rollout_id)}
-        tracking.log(args, row | step, step_key="rollout/step")
+        self.tracking.log(args, row | step, step_key="rollout/step")

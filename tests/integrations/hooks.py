@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 FOUND = Path(__file__).with_name("hooks.json")
 
@@ -51,6 +52,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         (f"{_TRAINING}/cp_utils.py", "slice_log_prob_with_cp"),
         (f"{_TRAINING}/cp_utils.py", "get_sum_of_sample_mean"),
         (f"{_TRAINING}/replay_data.py", "fill_replay_data"),
+        ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"),
         ("miles/utils/replay_base.py", "BaseReplayManager.clear_all_forward"),
         ("miles/utils/replay_base.py", "BaseReplayManager.check_replay_result"),
         ("miles/utils/misc.py", "load_function"),
@@ -81,15 +83,39 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
 }  # fmt: skip
+# Where a release has what a later revision moved.
+BEFORE: dict[tuple[str, str], tuple[str, str]] = {
+    (f"{_TRAINING}/loss_hub/logit_processors.py", "get_log_probs_and_entropy"):
+        (f"{_TRAINING}/loss.py", "get_log_probs_and_entropy"),
+    (f"{_TRAINING}/loss_hub/losses.py", "policy_loss_function"):
+        (f"{_TRAINING}/loss.py", "policy_loss_function"),
+    (f"{_TRAINING}/loss_hub/math_utils.py", "compute_policy_loss"):
+        ("miles/utils/ppo_utils.py", "compute_policy_loss"),
+    (f"{_TRAINING}/replay_data.py", "fill_replay_data"):
+        (f"miles/{_MEGATRON}/actor.py", "MegatronTrainRayActor._fill_replay_data"),
+    ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"):
+        ("miles/utils/data.py", "process_rollout_data"),
+    ("miles/utils/tracking_utils/tracking.py", "log"):
+        ("miles/utils/tracking_utils/__init__.py", "log"),
+}  # fmt: skip
+# miles 0.0.2 with nothing else: `make test` puts it there.
+MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"
+
+
+def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
+    """File and name of a hook, the newest first."""
+    return [hook, *([BEFORE[hook]] if hook in BEFORE else [])]
 
 
 def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     """`FILE:NAME` → signature and checksum, of every hook that is there."""
-    return {
-        f"{file}:{name}": about
-        for file, name in HOOKS[stack]
-        if (about := _about(checkout / file, name)) is not None
-    }
+    found = {}
+    for hook in HOOKS[stack]:
+        for file, name in places(hook):
+            if about := _about(checkout / file, name):
+                found[f"{file}:{name}"] = about
+                break
+    return found
 
 
 def _about(file: Path, name: str) -> dict[str, str] | None:
@@ -105,12 +131,23 @@ def _about(file: Path, name: str) -> dict[str, str] | None:
     nodes = [n for n in body if isinstance(n, functions) and n.name == last]
     if not nodes:
         return None
-    # Without comments and layout: of what it computes.
-    text = ast.dump(nodes[-1], annotate_fields=False)
     return {
         "signature": f"({ast.unparse(nodes[-1].args)})",
-        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "sha256": hashlib.sha256(_computed(nodes[-1]).encode()).hexdigest()[:16],
     }
+
+
+def _computed(node: Any) -> str:
+    """A function's syntax tree without comments and layout: the same text on every Python.
+
+    ast.dump's is not: of empty fields, 3.12 has more and 3.13 shows none.
+    """
+    if isinstance(node, list):
+        return f"[{','.join(map(_computed, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (f"{k}={_computed(v)}" for k, v in ast.iter_fields(node) if v not in (None, []))
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
@@ -135,7 +172,11 @@ def difference(stack: str, checkout: Path, revision: str) -> list[str]:
 
 def main(stack: str, revision: str, checkout: str) -> None:
     found = found_in(Path(checkout), stack)
-    missing = [name for file, name in HOOKS[stack] if f"{file}:{name}" not in found]
+    missing = [
+        hook[1]
+        for hook in HOOKS[stack]
+        if not any(f"{file}:{name}" in found for file, name in places(hook))
+    ]
     if missing:
         sys.exit(f"{checkout}: no {', '.join(missing)}")
     kept = read() if FOUND.exists() else {}

@@ -36,6 +36,8 @@ warnings.filterwarnings("ignore")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 STACK, CHECKOUT = sys.argv[1:3]
+# The released 0.0.2: its names are elsewhere, and it makes the micro-batches of a rollout itself.
+WHEEL = STACK == "miles" and not Path(CHECKOUT, "miles/backends/training_utils/loss_hub").exists()
 ANCHORS = {  # the line of megatron-core 0.16.1 that the stack's lines stand before
     "megatron.core.transformer.moe.moe_utils": '    if score_function == "softmax":',
     "megatron.core.transformer.moe.router": "    def _maintain_float32_expert_bias(self):",
@@ -125,10 +127,19 @@ else:
     from miles.backends.megatron_utils import parallel as megatron_parallel
     from miles.backends.training_utils import cp_utils, parallel
     from miles.backends.training_utils import loss as loss_module
-    from miles.ray.rollout import train_data_conversion
     from miles.utils import replay_base
-    from miles.utils.ft_utils.process_group_utils import GroupInfo
     from miles.utils.misc import load_function
+
+    if WHEEL:
+        import ray
+        from miles.backends.training_utils import data as data_module
+        from miles.utils import tracking_utils as tracking
+
+        ray.get = lambda given: given
+    else:
+        from miles.ray.rollout import train_data_conversion
+        from miles.utils.ft_utils.process_group_utils import GroupInfo
+        from miles.utils.tracking_utils import tracking
 
 
 class Args(Namespace):
@@ -160,6 +171,7 @@ def args_of(**flags) -> Args:
         compute_advantages_and_returns=True,
         calculate_per_token_loss=False,
         use_dynamic_batch_size=True,
+        max_tokens_per_gpu=19,  # two sequences
         use_dynamic_global_batch_size=False,
         qkv_format="thd",
         data_pad_size_multiplier=4,
@@ -238,8 +250,8 @@ def set_up(args: Args) -> None:
     model_module.get_args = lambda: args
     if STACK == "miles":
         megatron_parallel.get_args = lambda: args
-        trivial = GroupInfo(rank=0, size=1, group=None)
-        parallel.set_parallel_state(megatron_parallel.create_megatron_parallel_state(trivial))
+        trivial = [] if WHEEL else [GroupInfo(rank=0, size=1, group=None)]
+        parallel.set_parallel_state(megatron_parallel.create_megatron_parallel_state(*trivial))
 
 
 # --- losses
@@ -280,9 +292,9 @@ def one_loss(args: Args, data: dict) -> dict:
             for name in ("log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
         },
     }
-    sizes = {"step_global_batch_size": 4} if STACK == "slime" else {"num_rollouts": 4}
-    if STACK == "miles":
-        sizes["apply_megatron_loss_scaling"] = True
+    sizes = {"step_global_batch_size": 4}
+    if STACK == "miles":  # the wheel takes --global-batch-size
+        sizes = {"apply_megatron_loss_scaling": True} | ({} if WHEEL else {"num_rollouts": 4})
     loss, tokens, logged = loss_module.loss_function(
         args, batch, 1, logits=logits_slice(leaves), **sizes
     )
@@ -336,8 +348,10 @@ def actor_of(args: Args, checkpoint: str):
     actor = object.__new__(actor_module.MegatronTrainRayActor)
     if STACK == "miles":
         for manager in actor_module.all_replay_managers:
-            manager.register_replay_list_func = actor_module.register_replay_list_sequential
             manager.enabled = bool(getattr(args, f"use_{manager.name}_replay"))
+    if STACK == "miles" and not WHEEL:
+        for manager in actor_module.all_replay_managers:
+            manager.register_replay_list_func = actor_module.register_replay_list_sequential
         actor_module.routing_replay_manager.register_replay_list_func = (
             actor_module.register_replay_list_moe
         )
@@ -363,7 +377,7 @@ def actor_of(args: Args, checkpoint: str):
 
 
 def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
-    """This rank's part as the actor gets it from Ray: two optimizer steps, micro-batches of two."""
+    """This rank's part as the actor gets it from Ray: two optimizer steps of two micro-batches."""
     rank, size = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
@@ -378,20 +392,27 @@ def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
         "total_lengths": [total for total, _ in lengths],
         "response_lengths": [response for _, response in lengths],
         "loss_masks": [torch.tensor(s["mask"], dtype=torch.int) for s in mine],
-        "rollout_mask_sums": torch.tensor([float(sum(s["mask"])) for s in mine]),
         "rollout_log_probs": [
             cp_utils.slice_log_prob_with_cp(torch.tensor(s["logp_rollout"]), *both)
             for s, both in zip(mine, lengths, strict=True)
         ],
         "rewards": [s["advantage"] for s in mine],
         "rollout_routed_experts": [torch.tensor(s["routes"][:-1]).int() for s in mine],
+    }
+    raw = [s["reward"] for s in sequences]
+    whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
+    if WHEEL:
+        data |= {"raw_reward": raw, "total_lengths": whole_lengths}
+        shards = [Namespace(inner=data)] * size
+        return data_module.process_rollout_data(args, shards, rank, size)
+    data |= {
+        "rollout_mask_sums": torch.tensor([float(sum(s["mask"])) for s in mine]),
         # not in order, as balancing by length has it
         "micro_batch_indices": [
             list(reversed(range(start, start + 2))) for start in range(0, len(mine), 2)
         ],
         "num_microbatches": [half // 2] * 2,
     }
-    raw = [s["reward"] for s in sequences]
     if STACK == "slime":
         data |= {
             "raw_reward": raw,
@@ -399,7 +420,6 @@ def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
             "global_batch_sizes": [len(sequences) // 2] * 2,
         }
         return data
-    whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
     data |= {
         "raw_reward": raw,
         "num_rollouts": [len(sequences) // 2] * 2,
@@ -431,18 +451,25 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
             train_metric_utils.log_perf_data = lambda *a, **k: None
             logging_utils.log = lambda a, row, step_key: reported.append(row)
         else:
-            from miles.utils.tracking_utils import tracking
-
             tracking.log = lambda a, row, step_key: reported.append(row)
         recorded = []
         replay = actor_module.RoutingReplay if STACK == "slime" else replay_base.Replay
         record = replay.record
         replay.record = lambda self, x: (recorded.append(x.clone()), record(self, x))[1]
-        more = {} if STACK == "slime" else {"witness_info": None, "attempt": 0}
+        microbatches, get_iterator = [], actor_module.get_data_iterator
+
+        def kept(*arguments):
+            found = get_iterator(*arguments)
+            iterators = found if STACK == "slime" else found[0]
+            microbatches[:] = iterators[0].micro_batch_indices
+            return found
+
+        actor_module.get_data_iterator = kept
+        more = {"witness_info": None, "attempt": 0} if STACK == "miles" and not WHEEL else {}
         for rollout_id in range(steps):
             data = rollout_data_of(args, sequences)
             actor.train_actor(rollout_id, data, **more)
-    return {"reported": reported, "recorded": recorded}
+    return {"reported": reported, "recorded": recorded, "microbatches": microbatches}
 
 
 def on_ranks(world, function, *arguments) -> list:

@@ -150,12 +150,12 @@ class TrainLog:
 
     def _update(
         self, original, rollout_id, model, optimizer, scheduler, data_iterator, num_microbatches,
-        sizes, *rest, **kwargs,
+        *rest, **kwargs,
     ):  # fmt: skip
-        """All optimizer steps of a rollout. sizes: of each, the rollouts that its loss counts."""
+        """All optimizer steps of a rollout. rest[0]: of each, the rollouts that its loss counts."""
         call = functools.partial(
             original, rollout_id, model, optimizer, scheduler, data_iterator, num_microbatches,
-            sizes, *rest, **kwargs,
+            *rest, **kwargs,
         )  # fmt: skip
         if self.args.loss_type not in ("policy_loss", "custom_loss"):
             return call()
@@ -166,6 +166,8 @@ class TrainLog:
             )  # fmt: skip
             self._scored(forward, model, data_iterator, num_microbatches, own_forward=True)
         data = data_iterator[0].rollout_data
+        whole = data.get("dynamic_global_batch_size", self.args.global_batch_size)  # miles 0.0.2
+        sizes = rest[0] if rest else [whole] * len(num_microbatches)
         self.index = {id(tokens): i for i, tokens in enumerate(data["tokens"])}
         self.ends = np.cumsum(num_microbatches)
         self.denominators = self._tokens_of_steps(data, data_iterator) or list(sizes)
