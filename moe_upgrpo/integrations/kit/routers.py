@@ -40,7 +40,7 @@ def counted(chunk: torch.nn.Module) -> list[TopKRouter]:
         module
         for name, module in chunk.named_modules()
         if isinstance(module, TopKRouter)
-        and not getattr(module, "is_mtp_layer", False)
+        and not (getattr(module, "is_mtp_layer", False) or getattr(module, "is_mtp", False))
         and not {"mtp", "draft_model"} & set(name.split("."))
     ]
 
