@@ -48,7 +48,8 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.py moe_upgrpo/megatron/releases.py
+# An environment with torch, before anything of this project: most of the installation's time.
+$(VENV)/.torch:
 	@python="$$(.ci/python '$(PYTHON)')" || { \
 	  echo "$(PYTHON) does not run here. Name one that does, 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=…"; exit 1; }; \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
@@ -59,6 +60,9 @@ $(STAMP): setup.py moe_upgrpo/megatron/releases.py
 	  else "$$python" -m venv $(VENV); fi; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet "$(or $(TORCH),$$($(BIN)/python -c '$(TORCH_BY_PYTHON)'))"
+	@touch $@
+
+$(STAMP): $(VENV)/.torch setup.py moe_upgrpo/megatron/releases.py
 	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev]'
 	@touch $@
 

@@ -92,7 +92,9 @@ def run_ranks(
                 stacks[rank].touch()
                 # A pipe for each: that it closes says that its rank is gone, also in mid-message.
                 receiver, sender = context.Pipe(duplex=False)
-                told = (_environment(rank, world_size, store.port), str(stacks[rank]), sender)
+                # The fork server's environment is that of its own start.
+                variables = dict(os.environ) | _environment(rank, world_size, store.port)
+                told = (variables, str(stacks[rank]), sender)
                 process = context.Process(
                     target=_rank_main, args=(*told, function, args), daemon=True
                 )
