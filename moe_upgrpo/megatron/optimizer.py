@@ -21,6 +21,8 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.settings import OptimizerSettings
 
+TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
 
 class ReleasedWithItsActor(DistributedDataParallel):
     """DistributedDataParallel whose gradient hooks do not keep it alive.
@@ -32,9 +34,6 @@ class ReleasedWithItsActor(DistributedDataParallel):
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter):
         return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
-
-
-TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 def optimizer_config(

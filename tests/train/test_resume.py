@@ -696,10 +696,17 @@ def test_a_run_that_keeps_no_state_says_so_when_it_is_stopped(cache, tmp_path):
 
 
 def closed_output(step: int) -> None:
-    """Have rank 0 write to a pipe that nobody reads, once it has told of a step."""
+    """Have rank 0 write to a pipe that nobody reads, once it has told of a step.
+
+    And take its time to name the state after the next: the other rank may not end before it.
+    """
     if os.environ["RANK"] != "0":
         return
-    tell = Display.step
+    tell, commit = Display.step, Checkpoints.commit
+
+    def slowly(self, part, of_step, *arguments):
+        time.sleep(1.5 * (of_step == step + 1))
+        return commit(self, part, of_step, *arguments)
 
     def told(self, row):
         tell(self, row)
@@ -708,7 +715,7 @@ def closed_output(step: int) -> None:
             os.close(reader)
             os.dup2(writer, sys.stdout.fileno())
 
-    Display.step = told
+    Display.step, Checkpoints.commit = told, slowly
 
 
 @pytest.mark.fault(
