@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,77 @@ from moe_upgrpo.train.warm_start import warm_start
 @contextmanager
 def start(config: TrainConfig) -> Iterator[Job]:
     """Check everything, build everything, and only then make the run folder."""
+    with _ranks(config) as ranks, ExitStack() as begun:
+        begun.enter_context(ranks.stopping.giving_up())
+        run = _run_folder(config.run, config.objective.loss)
+        found, changed, edited = _found(config, run, ranks.rank)
+        task, model_dir = _task_and_model(config.start, config.problems, ranks)
+        # Are there that many?
+        task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
+        actor, reference, behind = _actors(config, model_dir, ranks.layout)
+        if ranks.rank == 0:
+            actor.try_saving(run.path)
+        resume.load(found, actor, behind)
+        sampling = SamplingConfig(
+            temperature=config.rollouts.temperature,
+            max_new_tokens=config.rollouts.max_new_tokens or task.max_response_tokens,
+        )
+        max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
+        actor.check_length(max_tokens)
+        about = _about(config, actor, ranks)
+        engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")
+        with (
+            closing(task),
+            closing(engine) if engine else nullcontext(),
+            run.locked() if ranks.rank == 0 else nullcontext(),
+            closing(_tracking(config, run, about, found, ranks.rank)) as tracking,
+            machine_fault_named(run),
+        ):
+            ahead = found.rollouts()
+            if ranks.rank == 0 and config.run.resume:
+                _cut_back(config, run, found, about, changed, ranks.display)
+            elif ranks.rank == 0:
+                RunFolder.create(run.path, about)
+            groups.from_rank_0(None)  # nobody writes into the folder before it is there
+            ending.remember(run.path)
+            ranks.display.say(_first_line(about, actor, run))
+            if config.run.resume:
+                ranks.display.resumed(found.step, changed, edited)
+            job = make_job(
+                config,
+                task=task,
+                actor=actor,
+                reference=reference,
+                behind=behind,
+                engine=engine,
+                sampling=sampling,
+                run=run,
+                tracking=tracking,
+                display=ranks.display,
+                stopping=ranks.stopping,
+                done=found.step,
+                ahead=ahead,
+            )
+            if found.step:
+                job.rollouts.update_engine(actor, found.step)
+            begun.close()
+            yield job
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes of the job, seen from one of them."""
+
+    layout: Layout
+    rank: int
+    world_size: int
+    stopping: Stopping
+    display: Display
+
+
+@contextmanager
+def _ranks(config: TrainConfig) -> Iterator[_Ranks]:
+    """Inside, the process groups are there, and signals and a closed terminal are heard."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     layout = config.layout(world_size)
@@ -61,78 +132,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
             deterministic=config.trainer.deterministic,
         ),
         display,
-        ExitStack() as begun,
     ):
-        begun.enter_context(stopping.giving_up())
-        run = _run_folder(config.run, config.objective.loss)
-        found, changed, edited = _found(config, run, rank)
-        task, model_dir = _task_and_model(config.start, config.problems, layout, display, rank)
-        # Are there that many?
-        task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
-        actor, reference, behind = _actors(config, model_dir, layout)
-        if rank == 0:
-            actor.try_saving(run.path)
-        resume.load(found, actor, behind)
-        sampling = SamplingConfig(
-            temperature=config.rollouts.temperature,
-            max_new_tokens=config.rollouts.max_new_tokens or task.max_response_tokens,
-        )
-        max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
-        actor.check_length(max_tokens)
-        about = (
-            config.flat()
-            | _about(actor, layout, world_size)
-            | {
-                "policy_loss": asdict(config.objective.policy_loss()),
-            }
-        )
-        engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")
-        with (
-            closing(task),
-            closing(engine) if engine else nullcontext(),
-            run.locked() if rank == 0 else nullcontext(),
-            closing(
-                Tracking(
-                    config.log.track if rank == 0 else (),
-                    run.path,
-                    about,
-                    done=found.step if config.run.resume else None,
-                )
-            ) as tracking,
-            machine_fault_named(run),
-        ):
-            ahead = found.rollouts()
-            if rank == 0 and config.run.resume:
-                _cut_back(config, run, found, about, changed, display)
-            elif rank == 0:
-                RunFolder.create(run.path, about)
-            groups.from_rank_0(None)  # nobody writes into the folder before it is there
-            ending.remember(run.path)
-            display.say(
-                f"{config.objective.loss} on {layout}, {world_size} rank(s), "
-                f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
-            )
-            if config.run.resume:
-                display.resumed(found.step, changed, edited)
-            job = make_job(
-                config,
-                task=task,
-                actor=actor,
-                reference=reference,
-                behind=behind,
-                engine=engine,
-                sampling=sampling,
-                run=run,
-                tracking=tracking,
-                display=display,
-                stopping=stopping,
-                done=found.step,
-                ahead=ahead,
-            )
-            if found.step:
-                job.rollouts.update_engine(actor, found.step)
-            begun.close()
-            yield job
+        yield _Ranks(layout, rank, world_size, stopping, display)
 
 
 def _run_folder(options: RunOptions, loss: str) -> RunFolder:
@@ -175,18 +176,34 @@ def _actors(
     return actor, reference, behind
 
 
-def _about(actor: MegatronActor, layout: Layout, world_size: int) -> dict[str, Any]:
-    """Facts of a run for its config.json, beside its options."""
-    return {
+def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str, Any]:
+    """Options and facts of a run, for its config.json."""
+    return config.flat() | {
         "model": str(actor.model_dir),
-        "layout": str(layout),
-        "world_size": world_size,
+        "layout": str(ranks.layout),
+        "world_size": ranks.world_size,
         "moe_layers": actor.layer_ids,
         "num_experts": actor.num_experts,
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
         "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
+        "policy_loss": asdict(config.objective.policy_loss()),
     }
+
+
+def _first_line(about: dict[str, Any], actor: MegatronActor, run: RunFolder) -> str:
+    return (
+        f"{about['loss']} on {about['layout']}, {about['world_size']} rank(s), "
+        f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
+    )
+
+
+def _tracking(
+    config: TrainConfig, run: RunFolder, about: dict[str, Any], found: Checkpoint, rank: int
+) -> Tracking:
+    """The trackers that are asked for, on rank 0 alone."""
+    trackers = config.log.track if rank == 0 else ()
+    return Tracking(trackers, run.path, about, done=found.step if config.run.resume else None)
 
 
 def _engine(
@@ -257,11 +274,11 @@ def routing(actor: MegatronActor) -> str:
 
 
 def _task_and_model(
-    start: StartOptions, problems: ProblemOptions, layout: Layout, display: Display, rank: int
+    start: StartOptions, problems: ProblemOptions, ranks: _Ranks
 ) -> tuple[Task, Path]:
     """The task and the folder of the model, which speaks its tokens."""
     if start.model:
-        _say_of_model(start, display, rank)
+        _say_of_model(start, ranks)
     if problems.data:
         task = MathTask(
             problems.data,
@@ -276,32 +293,32 @@ def _task_and_model(
             trust_remote_code=start.trust_remote_code,
         )
         for note in task.notes:
-            display.say(note)
+            ranks.display.say(note)
         return task, start.model
     task = ArithmeticTask(problems.digits)
     model_dir = start.model or groups.from_rank_0(
-        _warm_started(start, task, layout, display) if rank == 0 else None
+        _warm_started(start, task, ranks) if ranks.rank == 0 else None
     )
     task.check_model(Path(model_dir), trust_remote_code=start.trust_remote_code)
     return task, Path(model_dir)
 
 
-def _say_of_model(start: StartOptions, display: Display, rank: int) -> None:
+def _say_of_model(start: StartOptions, ranks: _Ranks) -> None:
     """Say what is to be known of a given model; refuse it before the problems are read."""
     hf = read_model_config(start.model)
     with Weights(start.model, tied=is_tied(hf)) as weights:
         if note := weights.note():
-            display.say(note)
+            ranks.display.say(note)
     if start.trust_remote_code:
-        display.say(f"--trust-remote-code: code of {start.model} is run for its tokenizer")
-        if rank == 0:  # transformers copies the code into a cache: one rank after the other
+        ranks.display.say(f"--trust-remote-code: code of {start.model} is run for its tokenizer")
+        if ranks.rank == 0:  # transformers copies the code into a cache: one rank after the other
             read_tokenizer(start.model, trust_remote_code=True)
         groups.from_rank_0(None)
 
 
-def _warm_started(start: StartOptions, task: ArithmeticTask, layout: Layout, display: Display):
+def _warm_started(start: StartOptions, task: ArithmeticTask, ranks: _Ranks) -> Path:
     model, cache_dir = start.tiny.hugging_face(), start.cache_dir
-    layout.check_model(model)
+    ranks.layout.check_model(model)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -310,5 +327,5 @@ def _warm_started(start: StartOptions, task: ArithmeticTask, layout: Layout, dis
             "--cache-dir."
         ) from None
     return warm_start(
-        task, model, settings=start.warm_start, cache_dir=cache_dir, progress=display.say
+        task, model, settings=start.warm_start, cache_dir=cache_dir, progress=ranks.display.say
     )
