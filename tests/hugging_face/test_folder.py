@@ -148,6 +148,9 @@ def test_a_server_of_sglang_is_started_on_the_links(stale, tiny_checkpoint, monk
         def stop(self):
             pass
 
+        def log_end(self):
+            return ""
+
     monkeypatch.setattr(sglang, "ServerProcess", Server)
     monkeypatch.setattr(sglang, "find_python", lambda python: None)
     for folder in (tiny_checkpoint, stale[0]):
