@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """miles (radixark/miles): every preset as its custom loss, and the log of its Megatron actor.
 
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.miles.loss
@@ -9,6 +10,10 @@ moved and arguments came in; what is found decides (`slime_miles.revisions`).
 
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager
+
+from moe_upgrpo.integrations.kit import revisions
+
+revisions.check("miles", "loss")  # before what may have moved is imported
 
 from miles.backends.training_utils import cp_utils
 from miles.utils.misc import load_function
@@ -63,6 +68,7 @@ def init(args: Namespace) -> None:
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
     if environment.run_folder():
+        revisions.check("miles", "log")
         not_covered = {
             f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
             "independent data-parallel replicas (--ft-components)": getattr(

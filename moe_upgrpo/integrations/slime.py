@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """slime (THUDM/slime): every preset as its custom loss, and the routing log of its Megatron actor.
 
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.slime.loss
@@ -9,6 +10,10 @@ Flags, metrics and limits: docs/slime.md.
 import os
 from argparse import Namespace
 from contextlib import contextmanager
+
+from moe_upgrpo.integrations.kit import revisions
+
+revisions.check("slime", "loss")  # before what may have moved is imported
 
 from slime.backends.megatron_utils import cp_utils
 from slime.backends.megatron_utils import loss as losses
@@ -55,6 +60,7 @@ def init(args: Namespace) -> None:
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
     if environment.run_folder():
+        revisions.check("slime", "log")
         log.install(Slime(), args, mode)
 
 

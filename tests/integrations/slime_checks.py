@@ -24,7 +24,7 @@ from moe_upgrpo.losses import (
 )
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
-from tests.integrations.hooks import MILES_WHEEL
+from tests.integrations.places import MILES_WHEEL
 from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
 from tests.integrations.whole import assert_whole
 

@@ -7,7 +7,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
-from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit import environment, revisions
 
 ENGINE = "verl.workers.engine.megatron.transformer_impl"
 
@@ -23,6 +23,7 @@ def when_imported() -> None:
 
 
 def _install(module) -> None:
+    revisions.check("verl", "log")
     from moe_upgrpo.integrations.verl import log
 
     log.install(module)
