@@ -63,7 +63,10 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
+        health,
+        log,
+    )
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
@@ -78,6 +81,8 @@ def init(args: Namespace) -> None:
         }
         environment.refuse(not_covered)
         log.install(Miles(), args, mode)
+    if mode != "none":
+        health.install(Miles(), args)
 
 
 class Miles:
@@ -165,6 +170,28 @@ class Miles:
 
         with replaced(manager, enable_check_replay_result=True, check_replay_result=watching):
             yield
+
+    def watch_replay(self, look):
+        """For good, at the stack's own wrapper of a top-k."""
+        manager = routing_replay_manager
+        wrapped = manager.get_topk_fn
+
+        def get_topk_fn(old_topk_fn, return_probs):
+            topk = wrapped(old_topk_fn, return_probs)
+
+            def watching(scores, *args, **kwargs):
+                replay, stage = manager.get_current(), manager.stage
+                if manager.enabled and return_probs and stage == "replay_forward":
+                    # Before it is used: miles puts other experts in the place of -1.
+                    given = replay.top_indices_list[replay.forward_index].to(scores.device)
+                    look(stage, given, lambda: old_topk_fn(scores.detach(), *args, **kwargs)[1])
+                elif manager.enabled:
+                    look(stage, None, None)
+                return topk(scores, *args, **kwargs)
+
+            return watching
+
+        manager.get_topk_fn = get_topk_fn
 
     def rewind(self):
         for manager in all_replay_managers:

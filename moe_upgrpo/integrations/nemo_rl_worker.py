@@ -4,6 +4,13 @@ from moe_upgrpo.integrations.kit import environment, revisions
 
 revisions.check("nemo-rl", "log" if environment.run_folder() else "loss")
 
-from moe_upgrpo.integrations.nemo_rl.log import logged  # noqa: E402
+from moe_upgrpo.integrations.nemo_rl import health  # noqa: E402
+from moe_upgrpo.integrations.nemo_rl.log import logged as with_log  # noqa: E402
+
+
+def logged(worker_class: type) -> type:
+    """The class itself with the log, and with health figures of a replay."""
+    return health.reported(with_log(worker_class))
+
 
 __all__ = ["logged"]

@@ -53,7 +53,10 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
+        health,
+        log,
+    )
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
@@ -62,6 +65,8 @@ def init(args: Namespace) -> None:
     if environment.run_folder():
         revisions.check("slime", "log")
         log.install(Slime(), args, mode)
+    if mode != "none":
+        health.install(Slime(), args)
 
 
 class Slime:
@@ -121,6 +126,25 @@ class Slime:
             return topk
 
         return replaced(routing_replay, get_routing_replay_compute_topk=watching)
+
+    def watch_replay(self, look):
+        """For good; as `watched`."""
+        original = routing_replay.get_routing_replay_compute_topk
+
+        def watching(old_compute_topk):
+            compute_topk = original(old_compute_topk)
+
+            def topk(scores, k, num_groups=None, group_topk=None):
+                limits = dict(num_groups=num_groups, group_topk=group_topk)
+                found = compute_topk(scores, k, **limits)
+                if os.environ.get("ENABLE_ROUTING_REPLAY", "0") == "1":
+                    stage = os.environ["ROUTING_REPLAY_STAGE"]
+                    look(stage, found[1], lambda: old_compute_topk(scores.detach(), k, **limits)[1])
+                return found
+
+            return topk
+
+        routing_replay.get_routing_replay_compute_topk = watching
 
     def rewind(self):
         routing_replay.RoutingReplay.clear_all_forward()

@@ -423,6 +423,32 @@ def test_r3_tells_native_from_held(runs):
     )
 
 
+def test_health_figures_of_a_replay(runs):
+    """By the last mini-batch of a step; of every row that verl holds (router_replay_utils.py:380),
+    each but the last of a sequence."""
+    _, batch, results = runs
+    reported = {
+        name: next(rank["metrics"] for rank in results[name] if rank["source"]) for name in JOBS
+    }
+    for name in ("observe", "unpacked"):
+        assert not any(key.startswith("replay/") for row in reported[name] for key in row)
+    first, found = reported["R3"]
+    assert "replay/rows" not in first
+    held = L * sum(len(s["prompt"] + s["response"]) - 1 for s in batch)
+    rows = found["replay/rows"]
+    assert found["replay/applied_rate"] * rows == pytest.approx(held)
+    assert found["replay/live_rate"] == pytest.approx(1 - held / rows)
+    assert rows > held and found["replay/zero_filled_rate"] == found["replay/repeated_rate"] == 0
+    # In layer 0 those that were planted there, and what bfloat16 and the first update turn over.
+    planted = sum(layer == 0 for *_, layer in CHANGED) / (held / L)
+    assert planted <= found["replay/native_differs/layer_0"] < planted + 0.1
+    layers = [found[f"replay/native_differs/layer_{layer}"] for layer in range(L)]
+    assert found["replay/native_differs_rate"] == pytest.approx(np.mean(layers))
+    # R2 holds each row to the trainer's own earlier choice.
+    found = reported["R2"][-1]
+    assert found["replay/live_rate"] == 0 and found["replay/native_differs_rate"] < 0.1
+
+
 def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):
     from moe_upgrpo.integrations.kit import environment, run_log
     from moe_upgrpo.integrations.verl import log
