@@ -42,7 +42,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several
   plan               what a training run needs of each GPU, and whether it fits; takes its options
-  doctor             what is installed here, which code paths that selects, what is missing
+  doctor             what is installed here, which code paths that selects, what is missing;
+                     --stack NAME: what of verl, slime, … is hooked into, and how it is found here
   patch              list, show, apply, verify, revert: small diffs for the stacks used with it
 
 `moe-upgrpo COMMAND --help` lists the options of a command."""

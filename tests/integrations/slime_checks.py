@@ -435,8 +435,8 @@ class StackChecks:
             layers = [found[f"native_differs/layer_{layer}"] for layer in range(L)]
             assert found["native_differs_rate"] == pytest.approx(np.mean(layers))
             planted = sum(layer == 0 for *_, layer in CHANGED) / (held / L)
-            if name == "R2":  # held to its own earlier choice
-                assert found["native_differs_rate"] < 0.1
+            if name == "R2":  # held to its own choice before the rollout's first update
+                assert 0 < found["native_differs_rate"] < 0.3
             else:
                 assert 0.7 * planted < found["native_differs/layer_0"] < planted + 0.3
 
