@@ -194,9 +194,12 @@ def checked(stack: str, tmp_path: Path) -> None:
     root = ROOTS[stack]
     if root is None:
         pytest.skip(f"no variable names a checkout for {stack}")
-    (series,) = patching.of_stack(stack)
-    if series.distribution and version(series.distribution) != series.version:
-        pytest.skip(f"{series.distribution} {series.version} is not installed")
+    of_stack = patching.of_stack(stack)
+    if name := of_stack[0].distribution:
+        of_stack = [series for series in of_stack if series.version == version(name)]
+    if not of_stack:
+        pytest.skip(f"no patch for {name} {version(name)}")
+    (series,) = of_stack
     for file in series.files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(Path(root) / file, tmp_path / file)
