@@ -180,13 +180,13 @@ class Miles:
             topk = wrapped(old_topk_fn, return_probs)
 
             def watching(scores, *args, **kwargs):
-                replay, stage = manager.get_current(), manager.stage
-                if manager.enabled and return_probs and stage == "replay_forward":
-                    # Before it is used: miles puts other experts in the place of -1.
+                def shown():  # before the routes are used: miles puts others in the place of -1
+                    replay = manager.get_current()
                     given = replay.top_indices_list[replay.forward_index].to(scores.device)
-                    look(stage, given, lambda: old_topk_fn(scores.detach(), *args, **kwargs)[1])
-                elif manager.enabled:
-                    look(stage, None, None)
+                    return given, old_topk_fn(scores.detach(), *args, **kwargs)[1]
+
+                if manager.enabled:
+                    look(manager.stage, shown)
                 return topk(scores, *args, **kwargs)
 
             return watching

@@ -137,9 +137,13 @@ class Slime:
             def topk(scores, k, num_groups=None, group_topk=None):
                 limits = dict(num_groups=num_groups, group_topk=group_topk)
                 found = compute_topk(scores, k, **limits)
+
+                def shown():
+                    return found[1], old_compute_topk(scores.detach(), k, **limits)[1]
+
                 if os.environ.get("ENABLE_ROUTING_REPLAY", "0") == "1":
                     stage = os.environ["ROUTING_REPLAY_STAGE"]
-                    look(stage, found[1], lambda: old_compute_topk(scores.detach(), k, **limits)[1])
+                    look(stage, shown)
                 return found
 
             return topk

@@ -9,20 +9,20 @@ from moe_upgrpo.integrations.kit.health import Health, reports_here
 def install(stack, args: Namespace) -> None:
     """Put the figures around the actor's `train`, once.
 
-    stack: `log.Stack` with `watch_replay(look)`, which lets `look(stage, given, native)` see every
-    top-k of the stack's replay: given are the routes that it is held to, and native is called for
-    what the router would have chosen.
+    stack: `log.Stack` with `watch_replay(look)`, which lets `look(stage, shown)` see every top-k of
+    the stack's replay: `shown()` gives the routes that a replay_forward is held to, and those that
+    the router would have chosen.
     """
     if hasattr(stack.actor, "moe_upgrpo_health"):
         return
     watches: list[Health] = []
     train = stack.actor.train
 
-    def look(stage: str, given, native) -> None:
+    def look(stage: str, shown) -> None:
         if not watches or not watches[0].looks:
             return
         if stage == "replay_forward":
-            watches[0].replayed(given, native())
+            watches[0].replayed(*shown())
         elif stage == "replay_backward":
             watches[0].recomputed()
 
