@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +449,25 @@ def test_health_figures_of_a_replay(runs):
     found = reported["R2"][-1]
     assert found["replay/live_rate"] == 0 and found["replay/applied_rate"] == 1
     assert 0 < found["replay/native_differs_rate"] < 0.3
+
+
+def test_without_a_log_the_engine_is_watched_all_the_same(monkeypatch):
+    from moe_upgrpo.integrations.verl import install
+
+    class Engine:
+        is_value_model, enable_routing_replay = False, True
+
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            return data, loss_function, forward_only
+
+    monkeypatch.delenv("MOE_UPGRPO_RUN", raising=False)
+    for _ in range(2):  # again is harmless
+        install._install(types.SimpleNamespace(MegatronEngine=Engine))
+    assert Engine.forward_backward_batch.moe_upgrpo_health
+    assert not hasattr(Engine.forward_backward_batch.__wrapped__, "__wrapped__")
+    assert Engine().forward_backward_batch(1, 2, forward_only=True) == (1, 2, True)
+    with pytest.raises(AttributeError, match="module"):  # an update: its routers are looked for
+        Engine().forward_backward_batch(1, 2)
 
 
 def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):
