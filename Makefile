@@ -135,7 +135,7 @@ $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
 test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
-# Checkouts of the stacks that have no wheel, at the revisions of tests/integrations/hooks.json:
+# Checkouts of the stacks that have no wheel, at the revisions of integrations/hooks.json:
 # STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import page as gpu_page
-from docs import marked_faults
+from docs import marked_faults, stack_revisions
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
@@ -29,7 +29,16 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in cells)
 
 
+def revisions(stack: str) -> str:
+    heads = ["revision", "run by", "functions hooked into", "against the first"]
+    return table(heads, stack_revisions.rows(stack))
+
+
 PAGES = {
+    "verl.md": {"revisions": revisions("verl")},
+    "slime.md": {"revisions": revisions("slime"), "miles-revisions": revisions("miles")},
+    "nemo-rl.md": {"revisions": revisions("nemo-rl")},
+    "megatron-lm.md": {"revisions": revisions("megatron-lm")},
     "gpu.md": {
         "results": gpu_page.section(),
         "checks": table(["check", "what it looks at", "s"], CHECKS),

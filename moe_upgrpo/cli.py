@@ -42,7 +42,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several
   plan               what a training run needs of each GPU, and whether it fits; takes its options
-  doctor             what is installed here, which code paths that selects, what is missing
+  doctor             what is installed here, which code paths that selects, what is missing;
+                     --stack NAME: what of verl, slime, … is hooked into, and how it is found here
   patch              list, show, apply, verify, revert: small diffs for the stacks used with it
 
 `moe-upgrpo COMMAND --help` lists the options of a command."""
@@ -270,13 +271,26 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _doctor(arguments: list[str]) -> None:
-    def doctor(strict: bool = False, as_json: Annotated[bool, arg(name="json")] = False) -> None:
+    def doctor(
+        strict: bool = False,
+        as_json: Annotated[bool, arg(name="json")] = False,
+        stack: str | None = None,
+        root: Path | None = None,
+    ) -> None:
         """Show what is installed, which code paths that selects, and how to get what is missing.
 
         Args:
-            strict: exit with 1 where nothing can train.
+            strict: exit with 1 where nothing can train; with --stack, where a hook is missing.
             as_json: print JSON, for a bug report.
+            stack: verl, slime, miles, nemo-rl or megatron-lm: show instead what of it is hooked
+                into, and how that is found here against each tested revision.
+            root: with --stack, the folder of a checkout. Default: what this Python imports.
         """
+        if stack is not None:
+            _doctor_of_stack(stack, root, strict, as_json)
+            return
+        if root is not None:
+            raise UserError(f"--root: {root} given without --stack; it is a stack's folder.")
         from moe_upgrpo.tools.doctor import diagnose, show
 
         silence_upstream()
@@ -289,6 +303,18 @@ def _doctor(arguments: list[str]) -> None:
             ending.fail("nothing can train here; doctor's table says why.", status=1)
 
     _call(doctor, arguments, "moe-upgrpo doctor")
+
+
+def _doctor_of_stack(stack: str, root: Path | None, strict: bool, as_json: bool) -> None:
+    from moe_upgrpo.integrations.stack_doctor import diagnose, show
+
+    found = diagnose(stack, root)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, _console())
+    if strict and (gone := found["missing"]["log"]):
+        ending.fail(f"{stack} lacks {', '.join(gone)}.", status=1)
 
 
 def _patch(arguments: list[str]) -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """miles (radixark/miles): every preset as its custom loss, and the log of its Megatron actor.
 
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.miles.loss
@@ -9,6 +10,10 @@ moved and arguments came in; what is found decides (`slime_miles.revisions`).
 
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager
+
+from moe_upgrpo.integrations.kit import revisions
+
+revisions.check("miles", "loss")  # before what may have moved is imported
 
 from miles.backends.training_utils import cp_utils
 from miles.utils.misc import load_function
@@ -58,11 +63,15 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
+        health,
+        log,
+    )
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
     if environment.run_folder():
+        revisions.check("miles", "log")
         not_covered = {
             f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
             "independent data-parallel replicas (--ft-components)": getattr(
@@ -72,6 +81,8 @@ def init(args: Namespace) -> None:
         }
         environment.refuse(not_covered)
         log.install(Miles(), args, mode)
+    if mode != "none":
+        health.install(Miles(), args)
 
 
 class Miles:
@@ -159,6 +170,28 @@ class Miles:
 
         with replaced(manager, enable_check_replay_result=True, check_replay_result=watching):
             yield
+
+    def watch_replay(self, look):
+        """For good, at the stack's own wrapper of a top-k."""
+        manager = routing_replay_manager
+        wrapped = manager.get_topk_fn
+
+        def get_topk_fn(old_topk_fn, return_probs):
+            topk = wrapped(old_topk_fn, return_probs)
+
+            def watching(scores, *args, **kwargs):
+                def shown():  # before the routes are used: miles puts others in the place of -1
+                    replay = manager.get_current()
+                    given = replay.top_indices_list[replay.forward_index].to(scores.device)
+                    return given, old_topk_fn(scores.detach(), *args, **kwargs)[1]
+
+                if manager.enabled:
+                    look(manager.stage, shown)
+                return topk(scores, *args, **kwargs)
+
+            return watching
+
+        manager.get_topk_fn = get_topk_fn
 
     def rewind(self):
         for manager in all_replay_managers:

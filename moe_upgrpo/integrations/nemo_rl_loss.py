@@ -1,5 +1,9 @@
 """The name by which a patched NeMo-RL finds the loss."""
 
-from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn
+from moe_upgrpo.integrations.kit import revisions
+
+revisions.check("nemo-rl", "loss")  # before what may have moved is imported
+
+from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn  # noqa: E402
 
 __all__ = ["PolicyLossFn"]

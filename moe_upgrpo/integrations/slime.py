@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """slime (THUDM/slime): every preset as its custom loss, and the routing log of its Megatron actor.
 
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.slime.loss
@@ -9,6 +10,10 @@ Flags, metrics and limits: docs/slime.md.
 import os
 from argparse import Namespace
 from contextlib import contextmanager
+
+from moe_upgrpo.integrations.kit import revisions
+
+revisions.check("slime", "loss")  # before what may have moved is imported
 
 from slime.backends.megatron_utils import cp_utils
 from slime.backends.megatron_utils import loss as losses
@@ -48,14 +53,20 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import log  # Megatron's model code, for the log alone
+    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
+        health,
+        log,
+    )
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
     if environment.run_folder():
+        revisions.check("slime", "log")
         log.install(Slime(), args, mode)
+    if mode != "none":
+        health.install(Slime(), args)
 
 
 class Slime:
@@ -115,6 +126,29 @@ class Slime:
             return topk
 
         return replaced(routing_replay, get_routing_replay_compute_topk=watching)
+
+    def watch_replay(self, look):
+        """For good; as `watched`."""
+        original = routing_replay.get_routing_replay_compute_topk
+
+        def watching(old_compute_topk):
+            compute_topk = original(old_compute_topk)
+
+            def topk(scores, k, num_groups=None, group_topk=None):
+                limits = dict(num_groups=num_groups, group_topk=group_topk)
+                found = compute_topk(scores, k, **limits)
+
+                def shown():
+                    return found[1], old_compute_topk(scores.detach(), k, **limits)[1]
+
+                if os.environ.get("ENABLE_ROUTING_REPLAY", "0") == "1":
+                    stage = os.environ["ROUTING_REPLAY_STAGE"]
+                    look(stage, shown)
+                return found
+
+            return topk
+
+        routing_replay.get_routing_replay_compute_topk = watching
 
     def rewind(self):
         routing_replay.RoutingReplay.clear_all_forward()

@@ -232,7 +232,7 @@ def recognise(versions: list[Series], root: Path) -> Checkout:
         raise UserError(f"--root {root} is not a folder; give the one that holds {package}.")
     if not (root / package).is_dir():
         raise UserError(f"{root} has no {package}: --root is the folder that holds the package.")
-    if commit := _head(root):
+    if commit := head(root):
         for series in versions:
             if series.commit == commit:
                 return Checkout(series, root)
@@ -261,7 +261,7 @@ def recognise(versions: list[Series], root: Path) -> Checkout:
     )
 
 
-def _head(root: Path) -> str | None:
+def head(root: Path) -> str | None:
     """The commit that is checked out; None where `root` is not a git checkout."""
     git = root / ".git"
     if git.is_file():  # a worktree or a submodule

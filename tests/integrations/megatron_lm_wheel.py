@@ -14,7 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from tests.integrations.hooks import MILES_WHEEL
+from tests.integrations.places import MILES_WHEEL
 from tests.integrations.stack_plugin import NAMES, StandIns
 
 warnings.filterwarnings("ignore")

@@ -56,8 +56,8 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.megatron.router_replay import validate_router_replay_config
 from nemo_rl.utils.timer import Timer
 
-from moe_upgrpo.integrations.nemo_rl.log import logged
 from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn
+from moe_upgrpo.integrations.nemo_rl_worker import logged
 
 
 class Attention(DotProductAttention):

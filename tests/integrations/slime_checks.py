@@ -24,7 +24,7 @@ from moe_upgrpo.losses import (
 )
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
-from tests.integrations.hooks import MILES_WHEEL
+from tests.integrations.places import MILES_WHEEL
 from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
 from tests.integrations.whole import assert_whole
 
@@ -413,6 +413,32 @@ class StackChecks:
                 start += length
         expected = np.array([recorded[i][p - 1] for i, p in rows_of(batch)])
         assert np.array_equal(np.sort(train, -1), np.sort(expected, -1))
+
+    def test_health_figures_of_a_replay(self, runs):
+        """Once for each rollout that is replayed, of all rows of its update."""
+        _, batch, results, _ = runs
+        for name, (_, _, rollouts) in JOBS.items():
+            reports = [
+                row for rank in results[name] for row in rank["reported"]
+                if "rollout/replay/rows" in row
+            ]  # fmt: skip
+            if name in ("observe", "stock"):
+                assert reports == []
+                continue
+            assert len(reports) == rollouts
+            found = {key.removeprefix("rollout/replay/"): x for key, x in reports[0].items()}
+            # The last row of a sequence, and padding, are held to nothing of the rollout's.
+            held = L * sum(len(s["prompt"] + s["response"]) - 1 for s in batch)
+            assert held <= found["applied_rate"] * found["rows"] <= found["rows"]
+            assert found["applied_rate"] + found["live_rate"] <= 1 + 1e-9
+            assert found["zero_filled_rate"] == found["repeated_rate"] == 0
+            layers = [found[f"native_differs/layer_{layer}"] for layer in range(L)]
+            assert found["native_differs_rate"] == pytest.approx(np.mean(layers))
+            planted = sum(layer == 0 for *_, layer in CHANGED) / (held / L)
+            if name == "R2":  # held to its own choice before the rollout's first update
+                assert 0 < found["native_differs_rate"] < 0.3
+            else:
+                assert 0.7 * planted < found["native_differs/layer_0"] < planted + 0.3
 
     @pytest.mark.parametrize("name", ["R3", "cp", "bypass"])
     def test_r3_tells_native_from_held(self, runs, name):

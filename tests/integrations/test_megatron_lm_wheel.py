@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_upgrpo.integrations import hooks
 from moe_upgrpo.losses import PRESETS
-from tests.integrations import hooks
+from tests.integrations.places import MILES_WHEEL
 from tests.integrations.test_megatron_lm import CORRECTED, USABLE, library, same_gradient
 from tests.losses.batches import random_batch
 
@@ -53,7 +54,7 @@ def batch(packed: bool, **changes) -> tuple[dict, torch.Tensor]:
 @pytest.fixture(scope="module")
 def called(tmp_path_factory):
     """By name and layout, what each job was given and what came of it, in one process."""
-    assert hooks.MILES_WHEEL.is_dir(), f"no {hooks.MILES_WHEEL}: make test makes it"
+    assert MILES_WHEEL.is_dir(), f"no {MILES_WHEEL}: make test makes it"
     jobs = {}
     for packed in (False, True):
         for name, config in CONFIGS.items():
@@ -82,7 +83,7 @@ def called(tmp_path_factory):
 
 
 def test_the_wheels_loss_is_that_of_the_patched_revision():
-    found = hooks.found_in(hooks.MILES_WHEEL, "megatron-lm")
+    found = hooks.found_in(MILES_WHEEL, "megatron-lm")
     assert found[LOSS] == hooks.read()["megatron-lm"]["d98e8a6"][LOSS]
 
 

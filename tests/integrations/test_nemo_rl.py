@@ -592,6 +592,25 @@ def test_r3_tells_native_from_held(runs, name):
     )
 
 
+def test_health_figures_of_a_replay(runs):
+    """By `train`, of all rows of its forwards; padding is held to experts in turn."""
+    _, batch, results = runs
+    for name in [name for name, job in JOBS.items() if job[2] != REPLAY]:
+        for rank in results[name]:
+            assert not any(key.startswith("replay/") for key in rank["metrics"])
+    for name in ("R3", "replicas"):
+        heard = [rank["metrics"] for rank in results[name] if "replay/rows" in rank["metrics"]]
+        assert len(heard) == 1
+        found = {k.removeprefix("replay/"): v[0] for k, v in heard[0].items() if "replay/" in k}
+        tokens = sum(len(s["prompt"] + s["response"]) for s in batch)
+        assert found["rows"] >= L * tokens
+        assert found["live_rate"] == pytest.approx(L * len(MISSING) / found["rows"])
+        assert found["applied_rate"] == pytest.approx(1 - found["live_rate"])
+        assert found["zero_filled_rate"] == found["repeated_rate"] == 0
+        planted = sum(layer == 0 for *_, layer in CHANGED) / tokens
+        assert 0.7 * planted < found["native_differs/layer_0"]
+
+
 def test_the_report_opens_the_run(runs):
     folder, _, _ = runs
     page = write_report([folder / "R3"], folder / "report.html").read_text()

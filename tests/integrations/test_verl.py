@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -421,6 +422,52 @@ def test_r3_tells_native_from_held(runs):
     assert row["conditional/router_rate"] == pytest.approx(
         column["layers_mismatched_conditional"].sum() / (L * len(changed))
     )
+
+
+def test_health_figures_of_a_replay(runs):
+    """By the last mini-batch of a step; of every row that verl holds (router_replay_utils.py:380),
+    each but the last of a sequence."""
+    _, batch, results = runs
+    reported = {
+        name: next(rank["metrics"] for rank in results[name] if rank["source"]) for name in JOBS
+    }
+    for name in ("observe", "unpacked"):
+        assert not any(key.startswith("replay/") for row in reported[name] for key in row)
+    first, found = reported["R3"]
+    assert "replay/rows" not in first
+    held = L * sum(len(s["prompt"] + s["response"]) - 1 for s in batch)
+    rows = found["replay/rows"]
+    assert found["replay/applied_rate"] * rows == pytest.approx(held)
+    assert found["replay/live_rate"] == pytest.approx(1 - held / rows)
+    assert rows > held and found["replay/zero_filled_rate"] == found["replay/repeated_rate"] == 0
+    # In layer 0 those that were planted there, and what bfloat16 and the first update turn over.
+    planted = sum(layer == 0 for *_, layer in CHANGED) / (held / L)
+    assert planted <= found["replay/native_differs/layer_0"] < planted + 0.1
+    layers = [found[f"replay/native_differs/layer_{layer}"] for layer in range(L)]
+    assert found["replay/native_differs_rate"] == pytest.approx(np.mean(layers))
+    # R2 holds each row to the trainer's own choice before the step's first update.
+    found = reported["R2"][-1]
+    assert found["replay/live_rate"] == 0 and found["replay/applied_rate"] == 1
+    assert 0 < found["replay/native_differs_rate"] < 0.3
+
+
+def test_without_a_log_the_engine_is_watched_all_the_same(monkeypatch):
+    from moe_upgrpo.integrations.verl import install
+
+    class Engine:
+        is_value_model, enable_routing_replay = False, True
+
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            return data, loss_function, forward_only
+
+    monkeypatch.delenv("MOE_UPGRPO_RUN", raising=False)
+    for _ in range(2):  # again is harmless
+        install._install(types.SimpleNamespace(MegatronEngine=Engine))
+    assert Engine.forward_backward_batch.moe_upgrpo_health
+    assert not hasattr(Engine.forward_backward_batch.__wrapped__, "__wrapped__")
+    assert Engine().forward_backward_batch(1, 2, forward_only=True) == (1, 2, True)
+    with pytest.raises(AttributeError, match="module"):  # an update: its routers are looked for
+        Engine().forward_backward_batch(1, 2)
 
 
 def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """The functions of Megatron-LM's `rl_utils` with the loss and the log around them.
 
 An import puts them there, where the environment asks for a loss or a log (see `loss`).
@@ -8,6 +9,10 @@ import inspect
 import json
 import os
 
+from moe_upgrpo.integrations.kit import environment, revisions
+
+revisions.check("megatron-lm", "log" if environment.run_folder() else "loss")
+
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
@@ -15,7 +20,6 @@ from megatron.rl import rl_utils
 from megatron.training import get_args
 from torch import Tensor
 
-from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.megatron_lm.loss import Counts, Terms, asked, evaluate, with_clamps
 from moe_upgrpo.losses import PolicyLossConfig
 

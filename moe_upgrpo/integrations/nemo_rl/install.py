@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit import revisions
 
 
 def rebind() -> None:
     """`ClippedPGLossFn` becomes `PolicyLossFn` wherever a job's loss is made; again is harmless."""
+    revisions.check("nemo-rl", "loss")
     import nemo_rl.algorithms.loss as package
 
     from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn

@@ -1,4 +1,4 @@
-"""Puts the routing log into verl's Megatron engine when verl imports it, and not before.
+"""Puts routing log and health figures into verl's Megatron engine when verl imports it, not before.
 
 verl's rollout servers and its driver load the plugin too; they need neither Megatron nor the log.
 """
@@ -7,15 +7,13 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
-from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit import environment, revisions
 
 ENGINE = "verl.workers.engine.megatron.transformer_impl"
 
 
 def when_imported() -> None:
-    """`log.install` once verl's engine is there; nothing without MOE_UPGRPO_RUN."""
-    if environment.run_folder() is None:
-        return
+    """`_install` once verl's engine is there."""
     if ENGINE in sys.modules:
         _install(sys.modules[ENGINE])
     else:
@@ -23,9 +21,15 @@ def when_imported() -> None:
 
 
 def _install(module) -> None:
-    from moe_upgrpo.integrations.verl import log
+    """The log where MOE_UPGRPO_RUN asks for one; the figures always."""
+    if environment.run_folder() is not None:
+        revisions.check("verl", "log")
+        from moe_upgrpo.integrations.verl import log
 
-    log.install(module)
+        log.install(module)
+    from moe_upgrpo.integrations.verl import health
+
+    health.install(module)
 
 
 class _Finder(MetaPathFinder):

@@ -24,7 +24,7 @@ from verl.trainer.ppo import core_algos
 from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit import environment, revisions
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
 from moe_upgrpo.integrations.verl import install
 from moe_upgrpo.losses import (
@@ -189,6 +189,7 @@ def check(loss_mode: str | None = None) -> list[str]:
         UserError: the entry point is not installed or switched off, a name is missing from verl's
             registry or taken by another, or loss_mode is none of verl's losses.
     """
+    revisions.check("verl", "loss")
     registry = core_algos.POLICY_LOSS_REGISTRY
     found = [ep.name for ep in entry_points(group="verl.plugins") if ep.value == _MODULE]
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()

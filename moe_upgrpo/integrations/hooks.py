@@ -1,9 +1,10 @@
 """Where each stack is hooked into, as data: file, name, signature, checksum.
 
-    python -m tests.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
+    python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
 
-A release in which one of them is gone, takes other arguments or computes otherwise is one that the
-integration was not tested with; `difference` says which. Read with ast: nothing is imported.
+hooks.json has what was found at each revision that was tested. A revision in which one of them is
+gone, takes other arguments or computes otherwise is another one; `difference` says how. Read with
+ast: nothing of a stack is imported. `kit.revisions` looks at start-up, `stack_doctor` when asked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _MEGATRON = "backends/megatron_utils"
 _TRAINING = "miles/backends/training_utils"
 _WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
 _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
+_ENGINE = "verl/workers/engine/megatron/transformer_impl.py"
 HOOKS: dict[str, list[tuple[str, str]]] = {
     "slime": [
         (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
@@ -70,6 +73,26 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         ("nemo_rl/models/megatron/router_replay.py", "_unwrap_model_config"),
         ("nemo_rl/distributed/model_utils.py", "allgather_cp_sharded_tensor"),
     ],
+    "verl": [
+        ("verl/trainer/ppo/core_algos.py", "register_policy_loss"),
+        ("verl/trainer/ppo/core_algos.py", "POLICY_LOSS_REGISTRY"),
+        ("verl/workers/config/actor.py", "PolicyLossConfig"),
+        (_ENGINE, "MegatronEngine.forward_backward_batch"),
+        (_ENGINE, "MegatronEngine.is_mp_src_rank_with_outputs"),
+        (_ENGINE, "MegatronEngine._get_context_parallel_layout"),
+        (_ENGINE, "MegatronEngineWithLMHead.forward_step"),
+        ("verl/workers/utils/losses.py", "get_policy_loss_fn"),
+        ("verl/workers/utils/losses.py", "ppo_loss"),
+        ("verl/models/mcore/util.py", "preprocess_thd_engine"),
+        ("verl/models/mcore/util.py", "postprocess_thd_engine"),
+        ("verl/models/mcore/util.py", "preprocess_bshd_engine"),
+        ("verl/models/mcore/util.py", "postprocess_bshd_engine"),
+        ("verl/utils/megatron_utils.py", "unwrap_model"),
+        ("verl/utils/megatron/router_replay_patch.py", "RouterReplay.get_replay_topk"),
+        ("verl/utils/tensordict_utils.py", "assign_non_tensor"),
+        ("verl/utils/tensordict_utils.py", "get_non_tensor_data"),
+        ("verl/utils/metric/utils.py", "Metric"),
+    ],
     "megatron-lm": [
         ("megatron/rl/rl_utils.py", "calculate_grpo_loss"),
         ("megatron/rl/rl_utils.py", "prepare_data_for_update"),
@@ -98,8 +121,20 @@ BEFORE: dict[tuple[str, str], tuple[str, str]] = {
     ("miles/utils/tracking_utils/tracking.py", "log"):
         ("miles/utils/tracking_utils/__init__.py", "log"),
 }  # fmt: skip
-# miles 0.0.2 with nothing else: `make test` puts it there.
-MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"
+# Those that the losses need; the routing log needs all of them.
+LOSS: dict[str, set[str]] = {
+    "verl": {"register_policy_loss", "POLICY_LOSS_REGISTRY", "PolicyLossConfig"},
+    "slime": {
+        "get_log_probs_and_entropy", "policy_loss_function", "compute_policy_loss",
+        "all_gather_with_cp", "slice_log_prob_with_cp", "get_sum_of_sample_mean", "load_function",
+    },
+    "miles": {
+        "get_log_probs_and_entropy", "policy_loss_function", "compute_policy_loss",
+        "all_gather_with_cp", "slice_log_prob_with_cp", "get_sum_of_sample_mean", "load_function",
+    },
+    "nemo-rl": {"ClippedPGLossFn.__init__", "ClippedPGLossFn.__call__"},
+    "megatron-lm": {"calculate_grpo_loss", "prepare_data_for_update", "prepare_trajectories"},
+}  # fmt: skip
 
 
 def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
@@ -118,23 +153,76 @@ def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """File and name of the hooks that are not among what `found_in` found."""
+    return [
+        hook
+        for hook in HOOKS[stack]
+        if not any(f"{file}:{name}" in found for file, name in places(hook))
+    ]
+
+
 def _about(file: Path, name: str) -> dict[str, str] | None:
     if not file.is_file():
         return None
     source = file.read_text(encoding="utf-8")
-    body = ast.parse(source).body
-    *outer, last = name.split(".")
-    for part in outer:
-        classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name == part]
-        body = classes[0].body if classes else []
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [n for n in body if isinstance(n, functions) and n.name == last]
-    if not nodes:
+    node = _named(_statements(ast.parse(source).body), name.split("."))
+    if node is None:
         return None
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            signature = f"({ast.unparse(node.args)})"
+        case ast.ClassDef():
+            signature = f"class ({', '.join(map(ast.unparse, node.bases))})"
+        case ast.ImportFrom():
+            signature = f"imported from {node.module}"
+        case _:
+            signature = "assigned"
     return {
-        "signature": f"({ast.unparse(nodes[-1].args)})",
-        "sha256": hashlib.sha256(_computed(nodes[-1]).encode()).hexdigest()[:16],
+        "signature": signature,
+        "sha256": hashlib.sha256(_computed(node).encode()).hexdigest()[:16],
     }
+
+
+def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a module or class, those under its `if` and `try` among them."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            inside = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
+            inside += [handler.body for handler in getattr(node, "handlers", [])]
+            found += [one for part in inside for one in _statements(part)]
+        else:
+            found.append(node)
+    return found
+
+
+def _named(body: list[ast.stmt], parts: list[str]) -> ast.stmt | None:
+    """Statement that binds a name there; of a method, also in the bases that the file has."""
+    bound = [node for node in body if parts[0] in _names(node)]
+    if not bound or len(parts) == 1:
+        return bound[-1] if bound else None
+    if not isinstance(owner := bound[-1], ast.ClassDef):
+        return owner  # imported: its methods are elsewhere
+    found = _named(_statements(owner.body), parts[1:])
+    for base in owner.bases:
+        if found is None and isinstance(base, ast.Name):
+            others = [node for node in body if node is not owner]  # bases in a circle end
+            found = _named(others, [base.id, *parts[1:]])
+    return found
+
+
+def _names(node: ast.stmt) -> set[str]:
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return {node.name}
+        case ast.ImportFrom():
+            return {alias.asname or alias.name for alias in node.names}
+        case ast.Assign():
+            return {target.id for target in node.targets if isinstance(target, ast.Name)}
+        case ast.AnnAssign() if isinstance(node.target, ast.Name):
+            return {node.target.id}
+    return set()
 
 
 def _computed(node: Any) -> str:
@@ -155,30 +243,30 @@ def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
     return json.loads(FOUND.read_text(encoding="utf-8"))
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Hook of a tested revision → how another one has it; those that are the same are left out."""
+    found = {}
+    for hook, of_before in before.items():
+        of_now = now.get(hook)
+        if of_now is None:
+            found[hook] = "gone"
+        elif of_now["signature"] != of_before["signature"]:
+            found[hook] = f"takes {of_now['signature']}, before {of_before['signature']}"
+        elif of_now != of_before:
+            found[hook] = "computes otherwise"
+    return found
+
+
 def difference(stack: str, checkout: Path, revision: str) -> list[str]:
     """Hooks of a checkout that are not as they were at a tested revision, one line each."""
-    tested, here = read()[stack][revision], found_in(checkout, stack)
-    lines = []
-    for hook, before in tested.items():
-        now = here.get(hook)
-        if now is None:
-            lines.append(f"{hook}: gone")
-        elif now["signature"] != before["signature"]:
-            lines.append(f"{hook}: takes {now['signature']}, before {before['signature']}")
-        elif now != before:
-            lines.append(f"{hook}: computes otherwise")
-    return lines
+    found = differences(read()[stack][revision], found_in(checkout, stack))
+    return [f"{hook}: {how}" for hook, how in found.items()]
 
 
 def main(stack: str, revision: str, checkout: str) -> None:
     found = found_in(Path(checkout), stack)
-    missing = [
-        hook[1]
-        for hook in HOOKS[stack]
-        if not any(f"{file}:{name}" in found for file, name in places(hook))
-    ]
-    if missing:
-        sys.exit(f"{checkout}: no {', '.join(missing)}")
+    if gone := missing(stack, found):
+        sys.exit(f"{checkout}: no {', '.join(name for _, name in gone)}")
     kept = read() if FOUND.exists() else {}
     kept.setdefault(stack, {})[revision] = found
     FOUND.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

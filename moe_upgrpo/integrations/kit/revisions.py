@@ -1,0 +1,144 @@
+"""Which revision of a stack is installed, and whether it has the functions that are hooked into.
+
+`check` is called as a stack's integration starts, before it imports anything of the stack that may
+have moved. Files are read with ast (`integrations.hooks`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from moe_upgrpo import ending
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import hooks
+from moe_upgrpo.patching.checkout import head
+
+# What is looked for, and what the distribution of a release is called.
+MODULES = {
+    "verl": ("verl", "verl"),
+    "slime": ("slime", "slime"),
+    "miles": ("miles", "miles-rl"),
+    "nemo-rl": ("nemo_rl", "nemo-rl"),
+    "megatron-lm": ("megatron.rl", "megatron-core"),
+}
+_said: set[str] = set()  # stacks that this process has warned of
+
+Part = Literal["loss", "log"]
+PARTS: dict[Part, tuple[str, str]] = {
+    "loss": ("a loss", "or take the stack's own loss"),
+    "log": ("the routing log", "or unset MOE_UPGRPO_RUN"),
+}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A stack as it was found. root: the folder that holds its top-level package.
+
+    found: what `hooks.found_in` found there.
+    """
+
+    stack: str
+    root: Path
+    commit: str | None
+    version: str | None
+    found: Mapping[str, Mapping[str, str]]
+
+    @property
+    def name(self) -> str:
+        """Its revision, for messages."""
+        if self.commit:
+            return f"{self.stack} {self.commit[:9]}"
+        return f"{self.stack} {self.version or 'of an unknown revision'}"
+
+    def differences(self) -> dict[str, dict[str, str]]:
+        """Tested revision → hook → how it is here; empty where it is the same."""
+        tested = hooks.read().get(self.stack, {})
+        return {name: hooks.differences(of, self.found) for name, of in tested.items()}
+
+    @property
+    def tested(self) -> str | None:
+        """The tested revision that this is, all hooks as they were there; None: it is another."""
+        same = [name for name, changed in self.differences().items() if not changed]
+        if self.commit is None and self.version is None:
+            return same[0] if same else None
+        return next((name for name in same if self._is(name)), None)
+
+    def _is(self, name: str) -> bool:
+        if self.commit and len(name) >= 7 and self.commit.startswith(name):
+            return True
+        return name.removeprefix("v") == self.version
+
+    def missing(self, part: Part) -> list[str]:
+        """`FILE: NAME` of the hooks that `part` needs and that are not there."""
+        gone = hooks.missing(self.stack, self.found)
+        needed = hooks.LOSS[self.stack]
+        return [f"{file}: {name}" for file, name in gone if part == "log" or name in needed]
+
+    def warning(self) -> str | None:
+        """Words on a revision that was not tested; None of one that was."""
+        if self.tested:
+            return None
+        every = self.differences()
+        nearest = min(reversed(every), key=lambda name: len(every[name]))
+        changed = [
+            f"{hook} {'is elsewhere' if how == 'gone' else how}"
+            for hook, how in every[nearest].items()
+        ]
+        how = f"but not as at {nearest}: {'; '.join(changed)}" if changed else f"as at {nearest}"
+        return (
+            f"moe_upgrpo: {self.name} was not tested (tested: {', '.join(every)}). What is hooked "
+            f"into is there, {how}. moe-upgrpo doctor --stack {self.stack} has all of it"
+        )
+
+
+def locate(stack: str) -> Path | None:
+    """The folder that holds the stack's top-level package, as this Python finds it."""
+    module = MODULES[stack][0]
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):  # no parent; a stand-in without a spec
+        return None
+    folders = (spec and spec.submodule_search_locations) or ()  # __init__.py or not
+    return next((Path(x).resolve().parents[module.count(".")] for x in folders), None)
+
+
+def installed(stack: str, root: Path | None = None) -> Installed | None:
+    """The stack below `root`, or else the one that this Python finds; None: there is none."""
+    root = locate(stack) if root is None else root.absolute()
+    if root is None or not (root / MODULES[stack][0].replace(".", "/")).is_dir():
+        return None
+    found = importlib.metadata.distributions(name=MODULES[stack][1], path=[str(root)])
+    versions = [one.version for one in found]
+    return Installed(
+        stack=stack,
+        root=root,
+        commit=head(root),
+        version=versions[0] if versions else None,
+        found=hooks.found_in(root, stack),
+    )
+
+
+def check(stack: str, part: Part) -> None:
+    """Say once that the installed revision was not tested.
+
+    Raises:
+        UserError: a function is missing that `part` needs.
+    """
+    here = installed(stack)
+    if here is None:
+        return  # not files, such as a zip archive: what is missing shows as it is imported
+    if gone := here.missing(part):
+        needs, without = PARTS[part]
+        raise UserError(
+            f"{here.name} lacks what {needs} of moe_upgrpo needs of it: {', '.join(gone)}. "
+            f"Tested: {', '.join(hooks.read()[stack])}; install one of them, {without}"
+        )
+    said, warning = stack in _said, here.warning()
+    _said.add(stack)
+    if warning and not said and ending.rank() == 0:
+        print(warning, flush=True)
