@@ -17,6 +17,7 @@ from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
+from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
 from tests.patches import faults
 
@@ -29,6 +30,10 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in cells)
 
 
+def _absence(column: Column) -> str:
+    return "yes" if column.optional else "may be null" if column.nullable else ""
+
+
 PAGES = {
     "gpu.md": {
         "results": gpu_page.section(),
@@ -37,10 +42,7 @@ PAGES = {
     "token-log.md": {
         "columns": table(
             ["column", "Arrow type", "optional", "meaning"],
-            [
-                [f"`{name}`", f"`{c.type}`", "yes" if c.optional else "", c.meaning]
-                for name, c in COLUMNS.items()
-            ],
+            [[f"`{name}`", f"`{c.type}`", _absence(c), c.meaning] for name, c in COLUMNS.items()],
         ),
         "levels": table(["level", "rows"], [[f"`{name}`", text] for name, text in LEVELS.items()]),
         "quantities": table(
