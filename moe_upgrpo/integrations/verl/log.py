@@ -96,18 +96,14 @@ def install(module) -> None:
 
 def _check(engine) -> None:
     """Raise UserError where the engine's settings are none that the log can follow."""
-    config = engine.tf_config
     replays = engine.engine_config.router_replay.mode != "disabled"
     by_verl = TopKRouter.routing is patched_routing  # which does not ask for the fused kernel
-    fused = replays and not by_verl and getattr(config, "moe_router_fusion", False)
-    environment.refuse(
-        {
-            "moe_router_fusion under router replay, where Megatron-Core's fused kernel chooses the "
-            "experts and no replay is seen": fused,
-            "virtual pipeline stages (virtual_pipeline_model_parallel_size)": len(engine.module)
-            > 1,
-        }
-    )
+    if replays and not by_verl and getattr(engine.tf_config, "moe_router_fusion", False):
+        raise UserError(
+            f"{environment.RUN}: moe_router_fusion given under router replay: Megatron-Core's "
+            "fused kernel chooses the experts where a replay neither acts nor is seen. Set "
+            "actor_rollout_ref.actor.megatron.override_transformer_config.moe_router_fusion=False"
+        )
 
 
 @dataclass(kw_only=True)
