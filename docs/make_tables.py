@@ -19,6 +19,7 @@ from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
+from tests.integrations import verl_settings
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -59,6 +60,7 @@ PAGES = {
             ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
         ),
     },
+    "verl.md": {"replay-example": verl_settings.markdown_table()},
     "patches.md": {"faults": faults.markdown_table()},
     "reliability.md": {"faults": marked_faults.markdown()},
     "scale.md": {

@@ -21,7 +21,31 @@ _MEGATRON = "backends/megatron_utils"
 _TRAINING = "miles/backends/training_utils"
 _WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
 _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
+_ENGINE = "verl/workers/engine/megatron/transformer_impl.py"
+_LAYOUT = "verl/models/mcore/util.py"
+_REPLAY = "verl/utils/megatron/router_replay_patch.py"
 HOOKS: dict[str, list[tuple[str, str]]] = {
+    "verl": [
+        (_ENGINE, "MegatronEngine.initialize"),
+        (_ENGINE, "MegatronEngine.forward_backward_batch"),
+        (_ENGINE, "MegatronEngine.disable_adapter"),
+        (_ENGINE, "MegatronEngine.is_mp_src_rank_with_outputs"),
+        (_ENGINE, "MegatronEngine.get_data_parallel_group"),
+        (_ENGINE, "MegatronEngine._get_context_parallel_layout"),
+        (_ENGINE, "MegatronEngineWithLMHead.forward_step"),
+        (_ENGINE, "MegatronEngineWithLMHead.postprocess_micro_batch_func"),
+        (_LAYOUT, "preprocess_thd_engine"),
+        (_LAYOUT, "postprocess_thd_engine"),
+        (_LAYOUT, "preprocess_bshd_engine"),
+        (_LAYOUT, "postprocess_bshd_engine"),
+        (_REPLAY, "RouterReplay.get_replay_topk"),
+        (_REPLAY, "patched_routing"),
+        ("verl/utils/dynamic_cp_scheduler.py", "DynamicCPScheduler.schedule"),
+        ("verl/workers/utils/losses.py", "ppo_loss"),
+        ("verl/workers/engine_workers.py", "ActorRolloutRefWorker.init_model"),
+        ("verl/trainer/ppo/core_algos.py", "register_policy_loss"),
+        ("verl/trainer/ppo/core_algos.py", "get_policy_loss_fn"),
+    ],
     "slime": [
         (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
         (f"slime/{_MEGATRON}/model.py", "forward_only"),

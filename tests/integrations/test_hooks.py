@@ -1,6 +1,8 @@
 """The hook points of each stack, as data of every tested revision and in a checkout."""
 
 import os
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tests.integrations import hooks
 
 # Stack → the variable that names a checkout of it, and the revision that it has to be at.
 CHECKOUTS = {
+    "verl": ("MOE_UPGRPO_VERL", "1dda039"),
     "slime": ("MOE_UPGRPO_SLIME", "624b824a8"),
     "miles": ("MOE_UPGRPO_MILES", "31f1ca961"),
     "nemo-rl": ("MOE_UPGRPO_NEMO_RL", "7ea279a"),
@@ -44,6 +47,11 @@ def test_a_checkouts_hooks_are_as_they_were_tested(stack):
 def test_the_released_miles_hooks_are_as_they_were_tested():
     assert hooks.MILES_WHEEL.is_dir(), f"no {hooks.MILES_WHEEL}: make test makes it"
     assert hooks.difference("miles", hooks.MILES_WHEEL, "0.0.2") == []
+
+
+def test_the_installed_verls_hooks_are_as_they_were_tested():
+    folder = Path(find_spec("verl").origin).parents[1]
+    assert hooks.difference("verl", folder, version("verl")) == []
 
 
 def test_a_hook_that_moved_is_found_where_it_is(tmp_path, monkeypatch):

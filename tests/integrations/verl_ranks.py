@@ -357,7 +357,7 @@ def main(checkpoint: str, folder: str):
     for name, spec in jobs.items():
         world = spec.pop("world")
         results[name] = run_ranks(
-            world, train, checkpoint, folder / name, *spec.values(), context=get_context("fork")
+            world, partial(train, **spec), checkpoint, folder / name, context=get_context("fork")
         )
     (folder / "results.pkl").write_bytes(pickle.dumps(results))
 

@@ -24,6 +24,8 @@ OURS = [
     "actor_rollout_ref.actor.policy_loss.loss_mode=moe_upgrpo/up-grpo",
     "+ray_kwargs.ray_init.runtime_env.env_vars.MOE_UPGRPO_RUN=/runs/one",
 ]
+# Names of the script that verl's own config does not have, at any revision: it ends there.
+INSTEAD = {"actor_rollout_ref.actor.model_engine": "model_engine=megatron"}
 # What the log's own code meets, and where a test shows it; of the others it sees nothing.
 _RUN = "`replay-example`: a run on two ranks, its token log that of the plain one"
 _MODEL, _MEGATRON = "actor_rollout_ref.model", "actor_rollout_ref.actor.megatron"
@@ -49,8 +51,13 @@ SHOWN = {
 
 
 def read() -> dict[str, Any]:
-    """script, revision, settings: [name, value, verdict] each."""
+    """script, revision, settings: [name, value, verdict, whether it is new to the config] each."""
     return json.loads(KEPT.read_text(encoding="utf-8"))
+
+
+def given() -> list[str]:
+    """The settings as the script gives them."""
+    return [f"{'+' * new}{name}={value}" for name, value, _, new in read()["settings"]]
 
 
 def printed(script: Path) -> list[str]:
@@ -79,36 +86,42 @@ def composed(settings: list[str]):
 
     folder = Path(find_spec("verl").origin).parent / "trainer" / "config"
     with initialize_config_dir(str(folder), version_base=None):
-        return compose("ppo_megatron_trainer", overrides=settings)
+        return compose("ppo_trainer", overrides=settings)
 
 
-def verdicts(settings: list[str]) -> list[list[str]]:
-    """[name, value, verdict] of each setting, beside our own lines."""
+def as_verl_takes_them(settings: list[str]) -> list[str]:
+    """With the names that verl has."""
+    return [INSTEAD.get(setting.split("=", 1)[0], setting) for setting in settings]
+
+
+def verdicts(settings: list[str], config) -> list[list[str]]:
+    """[name, value, verdict] of each setting; config: `composed` of them and our own lines."""
     from moe_upgrpo.integrations.verl import settings as of_log
 
-    problems = of_log.refused(composed([*settings, *OURS]).actor_rollout_ref)
-    found = []
-    for setting in settings:
-        name, value = setting.split("=", 1)
-        name = name.lstrip("+")
-        found.append(
-            [name, value, f"refused: {problems[name]}" if name in problems else "accepted"]
-        )
-    return found
+    problems = {name: f"refused: {why}" for name, why in
+                of_log.refused(config.actor_rollout_ref).items()}  # fmt: skip
+    problems |= {name: f"refused by verl itself: `{right}`" for name, right in INSTEAD.items()}
+    pairs = [setting.lstrip("+").split("=", 1) for setting in settings]
+    return [[name, value, problems.get(name, "accepted")] for name, value in pairs]
 
 
 def markdown_table() -> str:
     """The table of docs/verl.md."""
     kept = read()
     lines = ["| setting | value | | shown by |", "| --- | --- | --- | --- |"]
-    for name, value, verdict in kept["settings"]:
+    for name, value, verdict, _ in kept["settings"]:
         lines.append(f"| `{name}` | `{value}` | {verdict} | {SHOWN.get(name, '')} |")
     return "\n".join(lines)
 
 
 def main(revision: str, checkout: str) -> None:
-    settings = printed(Path(checkout) / SCRIPT)
-    kept = {"script": SCRIPT, "revision": revision, "settings": verdicts(settings)}
+    lines = printed(Path(checkout) / SCRIPT)
+    config = composed([*as_verl_takes_them(lines), *OURS])
+    settings = [
+        [name, value, verdict, setting.startswith("+")]
+        for (name, value, verdict), setting in zip(verdicts(lines, config), lines, strict=True)
+    ]
+    kept = {"script": SCRIPT, "revision": revision, "settings": settings}
     KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{SCRIPT} at {revision}: {len(settings)} settings")
 

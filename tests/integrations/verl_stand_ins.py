@@ -11,6 +11,7 @@
 
 import copy
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class Attention(DotProductAttention):
             x[None] if size == 1 else Gather.apply(x, group) for x in (query, key, value)
         ]  # [ranks, tokens, heads, ·]
         parts = []
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(ends):
             half = (end - start) // (2 * size)
             if size == 1:
                 mine = [x[0, start:end, None] for x in shards]

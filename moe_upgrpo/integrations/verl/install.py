@@ -9,6 +9,9 @@ from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
+import verl
+
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.verl import settings
 
@@ -29,9 +32,16 @@ def when_imported() -> None:
 
 
 def _into_engine(module) -> None:
-    from moe_upgrpo.integrations.verl import log
+    try:
+        from moe_upgrpo.integrations.verl import log
 
-    log.install(module)
+        log.install(module)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{environment.RUN}: verl {verl.__version__} lacks what the routing log hooks into "
+            f"({error}); docs/verl.md has the revisions that were tested. Unset the variable to "
+            "run without the log"
+        ) from error
 
 
 def _into_worker(module) -> None:

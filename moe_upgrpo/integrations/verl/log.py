@@ -25,16 +25,17 @@ import hashlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import verl
 import verl.workers.utils.losses as verl_losses
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
 from verl.utils.megatron.router_replay_patch import patched_routing
 from verl.utils.metric import AggregationType, Metric
 
@@ -225,7 +226,7 @@ class EngineLog:
         engine, sizes = self.engine, self.engine.engine_config
         replay = "none" if self.mode == "disabled" else self.mode
         config = {
-            "stack": f"verl {version('verl')}",
+            "stack": f"verl {verl.__version__}",
             "model": str(engine.model_config.local_path),
             "layout": f"tp {sizes.tensor_model_parallel_size}, "
             f"pp {sizes.pipeline_model_parallel_size}, ep {sizes.expert_model_parallel_size}, "
@@ -283,8 +284,7 @@ class EngineLog:
         """
         if not self.bypassed:
             return False
-        new = torch.tensor([int(not set(keys) <= self.scored.keys())], dtype=torch.int32)
-        new = new.to(next(self.engine.module[0].parameters()).device)
+        new = torch.tensor([int(not set(keys) <= self.scored.keys())], device=get_device_id())
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
         return bool(new)
@@ -299,7 +299,8 @@ class EngineLog:
             _, native = self._native(data, None)
             output, own = self.forward.recorded(data, loss_function, forward_only=False, own=True)
         known = set(self.scored)
-        for key, kept in zip(keys, self._kept(data, data["routed_experts"], native, own)):
+        found = self._kept(data, data["routed_experts"], native, own)
+        for key, kept in zip(keys, found, strict=True):
             kept.late = True
             if key not in known:
                 self.scored.setdefault(key, []).append(kept)
