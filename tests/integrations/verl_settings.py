@@ -24,8 +24,12 @@ OURS = [
     "actor_rollout_ref.actor.policy_loss.loss_mode=moe_upgrpo/up-grpo",
     "+ray_kwargs.ray_init.runtime_env.env_vars.MOE_UPGRPO_RUN=/runs/one",
 ]
-# Names of the script that verl's own config does not have, at any revision: it ends there.
-INSTEAD = {"actor_rollout_ref.actor.model_engine": "model_engine=megatron"}
+# Names of the script that the config of verl 0.9.1 does not have, so that verl ends there; the
+# first is in that of no revision. And what to give in their place.
+INSTEAD = {
+    "actor_rollout_ref.actor.model_engine": "model_engine=megatron",
+    "actor_rollout_ref.actor.megatron.grad_offload": None,
+}
 # What the log's own code meets, and where a test shows it; of the others it sees nothing.
 _RUN = "`replay-example`: a run on two ranks, its token log that of the plain one"
 _MODEL, _MEGATRON = "actor_rollout_ref.model", "actor_rollout_ref.actor.megatron"
@@ -91,7 +95,8 @@ def composed(settings: list[str]):
 
 def as_verl_takes_them(settings: list[str]) -> list[str]:
     """With the names that verl has."""
-    return [INSTEAD.get(setting.split("=", 1)[0], setting) for setting in settings]
+    found = [INSTEAD.get(setting.split("=", 1)[0], setting) for setting in settings]
+    return [setting for setting in found if setting]
 
 
 def verdicts(settings: list[str], config) -> list[list[str]]:
@@ -100,7 +105,10 @@ def verdicts(settings: list[str], config) -> list[list[str]]:
 
     problems = {name: f"refused: {why}" for name, why in
                 of_log.refused(config.actor_rollout_ref).items()}  # fmt: skip
-    problems |= {name: f"refused by verl itself: `{right}`" for name, right in INSTEAD.items()}
+    problems |= {
+        name: f"refused by verl 0.9.1 itself: {f'take `{right}`' if right else 'leave it out'}"
+        for name, right in INSTEAD.items()
+    }
     pairs = [setting.lstrip("+").split("=", 1) for setting in settings]
     return [[name, value, problems.get(name, "accepted")] for name, value in pairs]
 

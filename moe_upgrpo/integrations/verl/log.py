@@ -67,8 +67,14 @@ def install(module) -> None:
     def initialize_with_log(self):
         initialize(self)
         # The reference model and the critic have engines of their own.
-        if not (self.engine_config.forward_only or self.is_value_model):
-            self.moe_upgrpo_log = EngineLog(self, forward_backward)
+        if self.engine_config.forward_only or self.is_value_model:
+            return
+        before = getattr(self, "moe_upgrpo_log", None)
+        self.moe_upgrpo_log = EngineLog(self, forward_backward)
+        if before is not None:  # `TrainingWorker.reset`: another model, the same run
+            self.moe_upgrpo_log.step, self.moe_upgrpo_log.log = before.step, before.log
+        else:
+            check_free(self.moe_upgrpo_log.folder)
 
     @functools.wraps(forward_backward)
     def forward_backward_batch(self, data, loss_function, forward_only=False):
@@ -148,8 +154,6 @@ class EngineLog:
         self.log: RunLog | None = None
         self.layer_ids: list[int] = []
         self._clear()
-        if not getattr(engine, "moe_upgrpo_log", None):  # else it is initialized once more
-            check_free(self.folder)
 
     def _clear(self) -> None:
         self.scored: dict[str, list[_Scored]] = {}
