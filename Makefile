@@ -135,15 +135,15 @@ $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
 test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
-# Checkouts of the stacks that have no wheel, at the revisions of integrations/hooks.json:
-# STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
+# Checkouts of the stacks, at the revisions of integrations/hooks.json: STACKS holds folders slime,
+# miles, nemo-rl, megatron-lm and verl (whose engine is then run in the wheel's place), or some.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
 test-stacks: $(TEST_STAMP) $(MILES)/.installed
-	@test -n "$(foreach name,slime miles nemo-rl megatron-lm,$(call stack,$(name)))" || { \
-	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm"; exit 2; }
+	@test -n "$(foreach name,slime miles nemo-rl megatron-lm verl,$(call stack,$(name)))" || { \
+	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm, verl"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
-	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
+	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_VERL='$(call stack,verl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
 	  $(BIN)/python -m pytest tests/integrations
 
 clean:

@@ -17,7 +17,9 @@ from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
+from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
+from tests.integrations import verl_settings
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -34,8 +36,15 @@ def revisions(stack: str) -> str:
     return table(heads, stack_revisions.rows(stack))
 
 
+def _absence(column: Column) -> str:
+    return "yes" if column.optional else "may be null" if column.nullable else ""
+
+
 PAGES = {
-    "verl.md": {"revisions": revisions("verl")},
+    "verl.md": {
+        "revisions": revisions("verl"),
+        "replay-example": verl_settings.markdown_table(),
+    },
     "slime.md": {"revisions": revisions("slime"), "miles-revisions": revisions("miles")},
     "nemo-rl.md": {"revisions": revisions("nemo-rl")},
     "megatron-lm.md": {"revisions": revisions("megatron-lm")},
@@ -46,10 +55,7 @@ PAGES = {
     "token-log.md": {
         "columns": table(
             ["column", "Arrow type", "optional", "meaning"],
-            [
-                [f"`{name}`", f"`{c.type}`", "yes" if c.optional else "", c.meaning]
-                for name, c in COLUMNS.items()
-            ],
+            [[f"`{name}`", f"`{c.type}`", _absence(c), c.meaning] for name, c in COLUMNS.items()],
         ),
         "levels": table(["level", "rows"], [[f"`{name}`", text] for name, text in LEVELS.items()]),
         "quantities": table(

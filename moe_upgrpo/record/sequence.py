@@ -19,6 +19,8 @@ class SequenceRecord:
 
     prompt: index of its prompt within the step, counted over all ranks.
     positions: of the response tokens that count, in prompt + response, ascending.
+    logp_old: None where no forward was made at the old weights. Routes and margins are then those
+        of the first forward of the update.
     known: [S − 1], the rows of which both sides' routes are known; None: all. Others are not
         looked at, and how many mismatches came before a token is null where one of them did.
     train_routes: native ones at the old weights. own_routes: what the routers would have chosen
@@ -35,7 +37,7 @@ class SequenceRecord:
     reward: float
     advantage: np.ndarray
     logp_rollout: np.ndarray
-    logp_old: np.ndarray
+    logp_old: np.ndarray | None
     logp_train: np.ndarray
     clipped: np.ndarray
     gradient_weight: np.ndarray

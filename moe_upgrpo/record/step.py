@@ -57,7 +57,14 @@ class StepRecord:
 
     @cached_property
     def _ratio(self) -> np.ndarray:
+        """Of tokens whose old log-probs are known; else null."""
+        if not self.knows("logp_old"):
+            return self._null
         return np.exp(self.of_tokens("logp_train") - self.of_tokens("logp_old"))
+
+    @property
+    def _null(self) -> np.ndarray:
+        return np.ma.masked_all(int(self._lengths.sum()), float)
 
     @cached_property
     def _gap(self) -> dict[str, np.ndarray]:
@@ -178,7 +185,7 @@ class StepRecord:
             "reward": self._repeated("reward").astype(np.float64),
             "advantage": self.of_tokens("advantage"),
             "logp_rollout": self.of_tokens("logp_rollout"),
-            "logp_old": self.of_tokens("logp_old"),
+            "logp_old": self.of_tokens("logp_old") if self.knows("logp_old") else self._null,
             "logp_train": self.of_tokens("logp_train"),
             "ratio": self._ratio,
             "clipped": self.of_tokens("clipped"),
@@ -196,7 +203,6 @@ class StepRecord:
         """Every mean that the sequences give, this rank's share."""
         sequences, tokens = len(self.sequences), int(self._lengths.sum())
         rewards = np.array([s.reward for s in self.sequences])
-        old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
         pairs = {
             "reward/mean": (float(rewards.sum()), sequences),
             "reward/mean_square": (float((rewards**2).sum()), sequences),
@@ -209,11 +215,13 @@ class StepRecord:
             pairs["staleness/mean"] = (sum(int(s.staleness) for s in self.sequences), sequences)
         if self.knows("entropy"):
             pairs["entropy/mean"] = (float(self.of_tokens("entropy").sum()), tokens)
-        pairs["logp_gap/mean_abs"] = (float(np.abs(old_N - rollout_N).sum()), tokens)
-        pairs["logp_gap/k3"] = (_k3_sum(old_N, rollout_N), tokens)
-        if self.knows("logp_reference"):
-            reference_N = self.of_tokens("logp_reference")
-            pairs["kl/warm_start"] = (_k3_sum(reference_N, old_N), tokens)
+        if self.knows("logp_old"):
+            old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
+            pairs["logp_gap/mean_abs"] = (float(np.abs(old_N - rollout_N).sum()), tokens)
+            pairs["logp_gap/k3"] = (_k3_sum(old_N, rollout_N), tokens)
+            if self.knows("logp_reference"):
+                reference_N = self.of_tokens("logp_reference")
+                pairs["kl/warm_start"] = (_k3_sum(reference_N, old_N), tokens)
         for name, term_N in self._gap.items():
             short = name.replace("_", "/", 1)
             pairs[f"{short}/mean"] = (float(term_N.sum()), tokens)
@@ -236,6 +244,8 @@ class StepRecord:
 
     def maxima(self) -> dict[str, float]:
         """Largest values on this rank, by metric."""
+        if not self.knows("logp_old"):
+            return {}
         gap_N = self.of_tokens("logp_old") - self.of_tokens("logp_rollout")
         return {
             "logp_gap/max_abs": float(np.abs(gap_N).max()),

@@ -321,6 +321,7 @@ def _about(runs: list[Run]) -> list[dict[str, Any]]:
         ("Layout", layout),
         ("Engine", engine),
         ("Replay", lambda run: run.config.get("replay")),
+        ("Staleness", lambda run: run.config.get("staleness")),
         ("Seed", lambda run: run.config.get("seed")),
         ("Started", started),
         ("Device", device),

@@ -19,11 +19,15 @@ READABLE_VERSIONS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Column:
-    """``type`` is Arrow's; L and B in it depend on the model. An optional one may hold nulls."""
+    """``type`` is Arrow's; L and B in it depend on the model. An optional one may hold nulls.
+
+    nullable: always there, and null where the source made no forward that could tell.
+    """
 
     type: str
     meaning: str
     optional: bool = False
+    nullable: bool = False
 
 
 # Every column of the current version, in the order of the file.
@@ -36,9 +40,11 @@ COLUMNS: dict[str, Column] = {
     "reward": Column("float", "reward of the sequence"),
     "advantage": Column("float", "advantage of the token"),
     "logp_rollout": Column("float", "the engine's log-prob, at the sampling temperature"),
-    "logp_old": Column("float", "the trainer's log-prob at the weights the engine held"),
+    "logp_old": Column(
+        "float", "the trainer's log-prob at the weights the engine held", nullable=True
+    ),
     "logp_train": Column("float", "the trainer's log-prob at the token's last optimizer visit"),
-    "ratio": Column("float", "exp(logp_train − logp_old), of that visit"),
+    "ratio": Column("float", "exp(logp_train − logp_old), of that visit", nullable=True),
     "clipped": Column("bool", "the loss's own rule took the gradient away at that visit"),
     "layers_mismatched": Column("int16", "MoE layers with overlap < K, free-running, old weights"),
     "overlap": Column(

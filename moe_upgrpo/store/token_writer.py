@@ -69,7 +69,8 @@ class TokenLogWriter:
             step: every row's step. The column ``step`` itself may be left out.
             columns: names of `COLUMNS`, each ``[N]``, and ``overlap`` ``[N, L]`` of integers in
                 0..K (left out, or ``[N, 0]``, for a dense model). Floats are stored as float32.
-                Optional columns may be left out; masked entries of a masked array become nulls. In
+                Optional columns may be left out; masked entries of a masked array become nulls, in
+                those and in the nullable ones. In
                 place of the packed expert sets come the raw ones: ``rollout_routes`` and, only
                 beside it, ``train_routes``, integers ``[N, L, K]``, row p − 1 of each token.
 
@@ -130,7 +131,8 @@ class TokenLogWriter:
             else:
                 array = _to_arrow(name, arrays[name])
             data.append(array)
-            fields.append(pa.field(name, array.type, nullable=column.optional))
+            nullable = column.optional or (column.nullable and array.null_count > 0)
+            fields.append(pa.field(name, array.type, nullable=nullable))
         sampling = {"level": self.level, "share": self.share}
         return pa.Table.from_arrays(
             data, schema=pa.schema(fields, file_metadata(self.layout, sampling))
@@ -204,7 +206,8 @@ class TokenLogWriter:
                     f"token log of step {step}: {name} must have shape {list(expected)}, got "
                     f"{list(array.shape)}"
                 )
-            if np.ma.is_masked(array) and not (name in COLUMNS and COLUMNS[name].optional):
+            column = COLUMNS.get(name)
+            if np.ma.is_masked(array) and not (column and (column.optional or column.nullable)):
                 raise UserError(f"token log of step {step}: column {name} cannot hold nulls")
         num_rows = lengths["position"]
         if num_rows == 0:

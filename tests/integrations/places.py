@@ -7,6 +7,7 @@ MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"  # with nothing else in 
 WHEELS = {"verl": "0.9.1", "miles": "0.0.2"}
 # Stack → the variable that names a checkout of it, and the revision that it has to be at.
 CHECKOUTS = {
+    "verl": ("MOE_UPGRPO_VERL", "1dda039"),
     "slime": ("MOE_UPGRPO_SLIME", "624b824a8"),
     "miles": ("MOE_UPGRPO_MILES", "31f1ca961"),
     "nemo-rl": ("MOE_UPGRPO_NEMO_RL", "7ea279a"),

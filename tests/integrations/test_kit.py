@@ -1,6 +1,7 @@
 """The parts that all integrations are made of: routers against the trainer, the run log."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from moe_upgrpo.losses import PRESETS, Metric
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.record import SequenceRecord, known_rows
-from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.record import SequenceRecord, StepRecord, known_rows
+from moe_upgrpo.store import TokenLogWriter, read_config, read_metrics, read_tokens
+from moe_upgrpo.store.questions import rate
 from tests.megatron.conftest import checkpoints  # noqa: F401
 from tests.megatron.measured import make_samples
 from tests.ranks import run_ranks
@@ -200,12 +202,19 @@ def test_the_environment(monkeypatch):
         environment.refuse({"a": False, "b": True})
 
 
+def test_a_router_that_the_replay_does_not_reach_is_named():
+    reached, orphan = SimpleNamespace(layer_number=1, router_replay=object()), Router(2)
+    routers.check_replayed([reached])
+    with pytest.raises(UserError, match=r"routers of layers \[2\] have no router_replay"):
+        routers.check_replayed([reached, orphan])
+
+
 # --- the run log: by hand
 
 A, B, C = (0, 1), (2, 3), (1, 2)
 
 
-def sequence(prompt: str, **changes) -> SequenceRecord:
+def sequence(prompt: str | int, **changes) -> SequenceRecord:
     """Five tokens, the last three sampled; in row 1 layer 1 differs, in row 3 both do."""
     fields = dict(
         prompt=prompt,
@@ -309,6 +318,40 @@ def test_alarms_ring(tmp_path):
     assert not any(isinstance(value, list) for value in reported(metrics).values())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["alarms"] == ["large-log-prob-gap"]
+
+
+def test_old_log_probs_that_nobody_computed_are_null(tmp_path):
+    """And a file without them can be asked what it holds."""
+    record = StepRecord(sequences=[sequence(0, logp_old=None)], first_sequence=0, num_experts=4)
+    layout = dict(rank=0, layer_ids=[1, 3], top_k=2, num_experts=4)
+    TokenLogWriter(tmp_path / "tokens", **layout).write(1, record.token_rows())
+    table = read_tokens(tmp_path / "tokens")
+    assert table["logp_old"].null_count == table["ratio"].null_count == table.num_rows == 3
+    assert table["logp_train"].null_count == 0 and not table.schema.field("logp_train").nullable
+    assert rate(table, "mismatch")[0].rate == 3 / 6
+    with pytest.raises(UserError, match="none of 3 rows has all of"):
+        rate(table, "gap")
+    assert not [name for name in record.sums() if name.startswith("logp_gap/")]
+    assert record.maxima() == {} and "mismatch/router_rate" in record.sums()
+    rows = record.token_rows()
+    rows["logp_train"] = np.ma.masked_all(3)
+    with pytest.raises(UserError, match="column logp_train cannot hold nulls"):
+        TokenLogWriter(tmp_path / "other", **layout).write(1, rows)
+
+
+def test_what_ranks_gathered_of_one_optimizer_step_adds_up():
+    mine, other = Step(loss_sum=0.25, updates=1), Step(loss_sum=0.5, updates=1)
+    other.loss_metrics.append({"ppo_kl": Metric(1.0, 2.0)})
+    yes, no = np.array([True, True, False]), np.array([False, True, False])
+    mine.visit(no, np.array([1.0, 1.0, 1.0]), yes)
+    other.visit(no, np.array([1.0, -1.0, -1.0]), yes)
+    mine.add(other)
+    assert (mine.loss_sum, mine.updates, mine.visited) == (0.75, 1, 4)
+    assert mine.loss_metrics == other.loss_metrics
+    assert {sign: counts.tolist() for sign, counts in mine.clips.items()} == {
+        "positive": [1, 3],
+        "negative": [1, 1],
+    }
 
 
 def test_a_share_of_the_rows_is_kept(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,14 +24,20 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.verl import LOSSES, LossConfig, check
+from moe_upgrpo.integrations.verl import LOSSES, LossConfig, check, install, settings
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, finalize_metrics, policy_loss
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
+from tests.integrations import verl_settings
 from tests.integrations.whole import assert_whole
 from tests.losses.batches import random_batch
 
 REPOSITORY = Path(__file__).parents[2]
+CHECKOUT = os.environ.get("MOE_UPGRPO_VERL")
+VERSION = (
+    Path(CHECKOUT or Path(importlib.util.find_spec("verl").origin).parents[1])
+    / "verl/version/version"
+).read_text()
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
@@ -184,7 +191,54 @@ def test_verls_own_config_takes_the_flags():
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.MOE_UPGRPO_RUN == "/runs/one"
 
 
+def test_verls_own_replay_example_is_accepted_setting_by_setting():
+    """The settings of verl's script with our lines, in verl's own config; what the page says of
+    each is what is so."""
+    kept, given = verl_settings.read(), verl_settings.given()
+    assert len(given) > 70
+    config = verl_settings.composed([*verl_settings.as_verl_takes_them(given), *verl_settings.OURS])
+    found = verl_settings.verdicts(given, config)
+    assert found == [setting[:3] for setting in kept["settings"]]
+    refused = {name: verdict for name, _, verdict in found if verdict != "accepted"}
+    assert list(refused) == list(verl_settings.INSTEAD)
+    with pytest.raises(Exception, match=r"Could not override 'actor_rollout_ref.actor.model_eng"):
+        verl_settings.composed(given)
+    assert config.actor_rollout_ref.actor.megatron.router_replay.mode == "R3"
+    assert config.actor_rollout_ref.model.use_fused_kernels is True
+    assert verl_settings.SHOWN.keys() - {name for name, _ in (x[:2] for x in found)} == set()
+
+
+def test_a_job_without_what_the_log_compares_ends_before_the_model_is_built():
+    """At verl's worker, with every setting that is wrong."""
+    needed = {
+        "actor": {"strategy": "megatron"},
+        "rollout": {"enable_rollout_routing_replay": True, "calculate_log_probs": True},
+    }
+    settings.check(needed)
+    built, worker = [], SimpleNamespace(role="actor_rollout", config=needed)
+    module = SimpleNamespace(ActorRolloutRefWorker=SimpleNamespace(init_model=built.append))
+    install._into_worker(module)
+    install._into_worker(module)  # the second time it does nothing
+    module.ActorRolloutRefWorker.init_model(worker)
+    assert built == [worker]
+    worker.config = {
+        "actor": {"strategy": "fsdp"},
+        "rollout": {"enable_rollout_routing_replay": False, "calculate_log_probs": False},
+    }
+    with pytest.raises(UserError) as error:
+        module.ActorRolloutRefWorker.init_model(worker)
+    for name in ("actor.strategy: fsdp", "replay: False given", "calculate_log_probs: False given"):
+        assert name in str(error.value)
+    worker.role = "ref"  # which has no log
+    module.ActorRolloutRefWorker.init_model(worker)
+    assert len(built) == 2
+
+
 def fresh(*command: str, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """A process of its own, with the verl that MOE_UPGRPO_VERL names, else the installed one."""
+    if CHECKOUT:
+        path = os.environ.get("PYTHONPATH", "")
+        environment["PYTHONPATH"] = os.pathsep.join([CHECKOUT, str(REPOSITORY), path])
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -340,7 +394,7 @@ def test_the_token_log_of_an_engine_step(runs, name):
     assert not moved[early].any() and moved[~early].mean() > 0.9
     config = read_config(folder / name)
     assert config["replay"] == ("none" if JOBS[name][1] == "disabled" else name)
-    assert (config["loss"], config["stack"]) == (JOBS[name][2], "verl 0.9.1")
+    assert (config["loss"], config["stack"]) == (JOBS[name][2], f"verl {VERSION.strip()}")
 
 
 @pytest.mark.parametrize("name", JOBS)

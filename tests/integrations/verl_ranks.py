@@ -8,7 +8,7 @@ verl is imported once; each job then forks its ranks. What is not verl's here, a
 - the platform: verl has none for CPUs; this one is set by verl's own `set_platform`;
 - the bridge (the model and its weights): mbridge and Megatron-Bridge build layers of Transformer
   Engine alone; here moe_upgrpo.megatron builds and loads the same GPTModel;
-- attention over packed sequences, which Megatron's local attention refuses.
+- attention over packed sequences, and what wide settings need (`verl_stand_ins`).
 
 All else is verl's: engine, micro-batches, forward, replay, loss, DDP, distributed optimizer.
 """
@@ -20,7 +20,6 @@ import sys
 import types
 import warnings
 from functools import partial
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,14 +32,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import set_platform
 
 from moe_upgrpo.megatron import backend, model, weights
 from moe_upgrpo.megatron.layout import Layout
+from tests.integrations import verl_stand_ins
 from tests.ranks import run_ranks
 
 
@@ -66,25 +64,11 @@ class Cpu(PlatformCUDA):
 set_platform(Cpu())
 
 
-class Attention(DotProductAttention):
-    """Causal attention, sequence by sequence; padding is on the right, so no mask is needed."""
-
-    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        def attend(q, k, v):
-            return super(Attention, self).forward(q, k, v, None, attn_mask_type=AttnMaskType.causal)
-
-        if packed_seq_params is None:
-            return attend(query, key, value)
-        ends = packed_seq_params.cu_seqlens_q_padded.tolist()
-        parts = [
-            attend(*(x[start:end, None] for x in (query, key, value)))
-            for start, end in pairwise(ends)
-        ]
-        return torch.cat(parts).squeeze(1)
-
-
 class Bridge:
-    """Answers that the engine asks of mbridge's AutoBridge."""
+    """Answers that the engine asks of mbridge's AutoBridge; the two are set in each job."""
+
+    folder: Path
+    adapters = None
 
     @classmethod
     def from_config(cls, hf_config, dtype):
@@ -100,30 +84,38 @@ class Bridge:
         return self
 
     def set_extra_args(self, **kwargs):
-        pass
+        """As Megatron-Bridge, which also takes the loss per token under context parallelism."""
+        config = self.config
+        config.context_parallel_size = parallel_state.get_context_parallel_world_size()
+        config.calculate_per_token_loss = config.context_parallel_size > 1
+        for name, value in kwargs.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
 
     def get_model(self, *, wrap_with_ddp, ddp_config, **kwargs):
         spec = model.block_spec(self.config, None)
         for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = Attention
-        chunk = Float16Module(
-            self.config,
-            GPTModel(
-                config=self.config,
-                transformer_layer_spec=spec,
-                vocab_size=self.hf.vocab_size,
-                max_sequence_length=self.hf.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(),
-                post_process=parallel_state.is_pipeline_last_stage(),
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
-            ),
+            layer.submodules.self_attention.submodules.core_attention = verl_stand_ins.Attention
+        chunk = GPTModel(
+            config=self.config,
+            transformer_layer_spec=spec,
+            vocab_size=self.hf.vocab_size,
+            max_sequence_length=self.hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
         )
+        weights.load_weights([chunk], self.hf, self.folder)
+        if self.adapters:
+            self.adapters(chunk)
+        if self.config.bf16:
+            chunk = Float16Module(self.config, chunk)
         config = DistributedDataParallelConfig(**ddp_config)
         return [DistributedDataParallel(self.config, config, chunk)]
 
     def load_weights(self, chunks, path):
-        weights.load_weights([c.module.module for c in chunks], self.hf, Path(path))
+        """Done: the adapters' wrappers would be in the way."""
 
 
 bridge = types.ModuleType("verl.models.mcore.mbridge")
@@ -142,7 +134,9 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
 
-def engine_of(checkpoint, mode: str, packed: bool, **sizes) -> MegatronEngineWithLMHead:
+def engine_of(checkpoint, mode: str, packed: bool, **settings) -> MegatronEngineWithLMHead:
+    """settings: fields of verl's engine config; dtype may be float32, which verl has no use for."""
+    dtype = settings.pop("dtype", "bfloat16")
     model_config = HFModelConfig(
         path=str(checkpoint),
         load_tokenizer=False,
@@ -153,11 +147,11 @@ def engine_of(checkpoint, mode: str, packed: bool, **sizes) -> MegatronEngineWit
     engine_config = McoreEngineConfig(
         vanilla_mbridge=True,
         use_remove_padding=packed,
-        use_dynamic_bsz=False,
-        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1,
+        sequence_parallel=settings.get("tensor_model_parallel_size", 1) > 1,
         router_replay=RouterReplayConfig(mode=mode),
-        **sizes,
+        **{"use_dynamic_bsz": False} | settings,
     )
+    object.__setattr__(engine_config, "dtype", dtype)
     optimizer = McoreOptimizerConfig(
         lr=1e-2, lr_decay_steps=9, lr_warmup_steps=0, total_training_steps=9
     )
@@ -233,11 +227,34 @@ def batch_of(sequences: list[dict]) -> TensorDict:
     )
 
 
-def train(checkpoint, folder, sequences, mode, loss_mode, packed, sizes, steps, epochs) -> dict:
+def put_in_place(wide: list[str], checkpoint):
+    """The stand-ins that a job's settings need."""
+    from megatron.core.transformer.moe import token_dispatcher
+    from verl.models.mcore import model_forward_fused
+    from verl.workers.config import megatron_peft
+
+    Bridge.folder = Path(checkpoint)
+    if "fused" in wide:
+        model_forward_fused.linear_cross_entropy = verl_stand_ins.linear_cross_entropy
+    if "deepep" in wide:
+        for name in ("fused_dispatch", "fused_combine"):
+            setattr(token_dispatcher, name, getattr(verl_stand_ins, name))
+        token_dispatcher.set_deepep_num_sms = lambda _: None
+    if "lora" in wide:
+        Bridge.adapters = verl_stand_ins.Adapters()
+        megatron_peft.get_peft_cls = lambda **_: Bridge.adapters
+    if "dynamic-cp" in wide:
+        verl_stand_ins.dynamic_context_parallel()
+
+
+def train(
+    checkpoint, folder, sequences, mode, loss_mode, packed, sizes, steps, epochs, wide=()
+) -> dict:
     """RL steps as verl's worker makes them, on this rank; what the last one gave."""
     os.environ["MOE_UPGRPO_RUN"] = str(folder)
     dist.init_process_group("gloo")
     with backend.apply():
+        put_in_place(wide, checkpoint)
         for name in ("get_rng_state", "set_rng_state", "manual_seed"):
             setattr(torch.cuda, name, lambda *_: torch.empty(0))
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
@@ -248,7 +265,7 @@ def train(checkpoint, folder, sequences, mode, loss_mode, packed, sizes, steps, 
         if steps > 1:  # a forward without an update, as under critic_warmup
             scored(engine, batch_of(mine[:2]), mode)
         for _ in range(steps):
-            found = one_step(engine, mine, mode, loss_mode, packed, epochs)
+            found = one_step(engine, mine, mode, loss_mode, packed, epochs, wide)
         return found
 
 
@@ -261,11 +278,24 @@ def scored(engine, data: TensorDict, mode: str) -> dict[str, list]:
         return exchange(engine, engine.infer_batch(data.clone(recurse=False)))
 
 
-def one_step(engine, mine, mode, loss_mode, packed, epochs) -> dict:
-    """Old log-probs, then an optimizer step for each half of the sequences in each epoch."""
+def one_step(engine, mine, mode, loss_mode, packed, epochs, wide=()) -> dict:
+    """Old log-probs, then an optimizer step for each half of the sequences in each epoch.
+
+    bypass: none of the former, as under verl's bypass_mode. lora: a reference model, which is the
+    model without its adapters, is asked first.
+    """
     data = batch_of(mine) if packed else padded_batch_of(mine)
-    old = scored(engine, data, mode)
-    if packed:
+    if "dynamic-batch" in wide:
+        tu.assign_non_tensor(data, use_dynamic_bsz=True, max_token_len_per_gpu=24)
+    if "fused" in wide:  # verl's worker says it of each batch
+        tu.assign_non_tensor(data, use_fused_kernels=True)
+    if "lora" in wide:
+        with engine.disable_adapter():
+            scored(engine, data, mode)
+    old = {} if "bypass" in wide else scored(engine, data, mode)
+    if "bypass" in wide:
+        data["old_log_probs"] = data["rollout_log_probs"]
+    elif packed:
         data["old_log_probs"] = nested(
             [old["log_probs"][i][len(x["prompt"]) - 1 : -1] for i, x in enumerate(mine)]
         )
@@ -279,7 +309,7 @@ def one_step(engine, mine, mode, loss_mode, packed, epochs) -> dict:
         ppo_micro_batch_size_per_gpu=2,
         policy_loss=PolicyLossConfig(loss_mode=loss_mode),
     )
-    tu.assign_non_tensor(data, global_batch_size=None)
+    tu.assign_non_tensor(data, global_batch_size=None, enable_routing_replay=mode != "disabled")
     source, metrics = engine.is_mp_src_rank_with_outputs(), []
     with engine.train_mode():
         for i in range(2 * epochs):
@@ -290,12 +320,13 @@ def one_step(engine, mine, mode, loss_mode, packed, epochs) -> dict:
                 result.pop("model_output")
                 metrics.append(of_worker(engine, result))
     recorded = [x.numpy() for x in old.get("routed_experts", ())]
-    return {"source": source, "metrics": metrics, "recorded": recorded}
+    entropy = [x.tolist() for x in old.get("entropy", ())]
+    return {"source": source, "metrics": metrics, "recorded": recorded, "entropy": entropy}
 
 
 def exchange(engine, output) -> dict[str, list]:
     """The output of the last stage on every rank of the replica, as the trainer's data has it."""
-    mine = {}
+    mine: dict[str, list] = {}
     if engine.is_mp_src_rank_with_outputs():
         mine = {n: [t.float() if t.is_floating_point() else t for t in x.unbind()]
                 for n, x in output["model_output"].items()}  # fmt: skip
@@ -326,7 +357,7 @@ def main(checkpoint: str, folder: str):
     for name, spec in jobs.items():
         world = spec.pop("world")
         results[name] = run_ranks(
-            world, train, checkpoint, folder / name, *spec.values(), context=get_context("fork")
+            world, partial(train, **spec), checkpoint, folder / name, context=get_context("fork")
         )
     (folder / "results.pkl").write_bytes(pickle.dumps(results))
 

@@ -45,6 +45,17 @@ def counted(chunk: torch.nn.Module) -> list[TopKRouter]:
     ]
 
 
+def check_replayed(routers: Sequence[TopKRouter]) -> None:
+    """Raise UserError where the stack's replay does not reach a router: it would change nothing."""
+    without = sorted(r.layer_number for r in routers if getattr(r, "router_replay", None) is None)
+    if without:
+        raise UserError(
+            f"{RUN}: the routers of layers {without} have no router_replay: the replay that is "
+            "configured would not be applied to them. Was the model built before the stack "
+            "switched replay on, or by another Megatron-Core? Turn replay off, or mend that"
+        )
+
+
 class Watch:
     """The choices of the watched routers since the last `take`, by layer number."""
 
@@ -68,7 +79,7 @@ class Watch:
         if found.keys() != set(self.numbers):
             raise UserError(
                 f"{RUN}: of the routers of layers {self.numbers} those of {sorted(found)} ran in "
-                "the forward of the old log-probs, so that nothing can be said of the others: is "
+                "the forward that is recorded, so that nothing can be said of the others: is "
                 "it a CUDA graph? Turn it off, or unset the variable"
             )
         if not self.numbers:

@@ -71,6 +71,14 @@ class Step:
         default_factory=lambda: {s: np.zeros(2) for s in ("positive", "negative")}
     )  # token visits clipped, and all, by the sign of A
 
+    def add(self, other: Step) -> None:
+        """Take in what another rank gathered of the same optimizer steps, sequences aside."""
+        self.loss_metrics += other.loss_metrics
+        self.loss_sum += other.loss_sum
+        self.visited += other.visited
+        for sign, counts in other.clips.items():
+            self.clips[sign] += counts
+
     def visit(self, clipped, advantage, mask) -> None:
         """Count one visit of tokens, as tensors or arrays of one shape."""
         self.visited += int(mask.sum())

@@ -1,4 +1,4 @@
-"""The routing log of verl 0.9.1's Megatron engine: rollout against trainer, token by token.
+"""The routing log of verl's Megatron engine: rollout against trainer, token by token.
 
 Stands around `MegatronEngine.forward_backward_batch`, the one place that both the old log-probs and
 the update go through, on every rank:
@@ -7,6 +7,9 @@ the update go through, on every rank:
   records it): the routers' own outputs are taken from forward hooks. Under `R3` it is held to the
   rollout's routes; one more forward without replay gives the native routes, and the held one what
   each router would have chosen (`RouterReplay.get_replay_topk` computes that and drops it);
+- without such a forward (`bypass_mode`) the same is taken from the update's first forward of each
+  sequence. What the optimizer steps before it did, and what the rollout's weights were, then is in
+  all of it: `STALENESS` says so in the run's config;
 - in the update, the policy loss is evaluated a second time, on detached log-probs: its gradient
   says which tokens the loss's own rule cut, whatever loss it is;
 - after the last mini-batch the step's token rows and metrics are written.
@@ -22,57 +25,102 @@ import hashlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import verl
 import verl.workers.utils.losses as verl_losses
 from megatron.core import parallel_state
-from verl.models.mcore.util import (
-    postprocess_bshd_engine,
-    postprocess_thd_engine,
-    preprocess_bshd_engine,
-    preprocess_thd_engine,
-)
+from megatron.core.transformer.moe.router import TopKRouter
 from verl.utils import tensordict_utils as tu
-from verl.utils.megatron_utils import unwrap_model
+from verl.utils.device import get_device_id
+from verl.utils.megatron.router_replay_patch import patched_routing
 from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.integrations.verl.forward import ROW, Forward, leads
 from moe_upgrpo.integrations.verl.loss import VerlLoss
 from moe_upgrpo.record import SequenceRecord, known_rows
 
-ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches
 REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")  # the last with a KL penalty
+STALENESS = (
+    "not separable: no forward at the old weights (bypass_mode), so that native routes are those "
+    "of the update's first forward of each sequence; logp_old, ratio and entropy are null"
+)
 
 
 def install(module) -> None:
-    """Wrap `forward_backward_batch` of the module's MegatronEngine; once."""
+    """Wrap what the module's MegatronEngine does at start and for each batch; once."""
     engine_class = module.MegatronEngine
-    original = engine_class.forward_backward_batch
-    if hasattr(original, "__wrapped__"):
+    initialize = engine_class.initialize
+    forward_backward = engine_class.forward_backward_batch
+    disable_adapter = engine_class.disable_adapter
+    if hasattr(forward_backward, "__wrapped__"):
         return
 
-    @functools.wraps(original)
-    def forward_backward_batch(self, data, loss_function, forward_only=False):
+    @functools.wraps(initialize)
+    def initialize_with_log(self):
+        initialize(self)
         # The reference model and the critic have engines of their own.
         if self.engine_config.forward_only or self.is_value_model:
-            return original(self, data, loss_function, forward_only)
-        if not hasattr(self, "moe_upgrpo_log"):
-            self.moe_upgrpo_log = EngineLog(self, original)
-        log = self.moe_upgrpo_log
+            return
+        before = getattr(self, "moe_upgrpo_log", None)
+        self.moe_upgrpo_log = EngineLog(self, forward_backward)
+        if before is not None:  # `TrainingWorker.reset`: another model, the same run
+            self.moe_upgrpo_log.step, self.moe_upgrpo_log.log = before.step, before.log
+        else:
+            check_free(self.moe_upgrpo_log.folder)
+
+    @functools.wraps(forward_backward)
+    def forward_backward_batch(self, data, loss_function, forward_only=False):
+        log = getattr(self, "moe_upgrpo_log", None)
+        if log is None or log.without_adapter:
+            return forward_backward(self, data, loss_function, forward_only)
         return log.score(data, loss_function) if forward_only else log.update(data, loss_function)
 
+    @functools.wraps(disable_adapter)
+    @contextmanager
+    def disable_adapter_of_log(self):
+        log = getattr(self, "moe_upgrpo_log", None)
+        with disable_adapter(self):
+            if log is not None:
+                log.without_adapter = True
+            try:
+                yield
+            finally:
+                if log is not None:
+                    log.without_adapter = False
+
+    engine_class.initialize = initialize_with_log
     engine_class.forward_backward_batch = forward_backward_batch
+    engine_class.disable_adapter = disable_adapter_of_log
+
+
+def _check(engine) -> None:
+    """Raise UserError where the engine's settings are none that the log can follow."""
+    replays = engine.engine_config.router_replay.mode != "disabled"
+    by_verl = TopKRouter.routing is patched_routing  # which does not ask for the fused kernel
+    if replays and not by_verl and getattr(engine.tf_config, "moe_router_fusion", False):
+        raise UserError(
+            f"{environment.RUN}: moe_router_fusion given under router replay: Megatron-Core's "
+            "fused kernel chooses the experts where a replay neither acts nor is seen. Set "
+            "actor_rollout_ref.actor.megatron.override_transformer_config.moe_router_fusion=False"
+        )
 
 
 @dataclass(kw_only=True)
 class _Scored:
-    """A sequence at the old weights; on ranks that write nothing, empty."""
+    """A sequence at the old weights; on ranks that write nothing, empty.
+
+    late: there was no forward at the old weights, and it is that of the update's first forward.
+    """
+
+    late: bool = False
 
     rollout_SLK: np.ndarray | None = None
     native_SLK: np.ndarray | None = None
@@ -86,20 +134,21 @@ class EngineLog:
     """The log of one engine on one rank."""
 
     def __init__(self, engine, forward_backward):
+        _check(engine)
         self.engine = engine
         self.mode = engine.engine_config.router_replay.mode
-        self._forward_backward = functools.partial(forward_backward, engine)
-        not_covered = {
-            "dynamic_context_parallel": engine.engine_config.dynamic_context_parallel,
-            "LoRA": engine.peft_cls is not None,
-            "use_fused_kernels": engine.engine_config.use_fused_kernels,
-            "moe_router_fusion under R3": self.mode == "R3" and engine.tf_config.moe_router_fusion,
-        }
-        environment.refuse(not_covered)
-        self.routers = [routers.counted(chunk) for chunk in unwrap_model(engine.module)]
-        self.writes = engine.is_mp_src_rank_with_outputs()
+        self.forward = Forward(engine, forward_backward)
+        if self.mode != "disabled":
+            routers.check_replayed([r for chunk in self.forward.routers for r in chunk])
+        self.writes = self.forward.writes
+        # Under dynamic context parallelism each of these ranks has the losses of its sequences.
+        self.has_losses = self.writes or (
+            self.forward.dynamic
+            and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        self.without_adapter = False  # inside `disable_adapter`: a reference model is asked
         self.folder, self.share = environment.run_folder(), environment.token_share()
-        check_free(self.folder)
         self.loss_mode = ""
         self.step = 0
         self.log: RunLog | None = None
@@ -108,6 +157,7 @@ class EngineLog:
 
     def _clear(self) -> None:
         self.scored: dict[str, list[_Scored]] = {}
+        self.bypassed = True  # until a forward at the old weights comes
         self.visits = Counter()
         self.logged: dict[tuple[str, int], SequenceRecord] = {}
         self.gathered = Step()
@@ -118,106 +168,53 @@ class EngineLog:
         """A forward without update: the first of a batch is that of the old log-probs."""
         keys = _keys(data)
         if set(keys) <= self.scored.keys():  # the same sequences again, such as for a reference
-            return self._forward_backward(data, loss_function, True)
+            return self.forward.plain(data, loss_function, True)
         self._clear()  # a batch that was never updated, such as under critic_warmup
+        self.bypassed = False
         rollout = data["routed_experts"]
         data = data.clone(recurse=False)
         data[ROW] = torch.arange(len(keys))
-        native_output = None
+        native_output = own = None
         if self.mode == "R3":
-            native = data.clone(recurse=False)
-            tu.assign_non_tensor(native, enable_routing_replay=False)
-            native_output, native_parts = self._recorded(native, loss_function)
-            output, own_parts = self._recorded(data, loss_function, own=True)
+            native_output, native = self._native(data, loss_function)
+            output, own = self.forward.recorded(data, loss_function, own=True)
         else:
             if self.mode == "R2":
                 # With the rollout's routes in the batch, verl would replay those (:938).
                 data = data.exclude("routed_experts")
-            output, native_parts = self._recorded(data, loss_function)
-        native = routers.joined(native_parts, writes=self.writes)
-        own = routers.joined(own_parts, writes=self.writes) if self.mode == "R3" else None
-        if native is not None:
-            self.layer_ids = native.layer_ids
-        lengths = data["input_ids"].offsets().diff().tolist()
-        routes = rollout.unbind() if self.writes else [None] * len(keys)
-        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
-            scored = _Scored()
+            output, native = self.forward.recorded(data, loss_function)
+        kept = self._kept(data, rollout, native, own)
+        for row, (key, scored) in enumerate(zip(keys, kept, strict=True)):
             if self.writes:
-                scored = _Scored(
-                    rollout_SLK=self._moe_layers(routes[row].cpu().numpy())[: length - 1],
-                    native_SLK=native.routes[row][: length - 1],
-                    margins_SL=native.margins[row][: length - 1],
-                    own_SLK=own.routes[row][: length - 1] if own else None,
-                    native_logp=_of_row(native_output, "log_probs", row),
-                    entropy=_of_row(output, "entropy", row),
-                )
+                scored.native_logp = _of_row(native_output, "log_probs", row)
+                scored.entropy = _of_row(output, "entropy", row)
             self.scored.setdefault(key, []).append(scored)
         return output
 
-    def _recorded(self, data, loss_function, own: bool = False) -> tuple[Any, dict]:
-        """The forward, and for each row and each layer of this rank what was recorded.
+    def _native(self, data, loss_function) -> tuple[Any, routers.Routes | None]:
+        """One forward more, without replay, and what the routers chose in it."""
+        data = data.clone(recurse=False)
+        tu.assign_non_tensor(data, enable_routing_replay=False)
+        with torch.no_grad():
+            return self.forward.recorded(data, loss_function)
 
-        own: what the routers would choose without replay, else what they chose.
-        """
-        found: dict[int, routers.Layers] = {}
-        engine = self.engine
-        forward_step = type(engine).forward_step
-        watched = routers.watched_under_replay if own else routers.watched
-        of_chunk = dict(zip(unwrap_model(engine.module), self.routers, strict=True))
-
-        def step(batch_iter, model, *args, **kwargs):
-            batch = next(batch_iter)
-            with watched(of_chunk[unwrap_model(model)]) as watch:
-                result = forward_step(engine, iter([batch]), model, *args, **kwargs)
-            numbers, table = watch.take()
-            if numbers:
-                for row, table_SLX in zip(
-                    batch[ROW].tolist(), self._by_sequence(table, batch), strict=True
-                ):
-                    found.setdefault(row, {}).update(routers.by_layer(numbers, table_SLX))
-            return result
-
-        engine.forward_step = step
-        try:
-            output = self._forward_backward(data, loss_function, True)
-        finally:
-            del engine.forward_step
-        return output, found
-
-    def _by_sequence(self, table_NLX: torch.Tensor, batch) -> list[torch.Tensor]:
-        """Rows of this rank's shard of a micro-batch -> `[S, L, X]` of each sequence.
-
-        The shards of sequence and context parallelism are joined by verl's own functions, in the
-        layouts in which its forward splits a micro-batch (model_forward.py:303 and 409).
-        """
-        config = self.engine.tf_config
-        table_NLX = routers.whole_sequence_parallel(table_NLX, config.sequence_parallel)
-        input_ids = batch["input_ids"].to(table_NLX.device)
-        fp8 = config.fp8 in ("e4m3", "hybrid")
-        if self.engine.engine_config.use_remove_padding:
-            layout = self.engine._get_context_parallel_layout(unwrap_model(self.engine.module)[0])
-            bucket = None
-            if self.engine.engine_config.pad_to_length:
-                bucket = self.engine.engine_config.pad_to_length_bucket
-            _, packed, _ = preprocess_thd_engine(
-                input_ids,
-                pre_process=True,
-                use_fp8_padding=fp8,
-                pad_to_length_bucket=bucket,
-                cp_layout=layout,
+    def _kept(
+        self, data, rollout, native: routers.Routes | None, own: routers.Routes | None
+    ) -> list[_Scored]:
+        """The routes of both sides for each sequence of a batch."""
+        if not self.writes:
+            return [_Scored() for _ in range(len(data))]
+        self.layer_ids = native.layer_ids
+        lengths = data["input_ids"].offsets().diff().tolist()
+        return [
+            _Scored(
+                rollout_SLK=self._moe_layers(routes.cpu().numpy())[: length - 1],
+                native_SLK=native.routes[row][: length - 1],
+                margins_SL=native.margins[row][: length - 1],
+                own_SLK=own.routes[row][: length - 1] if own else None,
             )
-            nested = postprocess_thd_engine(
-                table_NLX[None], packed, input_ids, len(input_ids), cp_layout=layout
-            )
-        else:
-            _, mask_BS, _ = preprocess_bshd_engine(
-                input_ids,
-                use_fp8_padding=fp8,
-                forced_max_seqlen=tu.get_non_tensor_data(batch, "forced_max_seqlen", None),
-            )
-            table_BSLX = table_NLX.unflatten(0, mask_BS.T.shape).transpose(0, 1).contiguous()
-            nested = postprocess_bshd_engine(table_BSLX, mask_BS)
-        return list(nested.unbind())
+            for row, (routes, length) in enumerate(zip(rollout.unbind(), lengths, strict=True))
+        ]
 
     def _moe_layers(self, routes_SLK: np.ndarray) -> np.ndarray:
         return routers.moe_layers(
@@ -231,19 +228,23 @@ class EngineLog:
         if self.log is not None:
             return
         engine, sizes = self.engine, self.engine.engine_config
+        replay = "none" if self.mode == "disabled" else self.mode
+        config = {
+            "stack": f"verl {verl.__version__}",
+            "model": str(engine.model_config.local_path),
+            "layout": f"tp {sizes.tensor_model_parallel_size}, "
+            f"pp {sizes.pipeline_model_parallel_size}, ep {sizes.expert_model_parallel_size}, "
+            + ("cp dynamic" if self.forward.dynamic else f"cp {sizes.context_parallel_size}"),
+            "loss": self.loss_mode,
+            "replay": replay,
+            "engine": "verl rollout",
+        }
+        if self.bypassed:
+            config["staleness"] = STALENESS
         self.log = RunLog(
             self.folder,
-            {
-                "stack": f"verl {version('verl')}",
-                "model": str(engine.model_config.local_path),
-                "layout": f"tp {sizes.tensor_model_parallel_size}, "
-                f"pp {sizes.pipeline_model_parallel_size}, ep {sizes.expert_model_parallel_size}, "
-                f"cp {sizes.context_parallel_size}",
-                "loss": self.loss_mode,
-                "replay": "none" if self.mode == "disabled" else self.mode,
-                "engine": "verl rollout",
-            },
-            group=parallel_state.get_data_parallel_group(),
+            config,
+            group=engine.get_data_parallel_group(),
             layer_ids=self.layer_ids,
             top_k=engine.tf_config.moe_router_topk,
             num_experts=engine.tf_config.num_moe_experts,
@@ -258,7 +259,12 @@ class EngineLog:
         data[ROW] = torch.arange(len(keys))
         seen: dict[int, dict[str, Any]] = {}
         with self._watched_loss(seen) as loss:
-            output = self._forward_backward(data, loss(loss_function), False)
+            if self._is_first_visit(keys):
+                output = self._first_visit(data, keys, loss(loss_function))
+            else:
+                output = self.forward.plain(data, loss(loss_function), False)
+        if self.forward.dynamic:
+            self._collect(seen)
         if self.writes:
             self.gathered.updates += 1
             self._add(data, keys, seen)
@@ -275,6 +281,44 @@ class EngineLog:
             self._clear()
         return output
 
+    def _is_first_visit(self, keys: list[str]) -> bool:
+        """Whether a sequence on any data-parallel rank has not been through a forward yet.
+
+        The same on all ranks: under replay the answer decides about a forward more.
+        """
+        if not self.bypassed:
+            return False
+        new = torch.tensor([int(not set(keys) <= self.scored.keys())], device=get_device_id())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
+        return bool(new)
+
+    def _first_visit(self, data, keys: list[str], loss_function) -> Any:
+        """The update's forward where none at the old weights came before it."""
+        own = None
+        if self.mode == "disabled":
+            output, native = self.forward.recorded(data, loss_function, forward_only=False)
+        else:
+            # Held to the rollout's routes, under R2 too, which has recorded none of its own.
+            _, native = self._native(data, None)
+            output, own = self.forward.recorded(data, loss_function, forward_only=False, own=True)
+        known = set(self.scored)
+        found = self._kept(data, data["routed_experts"], native, own)
+        for key, kept in zip(keys, found, strict=True):
+            kept.late = True
+            if key not in known:
+                self.scored.setdefault(key, []).append(kept)
+        return output
+
+    def _collect(self, seen: dict[int, dict[str, Any]]) -> None:
+        """Bring what dynamic context parallelism dealt out to the rank that writes."""
+        parts = self.forward.from_all_replicas((seen, self.gathered))
+        for other, step in parts[1:]:
+            seen |= other
+            self.gathered.add(step)
+        if not self.writes:
+            self.gathered = Step()
+
     @contextmanager
     def _watched_loss(self, seen: dict[int, dict[str, Any]]):
         """Gives a wrapper for verl's loss function; `seen` takes its tokens, by row."""
@@ -285,7 +329,8 @@ class EngineLog:
             policy_loss, self.loss_mode = get(name), name
 
             def call(**arguments):
-                self._see(policy_loss, arguments, rows, seen)
+                if rows:
+                    self._see(policy_loss, arguments, rows, seen)
                 return policy_loss(**arguments)
 
             return call
@@ -293,12 +338,12 @@ class EngineLog:
         def wrapper(loss_function):
             @functools.wraps(loss_function)
             def call(*args, data, **kwargs):
-                rows[:] = data[ROW].tolist()
+                rows[:] = data[ROW].tolist() if leads(data) else []
                 return loss_function(*args, data=data, **kwargs)
 
             return call
 
-        if not self.writes:
+        if not self.has_losses:
             yield lambda loss_function: loss_function
             return
         verl_losses.get_policy_loss_fn = watched
@@ -349,6 +394,12 @@ class EngineLog:
             )
         uids = tu.get(data, "uid")
         tokens = data["input_ids"].unbind()
+        if missing := set(range(len(keys))) - seen.keys():
+            raise UserError(
+                f"MOE_UPGRPO_RUN: verl called no policy loss for {len(missing)} of {len(keys)} "
+                "sequences of a mini-batch; the routing log needs one (distillation alone has "
+                "none: unset the variable)"
+            )
         for row, key in enumerate(keys):
             token = seen[row]
             kept_N = np.flatnonzero(token["mask"])
@@ -356,9 +407,9 @@ class EngineLog:
                 continue
             if key not in self.scored:
                 raise UserError(
-                    "MOE_UPGRPO_RUN: a sequence is updated whose old log-probs this rank did not "
-                    "compute: the routing log needs a forward at the old weights "
-                    "(algorithm.rollout_correction.bypass_mode=False)"
+                    "MOE_UPGRPO_RUN: a sequence is updated that was not in the forward of the old "
+                    "log-probs on this rank, which others were in; were the sequences dealt out "
+                    "anew in between, or is their batch another in part?"
                 )
             copies = self.scored[key]
             copy = self.visits[key] % len(copies)
@@ -369,8 +420,10 @@ class EngineLog:
                 name: token[name][kept_N].astype(float)
                 for name in ("advantage", "logp_old", "logp_train", "gradient_weight")
             }
-            uid = ids[: prompt_lengths[row]].tobytes().hex() if uids is None else str(uids[row])
             logp_rollout = _row(data["rollout_log_probs"], row)[kept_N].astype(float)
+            if scored.late and np.array_equal(of_token["logp_old"], logp_rollout):
+                of_token["logp_old"] = None  # verl's stand-in for it
+            uid = ids[: prompt_lengths[row]].tobytes().hex() if uids is None else str(uids[row])
             native_logp, entropy = (
                 None if x is None else x[positions - 1]
                 for x in (scored.native_logp, scored.entropy)
