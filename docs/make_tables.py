@@ -18,6 +18,7 @@ from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.train.options import MAY_CHANGE
+from tests.integrations import nemo_rl_recipe
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -58,6 +59,13 @@ PAGES = {
         ),
     },
     "patches.md": {"faults": faults.markdown_table()},
+    "nemo-rl.md": {
+        "recipe": table(["setting", "value", "shown by"], nemo_rl_recipe.rows("7ea279a")),
+        "revisions": table(
+            ["revision", "functions hooked into", "single controller", "patches"],
+            nemo_rl_recipe.revisions(),
+        ),
+    },
     "reliability.md": {"faults": marked_faults.markdown()},
     "scale.md": {
         "passed": table(["about", "options"], passed_fields.rows(passed_fields.PASSED)),
