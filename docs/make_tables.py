@@ -60,7 +60,7 @@ PAGES = {
     },
     "patches.md": {"faults": faults.markdown_table()},
     "nemo-rl.md": {
-        "recipe": table(["setting", "value", "shown by"], nemo_rl_recipe.rows("7ea279a")),
+        "recipe": table(["setting", "value", "accepted"], nemo_rl_recipe.rows("7ea279a")),
         "revisions": table(
             ["revision", "functions hooked into", "single controller", "patches"],
             nemo_rl_recipe.revisions(),

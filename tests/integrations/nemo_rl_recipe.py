@@ -23,6 +23,7 @@ from tests.integrations import hooks, nemo_rl_double
 
 RECIPE = "examples/configs/recipes/llm/grpo-qwen3-30ba3b-8n8g-megatron-cp2-r3.yaml"
 KEPT = Path(__file__).with_name("nemo_rl_recipe.json")
+ALL = "all of them together"
 SECTIONS = ("policy", "loss_fn", "data_plane")  # of what is inherited
 
 # Settings of the recipe → how they are shown: what of test_nemo_rl.py has them.
@@ -104,7 +105,8 @@ def verdicts(revision: str, changes: Mapping[str, Any] | None = None) -> dict[st
     }
     with TemporaryDirectory() as folder, nemo_rl_double.installed(revision, Path(folder)):
         nemo_rl_double.write_worker(Path(folder), patched=True)
-        return {name: refusal(needed | {name: value}) for name, value in settings.items()}
+        found = {name: refusal(needed | {name: value}) for name, value in settings.items()}
+        return found | {ALL: refusal(needed | settings)}
 
 
 def refusal(settings: Mapping[str, Any]) -> str:
@@ -143,13 +145,16 @@ def _loss_config(kind, given: Mapping[str, Any]):
 
 
 def rows(revision: str) -> list[list[str]]:
-    """Setting, value, and how it is shown, of what the recipe sets itself."""
+    """Setting, value, and whether it is accepted, of what the recipe sets itself."""
     found = verdicts(revision)
     kept = read()[revision]
-    return [
-        [f"`{name}`", f"`{json.dumps(value)}`", found[name] or SHOWN.get(name, "not looked at")]
-        for name, value in kept["own"].items()
-    ]
+
+    def verdict(name: str) -> str:
+        if found[name]:
+            return f"no: {found[name]}"
+        return f"yes; {SHOWN[name]}" if name in SHOWN else "yes; nothing of ours reads it"
+
+    return [[f"`{n}`", f"`{json.dumps(value)}`", verdict(n)] for n, value in kept["own"].items()]
 
 
 def revisions() -> list[list[str]]:

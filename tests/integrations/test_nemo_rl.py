@@ -7,6 +7,7 @@ In a session of its own: the checkout's imports change transformers and leave st
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn  # noqa: E402
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # noqa: E402
 
 from moe_upgrpo.integrations.nemo_rl.loss import LOSSES, PolicyLossFn  # noqa: E402
+from tests.integrations import nemo_rl_recipe  # noqa: E402
 from tests.integrations.whole import assert_whole  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
@@ -534,6 +536,13 @@ def of_step(folder: Path, step: int = 1):
     rollout, train = read_routes(table)
     names = [n for n in table.column_names if "experts" not in n]
     return {n: np.array(table[n].to_pylist()) for n in names}, rollout, train
+
+
+def test_the_runs_that_the_docs_name_for_the_recipe_are_here():
+    said = " ".join(nemo_rl_recipe.SHOWN.values())
+    named = {word for word in re.findall("`(.*?)`", said)}
+    assert len(named) > 4 and named <= JOBS.keys()
+    assert nemo_rl_recipe.SHOWN.keys() <= nemo_rl_recipe.read()["7ea279a"]["own"].keys()
 
 
 @pytest.mark.parametrize("name", JOBS)
