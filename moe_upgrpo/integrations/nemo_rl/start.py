@@ -48,7 +48,8 @@ def root() -> Path:
 
 def is_patched() -> bool:
     """Whether the Megatron worker of this checkout imports the routing log."""
-    return PATCHED in (root() / "nemo_rl" / WORKER).read_text(encoding="utf-8")
+    file = root() / "nemo_rl" / WORKER
+    return file.is_file() and PATCHED in file.read_text(encoding="utf-8")
 
 
 def warn_of_missing_patch() -> None:
