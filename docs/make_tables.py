@@ -19,7 +19,7 @@ from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
-from tests.integrations import verl_settings
+from tests.integrations import nemo_rl_recipe, verl_settings
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -46,7 +46,14 @@ PAGES = {
         "replay-example": verl_settings.markdown_table(),
     },
     "slime.md": {"revisions": revisions("slime"), "miles-revisions": revisions("miles")},
-    "nemo-rl.md": {"revisions": revisions("nemo-rl")},
+    "nemo-rl.md": {
+        "revisions": revisions("nemo-rl"),
+        "recipe": table(["setting", "value", "accepted"], nemo_rl_recipe.rows("7ea279a")),
+        "releases": table(
+            ["revision", "functions hooked into", "single controller", "patches"],
+            nemo_rl_recipe.revisions(),
+        ),
+    },
     "megatron-lm.md": {"revisions": revisions("megatron-lm")},
     "gpu.md": {
         "results": gpu_page.section(),

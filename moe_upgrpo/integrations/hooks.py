@@ -98,7 +98,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         (_WORKER, "MegatronPolicyWorkerImpl.__init__"),
         (_WORKER, "MegatronPolicyWorkerImpl.get_logprobs"),
         (_WORKER, "MegatronPolicyWorkerImpl.train"),
-        (_WORKER, "MegatronPolicyWorkerImpl.begin_train_step"),
+        ("nemo_rl/models/policy/lm_policy.py", "Policy.__init__"),
         ("nemo_rl/models/megatron/train.py", "megatron_forward_backward"),
         ("nemo_rl/models/megatron/router_replay.py", "_unwrap_model_config"),
         ("nemo_rl/distributed/model_utils.py", "allgather_cp_sharded_tensor"),
@@ -145,6 +145,13 @@ LOSS: dict[str, set[str]] = {
     "nemo-rl": {"ClippedPGLossFn.__init__", "ClippedPGLossFn.__call__"},
     "megatron-lm": {"calculate_grpo_loss", "prepare_data_for_update", "prepare_trajectories"},
 }  # fmt: skip
+# What older revisions lack, where the integration does without.
+NEWER: dict[str, list[tuple[str, str]]] = {
+    "nemo-rl": [  # the single controller, which v0.7.0 does not have
+        (_WORKER, f"MegatronPolicyWorkerImpl.{part}_train_step")
+        for part in ("begin", "finish", "abort")
+    ] + [(_WORKER, "MegatronPolicyWorkerImpl.train_microbatch")],
+}  # fmt: skip
 
 
 def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
@@ -155,7 +162,7 @@ def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
 def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     """`FILE:NAME` → signature and checksum, of every hook that is there."""
     found = {}
-    for hook in HOOKS[stack]:
+    for hook in [*HOOKS[stack], *NEWER.get(stack, [])]:
         for file, name in places(hook):
             if about := _about(checkout / file, name):
                 found[f"{file}:{name}"] = about

@@ -7,9 +7,11 @@ In a session of its own: the checkout's imports change transformers and leave st
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +38,21 @@ nemo_rl_stand_ins.install(ROOT)
 from nemo_rl.algorithms.loss import (  # noqa: E402
     ClippedPGLossConfig,
     SequencePackingLossWrapper,
+    interfaces,
     prepare_loss_input,
     wrap_loss_fn_with_input_preparation,
 )
-from nemo_rl.algorithms.loss.interfaces import LossType, MetricNormalizer  # noqa: E402
+from nemo_rl.algorithms.loss.interfaces import LossType  # noqa: E402
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn  # noqa: E402
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # noqa: E402
 
 from moe_upgrpo.integrations.nemo_rl.loss import LOSSES, PolicyLossFn  # noqa: E402
+from tests.integrations import nemo_rl_recipe  # noqa: E402
 from tests.integrations.whole import assert_whole  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
+WORKER = Path(ROOT, "nemo_rl/models/policy/workers/megatron_policy_worker.py").read_text()
+SPLIT_STEP = "def begin_train_step" in WORKER  # v0.7.0 has no single controller
 B, S, V = 6, 9, 12
 LENGTHS = (9, 5, 7, 9, 4, 6)
 
@@ -147,8 +153,10 @@ def test_every_preset_gives_the_librarys_value_and_gradient(preset):
             ends = [metrics[f"moe_upgrpo/{name}/{end}"] for end in ("numerator", "denominator")]
             assert GLOSSARY[name].value(*ends) == pytest.approx(value, rel=1e-4, nan_ok=True)
     for name in metrics:
-        assert name in loss_fn.metric_normalizations
-    assert loss_fn.metric_normalizations["moe_upgrpo/ppo_kl"] == MetricNormalizer.TOKENS
+        assert not SPLIT_STEP or name in loss_fn.metric_normalizations
+    if SPLIT_STEP:
+        kind = loss_fn.metric_normalizations["moe_upgrpo/ppo_kl"]
+        assert kind is interfaces.MetricNormalizer.TOKENS
 
 
 def test_presets_that_nemo_rl_has_the_inputs_for():
@@ -341,7 +349,6 @@ def test_the_patch(tmp_path, monkeypatch):
     """On a copy of the checkout: applied, imported, reverted to the last bit; others refused."""
     from moe_upgrpo import patching
 
-    (series,) = patching.of_stack("nemo-rl")
     root, site = tmp_path / "checkout", tmp_path / "site"
     no_caches = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(ROOT) / "nemo_rl", root / "nemo_rl", ignore=no_caches)
@@ -358,26 +365,35 @@ def test_the_patch(tmp_path, monkeypatch):
 
     if found().state != "clean":
         found().revert()
+    series = found().series
     before = {file: (root / file).read_bytes() for file in series.files}
     assert found().apply() == series.files and found().state == "applied"
     assert found().apply() == []
     worker = "nemo_rl.models.policy.workers.megatron_policy_worker"
-    assert found().verify(sys.executable) == ["nemo_rl.algorithms.grpo", worker]
+    modules = [file.removesuffix(".py").replace("/", ".") for file in series.files]
+    assert {"nemo_rl.algorithms.grpo", worker} < set(modules)
+    assert found().verify(sys.executable) == modules
+    makers = ["grpo", *(["single_controller_utils.setup"] if SPLIT_STEP else [])]
     code = (
-        "from nemo_rl.algorithms import grpo; from moe_upgrpo.integrations import nemo_rl_worker;"
-        f"import {worker} as worker;"
-        "print(grpo.ClippedPGLossFn.__name__, worker.logged is nemo_rl_worker.logged)"
+        "from importlib import import_module as load; import os;"
+        "from moe_upgrpo.integrations import nemo_rl_worker; from nemo_rl.data_plane import schema;"
+        f"os.environ['MOE_UPGRPO_RUN'] = {str(tmp_path / 'run')!r};"
+        "from moe_upgrpo.integrations.nemo_rl import start; start.warn_of_missing_patch();"
+        f"print(load({worker!r}).logged is nemo_rl_worker.logged, schema.DP_TRAIN_FIELDS[-1],"
+        f"*(load('nemo_rl.algorithms.' + n).ClippedPGLossFn.__name__ for n in {makers}))"
     )
     done = fresh("-c", code, cwd=tmp_path, PYTHONPATH=os.environ["PYTHONPATH"])
-    assert done.stdout.split()[-2:] == ["PolicyLossFn", "True"], done.stderr[-2000:]
+    expected = ["True", "total_reward", *["PolicyLossFn"] * len(makers)]
+    assert done.stdout.split()[-len(expected) :] == expected, done.stderr[-2000:]
+    assert "not patched" not in done.stderr
     assert found().revert() == series.files and found().state == "clean"
     assert {file: (root / file).read_bytes() for file in series.files} == before
     (root / series.files[0]).write_text("changed = 1\n")
-    with pytest.raises(patching.UnknownRevision, match="none with patches: 7ea279a"):
+    with pytest.raises(patching.UnknownRevision, match=r"none with patches: 7ea279a .*v0\.7\.0"):
         found()
     (root / ".git").mkdir()
     (root / ".git/HEAD").write_text("f" * 40)
-    with pytest.raises(patching.UnknownRevision, match=r"at fff.* 7ea279a \(7ea279abfb\)"):
+    with pytest.raises(patching.UnknownRevision, match=r"at fff.* 7ea279a \(7ea279abfb\) or v0"):
         found()
 
 
@@ -432,19 +448,47 @@ def sequences(checkpoint) -> list[dict]:
 OBSERVE, REPLAY = {"enabled": True, "observe_only": True}, {"enabled": True}
 UP = {"moe_upgrpo": {"preset": "up-grpo"}, "reference_policy_kl_penalty": 0.01}
 OWN = {"reference_policy_kl_penalty": 0.01, "ratio_clip_c": 3.0}
-JOBS = {  # name -> ranks, sizes, router_replay, packed, loss
-    "observe": (1, {}, OBSERVE, True, UP),
-    "unpacked": (2, {}, OBSERVE, False, OWN),  # two data-parallel ranks, padded
-    "stages": (2, {"pipeline_model_parallel_size": 2}, OBSERVE, True, OWN),
-    "R3": (
-        2,
-        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
-        REPLAY,
-        True,
-        UP,
-    ),
-    "replicas": (2, {"expert_model_parallel_size": 2}, REPLAY, True, OWN),
+SIZES = {
+    "stages": {"pipeline_model_parallel_size": 2},
+    "experts": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "replicas": {"expert_model_parallel_size": 2},
+    "cp": {"context_parallel_size": 2},  # packed, as in NeMo-RL's R3 recipe
 }
+
+
+@dataclass
+class Job:
+    """way: through the worker: two updates of a batch, one, or one whose batch comes in chunks.
+
+    Either with the batch, or from the data plane. stand_ins: what nemo_rl_ranks.py has of models
+    that do not run here.
+    """
+
+    world: int
+    sizes: str | None
+    replay: dict
+    packed: bool = True
+    loss: dict = field(default_factory=lambda: UP)
+    steps: int = 1
+    stand_ins: list[str] = field(default_factory=list)
+    way: str = "two updates"
+
+
+JOBS = {
+    "observe": Job(1, None, OBSERVE, steps=2),
+    "unpacked": Job(2, None, OBSERVE, packed=False, loss=OWN),  # two data-parallel ranks, padded
+    "stages": Job(2, "stages", OBSERVE, loss=OWN, stand_ins=["fused"]),
+    "R3": Job(2, "experts", REPLAY),
+    "replicas": Job(2, "replicas", REPLAY, loss=OWN),
+    "cp": Job(2, "cp", REPLAY),
+    "draft": Job(2, "cp", OBSERVE, stand_ins=["draft", "slices"] if SPLIT_STEP else ["draft"]),
+    "one update": Job(1, None, REPLAY, way="one update"),
+    "data plane": Job(2, "replicas", REPLAY, way="data plane"),
+}
+if SPLIT_STEP:
+    JOBS["chunks"] = Job(2, "replicas", REPLAY, way="data plane in chunks")
+    JOBS["own in chunks"] = Job(2, "stages", OBSERVE, loss=OWN, way="chunks")
+ONE_UPDATE = [name for name, job in JOBS.items() if job.way != "two updates"]
 
 
 @pytest.fixture(scope="module")
@@ -452,9 +496,10 @@ def runs(tiny_checkpoint, tmp_path_factory):
     """Steps of NeMo-RL's worker in each layout: run folders, and what each rank returned."""
     folder, batch = tmp_path_factory.mktemp("nemo"), sequences(tiny_checkpoint)
     jobs = {
-        name: dict(world=world, sequences=batch, sizes=sizes, replay=replay, packed=packed,
-                   loss=loss, steps=2 if name == "observe" else 1)
-        for name, (world, sizes, replay, packed, loss) in JOBS.items()
+        name: dict(world=job.world, sequences=batch, sizes=SIZES.get(job.sizes, {}),
+                   replay=job.replay, packed=job.packed, loss=job.loss, steps=job.steps,
+                   stand_ins=job.stand_ins, way=job.way)
+        for name, job in JOBS.items()
     }  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = fresh(
@@ -491,6 +536,13 @@ def of_step(folder: Path, step: int = 1):
     rollout, train = read_routes(table)
     names = [n for n in table.column_names if "experts" not in n]
     return {n: np.array(table[n].to_pylist()) for n in names}, rollout, train
+
+
+def test_the_runs_that_the_docs_name_for_the_recipe_are_here():
+    said = " ".join(nemo_rl_recipe.SHOWN.values())
+    named = {word for word in re.findall("`(.*?)`", said)}
+    assert len(named) > 4 and named <= JOBS.keys()
+    assert nemo_rl_recipe.SHOWN.keys() <= nemo_rl_recipe.read()["7ea279a"]["own"].keys()
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -530,17 +582,17 @@ def test_the_token_log_of_a_step(runs, name):
     assert reported["mismatch/tokens_without_routes"] == [len(MISSING)]
     said = [rank["metrics"].get("mismatch/router_numerator") for rank in results[name]]
     # NeMo-RL's driver adds up what it hears from each replica's first stage and tensor rank.
-    heard = {"observe": [True], "stages": [True, True]}.get(name, [True, False])
+    heard = [True, JOBS[name].sizes == "stages"][: JOBS[name].world]
     assert [s is not None for s in said] == heard
     run = read_config(folder / name)
-    assert run["replay"] == ("R3" if JOBS[name][2] == REPLAY else "none")
+    assert run["replay"] == ("R3" if JOBS[name].replay == REPLAY else "none")
     assert run["stack"].startswith("NeMo-RL ")
     assert run["loss"] == (
-        "moe_upgrpo/up-grpo" if JOBS[name][4] == UP else "ClippedPGLossFn of NeMo-RL"
+        "moe_upgrpo/up-grpo" if JOBS[name].loss == UP else "ClippedPGLossFn of NeMo-RL"
     )
 
 
-@pytest.mark.parametrize("name", ["observe", "unpacked", "R3"])
+@pytest.mark.parametrize("name", ["observe", "unpacked", "R3", "cp", *ONE_UPDATE])
 def test_clipped_and_gradient_weight(runs, name):
     """From the log's own ratios by the formulas of PPO and UP, each token's weight being 1/N."""
     folder, batch, _ = runs
@@ -548,16 +600,54 @@ def test_clipped_and_gradient_weight(runs, name):
     r, a = column["ratio"], column["advantage"]
     cut = (a < 0) & ((r < 0.8) | (r > 3)) | (a > 0) & (r > 1.2)
     weight = np.where(cut, 0, np.abs(a) * r)
-    if JOBS[name][4] == UP:
+    if JOBS[name].loss == UP:
         cut, weight = cut & (a < 0), np.where(a > 0, a, weight)
     assert np.array_equal(column["clipped"], cut)
-    second = column["index"] >= 4
+    second = (column["index"] >= 4) & (name not in ONE_UPDATE)
     assert np.abs(r[~second] - 1).max() < 1e-4  # the first optimizer step is at the old weights
-    assert (np.abs(r[second] - 1) > 1e-4).mean() > 0.9
+    assert name in ONE_UPDATE or (np.abs(r[second] - 1) > 1e-4).mean() > 0.9
     counts = [sum(sum(s["mask"]) * s["counts"] for s in half) for half in (batch[:4], batch[4:])]
+    if name in ONE_UPDATE:
+        counts = [sum(counts)] * 2
     np.testing.assert_allclose(
         column["gradient_weight"], weight / np.where(second, *counts[::-1]), rtol=1e-4, atol=1e-7
     )
+
+
+SAME = [("cp", "R3"), ("draft", "observe"), ("data plane", "one update")]
+if SPLIT_STEP:
+    SAME.append(("chunks", "one update"))
+
+
+@pytest.mark.parametrize(("wide", "plain"), SAME)
+def test_a_wide_configuration_leaves_the_plain_ones_log(runs, wide, plain):
+    """Context-parallel shards, a model that slices its inputs, a draft model, chunks."""
+    folder, _, _ = runs
+    (column, *routes), (expected, *given) = of_step(folder / wide), of_step(folder / plain)
+    assert column.keys() == expected.keys() and len(column["index"]) > 20
+    for ours, theirs in zip(routes, given, strict=True):
+        assert np.array_equal(np.sort(ours, -1), np.sort(theirs, -1))
+    for name in column.keys() - {"sequence", "prompt"}:  # counted over ranks, in their order
+        if column[name].dtype.kind == "f":
+            np.testing.assert_allclose(column[name], expected[name], rtol=1e-3, atol=2e-4)
+        else:
+            assert np.array_equal(column[name], expected[name]), name
+    row, like = (read_metrics(folder / name)[0] for name in (wide, plain))
+    assert row.keys() == like.keys()
+    for name in ("loss/policy", "logp_gap/mean_abs", "clip/negative", "tokens/visited"):
+        assert row[name] == pytest.approx(like[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.skipif(not SPLIT_STEP, reason="v0.7.0 has no single controller")
+def test_chunks_train_as_one_batch(runs):
+    """The single controller's parameters after the step, and what NeMo-RL hears of it."""
+    _, _, results = runs
+    (whole,), (twice,) = results["one update"], results["observe"]
+    for rank in results["chunks"]:
+        assert rank["parameters"] == pytest.approx(whole["parameters"], rel=1e-5)
+        assert rank["parameters"] != pytest.approx(twice["parameters"], rel=1e-5)
+    heard = [m for rank in results["chunks"] for m in rank["metrics"].get("moe_upgrpo/ppo_kl", [])]
+    assert len(heard) >= 2
 
 
 def test_steps(runs):
@@ -568,7 +658,7 @@ def test_steps(runs):
     assert second["logp_gap/mean_abs"] != first["logp_gap/mean_abs"]
 
 
-@pytest.mark.parametrize("name", ["R3", "replicas"])
+@pytest.mark.parametrize("name", [n for n, job in JOBS.items() if job.replay == REPLAY])
 def test_r3_tells_native_from_held(runs, name):
     """The held forward is replayed, the native one is not, and observing changes nothing."""
     folder, batch, _ = runs

@@ -6,15 +6,18 @@
 The name `ClippedPGLossFn` is bound anew before the script imports it (grpo.py:695, ppo.py:476 and
 single_controller_utils/setup.py:787 make the loss of a job). The loss is pickled by reference, so
 that the workers' environments need this package too. In a checkout that is patched
-(`moe-upgrpo patch apply nemo-rl`) grpo.py takes the loss by itself. Flags: docs/nemo-rl.md.
+(`moe-upgrpo patch apply nemo-rl`) grpo.py and setup.py take the loss by themselves. Flags:
+docs/nemo-rl.md. What is missing for what the job asks is said before it starts: start.py.
 """
 
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import revisions
+from moe_upgrpo.integrations.nemo_rl import start
 
 
 def rebind() -> None:
@@ -43,6 +46,9 @@ def main() -> None:
         from moe_upgrpo.integrations.nemo_rl.loss import LOSSES
 
         print(f"moe_upgrpo: {len(LOSSES)} losses for loss_fn.moe_upgrpo.preset", flush=True)
+        start.warn_of_missing_patch()
+        import_module(start.POLICY)
+        start.watch_policies()
         sys.argv = sys.argv[1:]
         sys.path[0] = str(script.parent.absolute())  # as `python script` has it
         runpy.run_path(str(script), run_name="__main__")

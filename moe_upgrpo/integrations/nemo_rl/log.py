@@ -9,7 +9,10 @@ workers of all tensor, pipeline, context and data ranks. It wraps
   Megatron-Core's `RouterReplay.get_replay_topk` drop it);
 - `train`: the loss is evaluated a second time, on detached log-probs and without its KL term; the
   gradient says which tokens the loss's own rule cut. After the last optimizer step the token rows
-  and metrics of the step are written.
+  and metrics of the step are written;
+- `begin_train_step`, `train_microbatch`, `finish_train_step`, where a revision has them: the same
+  of the single controller, which hands a step over in chunks, with its loss as a sum that is
+  divided by the number of tokens or sequences at the end.
 
 `policy.router_replay.observe_only` carries the rollout's routes to the workers as router_replay
 does, and there nothing is replayed.
@@ -22,19 +25,16 @@ Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE laye
 
 import functools
 import hashlib
-from collections import defaultdict
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from nemo_rl.algorithms.loss.interfaces import LossType
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
-from nemo_rl.distributed.model_utils import allgather_cp_sharded_tensor
 from nemo_rl.models.megatron import router_replay
 from nemo_rl.package_info import __version__
 
@@ -42,33 +42,56 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
+from moe_upgrpo.integrations.nemo_rl import start
+from moe_upgrpo.integrations.nemo_rl.forward import ROW, Recorder
 from moe_upgrpo.record import SequenceRecord, known_rows
-
-FORWARD = "megatron_forward_backward"
-ROW = "moe_upgrpo_row"  # of each sequence in a worker's batch; travels with the micro-batches
 
 
 def logged(worker_class: type) -> type:
     """The class itself, with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
-    init, get_logprobs = worker_class.__init__, worker_class.get_logprobs
-    train, begin = worker_class.train, worker_class.begin_train_step
+    init = worker_class.__init__
 
     @functools.wraps(init)
     def __init__(self, config, *args, **kwargs):
         replay = config.get("router_replay") or {}
         observes = bool(replay.get("enabled") and replay.get("observe_only"))
-        if observes:
-            config = {**config, "router_replay": {"enabled": False}}
-        init(self, config, *args, **kwargs)
-        if environment.run_folder() is not None and replay.get("enabled"):
-            self.moe_upgrpo_log = WorkerLog(self, _globals(get_logprobs, FORWARD))
+        init(
+            self,
+            {**config, "router_replay": {"enabled": False}} if observes else config,
+            *args,
+            **kwargs,
+        )
+        if environment.run_folder() is None:
+            return
+        if replay.get("enabled"):
+            self.moe_upgrpo_log = WorkerLog(self, get_logprobs, replay)
+        elif dist.get_rank() == 0:
+            start.warn(start.NO_ROUTES)
 
     worker_class.__init__ = __init__
     if environment.run_folder() is None:
         return worker_class
+    get_logprobs = worker_class.get_logprobs
+    for name, wrap in {
+        "get_logprobs": _with_routes,
+        "train": _with_log,
+        "begin_train_step": _opened,
+        "train_microbatch": _with_chunk,
+        "finish_train_step": _finished,
+        "abort_train_step": _aborted,
+    }.items():
+        method = getattr(worker_class, name, None)
+        if method is not None:  # v0.7.0 has no split training step
+            setattr(worker_class, name, functools.wraps(method)(wrap(method)))
+    return worker_class
 
-    @functools.wraps(get_logprobs)
-    def with_routes(self, *, data, micro_batch_size=None, require_router_replay=True):
+
+def _log(worker) -> "WorkerLog | None":
+    return getattr(worker, "moe_upgrpo_log", None)
+
+
+def _with_routes(get_logprobs):
+    def method(self, *, data, micro_batch_size=None, require_router_replay=True):
         def call():
             return get_logprobs(
                 self,
@@ -77,32 +100,63 @@ def logged(worker_class: type) -> type:
                 require_router_replay=require_router_replay,
             )
 
-        log = getattr(self, "moe_upgrpo_log", None)
+        log = _log(self)
         if log is None or not require_router_replay:  # the reference's, or a calibration
             return call()
         return log.score(data, call)
 
-    @functools.wraps(train)
-    def with_log(self, data, loss_fn, eval_mode=False, gbs=None, *args, **kwargs):
-        log = getattr(self, "moe_upgrpo_log", None)
-        if log is None or eval_mode or not isinstance(loss_fn, ClippedPGLossFn):
+    return method
+
+
+def _with_log(train):
+    def method(self, data, loss_fn, eval_mode=False, gbs=None, *args, **kwargs):
+        log = _log(self)
+        if log is None or eval_mode or not log.follows(loss_fn):
             return train(self, data, loss_fn, eval_mode, gbs, *args, **kwargs)
         return log.update(
             data, loss_fn, gbs, lambda loss: train(self, data, loss, False, gbs, *args, **kwargs)
         )
 
-    @functools.wraps(begin)
-    def refused(self, *args, **kwargs):
-        if getattr(self, "moe_upgrpo_log", None) is not None:
-            raise UserError(
-                "MOE_UPGRPO_RUN: the routing log does not cover the single controller's split "
-                "training step; unset it"
-            )
-        return begin(self, *args, **kwargs)
+    return method
 
-    worker_class.get_logprobs, worker_class.train = with_routes, with_log
-    worker_class.begin_train_step = refused
-    return worker_class
+
+def _opened(begin):
+    def method(self, loss_fn, *args, **kwargs):
+        log = _log(self)
+        if log is not None and log.follows(loss_fn):
+            loss_fn = log.open_step(loss_fn)
+        return begin(self, loss_fn, *args, **kwargs)
+
+    return method
+
+
+def _with_chunk(train_microbatch):
+    def method(self, data):
+        log = _log(self)
+        if log is None or log.open is None:
+            return train_microbatch(self, data)
+        return log.chunk(data, lambda: train_microbatch(self, data))
+
+    return method
+
+
+def _finished(finish):
+    def method(self):
+        log = _log(self)
+        if log is None or log.open is None:
+            return finish(self)
+        return log.close_step(finish(self))
+
+    return method
+
+
+def _aborted(abort):
+    def method(self):
+        if (log := _log(self)) is not None:
+            log.clear()
+        return abort(self)
+
+    return method
 
 
 @dataclass
@@ -133,24 +187,16 @@ class _Seen:
 class WorkerLog:
     """The log of one worker."""
 
-    def __init__(self, worker, names: dict[str, Any]):
-        """names: the globals in which the worker's `get_logprobs` looks up `FORWARD`."""
-        self.worker, self.names, self.path = worker, names, environment.run_folder()
+    def __init__(self, worker, get_logprobs, replay: dict[str, Any]):
+        """get_logprobs: the worker's own. replay: policy.router_replay as the user set it."""
+        self.worker, self.path = worker, environment.run_folder()
         self.share = environment.token_share()
         check_free(self.path)
         self.replays = worker._router_replay_enabled
         config = router_replay._unwrap_model_config(worker.model)
-        not_covered = {
-            "models that pack or slice their inputs themselves": (
-                worker.delegate_pack_to_model or worker.model_slices_context_parallel_inputs
-            ),
-            "policy.draft": worker.draft_model is not None,
-            "moe_router_fusion with replay": self.replays
-            and getattr(config, "moe_router_fusion", False),
-        }
-        environment.refuse(not_covered)
+        environment.refuse(start.not_covered(worker, config, replay))
         self.config = config
-        self.routers = routers.counted(worker.model)
+        self.recorder = Recorder(worker.model, get_logprobs, config.sequence_parallel)
         self.writes = (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True) and routers.first_of_stage()
         )
@@ -158,12 +204,22 @@ class WorkerLog:
         self.layer_ids: list[int] = []
         self.log: RunLog | None = None
         self.step = 0
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what was gathered of a step."""
         self.scored: dict[str, _Scored] = {}
         self.seen: dict[int, dict[str, np.ndarray]] = {}
-        self.gathered = Step()
+        self.gathered = Step(without_routes=0)
+        self.counted = np.zeros(2)  # sequences and tokens of an open step
+        self.open: ClippedPGLossFn | None = None  # the loss of a step that comes in chunks
+
+    @staticmethod
+    def follows(loss_fn) -> bool:
+        """Whether it is a policy loss; says so where it is none."""
+        if not (known := isinstance(loss_fn, ClippedPGLossFn)) and dist.get_rank() == 0:
+            start.warn(f"{environment.RUN}: no log of {type(loss_fn).__name__}, no policy loss")
+        return known
 
     # --- old log-probs
 
@@ -181,13 +237,13 @@ class WorkerLog:
             if self.replays:
                 self.worker._router_replay_enabled = False
                 try:
-                    native_output, native = self._recorded(forward)
+                    native_output, native = self.recorder.recorded(forward)
                 finally:
                     self.worker._router_replay_enabled = True
                 native_logp = native_output["logprobs"]
-                output, own = self._recorded(forward, own=True)
+                output, own = self.recorder.recorded(forward, own=True)
             else:
-                output, native = self._recorded(forward)
+                output, native = self.recorder.recorded(forward)
         finally:
             del data[ROW]
         native = routers.joined(native, writes=self.writes)
@@ -203,75 +259,61 @@ class WorkerLog:
                 )
         return output
 
-    def _recorded(self, forward, own: bool = False) -> tuple[Any, dict]:
-        """Give `forward`'s result, and for each row and layer of this rank what was recorded.
-
-        own: what the routers would choose without replay, else what they chose.
-        """
-        found: dict[int, routers.Layers] = defaultdict(dict)
-        run = self.names[FORWARD]
-        watched_routers = routers.watched_under_replay if own else routers.watched
-        before: list[Any] = []  # the micro-batch that the watch has seen
-
-        with watched_routers(self.routers) as watch:
-
-            def take():
-                for batch in before:
-                    self._take(batch, *watch.take(), found)
-                before.clear()
-
-            def one_by_one(batches):
-                for batch in batches:
-                    take()
-                    before.append(batch)
-                    yield batch
-
-            @functools.wraps(run)
-            def watched(*args, data_iterator, **kwargs):
-                result = run(*args, data_iterator=one_by_one(data_iterator), **kwargs)
-                take()
-                return result
-
-            with _replaced(self.names, FORWARD, watched):
-                output = forward()
-        return output, found
-
-    def _take(self, batch, numbers: list[int], table_NLX, found: dict) -> None:
-        if not numbers:  # a stage without MoE layers
-            return
-        table_NLX = routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel)
-        data = batch.data_dict
-        lengths = data["input_lengths"].tolist()
-        if batch.cu_seqlens_padded is None:
-            of_rows = table_NLX.unflatten(0, (-1, len(lengths))).unbind(dim=1)
-        else:
-            size = parallel_state.get_context_parallel_world_size()
-            starts = (batch.cu_seqlens_padded // size).tolist()
-            of_rows = [table_NLX[a:b] for a, b in pairwise(starts)]
-            if size > 1:
-                cp_group = parallel_state.get_context_parallel_group()
-                of_rows = [
-                    allgather_cp_sharded_tensor(x.contiguous(), cp_group, seq_dim=0)
-                    for x in of_rows
-                ]
-        for row, length, table_SLX in zip(data[ROW].tolist(), lengths, of_rows, strict=True):
-            found[row].update(routers.by_layer(numbers, table_SLX[:length]))
-
     # --- update
 
     def update(self, data, loss_fn: ClippedPGLossFn, gbs: int | None, train) -> Any:
         """All optimizer steps of a rollout batch. `train` calls the worker's with a loss."""
+        output = self._visited(data, lambda: train(self._shown(loss_fn)))
+        per_update = (gbs or self.worker.cfg["train_global_batch_size"]) // self.worker.dp_size
+        self.gathered.updates = data.size // per_update
+        return self._written(output, loss_fn)
+
+    def open_step(self, loss_fn: ClippedPGLossFn) -> Any:
+        """The loss for an optimizer step whose batch comes in chunks."""
+        self.open = loss_fn
+        return self._shown(loss_fn)
+
+    def chunk(self, data, train) -> Any:
+        """A part of the batch of an open step. `train` calls the worker's."""
+        sample_mask = data["sample_mask"]
+        tokens = (data["token_mask"][:, 1:] * sample_mask.unsqueeze(-1)).sum()
+        self.counted += [float(sample_mask.sum()), float(tokens)]
+        return self._visited(data, train)
+
+    def close_step(self, output) -> Any:
+        """The end of an open step. Its losses were sums: NeMo-RL divides the gradient only now."""
+        loss_fn = self.open
+        if self.writes:
+            counted = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(counted, self.counted, self.group)
+            sequences, tokens = sum(counted)
+            total = max(tokens if loss_fn.loss_type == LossType.TOKEN_LEVEL else sequences, 1.0)
+            self.gathered.loss_sum /= total
+            for sequence in self.gathered.sequences:
+                sequence.gradient_weight /= total
+        self.gathered.updates = 1
+        return self._written(output, loss_fn)
+
+    def _shown(self, loss_fn: ClippedPGLossFn) -> Any:
+        return _Seen(loss_fn, self._see) if self.writes else loss_fn
+
+    def _visited(self, data, train) -> Any:
         data[ROW] = torch.arange(data.size)
         try:
-            output = train(_Seen(loss_fn, self._see) if self.writes else loss_fn)
+            output = train()
         finally:
             del data[ROW]
+        if self.writes:
+            self._gather(data)
+        return output
+
+    def _written(self, output, loss_fn) -> Any:
         metrics: dict[str, float] = {}
         if self.writes:
-            per_update = (gbs or self.worker.cfg["train_global_batch_size"]) // self.worker.dp_size
-            self.gathered.updates = data.size // per_update
-            metrics = self._write(data, loss_fn)
-        self._clear()
+            self._open(loss_fn)
+            self.step += 1
+            metrics = self.log.write_step(self.step, self.gathered)
+        self.clear()
         return self._reported(output, metrics)
 
     def _see(self, loss_fn, logprobs, data, global_valid_seqs, global_valid_toks) -> None:
@@ -307,32 +349,27 @@ class WorkerLog:
         for i, row in enumerate(data[ROW].tolist()):
             self.seen[row] = {name: array[i] for name, array in arrays.items()}
 
-    def _write(self, data, loss_fn) -> dict[str, Any]:
+    def _gather(self, data) -> None:
         """A collective over the data-parallel ranks."""
         keys = _keys(data)
         self._fetch(keys)
         if "total_reward" not in data or any(key not in self.scored for key in keys):
             raise UserError(
-                "MOE_UPGRPO_RUN: a batch is trained on "
+                f"{environment.RUN}: a batch is trained on "
                 + (
                     "without old log-probs: the routing log needs their forward "
                     "(loss_fn.force_on_policy_ratio=false)"
                     if "total_reward" in data
-                    else "without rewards: the routing log covers GRPO with "
-                    "data_plane.enabled=false, in a checkout that is patched (moe-upgrpo patch "
-                    "apply nemo-rl)"
+                    else "without rewards: the routing log covers GRPO, in a checkout that is "
+                    "patched (moe-upgrpo patch apply nemo-rl)"
                 )
             )
-        missing = 0
         for row, key in enumerate(keys):
             sequence, left_out = self._sequence(data, row, self.scored[key])
-            missing += left_out
+            self.gathered.without_routes += left_out
             if sequence is not None:
                 self.gathered.sequences.append(sequence)
-        self._open(loss_fn)
-        self.step += 1
-        self.gathered.without_routes = missing
-        return self.log.write_step(self.step, self.gathered)
+        self.seen = {}
 
     def _fetch(self, keys: list[str]) -> None:
         """Scores of sequences whose old log-probs another data-parallel rank computed.
@@ -432,28 +469,6 @@ class WorkerLog:
             for name, value in reported(metrics).items():
                 output["all_mb_metrics"][name] = [value]
         return output
-
-
-def _globals(function, name: str) -> dict[str, Any] | None:
-    """Those of `function`, or of one that it wraps, that have `name`.
-
-    Not the module's: Ray pickles the methods of an actor by value, with globals of their own.
-    """
-    if name in function.__globals__:
-        return function.__globals__
-    inside = [cell.cell_contents for cell in function.__closure__ or ()]
-    found = (_globals(f, name) for f in inside if hasattr(f, "__globals__"))
-    return next((names for names in found if names is not None), None)
-
-
-@contextmanager
-def _replaced(names: dict[str, Any], name: str, value: Any):
-    original = names[name]
-    names[name] = value
-    try:
-        yield
-    finally:
-        names[name] = original
 
 
 def _keys(data) -> list[str]:

@@ -4,7 +4,7 @@
       moe_upgrpo: {preset: up-grpo, negative: gspo-token, clip_low: 0.1}
 
 Denominators, weights for the rollout, KL and VAPO's term are NeMo-RL's own, from its settings.
-Without `moe_upgrpo` the loss is NeMo-RL's. How it gets into a job: nemo_rl.py, docs/nemo-rl.md.
+Without `moe_upgrpo` the loss is NeMo-RL's. How it gets into a job: install.py, docs/nemo-rl.md.
 
 Shapes: B sequences of a micro-batch, T positions but the first; index t is the token at t + 1.
 """
@@ -12,12 +12,13 @@ Shapes: B sequences of a micro-batch, T positions but the first; index t is the 
 from typing import Any
 
 import torch
-from nemo_rl.algorithms.loss.interfaces import MetricNormalizer
+from nemo_rl.algorithms.loss import interfaces
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedPGLossFn
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
+from moe_upgrpo.integrations.nemo_rl import start
 from moe_upgrpo.losses import (
     GLOSSARY,
     PolicyLoss,
@@ -94,7 +95,10 @@ def _check(cfg: ClippedPGLossConfig, config: PolicyLossConfig, preset: str) -> N
 class PolicyLossFn(ClippedPGLossFn):
     """NeMo-RL's loss with the policy term of a preset; NeMo-RL's own where none is named."""
 
-    def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
+    def __init__(self, cfg: ClippedPGLossConfig, *args, **kwargs):
+        start.watch_policies()  # a job makes its loss in the driver
+        if cfg.force_on_policy_ratio:
+            start.warn_of_missing_forward()
         self.config = loss_config(cfg)
         self.preset = None
         if self.config is not None:
@@ -102,12 +106,13 @@ class PolicyLossFn(ClippedPGLossFn):
             by_token = self.config.aggregation == "token-mean"
             cfg = cfg.model_copy(update={"token_level_loss": by_token})
             self.preset = cfg.moe_upgrpo["preset"]
-        super().__init__(cfg, use_fused_linear_logprobs)
-        if self.config is not None:
+        super().__init__(cfg, *args, **kwargs)
+        normalizer = getattr(interfaces, "MetricNormalizer", None)  # v0.7.0 has none
+        if self.config is not None and normalizer is not None:
             for name in GLOSSARY:
                 for end in ("", "/numerator", "/denominator"):
                     self.metric_normalizations[f"moe_upgrpo/{name}{end}"] = (
-                        MetricNormalizer.NONE if end else MetricNormalizer.TOKENS
+                        normalizer.NONE if end else normalizer.TOKENS
                     )
 
     def evaluate(
