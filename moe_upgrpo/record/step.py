@@ -57,7 +57,7 @@ class StepRecord:
 
     @cached_property
     def _ratio(self) -> np.ndarray:
-        """Of tokens whose old log-probs are known; else null."""
+        """exp(log p_train − log p_old); null where no old log-probs are known."""
         if not self.knows("logp_old"):
             return self._null
         return np.exp(self.of_tokens("logp_train") - self.of_tokens("logp_old"))

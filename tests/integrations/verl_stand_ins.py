@@ -1,4 +1,4 @@
-"""What a CPU lacks of the parts that verl's wide settings need, each as its plain meaning.
+"""Stand-ins for the parts that a CPU lacks of what verl's wide settings need, by plain meaning.
 
 - `Attention`: attention over packed sequences and over context-parallel shards of them, which
   Megatron's local attention refuses. Transformer Engine's is what runs on a GPU.
@@ -153,7 +153,7 @@ class Adapter(torch.nn.Module):
 
 
 class Adapters:
-    """What the engine asks of Megatron-Bridge's PEFT object."""
+    """Answers that the engine asks of Megatron-Bridge's PEFT object."""
 
     def __call__(self, model):
         for parameter in model.parameters():

@@ -124,7 +124,7 @@ def test_a_step_is_written_once(tmp_path):
         ({"gap": np.zeros(6)}, r"unknown columns \['gap'\]"),
         ({"ratio": np.zeros(5)}, "different lengths.*'ratio': 5"),
         ({"ratio": np.zeros((6, 1))}, r"ratio must have shape \[6\], got \[6, 1\]"),
-        ({"ratio": np.ma.masked_less(np.zeros(6), 1)}, "column ratio cannot hold nulls"),
+        ({"logp_train": np.ma.masked_less(np.zeros(6), 1)}, "column logp_train cannot hold nulls"),
         ({"step": np.full(6, 2)}, "other steps than the 1"),
         ({"ratio": np.zeros(6, int)}, "column ratio must hold float, got int64"),
         ({"clipped": np.zeros(6)}, "column clipped must hold bool, got float64"),
