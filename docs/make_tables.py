@@ -19,7 +19,7 @@ from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
-from tests.integrations import nemo_rl_recipe, verl_settings
+from tests.integrations import megatron_lm_scripts, nemo_rl_recipe, verl_settings
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -54,7 +54,10 @@ PAGES = {
             nemo_rl_recipe.revisions(),
         ),
     },
-    "megatron-lm.md": {"revisions": revisions("megatron-lm")},
+    "megatron-lm.md": {
+        "revisions": revisions("megatron-lm"),
+        "settings": megatron_lm_scripts.markdown(),
+    },
     "gpu.md": {
         "results": gpu_page.section(),
         "checks": table(["check", "what it looks at", "s"], CHECKS),

@@ -110,9 +110,17 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         ("megatron/rl/rl_utils.py", "compute_logprobs_batch"),
         ("megatron/rl/rl_utils.py", "logprobs_forward_step"),
         ("megatron/rl/rl_utils.py", "rl_inference_interface_shutdown"),
+        ("megatron/rl/rl_utils.py", "get_inference_interface"),
+        ("megatron/rl/rl_utils.py", "_scatter_for_context_parallel"),
+        ("megatron/rl/inference/megatron.py", "MegatronLocal.merge_global_request_ledgers"),
+        ("megatron/training/global_vars.py", "set_args"),
         (
             "megatron/core/inference/inference_request.py",
             "FinishedRequestRecord.from_request",
+        ),
+        (
+            "megatron/core/inference/engines/dynamic_engine.py",
+            "DynamicInferenceEngine.post_process_requests",
         ),
     ],
 }  # fmt: skip

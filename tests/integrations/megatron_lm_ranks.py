@@ -5,10 +5,11 @@
 
 JOBS: a pickled list of (job, folder, number of ranks, environment). Megatron-LM is imported once;
 each job then forks its ranks, whose train_rl reads the environment. What is not Megatron-LM's
-here: CUDA (moe_upgrpo.megatron.backend); attention over packed sequences, which its local
-attention refuses; the inference engine, which needs a GPU: a request is of Megatron-LM's own class,
-with the routes that its replay records in a forward of the model. All else is: data for the update,
-packing, forwards, schedules, train_rl.forward_step and its loss function.
+here: CUDA (moe_upgrpo.megatron.backend); attention over packed and split sequences, which its local
+attention refuses (megatron_lm_models.py); the forward and the scheduler of its inference engine,
+which need a GPU (megatron_lm_engine.py). All else is: data for the update, packing, the partition
+of context parallelism, pipeline schedules, the inference model's groups and the copy of the weights
+into it, the engine's books, train_rl.forward_step and its loss function.
 """
 
 import importlib
@@ -17,6 +18,7 @@ import os
 import pickle
 import sys
 import warnings
+import zlib
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,30 +32,34 @@ import model_provider  # noqa: F401
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.enums import ModelType
 from megatron.core.inference.inference_request import DynamicInferenceRequest, FinishedRequestRecord
-from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.inference.shards import build_inference_pg_collection
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.resharding.refit import swap_model_weights
+from megatron.inference.utils import add_inference_args
 from megatron.rl import rl_utils, sequence_packing_utils
 from megatron.rl.agent.api import RolloutGroup, TokenRollout
+from megatron.training import global_vars
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron import backend
+from tests.integrations import megatron_lm_engine as engine
+from tests.integrations.megatron_lm_models import (
+    EXPERTS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    Bigrams,
+    model_of,
+    summed_gradients,
+    whole_names,
+)
 from tests.ranks import run_ranks
 
-VOCAB, WIDTH, EXPERTS, TOP_K = 64, 16, 8, 2
 TOKENIZER = SimpleNamespace(
     pad=62,
     eod=63,
@@ -64,29 +70,12 @@ TOKENIZER = SimpleNamespace(
 )
 
 
-class Attention(DotProductAttention):
-    """Causal attention, sequence by sequence."""
-
-    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        def attend(start, end):
-            parts = [x[start:end] for x in (query, key, value)]
-            if parts[0].dim() == 3:
-                parts = [x[:, None] for x in parts]
-            return super(Attention, self).forward(*parts, None, attn_mask_type=AttnMaskType.causal)
-
-        ends = [0, query.shape[0]]
-        if packed_seq_params is not None:
-            ends = packed_seq_params.cu_seqlens_q.tolist()
-        out = torch.cat([attend(a, b) for a, b in itertools.pairwise(ends) if b > a])
-        return out.squeeze(1) if query.dim() == 3 else out
-
-
 def start(**changes):
     """Megatron-LM's arguments and one process group."""
     dist.init_process_group("gloo")
     args = parse_args(ignore_unknown_args=True)
     given = dict(
-        num_layers=3,
+        num_layers=LAYERS,
         num_attention_heads=2,
         hidden_size=32,
         vocab_size=VOCAB,
@@ -111,143 +100,54 @@ def start(**changes):
     sequence_packing_utils.get_tokenizer = lambda: TOKENIZER
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
     )
     return args
 
 
-class Norm(torch.nn.RMSNorm):
-    """Megatron-LM's own without Transformer Engine refuses sequence parallelism."""
-
-    def __init__(self, config, hidden_size, eps=1e-5):
-        super().__init__(hidden_size, eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-class Model(GPTModel):
-    """In single precision, where Megatron-LM has no Float16Module that takes the argument away."""
-
-    def forward(self, *args, fp32_output=None, **kwargs):
-        return super().forward(*args, **kwargs)
-
-
-def model_of(args) -> Model:
-    """A dense layer and two MoE layers, the same weights on every data-parallel rank."""
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        num_layers=3,
-        hidden_size=32,
-        num_attention_heads=2,
-        ffn_hidden_size=64,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOP_K,
-        moe_layer_freq=[0, 1, 1],
-        moe_ffn_hidden_size=32,
-        use_cpu_initialization=True,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        moe_token_dispatcher_type="alltoall",
-        moe_enable_routing_replay=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=args.sequence_parallel,
-        calculate_per_token_loss=args.calculate_per_token_loss,
-    )
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    spec.layer_norm = Norm
-    for layer in spec.layer_specs:
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        layer.submodules.self_attention.submodules.core_attention = Attention
-    return Model(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=VOCAB,
-        max_sequence_length=WIDTH,
-        position_embedding_type="learned_absolute",
-    )
-
-
-class Bigrams(torch.nn.Module):
-    """For the losses' jobs: Megatron-LM's attention takes one sequence at a time where they are not
-    packed (its forward always says thd), so no model of it makes a micro-batch of two."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.logits = torch.nn.Parameter(torch.randn(VOCAB, VOCAB))
-        self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        self.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-        self.model_type = ModelType.encoder_or_decoder
-
-    def forward(self, tokens, *args, **kwargs):
-        return self.logits[tokens]
-
-    def set_input_tensor(self, tensor):
-        pass
-
-
-def inference(model, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routes `[S - 1, L, K]` as Megatron-LM's replay records them, and log-probs `[S - 1]`."""
-    padded = torch.tensor([tokens + [TOKENIZER.pad] * (WIDTH - len(tokens))])
-    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
-    with torch.no_grad():
-        logits = model(padded, torch.arange(WIDTH)[None], None, runtime_gather_output=True)
-    routes = torch.stack(RouterReplay.get_recorded_data(), dim=1)
-    RouterReplay.clear_global_router_replay_action()
-    if model.config.sequence_parallel:
-        routes = gather_from_sequence_parallel_region(routes.contiguous())
-    logps = rl_utils.selective_log_softmax(logits[:, :-1], padded[:, 1:])[0]
-    return routes[: len(tokens) - 1], logps[: len(tokens) - 1]
-
-
-def finished(name: str, tokens: list[int], prompt: int, routes) -> FinishedRequestRecord:
+def finished(name: str) -> FinishedRequestRecord:
+    """The record of a request without routes."""
     request = DynamicInferenceRequest(
-        request_id=0,
-        uid=name,
-        sampling_params=SamplingParams(termination_id=TOKENIZER.eod),
-        prompt_tokens=torch.tensor(tokens[:prompt]),
-        generated_tokens=tokens[prompt:],
-        policy_epoch=[(0, 0)],
-        kv_cache_epoch=[(0, 0)],
-        routing_indices=None if routes is None else routes.numpy().astype("int16"),
+        request_id=0, uid=name, policy_epoch=[(0, 0)], kv_cache_epoch=[(0, 0)]
     )
-    record = FinishedRequestRecord.from_request(request)
-    request.serialize()  # what goes over HTTP
-    return record
+    return FinishedRequestRecord.from_request(request)
 
 
-def rollouts_of(plan: list[list[dict]], model=None) -> tuple[list, dict]:
+def rollouts_of(plan: list[list[dict]], server=None) -> tuple[list, dict]:
     """Groups of rollouts, and the ledger of their finished requests.
 
     plan: by group and rollout: turns [(tokens, prompt length)], reward, planted [(turn, position,
     layer)] where inference is made to have chosen another expert for the token at that position.
+    server: of inference; None: no routes, and the plan's own log-probs.
     """
-    groups, ledger = [], {}
+    requests = [
+        (f"{g}-{r}-{t}", *turn, bool(rollout.get("evicted")))
+        for g, group in enumerate(plan)
+        for r, rollout in enumerate(group)
+        for t, turn in enumerate(rollout["turns"])
+    ]
+    if server is None:
+        ledger = {name: finished(name) for name, *_ in requests}
+    else:
+        logps, ledger = engine.collected(server, requests)
+        assert list(ledger) and all(type(name) is str and " " not in name for name in ledger)
+    groups = []
     for g, group in enumerate(plan):
         made = []
         for r, rollout in enumerate(group):
             names = [f"{g}-{r}-{t}" for t in range(len(rollout["turns"]))]
             logprobs = rollout.get("logprobs", [])
-            for t, (name, (tokens, prompt)) in enumerate(zip(names, rollout["turns"], strict=True)):
-                routes = None
-                if model is not None:
-                    routes, logps = inference(model, tokens)
-                    for turn, position, layer in rollout.get("planted", []):
-                        if turn == t:
-                            chosen = routes[position - 1, layer]
-                            chosen[0] = next(e for e in range(EXPERTS) if e not in chosen.tolist())
-                    first = rollout["turns"][t][1]
-                    logprobs = [*logprobs, (logps[first - 1 :] - 0.05).tolist()]
-                if rollout.get("evicted"):
-                    routes = None
-                ledger[name] = finished(name, tokens, prompt, routes)
+            if server is not None:
+                logprobs = [[x - 0.05 for x in logps[name]] for name in names]
+                for turn, position, layer in rollout.get("planted", []):
+                    routes = ledger[names[turn]].routing_indices
+                    if routes is None:
+                        continue
+                    chosen = routes[position - 1, layer]
+                    chosen[0] = next(e for e in range(EXPERTS) if e not in chosen.tolist())
             made.append(
                 TokenRollout(
                     trajectory=[tokens for tokens, _ in rollout["turns"]],
@@ -266,8 +166,8 @@ def rollouts_of(plan: list[list[dict]], model=None) -> tuple[list, dict]:
     return groups, ledger
 
 
-def collect(model, plan, packed: bool, correct: bool = False, routes: bool = True):
-    groups, ledger = rollouts_of(plan, model if routes else None)
+def collect(model, plan, packed: bool, correct: bool = False, server=None):
+    groups, ledger = rollouts_of(plan, server)
     iterator, *_ = rl_utils.prepare_data_for_update(
         model=[model],
         ref_state_dict=model.state_dict(),
@@ -301,7 +201,7 @@ def losses(folder: Path) -> None:
     configs["grpo as upstream's"] = preset("grpo", clip_low=0.01, clip_high=0.01, dual_clip=None)
     for packed, size in ((False, 2), (True, 1)):
         args.rl_use_sequence_packing, args.micro_batch_size = packed, size
-        iterator = collect(model, plan, packed, correct=True, routes=False)
+        iterator = collect(model, plan, packed, correct=True)
         batches = [next(iterator) for _ in range(get_num_microbatches())]
         counts = hooks.counts
         # Alone, or as a part of the collection by either of Megatron-LM's normalisations.
@@ -355,86 +255,160 @@ def update(train_rl, batch) -> dict:
     }
 
 
-def routes(folder: Path) -> None:
-    """Two collections, the first visited twice, with an SGD step after each pass."""
-    packed = os.environ["PACKED"] == "1"
-    tp = int(os.environ.get("TP", "1"))
-    args = start(
+def split(packed: bool, **changes) -> SimpleNamespace:
+    """Arguments of the layout that the environment names: TP, PP, FIRST layers of stage 0, CP."""
+    tp, pp, cp = (int(os.environ.get(name, "1")) for name in ("TP", "PP", "CP"))
+    return start(
         rl_use_sequence_packing=packed,
         rl_sequence_packing_max_sequences_per_bin=3,
         calculate_per_token_loss=packed,
         tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        decoder_first_pipeline_num_layers=int(os.environ["FIRST"]) if pp > 1 else None,
+        context_parallel_size=cp,
         expert_model_parallel_size=tp,
         expert_tensor_parallel_size=1,
         sequence_parallel=tp > 1,
+        **changes,
     )
+
+
+def inference_model_of(args):
+    """A model of inference's own, as training.py:1841 builds it; None: it has the trainer's."""
+    stages = os.environ.get("INFERENCE_PP")
+    if stages is None and args.context_parallel_size == 1:
+        return None
+    args.rl_inference_pipeline_model_parallel_size = stages and int(stages)
+    groups = build_inference_pg_collection(
+        args.world_size,
+        pp_size=args.rl_inference_pipeline_model_parallel_size,
+        cp_size=1 if args.context_parallel_size > 1 else None,
+        use_tp_pp_dp_mapping=args.use_tp_pp_dp_mapping,
+    )
+    if args.decoder_first_pipeline_num_layers is None:
+        args.decoder_first_pipeline_num_layers = int(os.environ.get("FIRST", "0")) or None
+    model = model_of(args, groups, context_parallel_size=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # the weights come with the copy
+    return model
+
+
+def one_pass(train_rl, model, iterator) -> None:
+    model.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=train_rl.forward_step,
+        data_iterator=iterator,
+        model=[model],
+        num_microbatches=get_num_microbatches(),
+        seq_length=WIDTH,
+        micro_batch_size=1,
+        decoder_seq_length=WIDTH,
+        forward_only=False,
+    )
+    summed_gradients(model)
+
+
+def routes(folder: Path) -> None:
+    """Two collections, the first visited twice, with an SGD step after each pass."""
+    packed = os.environ["PACKED"] == "1"
+    args = split(packed)
     train_rl = importlib.import_module("train_rl")
     plans = pickle.loads((folder / "plan.pkl").read_bytes())
     model = model_of(args)
-    if dist.get_world_size() == 1:
-        (folder / "refused.txt").write_text("\n".join(refused(args, model, plans[0])))
+    own = inference_model_of(args)
+    if os.environ.get("REFUSED"):
+        (folder / "refused.txt").write_text(refused(args, model, plans[0]))
     for passes, plan in zip((2, 1), plans, strict=True):
-        iterator = collect(model, plan, packed)
+        if own is not None:
+            swap_model_weights([model], [own], "gloo")
+        served = model if own is None else own
+        server = engine.started(args, served, graphs=os.environ.get("GRAPHS") == "1")
+        iterator = collect(model, plan, packed, server=server)
         for _ in range(passes):
-            model.zero_grad()
-            get_forward_backward_func()(
-                forward_step_func=train_rl.forward_step,
-                data_iterator=iterator,
-                model=[model],
-                num_microbatches=get_num_microbatches(),
-                seq_length=WIDTH,
-                micro_batch_size=1,
-                decoder_seq_length=WIDTH,
-                forward_only=False,
-            )
+            one_pass(train_rl, model, iterator)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    if parameter.grad is None:
-                        continue
-                    groups = [parallel_state.get_data_parallel_group()]
-                    if getattr(parameter, "sequence_parallel", False):
-                        groups.append(parallel_state.get_tensor_model_parallel_group())
-                    for group in groups:
-                        dist.all_reduce(parameter.grad, group=group)
-                    parameter -= 1e-2 * parameter.grad
+                    if parameter.grad is not None:
+                        parameter -= 1e-2 * parameter.grad
     # The end of the job: upstream's function ends the process.
     with mock.patch("os._exit"):
         rl_utils.rl_inference_interface_shutdown()
 
 
-def refused(args, model, plan) -> list[str]:
-    """The end of a collection: under four settings, and where no routes were recorded."""
-    said = []
-    for name, value in (
-        ("pipeline_model_parallel_size", 2),
-        ("context_parallel_size", 2),
-        ("rl_training_cuda_graphs", True),
-        ("rl_inference_expert_model_parallel_size", 1),
-        ("curr_iteration", 1),
-    ):
-        with mock.patch.object(args, name, value):
-            try:
-                collect(model, plan, packed=False, routes=False)
-            except UserError as error:
-                said.append(str(error))
-    return said
+def refused(args, model, plan) -> str:
+    """The end of a collection whose requests have no routes."""
+    try:
+        collect(model, plan, packed=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def gradients(folder: Path) -> None:
+    """Every preset in this layout, without a log: gradients of a collection, by parameter."""
+    name, packed = os.environ["NAME"], os.environ["PACKED"] == "1"
+    args = split(packed, rl_inference_logprobs_is_correction=True)
+    train_rl = importlib.import_module("train_rl")
+    hooks = importlib.import_module("moe_upgrpo.integrations.megatron_lm").hooks
+    hooks.install()
+    plan = pickle.loads((folder / "plan.pkl").read_bytes())
+    model, found = model_of(args), {}
+    iterator = collect(model, plan, packed, correct=True)
+    with torch.no_grad():
+        for key, parameter in whole_names(model).items():  # away from the old log-probs
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + 1)
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    for preset, config in PRESETS.items():
+        if config.arguments <= {"rollout_log_probs"}:
+            hooks.config = config
+            args.rl_inference_logprobs_is_correction = bool(config.arguments)
+            one_pass(train_rl, model, iterator)
+            found[preset] = {
+                key: parameter.grad.numpy().copy()
+                for key, parameter in whole_names(model).items()
+                if parameter.grad is not None
+            }
+    (folder / f"{name}-{dist.get_rank()}.pkl").write_bytes(pickle.dumps(found))
 
 
 def settings(folder: Path) -> None:
-    """The end of an import of the integration, for each environment asked."""
-    said = []
-    for variables in pickle.loads((folder / "plan.pkl").read_bytes()):
+    """Answers at start-up: of an import of the integration, for each environment asked, and
+    to the arguments of Megatron-LM's own scripts, as its own parser has them."""
+    plan, said = pickle.loads((folder / "plan.pkl").read_bytes()), []
+    for variables in plan["environments"]:
         with mock.patch.dict(os.environ, variables):
             try:
-                importlib.import_module("moe_upgrpo.integrations.megatron_lm")
+                importlib.import_module("moe_upgrpo.integrations.megatron_lm.install")
             except UserError as error:
                 said.append(str(error))
             for name in [n for n in sys.modules if n.startswith("moe_upgrpo.integrations.megat")]:
                 del sys.modules[name]
+    os.environ |= {"MOE_UPGRPO_RUN": str(folder / "run"), "MOE_UPGRPO_LOSS": "up-grpo"}
+    importlib.import_module("moe_upgrpo.integrations.megatron_lm.install")
+    inference = importlib.import_module("moe_upgrpo.integrations.megatron_lm.inference")
+    for words, changes in plan["arguments"]:
+        with mock.patch.object(sys, "argv", ["train_rl.py", *words]):
+            # It does not know --tokenizer-hf-include-special-tokens, which one script has.
+            args = parse_args(add_inference_args, ignore_unknown_args=True)
+        for name, value in changes.items():
+            assert hasattr(args, name)
+            setattr(args, name, value)
+        global_vars._GLOBAL_ARGS = None
+        try:
+            global_vars.set_args(args)
+            said.append("accepted" if global_vars._GLOBAL_ARGS is args else "not set")
+        except UserError as error:
+            said.append(str(error))
+    first, second = (inference.Finished(number, str(number), None) for number in (1, 2))
+    try:
+        inference.put_together({}, [(1, [first, second]), (1, [second, first])])
+    except UserError as error:
+        said.append(str(error))
     (folder / "said.pkl").write_bytes(pickle.dumps(said))
 
 
-JOBS = {"losses": losses, "routes": routes, "settings": settings}
+JOBS = {"losses": losses, "routes": routes, "gradients": gradients, "settings": settings}
 
 
 def rank(job: str, folder: str, variables: dict) -> None:

@@ -29,6 +29,7 @@ from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection, poli
 from moe_upgrpo.patching.command import PatchCommand, run
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
+from tests.integrations import megatron_lm_scripts
 from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
@@ -277,6 +278,37 @@ def test_grpo_is_megatron_lms_own_with_its_settings(called):
     assert max(w.abs().max() for w in weights) > 0.1
 
 
+# Layouts in which every preset's gradients are those of one rank (megatron_lm_ranks.gradients).
+LAYOUTS = {"one rank": {}, "pp2": {"PP": "2", "FIRST": "2"}, "cp2": {"CP": "2"}}
+
+
+def gradients_of(folder: Path, layout: str, packed: str) -> dict[str, dict[str, np.ndarray]]:
+    """By preset and parameter, of all ranks together."""
+    ranks = 1 if layout == "one rank" else 2
+    found = [
+        pickle.loads((folder / f"gradients/{layout}-{packed}-{rank}.pkl").read_bytes())
+        for rank in range(ranks)
+    ]
+    return {name: {k: x for rank in found for k, x in rank[name].items()} for name in found[0]}
+
+
+@pytest.mark.parametrize("packed", ["0", "1"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+def test_every_losss_gradients_are_those_of_one_rank(jobs, layout, packed):
+    """Under pipeline and context parallelism, with either of Megatron-LM's normalisations."""
+    plain = gradients_of(jobs, "one rank", packed)
+    wide = gradients_of(jobs, layout, packed)
+    assert plain.keys() == wide.keys() == set(USABLE)
+    for name, expected in plain.items():
+        assert wide[name].keys() == expected.keys()
+        scale = max(abs(x).max() for x in expected.values())
+        assert scale > 1e-6, name
+        for parameter, x in expected.items():
+            np.testing.assert_allclose(
+                wide[name][parameter], x, rtol=1e-3, atol=1e-4 * scale, err_msg=name
+            )
+
+
 REFUSED = [
     (
         {"MOE_UPGRPO_LOSS": "rspo"},
@@ -298,18 +330,67 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_be_is_refused_when_the_integration_is_imported(jobs):
+ARGUMENTS = [  # beside those of each script, and what is said
+    ({}, "accepted"),
+    ({"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, "accepted"),
+    ({"rl_inference_tensor_model_parallel_size": 1}, "accepted"),
+    ({"rl_training_cuda_graphs": True}, "does not cover --rl-training-cuda-graphs"),
+    ({"moe_enable_routing_replay": False}, "needs --moe-enable-routing-replay"),
+]
+
+
+def words_of(script: str) -> list[str]:
+    """A script's settings with our line, as words of a command line."""
+    given = [*megatron_lm_scripts.read()["scripts"][script], *megatron_lm_scripts.ADDED]
+    found = [word for flag, value in given for word in (flag, *value.split())]
+    return ["1" if word == "$SEED" else word for word in found]
+
+
+def test_what_cannot_be_is_refused_at_start(jobs):
+    """By the import, and by the first that Megatron-LM does with its arguments."""
     said = pickle.loads((jobs / "settings/said.pkl").read_bytes())
-    for line, (_, message) in zip(said, REFUSED, strict=True):
+    scripts = megatron_lm_scripts.read()["scripts"]
+    messages = [message for _, message in REFUSED]
+    messages += [message for _ in scripts for _, message in ARGUMENTS]
+    messages.append("the pipeline stages of inference finished other requests (2, 2 of them")
+    for line, message in zip(said, messages, strict=True):
         assert message in line
+
+
+def test_the_scripts_settings_are_those_of_the_checkout():
+    assert megatron_lm_scripts.found_in(Path(CHECKOUT)) == megatron_lm_scripts.read()["scripts"]
 
 
 # --- the routing log
 
-RUNS = {  # packed, data-parallel ranks, tensor-parallel ranks, loss
-    "one rank": ("0", 1, 1, None),
-    "packed, two data-parallel ranks": ("1", 2, 1, "up-grpo"),
-    "tp2, sequence parallel": ("0", 1, 2, "up-gspo"),
+RUNS = {  # ranks, and what the environment of the ranks says (megatron_lm_ranks.split)
+    "one rank": (1, {"PACKED": "0", "REFUSED": "1"}),
+    "one rank, packed": (1, {"PACKED": "1", "MOE_UPGRPO_LOSS": "up-grpo"}),
+    "packed, two data-parallel ranks": (2, {"PACKED": "1", "MOE_UPGRPO_LOSS": "up-grpo"}),
+    "tp2, sequence parallel": (2, {"PACKED": "0", "TP": "2", "MOE_UPGRPO_LOSS": "up-gspo"}),
+    "pp2": (2, {"PACKED": "0", "PP": "2", "FIRST": "2"}),
+    "pp2, a dense stage, packed": (
+        2,
+        {"PACKED": "1", "PP": "2", "FIRST": "1", "MOE_UPGRPO_LOSS": "up-grpo"},
+    ),
+    "cp2": (2, {"PACKED": "0", "CP": "2"}),
+    "cp2, packed": (2, {"PACKED": "1", "CP": "2", "MOE_UPGRPO_LOSS": "up-grpo"}),
+    "CUDA graphs of inference": (1, {"PACKED": "0", "GRAPHS": "1"}),
+    "pp2, inference of its own": (
+        2,
+        {"PACKED": "0", "PP": "2", "FIRST": "2", "INFERENCE_PP": "1", "GRAPHS": "1"},
+    ),
+    "cp2, inference of its own in two stages": (
+        2,
+        {"PACKED": "0", "CP": "2", "FIRST": "2", "INFERENCE_PP": "2"},
+    ),
+}
+# Runs of one rank with the same rollouts, whose token log a wide run's has to be.
+PLAIN = {
+    name: "one rank, packed" if variables["PACKED"] == "1" else "one rank"
+    for name, (_, variables) in RUNS.items()
+    if name not in ("one rank", "one rank, packed", "packed, two data-parallel ranks")
+    and "TP" not in variables
 }
 LAYERS = 2  # MoE layers, those of index 1 and 2; layer 0 is dense
 
@@ -373,14 +454,25 @@ def jobs(patched, tmp_path_factory):
     """The folder that all jobs have written into."""
     folder = tmp_path_factory.mktemp("jobs")
     given = [(name, folder / name, 1, {}) for name in ("losses", "settings")]
-    for name, (packed, dp, tp, loss) in RUNS.items():
-        variables = {"PACKED": packed, "TP": str(tp), "MOE_UPGRPO_RUN": str(folder / name)}
-        if loss is not None:
-            variables["MOE_UPGRPO_LOSS"] = loss
-        given.append(("routes", folder / "routes", dp * tp, variables))
+    for name, (size, variables) in RUNS.items():
+        variables = variables | {"MOE_UPGRPO_RUN": str(folder / name)}
+        given.append(("routes", folder / "routes", size, variables))
+    for name, variables in LAYOUTS.items():
+        for packed in ("0", "1"):
+            named = {"NAME": f"{name}-{packed}", "PACKED": packed}
+            size = 1 if name == "one rank" else 2
+            given.append(("gradients", folder / "gradients", size, variables | named))
     plans = {
         "losses": plan_of_losses(),
-        "settings": [variables for variables, _ in REFUSED],
+        "gradients": plan_of_losses(),
+        "settings": {
+            "environments": [variables for variables, _ in REFUSED],
+            "arguments": [
+                (words_of(script), changes | {"num_experts": 8})
+                for script in megatron_lm_scripts.read()["scripts"]
+                for changes, _ in ARGUMENTS
+            ],
+        },
         "routes": plans_of_routes(),
     }
     for name, plan in plans.items():
@@ -428,6 +520,45 @@ def test_planted_differences_are_found_where_they_were_put(jobs, name):
         assert steps[step]["logp_gap/mean_abs"] == pytest.approx(0.05, abs=1e-4)
 
 
+EXACT = ["step", "sequence", "prompt", "position", "token_id", "reward", "layers_mismatched",
+         "prefix_mismatched", "staleness", "clipped"]  # fmt: skip
+ROUNDED = ["advantage", "logp_rollout", "logp_old", "logp_train", "ratio", "gradient_weight",
+           "margin_min"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_token_log_of_a_wide_configuration_is_that_of_one_rank(jobs, name):
+    """Row by row: the same tokens and routes, log-probs and weights to rounding."""
+    tables = [read_tokens(jobs / run) for run in (name, PLAIN[name])]
+    wide, plain = (table.to_pandas() for table in tables)
+    assert len(plain) > 60 and len(wide) == len(plain)
+    assert wide[EXACT].equals(plain[EXACT])
+    for column in ROUNDED:
+        np.testing.assert_allclose(wide[column], plain[column], rtol=1e-3, atol=2e-5)
+    for mine, its in zip(*(read_routes(table) for table in tables), strict=True):
+        assert mine.shape[1:] == (LAYERS, 2)
+        np.testing.assert_array_equal(np.sort(mine), np.sort(its))
+    metrics = [read_metrics(jobs / run) for run in (name, PLAIN[name])]
+    for here, there in zip(*metrics, strict=True):
+        assert here.keys() == there.keys()
+        assert here["loss/policy"] == pytest.approx(there["loss/policy"], rel=1e-3, abs=1e-5)
+
+
+def test_the_run_says_how_inference_is_split(jobs):
+    said = {name: read_config(jobs / name) for name in PLAIN}
+    assert said["pp2"]["layout"] == "tp 1, pp 2, ep 1, cp 1"
+    assert said["pp2"]["engine"] == "Megatron-Core inference"
+    engines = {name: config["engine"] for name, config in said.items() if "own" in config["engine"]}
+    assert engines == {
+        "cp2": "Megatron-Core inference, a model of its own (cp 1)",
+        "cp2, packed": "Megatron-Core inference, a model of its own (cp 1)",
+        "pp2, inference of its own": "Megatron-Core inference, a model of its own (pp 1, cp 1)",
+        "cp2, inference of its own in two stages": (
+            "Megatron-Core inference, a model of its own (pp 2, cp 1)"
+        ),
+    }
+
+
 def test_the_updates_side_of_the_log(jobs):
     """Packed, up-grpo, --calculate-per-token-loss: a positive token pulls with A/N, whichever of
     the two passes it was; without, with A over its row's tokens and the rows, pads included."""
@@ -458,20 +589,9 @@ def test_the_updates_side_of_the_log(jobs):
     assert metrics[0]["clip/positive"] == 0 and "loss/ppo_kl" in metrics[0]
 
 
-def test_what_the_log_does_not_cover_is_refused(jobs):
-    said = (jobs / "routes/refused.txt").read_text().splitlines()
-    for line, named in zip(
-        said,
-        (
-            "pipeline stages",
-            "--context-parallel-size",
-            "--rl-training-cuda-graphs",
-            "a separate inference model",
-            "no finished request has routing_indices; the routing log needs --moe-enable-routing",
-        ),
-        strict=True,
-    ):
-        assert line.startswith("MOE_UPGRPO_RUN: ") and named in line
+def test_requests_without_routes_are_refused(jobs):
+    said = (jobs / "routes/refused.txt").read_text()
+    assert said.startswith("MOE_UPGRPO_RUN: no finished request has routing_indices")
 
 
 def test_the_report_opens_the_run(jobs):

@@ -1,7 +1,7 @@
 # ruff: noqa: E402
 """The functions of Megatron-LM's `rl_utils` with the loss and the log around them.
 
-An import puts them there, where the environment asks for a loss or a log (see `loss`).
+An import puts them there, where the environment asks for a loss or a log (see `settings`).
 """
 
 import functools
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.rl import rl_utils
-from megatron.training import get_args
+from megatron.training import get_args, global_vars
 from torch import Tensor
 
-from moe_upgrpo.integrations.megatron_lm.loss import Counts, Terms, asked, evaluate, with_clamps
+from moe_upgrpo.integrations.megatron_lm.loss import Counts, Terms, evaluate
+from moe_upgrpo.integrations.megatron_lm.settings import asked, check, with_clamps
 from moe_upgrpo.losses import PolicyLossConfig
 
 
@@ -45,6 +46,13 @@ class Hooks:
 
     def install(self) -> None:
         prepare, trajectories = rl_utils.prepare_data_for_update, rl_utils.prepare_trajectories
+        set_args = global_vars.set_args
+
+        @functools.wraps(set_args)
+        def checked_args(args):
+            # The first that Megatron-LM does with them: before a model is built.
+            check(args, self.config, self.settings, log=self.log is not None)
+            set_args(args)
 
         @functools.wraps(trajectories)
         def prepare_trajectories(rows, *args, **kwargs):
@@ -77,6 +85,7 @@ class Hooks:
                 self.log.collected(rows, trajs, packed)
             return result
 
+        global_vars.set_args = checked_args
         rl_utils.prepare_trajectories = prepare_trajectories
         rl_utils.prepare_data_for_update = prepare_data_for_update
 

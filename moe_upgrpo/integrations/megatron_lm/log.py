@@ -1,14 +1,15 @@
 """The routing log of Megatron-LM's own RL: its inference against its trainer, token by token.
 
-- inference: with --moe-enable-routing-replay its engine records `routing_indices` of each request
-  (inference_request.py:518) and nothing of megatron/rl reads them. They are put into the ledger of
-  finished requests, which all ranks share, and out of the answer that goes over HTTP;
+- inference: the routes that its engine recorded ride in the ledger of finished requests
+  (`inference`);
 - trainer: forward hooks of the routers in the forward of the old log-probs, at the weights that
-  the update starts from;
+  the update starts from; joined over sequence and context parallelism there, over the pipeline
+  stages at the end of the collection, on the last;
 - update: the loss is evaluated a second time on detached log-probs; its gradient says which tokens
   the loss's own rule cut, whatever loss it is.
 
-A step of the log is a collection; it is written when the next begins, or at the end of the job.
+A step of the log is a collection; it is written when the next begins, or at the end of the job. Of
+the ranks of a data-parallel replica one writes: the first of its last stage.
 
 Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.inference.inference_request import FinishedRequestRecord
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.rl import rl_utils
 from megatron.training import get_args
@@ -34,7 +35,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
-from moe_upgrpo.integrations.megatron_lm import loss
+from moe_upgrpo.integrations.megatron_lm import inference, loss
+from moe_upgrpo.integrations.megatron_lm.settings import loss_name
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 
@@ -62,8 +64,10 @@ class CollectionLog:
         self.log: RunLog | None = None
         self.step = 0
         self.layer_ids: list[int] = []
+        self.partition: Any = None  # of the positions, by Megatron-LM's context parallelism
         self._clear()
         self._install()
+        inference.Stages().install()
 
     def _clear(self) -> None:
         self.sequences: list[Sequence] = []
@@ -72,19 +76,21 @@ class CollectionLog:
         self.logged: dict[int, SequenceRecord] = {}
         self.gathered = Step()
         self.seen = self.micro_batches = 0
-        self.recorded: list[torch.Tensor] = []  # [N, L, X] of each micro-batch, see kit.routers
+        # [N, L, X] of each micro-batch, see kit.routers; None of a stage without MoE layers.
+        self.recorded: list[torch.Tensor | None] = []
         self.recording = False
 
     def _install(self) -> None:
-        from_request = FinishedRequestRecord.from_request.__func__
         compute, forward = rl_utils.compute_logprobs_batch, rl_utils.logprobs_forward_step
-        shutdown = rl_utils.rl_inference_interface_shutdown
+        shutdown, scatter = (
+            rl_utils.rl_inference_interface_shutdown,
+            rl_utils._scatter_for_context_parallel,
+        )
 
-        @functools.wraps(from_request)
-        def with_routes(cls, request):
-            record = from_request(cls, request)
-            record.routing_indices, request.routing_indices = request.routing_indices, None
-            return record
+        @functools.wraps(scatter)
+        def _scatter_for_context_parallel(*args, **kwargs):
+            *local, self.partition = scatter(*args, **kwargs)
+            return *local, self.partition
 
         @functools.wraps(compute)
         def compute_logprobs_batch(*args, **kwargs):
@@ -106,7 +112,7 @@ class CollectionLog:
             self.finish()
             return shutdown()  # ends the process
 
-        FinishedRequestRecord.from_request = classmethod(with_routes)
+        rl_utils._scatter_for_context_parallel = _scatter_for_context_parallel
         rl_utils.compute_logprobs_batch = compute_logprobs_batch
         rl_utils.logprobs_forward_step = logprobs_forward_step
         rl_utils.rl_inference_interface_shutdown = rl_inference_interface_shutdown
@@ -117,7 +123,7 @@ class CollectionLog:
         """Before Megatron-LM takes the requests' records out of the ledger."""
         self.finish()
         self._clear()
-        self._check(model)
+        self._watch(model)
         self.rollouts = [(r, str(i)) for i, group in enumerate(groups) for r in group]
         self.routes = {
             name: routes
@@ -131,76 +137,71 @@ class CollectionLog:
         }
         if request_ledger and not self.routes:
             raise UserError(
-                "MOE_UPGRPO_RUN: no finished request has routing_indices; the routing log needs "
-                "--moe-enable-routing-replay (and no --moe-router-fusion, under which nothing is "
-                "recorded)"
+                "MOE_UPGRPO_RUN: no finished request has routing_indices, although "
+                "--moe-enable-routing-replay is set: Megatron-LM's inference recorded nothing. "
+                "Unset the variable, and tell us the job's flags"
             )
 
-    def _check(self, model: list) -> None:
-        args = get_args()
-        inference = [
-            f"rl_inference_{name}_parallel_size"
-            for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor_model")
-        ]
-        not_covered = {
-            "pipeline stages: inference records the routers of one stage alone": (
-                args.pipeline_model_parallel_size > 1
-            ),
-            "--context-parallel-size": args.context_parallel_size > 1,
-            "--rl-training-cuda-graphs: they run no hooks": args.rl_training_cuda_graphs,
-            "a separate inference model (--rl-inference-…-parallel-size): inference would also "
-            "record the trainer's routers": any(
-                getattr(args, name, None) is not None for name in inference
-            ),
-        }
-        environment.refuse(not_covered)
+    def _watch(self, model: list) -> None:
+        # Inference leaves its recorders at work, and with CUDA graphs their buffers, which hold
+        # less than a micro-batch of training. It sets both anew with each of its steps.
+        RouterReplay.clear_global_router_replay_action()
         self.routers = [r for chunk in rl_utils.unwrap_model(model) for r in routers.counted(chunk)]
-        if not self.routers:
-            raise UserError(
-                "MOE_UPGRPO_RUN: the model has no MoE layer whose routes could be logged"
-            )
-        self.layer_ids = sorted(router.layer_number - 1 for router in self.routers)
+        self.numbers = sorted(router.layer_number for router in self.routers)
         self.config = get_attr_wrapped_model(model[0], "config")
+        self.writes = routers.first_of_stage() and mpu.is_pipeline_last_stage()
 
     def _recorded(self, model, forward) -> Any:
+        self.partition = None
         with routers.watched(self.routers) as watch:
             result = forward()
         _, table_NLX = watch.take()
-        self.recorded.append(
-            routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel).cpu()
-        )
+        if table_NLX is not None:
+            table_NLX = routers.whole_sequence_parallel(table_NLX, self.config.sequence_parallel)
+            table_NLX = _whole_context_parallel(table_NLX, self.partition).cpu()
+        self.recorded.append(table_NLX)
         return result
 
     def collected(self, rows: list, trajs: torch.Tensor, packed) -> None:
         """The rows that this rank trains on, in the order in which the loader has them."""
         number = {id(rollout): i for i, (rollout, _) in enumerate(self.rollouts)}
         named = [self._named(row, number) for row in rows]
+        found, mine = [], {}
         if packed is None:
-            width, routes = trajs.shape[1], []
-            for table_NLX in self.recorded:  # position-major
-                routes.extend(table_NLX.unflatten(0, (width, -1)).unbind(dim=1))
-            found = zip(named, trajs, routes, strict=True)
+            width, size = trajs.shape[1], get_args().micro_batch_size
+            for i, (name, tokens_S) in enumerate(zip(named, trajs, strict=True)):
+                table_NLX = self.recorded[i // size]
+                found.append((name, tokens_S))
+                mine[i] = self._layers(  # position-major
+                    table_NLX, lambda x, i=i: x.unflatten(0, (width, -1))[:, i % size]
+                )
         else:
             ranks = [None] * mpu.get_data_parallel_world_size()
             dist.all_gather_object(ranks, named, group=mpu.get_data_parallel_group())
             everywhere = [name for rank in ranks for name in rank]
             info = packed.packing_info
-            found = []
             for i, indices in enumerate(info.bin_seq_indices):
                 for start, index in zip(info.seq_starts[i], indices, strict=False):
                     here = slice(start, start + info.seq_lengths[index])
-                    sides = packed.packed_trajs[i, here], self.recorded[i][here]
-                    found.append((everywhere[index], *sides))
+                    mine[len(found)] = self._layers(self.recorded[i], lambda x, here=here: x[here])
+                    found.append((everywhere[index], packed.packed_trajs[i, here]))
         self.micro_batches = len(self.recorded)
-        for (index, turn), tokens_S, table_SLX in found:
+        whole = routers.joined(mine, writes=self.writes) if mine else None
+        if whole is None:
+            return
+        self.layer_ids = whole.layer_ids
+        for i, ((index, turn), tokens_S) in enumerate(found):
             rollout, prompt = (None, "") if index is None else self.rollouts[index]
-            layers = routers.by_layer([n + 1 for n in self.layer_ids], table_SLX[:-1])
-            whole = routers.Routes.of({0: layers})
             sequence = Sequence(
-                _key(tokens_S), rollout, turn, prompt, whole.routes[0], whole.margins[0]
+                _key(tokens_S), rollout, turn, prompt, whole.routes[i], whole.margins[i]
             )
             self.by_key[sequence.key].append(len(self.sequences))
             self.sequences.append(sequence)
+
+    def _layers(self, table_NLX: torch.Tensor | None, of_sequence) -> routers.Layers:
+        if table_NLX is None:
+            return {}
+        return routers.by_layer(self.numbers, of_sequence(table_NLX)[:-1])
 
     @staticmethod
     def _named(row, number: dict[int, int]) -> tuple[int | None, int | None]:
@@ -215,6 +216,8 @@ class CollectionLog:
         self, given: dict, loss_mask: torch.Tensor, tokens: torch.Tensor, config, counts
     ) -> None:
         """A micro-batch of the update; arguments as `loss.evaluate` has them."""
+        if not self.writes:
+            return
         current = given["current_logprobs"].detach().float()
         mask = loss_mask.to(current.device) > 0
         divisor = counts.divisor(get_args().calculate_per_token_loss, float(mask.sum()))
@@ -332,7 +335,7 @@ class CollectionLog:
 
     def finish(self) -> None:
         """Write the collection that was trained on, if there was one; on every rank."""
-        if not self.seen or mpu.get_tensor_model_parallel_rank() != 0:
+        if not self.seen:
             return
         self.seen, passes = 0, self.seen / self.micro_batches
         found = torch.tensor(float(len(self.logged))).cuda()
@@ -347,11 +350,12 @@ class CollectionLog:
                 {
                     "stack": f"Megatron-LM, Megatron-Core {megatron.core.__version__}",
                     "model": str(args.pretrained_checkpoint or args.load),
-                    "layout": f"tp {args.tensor_model_parallel_size}, pp 1, "
-                    f"ep {args.expert_model_parallel_size}, cp 1",
-                    "loss": loss.loss_name(),
+                    "layout": f"tp {args.tensor_model_parallel_size}, "
+                    f"pp {args.pipeline_model_parallel_size}, "
+                    f"ep {args.expert_model_parallel_size}, cp {args.context_parallel_size}",
+                    "loss": loss_name(),
                     "replay": "none",
-                    "engine": "Megatron-Core inference",
+                    "engine": f"Megatron-Core inference{_inference_layout(args)}",
                 },
                 group=mpu.get_data_parallel_group(),
                 layer_ids=self.layer_ids,
@@ -367,3 +371,31 @@ class CollectionLog:
 
 def _key(tokens_S: torch.Tensor) -> bytes:
     return hashlib.blake2b(tokens_S.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _whole_context_parallel(table_NLX: torch.Tensor, partition: Any) -> torch.Tensor:
+    """The rows of all context-parallel ranks, in the order of the positions.
+
+    partition: Megatron-LM's of this micro-batch (`_CPScatterCache`); None: not split.
+    """
+    if partition is None:
+        return table_NLX
+    split = table_NLX.unflatten(
+        0, (partition.seq_len // dist.get_world_size(partition.cp_group), -1)
+    )
+    parts = [torch.empty_like(split) for _ in range(dist.get_world_size(partition.cp_group))]
+    dist.all_gather(parts, split.contiguous(), group=partition.cp_group)
+    return torch.cat(parts).index_select(0, partition.inverse_gather_perm).flatten(0, 1)
+
+
+def _inference_layout(args) -> str:
+    """Say how inference is split where it has a model of its own: what differs from the trainer."""
+    sizes = {
+        short: getattr(args, f"rl_inference_{name}_parallel_size", None)
+        for short, name in (("tp", "tensor_model"), ("pp", "pipeline_model"),
+                            ("ep", "expert_model"), ("etp", "expert_tensor_model"))
+    }  # fmt: skip
+    given = [f"{short} {size}" for short, size in sizes.items() if size is not None]
+    if not given and args.context_parallel_size == 1:
+        return ""
+    return f", a model of its own ({', '.join([*given, 'cp 1'])})"

@@ -1,11 +1,7 @@
 """Every preset in place of Megatron-LM's `calculate_grpo_loss`.
 
 The patched train_rl.py hands over the loss mask and the tokens. Which preset it is, the environment
-of all ranks says:
-
-    MOE_UPGRPO_LOSS           a preset; unset: Megatron-LM's own loss
-    MOE_UPGRPO_LOSS_SETTINGS  JSON, fields of `PolicyLossConfig`: {"clip_low": 0.1}
-    MOE_UPGRPO_RUN            a new folder for the routing log (`log`); unset: none
+of all ranks says (`settings`).
 
 Megatron-LM wants the losses of the tokens and divides their sum itself: with
 --calculate-per-token-loss by the response tokens of the optimizer step, else by those of the
@@ -17,9 +13,7 @@ Shapes: B rows of a micro-batch (of a packed bin, its sequences), T positions; t
 index t is that of the token at t + 1. Flags and limits: docs/megatron-lm.md.
 """
 
-import json
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,72 +21,15 @@ from megatron.rl import rl_utils
 from megatron.training import get_args
 from torch import Tensor
 
-from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit.presets import coupled, resolve, served
+from moe_upgrpo.integrations.megatron_lm.settings import check_correction
 from moe_upgrpo.losses import (
-    PRESETS,
     Metric,
     PolicyLossConfig,
     aggregation_weights,
     policy_loss,
 )
 
-CLAMP_DEFAULT = 0.01  # of --grpo-clamp-eps-lower and -upper (arguments.py:2740)
-NOT_HANDED_OVER = ("router_log_probs",)
-LOSSES = served(NOT_HANDED_OVER)
-
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def asked() -> PolicyLossConfig | None:
-    """The preset that the environment names, with its settings; None: no preset.
-
-    Raises:
-        UserError: a preset or settings that cannot be.
-    """
-    name, given = (os.environ.get(f"MOE_UPGRPO_LOSS{end}") for end in ("", "_SETTINGS"))
-    if not name:
-        if given:
-            raise UserError(
-                "MOE_UPGRPO_LOSS_SETTINGS is set, MOE_UPGRPO_LOSS is not: name a preset"
-            )
-        return None
-    try:
-        settings = json.loads(given or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"MOE_UPGRPO_LOSS_SETTINGS: {given!r} given ({error}); allowed: a JSON object of "
-            f"{', '.join(vars(PRESETS['grpo']))}"
-        ) from error
-    return resolve(
-        name,
-        settings,
-        option="MOE_UPGRPO_LOSS",
-        settings_option="MOE_UPGRPO_LOSS_SETTINGS",
-        stack="Megatron-LM",
-        not_handed_over=NOT_HANDED_OVER,
-    )
-
-
-def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -> PolicyLossConfig:
-    """--grpo-clamp-eps-lower and -upper, where they are set and `settings` does not name the field.
-
-    Raises:
-        UserError: a loss whose clip is on another scale than that of the ratio of a token.
-    """
-    changes = {
-        name: value
-        for name, value in clamps.items()
-        if value != CLAMP_DEFAULT and name not in settings
-    }
-    if changes and "ppo" not in (config.positive, config.negative):
-        raise UserError(
-            f"--grpo-clamp-eps-lower, --grpo-clamp-eps-upper: {changes} given with the branches "
-            f"{config.positive} and {config.negative}, whose bounds are not those of GRPO. Leave "
-            f"both at {CLAMP_DEFAULT} (the preset's hold then), or set clip_low and clip_high in "
-            "MOE_UPGRPO_LOSS_SETTINGS"
-        )
-    return replace(config, **changes)
 
 
 @dataclass(frozen=True)
@@ -166,7 +103,7 @@ def evaluate(
     advantages_BT = advantages_B.view(-1, 1).expand(mask_BT.shape)
     inference, weights_BT = given.get("inference_logprobs"), None
     reads_rollout = "rollout_log_probs" in config.arguments
-    _check_correction(config, inference is not None, given.get("is_truncation_coef"))
+    check_correction(config, inference is not None, given.get("is_truncation_coef"))
     if inference is not None and not reads_rollout:
         weights_BT = (given["old_logprobs"].float() - inference.to(device).float()).exp()
         if given.get("is_truncation_coef") is not None:
@@ -203,25 +140,3 @@ def evaluate(
         for side in (advantages_BT > 0, advantages_BT < 0)
     ]
     return (loss, kl_term, ratios, entropy_term, *cut), result.metrics
-
-
-def _check_correction(config: PolicyLossConfig, given: bool, truncation: float | None) -> None:
-    if "rollout_log_probs" in config.arguments:
-        if not given or truncation is not None:
-            raise UserError(
-                "this loss reads the rollout's log-probs itself: it needs "
-                "--rl-inference-logprobs-is-correction, and "
-                "--rl-importance-sampling-truncation-coef has no part in it (leave it out; "
-                '{"correction": {"high": ...}} is the bound of a correction)'
-            )
-    elif given and coupled(config):
-        raise UserError(
-            "--rl-inference-logprobs-is-correction weights every token, and the loss is one of "
-            "whole sequences. Take gspo-token, or one weight for each sequence: "
-            'MOE_UPGRPO_LOSS_SETTINGS={"correction": {"weight": "sequence-tis", "positive": true}}'
-        )
-
-
-def loss_name() -> str:
-    """Name the loss of this job, for the run's config."""
-    return os.environ.get("MOE_UPGRPO_LOSS") or "grpo of Megatron-LM"
