@@ -24,6 +24,8 @@ _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
 HOOKS: dict[str, list[tuple[str, str]]] = {
     "slime": [
         (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
+        (f"slime/{_MEGATRON}/data.py", "get_batch"),
+        ("slime/utils/data.py", "process_rollout_data"),
         (f"slime/{_MEGATRON}/model.py", "forward_only"),
         (f"slime/{_MEGATRON}/model.py", "train"),
         (f"slime/{_MEGATRON}/loss.py", "loss_function"),
@@ -42,6 +44,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
     ],
     "miles": [
         (f"{_TRAINING}/data.py", "get_data_iterator"),
+        (f"{_TRAINING}/data.py", "get_batch"),
         (f"miles/{_MEGATRON}/model.py", "forward_only"),
         (f"miles/{_MEGATRON}/model.py", "train"),
         (f"{_TRAINING}/loss.py", "loss_function"),
@@ -51,7 +54,6 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         (f"{_TRAINING}/cp_utils.py", "all_gather_with_cp"),
         (f"{_TRAINING}/cp_utils.py", "slice_log_prob_with_cp"),
         (f"{_TRAINING}/cp_utils.py", "get_sum_of_sample_mean"),
-        (f"{_TRAINING}/replay_data.py", "fill_replay_data"),
         ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"),
         ("miles/utils/replay_base.py", "BaseReplayManager.clear_all_forward"),
         ("miles/utils/replay_base.py", "BaseReplayManager.check_replay_result"),
@@ -91,13 +93,18 @@ BEFORE: dict[tuple[str, str], tuple[str, str]] = {
         (f"{_TRAINING}/loss.py", "policy_loss_function"),
     (f"{_TRAINING}/loss_hub/math_utils.py", "compute_policy_loss"):
         ("miles/utils/ppo_utils.py", "compute_policy_loss"),
-    (f"{_TRAINING}/replay_data.py", "fill_replay_data"):
-        (f"miles/{_MEGATRON}/actor.py", "MegatronTrainRayActor._fill_replay_data"),
     ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"):
         ("miles/utils/data.py", "process_rollout_data"),
     ("miles/utils/tracking_utils/tracking.py", "log"):
         ("miles/utils/tracking_utils/__init__.py", "log"),
+    ("slime/observability/logging_utils.py", "log"): ("slime/utils/logging_utils.py", "log"),
+    ("slime/observability/metric_utils.py", "compute_rollout_step"):
+        ("slime/utils/metric_utils.py", "compute_rollout_step"),
 }  # fmt: skip
+# Not in every revision: that it is there says what the revision can do.
+OPTIONAL: set[tuple[str, str]] = {
+    (f"slime/{_MEGATRON}/cp_utils.py", "prepare_routed_experts_for_routing_replay"),
+}
 # miles 0.0.2 with nothing else: `make test` puts it there.
 MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"
 
@@ -175,7 +182,8 @@ def main(stack: str, revision: str, checkout: str) -> None:
     missing = [
         hook[1]
         for hook in HOOKS[stack]
-        if not any(f"{file}:{name}" in found for file, name in places(hook))
+        if hook not in OPTIONAL
+        and not any(f"{file}:{name}" in found for file, name in places(hook))
     ]
     if missing:
         sys.exit(f"{checkout}: no {', '.join(missing)}")

@@ -21,8 +21,9 @@ def test_every_hook_is_kept_at_each_tested_revision(stack):
     kept = hooks.read()[stack]
     assert CHECKOUTS[stack][1] in kept
     for revision, found in kept.items():
-        assert len(found) == len(hooks.HOOKS[stack]), revision
         for hook in hooks.HOOKS[stack]:
+            if hook in hooks.OPTIONAL:
+                continue
             here = [f"{file}:{name}" for file, name in hooks.places(hook)]
             assert len(found.keys() & set(here)) == 1, (revision, here)
         assert all(
@@ -35,10 +36,12 @@ def test_every_hook_is_kept_at_each_tested_revision(stack):
     [stack for stack, (variable, _) in CHECKOUTS.items() if os.environ.get(variable)] or ["none"],
 )
 def test_a_checkouts_hooks_are_as_they_were_tested(stack):
-    """Where a variable names one: `make test-stacks`."""
+    """Where a variable names one: `make test-stacks`. It may be at any tested revision."""
     if stack != "none":
-        variable, revision = CHECKOUTS[stack]
-        assert hooks.difference(stack, Path(os.environ[variable]), revision) == []
+        variable, newest = CHECKOUTS[stack]
+        checkout = Path(os.environ[variable])
+        found = {r: hooks.difference(stack, checkout, r) for r in hooks.read()[stack]}
+        assert [] in found.values(), found[newest]
 
 
 def test_the_released_miles_hooks_are_as_they_were_tested():
