@@ -100,7 +100,7 @@ lint: $(STAMP)
 test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
@@ -135,8 +135,8 @@ $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
 test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
-# Checkouts of the stacks that have no wheel, at the revisions of tests/integrations/hooks.json:
-# STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
+# Checkouts of the stacks that have no wheel, at revisions of tests/integrations/hooks.json; with what
+# is marked slow. STACKS holds folders slime, miles, nemo-rl and megatron-lm, or some of them.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
 test-stacks: $(TEST_STAMP) $(MILES)/.installed
@@ -144,7 +144,7 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed
 	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
 	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
-	  $(BIN)/python -m pytest tests/integrations
+	  $(BIN)/python -m pytest tests/integrations -m 'slow or not slow'
 
 clean:
 	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) build *.egg-info

@@ -208,7 +208,9 @@ def stack_loss(
             )
             for rows_BT in (result.per_token / norm, result.clipped.float())
         )
-        return per_token, clipped
+        # A rank without a token of its own has no path to its log-probs; under --allgather-cp the
+        # others would wait for its part in the backward of their redistribution.
+        return per_token + torch.cat(log_probs)[:0].sum(), clipped
 
     with (
         replaced(module, get_log_probs_and_entropy=kept, compute_policy_loss=inner),
