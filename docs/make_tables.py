@@ -18,6 +18,7 @@ from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.train.options import MAY_CHANGE
+from tests.integrations import scripts
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -57,6 +58,7 @@ PAGES = {
             ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
         ),
     },
+    "slime.md": {"script": scripts.markdown()},
     "patches.md": {"faults": faults.markdown_table()},
     "reliability.md": {"faults": marked_faults.markdown()},
     "scale.md": {
