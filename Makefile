@@ -100,7 +100,7 @@ lint: $(STAMP)
 test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
@@ -135,8 +135,9 @@ $(SGLANG_STAMP): tests/engines/sglang_requirements.txt
 test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 	$(BIN)/python -m pytest tests/engines
 
-# Checkouts of the stacks, at the revisions of integrations/hooks.json: STACKS holds folders slime,
-# miles, nemo-rl, megatron-lm and verl (whose engine is then run in the wheel's place), or some.
+# Checkouts of the stacks, at revisions of integrations/hooks.json; with what is marked slow. STACKS
+# holds folders slime, miles, nemo-rl, megatron-lm and verl (whose engine is then run in the wheel's
+# place), or some of them.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
 test-stacks: $(TEST_STAMP) $(MILES)/.installed
@@ -144,7 +145,7 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed
 	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm, verl"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
 	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_VERL='$(call stack,verl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
-	  $(BIN)/python -m pytest tests/integrations
+	  $(BIN)/python -m pytest tests/integrations -m 'slow or not slow'
 
 clean:
 	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) build *.egg-info

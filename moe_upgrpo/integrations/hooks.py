@@ -57,6 +57,8 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
     ],
     "slime": [
         (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
+        (f"slime/{_MEGATRON}/data.py", "get_batch"),
+        ("slime/utils/data.py", "process_rollout_data"),
         (f"slime/{_MEGATRON}/model.py", "forward_only"),
         (f"slime/{_MEGATRON}/model.py", "train"),
         (f"slime/{_MEGATRON}/loss.py", "loss_function"),
@@ -66,7 +68,6 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         (f"slime/{_MEGATRON}/cp_utils.py", "all_gather_with_cp"),
         (f"slime/{_MEGATRON}/cp_utils.py", "slice_log_prob_with_cp"),
         (f"slime/{_MEGATRON}/cp_utils.py", "get_sum_of_sample_mean"),
-        (f"slime/{_MEGATRON}/cp_utils.py", "prepare_routed_experts_for_routing_replay"),
         ("slime/utils/routing_replay.py", "get_routing_replay_compute_topk"),
         ("slime/utils/routing_replay.py", "RoutingReplay.clear_all_forward"),
         ("slime/utils/misc.py", "load_function"),
@@ -75,6 +76,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
     ],
     "miles": [
         (f"{_TRAINING}/data.py", "get_data_iterator"),
+        (f"{_TRAINING}/data.py", "get_batch"),
         (f"miles/{_MEGATRON}/model.py", "forward_only"),
         (f"miles/{_MEGATRON}/model.py", "train"),
         (f"{_TRAINING}/loss.py", "loss_function"),
@@ -84,7 +86,6 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         (f"{_TRAINING}/cp_utils.py", "all_gather_with_cp"),
         (f"{_TRAINING}/cp_utils.py", "slice_log_prob_with_cp"),
         (f"{_TRAINING}/cp_utils.py", "get_sum_of_sample_mean"),
-        (f"{_TRAINING}/replay_data.py", "fill_replay_data"),
         ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"),
         ("miles/utils/replay_base.py", "BaseReplayManager.clear_all_forward"),
         ("miles/utils/replay_base.py", "BaseReplayManager.check_replay_result"),
@@ -132,12 +133,13 @@ BEFORE: dict[tuple[str, str], tuple[str, str]] = {
         (f"{_TRAINING}/loss.py", "policy_loss_function"),
     (f"{_TRAINING}/loss_hub/math_utils.py", "compute_policy_loss"):
         ("miles/utils/ppo_utils.py", "compute_policy_loss"),
-    (f"{_TRAINING}/replay_data.py", "fill_replay_data"):
-        (f"miles/{_MEGATRON}/actor.py", "MegatronTrainRayActor._fill_replay_data"),
     ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"):
         ("miles/utils/data.py", "process_rollout_data"),
     ("miles/utils/tracking_utils/tracking.py", "log"):
         ("miles/utils/tracking_utils/__init__.py", "log"),
+    ("slime/observability/logging_utils.py", "log"): ("slime/utils/logging_utils.py", "log"),
+    ("slime/observability/metric_utils.py", "compute_rollout_step"):
+        ("slime/utils/metric_utils.py", "compute_rollout_step"),
 }  # fmt: skip
 # Those that the losses need; the routing log needs all of them.
 LOSS: dict[str, set[str]] = {
@@ -159,6 +161,7 @@ NEWER: dict[str, list[tuple[str, str]]] = {
         (_WORKER, f"MegatronPolicyWorkerImpl.{part}_train_step")
         for part in ("begin", "finish", "abort")
     ] + [(_WORKER, "MegatronPolicyWorkerImpl.train_microbatch")],
+    "slime": [(f"slime/{_MEGATRON}/cp_utils.py", "prepare_routed_experts_for_routing_replay")],
 }  # fmt: skip
 
 

@@ -22,39 +22,44 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.integrations.slime_miles.loss import check_loss, replaced, stack_loss
-from moe_upgrpo.integrations.slime_miles.revisions import first_module, taken
+from moe_upgrpo.integrations.slime_miles.layout import is_padded, reducer_of, splits_the_whole
+from moe_upgrpo.integrations.slime_miles.loss import check_loss, stack_loss, sum_of_sequences
+from moe_upgrpo.integrations.slime_miles.revisions import (
+    Partition,
+    first_module,
+    need,
+    replaced,
+    taken,
+)
 
 losses = first_module(
     "miles.backends.training_utils.loss_hub.losses",
     "miles.backends.training_utils.loss",  # up to 0.0.2
 )
 HERE = "moe_upgrpo.integrations.miles"
-ROWS = "moe_upgrpo_rows"  # in the rollout's data while `Miles.rows` lays them out
 
 
 def loss(args: Namespace, batch, logits: Tensor, sum_of_sample_mean):
     """--custom-loss-function-path: see `slime_miles.loss.stack_loss`."""
-    if args.qkv_format != "thd" and args.context_parallel_size > 1:
-        raise UserError(
-            f"--qkv-format: {args.qkv_format} given with context parallelism; allowed with it: thd"
-        )
+    check_layout(args)
     return stack_loss(
-        losses,
-        cp_utils.slice_log_prob_with_cp,
-        f"{HERE}.sequence_sum",
-        args,
-        batch,
-        logits,
-        sum_of_sample_mean,
+        losses, cp_utils, f"{HERE}.sequence_sum", args, batch, logits, sum_of_sample_mean
     )
 
 
 def sequence_sum(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
-    """Reducer of seq-mean-token-sum: the stack divides by the number of rollouts."""
-    return cp_utils.get_sum_of_sample_mean(
-        total_lengths, response_lengths, loss_masks, calculate_per_token_loss=True
-    )
+    """Reducer of seq-mean-token-sum."""
+    return sum_of_sequences(cp_utils.get_sum_of_sample_mean, loss_masks)
+
+
+def check_layout(args: Namespace) -> None:
+    """UserError where miles itself takes the log-probs of other tokens."""
+    if is_padded(args) and splits_the_whole(args) and args.micro_batch_size > 1:
+        raise UserError(
+            f"--micro-batch-size: {args.micro_batch_size} given with --qkv-format "
+            f"{args.qkv_format} and --allgather-cp; allowed with them: 1 (miles looks for the "
+            "second sequence of a micro-batch where it would be without padding)"
+        )
 
 
 def init(args: Namespace) -> None:
@@ -68,21 +73,32 @@ def init(args: Namespace) -> None:
         log,
     )
 
-    check_loss(args, f"{HERE}.loss")
+    check_loss(args, f"{HERE}.loss", losses)
     mode = log.check_replay(args)
+    if args.loss_type == "custom_loss" or environment.run_folder():
+        check_layout(args)
+    if not environment.run_folder() and mode == "none":
+        return
+    stack, r3 = Miles(args), mode == "R3"
     if environment.run_folder():
         revisions.check("miles", "log")
         not_covered = {
-            f"--qkv-format {args.qkv_format}": args.qkv_format != "thd",
             "independent data-parallel replicas (--ft-components)": getattr(
                 args, "indep_dp", False
             ),
             "multi-LoRA": getattr(args, "multi_lora", False),
+            "R3 with --allgather-cp in this release of miles (it lays the rollout's routes out as "
+            "without that flag; v0.1.0 does it right)": (
+                r3 and stack.is_older and splits_the_whole(args)
+            ),
+            f"R3 with --qkv-format bshd and --micro-batch-size {args.micro_batch_size} (miles lays "
+            "the rollout's routes out sequence by sequence, its routers run position by position; "
+            "take 1)": r3 and is_padded(args) and args.micro_batch_size > 1,
         }
         environment.refuse(not_covered)
-        log.install(Miles(), args, mode)
+        log.install(stack, args, mode)
     if mode != "none":
-        health.install(Miles(), args)
+        health.install(stack, args)
 
 
 class Miles:
@@ -91,71 +107,46 @@ class Miles:
     name = "miles"
     losses = losses
 
-    def __init__(self):
+    def __init__(self, args: Namespace):
         # The actor's module calls the init hook, so that it is loaded.
         from miles.backends.megatron_utils import actor, model
+        from miles.utils import data
 
-        self.actor, self.model = actor, model
-        self.partition: list[int] = []
-        self._keep_partition()
+        self.args, self.actor, self.model = args, actor, model
+        self.is_older = hasattr(data, "ray")  # 0.0.2 takes a rank's shard straight from Ray
+        if self.is_older:
+            from miles.backends.training_utils import data as batches
+
+            self.partition = Partition.from_ray(batches, data)
+        else:
+            conversion = first_module("miles.ray.rollout.train_data_conversion")
+            need(conversion, "process_rollout_data_shard")
+            self.partition = Partition.from_shards(conversion)
         self.tracking = first_module(
             "miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils"
         )
-        method = getattr(actor.MegatronTrainRayActor, "_fill_replay_data", None)
-        if method:  # 0.0.2; it reads the actor's arguments and model
-            self.fill = lambda args, **given: method(Namespace(args=args, model=None), **given)
-        else:
-            fill = first_module("miles.backends.training_utils.replay_data").fill_replay_data
-            self.fill = lambda args, **given: fill(args=args, models=None, **given)
-
-    def _keep_partition(self):
-        """Sees to it that `partition` has the rows of each rollout, which miles drops."""
-        from miles.utils import data
-
-        def kept(rollout_data):
-            self.partition = list(rollout_data["partition"])
-            return rollout_data
-
-        if not hasattr(data, "ray"):
-            conversion = first_module("miles.ray.rollout.train_data_conversion")
-            shard = conversion.process_rollout_data_shard
-            conversion.process_rollout_data_shard = lambda args, rollout_data: shard(
-                args, kept(rollout_data)
-            )
-            return
-
-        from miles.backends.training_utils import data as batches  # 0.0.2: straight from Ray
-
-        process, get = batches.process_rollout_data, data.ray.get
-
-        def watched(*args):
-            with replaced(data, ray=Namespace(get=lambda ref: kept(get(ref)))):
-                return process(*args)
-
-        batches.process_rollout_data = watched
-
-    def rows(self, args, data_iterator, num_microbatches, ids):
-        """Through miles' own layout for replayed routes; it pads with -1."""
-        found = []
-        data = data_iterator[0].rollout_data
-        data[ROWS] = [x[:, None, None] for x in ids]
-        self.fill(
-            args,
-            data_iterator=data_iterator,
-            num_microbatches=num_microbatches,
-            rollout_data=data,
-            data_key=ROWS,
-            replay_list=[],
-            register_replay_list_func=lambda _, rows, *__, **___: found.append(rows[:, 0, 0]),
-        )
-        return found
+        self.steps = first_module("miles.utils.metric_utils")
+        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
+        need(routing_replay_manager, "check_replay_result", "clear_all_forward", "stage")
+        need(self.tracking, "log")
+        need(self.steps, "compute_rollout_step")
 
     @contextmanager
-    def stage(self, name: str):
+    def extra_forward(self, stage: str):
+        """The indexer's replay (--use-indexer-replay, --use-rollout-indexer-replay) is left alone:
+        what it records it does not record here, what it replays it replays here, too."""
         with ExitStack() as undo:
             for manager in all_replay_managers:
-                undo.enter_context(replaced(manager, stage=name))
+                if manager is routing_replay_manager:
+                    here = stage
+                elif getattr(self.args, f"use_rollout_{manager.name}_replay", False):
+                    here = "replay_forward"
+                else:
+                    here = "fallthrough"
+                undo.enter_context(replaced(manager, stage=here))
             yield
+        for manager in all_replay_managers:
+            manager.clear_all_forward()
 
     @contextmanager
     def watched(self, see):
@@ -193,34 +184,20 @@ class Miles:
 
         manager.get_topk_fn = get_topk_fn
 
-    def rewind(self):
-        for manager in all_replay_managers:
-            manager.clear_all_forward()
-
     def forward_arguments(self, rollout_id):
         return taken(self.model.forward_only, rollout_id=rollout_id)
 
     def loss_of(self, args, batch):
-        reducer = cp_utils.get_sum_of_sample_mean(
-            batch["total_lengths"],
-            batch["response_lengths"],
-            batch["loss_masks"],
-            args.calculate_per_token_loss,
-            **taken(cp_utils.get_sum_of_sample_mean, denominators=batch.get("rollout_mask_sums")),
-        )
+        sums = batch.get("rollout_mask_sums")
+        reducer = reducer_of(cp_utils.get_sum_of_sample_mean, args, batch, denominators=sums)
         if args.loss_type == "custom_loss":
             return load_function(args.custom_loss_function_path), reducer
         return losses.policy_loss_function, reducer
 
     def rewards(self, data):
-        """Rewards of the whole batch in raw_reward, of this rank's sequences in rewards."""
-        if "raw_reward" in data and len(self.partition) == len(data["tokens"]):
-            return [data["raw_reward"][i] for i in self.partition]
-        return data["rewards"]
+        return self.partition.rewards(data)
 
     def report(self, args, rollout_id, metrics):
-        from miles.utils.metric_utils import compute_rollout_step
-
         row = {f"rollout/{name}": value for name, value in metrics.items()}
-        step = {"rollout/step": compute_rollout_step(args, rollout_id)}
+        step = {"rollout/step": self.steps.compute_rollout_step(args, rollout_id)}
         self.tracking.log(args, row | step, step_key="rollout/step")

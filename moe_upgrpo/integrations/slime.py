@@ -4,7 +4,8 @@
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.slime.loss
     --custom-megatron-init-path moe_upgrpo.integrations.slime.init
 
-Flags, metrics and limits: docs/slime.md.
+Flags, metrics and limits: docs/slime.md. Between the releases and the newer checkouts names moved
+and arguments came in and went; what is found decides (`slime_miles.revisions`).
 """
 
 import os
@@ -21,52 +22,82 @@ from slime.utils import routing_replay
 from slime.utils.misc import load_function
 from torch import Tensor
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.integrations.slime_miles.loss import check_loss, replaced, stack_loss
+from moe_upgrpo.integrations.slime_miles.layout import is_padded, reducer_of, splits_the_whole
+from moe_upgrpo.integrations.slime_miles.loss import check_loss, stack_loss, sum_of_sequences
+from moe_upgrpo.integrations.slime_miles.revisions import (
+    Partition,
+    first_module,
+    need,
+    replaced,
+    taken,
+)
 
 HERE = "moe_upgrpo.integrations.slime"
 
 
 def loss(args: Namespace, batch, logits: Tensor, sum_of_sample_mean):
     """--custom-loss-function-path: see `slime_miles.loss.stack_loss`."""
+    check_layout(args)
     return stack_loss(
-        losses,
-        cp_utils.slice_log_prob_with_cp,
-        f"{HERE}.sequence_sum",
-        args,
-        batch,
-        logits,
-        sum_of_sample_mean,
+        losses, cp_utils, f"{HERE}.sequence_sum", args, batch, logits, sum_of_sample_mean
     )
 
 
 def sequence_sum(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
-    """Reducer of seq-mean-token-sum: the stack divides by the number of rollouts."""
-    return cp_utils.get_sum_of_sample_mean(
-        total_lengths, response_lengths, loss_masks, calculate_per_token_loss=True
-    )
+    """Reducer of seq-mean-token-sum."""
+    return sum_of_sequences(cp_utils.get_sum_of_sample_mean, loss_masks)
+
+
+def check_layout(args: Namespace) -> None:
+    """UserError where slime's own gathering over context-parallel ranks is of another layout."""
+    if is_padded(args) and args.context_parallel_size > 1:
+        raise UserError(
+            f"--qkv-format: {args.qkv_format} given with --context-parallel-size "
+            f"{args.context_parallel_size}; allowed with it: thd, which slime's own gathering of "
+            "log-probs is for"
+        )
 
 
 def init(args: Namespace) -> None:
     """--custom-megatron-init-path: check the settings before the model is built; install the log.
 
     Raises:
-        UserError: settings that cannot be; a run folder that holds a run already.
+        UserError: settings that cannot be; a run folder that holds a run already; something that
+            the log needs of slime and that the installed revision does not have.
     """
     from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
         health,
         log,
     )
 
-    check_loss(args, f"{HERE}.loss")
+    check_loss(args, f"{HERE}.loss", losses)
     mode = log.check_replay(args)
+    if args.loss_type == "custom_loss" or environment.run_folder():
+        check_layout(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
+    if not environment.run_folder() and mode == "none":
+        return
+    stack = Slime()
     if environment.run_folder():
         revisions.check("slime", "log")
-        log.install(Slime(), args, mode)
+        older = not hasattr(cp_utils, "prepare_routed_experts_for_routing_replay")  # up to v0.3.0
+        environment.refuse(
+            {
+                "R3 with --allgather-cp in this release of slime (it lays the rollout's routes out "
+                "as without that flag; v0.3.1 does it right)": (
+                    mode == "R3" and older and splits_the_whole(args)
+                ),
+                "R3 with --qkv-format bshd (slime does not pad the rollout's routes; take thd)": (
+                    mode == "R3" and is_padded(args)
+                ),
+            }
+        )
+        log.install(stack, args, mode)
     if mode != "none":
-        health.install(Slime(), args)
+        health.install(stack, args)
 
 
 class Slime:
@@ -78,31 +109,25 @@ class Slime:
     def __init__(self):
         # The actor's module calls the init hook, so that it is loaded.
         from slime.backends.megatron_utils import actor, model
+        from slime.utils import data
 
+        need(routing_replay, "get_routing_replay_compute_topk", "RoutingReplay")
+        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
+        need(actor, "process_rollout_data")
         self.actor, self.model = actor, model
-
-    def rows(self, args, data_iterator, num_microbatches, ids):
-        """Through slime's own layout for replayed routes; it pads with numbers modulo num_experts,
-        here 0."""
-        iterator = data_iterator[0]
-        tokens = iterator.rollout_data["tokens"]
-        return [
-            cp_utils.prepare_routed_experts_for_routing_replay(
-                [ids[i][:, None, None] + 1 for i in indices],
-                [tokens[i] for i in indices],
-                num_experts=1,
-                data_pad_size_multiplier=args.data_pad_size_multiplier,
-                sequence_parallel=args.sequence_parallel,
-                allgather_cp=args.allgather_cp,
-            )[:, 0, 0]
-            - 1
-            for indices in iterator.micro_batch_indices
-        ]
+        # Up to v0.3.1 under utils.
+        self.tracking = first_module(
+            "slime.observability.logging_utils", "slime.utils.logging_utils"
+        )
+        self.steps = first_module("slime.observability.metric_utils", "slime.utils.metric_utils")
+        need(self.tracking, "log")
+        need(self.steps, "compute_rollout_step")
+        self.partition = Partition.from_ray(actor, data)
 
     @contextmanager
-    def stage(self, name: str):
+    def extra_forward(self, stage: str):
         before = os.environ.get("ROUTING_REPLAY_STAGE")
-        os.environ["ROUTING_REPLAY_STAGE"] = name
+        os.environ["ROUTING_REPLAY_STAGE"] = stage
         try:
             yield
         finally:
@@ -110,6 +135,7 @@ class Slime:
                 del os.environ["ROUTING_REPLAY_STAGE"]
             else:
                 os.environ["ROUTING_REPLAY_STAGE"] = before
+            routing_replay.RoutingReplay.clear_all_forward()
 
     def watched(self, see):
         """slime's patch of Megatron looks get_routing_replay_compute_topk up at each call."""
@@ -150,31 +176,21 @@ class Slime:
 
         routing_replay.get_routing_replay_compute_topk = watching
 
-    def rewind(self):
-        routing_replay.RoutingReplay.clear_all_forward()
-
     def forward_arguments(self, rollout_id):
-        return {"use_rollout_top_p_replay": True}
+        return taken(self.model.forward_only, use_rollout_top_p_replay=True)
 
     def loss_of(self, args, batch):
-        reducer = cp_utils.get_sum_of_sample_mean(
-            batch["total_lengths"],
-            batch["response_lengths"],
-            batch["loss_masks"],
-            batch["rollout_mask_sums"],
-            args.calculate_per_token_loss,
-        )
+        # v0.3.0 calls a rollout's samples a group; v0.2.4 has no sums over them.
+        sums = batch.get("rollout_mask_sums", batch.get("group_mask_sums"))
+        reducer = reducer_of(cp_utils.get_sum_of_sample_mean, args, batch, sample_denoms=sums)
         if args.loss_type == "custom_loss":
             return load_function(args.custom_loss_function_path), reducer
         return losses.policy_loss_function, reducer
 
     def rewards(self, data):
-        return data["local_raw_reward"] if "local_raw_reward" in data else data["rewards"]
+        return self.partition.rewards(data)
 
     def report(self, args, rollout_id, metrics):
-        from slime.observability import logging_utils
-        from slime.observability.metric_utils import compute_rollout_step
-
         row = {f"rollout/{name}": value for name, value in metrics.items()}
-        step = {"rollout/step": compute_rollout_step(args, rollout_id)}
-        logging_utils.log(args, row | step, step_key="rollout/step")
+        step = {"rollout/step": self.steps.compute_rollout_step(args, rollout_id)}
+        self.tracking.log(args, row | step, step_key="rollout/step")

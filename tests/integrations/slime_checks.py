@@ -1,10 +1,9 @@
 """Tests of slime and of miles alike; `slime_ranks` runs the stack.
 
-Not run: Ray, SGLang, Transformer Engine, a GPU, virtual pipeline stages, --allgather-cp.
+Not run: Ray, SGLang, Transformer Engine, a GPU, virtual pipeline stages.
 """
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe_upgrpo.losses import (
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations.places import MILES_WHEEL
+from tests.integrations.slime_wide import OBSERVE, ROUTES, UP, WideChecks
 from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
 from tests.integrations.whole import assert_whole
 
@@ -68,9 +68,6 @@ SETTINGS = {  # moe_upgrpo_settings -> the same as a config
         },
     ),
 }
-UP = {"moe_upgrpo_loss": "up-grpo"}
-ROUTES = {"use_rollout_routing_replay": True}
-OBSERVE = ROUTES | {"moe_upgrpo_replay": "observe"}
 JOBS = {  # name -> ranks, flags, rollouts
     "observe": (1, UP | OBSERVE, 2),
     # two data-parallel ranks, the stack's own loss, a mean over tokens
@@ -169,22 +166,11 @@ def assert_same(found, expected, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.timeout(1800)  # the stack's jobs are one fixture
-class StackChecks:
+class StackChecks(WideChecks):
     stack: str
     tolerance = 1e-4
     name_of_own_tests: tuple[str, ...]
     own_tests_flags: tuple[str, ...] = ()
-
-    @classmethod
-    def source(cls) -> Path:
-        """Where the stack's code is."""
-        variable = f"MOE_UPGRPO_{cls.stack.upper()}"
-        if os.environ.get(variable):
-            return Path(os.environ[variable])
-        if cls.stack != "miles":
-            pytest.skip(f"{variable} names no checkout of {cls.stack}")
-        assert MILES_WHEEL.is_dir(), f"no {MILES_WHEEL}: make test makes it"
-        return MILES_WHEEL
 
     @pytest.fixture(scope="class")
     def runs(self, tiny_checkpoint, tmp_path_factory):
@@ -202,18 +188,7 @@ class StackChecks:
         }
         for name, (world, given, steps) in JOBS.items():
             jobs[name] = {"world": world, "arguments": (batch, given, steps)}
-        (folder / "jobs.pkl").write_bytes(pickle.dumps(jobs))
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "tests.integrations.slime_ranks", self.stack),
-                *(str(self.source()), str(tiny_checkpoint), str(folder)),
-            ],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        results = pickle.loads((folder / "results.pkl").read_bytes())
+        results = self.run_jobs(folder, tiny_checkpoint, jobs)
         found = {
             size: [list(ranks) for ranks in zip(*results[f"losses{size}"], strict=True)]
             for size in (1, 2)

@@ -16,7 +16,6 @@ All else is the stack's: actor.train_actor, its layout of batches, replay, forwa
 loss dispatch, advantages, and Megatron-Core's schedules, DDP and distributed optimizer.
 """
 
-import copy
 import os
 import pickle
 import sys
@@ -24,13 +23,12 @@ import warnings
 from argparse import Namespace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import MagicMock
 
 from tests.integrations.stack_plugin import NAMES, StandIns
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 
 warnings.filterwarnings("ignore")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -38,6 +36,8 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 STACK, CHECKOUT = sys.argv[1:3]
 # The released 0.0.2: its names are elsewhere, and it makes the micro-batches of a rollout itself.
 WHEEL = STACK == "miles" and not Path(CHECKOUT, "miles/backends/training_utils/loss_hub").exists()
+# slime v0.2.4 makes the schedule of micro-batches in the trainer, too.
+BEFORE_SCHEDULES = STACK == "slime" and not Path(CHECKOUT, "slime/utils/dp_schedule.py").exists()
 ANCHORS = {  # the line of megatron-core 0.16.1 that the stack's lines stand before
     "megatron.core.transformer.moe.moe_utils": '    if score_function == "softmax":',
     "megatron.core.transformer.moe.router": "    def _maintain_float32_expert_bias(self):",
@@ -90,37 +90,45 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
+from moe_upgrpo.integrations.slime_miles.revisions import first_module, taken
 from moe_upgrpo.megatron import backend, model, weights
 from moe_upgrpo.megatron.layout import Layout
+from tests.integrations import slime_attention, slime_schedule
 
 NAMES.append("triton")  # not for Megatron and torch, which can do without it
 if STACK == "slime":
+    import ray
     from slime.backends.megatron_utils import actor as actor_module
     from slime.backends.megatron_utils import cp_utils
     from slime.backends.megatron_utils import loss as loss_module
     from slime.backends.megatron_utils import model as model_module
-    from slime.utils import accelerator
-    from slime.utils.accelerator.cuda import CUDAAccelerator
     from slime.utils.misc import load_function
 
-    class Cpu(CUDAAccelerator):
-        name = device_type = "cpu"
+    # What v0.3.0 calls the sums over a rollout's masks.
+    older_name = "group_mask_sums" in Path(loss_module.__file__).read_text()
+    MASK_SUMS = "group_mask_sums" if older_name else "rollout_mask_sums"
+    tracking = first_module("slime.observability.logging_utils", "slime.utils.logging_utils")
+    ray.get = lambda given: given
+    if Path(CHECKOUT, "slime/utils/accelerator").exists():  # newer than v0.3.1, which asks CUDA
+        from slime.utils import accelerator
+        from slime.utils.accelerator.cuda import CUDAAccelerator
 
-        def is_available(self):
-            return True
+        class Cpu(CUDAAccelerator):
+            name = device_type = "cpu"
 
-        def current_device(self):
-            return "cpu"
+            def is_available(self):
+                return True
 
-        def device(self, index=None):
-            return torch.device("cpu")
+            def current_device(self):
+                return "cpu"
 
-    accelerator.set_accelerator(Cpu())
+            def device(self, index=None):
+                return torch.device("cpu")
+
+        accelerator.set_accelerator(Cpu())
 else:
     from miles.backends.megatron_utils import actor as actor_module
     from miles.backends.megatron_utils import model as model_module
@@ -158,6 +166,9 @@ def args_of(**flags) -> Args:
         custom_loss_function_path=f"{ours}.loss",
         custom_megatron_init_path=f"{ours}.init",
         advantage_estimator="grpo",
+        allgather_cp=False,
+        balance_data=False,
+        balance_by_flops=False,
         eps_clip=0.2,
         eps_clip_high=0.2,
         entropy_coef=0.0,
@@ -197,43 +208,6 @@ def args_of(**flags) -> Args:
     args = Args(**(defaults | flags))
     args.use_routing_replay = args.use_routing_replay or args.use_rollout_routing_replay
     return args
-
-
-class Attention(DotProductAttention):
-    """Causal, sequence by sequence. Under context parallelism each rank makes the whole of it."""
-
-    def __init__(self, config, *args, **kwargs):
-        config = copy.copy(config)
-        config.context_parallel_size = 1
-        super().__init__(config, *args, **kwargs)
-
-    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        size = parallel_state.get_context_parallel_world_size()
-        ends = [end // size for end in packed_seq_params.cu_seqlens_q.tolist()]
-        parts = []
-        for start, end in pairwise(ends):
-            mine = zigzag(end - start) if size > 1 else slice(None)
-            q, k, v = (whole(x[start:end], mine, size) for x in (query, key, value))
-            out = super().forward(
-                *(x[:, None] for x in (q, k, v)), None, attn_mask_type=AttnMaskType.causal
-            )
-            parts.append(out[mine])
-        return torch.cat(parts).squeeze(1)
-
-
-def zigzag(length: int) -> torch.Tensor:
-    """The positions in the whole sequence of this rank's `length` ones."""
-    rank = parallel_state.get_context_parallel_rank()
-    size = parallel_state.get_context_parallel_world_size()
-    chunks = torch.arange(length * size).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - rank - 1]])
-
-
-def whole(part, mine, size):
-    if size == 1:
-        return part
-    everything = part.new_zeros(len(part) * size, *part.shape[1:]).index_copy(0, mine, part)
-    return dist.nn.all_reduce(everything, group=parallel_state.get_context_parallel_group())
 
 
 def set_up(args: Args) -> None:
@@ -281,20 +255,26 @@ def one_loss(args: Args, data: dict) -> dict:
         return torch.cat([cp_utils.slice_with_cp(row, 0.0) for row in rows])[None]
 
     leaves = [x.clone().requires_grad_() for x in data["logits"]]
+    sums = torch.stack([mask.sum() for mask in data["loss_masks"]]).float()
     batch = {
         "unconcat_tokens": data["tokens"],
         "total_lengths": total,
         "response_lengths": response,
         "loss_masks": data["loss_masks"],
-        "rollout_mask_sums": torch.stack([mask.sum() for mask in data["loss_masks"]]).float(),
+        "rollout_mask_sums": sums,
+        "group_mask_sums": sums,  # in slime v0.3.0
         **{
             name: sliced(data[name])
             for name in ("log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
         },
     }
-    sizes = {"step_global_batch_size": 4}
-    if STACK == "miles":  # the wheel takes --global-batch-size
-        sizes = {"apply_megatron_loss_scaling": True} | ({} if WHEEL else {"num_rollouts": 4})
+    # Older releases take --global-batch-size.
+    sizes = taken(
+        loss_module.loss_function,
+        step_global_batch_size=4,
+        num_rollouts=4,
+        apply_megatron_loss_scaling=True,
+    )
     loss, tokens, logged = loss_module.loss_function(
         args, batch, 1, logits=logits_slice(leaves), **sizes
     )
@@ -319,13 +299,14 @@ def chunk_of(args: Args, checkpoint: str):
         ep=args.expert_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
     )
-    config = model.transformer_config(hf, layout, torch.bfloat16)
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    config = model.transformer_config(hf, layout, dtype)
     config.context_parallel_size = args.context_parallel_size
     config.sequence_parallel = args.sequence_parallel
     config.variable_seq_lengths = True
     spec = model.block_spec(config, None)
     for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = Attention
+        layer.submodules.self_attention.submodules.core_attention = slime_attention.Attention
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -337,7 +318,8 @@ def chunk_of(args: Args, checkpoint: str):
         share_embeddings_and_output_weights=False,
     )
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    chunk = DistributedDataParallel(config, ddp, Float16Module(config, gpt))
+    gpt_module = gpt if args.fp32 else Float16Module(config, gpt)
+    chunk = DistributedDataParallel(config, ddp, gpt_module)
     weights.load_weights([gpt], hf, Path(checkpoint))
     return chunk
 
@@ -361,8 +343,8 @@ def actor_of(args: Args, checkpoint: str):
     actor.args, actor.model, actor.role = args, [chunk], "actor"
     actor.optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True,
-            params_dtype=torch.bfloat16, clip_grad=1.0,
+            optimizer="adam", lr=1e-2, bf16=not args.fp32, use_distributed_optimizer=True,
+            params_dtype=torch.float32 if args.fp32 else torch.bfloat16, clip_grad=1.0,
         ),
         actor.model,
     )  # fmt: skip
@@ -377,54 +359,61 @@ def actor_of(args: Args, checkpoint: str):
 
 
 def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
-    """This rank's part as the actor gets it from Ray: two optimizer steps of two micro-batches."""
+    """This rank's part as the actor gets it from Ray: two optimizer steps of two micro-batches.
+
+    With args.stack_schedules the stack's own schedule, by --max-tokens-per-gpu, say.
+    """
     rank, size = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
+    half = len(sequences) // size // 2
     partition = list(range(rank, len(sequences), size))
-    mine = [sequences[i] for i in partition]
-    lengths = [(len(s["prompt"] + s["response"]), len(s["response"])) for s in mine]
-    half = len(mine) // 2
-    data = {
-        "partition": partition,
-        "tokens": [torch.tensor(s["prompt"] + s["response"]) for s in mine],
-        "total_lengths": [total for total, _ in lengths],
-        "response_lengths": [response for _, response in lengths],
-        "loss_masks": [torch.tensor(s["mask"], dtype=torch.int) for s in mine],
-        "rollout_log_probs": [
-            cp_utils.slice_log_prob_with_cp(torch.tensor(s["logp_rollout"]), *both)
-            for s, both in zip(mine, lengths, strict=True)
-        ],
-        "rewards": [s["advantage"] for s in mine],
-        "rollout_routed_experts": [torch.tensor(s["routes"][:-1]).int() for s in mine],
-    }
-    raw = [s["reward"] for s in sequences]
-    whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
-    if WHEEL:
-        data |= {"raw_reward": raw, "total_lengths": whole_lengths}
-        shards = [Namespace(inner=data)] * size
-        return data_module.process_rollout_data(args, shards, rank, size)
-    data |= {
-        "rollout_mask_sums": torch.tensor([float(sum(s["mask"])) for s in mine]),
+    schedule = {
         # not in order, as balancing by length has it
         "micro_batch_indices": [
-            list(reversed(range(start, start + 2))) for start in range(0, len(mine), 2)
+            list(reversed(range(start, start + 2))) for start in range(0, 2 * half, 2)
         ],
         "num_microbatches": [half // 2] * 2,
+        "global_batch_sizes": [len(sequences) // 2] * 2,
     }
-    if STACK == "slime":
-        data |= {
-            "raw_reward": raw,
-            "local_raw_reward": [raw[i] for i in partition],
-            "global_batch_sizes": [len(sequences) // 2] * 2,
-        }
-        return data
-    data |= {
-        "raw_reward": raw,
-        "num_rollouts": [len(sequences) // 2] * 2,
+    whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
+    if args.stack_schedules and STACK == "slime" and not BEFORE_SCHEDULES:
+        partition, schedule = slime_schedule.of_rank(args, whole_lengths, rank, size)
+    mine = [sequences[i] for i in partition]
+    lengths = [(len(s["prompt"] + s["response"]), len(s["response"])) for s in mine]
+    more = {}
+    if args.qkv_format == "bshd":  # as the actors have it
+        pad = args.tensor_model_parallel_size * args.data_pad_size_multiplier
+        longest = -(-max(whole_lengths) // pad) * pad
+        more = {"max_seq_lens": [longest] * len(mine)}
+        if args.context_parallel_size > 1:
+            lengths = [(*both, "bshd", longest) for both in lengths]
+    sums = torch.tensor([float(sum(s["mask"])) for s in mine])
+    data = more | {
+        "partition": partition,
+        "tokens": [torch.tensor(s["prompt"] + s["response"]) for s in mine],
         "total_lengths": whole_lengths,
+        "response_lengths": [response for _, response, *_ in lengths],
+        "loss_masks": [torch.tensor(s["mask"], dtype=torch.int) for s in mine],
+        "rollout_log_probs": [
+            cp_utils.slice_log_prob_with_cp(torch.tensor(s["logp_rollout"]), *place)
+            for s, place in zip(mine, lengths, strict=True)
+        ],
+        "rewards": [s["advantage"] for s in mine],
+        "raw_reward": [s["reward"] for s in sequences],
+        "rollout_routed_experts": [torch.tensor(s["routes"][:-1]).int() for s in mine],
     }
+    shards = [Namespace(inner=data)] * size
+    if STACK == "slime":
+        if not BEFORE_SCHEDULES:
+            data |= schedule | {MASK_SUMS: sums}
+        return actor_module.process_rollout_data(args, shards, rank, size)
+    if WHEEL:
+        return data_module.process_rollout_data(args, shards, rank, size)
+    if not args.stack_schedules:
+        data |= schedule
+    data |= {"rollout_mask_sums": sums, "num_rollouts": [len(sequences) // 2] * 2}
     return train_data_conversion.process_rollout_data_shard(args, data)
 
 
@@ -435,6 +424,7 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
     }
     args = args_of(**flags)
     set_up(args)
+    slime_attention.set_layout(args.allgather_cp and args.context_parallel_size > 1)
     reported = []
     with backend.apply():
         for name in ("get_rng_state", "set_rng_state", "manual_seed"):
@@ -445,13 +435,9 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
         torch.empty_like = lambda *a, pin_memory=False, **k: empty_like(*a, **k)
         actor = actor_of(args, checkpoint)
         actor_module.log_perf_data = lambda *a, **k: None
-        if STACK == "slime":
-            from slime.observability import logging_utils, train_metric_utils
-
-            train_metric_utils.log_perf_data = lambda *a, **k: None
-            logging_utils.log = lambda a, row, step_key: reported.append(row)
-        else:
-            tracking.log = lambda a, row, step_key: reported.append(row)
+        if hasattr(actor_module, "train_metric_utils"):  # slime newer than v0.3.1
+            actor_module.train_metric_utils.log_perf_data = lambda *a, **k: None
+        tracking.log = lambda a, row, step_key: reported.append(row)
         recorded = []
         replay = actor_module.RoutingReplay if STACK == "slime" else replay_base.Replay
         record = replay.record
@@ -460,8 +446,8 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
 
         def kept(*arguments):
             found = get_iterator(*arguments)
-            iterators = found if STACK == "slime" else found[0]
-            microbatches[:] = iterators[0].micro_batch_indices
+            iterators = found[0] if isinstance(found, tuple) else found
+            microbatches[:] = iterators[0].micro_batch_indices or []
             return found
 
         actor_module.get_data_iterator = kept
@@ -484,9 +470,14 @@ def main(checkpoint: str, folder: str):
         if name.startswith("losses"):
             results[name] = on_ranks(job["world"], losses, *job["arguments"])
         else:
-            results[name] = on_ranks(
-                job["world"], train, checkpoint, folder / name, *job["arguments"]
-            )
+            try:
+                results[name] = on_ranks(
+                    job["world"], train, checkpoint, folder / name, *job["arguments"]
+                )
+            except RankFailed as failed:
+                if "UserError" not in str(failed):
+                    raise
+                results[name] = str(failed)  # refused
     (folder / "results.pkl").write_bytes(pickle.dumps(results))
 
 

@@ -35,7 +35,9 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
-from moe_upgrpo.integrations.slime_miles.loss import library_sums, replaced, scored_by
+from moe_upgrpo.integrations.slime_miles.layout import rows_of_routers, split_places
+from moe_upgrpo.integrations.slime_miles.loss import library_sums, scored_by
+from moe_upgrpo.integrations.slime_miles.revisions import need, replaced
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 
@@ -43,7 +45,8 @@ class Stack(Protocol):
     """Where slime and miles differ.
 
     actor: its training loop finds get_data_iterator, forward_only and train there. model: has
-    loss_function. losses: has policy_loss_function, get_log_probs_and_entropy, all_gather_with_cp.
+    loss_function and get_batch. losses: has policy_loss_function, get_log_probs_and_entropy,
+    all_gather_with_cp.
     """
 
     name: str
@@ -51,18 +54,12 @@ class Stack(Protocol):
     model: ModuleType
     losses: ModuleType
 
-    def rows(self, args, data_iterator, num_microbatches, ids: list[Tensor]) -> list[Tensor]:
-        """For each micro-batch, what this rank's routers get in place of `ids`: `[N]`, -1 at
-        padding. ids: for each sequence `[S - 1]`."""
-
-    def stage(self, name: str) -> AbstractContextManager:
-        """The stack's own replay is in the stage `fallthrough` or `replay_forward`, inside."""
+    def extra_forward(self, stage: str) -> AbstractContextManager:
+        """A forward that the stack does not make, inside: its replay of routes is in the stage
+        `fallthrough` or `replay_forward`; what is replayed in it is replayed again afterwards."""
 
     def watched(self, see: Callable[[Tensor], None]) -> AbstractContextManager:
         """Inside, `see` gets `[N, K]`: what the router at work would have chosen without replay."""
-
-    def rewind(self) -> None:
-        """The routes that were replayed forward are replayed again."""
 
     def forward_arguments(self, rollout_id: int) -> dict[str, Any]:
         """Those of forward_only, for the old log-probs, besides the first five."""
@@ -103,6 +100,9 @@ def install(stack: Stack, args: Namespace, mode: str) -> None:
     """
     if hasattr(stack.actor, "moe_upgrpo_log"):
         return
+    need(stack.actor, "get_data_iterator", "forward_only", "train")
+    need(stack.model, "loss_function", "get_batch")
+    need(stack.losses, "policy_loss_function", "get_log_probs_and_entropy", "all_gather_with_cp")
     environment.refuse(
         {"moe_router_fusion under R3": mode == "R3" and getattr(args, "moe_router_fusion", False)}
     )
@@ -183,23 +183,22 @@ class TrainLog:
 
     def _scored(self, call, model, data_iterator, num_microbatches, own_forward=False) -> Any:
         stack = self.stack
-        data = data_iterator[0].rollout_data
-        lengths = [len(tokens) - 1 for tokens in data["tokens"]]
+        lengths = [len(tokens) - 1 for tokens in data_iterator[0].rollout_data["tokens"]]
         self.starts = np.cumsum([0, *lengths])
-        ids = torch.arange(int(self.starts[-1])).split(lengths)
-        rows = stack.rows(self.args, data_iterator, num_microbatches, list(ids))
+        rows = rows_of_routers(
+            stack.model.get_batch, self.args, data_iterator, num_microbatches,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        )  # fmt: skip
         chunks = [routers.counted(chunk) for chunk in model]
         recorded = functools.partial(self._recorded, rows=rows, model=model, chunks=chunks)
         native_output, own = None, None
         if self.mode == "R3":
-            with stack.stage("fallthrough"):
+            with stack.extra_forward("fallthrough"):
                 native_output, native = recorded(call)
-            with stack.stage("replay_forward"):
+            with stack.extra_forward("replay_forward") if own_forward else nullcontext():
                 output, own = recorded(call, own=True)
-            if own_forward:
-                stack.rewind()
         else:
-            with stack.stage("fallthrough") if own_forward else nullcontext():
+            with stack.extra_forward("fallthrough") if own_forward else nullcontext():
                 output, native = recorded(call)
         self.last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.writes = self.last and routers.first_of_stage()
@@ -279,7 +278,7 @@ class TrainLog:
 
     def _moe_layers(self, routes: Any, i: int, tokens: int) -> np.ndarray:
         """The rollout's of a sequence; of an engine with rows for dense layers the others alone."""
-        routes_SLK = np.asarray(routes)
+        routes_SLK = torch.as_tensor(routes).cpu().numpy()
         if len(routes_SLK) != tokens - 1:
             raise UserError(
                 f"rollout_routed_experts: {len(routes_SLK)} rows given for sequence {i} of "
@@ -381,11 +380,10 @@ class TrainLog:
 
     def _whole(self, parts: Sequence[Tensor], batch: dict) -> list[np.ndarray]:
         """Log-probs of whole responses; a collective where context parallelism has split them."""
-        lengths = zip(batch["total_lengths"], batch["response_lengths"], strict=True)
-        gather = self.stack.losses.all_gather_with_cp
+        gather, places = self.stack.losses.all_gather_with_cp, split_places(self.args, batch)
         return [
-            gather(part, total, response).float().cpu().numpy().astype(float)
-            for part, (total, response) in zip(parts, lengths, strict=True)
+            gather(part, *place).float().cpu().numpy().astype(float)
+            for part, place in zip(parts, places, strict=True)
         ]
 
     def _write(self, rollout_id: int, data: dict) -> None:

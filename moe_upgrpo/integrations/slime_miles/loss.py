@@ -8,9 +8,9 @@ Shapes: B sequences of a micro-batch, T tokens of the longest response.
 """
 
 import copy
+import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve
+from moe_upgrpo.integrations.slime_miles.layout import reducer_of, split_places
+from moe_upgrpo.integrations.slime_miles.revisions import need, replaced
 from moe_upgrpo.losses import Metric, PolicyLossConfig, policy_loss
 
 NOT_HANDED_OVER = ("router_log_probs",)
@@ -31,6 +33,9 @@ CLIPS = {
     "eps_clip_c": (None, "dual_clip"),
 }
 SUMS = "_numerator", "_denominator"
+REPLACED = "get_log_probs_and_entropy", "compute_policy_loss"
+# Arguments and micro-batch of the loss that is evaluated: a stack's own reducer is not told them.
+AT_WORK: tuple[Namespace, dict[str, Any]] | None = None
 
 
 def loss_config(args: Namespace) -> PolicyLossConfig:
@@ -80,10 +85,14 @@ def loss_config(args: Namespace) -> PolicyLossConfig:
     return config
 
 
-def check_loss(args: Namespace, path: str) -> None:
-    """UserError where the flags of the loss do not belong together. path: of our loss."""
+def check_loss(args: Namespace, path: str, module: ModuleType) -> None:
+    """UserError where the flags of the loss do not belong together, or the stack lacks a function.
+
+    path: of our loss. module: as for `stack_loss`.
+    """
     if args.loss_type == "custom_loss" and args.custom_loss_function_path == path:
         loss_config(args)
+        need(module, *REPLACED, "policy_loss_function", "all_gather_with_cp")
     elif getattr(args, "moe_upgrpo_loss", None):
         raise UserError(
             f"moe_upgrpo_loss: {args.moe_upgrpo_loss} given in --custom-config-path, but another "
@@ -104,27 +113,25 @@ def _check_stack(args: Namespace, name: str, config: PolicyLossConfig) -> None:
         )
 
 
-@contextmanager
-def replaced(module: ModuleType, **names: Any):
-    """The module's attributes replaced, inside."""
-    before = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
 def scored_by(found: Any) -> dict[str, list[Tensor]]:
     """Take apart what get_log_probs_and_entropy returned: slime has a tensor before the dict."""
     return found[1] if isinstance(found, tuple) else found
 
 
+def sum_of_sequences(function: Callable, loss_masks: list[Tensor]) -> Callable:
+    """The reducer of seq-mean-token-sum: the stack divides by the number of rollouts.
+
+    function: the stack's get_sum_of_sample_mean.
+    """
+    args, batch = AT_WORK
+    ours = copy.copy(args)
+    ours.calculate_per_token_loss = True
+    return reducer_of(function, ours, batch | {"loss_masks": loss_masks})
+
+
 def stack_loss(
     module: ModuleType,
-    slice_with_cp: Callable[[Tensor, int, int], Tensor],
+    cp_utils: ModuleType,
     sequence_sum_path: str,
     args: Namespace,
     batch: dict[str, Any],
@@ -137,9 +144,9 @@ def stack_loss(
     library's, NAME_numerator and NAME_denominator: the stack scales both alike, so that their
     quotient is the metric over all micro-batches and ranks.
 
-    module: has policy_loss_function and the functions that it calls. slice_with_cp(whole, total,
-    response): this context-parallel rank's part of a response, the reverse of all_gather_with_cp.
-    sequence_sum_path: of the reducer for sums over a sequence.
+    module: has policy_loss_function and the functions that it calls. cp_utils: has the stack's
+    slice_log_prob_with_cp, the reverse of all_gather_with_cp. sequence_sum_path: of the stack's
+    reducer for sums over a sequence, which calls `sum_of_sequences`.
     """
     config = loss_config(args)
     ours = copy.copy(args)
@@ -147,7 +154,7 @@ def stack_loss(
     ours.advantage_estimator = "grpo"
     if config.aggregation.startswith("seq-mean-token-sum"):
         ours.custom_pg_loss_reducer_function_path = sequence_sum_path
-    lengths = list(zip(batch["total_lengths"], batch["response_lengths"], strict=True))
+    places = split_places(args, batch)
     get_log_probs = module.get_log_probs_and_entropy
     log_probs: list[Tensor] = []
     metrics: dict[str, Metric] = {}
@@ -160,8 +167,8 @@ def stack_loss(
     def whole(parts: list[Tensor]) -> Tensor:
         """`[B, T]`, of whole responses also where context parallelism has split them."""
         rows = [
-            module.all_gather_with_cp(part, total, response)
-            for part, (total, response) in zip(parts, lengths, strict=True)
+            module.all_gather_with_cp(part, *place)
+            for part, place in zip(parts, places, strict=True)
         ]
         return pad_sequence(rows, batch_first=True)
 
@@ -195,15 +202,20 @@ def stack_loss(
         per_token, clipped = (
             torch.cat(
                 [
-                    slice_with_cp(row_T[:response], total, response)
-                    for row_T, (total, response) in zip(rows_BT, lengths, strict=True)
+                    cp_utils.slice_log_prob_with_cp(row_T[: place[1]], *place)
+                    for row_T, place in zip(rows_BT, places, strict=True)
                 ]
             )
             for rows_BT in (result.per_token / norm, result.clipped.float())
         )
-        return per_token, clipped
+        # A rank without a token of its own has no path to its log-probs; under --allgather-cp the
+        # others would wait for its part in the backward of their redistribution.
+        return per_token + torch.cat(log_probs)[:0].sum(), clipped
 
-    with replaced(module, get_log_probs_and_entropy=kept, compute_policy_loss=inner):
+    with (
+        replaced(module, get_log_probs_and_entropy=kept, compute_policy_loss=inner),
+        replaced(sys.modules[__name__], AT_WORK=(args, batch)),
+    ):
         loss, reported = module.policy_loss_function(ours, batch, logits, sum_of_sample_mean)
     for name, sums in metrics.items():
         reported |= {

@@ -1,7 +1,9 @@
-"""Names that a stack's revisions have in different places: what is found decides."""
+"""Names of a stack: found where its revision has them, replaced for a while."""
 
 import inspect
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,67 @@ def first_module(*names: str) -> ModuleType:
     )
 
 
+def need(module: ModuleType, *names: str) -> None:
+    """Raise UserError where the installed revision's module lacks one of the names."""
+    if missing := [name for name in names if not hasattr(module, name)]:
+        raise UserError(
+            f"{module.__name__}: the installed {module.__name__.split('.')[0]} has no "
+            f"{', '.join(missing)} there; install a revision that docs/slime.md says was run"
+        )
+
+
 def taken(function: Callable, **arguments: Any) -> dict[str, Any]:
     """Those of the arguments that the installed revision's function has a name for."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in names}
+
+
+@contextmanager
+def replaced(module: Any, **names: Any):
+    """The attributes of a module, or of an object, replaced, inside."""
+    before = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+class Partition:
+    """Which sequences of the whole batch this rank has: the stack drops that when it takes its
+    shard of a rollout apart."""
+
+    def __init__(self):
+        self.indices: list[int] = []
+
+    @classmethod
+    def from_ray(cls, module: ModuleType, data: ModuleType) -> "Partition":
+        """module: its process_rollout_data is called. data: that fetches with data.ray."""
+        partition, process, get = cls(), module.process_rollout_data, data.ray.get
+
+        def watched(*args):
+            seen = Namespace(get=lambda *refs, **kwargs: partition.seen(get(*refs, **kwargs)))
+            with replaced(data, ray=seen):
+                return process(*args)
+
+        module.process_rollout_data = watched
+        return partition
+
+    @classmethod
+    def from_shards(cls, module: ModuleType) -> "Partition":
+        """module: its process_rollout_data_shard is called."""
+        partition, process = cls(), module.process_rollout_data_shard
+        module.process_rollout_data_shard = lambda args, shard: process(args, partition.seen(shard))
+        return partition
+
+    def seen(self, shard: dict) -> dict:
+        self.indices = list(shard["partition"])
+        return shard
+
+    def rewards(self, data: dict) -> Sequence[float]:
+        """Raw rewards of this rank's sequences: raw_reward has those of the whole batch."""
+        if "raw_reward" in data and len(self.indices) == len(data["tokens"]):
+            return [data["raw_reward"][i] for i in self.indices]
+        return data["rewards"]
