@@ -13,7 +13,7 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     found = {}
     for hook in [*HOOKS[stack], *NEWER.get(stack, [])]:
         for file, name in places(hook):
-            if about := _about(checkout / file, name):
+            if about := _about(checkout, file, name):
                 found[f"{file}:{name}"] = about
                 break
     return found
@@ -190,13 +190,29 @@ def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _about(file: Path, name: str) -> dict[str, str] | None:
-    if not file.is_file():
+def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str] | None:
+    """Signature and checksum of a name of a file; None: it is not there.
+
+    A method may also be that of a base class, in whichever file of the checkout that is.
+    """
+    path = root / file
+    if (file, name) in seen or not path.is_file():
         return None
-    source = file.read_text(encoding="utf-8")
-    node = _named(_statements(ast.parse(source).body), name.split("."))
-    if node is None:
-        return None
+    owner = name.split(".")[0]
+    for node, rest in _named(_statements(ast.parse(path.read_text("utf-8")).body), name.split(".")):
+        if not rest:
+            return _described(node)
+        alias = next(x for x in node.names if (x.asname or x.name) == rest[0])
+        there = _imported_from(root, file, node)
+        if there is None:
+            if rest[0] == owner:  # the class itself, from elsewhere: nothing speaks against it
+                return _described(node)
+        elif about := _about(root, there, ".".join([alias.name, *rest[1:]]), (*seen, (file, name))):
+            return about
+    return None
+
+
+def _described(node: ast.stmt) -> dict[str, str]:
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             signature = f"({ast.unparse(node.args)})"
@@ -212,6 +228,17 @@ def _about(file: Path, name: str) -> dict[str, str] | None:
     }
 
 
+def _imported_from(root: Path, file: str, node: ast.ImportFrom) -> str | None:
+    """The file of the checkout that is imported from; None: there is none."""
+    package = list(Path(file).parent.parts)
+    before = package[: len(package) + 1 - node.level] if node.level else []
+    module = Path(*before, *(node.module or "").split("."))
+    for there in (module.with_name(f"{module.name}.py"), module / "__init__.py"):
+        if (root / there).is_file():
+            return str(there)
+    return None
+
+
 def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
     """The statements of a module or class, those under its `if` and `try` among them."""
     found = []
@@ -225,19 +252,26 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
     return found
 
 
-def _named(body: list[ast.stmt], parts: list[str]) -> ast.stmt | None:
-    """Statement that binds a name there; of a method, also in the bases that the file has."""
+def _named(body: list[ast.stmt], parts: list[str]) -> Iterator[tuple[ast.stmt, list[str]]]:
+    """Statements that bind a name there, a method's own class first, then its bases; behind an
+    import also what is to be looked up where that leads."""
     bound = [node for node in body if parts[0] in _names(node)]
-    if not bound or len(parts) == 1:
-        return bound[-1] if bound else None
-    if not isinstance(owner := bound[-1], ast.ClassDef):
-        return owner  # imported: its methods are elsewhere
-    found = _named(_statements(owner.body), parts[1:])
-    for base in owner.bases:
-        if found is None and isinstance(base, ast.Name):
+    if not bound:
+        return
+    if len(parts) == 1:
+        yield bound[-1], []
+        return
+    match bound[-1]:
+        case ast.ClassDef() as owner:
+            yield from _named(_statements(owner.body), parts[1:])
             others = [node for node in body if node is not owner]  # bases in a circle end
-            found = _named(others, [base.id, *parts[1:]])
-    return found
+            for base in owner.bases:
+                if isinstance(base, ast.Name):
+                    yield from _named(others, [base.id, *parts[1:]])
+        case ast.ImportFrom() as imported:
+            yield imported, parts
+        case assigned:
+            yield assigned, []
 
 
 def _names(node: ast.stmt) -> set[str]:

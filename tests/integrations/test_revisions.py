@@ -118,6 +118,22 @@ def test_a_name_that_is_bound_otherwise_is_found_too(toy, source):
     assert revisions.installed("toy").missing("log") == []
 
 
+def test_a_method_of_a_base_is_looked_for_where_the_base_is(toy):
+    imports = "from abc import ABC\nfrom .base import Base as B\n"
+    engine = f"{imports}def loss(x): ...\nclass Engine(ABC, B): ...\n"
+    (toy / "m.py").write_text(engine)
+    assert revisions.installed("toy").missing("log") == ["toy/m.py: Engine.step"]  # no such file
+    (toy / "base.py").write_text("class Base:\n    def other(self): ...\n")
+    assert revisions.installed("toy").missing("log") == ["toy/m.py: Engine.step"]
+    (toy / "base.py").write_text("from toy.m import Engine as Base\n")  # round and round
+    assert revisions.installed("toy").missing("log") == ["toy/m.py: Engine.step"]
+    (toy / "base.py").write_text("class Base:\n    def step(self): ...\n")
+    assert revisions.installed("toy").missing("log") == []
+    (toy / "base.py").write_text("from toy.deep import Base\n")
+    (toy / "deep.py").write_text("class Base:\n    def step(self): ...\n")
+    assert revisions.installed("toy").missing("log") == []
+
+
 def test_bases_in_a_circle_end(toy):
     (toy / "m.py").write_text("def loss(x): ...\nclass Engine(B): ...\nclass B(Engine): ...\n")
     assert revisions.installed("toy").missing("log") == ["toy/m.py: Engine.step"]
