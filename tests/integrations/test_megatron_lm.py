@@ -520,19 +520,29 @@ def test_planted_differences_are_found_where_they_were_put(jobs, name):
         assert steps[step]["logp_gap/mean_abs"] == pytest.approx(0.05, abs=1e-4)
 
 
-EXACT = ["step", "sequence", "prompt", "position", "token_id", "reward", "layers_mismatched",
-         "prefix_mismatched", "staleness", "clipped"]  # fmt: skip
+EXACT = ["step", "position", "token_id", "reward", "layers_mismatched", "prefix_mismatched",
+         "staleness", "clipped"]  # fmt: skip
 ROUNDED = ["advantage", "logp_rollout", "logp_old", "logp_train", "ratio", "gradient_weight",
            "margin_min"]  # fmt: skip
+
+
+def by_content(table):
+    """A token log's rows by the tokens and the reward of their sequence."""
+    rows = table.to_pandas()
+    tokens = rows.groupby(["step", "sequence"])["token_id"]
+    rows["tokens"] = tokens.transform(lambda column: str(column.tolist()))
+    return table.take(rows.sort_values(["step", "tokens", "reward", "position"]).index.to_numpy())
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_token_log_of_a_wide_configuration_is_that_of_one_rank(jobs, name):
     """Row by row: the same tokens and routes, log-probs and weights to rounding."""
-    tables = [read_tokens(jobs / run) for run in (name, PLAIN[name])]
+    tables = [by_content(read_tokens(jobs / run)) for run in (name, PLAIN[name])]
     wide, plain = (table.to_pandas() for table in tables)
     assert len(plain) > 60 and len(wide) == len(plain)
     assert wide[EXACT].equals(plain[EXACT])
+    if name != "cp2, packed":  # whose bins hold less: a sequence's part ends at a multiple of 4
+        assert wide[["sequence", "prompt"]].equals(plain[["sequence", "prompt"]])
     for column in ROUNDED:
         np.testing.assert_allclose(wide[column], plain[column], rtol=1e-3, atol=2e-5)
     for mine, its in zip(*(read_routes(table) for table in tables), strict=True):
