@@ -21,6 +21,7 @@ _MEGATRON = "backends/megatron_utils"
 _TRAINING = "miles/backends/training_utils"
 _WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
 _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
+_SWIFT = "swift/megatron/trainers/grpo_trainer.py"
 HOOKS: dict[str, list[tuple[str, str]]] = {
     "slime": [
         (f"slime/{_MEGATRON}/data.py", "get_data_iterator"),
@@ -82,6 +83,26 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
             "FinishedRequestRecord.from_request",
         ),
     ],
+    "ms-swift": [
+        (_SWIFT, "MegatronGRPOTrainer._init_grpo_params"),
+        (_SWIFT, "MegatronGRPOTrainer._score_completions"),
+        (_SWIFT, "MegatronGRPOTrainer._generate_and_score_completions"),
+        (_SWIFT, "MegatronGRPOTrainer._maybe_compute_logps"),
+        (_SWIFT, "MegatronGRPOTrainer.forward_step"),
+        (_SWIFT, "MegatronGRPOTrainer.loss_func"),
+        (_SWIFT, "MegatronGRPOTrainer._apply_rollout_importance_sampling"),
+        (_SWIFT, "MegatronGRPOTrainer._compute_off_policy_sequence_mask"),
+        ("swift/megatron/trainers/base.py", "BaseMegatronTrainer.train_step"),
+        ("swift/megatron/trainers/base.py", "BaseMegatronTrainer._aggregated_metrics"),
+        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._prepare_vllm_engine"),
+        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._colocate_rollout"),
+        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._replace_data_iterator"),
+        ("swift/megatron/trainers/utils.py", "compute_per_token_logps_fn"),
+        ("swift/megatron/trainers/utils.py", "reconstruct_tensor_cp"),
+        ("swift/rlhf_trainers/utils.py", "collate_to_grpo_micro_batch"),
+        ("swift/rlhf_trainers/utils.py", "build_completion_mask_and_seq_lengths"),
+        ("swift/rlhf_trainers/utils.py", "pad_logps_back_to_batch"),
+    ],
 }  # fmt: skip
 # Where a release has what a later revision moved.
 BEFORE: dict[tuple[str, str], tuple[str, str]] = {
@@ -98,8 +119,10 @@ BEFORE: dict[tuple[str, str], tuple[str, str]] = {
     ("miles/utils/tracking_utils/tracking.py", "log"):
         ("miles/utils/tracking_utils/__init__.py", "log"),
 }  # fmt: skip
-# miles 0.0.2 with nothing else: `make test` puts it there.
+# miles 0.0.2 with nothing else, and ms-swift 4.6.0 with mcore-bridge and an older TRL: `make test`
+# puts them there.
 MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"
+SWIFT_WHEELS = Path(__file__).parents[2] / ".venv-swift"
 
 
 def places(hook: tuple[str, str]) -> list[tuple[str, str]]:

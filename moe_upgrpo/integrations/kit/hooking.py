@@ -1,0 +1,82 @@
+"""Wrappers around the methods of a stack's class, and whether it has them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from moe_upgrpo import ending
+from moe_upgrpo.errors import UserError
+
+
+def check(stack: str, version: str, tested: str, needed: Mapping[Any, Sequence[str]]) -> None:
+    """Warn of a release that was not tested.
+
+    needed: module or class → names that it has to have. Raises UserError with those that it lacks.
+    """
+    gone = [
+        f"{owner.__name__}.{name}"
+        for owner, names in needed.items()
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    if gone:
+        raise UserError(
+            f"{stack} {version} lacks what is hooked into: {', '.join(gone)}. Tested: {tested}; "
+            "install it, or leave out the plugin"
+        )
+    if version != tested and ending.rank() == 0:
+        print(
+            f"moe_upgrpo: {stack} {version} was not tested (tested: {tested}); every function "
+            "that is hooked into is there",
+            flush=True,
+        )
+
+
+def wrap(owner: type, name: str, around: Callable) -> None:
+    """Have `around(original, self, ...)` called for the method; `original` is bound to self."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        return around(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def delegate(owner: type, attribute: str, names: Sequence[str]) -> None:
+    """Have the object at `attribute`, where it is not None, stand around the owner's methods.
+
+    By its methods of the same names, which take `original` first.
+    """
+
+    def through(name: str) -> Callable:
+        def around(original, self, *args, **kwargs):
+            other = getattr(self, attribute)
+            if other is None:
+                return original(*args, **kwargs)
+            return getattr(other, name)(original, *args, **kwargs)
+
+        return around
+
+    for name in names:
+        wrap(owner, name, through(name))
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, the owner's attributes have other values."""
+    there = vars(owner)
+    before = {name: there[name] for name in values if name in there}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)
