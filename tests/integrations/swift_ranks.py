@@ -349,10 +349,8 @@ def main(folder: str) -> None:
     """Run jobs.pkl of the folder, and leave results.pkl there, or the traceback in error.txt."""
     path = Path(folder)
     try:
-        module = load()
-        from moe_upgrpo.integrations.ms_swift.install import install
-
-        install(module)
+        load()
+        importlib.import_module("moe_upgrpo.integrations.ms_swift")  # as the plugin's file does
         results = {}
         for name, (world, function, *job) in pickle.loads((path / "jobs.pkl").read_bytes()).items():
             results[name] = run_ranks(world, function, *job, context=get_context("fork"))

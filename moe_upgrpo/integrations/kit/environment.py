@@ -33,8 +33,11 @@ def token_share() -> float:
     return share
 
 
-def loss_settings() -> dict[str, Any]:
-    """The fields that MOE_UPGRPO_LOSS_SETTINGS sets. Raises UserError where it is no object."""
+def loss_settings(loss: str, *, preset: bool) -> dict[str, Any] | None:
+    """The fields that MOE_UPGRPO_LOSS_SETTINGS sets; None for a loss that is no preset of ours.
+
+    loss: as the user named it. Raises UserError: no JSON object, or fields of a loss of the stack.
+    """
     given = os.environ.get(SETTINGS) or "{}"
     try:
         settings, reason = json.loads(given), "not an object"
@@ -45,7 +48,12 @@ def loss_settings() -> dict[str, Any]:
             f"{SETTINGS}: {given!r} given ({reason}); allowed: a JSON object of fields of a loss, "
             'such as {"clip_low": 0.1}'
         )
-    return settings
+    if settings and not preset:
+        raise UserError(
+            f"{SETTINGS}: {given} given with {loss}, which is not of moe_upgrpo; take a preset of "
+            "it, or unset the variable"
+        )
+    return settings if preset else None
 
 
 def refuse(not_covered: Mapping[str, object]) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import coupled
-from moe_upgrpo.losses import PolicyLoss, PolicyLossConfig, aggregation_weights, policy_loss
+from moe_upgrpo.losses import (
+    GLOSSARY,
+    PolicyLoss,
+    PolicyLossConfig,
+    aggregation_weights,
+    policy_loss,
+)
+from moe_upgrpo.losses.metrics import mean
 
 
 def check_rollout_weights(config: PolicyLossConfig, option: str, *, of_tokens: bool) -> None:
@@ -74,3 +82,12 @@ def weighted_loss(
     )
     weighted_BT = result.per_token * torch.where(mask, weights, 0.0)
     return (weighted_BT.sum(-1) * per_sequence_B).sum(), result
+
+
+def summed_means(result: PolicyLoss, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """(numerator, denominator) over the ranks of `group`, of metrics that are their quotient."""
+    pairs = {n: pair for n, pair in result.metrics.items() if GLOSSARY[n].value is mean}
+    device = result.per_token.device
+    sums = torch.tensor([[float(x) for x in pair] for pair in pairs.values()], device=device)
+    dist.all_reduce(sums, group=group)
+    return dict(zip(pairs, sums, strict=True))

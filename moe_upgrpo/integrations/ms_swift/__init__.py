@@ -5,9 +5,8 @@ workers and other trainers import it too; there nothing happens.
 """
 
 import sys
-from importlib import import_module
 
 if "swift.megatron" in sys.modules:
     from moe_upgrpo.integrations.ms_swift.install import install
 
-    install(import_module("swift.megatron.trainers.grpo_trainer"))
+    install()

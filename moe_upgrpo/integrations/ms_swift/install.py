@@ -1,8 +1,7 @@
 """Puts losses and log into Megatron-SWIFT's GRPO trainer."""
 
-from typing import Any
-
 import swift
+from swift.megatron.trainers import grpo_trainer
 
 from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.integrations.kit.hooking import check, delegate, wrap
@@ -18,12 +17,12 @@ CALLED = ("_init_grpo_params", "loss_func", "_apply_rollout_importance_sampling"
 FUNCTIONS = ("collate_to_grpo_micro_batch", "pad_logps_back_to_batch", "reconstruct_tensor_cp")
 
 
-def install(module: Any) -> None:
-    """Wrap the hooks of the module's MegatronGRPOTrainer; once. Raises UserError: one is gone."""
-    trainer_class = module.MegatronGRPOTrainer
+def install() -> None:
+    """Wrap the hooks of MegatronGRPOTrainer; once. Raises UserError: one is gone."""
+    trainer_class = grpo_trainer.MegatronGRPOTrainer
     if hasattr(trainer_class, "moe_upgrpo_log"):
         return
-    needed = {module: FUNCTIONS, trainer_class: LOGGED + CALLED}
+    needed = {grpo_trainer: FUNCTIONS, trainer_class: LOGGED + CALLED}
     check("ms-swift", swift.__version__, TESTED, needed)
 
     def parameters(original, self):

@@ -133,10 +133,10 @@ class TrainerLog(SequenceLog):
                 value, result = evaluate(trainer, leaves[0], data)
                 return value, result.metrics
             # Without its KL; what it notes for metrics of its own is noted once.
-            policy = replace(batch, ref_per_token_logps=None)
+            alone = data | {"grpo_batch": replace(batch, ref_per_token_logps=None)}
             noted = {"_metrics": deepcopy(trainer._metrics), "_flush_log_completions": lambda: None}
             with replaced(trainer, **noted):
-                return own_loss(leaves[0], data | {"grpo_batch": policy})[0], {}
+                return own_loss(leaves[0], alone)[0], {}
 
         look = second_look(loss, [log_probs])
         if self.writes:

@@ -14,15 +14,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit.environment import SETTINGS, loss_settings
-from moe_upgrpo.integrations.kit.presets import Flag, resolve, served
-from moe_upgrpo.integrations.kit.weighted import check_rollout_weights, required, weighted_loss
-from moe_upgrpo.losses import GLOSSARY, PolicyLoss, PolicyLossConfig
-from moe_upgrpo.losses.metrics import mean
+from moe_upgrpo.integrations.kit import environment, weighted
+from moe_upgrpo.integrations.kit.presets import Flag, resolve
+from moe_upgrpo.losses import PolicyLoss, PolicyLossConfig
 
 PREFIX = "moe_upgrpo/"
-NOT_HANDED_OVER = ("router_log_probs",)
-LOSSES = served(NOT_HANDED_OVER)
 # Aggregation -> the loss_type of ms-swift that averages KL so, or nearest to it.
 LIKE = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "grpo",
         "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
@@ -33,10 +29,9 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
 
     Raises UserError: a preset or settings that cannot be, or that ms-swift's flags contradict.
     """
-    name, settings = args.loss_type, loss_settings()
-    if not name.startswith(PREFIX):
-        if settings:
-            raise UserError(f"{SETTINGS}: given with --loss_type {name}; allowed: {PREFIX}PRESET")
+    name = args.loss_type
+    settings = environment.loss_settings(f"--loss_type {name}", preset=name.startswith(PREFIX))
+    if settings is None:
         return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # ms-swift's rule
     if "cispo" in name and args.epsilon_high is not None:
@@ -53,20 +48,19 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
         settings,
         [Flag(name=n, value=v, default=d, field=f) for n, v, d, f in clips],
         option="--loss_type",
-        settings_option=SETTINGS,
+        settings_option=environment.SETTINGS,
         stack="ms-swift",
-        not_handed_over=NOT_HANDED_OVER,
+        not_handed_over=("router_log_probs",),
         label=name,
     )
     if args.importance_sampling_level != "token":
         raise UserError(
             f"--importance_sampling_level: {args.importance_sampling_level} given with --loss_type "
-            f"{name}, which says itself what its ratio is of (of sequences: gspo, gspo-token); "
-            "leave it out"
+            f"{name}, which says itself what its ratio is of; leave it out"
         )
     if mode := args.rollout_importance_sampling_mode:
         option = f"--rollout_importance_sampling_mode {mode}"
-        check_rollout_weights(config, option, of_tokens=mode != "sequence_truncate")
+        weighted.check_rollout_weights(config, option, of_tokens=mode != "sequence_truncate")
     return config
 
 
@@ -85,7 +79,7 @@ def evaluate(trainer: Any, log_probs: Tensor, data: dict[str, Any]) -> tuple[Ten
     rollout_BT = batch.rollout_per_token_logps
     weights_BT = torch.ones_like(old_BT)
     if mode := trainer.rollout_importance_sampling_mode:
-        behind_BT = required(rollout_BT, f"--rollout_importance_sampling_mode {mode}")
+        behind_BT = weighted.required(rollout_BT, f"--rollout_importance_sampling_mode {mode}")
         weights_BT = trainer._apply_rollout_importance_sampling(old_BT - behind_BT, mask_BT)
     if trainer.args.overlong_filter:
         mask_BT = mask_BT & ~batch.truncated_mask[:, None]
@@ -96,12 +90,11 @@ def evaluate(trainer: Any, log_probs: Tensor, data: dict[str, Any]) -> tuple[Ten
     if trainer.off_policy_sequence_mask_delta is not None:
         advantages_B = (batch.advantages * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
         behind_BT = old_BT if rollout_BT is None else rollout_BT
-        kept_B = trainer._compute_off_policy_sequence_mask(
-            log_probs.detach(), behind_BT, mask_BT, advantages_B
-        )
+        kept = trainer._compute_off_policy_sequence_mask
+        kept_B = kept(log_probs.detach(), behind_BT, mask_BT, advantages_B)
         mask_BT = mask_BT & kept_B[:, None]
     tokens = batch.num_items_in_batch
-    return weighted_loss(
+    return weighted.weighted_loss(
         log_probs,
         old_BT,
         batch.advantages,
@@ -129,7 +122,5 @@ def loss_func(original, trainer: Any, log_probs: Tensor, data: dict) -> tuple[Te
     metrics = {name: x for name, x in metrics.items() if not name.startswith("clip_ratio/")}
     metrics |= trainer._all_reduce_metric({"loss": loss.detach().clone()})
     # Two numbers are a numerator and a denominator to ms-swift (base.py:1035).
-    pairs = {n: pair for n, pair in result.metrics.items() if GLOSSARY[n].value is mean}
-    sums = torch.tensor([[float(x) for x in p] for p in pairs.values()], device=loss.device)
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    return loss, metrics | {f"{PREFIX}{n}": x for n, x in zip(pairs, sums, strict=True)}
+    sums = weighted.summed_means(result, parallel_state.get_data_parallel_group())
+    return loss, metrics | {f"{PREFIX}{name}": pair for name, pair in sums.items()}
