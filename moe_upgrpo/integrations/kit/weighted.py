@@ -28,10 +28,10 @@ def check_rollout_weights(config: PolicyLossConfig, option: str, *, of_tokens: b
             f"{option}: given with a loss that corrects for the rollout itself; it would be done "
             "twice. Leave out one of them"
         )
-    if of_tokens and coupled(config):
+    if of_tokens and (whole := coupled(config)):
         raise UserError(
-            f"{option}: a weight for each token given with {', '.join(coupled(config))}, a loss "
-            "of whole sequences; allowed: weights of sequences (or take gspo-token)"
+            f"{option}: a weight for each token given with {whole[0]}, a loss of whole sequences; "
+            "allowed: weights of sequences (or take gspo-token)"
         )
 
 
