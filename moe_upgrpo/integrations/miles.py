@@ -22,15 +22,10 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
+from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.slime_miles.layout import is_padded, reducer_of, splits_the_whole
 from moe_upgrpo.integrations.slime_miles.loss import check_loss, stack_loss, sum_of_sequences
-from moe_upgrpo.integrations.slime_miles.revisions import (
-    Partition,
-    first_module,
-    need,
-    replaced,
-    taken,
-)
+from moe_upgrpo.integrations.slime_miles.revisions import Partition, first_module, need, taken
 
 losses = first_module(
     "miles.backends.training_utils.loss_hub.losses",

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.slime_miles.layout import rows_of_routers, split_places
 from moe_upgrpo.integrations.slime_miles.loss import library_sums, scored_by
-from moe_upgrpo.integrations.slime_miles.revisions import need, replaced
+from moe_upgrpo.integrations.slime_miles.revisions import need
 from moe_upgrpo.record import SequenceRecord, known_rows
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve
 from moe_upgrpo.integrations.slime_miles.layout import reducer_of, split_places
-from moe_upgrpo.integrations.slime_miles.revisions import need, replaced
+from moe_upgrpo.integrations.slime_miles.revisions import need
 from moe_upgrpo.losses import Metric, PolicyLossConfig, policy_loss
 
 NOT_HANDED_OVER = ("router_log_probs",)

@@ -1,14 +1,14 @@
-"""Names of a stack: found where its revision has them, replaced for a while."""
+"""Names of a stack, found where its revision has them; its own layout of a rank's sequences."""
 
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit.hooking import replaced
 
 
 def first_module(*names: str) -> ModuleType:
@@ -42,19 +42,6 @@ def taken(function: Callable, **arguments: Any) -> dict[str, Any]:
     """Those of the arguments that the installed revision's function has a name for."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in names}
-
-
-@contextmanager
-def replaced(module: Any, **names: Any):
-    """The attributes of a module, or of an object, replaced, inside."""
-    before = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 class Partition:
