@@ -63,13 +63,13 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
-        health,
-        log,
-    )
+    # Megatron's model code: not for the loss alone.
+    from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
+    if mode != "none":
+        health.install(Miles(), args)  # inside of the log, whose own forwards are not counted
     if environment.run_folder():
         revisions.check("miles", "log")
         not_covered = {
@@ -81,8 +81,6 @@ def init(args: Namespace) -> None:
         }
         environment.refuse(not_covered)
         log.install(Miles(), args, mode)
-    if mode != "none":
-        health.install(Miles(), args)
 
 
 class Miles:

@@ -53,20 +53,18 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
-        health,
-        log,
-    )
+    # Megatron's model code: not for the loss alone.
+    from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss")
     mode = log.check_replay(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
+    else:
+        health.install(Slime(), args)  # inside of the log, whose own forwards are not counted
     if environment.run_folder():
         revisions.check("slime", "log")
         log.install(Slime(), args, mode)
-    if mode != "none":
-        health.install(Slime(), args)
 
 
 class Slime:
