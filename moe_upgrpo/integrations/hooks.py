@@ -226,7 +226,9 @@ def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str]
     if (file, name) in seen or not path.is_file():
         return None
     owner = name.split(".")[0]
-    for node, rest in _named(_statements(ast.parse(path.read_text("utf-8")).body), name.split(".")):
+    for node, rest in _named(
+        _statements(ast.parse(path.read_text(encoding="utf-8")).body), name.split(".")
+    ):
         if not rest:
             return _described(node)
         alias = next(x for x in node.names if (x.asname or x.name) == rest[0])

@@ -63,10 +63,8 @@ def init(args: Namespace) -> None:
     Raises:
         UserError: settings that cannot be; a run folder that holds a run already.
     """
-    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
-        health,
-        log,
-    )
+    # Megatron's model code: not for the loss alone.
+    from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss", losses)
     mode = log.check_replay(args)
@@ -75,6 +73,8 @@ def init(args: Namespace) -> None:
     if not environment.run_folder() and mode == "none":
         return
     stack, r3 = Miles(args), mode == "R3"
+    if mode != "none":
+        health.install(stack, args)  # inside of the log, whose own forwards are not counted
     if environment.run_folder():
         revisions.check("miles", "log")
         not_covered = {
@@ -92,8 +92,6 @@ def init(args: Namespace) -> None:
         }
         environment.refuse(not_covered)
         log.install(stack, args, mode)
-    if mode != "none":
-        health.install(stack, args)
 
 
 class Miles:

@@ -10,7 +10,7 @@ from moe_upgrpo.integrations.nemo_rl.log import logged as with_log  # noqa: E402
 
 def logged(worker_class: type) -> type:
     """The class itself with the log, and with health figures of a replay."""
-    return health.reported(with_log(worker_class))
+    return with_log(health.reported(worker_class))
 
 
 __all__ = ["logged"]

@@ -62,10 +62,8 @@ def init(args: Namespace) -> None:
         UserError: settings that cannot be; a run folder that holds a run already; something that
             the log needs of slime and that the installed revision does not have.
     """
-    from moe_upgrpo.integrations.slime_miles import (  # Megatron's model code, for the log alone
-        health,
-        log,
-    )
+    # Megatron's model code: not for the loss alone.
+    from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss", losses)
     mode = log.check_replay(args)
@@ -76,6 +74,8 @@ def init(args: Namespace) -> None:
     if not environment.run_folder() and mode == "none":
         return
     stack = Slime()
+    if mode != "none":
+        health.install(stack, args)  # inside of the log, whose own forwards are not counted
     if environment.run_folder():
         revisions.check("slime", "log")
         older = not hasattr(cp_utils, "prepare_routed_experts_for_routing_replay")  # up to v0.3.0
@@ -91,8 +91,6 @@ def init(args: Namespace) -> None:
             }
         )
         log.install(stack, args, mode)
-    if mode != "none":
-        health.install(stack, args)
 
 
 class Slime:

@@ -404,7 +404,8 @@ class StackChecks(WideChecks):
             found = {key.removeprefix("rollout/replay/"): x for key, x in reports[0].items()}
             # The last row of a sequence, and padding, are held to nothing of the rollout's.
             held = L * sum(len(s["prompt"] + s["response"]) - 1 for s in batch)
-            assert held <= found["applied_rate"] * found["rows"] <= found["rows"]
+            assert held <= found["applied_rate"] * found["rows"]
+            assert found["rows"] < 1.5 * held  # not the log's own forwards
             assert found["applied_rate"] + found["live_rate"] <= 1 + 1e-9
             assert found["zero_filled_rate"] == found["repeated_rate"] == 0
             layers = [found[f"native_differs/layer_{layer}"] for layer in range(L)]
@@ -413,7 +414,7 @@ class StackChecks(WideChecks):
             if name == "R2":  # held to its own choice before the rollout's first update
                 assert 0 < found["native_differs_rate"] < 0.3
             else:
-                assert 0.7 * planted < found["native_differs/layer_0"] < planted + 0.3
+                assert 0.7 * planted < found["native_differs/layer_0"]
 
     @pytest.mark.parametrize("name", ["R3", "cp", "bypass"])
     def test_r3_tells_native_from_held(self, runs, name):

@@ -86,7 +86,7 @@ class SequenceLog:
         native_forward: Callable[[], Any],
         of_sequences: Callable[[Tensor], Mapping[int, Tensor]],
     ) -> Any:
-        """What `forward` at the old weights gives, its routers watched.
+        """Give what `forward` at the old weights gives, its routers watched.
 
         native_forward: the same without replay, run where R3 holds the other. of_sequences: takes
         the table [N, L, X] of a micro-batch apart, by row of `sequences`.

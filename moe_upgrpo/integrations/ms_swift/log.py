@@ -123,7 +123,7 @@ class TrainerLog(SequenceLog):
         return routers.by_sequence(table, batch.moe_upgrpo_rows, self._lengths(batch))
 
     def see(self, own_loss, log_probs: torch.Tensor, data: dict[str, Any]) -> None:
-        """What the loss sees of a micro-batch, on every rank of the last stage."""
+        """Keep what the loss sees of a micro-batch, on every rank of the last stage."""
         if not self.trains:
             return
         trainer, batch = self.trainer, data["grpo_batch"]

@@ -5,11 +5,15 @@ import functools
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from moe_upgrpo.integrations.kit import routers
 from moe_upgrpo.integrations.kit.health import Health
 
 
 def reported(worker_class: type) -> type:
-    """The class itself, whose `train` reports the figures where it replays."""
+    """The class itself, whose `train` reports the figures where it replays.
+
+    The log goes around it: forwards that the log makes of its own are not counted.
+    """
     train = worker_class.train
 
     @functools.wraps(train)
@@ -23,7 +27,9 @@ def reported(worker_class: type) -> type:
         with health.counting():
             output = train(self, data, loss_fn, eval_mode, *args, **kwargs)
         found = health.take()
-        if dist.get_rank(parallel_state.get_data_parallel_group()) == 0:  # the driver adds them up
+        # The driver adds up what it hears from each replica.
+        replica = dist.get_rank(parallel_state.get_data_parallel_group())
+        if replica == 0 and routers.first_of_stage():
             for name, value in found.items():
                 output["all_mb_metrics"][name] = [value]
         return output

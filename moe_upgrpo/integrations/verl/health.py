@@ -33,5 +33,6 @@ def install(module) -> None:
                 }
         return output
 
+    del forward_backward_batch.__wrapped__  # by which the log knows its own
     forward_backward_batch.moe_upgrpo_health = True
     engine_class.forward_backward_batch = forward_backward_batch

@@ -31,14 +31,14 @@ def when_imported() -> None:
 
 def _into_engine(module) -> None:
     """The log where MOE_UPGRPO_RUN asks for one; the figures always."""
+    from moe_upgrpo.integrations.verl import health
+
+    health.install(module)  # inside of the log, whose own forwards are not counted
     if environment.run_folder() is not None:
         revisions.check("verl", "log")
         from moe_upgrpo.integrations.verl import log
 
         log.install(module)
-    from moe_upgrpo.integrations.verl import health
-
-    health.install(module)
 
 
 def _into_worker(module) -> None:
