@@ -326,7 +326,7 @@ def test_nemo_rls_config_takes_the_flags():
 def test_nemo_rls_own_loss_tests_pass(tmp_path):
     """As they do without us, on a CPU in the place of their GPU: `ClippedPGLossFn` bound to ours.
 
-    Ten of 76 fail in both, those of other losses: NLL, DPO, distillation.
+    At 7ea279a ten of 76 fail in both, those of other losses: NLL, DPO, distillation.
     """
     results = {}
     for rebind in ("", "1"):
@@ -339,7 +339,7 @@ def test_nemo_rls_own_loss_tests_pass(tmp_path):
         )  # fmt: skip
         lines = done.stdout.splitlines()
         results[rebind] = {line for line in lines if line.startswith("PASSED")}
-    assert results["1"] == results[""] and len(results["1"]) > 60, results
+    assert results["1"] == results[""] and len(results["1"]) > 50, results
 
 
 # --- the patch
