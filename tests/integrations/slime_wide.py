@@ -69,7 +69,7 @@ class WideChecks:
 
     @classmethod
     def run_jobs(cls, folder: Path, checkpoint: Path, jobs: dict) -> dict:
-        """Of each job what its ranks returned; the stack is in a process of its own."""
+        """Results of each job's ranks; the stack is in a process of its own."""
         (folder / "jobs.pkl").write_bytes(pickle.dumps(jobs))
         done = subprocess.run(
             [
@@ -85,7 +85,7 @@ class WideChecks:
 
     @classmethod
     def refused(cls) -> dict[str, str]:
-        """Of `WIDE`, what the revision cannot do -> of the message at start."""
+        """Names of `WIDE` that the revision cannot do -> words of the message at start."""
         return {}
 
     @pytest.fixture(scope="class")

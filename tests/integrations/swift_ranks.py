@@ -99,7 +99,7 @@ def loss_of(module, batch: dict, **given) -> dict:
 
 
 def losses(jobs: list[dict]) -> list:
-    """Of each job its result, or the UserError's text."""
+    """Result of each job, or the UserError's text."""
     from megatron.core import parallel_state
 
     from moe_upgrpo.errors import UserError
@@ -117,7 +117,7 @@ def losses(jobs: list[dict]) -> list:
 
 
 def refused(jobs: list[dict]) -> list[str | None]:
-    """Of each job's arguments what our start-up says: the UserError's text, or None."""
+    """Words of our start-up on each job's arguments: the UserError's text, or None."""
     from megatron.core import parallel_state
 
     from moe_upgrpo.errors import UserError

@@ -292,7 +292,7 @@ def rollouts() -> Batch:
 
 
 def native_routes(made, batch: Batch) -> torch.Tensor:
-    """What the routers of the worker choose, by Megatron's own maps: [B, S, L, K]."""
+    """Choices of the routers of the worker, by Megatron's own maps: [B, S, L, K]."""
     maps, removed = [], []
     for module in made.model.modules():
         if type(module).__name__ == "TopKRouter":
