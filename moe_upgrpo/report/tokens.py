@@ -17,6 +17,7 @@ from moe_upgrpo.store.token_log import token_files
 MAX_ROWS = 2_000_000
 _COLUMNS = (
     "step",
+    "prompt",
     "sequence",
     "position",
     "token_id",
