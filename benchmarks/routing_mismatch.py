@@ -330,7 +330,7 @@ def compared(
     if not samples:
         raise UserError("no sequences: nothing to compare")
     native, held = scored or scores_of(actor, play)
-    floors = {}
+    floors = analysis.NoiseFloor()
     if noise:
         floors = analysis.trainer_noise_floor(actor, samples)
         floors |= analysis.engine_noise_floor(
@@ -349,7 +349,7 @@ def compared(
         group=play.group,
         logp_train=updated,
     )
-    return step, tabled(step, play, before, held, floors)
+    return step, tabled(step, play, before, held, floors.sums)
 
 
 def scores_of(actor: MegatronActor, play: Played) -> tuple:

@@ -189,6 +189,8 @@ def _named(by: str, group: Any) -> str:
     if by == "prefix":
         return f"after {_bin(group)} mismatches"
     layers = _bin(group)
+    if by == "context":
+        return f"at positions {layers}"
     return f"that differ in {layers} layer{'s' * (layers != '1')}" if group[1] else "that agree"
 
 
@@ -388,6 +390,23 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         "included: attention carries earlier flips forward. A slope here and none above speaks for "
         "the context; but a longer prefix is also a later position.",
         says=_contrast("prefix"),
+    ),
+    Panels(
+        key="by_context",
+        title="Long contexts: gap and mismatch by position",
+        parts=(
+            Answers(
+                key="gap_by_context",
+                title="mean |gap|, nats",
+                quantities=(("gap", "mean |gap|"),),
+                by="context",
+                floor="logp_mean_abs",
+            ),
+            _mismatch("context", "routers that differ"),
+        ),
+        read="By position in prompt and response, in bins that double up to 32,768. A rise says "
+        "that differences pile up along the context, or that later tokens are harder to route.",
+        says=_contrast("context"),
     ),
     Answers(
         key="by_sign",

@@ -32,6 +32,10 @@ _COLUMNS = (
     "prefix_mismatched",
     "margin_min",
     "gradient_weight",
+    "noise_trainer_repeat",
+    "noise_trainer_batch_shape",
+    "noise_engine_repeat",
+    "noise_engine_batch_shape",
 )
 
 

@@ -17,10 +17,23 @@ from moe_upgrpo.stats.paired import (
     mean_interval,
 )
 from moe_upgrpo.stats.sign_flips import sign_flip_test
+from moe_upgrpo.stats.tails import (
+    BINS,
+    POSITION_EDGES,
+    QUANTILES,
+    log_counts,
+    pareto_k,
+    pareto_k_of_counts,
+    position_bins,
+    quantiles,
+)
 from moe_upgrpo.stats.weights import TAILS, chi_square, effective_sample_size, ratio_tails
 
 __all__ = [
+    "BINS",
     "MIN_PROMPTS",
+    "POSITION_EDGES",
+    "QUANTILES",
     "TAILS",
     "Comparison",
     "Rate",
@@ -32,7 +45,12 @@ __all__ = [
     "effective_sample_size",
     "holm",
     "jackknifed",
+    "log_counts",
     "mean_interval",
+    "pareto_k",
+    "pareto_k_of_counts",
+    "position_bins",
+    "quantiles",
     "rates",
     "ratio_interval",
     "ratio_tails",

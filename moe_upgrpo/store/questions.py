@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import TAILS, Rate, Scale, cluster_sums, jackknifed, rates
+from moe_upgrpo.stats import (
+    TAILS,
+    Rate,
+    Scale,
+    cluster_sums,
+    jackknifed,
+    position_bins,
+    rates,
+)
 from moe_upgrpo.store.schema import TokenLayout
 from moe_upgrpo.store.token_log import overlap_array
 
@@ -145,6 +153,10 @@ GROUPINGS: dict[str, tuple[str, str]] = {
     "layer": ("overlap", "each MoE layer by its number in the model; mismatch only"),
     "step": ("step", "each step"),
     "position": ("position", "bins of position with about equally many tokens"),
+    "context": (
+        "position",
+        "bins of position that double, for long contexts: below 16, 16–31, … 16,384–32,767, above",
+    ),
     "margin": ("margin_min", "bins of margin_min with about equally many tokens"),
     "token": ("token_id", "each of the most frequent token ids"),
     "own": ("layers_mismatched", "the token's own mismatched layers: 0, 1, 2, 3–4, 5–8, 9–16, …"),
@@ -377,7 +389,8 @@ def _grouped(
             ends = np.concatenate([[0], 2.0 ** np.arange(32)])
         else:
             ends = np.quantile(kept, np.arange(1, groups) / groups) if len(kept) else np.empty(0)
-        bins, group = np.unique(np.searchsorted(ends, kept), return_inverse=True)
+        bin_N = position_bins(kept) if by == "context" else np.searchsorted(ends, kept)
+        bins, group = np.unique(bin_N, return_inverse=True)
         inside = [kept[group == i] for i in range(len(bins))]
         labels = [(found.min().item(), found.max().item()) for found in inside]
     group_N = np.full(len(values_N), -1)

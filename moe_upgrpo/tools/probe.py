@@ -41,14 +41,13 @@ def probe(config: ProbeConfig) -> None:
         with groups.process_groups(Layout(), seed=config.seed):
             row = _probe_model(config, run)
         found = _intervals(run)
-    row["alarms"] = alarms.raised(row)
+    raised = alarms.Watch(config.alarm).add_to(row)
     run.append_metrics(row)
     _show(console, row, found)
+    for one in raised:
+        console.print(f"ALARM {one.short}: {alarms.ALARMS[one.name].means}", soft_wrap=True)
     write_report([config.output_dir], config.output_dir / "report.html")
     console.print(f"report: {config.output_dir / 'report.html'}", soft_wrap=True)
-
-
-_ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()}}
 
 
 def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str, Rate]]:
@@ -56,7 +55,7 @@ def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str,
     counts = compare_routes(rollout, train, num_experts=config.num_experts)
     about = {"num_experts": config.num_experts, "top_k": counts.top_k}
     about |= {"moe_layers": list(range(counts.num_layers)), "loss": "none (probe of two dumps)"}
-    RunFolder.create(run.path, asdict(config) | about | _ALARMS)
+    RunFolder.create(run.path, asdict(config) | about | {"alarms": alarms.texts(config.alarm)})
     rollout_NLK = rollout.reshape(-1, *rollout.shape[-2:])
     found = _intervals_of_dumps(counts, config.dump_samples)
     return {"step": 1} | measured(routing_sums(counts, rollout_NLK)), found
@@ -117,7 +116,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
     RunFolder.create(
         run.path,
         asdict(config)
-        | _ALARMS
+        | {"alarms": alarms.texts(config.alarm)}
         | {
             "loss": "none (probe)",
             "layout": str(actor.layout),
@@ -136,7 +135,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
         num_experts=actor.num_experts,
     ).write(1, step.token_rows())
     # Nothing was rewarded or updated: what says so would only look like a result.
-    without = ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
+    without = ("reward/", "advantage/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
     return {"step": 1} | {
         name: value
         for name, value in (measured(step.sums() | noise) | step.maxima()).items()
@@ -195,9 +194,13 @@ def _step(
             passes, samples, rollouts, num_experts=actor.num_experts
         )
     record = record_without_update(
-        rollouts=rollouts, old=old, group=config.samples, num_experts=actor.num_experts
+        rollouts=rollouts,
+        old=old,
+        group=config.samples,
+        num_experts=actor.num_experts,
+        noise=noise,
     )
-    return record, noise
+    return record, noise.sums
 
 
 def _between(found: Rate | None, form: str) -> str:
@@ -257,5 +260,3 @@ def _show(console: Console, row: dict, found: dict[str, Rate]) -> None:
             f"{parts}",
             soft_wrap=True,
         )
-    for name in row["alarms"]:
-        console.print(f"ALARM {name}: {alarms.ALARMS[name].means}", soft_wrap=True)

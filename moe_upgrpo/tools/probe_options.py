@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import EngineName
 
 
@@ -44,8 +45,11 @@ class ProbeConfig:
     num_experts: int | None = None
     """Experts in each layer; needed with the two dumps."""
     dump_samples: int | None = None
-    """Of dumps of a batch: how many sequences, one after the other, answer the same prompt. With it
-    rates have intervals, which are by prompt."""
+    """Sequences of a dumped batch that answer the same prompt, one after the other. With it rates
+    have intervals, which are by prompt."""
+
+    alarm: AlarmLimits = field(default_factory=AlarmLimits)
+    """Where alarms ring: docs/mismatch.md."""
 
     def __post_init__(self):
         dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]

@@ -83,6 +83,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             config.flat()
             | _about(actor, layout, world_size)
             | {
+                "alarms": alarms.texts(config.log.alarm),
                 "policy_loss": asdict(config.objective.policy_loss()),
             }
         )
@@ -185,7 +186,6 @@ def _about(actor: MegatronActor, layout: Layout, world_size: int) -> dict[str, A
         "num_experts": actor.num_experts,
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
-        "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
     }
 
 

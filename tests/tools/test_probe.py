@@ -106,7 +106,20 @@ def test_zero_filled_routes_of_top_1_raise_their_alarm(tmp_path):
     dumps = ("--rollout-routes", tmp_path / "rollout.npy", "--train-routes", tmp_path / "train.npy")
     result = probe(*dumps, "--num-experts", 8, "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "ALARM zero-filled-routes" in result.stdout
-    assert read_metrics(tmp_path / "out")[0]["alarms"] == ["zero-filled-routes"]
+    (row,) = read_metrics(tmp_path / "out")
+    assert row["alarms"] == ["mismatch-above-noise", "zero-filled-routes"]
+    assert row["alarms/zero-filled-routes"] == 1
+
+
+def test_two_dumps_that_share_nothing_are_an_alarm(tmp_path):
+    """There is no noise floor in dumps: the absolute limit holds, and can be set."""
+    options = dumps(tmp_path, lambda routes: routes + 2)
+    result = probe(*options)
+    said = " ".join(result.stdout.split())
+    assert "ALARM mismatch-above-noise (1, limit 0.3): more than 30% of routers" in said
+    assert "Next: moe-upgrpo report RUN" in said
+    quiet = probe(*options[:-1], tmp_path / "quiet", "--alarm.mismatch", 1)
+    assert quiet.returncode == 0 and "ALARM" not in quiet.stdout
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ class CollectionLog:
             ),
         }
         environment.refuse(not_covered)
-        self.routers = [r for chunk in rl_utils.unwrap_model(model) for r in routers.counted(chunk)]
+        self.model = rl_utils.unwrap_model(model)
+        self.routers = [r for chunk in self.model for r in routers.counted(chunk)]
         if not self.routers:
             raise UserError(
                 "MOE_UPGRPO_RUN: the model has no MoE layer whose routes could be logged"
@@ -358,6 +359,7 @@ class CollectionLog:
                 top_k=self.config.moe_router_topk,
                 num_experts=self.config.num_moe_experts,
                 share=self.share,
+                modules=self.model,
             )
         self.step += 1
         self.gathered.sequences = [self.logged[i] for i in sorted(self.logged)]

@@ -188,6 +188,7 @@ class TrainLog:
         self.starts = np.cumsum([0, *lengths])
         ids = torch.arange(int(self.starts[-1])).split(lengths)
         rows = stack.rows(self.args, data_iterator, num_microbatches, list(ids))
+        self.model = model
         chunks = [routers.counted(chunk) for chunk in model]
         recorded = functools.partial(self._recorded, rows=rows, model=model, chunks=chunks)
         native_output, own = None, None
@@ -478,4 +479,5 @@ class TrainLog:
             top_k=self.top_k,
             num_experts=args.num_experts,
             share=self.share,
+            modules=self.model,
         )

@@ -248,6 +248,7 @@ class EngineLog:
             top_k=engine.tf_config.moe_router_topk,
             num_experts=engine.tf_config.num_moe_experts,
             share=self.share,
+            modules=unwrap_model(engine.module),
         )
 
     # --- update
