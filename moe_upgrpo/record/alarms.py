@@ -74,7 +74,7 @@ class Watch:
         floors = [
             rate
             for name, rate in row.items()
-            if name.startswith("noise/") and name.endswith("/router_rate")
+            if name.startswith("noise/") and name.endswith("/router_rate") and _known(row, name)
         ]
         if floors:
             self.floor = max(floors)
