@@ -20,7 +20,7 @@ import tyro
 from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.losses import group_advantages
-from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.job import Job
 from moe_upgrpo.train.learner import samples_of
@@ -48,7 +48,7 @@ def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> floa
             advantages=advantages,
             updated=updated,
             reference=reference,
-            noise={},
+            noise=NoiseFloor(),
             first_sequence=first,
             group=config.batch.group,
             replay=config.objective.replay,

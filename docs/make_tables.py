@@ -84,7 +84,11 @@ PAGES = {
     "mismatch.md": {
         "metrics": markdown_table().rstrip("\n"),
         "alarms": table(
-            ["alarm", "means"], [[f"`{name}`", alarm.means] for name, alarm in ALARMS.items()]
+            ["alarm", "rings when", "likely cause", "next", "limits"],
+            [
+                [f"`{name}`", a.rings, a.cause, a.command, ", ".join(f"`{n}`" for n in a.limits)]
+                for name, a in ALARMS.items()
+            ],
         ),
     },
     "patches.md": {"faults": faults.markdown_table()},

@@ -111,7 +111,7 @@ def by_layer(job) -> Outcome:
                 "mean |log-prob gap|": float(np.abs(gap).mean()),
                 "tokens": found.tokens_compared,
             }
-        floor = trainer_noise_floor(actor, given)
+        floor = trainer_noise_floor(actor, given).sums
     noise = {
         name: metric.numerator / metric.denominator
         for name, metric in floor.items()

@@ -6,11 +6,13 @@ engine and no file.
 """
 
 from moe_upgrpo.record.gap import gap_terms
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.record.sequence import SequenceRecord, known_rows
 from moe_upgrpo.record.step import StepRecord
 from moe_upgrpo.record.sums import Sums, count_sums, finish, measured, routing_sums
 
 __all__ = [
+    "AlarmLimits",
     "SequenceRecord",
     "StepRecord",
     "Sums",

@@ -8,8 +8,8 @@ Shapes: N response tokens of this rank, R rows of whole sequences, L MoE layers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.record.sequence import SequenceRecord
-from moe_upgrpo.record.sums import Sums, count_sums, routing_sums
+from moe_upgrpo.record.sums import Sums, count_sums, position_sums, routing_sums, tail_sums
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
 
@@ -29,11 +29,13 @@ class StepRecord:
     """This data-parallel rank's part of one step.
 
     first_sequence: index, over all ranks, of this rank's first sequence.
+    noise_layers: columns of the noise floors, [N] each: layers in which a side differs from itself.
     """
 
     sequences: Sequence[SequenceRecord]
     first_sequence: int
     num_experts: int
+    noise_layers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def knows(self, *names: str) -> bool:
         """Whether the source of these sequences could fill the fields."""
@@ -192,6 +194,7 @@ class StepRecord:
             "gradient_weight": self.of_tokens("gradient_weight"),
             **self._routing_columns(),
             **self._gap,
+            **self.noise_layers,
         }
         if self.knows("staleness"):
             rows["staleness"] = self._repeated("staleness")
@@ -215,23 +218,44 @@ class StepRecord:
             pairs["staleness/mean"] = (sum(int(s.staleness) for s in self.sequences), sequences)
         if self.knows("entropy"):
             pairs["entropy/mean"] = (float(self.of_tokens("entropy").sum()), tokens)
-        if self.knows("logp_old"):
-            old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
-            pairs["logp_gap/mean_abs"] = (float(np.abs(old_N - rollout_N).sum()), tokens)
-            pairs["logp_gap/k3"] = (_k3_sum(old_N, rollout_N), tokens)
-            if self.knows("logp_reference"):
-                reference_N = self.of_tokens("logp_reference")
-                pairs["kl/warm_start"] = (_k3_sum(reference_N, old_N), tokens)
+        advantage_N = self.of_tokens("advantage")
+        pairs["advantage/nonzero_rate"] = (int((advantage_N != 0).sum()), tokens)
+        rollout_N = self.of_tokens("logp_rollout").astype(np.float64)
+        pairs["entropy/sampled"] = (float(-rollout_N.sum()), tokens)
         for name, term_N in self._gap.items():
             short = name.replace("_", "/", 1)
             pairs[f"{short}/mean"] = (float(term_N.sum()), tokens)
             pairs[f"{short}/mean_abs"] = (float(np.abs(term_N).sum()), tokens)
         sums = {name: Metric(*pair) for name, pair in pairs.items()}
+        if self.knows("logp_old"):
+            sums |= self._gap_sums()
         return sums if self.dense else sums | self._routing_sums()
+
+    def _gap_sums(self) -> Sums:
+        """Sums of the gap and of the ratio, which take log-probs at the old weights."""
+        old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
+        gap_N, tokens = np.abs(old_N - rollout_N), len(old_N)
+        sums = {
+            "logp_gap/mean_abs": Metric(float(gap_N.sum()), tokens),
+            "logp_gap/k3": Metric(_k3_sum(old_N, rollout_N), tokens),
+        }
+        if self.knows("logp_reference"):
+            reference_N = self.of_tokens("logp_reference")
+            sums["kl/warm_start"] = Metric(_k3_sum(reference_N, old_N), tokens)
+        sums |= tail_sums("logp_gap", old_N.astype(np.float64) - rollout_N)
+        with np.errstate(divide="ignore"):
+            sums |= tail_sums("ratio", np.log(self._ratio.astype(np.float64)))
+        return sums | position_sums("logp_gap", self.of_tokens("positions"), gap_N)
 
     def _routing_sums(self) -> Sums:
         counts = self.divergence  # first: it names the sequence where routes cannot be
         sums = routing_sums(counts, self.of_rows("rollout_routes"))
+        mismatched_N = counts.routers_per_token.numpy()
+        positions_N = self.of_tokens("positions")
+        sums |= position_sums("mismatch", positions_N, mismatched_N, counts.num_layers)
+        for name, side in (("", "rollout_routes"), ("_trainer", "train_routes")):
+            repeated = sum(_repeats(self.sequences, side))
+            sums[f"mismatch/repeated_rows{name}"] = Metric(repeated, len(mismatched_N))
         if self.conditional is not None:
             sums |= count_sums("conditional", self.conditional)
         gated = ("held_routes", "held_gates", "train_routes", "native_gates")
@@ -251,6 +275,38 @@ class StepRecord:
             "logp_gap/max_abs": float(np.abs(gap_N).max()),
             "ratio/max": float(self._ratio.max()),
         }
+
+
+_LAYERS_LOOKED_AT = 4
+
+
+def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
+    """Count, for each sequence, its tokens whose row of routes is that of another input.
+
+    The row before it, or, where all its rows are so, those of another sequence. Sets are compared,
+    in a few layers: a stale row is stale in all of them.
+    """
+    num_layers = getattr(sequences[0], side).shape[1]
+    few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))
+    sets = [np.sort(getattr(sequence, side)[:, few], axis=-1) for sequence in sequences]
+    inputs_of: dict[bytes, set[bytes]] = {}
+    keys = []
+    for sequence, routes in zip(sequences, sets, strict=True):
+        rows = sequence.positions - 1
+        keys.append(routes[rows].tobytes())
+        inputs_of.setdefault(keys[-1], set()).add(sequence.token_ids[rows].tobytes())
+    found = []
+    for sequence, routes, key in zip(sequences, sets, keys, strict=True):
+        rows, ids = sequence.positions - 1, sequence.token_ids
+        if len(inputs_of[key]) > 1:
+            found.append(len(rows))
+            continue
+        rows = rows[rows > 0]
+        if sequence.known is not None:
+            rows = rows[sequence.known[rows - 1]]
+        same = (routes[rows] == routes[rows - 1]).all(axis=(1, 2)) & (ids[rows] != ids[rows - 1])
+        found.append(int(same.sum()))
+    return found
 
 
 def _known(sequences: Sequence[SequenceRecord]) -> np.ndarray | None:

@@ -12,6 +12,14 @@ import numpy as np
 
 from moe_upgrpo.losses import Metric, finalize_metrics
 from moe_upgrpo.routing import RoutingCounts
+from moe_upgrpo.stats import (
+    BINS,
+    POSITION_EDGES,
+    log_counts,
+    pareto_k_of_counts,
+    position_bins,
+    quantiles,
+)
 
 Sums = dict[str, Metric]
 
@@ -42,6 +50,34 @@ def routing_sums(counts: RoutingCounts, rollout_NLK: np.ndarray) -> Sums:
     }
 
 
+BEYOND = (2, 10)
+"""Factors that a ratio is further from 1 than, either way, in `beyond_2` and `beyond_10`."""
+
+
+def tail_sums(name: str, log_ratios_N: np.ndarray) -> Sums:
+    """How far ratios lie from 1: those beyond a factor, and counts by size for `measured`."""
+    size_N, total = np.abs(log_ratios_N), len(log_ratios_N)
+    # A ratio that is no number is not near 1.
+    sums = {
+        f"{name}/beyond_{tau}": Metric(int((~(size_N <= math.log(tau))).sum()), total)
+        for tau in BEYOND
+    }
+    for side, counts_B in zip(_SIDES, log_counts(log_ratios_N), strict=True):
+        sums |= {f"{name}/{side}/{i}": Metric(int(c), total) for i, c in enumerate(counts_B)}
+    return sums
+
+
+def position_sums(name: str, positions_N: np.ndarray, values_N: np.ndarray, each: int = 1) -> Sums:
+    """Sums of values and of `each` for every token, by bins of position (`POSITION_EDGES`)."""
+    bins_N, size = position_bins(positions_N), len(POSITION_EDGES) + 1
+    above = np.bincount(bins_N, weights=values_N, minlength=size)
+    below = np.bincount(bins_N, minlength=size) * each
+    pairs = zip(above.tolist(), below.tolist(), strict=True)
+    return {f"{name}/by_position/{i}": Metric(*pair) for i, pair in enumerate(pairs)}
+
+
+_SIDES = ("_above", "_below")
+_TAIL = re.compile(r"(.*)/(_above|_below)/(\d+)")
 _LIST = re.compile(r"(.*)/(\d+)")
 
 
@@ -51,8 +87,15 @@ def measured(sums: Sums) -> dict[str, float | list[float]]:
     Names that end in a number are the entries of a list; a histogram's are counts, not rates.
     """
     metrics: dict = {}
+    tails: dict[str, dict[str, np.ndarray]] = {}
     for name, (numerator, denominator) in sums.items():
+        if entry := _TAIL.fullmatch(name):
+            of_name = tails.setdefault(entry[1], {side: np.zeros(BINS, int) for side in _SIDES})
+            of_name[entry[2]][int(entry[3])] = int(numerator)
+            continue
         if not denominator:
+            if "/by_position/" in name:  # no token lies there, and the others keep their place
+                metrics.setdefault(name.rpartition("/")[0], []).append(None)
             continue
         if entry := _LIST.fullmatch(name):
             is_count = entry[1].endswith("/histogram")
@@ -60,6 +103,14 @@ def measured(sums: Sums) -> dict[str, float | list[float]]:
             metrics.setdefault(entry[1], []).append(value)
         else:
             metrics[name] = numerator / denominator
+    for name, of_name in tails.items():
+        above_B, below_B = of_name.values()
+        if name == "logp_gap":
+            found = quantiles(above_B + below_B)
+            metrics |= {f"{name}/{quantile}": value for quantile, value in found.items()}
+        k = pareto_k_of_counts(above_B, below_B)
+        if not math.isnan(k):
+            metrics[f"{name}/pareto_k"] = k
     if "reward/mean" in metrics:
         variance = metrics.pop("reward/mean_square") - metrics["reward/mean"] ** 2
         metrics["reward/std"] = math.sqrt(max(variance, 0.0))

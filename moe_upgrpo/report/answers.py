@@ -1,4 +1,4 @@
-"""The figures from the token log: questions with intervals by sequence, and clustering.
+"""The figures from the token log: questions with intervals by prompt, and clustering.
 
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.
 """
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.report.figures import Entry, Format, Panels, finite, number, percent
+from moe_upgrpo.report.figures import Entry, Format, Panels, finite, number, percent, plural
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.stats import MIN_PROMPTS
 from moe_upgrpo.store import overlap_array
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, rate
 
-# Of sequences; the ends of a 95% interval are then the 12th smallest and largest.
-RESAMPLES = 500
 # Tokens that differ; fewer do not tell whether their layers flip together.
 _MIN_DIFFERING = 10
 _SIGNS = (("positive", ">"), ("negative", "<"))
@@ -68,7 +67,7 @@ class Answers:
         if missing := [c for c in columns if c not in run.tokens.table.column_names]:
             return f"the token log has no column {missing[0]}."
         try:
-            rows = rate(run.tokens.table, name, by=self.by, resamples=RESAMPLES)
+            rows = rate(run.tokens.table, name, by=self.by)
         except UserError as error:
             return f"{error}."
         return [_finite(asdict(row)) for row in rows]
@@ -101,12 +100,7 @@ class Clustering:
         return [
             {"run": run.label}
             | histogram(run)
-            | {
-                "clustering": [
-                    _finite(asdict(row))
-                    for row in clustering(run.tokens.table, resamples=RESAMPLES)
-                ]
-            }
+            | {"clustering": [_finite(asdict(row)) for row in clustering(run.tokens.table)]}
             for run in runs
             if run.tokens.table is not None and run.tokens.layout.num_layers
         ]
@@ -169,18 +163,20 @@ def histogram(run: Run) -> Entry:
 
 
 def _finite(row: Entry) -> Entry:
-    """An interval of a single sequence is null."""
+    """Ends that are not known are null."""
     return {key: finite(value) for key, value in row.items()}
 
 
 def interval(row: Entry, form: Format) -> str:
-    """'1.2% (1% to 1.4%)'; without a second sequence, or anything seen, there is no interval."""
+    """'1.2% (1% to 1.4%)'; of few prompts, or where nothing or everything was seen, no interval."""
     if row["rate"] is None:
         return "not a number"
     if row["numerator"] == 0:
         return f"{form(0.0)} (none seen)"
+    if row["prompts"] < MIN_PROMPTS:
+        return f"{form(row['rate'])} ({plural(row['prompts'], 'prompt')}: too few for an interval)"
     if row["low"] is None:
-        return f"{form(row['rate'])} (one sequence, no interval)"
+        return f"{form(row['rate'])} (in all)"
     return f"{form(row['rate'])} ({form(row['low'])} to {form(row['high'])})"
 
 
@@ -193,11 +189,13 @@ def _named(by: str, group: Any) -> str:
     if by == "prefix":
         return f"after {_bin(group)} mismatches"
     layers = _bin(group)
+    if by == "context":
+        return f"at positions {layers}"
     return f"that differ in {layers} layer{'s' * (layers != '1')}" if group[1] else "that agree"
 
 
 def _ends(rows: list[Entry]) -> tuple[Entry, Entry]:
-    """The first group, and the last one of at least two sequences (else the last)."""
+    """The first group, and the last one that has an interval (else the last)."""
     known = [row for row in rows[1:] if row["low"] is not None]
     return rows[0], (known or rows)[-1]
 
@@ -269,7 +267,7 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
 
 
 def _apart(a: Entry, b: Entry) -> str:
-    """Whether two intervals overlap, where there are two: resampling makes none of no event."""
+    """Whether two intervals overlap, where there are two: no event has none."""
     if not (a["numerator"] and b["numerator"]) or None in (a["low"], b["low"]):
         return ""
     separate = a["high"] < b["low"] or b["high"] < a["low"]
@@ -393,6 +391,23 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         "the context; but a longer prefix is also a later position.",
         says=_contrast("prefix"),
     ),
+    Panels(
+        key="by_context",
+        title="Long contexts: gap and mismatch by position",
+        parts=(
+            Answers(
+                key="gap_by_context",
+                title="mean |gap|, nats",
+                quantities=(("gap", "mean |gap|"),),
+                by="context",
+                floor="logp_mean_abs",
+            ),
+            _mismatch("context", "routers that differ"),
+        ),
+        read="By position in prompt and response, in bins that double up to 32,768. A rise says "
+        "that differences pile up along the context, or that later tokens are harder to route.",
+        says=_contrast("context"),
+    ),
     Answers(
         key="by_sign",
         title="Positive against negative tokens",
@@ -404,7 +419,7 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         ),
         by="sign",
         read="Share of the tokens with positive, negative and zero advantage that differ, lie in a "
-        "tail or were clipped; bars are 95% intervals by sequence.",
+        "tail or were clipped; bars are 95% intervals by prompt.",
         says=_by_sign,
         is_share=True,
     ),

@@ -199,12 +199,19 @@ def _alarm_lines(run: Run) -> dict[str, Any]:
     lines = [
         {
             "name": alarm["name"],
-            "at": f"{plural(alarm['count'], 'time')}, at {spans(alarm['steps'])}",
+            "at": f"{plural(alarm['count'], 'time')}, at {spans(alarm['steps'])}"
+            + _last_seen(run, alarm["name"]),
             "meaning": sentence(alarm["meaning"]) if alarm["meaning"] else "",
         }
         for alarm in _alarms(run)
     ]
     return {"run": run.label, "lines": lines, "none": sentence(none)}
+
+
+def _last_seen(run: Run, name: str) -> str:
+    """The value that an alarm rang at last, where its run noted it."""
+    _, values = run.series(f"alarms/{name}")
+    return f" ({number(values[-1])} at the last)" if values else ""
 
 
 def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -365,6 +365,7 @@ _GROUPS = {
     "layer": "MoE layer",
     "step": "step",
     "position": "position",
+    "context": "position",
     "margin": "smallest margin s_(K) − s_(K+1)",
     "prefix": "mismatches before the token",
 }

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import fisher_exact
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from moe_upgrpo.report.figures import (
     FLOORS,
@@ -22,6 +23,8 @@ from moe_upgrpo.report.figures import (
     sentence,
 )
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.report.tails import TAILS
+from moe_upgrpo.stats import MIN_PROMPTS, sign_flip_test
 
 _PASSES = {
     "trainer": {"repeat": "the same forward twice", "batch_shape": "another batch shape"},
@@ -32,7 +35,7 @@ _PASSES = {
 }
 
 
-# p below which more tokens differ between engine and trainer than within a side.
+# p below which engine and trainer differ by more than a side from itself.
 _SIGNIFICANT = 0.01
 
 
@@ -45,24 +48,41 @@ def _counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int, int, i
     return flips, tokens * (len(tokens_M) - 1), tokens - int(tokens_M[0]), tokens
 
 
-def _above(measured: tuple[int, int, int, int], floor: tuple[int, int, int, int]) -> str:
-    """Whether more tokens differ than within a side, by Fisher's exact test.
+def _above(run: Run, name: str, steps: Sequence[int], rate: float, floor: float) -> str:
+    """Whether more routers differ than within a side, by a paired test over prompts.
 
-    Tokens, not pairs: a token's layers flip together. Its sequence's tokens are not independent
-    either, hence the small p that is asked for.
+    Floor and mismatch are of the same tokens: by how many routers they differ in each prompt may
+    have either sign where engine and trainer are as far apart as the side is from itself.
     """
-    rate, floor_rate = (flips / pairs for flips, pairs, _, _ in (measured, floor))
-    if rate <= floor_rate:
+    if rate <= floor:
         return ", no more than the largest floor"
-    table = [[hit, tokens - hit] for _, _, hit, tokens in (measured, floor)]
-    p = fisher_exact(table, alternative="greater").pvalue
-    seen = " against ".join(f"{hit:,} of {hit + same:,}" for hit, same in table) + " tokens"
+    found = _differences(run, name.replace("/", "_"), steps)
+    if found is None:
+        return "; no token rows tell by prompt whether that is above the largest floor"
+    more, fewer = int((found > 0).sum()), int((found < 0).sum())
+    seen = f", more than the largest floor in {more} of {plural(len(found), 'prompt')} and fewer "
+    seen += f"in {fewer}"
+    if len(found) < MIN_PROMPTS:
+        return f"{seen}: too few prompts to tell from the floor"
+    p = sign_flip_test(found)
     if p >= _SIGNIFICANT:
-        return f", in {seen}: too few flips to tell from the floor"
-    much = (
-        f"{number(rate / floor_rate)} times the largest floor" if floor_rate else "above the floor"
-    )
-    return f", {much} (in {seen}; Fisher's exact test, p = {p:.1g})"
+        return f"{seen}: not to be told from the floor (sign flips by prompt, p = {p:.2g})"
+    much = f"{number(rate / floor)} times the largest floor" if floor else "above the floor"
+    return f", {much} ({seen.removeprefix(', ')}; sign flips by prompt, p = {p:.1g})"
+
+
+def _differences(run: Run, column: str, steps: Sequence[int]) -> np.ndarray | None:
+    """Mismatched routers less those of a noise floor, of each prompt of some steps ``[P]``."""
+    table = run.tokens.table
+    if table is None or column not in table.column_names:
+        return None
+    table = table.select(["step", "prompt", "layers_mismatched", column])
+    table = table.filter(pc.is_in(table["step"], pa.array(steps, table["step"].type))).drop_null()
+    if not table.num_rows:
+        return None
+    step_N, prompt_N, measured_N, floor_N = (c.to_numpy().astype(np.int64) for c in table.columns)
+    _, group_N = np.unique(np.stack([step_N, prompt_N]), axis=1, return_inverse=True)
+    return np.bincount(group_N.ravel(), weights=measured_N - floor_N)
 
 
 def _says_floor(
@@ -107,7 +127,9 @@ def _says_floor(
         times = floors[largest] and mean / floors[largest]
         return text + (f", {number(times)} times the largest floor" if times else "")
     counts = [_counts(run, name, steps) for name in ("mismatch", largest)]
-    return text + (_above(*counts) if mean and all(counts) else "")
+    if not (mean and all(counts)):
+        return text
+    return text + _above(run, largest, steps, mean, floors[largest])
 
 
 def _counted(
@@ -399,6 +421,7 @@ ROUTING: list[Curves | HeatMap | ByLayer | Histogram | Panels] = [
         log_scale=True,
         floor="logp_mean_abs",
     ),
+    TAILS,
     Panels(
         key="decomposition",
         title="The log-prob gap taken apart",

@@ -17,6 +17,7 @@ from moe_upgrpo.store.token_log import token_files
 MAX_ROWS = 2_000_000
 _COLUMNS = (
     "step",
+    "prompt",
     "sequence",
     "position",
     "token_id",
@@ -31,6 +32,10 @@ _COLUMNS = (
     "prefix_mismatched",
     "margin_min",
     "gradient_weight",
+    "noise_trainer_repeat",
+    "noise_trainer_batch_shape",
+    "noise_engine_repeat",
+    "noise_engine_batch_shape",
 )
 
 

@@ -58,6 +58,17 @@ METRICS: dict[str, Metric] = {
         "steps",
     ),
     "entropy/mean": Metric("mean of −Σ_v π(v) log π(v), the trainer's", _TOKENS, "nats"),
+    "entropy/sampled": Metric(
+        "mean of −log p_rollout: an estimate of the entropy at the sampling temperature",
+        _TOKENS,
+        "nats",
+    ),
+    "advantage/nonzero_rate": Metric("share of tokens with an advantage", _TOKENS, "share"),
+    "weights/changed_rate": Metric(
+        "share of this model part's parameter tensors that the step's updates changed",
+        "parameter tensors of rank 0",
+        "share",
+    ),
     "kl/warm_start": Metric(
         "KL(π ‖ π_warm start) by k3 on sampled tokens: exp(d) − 1 − d, d = log π_warm − log π",
         _TOKENS,
@@ -82,6 +93,12 @@ METRICS: dict[str, Metric] = {
         "share",
     ),
     "ratio/max": Metric("largest exp(log p_train − log p_old)", "none", "ratio"),
+    "ratio/beyond_F": Metric(
+        "share of tokens whose ratio is further than F times from 1, either way: F is 2 and 10",
+        _TOKENS,
+        "share",
+    ),
+    "ratio/pareto_k": Metric("tail index k of the ratios, as logp_gap/pareto_k", "none", "k"),
     "mismatch/router_rate": Metric("mean of 1[S ≠ S′]", _ROUTERS, "share"),
     "mismatch/slot_rate": Metric("1 − mean of |S ∩ S′| / K", f"{_ROUTERS} × K slots", "share"),
     "mismatch/token_any_rate": Metric(
@@ -91,6 +108,11 @@ METRICS: dict[str, Metric] = {
     "mismatch/by_layer": Metric(
         "mean of 1[S ≠ S′] in each MoE layer: a list of L rates", _TOKENS, "share"
     ),
+    "mismatch/by_position": Metric(
+        "mean of 1[S ≠ S′] in the bins of logp_gap/by_position: a list of 13",
+        "(token, MoE layer) pairs there",
+        "share",
+    ),
     "mismatch/histogram": Metric(
         "tokens with 0, 1, ..., L layers in which S ≠ S′: a list of L + 1 counts", "none", "tokens"
     ),
@@ -99,6 +121,15 @@ METRICS: dict[str, Metric] = {
         "only, where a zero-filled row passes for a choice; a list of L rates",
         _TOKENS,
         "share",
+    ),
+    "mismatch/repeated_rows": Metric(
+        "share of tokens whose rollout row is that of another input: of the token before it, or, "
+        "all rows of a response alike, of another response",
+        _TOKENS,
+        "share",
+    ),
+    "mismatch/repeated_rows_trainer": Metric(
+        "the same of the trainer's rows: what chance and few experts make of it", _TOKENS, "share"
     ),
     "mismatch/router_numerator": Metric("pairs with S ≠ S′", "none", _ROUTERS),
     "mismatch/router_denominator": Metric("pairs compared", "none", _ROUTERS),
@@ -132,6 +163,31 @@ METRICS: dict[str, Metric] = {
     ),
     "logp_gap/k3": Metric("KL(rollout ‖ train) by k3: mean of exp(d) − 1 − d", _TOKENS, "nats"),
     "logp_gap/max_abs": Metric("largest |d|", "none", "nats"),
+    "logp_gap/pQ": Metric(
+        "quantile of |d|, to 12%: p50, p90, p99, p99_9, p99_99; one beyond which no token of the "
+        "step lies is left out",
+        "none",
+        "nats",
+    ),
+    "logp_gap/beyond_F": Metric(
+        "share of tokens that the two sides give probabilities more than F times apart, either "
+        "way: F is 2 and 10",
+        _TOKENS,
+        "share",
+    ),
+    "logp_gap/pareto_k": Metric(
+        "tail index k of exp(d): a generalised Pareto distribution fitted to the largest "
+        "min(N/5, 3√N), as PSIS does. Above .5 the ratios have no variance, above .7 no weighting "
+        "by them is to be trusted, above 1 they have no mean",
+        "none",
+        "k",
+    ),
+    "logp_gap/by_position": Metric(
+        "mean |d| by position in prompt and response: below 16, 16 to 31, doubling to 16,384 to "
+        "32,767, and from 32,768 on; null where no token is: a list of 13",
+        "response tokens there",
+        "nats",
+    ),
     "gap/TERM/mean": Metric(
         "mean of a term of log p_train − log p_rollout: numerics, engine_routing, update, "
         "routing_shift or, with overlap, staleness (`routing.decomposition`); under R2 and R3 "
@@ -206,6 +262,8 @@ METRICS: dict[str, Metric] = {
     "alarms": Metric(
         "names of the alarms this step raised: moe_upgrpo/record/alarms.py", "none", "list"
     ),
+    "alarms/raised": Metric("how many they are", "none", "alarms"),
+    "alarms/NAME": Metric("what a raised alarm saw, in the unit of its limit", "none", "its own"),
     "tokens/visited": Metric("tokens/sampled × passes over the batch", "none", "tokens"),
     "tokens/sampled": Metric("response tokens sampled", "none", "tokens"),
     "tokens_per_second": Metric("tokens/sampled ÷ time/total", "seconds", "tokens/s"),
@@ -218,7 +276,10 @@ _FAMILIES = {
     r"^gap/(numerics|staleness|engine_routing|update|routing_shift)/": "gap/TERM/",
     r"^counterfactual/(engine_routing|routing_shift)/": "counterfactual/TERM/",
     r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",
+    r"^alarms/(?!raised$)[\w-]+$": "alarms/NAME",
     r"^loss/(?!policy$)\w+$": "loss/NAME",
+    r"^logp_gap/p\d[\d_]*$": "logp_gap/pQ",
+    r"^(logp_gap|ratio)/beyond_\d+$": r"\1/beyond_F",
 }
 
 

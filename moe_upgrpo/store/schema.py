@@ -116,6 +116,19 @@ COLUMNS: dict[str, Column] = {
         "under R2, what the loss does not see: L(θ, native) − L(θ, n(θ_old))",
         optional=True,
     ),
+    **{
+        f"noise_{side}_{kind}": Column(
+            "int16",
+            f"MoE layers that differ between two passes of the {side}: {what}",
+            optional=True,
+        )
+        for side, kind, what in (
+            ("trainer", "repeat", "the same forward twice"),
+            ("trainer", "batch_shape", "other neighbours, padding and sizes"),
+            ("engine", "repeat", "the same pass twice"),
+            ("engine", "batch_shape", "sampling against one pass over the whole sequence"),
+        )
+    },
     "gradient_weight": Column(
         "float",
         "|A| · c · w at the last visit: c the loss's coefficient of ∇log π, w its aggregation's "

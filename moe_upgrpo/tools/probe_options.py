@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import EngineName
 
 
@@ -43,6 +44,12 @@ class ProbeConfig:
     """... of the trainer: row t of both belongs to the same token."""
     num_experts: int | None = None
     """Experts in each layer; needed with the two dumps."""
+    dump_samples: int | None = None
+    """Sequences of a dumped batch that answer the same prompt, one after the other. With it rates
+    have intervals, which are by prompt."""
+
+    alarm: AlarmLimits = field(default_factory=AlarmLimits)
+    """Where alarms ring: docs/mismatch.md."""
 
     def __post_init__(self):
         dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]
@@ -52,7 +59,12 @@ class ProbeConfig:
                 "give either --model and --prompts, or --rollout-routes, --train-routes and "
                 "--num-experts."
             )
-        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts"):
+        if self.dump_samples is not None and self.rollout_routes is None:
+            raise UserError(
+                "--dump-samples is of two dumps: with a model, --samples says how many responses "
+                "a prompt has."
+            )
+        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: at least 1 is needed.")

@@ -9,7 +9,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from moe_upgrpo.losses import Metric
 from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
-from moe_upgrpo.record import count_sums
+from moe_upgrpo.record import Sums, count_sums
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 
@@ -41,6 +41,29 @@ class OldScores:
         return self.held if replay == "R3" else self.native
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoiseFloor:
+    """How far sides differ from themselves: this rank's sums, and the tokens behind them.
+
+    layers: the columns of the token log by their names, [N]: MoE layers of each response token that
+        differ between two passes.
+    """
+
+    sums: Sums = field(default_factory=dict)
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __or__(self, other: NoiseFloor) -> NoiseFloor:
+        return NoiseFloor(sums=self.sums | other.sums, layers=self.layers | other.layers)
+
+    @classmethod
+    def of(cls, side: str, counts: RoutingDivergence) -> NoiseFloor:
+        name = _noise_name(side, counts.kind)
+        return cls(
+            sums=count_sums(name, counts),
+            layers={name.replace("/", "_"): counts.routers_per_token.numpy()},
+        )
+
+
 def compare_responses(
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
@@ -59,7 +82,7 @@ def compare_responses(
     return compare_routes(*sides_NLK, num_experts=num_experts, kind=kind)
 
 
-def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict[str, Metric]:
+def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> NoiseFloor:
     """How far the trainer differs from itself: identical forwards, and another batch shape.
 
     The same metrics as between engine and trainer, over response tokens, this rank's sums; of a
@@ -74,22 +97,23 @@ def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> dict
         ComparisonKind.REPEAT: actor.score(samples, record=("routes",)),
         ComparisonKind.BATCH_SHAPE: reshaped,
     }
-    sums = {}
+    floor = NoiseFloor()
     for kind, second in passes.items():
         name = _noise_name("trainer", kind)
         if actor.layer_ids:
             routes = [[scored.routes for scored in side] for side in (first, second)]
             counts = compare_responses(*routes, samples, num_experts=actor.num_experts, kind=kind)
-            sums |= count_sums(name, counts)
+            floor |= NoiseFloor.of("trainer", counts)
         a_N, b_N = (
             torch.from_numpy(np.concatenate([p.log_probs for p in side])).double()
             for side in (first, second)
         )
-        sums |= {
+        of_log_probs = {
             f"{name}/logp_mean_abs": Metric(float((a_N - b_N).abs().sum()), len(a_N)),
             f"{name}/k3": Metric(float(k3(a_N, b_N).sum()), len(a_N)),
         }
-    return sums
+        floor |= NoiseFloor(sums=of_log_probs)
+    return floor
 
 
 def engine_noise_floor(
@@ -98,7 +122,7 @@ def engine_noise_floor(
     rollouts: Sequence[Rollout] | None,
     *,
     num_experts: int,
-) -> dict[str, Metric]:
+) -> NoiseFloor:
     """How far the engine differs from itself, from two `engine_passes` and its own sampling.
 
     `rollouts`: of the same weights; None where the engine has others by now.
@@ -106,11 +130,11 @@ def engine_noise_floor(
     pairs = {ComparisonKind.REPEAT: passes}
     if rollouts is not None:
         pairs[ComparisonKind.BATCH_SHAPE] = ([r.routes for r in rollouts], passes[0])
-    sums = {}
+    floor = NoiseFloor()
     for kind, sides in pairs.items():
         counts = compare_responses(*sides, samples, num_experts=num_experts, kind=kind)
-        sums |= count_sums(_noise_name("engine", kind), counts)
-    return sums
+        floor |= NoiseFloor.of("engine", counts)
+    return floor
 
 
 def engine_passes(engine: Engine, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:

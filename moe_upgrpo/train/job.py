@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
-from moe_upgrpo.store import RunFolder, TokenLogWriter
+from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks import Task
 from moe_upgrpo.train.batch import Rewarding
 from moe_upgrpo.train.config import TrainConfig
@@ -69,6 +70,9 @@ def make_job(
         done=done,
         ahead=ahead,
     )
+    watch = Watch(config.log.alarm, replay=config.objective.replay)
+    if done and place.rank == 0:
+        watch.catch_up(read_metrics(run.path))
     return Job(
         rollouts=rollouts,
         rewarding=Rewarding(
@@ -94,6 +98,7 @@ def make_job(
         ),
         recorder=Recorder(
             run=run,
+            watch=watch,
             token_log=TokenLogWriter(
                 run.tokens,
                 rank=place.dp_rank,

@@ -12,10 +12,10 @@ from moe_upgrpo.losses import PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
-from moe_upgrpo.record import Sums
+from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.train import analysis
-from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.place import SHUFFLING, Place, seed_of
 from moe_upgrpo.train.record import LastVisit, Updated
 
@@ -80,13 +80,13 @@ class Learner:
         *,
         engine: Engine | None,
         stale: bool,
-    ) -> Sums:
+    ) -> NoiseFloor:
         """Begin to take the gap apart, and the noise floors of both sides, where this step does.
 
         stale: whether other weights sampled the rollouts than engine and trainer hold now.
         """
         if not self.analyses(step):
-            return {}
+            return NoiseFloor()
         if not self.actor.layer_ids:
             return analysis.trainer_noise_floor(self.actor, samples)
         begin = time.perf_counter()
@@ -137,6 +137,7 @@ class Learner:
             ]
         record = () if old else OLD_RECORDS
         shuffle = np.random.default_rng(seed_of(self.seed, SHUFFLING, step, self.place.dp_rank))
+        before = fingerprint(self.actor.chunks)
         updates, last = [], {name: [None] * len(samples) for name in _OF_LAST_VISIT}
         for epoch in range(self.epochs):
             for indices in np.split(shuffle.permutation(len(samples)), self.minibatches):
@@ -151,7 +152,12 @@ class Learner:
         if old is None:
             native = [update.scored[i] for i in np.argsort(indices)]
             old = OldScores(native=native, held=None)
-        return Updated(old=old, updates=updates, last=LastVisit(**last))
+        return Updated(
+            old=old,
+            updates=updates,
+            last=LastVisit(**last),
+            weights=changed(before, fingerprint(self.actor.chunks)),
+        )
 
     def _score_counterpart(
         self, batch: Sequence[Sample], indices: np.ndarray, old: OldScores

@@ -42,6 +42,7 @@ MAY_CHANGE = {
     "eval_problems": "evaluation",
     "reference_kl": "a measurement, and the memory of a second model",
     "track": "how the run is watched",
+    "alarm": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
     "deterministic": "which kernels compute on a GPU",

@@ -14,6 +14,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
@@ -352,6 +353,8 @@ class LogOptions:
     """Share of the sequences that token_log=sampled keeps."""
     report: bool = True
     """Write report.html at the end."""
+    alarm: AlarmLimits = field(default_factory=AlarmLimits)
+    """Where alarms ring: docs/mismatch.md."""
 
     def __post_init__(self):
         _at_least(self, 0, "analyse_every")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_upgrpo.record.alarms import ALARMS
+from moe_upgrpo.record.alarms import ALARMS, Raised
 from moe_upgrpo.train.console import Console
 
 PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
@@ -44,12 +44,12 @@ class Display:
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
-    def _alarms(self, row: dict) -> None:
+    def _alarms(self, step: int, raised: Sequence[Raised]) -> None:
         """Each alarm is explained when it is first raised, then only named."""
-        for name in row["alarms"]:
-            means = "" if name in self._explained else f": {ALARMS[name].means}"
-            self._explained.add(name)
-            self.say(f"ALARM at step {row['step']}: {name}{means}")
+        for one in raised:
+            means = "" if one.name in self._explained else f": {ALARMS[one.name].means}"
+            self._explained.add(one.name)
+            self.say(f"ALARM at step {step}: {one.short}{means}")
 
     def resumed(self, done: int, changed: dict[str, list], edited: dict[str, list]) -> None:
         """changed: by options of this start; edited: in config.json, by somebody."""
@@ -60,7 +60,7 @@ class Display:
         anew = "".join(f"; {name} {old} → {new}" for name, (old, new) in changed.items())
         self.say(f"resumed after step {done}{anew}")
 
-    def step(self, row: dict) -> None:
+    def step(self, row: dict, raised: Sequence[Raised] = ()) -> None:
         """One finished step; a line of its own where there is no bar, or where it was evaluated."""
         routing = (
             f"routers differing {row['mismatch/router_rate']:.2%}  "
@@ -74,10 +74,12 @@ class Display:
         )
         if "eval/greedy" in row:
             line += f"  held-out greedy {row['eval/greedy']:.3f} pass@1 {row['eval/pass@1']:.3f}"
+        if raised:
+            line += f"  ALARM {', '.join(one.name for one in raised)}"
         self._bar.update(self._task, advance=1, description=line)
         if self._bar.disable or "eval/greedy" in row:
             self.say(f"step {row['step']:>4}  {line}")
-        self._alarms(row)
+        self._alarms(row["step"], raised)
 
     def summary(self, rows: list[dict]) -> None:
         """Accuracy before and after, and where the time went, from the rows of the whole run."""

@@ -11,7 +11,7 @@ from moe_upgrpo.losses import Metric, merge_metrics
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.record import SequenceRecord, StepRecord, Sums, gap_terms
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.batch import Batch, Sampled
 
 
@@ -31,6 +31,7 @@ class Updated:
     old: OldScores
     updates: list[Update]
     last: LastVisit
+    weights: Metric | None = None  # tensors that changed, of all
 
 
 def sequence_records(
@@ -104,8 +105,9 @@ class TrainedStep:
     old: OldScores
     updates: Sequence[Update]
     updates_counted: int  # optimizer steps on the first data-parallel rank, 0 on the others
-    noise: Sums  # the noise floors, where this step measures them
+    noise: NoiseFloor  # empty where this step does not measure it
     sampled: Sampled | None = None  # None: nothing was sampled for training
+    weights: Metric | None = None  # parameter tensors that the updates changed, of all
 
     def loss_metrics(self) -> Sums:
         """The loss library's metrics over all optimizer steps, this rank's share."""
@@ -118,14 +120,16 @@ class TrainedStep:
         sums |= self.record.sums()
         if self.sampled is not None:
             sums |= {name: Metric(*pair) for name, pair in self.sampled.shares().items()}
-        return sums | self.noise
+        if self.weights is not None:
+            sums["weights/changed_rate"] = self.weights
+        return sums | self.noise.sums
 
 
 def record_step(
     *,
     batch: Batch,
     updated: Updated,
-    noise: Sums,
+    noise: NoiseFloor,
     num_experts: int,
     counts_updates: bool,
     first_sequence: int,
@@ -145,13 +149,17 @@ def record_step(
     )
     return TrainedStep(
         record=StepRecord(
-            sequences=sequences, first_sequence=first_sequence, num_experts=num_experts
+            sequences=sequences,
+            first_sequence=first_sequence,
+            num_experts=num_experts,
+            noise_layers=noise.layers,
         ),
         old=updated.old,
         updates=updated.updates,
         updates_counted=len(updated.updates) if counts_updates else 0,
         noise=noise,
         sampled=batch.sampled,
+        weights=updated.weights,
     )
 
 
@@ -162,6 +170,7 @@ def record_without_update(
     num_experts: int,
     group: int = 1,
     logp_train: Sequence[np.ndarray] | None = None,
+    noise: NoiseFloor | None = None,
 ) -> StepRecord:
     """The record of sequences that nothing was rewarded or updated for.
 
@@ -185,4 +194,9 @@ def record_without_update(
             gradient_weight=[np.zeros(len(x), np.float32) for x in native],
         ),
     )
-    return StepRecord(sequences=sequences, first_sequence=0, num_experts=num_experts)
+    return StepRecord(
+        sequences=sequences,
+        first_sequence=0,
+        num_experts=num_experts,
+        noise_layers=noise.layers if noise else {},
+    )

@@ -8,7 +8,8 @@ import numpy as np
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.record import alarms, finish
+from moe_upgrpo.record import finish
+from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
@@ -69,6 +70,7 @@ class Recorder:
     epochs: int
     eval_every: int
     report: bool
+    watch: Watch
 
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
         """Write this data-parallel rank's token rows."""
@@ -93,13 +95,13 @@ class Recorder:
             seconds["decomposition"] = trained.old.seconds
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
-        row["alarms"] = alarms.raised(row)
+        raised = self.watch.add_to(row)
         due = step % self.eval_every == 0 or step == self.steps
         if due and not self.evaluation.why_not():
             row |= self.evaluation.of(step)
         self._append(row)
         if self.place.rank == 0:
-            self.display.step(row)
+            self.display.step(row, raised)
 
     def log_evaluation(self, step: int) -> None:
         """Write a row of its own for the model before the first step."""

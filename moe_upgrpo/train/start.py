@@ -186,7 +186,7 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "num_experts": actor.num_experts,
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
-        "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
+        "alarms": alarms.texts(config.log.alarm),
         "policy_loss": asdict(config.objective.policy_loss()),
     }
 

@@ -1,24 +1,27 @@
-"""The verdicts: their rule by hand, quotations that must stand, pages that follow the data."""
+"""The verdicts: what is judged and what is not, quotations that must stand, pages that follow.
+
+The tests behind a verdict are in tests/stats/test_margins.py.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import verdicts
+from benchmarks import evidence, verdicts
 from benchmarks.exact.report import filled
 from moe_upgrpo.compare.report import load
 from moe_upgrpo.errors import UserError
 
 
-class Made(verdicts.Trained):
+class Made(evidence.Trained):
     """A comparison of which only the contrasts are given."""
 
     def __post_init__(self):
         contrasts = [
             {"arm": arm, "other": other, "difference": d, "low": d - 0.01, "high": d + 0.01,
-             "verdict": verdict}
-            for arm, other, d, verdict in self.loaded
+             "seeds": 10}
+            for arm, other, d in self.loaded
         ]  # fmt: skip
         object.__setattr__(self, "numbers", {"primary": contrasts, "exploratory": []})
 
@@ -31,43 +34,73 @@ class Made(verdicts.Trained):
         return 3e-5 if arm == "gspo-bypass" else 1e-5
 
 
-@pytest.mark.parametrize(
-    ("given", "side", "verdict"),
-    [
-        (["higher", "higher"], 1, "holds"),
-        (["higher", "not told apart"], 1, "undecided at this scale"),
-        (["higher", "lower"], 1, "does not hold"),
-        (["lower", "lower"], -1, "holds"),
-        (["higher", "not told apart"], -1, "does not hold"),
-    ],
-)
-def test_rule(given, side, verdict):
-    arms, others = ("up-grpo", "up-gspo-bypass"), ("grpo", "gspo-bypass")
-    rows = zip(arms, others, (0.02, -0.003), given, strict=True)
-    not_ups = [("gspo", "grpo", 0.0, "lower"), ("up-grpo-bypass", "up-grpo", 0.0, "lower")]
-    made = Made(loaded=[*rows, *not_ups])
-    found = made.evidence("primary", "points", side=side, unit=verdicts._points)
-    assert found.verdict == verdict
-    assert found.effect == (
-        "points: up-grpo − grpo +2.0 (+1.0 to +3.0); "
-        "up-gspo-bypass − gspo-bypass −0.3 (−1.3 to +0.7; at 0.33 times the learning rate)"
+def claim(rows, **more) -> verdicts.Claim:
+    made = Made(loaded=rows)
+    found = made.evidence("primary", "points", verdicts.points, 100)
+    return verdicts.Claim(text="", source="", evidence=[found], **more)
+
+
+def test_contrasts_that_are_confounded_are_shown_and_not_judged():
+    """The pairs of other losses are not the claim's; unequal rates and another clip decide nothing:
+    without them the claim holds by one contrast."""
+    rows = [
+        ("up-grpo", "grpo", 0.02),
+        ("up-gspo-bypass", "gspo-bypass", -0.5),
+        ("up-grpo", "dapo", -0.5),
+        ("gspo", "grpo", -0.5),
+        ("up-grpo-bypass", "up-grpo", -0.5),
+    ]
+    found = claim(rows, claimed="more", margin=1)
+    assert found.verdict == "holds" and found.verdicts == ["holds"]
+    assert found.evidence[0].effect == (
+        "points: up-grpo − grpo +2.0 (+1.0 to +3.0); up-gspo-bypass − gspo-bypass −50.0 (−51.0 to "
+        "−49.0; at 0.33 times the learning rate); up-grpo − dapo −50.0 (−51.0 to −49.0; dual clip "
+        "differs too, 3 and 10)"
     )
     with pytest.raises(UserError, match="no contrast of seconds"):
-        made.evidence("seconds", "s", side=1, unit=str)
+        Made(loaded=rows).evidence("seconds", "s", str)
+
+
+@pytest.mark.parametrize(
+    ("difference", "claimed", "margin", "verdict"),
+    [
+        (0.0, "more", 2, "equal within the margin"),
+        (0.0, "more", 0.5, "undecided at this scale"),
+        (0.015, "not more", 1, "undecided at this scale"),
+        (0.04, "not more", 1, "does not hold"),
+        (0.04, "not less", 1, "holds"),
+    ],
+)
+def test_a_claim_has_a_margin(difference, claimed, margin, verdict):
+    """Intervals of ± 1 point."""
+    found = claim([("up-grpo", "grpo", difference)], claimed=claimed, margin=margin)
+    assert found.verdict == verdict
+
+
+def test_claims_without_contrasts_are_what_their_pages_say():
+    def said(*given: str) -> str:
+        rows = [evidence.Evidence(where="", what="", command="", verdict=v) for v in given]
+        return verdicts.Claim(text="", source="", evidence=rows).verdict
+
+    assert said("holds") == "holds"
+    assert said("not tested") == "not tested"
+    assert said("holds", evidence.SHOWN) == "holds"
+    assert said("holds", "does not hold") == "undecided at this scale"
 
 
 def test_collapses_are_counted_by_loss():
     """On the kept data of a comparison in which no run fell, with two runs made to fall."""
-    made = verdicts.Trained(loaded=load(verdicts.committed()[0]))
+    made = evidence.Trained(loaded=load(verdicts.committed()[0]))
     runs = made.loaded.by_arm
-    assert made.collapses().verdict == "undecided at this scale"
     crashed = replace(runs["up-grpo"][0], about=replace(runs["up-grpo"][0].about, status="crashed"))
     runs["up-grpo"] = [crashed, *runs["up-grpo"][1:]]
     runs["dapo"] = [crashed]  # another loss: not in the claim
-    found = made.collapses()
-    assert found.verdict == "does not hold"
+    found = made.collapses(("up-grpo", "up-gspo"))
+    assert found.verdict == evidence.SHOWN
     # Wilson's intervals of 1 and 0 of 10, from a table.
-    assert "up-grpo 1 of 10 (2% to 40%); up-gspo 0 of 10 (0% to 28%)" in found.effect
+    assert found.effect == "collapsed: up-grpo 1 of 10 (2% to 40%); up-gspo 0 of 10 (0% to 28%)"
+    with pytest.raises(UserError, match="no run of topr"):
+        made.collapses(("topr",))
 
 
 def test_collapses_of_several_arms_with_one_loss():
@@ -76,30 +109,30 @@ def test_collapses_of_several_arms_with_one_loss():
     start.
     """
     (stress,) = (folder for folder in verdicts.committed() if folder.name == "stress")
-    found = verdicts.Trained(loaded=load(stress)).collapses().effect
+    found = evidence.Trained(loaded=load(stress)).collapses(("grpo",)).effect
     assert found.endswith("grpo 5 of 18 (12% to 51%: grpo-lr-9x 3, grpo-lr-9x-unclipped 2)")
 
 
-def test_a_claim_is_its_weakest_evidence():
-    def claim(*said: str) -> str:
-        one = [verdicts.Evidence(where="", effect="", verdict=v, command="") for v in said]
-        return verdicts.Claim(text="", source="", evidence=one).verdict
-
-    assert claim("holds", "holds") == "holds"
-    assert claim("holds", "undecided at this scale") == "undecided at this scale"
-    assert claim("undecided at this scale", "does not hold") == "does not hold"
+def test_contrasts_of_another_page_are_read_with_their_intervals():
+    found = evidence.stressed("KL at 0.8", "nats", [("up-grpo", "grpo")])
+    assert found.effect == "nats: up-grpo − grpo +0.080 (−0.149 to +0.309)"
+    (difference,) = found.judged
+    # Twelve seeds: t_11 = 2.201.
+    assert difference.value == 0.08 and difference.error == pytest.approx(0.229 / 2.201, rel=1e-3)
+    with pytest.raises(UserError, match=r"no 'KL at 0.8' of up-grpo − nothing"):
+        evidence.stressed("KL at 0.8", "nats", [("up-grpo", "nothing")])
 
 
 def test_a_quotation_that_is_gone_is_an_error():
     with pytest.raises(UserError, match=r"exact.md does not say 'nobody wrote this'"):
-        verdicts.quoted("exact.md", "nobody wrote this", "holds")
+        evidence.quoted("exact.md", "nobody wrote this", "holds")
 
 
 def test_the_pages_say_what_the_data_say():
     folders = verdicts.committed()
     assert folders
-    found = verdicts.claims([verdicts.Trained(loaded=load(folder)) for folder in folders])
-    assert len(found) >= 7
+    found = verdicts.claims([evidence.Trained(loaded=load(folder)) for folder in folders])
+    assert len(found) >= 12 and {one.source[:3] for one in found} == {"000", "001", "002"}
     for page, made in (
         ("docs/verdicts.md", verdicts.table(found, below="")),
         ("README.md", verdicts.short(found)),

@@ -313,11 +313,11 @@ def alarming(folder) -> dict:
 
 def test_alarms_ring(tmp_path):
     (metrics,) = run_ranks(1, alarming, tmp_path)
-    assert metrics["alarms/raised"] == 1
+    assert metrics["alarms/raised"] == 2 and metrics["alarms/mismatch-above-noise"] == 0.5
     assert {"ratio/max", "logp_gap/k3", "alarms/raised"} <= reported(metrics).keys()
     assert not any(isinstance(value, list) for value in reported(metrics).values())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert row["alarms"] == ["large-log-prob-gap"]
+    assert row["alarms"] == ["mismatch-above-noise", "large-log-prob-gap"]
 
 
 def test_old_log_probs_that_nobody_computed_are_null(tmp_path):

@@ -1,4 +1,4 @@
-"""Each setting of a published replay script of slime and of miles, and what becomes of it; their page.
+"""Each setting of a published replay script of slime and of miles: what becomes of it; the page.
 
 On stand-ins of hooks.json's data, at the script's revision.
 """

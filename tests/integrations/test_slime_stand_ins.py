@@ -162,7 +162,7 @@ def test_the_loss_in_the_place_of_the_revisions_own(revision, aggregation):
     batch = BATCH | {"log_probs": [x.detach() + 0.1 for x in current]}
 
     def body(args, batch, logits, sum_of_sample_mean):
-        """The part of this that every revision's policy_loss_function does, with its own functions."""
+        """The part that every revision's policy_loss_function does, with its own functions."""
         import slime.backends.megatron_utils.cp_utils as cp_utils
         import slime.backends.megatron_utils.loss as module
 

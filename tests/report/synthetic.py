@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_upgrpo.stats import QUANTILES
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 
 ALARM = "mismatch-above-noise"
@@ -96,6 +97,11 @@ def make_run(
                 "tokens/sampled": sequences * length if level == "full" else tokens,
                 "tokens_per_second": tokens / 2.0,
             }
+            row |= {f"logp_gap/{name}": q * 0.05 for name, q in QUANTILES.items()}
+            row |= {
+                f"{name}/beyond_{f}": 0.01 / f for name in ("logp_gap", "ratio") for f in (2, 10)
+            }
+            row |= {"logp_gap/pareto_k": 0.3, "ratio/pareto_k": 0.4}
             row["alarms"] = [ALARM] if step % 7 == 1 else []
             if step == 1 or step % 10 == 0:
                 row |= analysed(layers, tokens, gap, replay)

@@ -8,7 +8,6 @@ import base64
 import json
 import re
 from html import unescape
-from math import comb
 from xml.etree import ElementTree
 
 import numpy as np
@@ -69,8 +68,8 @@ def test_every_figure_of_a_full_run_shows_the_stored_values(full):
     rows = read_metrics(path)
     assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in ALL]
     assert [figure["missing"] for figure in data["figures"]] == [[]] * len(ALL)
-    # Conditional has 2 panels, the decomposition without replay 1; 6, 5 and 5 of tokens.
-    assert len(images_of(html)) == len(ALL) + 1 + 5 + 4 + 4
+    # Conditional has 2 panels, tails 3, the decomposition without replay 1; 6, 5, 5, 2 of tokens.
+    assert len(images_of(html)) == len(ALL) + 1 + 2 + 5 + 4 + 4 + 1
     for svg in images_of(html):
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     for figure in data["figures"]:
@@ -178,17 +177,15 @@ FLOOR = [
 def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
     """Floor (1% + 3%) / 2 = 2%, mismatch of those steps (10% + 30%) / 2 = 20%: 10 times.
 
-    The step without an analysis, at 90%, stays out of the comparison. Of 44 tokens that differ
-    among 400, the test asks how likely 40 or more are on one side: hypergeometric, p = 7e-10.
+    The step without an analysis, at 90%, stays out of the comparison.
     """
-    p = sum(comb(200, k) * comb(200, 44 - k) for k in range(40, 45)) / comb(400, 44)
     html, data = write(tmp_path, run_of(tmp_path, {"step": 1, "mismatch/router_rate": 0.9}, *FLOOR))
     assert figure_of(data, "routing")["says"][0]["text"].endswith(
         "Noise floor at 2 analysed steps: the trainer differs from itself by 0% (the same forward "
         "twice) and 2%, 4 of 200 (another batch shape); the engine differs from itself by 0.1% "
         "(the same pass twice) and 0.5% (sampling against one pass over the whole sequence); "
-        "engine and trainer on those steps by 20%, 40 of 200, 10 times the largest floor (in 40 "
-        f"of 200 against 4 of 200 tokens; Fisher's exact test, p = {p:.1g})."
+        "engine and trainer on those steps by 20%, 40 of 200; no token rows tell by prompt whether "
+        "that is above the largest floor."
     )
     assert figure_of(data, "logp_gap")["says"][0]["text"].endswith(
         "by 0 (the same forward twice) and 0 (another batch shape); engine and trainer on those "
@@ -208,26 +205,43 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("floor", "text"),
+    ("prompts", "flips", "floor", "text"),
     [
-        (
-            [124, 0, 0, 0, 0],
-            "1 of 496, in 1 of 124 against 0 of 124 tokens: too few flips to tell ",
-        ),
-        ([122, 2, 0, 0, 0], "1 of 496, no more than the largest floor."),
+        (12, [1] * 10, [0] * 12, "10 of 48, above the floor (more than the largest floor in 10 of "
+         "12 prompts and fewer in 0; sign flips by prompt, p = 0.001)."),
+        (12, [1], [0] * 12, "1 of 48, more than the largest floor in 1 of 12 prompts and fewer in "
+         "0: not to be told from the floor (sign flips by prompt, p = 0.5)."),
+        (12, [2, 2, 2, 2, 2, 2], [1] * 6 + [1] * 6, "12 of 48, no more than the largest floor."),
+        (12, [2, 2, 2, 2, 2, 2], [1] * 6, "12 of 48, more than the largest floor in 6 of 12 "
+         "prompts and fewer in 0: not to be told from the floor (sign flips by prompt, p = "
+         "0.016)."),
+        (7, [2] * 7, [1], "14 of 28, more than the largest floor in 7 of 7 prompts and fewer in 0: "
+         "too few prompts to tell from the floor."),
     ],
-)
-def test_one_flip_is_not_above_the_floor(tmp_path, floor, text):
-    row = {
-        "step": 1,
-        "mismatch/router_rate": 1 / 496,
-        "mismatch/histogram": [123, 1, 0, 0, 0],
-        "noise/trainer_repeat/router_rate": floor[1] / 496,
-        "noise/trainer_repeat/histogram": floor,
+)  # fmt: skip
+def test_above_the_noise_floor_is_a_paired_test_by_prompt(tmp_path, prompts, flips, floor, text):
+    """A token of four layers for each prompt; `flips` of the first prompts, and their floor's."""
+    own = np.zeros(prompts, int)
+    own[: len(flips)] = flips
+    again = np.zeros(prompts, int)
+    again[: len(floor)] = floor
+    histograms = [np.bincount(x, minlength=5).tolist() for x in (own, again)]
+    row = {"step": 1, "mismatch/router_rate": own.mean() / 4, "mismatch/histogram": histograms[0]}
+    name = "noise/engine_batch_shape"
+    row |= {f"{name}/router_rate": again.mean() / 4, f"{name}/histogram": histograms[1]}
+    path = run_of(tmp_path, row)
+    columns = {
+        "sequence": np.arange(prompts),
+        "prompt": np.arange(prompts),
+        "overlap": np.where(np.arange(4) < own[:, None], 1, 2),
+        "noise_engine_batch_shape": again,
     }
-    _, data = write(tmp_path, run_of(tmp_path, row))
-    assert text in figure_of(data, "routing")["says"][0]["text"]
-    assert "above" not in figure_of(data, "routing")["says"][0]["text"]
+    write_tokens(path, 1, columns, 4)
+    _, data = write(tmp_path, path)
+    if again.sum() >= own.sum():
+        assert "no more than the largest floor." in figure_of(data, "routing")["says"][0]["text"]
+    else:
+        assert figure_of(data, "routing")["says"][0]["text"].endswith(text)
 
 
 def test_stale_samples_are_not_held_against_a_floor(tmp_path):
@@ -452,6 +466,12 @@ def test_no_alarm(tmp_path, row, text):
     assert data["alarms"] == [] and text in html
 
 
+def test_an_alarm_says_what_was_seen(tmp_path):
+    rows = [{"step": i, "alarms": ["hot"], "alarms/hot": i / 10} for i in (1, 2)]
+    html, _ = write(tmp_path, run_of(tmp_path, *rows))
+    assert "<b>hot</b>, 2 times, at steps 1 to 2 (0.2 at the last).</p>" in html
+
+
 def test_steps_of_an_alarm_that_rings_always():
     assert spans([3]) == "step 3"
     assert spans(list(range(1, 301))) == "steps 1 to 300"
@@ -619,7 +639,7 @@ def test_runs_overlaid(tmp_path):
     assert [run["label"] for run in data["runs"]] == ["up", "grpo"]
     assert [entry["run"] for entry in figure_of(data, "reward")["data"]] == ["up", "grpo"]
     # A heat map for each; panels as in a run alone.
-    assert len(images_of(html)) == len(ALL) + 1 + 1 + 5 + 4 + 4
+    assert len(images_of(html)) == len(ALL) + 1 + 1 + 2 + 5 + 4 + 4 + 1
     greedy = summary_of(data)["Held-out pass@8"]
     assert greedy == ["55% → 95%", "–"]
     assert all([s["run"] for s in f["says"]] == ["up", "grpo"] for f in data["figures"])

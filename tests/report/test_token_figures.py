@@ -86,12 +86,12 @@ def test_by_hand(run):
     assert rates(found, "gradient_weight_by_own", "advantage > 0") == [1, 3]
     assert rates(found, "gradient_weight_by_own", "advantage < 0") == [3]
     assert says(found["by_own"]).startswith(
-        "2 tokens that agree → 1 tokens that differ in 2 layers: mean |gap| 0.1 (one sequence, no "
-        "interval) → 0.4 (one sequence, no interval); gap beyond 1.1× 100% (one"
+        "2 tokens that agree → 1 tokens that differ in 2 layers: mean |gap| 0.1 (1 prompt: too few "
+        "for an interval) → 0.4 (1 prompt: too few for an interval); gap beyond 1.1× 100% (1"
     )
     assert says(found["by_own"]).endswith(
-        "gradient weight of A > 0 no such token → 3 (one sequence, no interval); gradient weight "
-        "of A < 0 3 (one sequence, no interval) → no such token."
+        "gradient weight of A > 0 no such token → 3 (1 prompt: too few for an interval); "
+        "gradient weight of A < 0 3 (1 prompt: too few for an interval) → no such token."
     )
     # Prefix 0, 2 in one sequence and 0, 0 in the other.
     assert rates(found, "gap_by_prefix", "mean |gap|") == pytest.approx([0.2, 0.2])
@@ -306,6 +306,6 @@ def test_a_log_prob_gone_nan_is_shown_as_one(run):
 
 
 def test_intervals_in_words():
-    row = {"rate": 0.0125, "low": 0.01, "high": 0.015, "numerator": 5}
+    row = {"rate": 0.0125, "low": 0.01, "high": 0.015, "numerator": 5, "prompts": 9}
     assert interval(row, percent) == "1.25% (1% to 1.5%)"
     assert interval(row | {"rate": 0.0, "numerator": 0}, percent) == "0% (none seen)"

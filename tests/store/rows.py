@@ -13,6 +13,7 @@ GAPS = (
     "counterfactual_engine_routing",
     "counterfactual_routing_shift",
 )
+NOISE = tuple(f"noise_{s}_{k}" for s in ("trainer", "engine") for k in ("repeat", "batch_shape"))
 
 
 def routes(rng, num_rows, num_layers=LAYERS, top_k=TOP_K, num_experts=EXPERTS):
@@ -51,6 +52,7 @@ def full_columns(num_rows=6, sequences=2, seed=0):
         "prefix_mismatched": rng.integers(0, 50, num_rows),
         "staleness": rng.integers(0, 2, num_rows),
         "layers_mismatched_conditional": rng.integers(0, LAYERS + 1, num_rows),
+        **{name: rng.integers(0, LAYERS + 1, num_rows) for name in NOISE},
         **{name: rng.standard_normal(num_rows) for name in (*GAPS, "margin_min", "entropy")},
         "gradient_weight": rng.random(num_rows),
     }

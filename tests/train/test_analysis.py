@@ -177,9 +177,12 @@ def measure_engine(checkpoint, engine_checkpoint) -> dict:
         noise = analysis.trainer_noise_floor(actor, samples) | analysis.engine_noise_floor(
             passes, samples, rollouts, num_experts=EXPERTS
         )
+        assert set(noise.layers) == {
+            f"noise_{s}_{k}" for s in ("trainer", "engine") for k in ("repeat", "batch_shape")
+        }
         record = record_of(actor, samples, rollouts)
         return {
-            "metrics": measured(record.sums() | noise),
+            "metrics": measured(record.sums() | noise.sums),
             "rows": record.token_rows(),
             "train": [s.train_routes for s in record.sequences],
             "samples": samples,

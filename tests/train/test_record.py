@@ -10,10 +10,10 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
-from moe_upgrpo.record import StepRecord, count_sums, gap_terms, measured
+from moe_upgrpo.record import SequenceRecord, StepRecord, count_sums, gap_terms, measured
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import compare_routes
-from moe_upgrpo.train.analysis import OldScores
+from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.learner import Learner
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.record import LastVisit, TrainedStep, sequence_records
@@ -120,7 +120,9 @@ def a_step(*, old=None, num_experts=4, noise=None, **changes) -> TrainedStep:
         old=fields["old"],
         updates=[UPDATE, UPDATE],
         updates_counted=2,
-        noise={"noise/trainer_repeat/k3": Metric(0.0, 5)} if noise is None else noise,
+        noise=NoiseFloor(sums={"noise/trainer_repeat/k3": Metric(0.0, 5)})
+        if noise is None
+        else noise,
     )
 
 
@@ -191,12 +193,71 @@ def test_sums(step):
     # row 3: (0,1) against (1,2): 1/4, and (0,1) against (2,3): 0. The other five of ten are whole.
     assert sums["conditional/gate_overlap"] == (pytest.approx(0.5 + 1 + 1 + 0.25 + 0.25 + 4), 10)
     metrics = measured(named)
+    # Positions 2, 3, 4, 1 and 2: all below 16.
+    assert metrics["logp_gap/by_position"] == [pytest.approx(0.06), *[None] * 12]
+    assert metrics["mismatch/by_position"] == [0.3, *[None] * 12]
+    assert metrics["logp_gap/p50"] < 1e-7 and "logp_gap/p90" not in metrics
+    # Ratios e^.1, e, 1, 1/e and 1.
+    assert metrics["ratio/beyond_2"] == 2 / 5 and metrics["ratio/beyond_10"] == 0
+    assert metrics["logp_gap/beyond_2"] == 0
+    assert metrics["advantage/nonzero_rate"] == 1
+    assert metrics["entropy/sampled"] == pytest.approx(7.5 / 5)
+    # Rows 1 and 2 of the first sequence are alike in the rollout, rows 0 and 1 in the trainer, in
+    # another order; the inputs are not.
+    assert metrics["mismatch/repeated_rows"] == 1 / 5
+    assert metrics["mismatch/repeated_rows_trainer"] == 1 / 5
     assert metrics["mismatch/histogram"] == [3, 1, 1] and metrics["mismatch/by_layer"] == [0.2, 0.4]
     assert metrics["conditional/histogram"] == [4, 1, 0]
     assert metrics["mismatch/zero_rows_by_layer"] == [0, 0]
     maxima = step.record.maxima()
     assert maxima["logp_gap/max_abs"] == pytest.approx(0.2, rel=1e-5)
     assert maxima["ratio/max"] == pytest.approx(np.e, rel=1e-5)
+
+
+def test_rows_that_were_not_written_again_are_seen():
+    """Twelve sequences of 30 tokens, 48 layers: their own rows, one row for all of a sequence, and
+    the rows of the first sequence for all of them. Two that ask the same may answer alike."""
+    rng = np.random.default_rng(0)
+
+    def repeated(change) -> list[float]:
+        sequences = []
+        for _ in range(12):
+            routes = rng.random((30, 48, 128)).argpartition(8, axis=-1)[..., :8]
+            change(routes, [s.rollout_routes for s in sequences])
+            sequences.append(
+                SequenceRecord(
+                    prompt=0, token_ids=rng.integers(0, 999, 31), positions=np.arange(11, 31),
+                    reward=0, rollout_routes=routes, train_routes=routes[..., ::-1],
+                    **dict.fromkeys(
+                        ("advantage", "logp_rollout", "logp_old", "logp_train", "clipped",
+                         "gradient_weight"), f32(*[0] * 20),
+                    ),
+                )
+            )  # fmt: skip
+        if change is same_answer:
+            for sequence in sequences:
+                sequence.token_ids = sequences[0].token_ids
+        record = StepRecord(sequences=sequences, first_sequence=0, num_experts=128)
+        metrics = measured(record.sums())
+        assert metrics["mismatch/repeated_rows"] == metrics["mismatch/repeated_rows_trainer"]
+        return metrics["mismatch/repeated_rows"]
+
+    def own(routes, others):
+        pass
+
+    def one_row(routes, others):
+        routes[:] = routes[0]
+
+    def buffer(routes, others):
+        routes[:] = others[0] if others else routes
+
+    def same_answer(routes, others):
+        buffer(routes, others)
+
+    assert repeated(own) == 0
+    assert repeated(one_row) > 0.98  # but for a token that comes twice in a row
+    assert repeated(buffer) == 1
+    assert repeated(same_answer) == 0
 
 
 def test_under_r3_the_gap_has_two_terms_and_the_old_policy_is_the_held_one():
@@ -260,7 +321,7 @@ def test_a_dense_model_has_token_rows_and_no_routing():
     step = a_step(
         rollouts=[replace(r, routes=r.routes[:, :0, :0]) for r in (FIRST, SECOND)],
         old=OldScores(native=[dense(s) for s in NATIVE], held=None),
-        noise={},
+        noise=NoiseFloor(),
         num_experts=0,
     )
     rows = step.record.token_rows()
@@ -304,6 +365,8 @@ def test_noise_floor_names_and_counts():
 
 class FakeActor:
     """Numbers the visits: the n-th update reports log-prob -n and clips odd visits."""
+
+    chunks = ()
 
     def __init__(self):
         self.seen: list[list[int]] = []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.record.limits import AlarmLimits
 
 RUN = "MOE_UPGRPO_RUN"  # a new folder for the routing log; unset: none
+ALARMS = "MOE_UPGRPO_ALARMS"  # limits of alarms, as mismatch=0.2,reward_drop=0.3
 TOKENS = "MOE_UPGRPO_TOKENS"  # share of the sequences whose token rows are kept; unset: all
 SETTINGS = "MOE_UPGRPO_LOSS_SETTINGS"  # JSON, fields of a loss; unset: the preset's
 
@@ -54,6 +57,23 @@ def loss_settings(loss: str, *, preset: bool) -> dict[str, Any] | None:
             "it, or unset the variable"
         )
     return settings if preset else None
+
+
+def alarm_limits() -> AlarmLimits:
+    """The limits that MOE_UPGRPO_ALARMS sets. Raises UserError for what is none of them."""
+    given = os.environ.get(ALARMS, "")
+    kinds = {field.name: int if field.type == "int" else float for field in fields(AlarmLimits)}
+    limits = {}
+    for part in filter(None, (part.strip() for part in given.split(","))):
+        name, _, number = part.partition("=")
+        try:
+            limits[name.strip()] = kinds[name.strip()](number)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"{ALARMS}: {part!r} given; allowed: NAME=NUMBER, comma between them, NAME of "
+                f"{', '.join(kinds)}"
+            ) from None
+    return AlarmLimits(**limits)
 
 
 def refuse(not_covered: Mapping[str, object]) -> None:

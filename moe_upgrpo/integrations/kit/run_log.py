@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import nn
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.record import SequenceRecord, StepRecord, alarms, gap_terms, measured
+from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 
 _REPORTED = (
@@ -28,6 +31,8 @@ _REPORTED = (
     "ratio/",
     "clip/",
     "alarms/",
+    "weights/",
+    "advantage/",
 )
 
 
@@ -108,12 +113,21 @@ class RunLog:
         top_k: int,
         num_experts: int,
         share: float = 1.0,
+        modules: Sequence[nn.Module] = (),
     ):
-        """group: the data-parallel ranks. share: of the sequences whose rows are kept."""
+        """group: the data-parallel ranks. share: of the sequences whose rows are kept.
+
+        modules: the trained model, where it can be looked at whether a step changed its weights.
+        """
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.num_experts = num_experts
         level = "full" if share == 1 else "sampled"
+        limits = environment.alarm_limits()
+        self.watch = alarms.Watch(limits, replay=config.get("replay"))
+        self.modules = modules
+        self._fingerprint: list[float] | None = None
+        self._explained: set[str] = set()
         config = config | {
             "moe_layers": list(layer_ids),
             "top_k": top_k,
@@ -121,7 +135,7 @@ class RunLog:
             "world_size": dist.get_world_size(),
             "token_log": level,
             "token_log_share": share,
-            "alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()},
+            "alarms": alarms.texts(limits),
         }
         problem = None
         if self.rank == 0:
@@ -191,12 +205,21 @@ class RunLog:
         without = [count for *_, count in gathered if count is not None]
         if without:
             metrics["mismatch/tokens_without_routes"] = float(sum(without))
-        raised = alarms.raised(metrics)
+        if self.modules:
+            before, self._fingerprint = self._fingerprint, fingerprint(self.modules)
+            if before is not None:  # from the second step on
+                moved, tensors = changed(before, self._fingerprint)
+                metrics["weights/changed_rate"] = moved / tensors
+        raised = self.watch.add_to(metrics)
+        names = metrics.pop("alarms")
         if self.rank == 0:
-            self.run.append_metrics({"step": number} | metrics | {"alarms": raised})
-            for name in raised:
-                print(f"moe_upgrpo ALARM {name}: {alarms.ALARMS[name].means}", flush=True)
-        return metrics | {"alarms/raised": float(len(raised))}
+            self.run.append_metrics({"step": number} | metrics | {"alarms": names})
+            for one in raised:  # explained when it is first raised, then only named
+                new = one.name not in self._explained
+                means = f": {alarms.ALARMS[one.name].means}" if new else ""
+                self._explained.add(one.name)
+                print(f"moe_upgrpo ALARM at step {number}: {one.short}{means}", flush=True)
+        return metrics
 
 
 def _added(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
@@ -45,8 +44,8 @@ class Generated:
 class SequenceLog:
     """The sequences of a step on one rank, and the run folder."""
 
-    def __init__(self, config: Any, counted: Sequence[TopKRouter], *, replay: str | None):
-        """config: Megatron's, of the model. counted: its routers on this rank. replay: R2, R3.
+    def __init__(self, config: Any, model: nn.Module, *, replay: str | None):
+        """config: Megatron's, of the model, which is this rank's part of it. replay: R2, R3.
 
         Raises UserError: what the environment asks for cannot be.
         """
@@ -54,7 +53,8 @@ class SequenceLog:
         self.share = environment.token_share()
         check_free(self.folder)
         environment.refuse({"a model without MoE layers": not config.num_moe_experts})
-        self.config, self.routers, self.replay, self.step = config, counted, replay, 0
+        self.config, self.model, self.replay, self.step = config, model, replay, 0
+        self.routers = routers.counted(model)
         self.last_stage = parallel_state.is_pipeline_last_stage()
         self.writes = self.last_stage and routers.first_of_stage()
         self.log: RunLog | None = None
@@ -221,6 +221,7 @@ class SequenceLog:
                     top_k=self.config.moe_router_topk,
                     num_experts=self.config.num_moe_experts,
                     share=self.share,
+                    modules=[self.model],
                 )
             shared = [reported(self.log.write_step(self.step, self.gathered))]
         stage = parallel_state.get_tensor_and_context_parallel_group()

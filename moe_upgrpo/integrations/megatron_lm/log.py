@@ -146,7 +146,8 @@ class CollectionLog:
         # Inference leaves its recorders at work, and with CUDA graphs their buffers, which hold
         # less than a micro-batch of training. It sets both anew with each of its steps.
         RouterReplay.clear_global_router_replay_action()
-        self.routers = [r for chunk in rl_utils.unwrap_model(model) for r in routers.counted(chunk)]
+        self.model = rl_utils.unwrap_model(model)
+        self.routers = [r for chunk in self.model for r in routers.counted(chunk)]
         self.numbers = sorted(router.layer_number for router in self.routers)
         self.config = get_attr_wrapped_model(model[0], "config")
         self.writes = routers.first_of_stage() and mpu.is_pipeline_last_stage()
@@ -362,6 +363,7 @@ class CollectionLog:
                 top_k=self.config.moe_router_topk,
                 num_experts=self.config.num_moe_experts,
                 share=self.share,
+                modules=self.model,
             )
         self.step += 1
         self.gathered.sequences = [self.logged[i] for i in sorted(self.logged)]

@@ -33,8 +33,8 @@ class TrainerLog(SequenceLog):
         fused = mode == "R3" and self.args.moe_router_fusion
         given = {"--use_ray": self.args.use_ray, "--moe_router_fusion under R3": fused}
         environment.refuse(given | changed)
-        counted = routers.counted(trainer.unwrapped_models[0])
-        super().__init__(trainer.config, counted, replay=None if mode == "disabled" else mode)
+        model = trainer.unwrapped_models[0]
+        super().__init__(trainer.config, model, replay=None if mode == "disabled" else mode)
 
     trains = property(lambda self: self.trainer.unwrapped_models[0].training)
 

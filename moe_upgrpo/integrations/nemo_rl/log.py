@@ -455,6 +455,7 @@ class WorkerLog:
             top_k=self.config.moe_router_topk,
             num_experts=self.config.num_moe_experts,
             share=self.share,
+            modules=[self.worker.model],
         )
 
     def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:

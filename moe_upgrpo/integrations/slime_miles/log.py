@@ -190,6 +190,7 @@ class TrainLog:
             stack.model.get_batch, self.args, data_iterator, num_microbatches,
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         )  # fmt: skip
+        self.model = model
         chunks = [routers.counted(chunk) for chunk in model]
         recorded = functools.partial(self._recorded, rows=rows, model=model, chunks=chunks)
         native_output, own = None, None
@@ -477,4 +478,5 @@ class TrainLog:
             top_k=self.top_k,
             num_experts=args.num_experts,
             share=self.share,
+            modules=self.model,
         )

@@ -37,6 +37,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.megatron.router_replay_patch import patched_routing
+from verl.utils.megatron_utils import unwrap_model
 from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
@@ -249,6 +250,7 @@ class EngineLog:
             top_k=engine.tf_config.moe_router_topk,
             num_experts=engine.tf_config.num_moe_experts,
             share=self.share,
+            modules=unwrap_model(engine.module),
         )
 
     # --- update

@@ -1,0 +1,21 @@
+"""Whether an update changed the weights: a number for each of a model's tensors, compared."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from moe_upgrpo.losses import Metric
+
+
+@torch.no_grad()
+def fingerprint(modules: Iterable[nn.Module]) -> list[float]:
+    """The sum of each parameter's elements, in float64: equal before and after only where nothing
+    moved, but for changes that cancel to the last bit."""
+    sums = [torch.sum(p.detach(), dtype=torch.float64) for m in modules for p in m.parameters()]
+    return torch.stack(sums).tolist() if sums else []
+
+
+def changed(before: Sequence[float], after: Sequence[float]) -> Metric:
+    """Parameter tensors that changed, of all."""
+    return Metric(sum(a != b for a, b in zip(before, after, strict=True)), len(after))
