@@ -54,7 +54,7 @@ def set_action(router, name: str | None) -> None:
 
 
 def figures(kind: str) -> dict:
-    """Report of planted routes, on each rank the same."""
+    """Figures that are reported of planted routes, on each rank the same."""
     from moe_upgrpo.integrations.kit.health import Health
 
     with groups.process_groups(Layout()), backend.apply():

@@ -170,7 +170,7 @@ STACKS = {
 
 
 def counted(stack: str, file: Path) -> list[dict]:
-    """Report on this rank: of planted routes, and then of nothing."""
+    """Figures that are reported on this rank: of planted routes, and then of nothing."""
     with groups.process_groups(Layout()), backend.apply():
         one, scores = STACKS[stack](file), torch.zeros(N, E)
         scores.scatter_(1, torch.tensor(NATIVE), torch.tensor([[2.0, 1.0]] * N))
