@@ -90,6 +90,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         ("miles/ray/rollout/train_data_conversion.py", "process_rollout_data_shard"),
         ("miles/utils/replay_base.py", "BaseReplayManager.clear_all_forward"),
         ("miles/utils/replay_base.py", "BaseReplayManager.check_replay_result"),
+        ("miles/utils/replay_base.py", "BaseReplayManager.get_topk_fn"),
         ("miles/utils/misc.py", "load_function"),
         ("miles/utils/metric_utils.py", "compute_rollout_step"),
         ("miles/utils/tracking_utils/tracking.py", "log"),

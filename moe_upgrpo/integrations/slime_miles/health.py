@@ -4,6 +4,7 @@ import functools
 from argparse import Namespace
 
 from moe_upgrpo.integrations.kit.health import Health, reports_here
+from moe_upgrpo.integrations.slime_miles.revisions import need
 
 
 def install(stack, args: Namespace) -> None:
@@ -15,6 +16,7 @@ def install(stack, args: Namespace) -> None:
     """
     if hasattr(stack.actor, "moe_upgrpo_health"):
         return
+    need(stack.actor, "train")
     watches: list[Health] = []
     train = stack.actor.train
 
