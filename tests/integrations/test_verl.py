@@ -516,7 +516,7 @@ def test_without_a_log_the_engine_is_watched_all_the_same(monkeypatch):
 
     monkeypatch.delenv("MOE_UPGRPO_RUN", raising=False)
     for _ in range(2):  # again is harmless
-        install._install(types.SimpleNamespace(MegatronEngine=Engine))
+        install._into_engine(types.SimpleNamespace(MegatronEngine=Engine))
     assert Engine.forward_backward_batch.moe_upgrpo_health
     assert Engine().forward_backward_batch(1, 2, forward_only=True) == (1, 2, True)
     with pytest.raises(AttributeError, match="module"):  # an update: its routers are looked for
