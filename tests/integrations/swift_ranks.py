@@ -39,8 +39,8 @@ NAMES = (
 TE_LAYERS = ("TEGroupedLinear", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
 
 
-def load():
-    """The module of the real trainer, with the stand-ins in place."""
+def load() -> None:
+    """Import the module of the real trainer, with the stand-ins in place."""
     import megatron.core.extensions.transformer_engine as extensions
 
     from tests.integrations import stack_plugin
@@ -54,7 +54,10 @@ def load():
         del sys.modules[name]  # ms-swift takes one before 1.0
     module = importlib.import_module("swift.megatron.trainers.grpo_trainer")
     assert Path(module.__file__).is_relative_to(SWIFT_WHEELS)
-    return module
+    # Megatron-Core asks what is there, and its version.
+    stack_plugin.NAMES.remove("transformer_engine")
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        del sys.modules[name]
 
 
 def arguments(**given) -> types.SimpleNamespace:
