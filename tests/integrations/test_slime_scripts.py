@@ -1,4 +1,4 @@
-"""What becomes of each setting of a published replay script of slime and of miles; their page.
+"""Settings of a published replay script of slime and of miles, each accepted or not; their page.
 
 On stand-ins of hooks.json's data, at the script's revision.
 """
@@ -33,7 +33,7 @@ def value_of(text):
 
 
 def verdict(ours, settings: list[dict], **flags) -> str:
-    """What our init hook says of a job with our lines and these settings."""
+    """The answer of our init hook to a job with our lines and these settings."""
     stack = ours.__name__.rsplit(".", 1)[1]
     given = args_of(stack, **flags)
     given.use_routing_replay = True  # as the stack sets it with --use-rollout-routing-replay

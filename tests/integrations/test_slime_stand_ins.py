@@ -162,7 +162,7 @@ def test_the_loss_in_the_place_of_the_revisions_own(revision, aggregation):
     batch = BATCH | {"log_probs": [x.detach() + 0.1 for x in current]}
 
     def body(args, batch, logits, sum_of_sample_mean):
-        """What every revision's policy_loss_function does of this, with its own functions."""
+        """The part of policy_loss_function that every revision has, with its own functions."""
         import slime.backends.megatron_utils.cp_utils as cp_utils
         import slime.backends.megatron_utils.loss as module
 
@@ -339,7 +339,7 @@ def test_which_row_each_row_of_a_router_is():
 
 
 class Manager:
-    """Of miles' replay_base, what extra forwards touch."""
+    """The part of miles' replay managers that extra forwards touch."""
 
     enable_check_replay_result = False
 

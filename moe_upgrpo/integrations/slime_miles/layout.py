@@ -30,7 +30,7 @@ def splits_the_whole(args: Namespace) -> bool:
 
 
 def split_places(args: Namespace, batch: dict[str, Any]) -> list[tuple]:
-    """What the stack's functions of context parallelism are told of each sequence: its lengths,
+    """Arguments of the stack's context-parallel functions for each sequence: its lengths,
     and of padded ones the common length, too."""
     places = list(zip(batch["total_lengths"], batch["response_lengths"], strict=True))
     if args.context_parallel_size == 1 or not is_padded(args):
