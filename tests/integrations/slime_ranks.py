@@ -369,12 +369,14 @@ def rollout_data_of(args: Args, sequences: list[dict]) -> dict:
     )
     half = len(sequences) // size // 2
     partition = list(range(rank, len(sequences), size))
+    size_of = 2 if args.use_dynamic_batch_size else args.micro_batch_size
+    indices = [list(range(at, at + size_of)) for at in range(0, 2 * half, size_of)]
     schedule = {
         # not in order, as balancing by length has it
-        "micro_batch_indices": [
-            list(reversed(range(start, start + 2))) for start in range(0, 2 * half, 2)
-        ],
-        "num_microbatches": [half // 2] * 2,
+        "micro_batch_indices": [x[::-1] for x in indices]
+        if args.use_dynamic_batch_size
+        else indices,
+        "num_microbatches": [half // size_of] * 2,
         "global_batch_sizes": [len(sequences) // 2] * 2,
     }
     whole_lengths = [len(s["prompt"] + s["response"]) for s in sequences]
