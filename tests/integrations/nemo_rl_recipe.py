@@ -110,7 +110,7 @@ def verdicts(revision: str, changes: Mapping[str, Any] | None = None) -> dict[st
 
 
 def refusal(settings: Mapping[str, Any]) -> str:
-    """What the integration says of a job with these settings, "" where it takes it."""
+    """Give what the integration says of a job with these settings, "" where it takes it."""
     from nemo_rl.algorithms.loss import ClippedPGLossConfig
 
     from moe_upgrpo.integrations.kit import environment

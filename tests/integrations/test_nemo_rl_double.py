@@ -291,7 +291,7 @@ def rollouts() -> Batch:
 
 
 def native_routes(made, batch: Batch) -> torch.Tensor:
-    """What the routers of the worker choose, by Megatron's own maps: [B, S, L, K]."""
+    """Give what the routers of the worker choose, by Megatron's own maps: [B, S, L, K]."""
     maps, removed = [], []
     for module in made.model.modules():
         if type(module).__name__ == "TopKRouter":

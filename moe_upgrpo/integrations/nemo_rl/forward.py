@@ -1,4 +1,4 @@
-"""What the routers of a NeMo-RL worker chose in one of its forwards, by row of its batch.
+"""Record what the routers of a NeMo-RL worker chose in a forward, by row of its batch.
 
 NeMo-RL hands micro-batches to `megatron_forward_backward`; between two of them the watch of the
 routers is emptied, and the rows go back to their sequences: of padded batches, of sequences packed

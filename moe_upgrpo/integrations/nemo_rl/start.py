@@ -1,4 +1,4 @@
-"""What a NeMo-RL job asks for and will not get, said once, when it starts.
+"""Say what a NeMo-RL job asks for and will not get: once, when it starts.
 
 NeMo-RL's config allows keys that it does not know, and its processes run code of ours only where
 the launcher or the patch brought it there. Three places see what is missing:
@@ -116,7 +116,7 @@ def look_at(config: Mapping[str, Any]) -> None:
 
 
 def not_covered(worker, model_config, replay: Mapping[str, Any]) -> dict[str, Any]:
-    """What the routing log of a worker cannot follow → whether it is there.
+    """Name what the routing log of a worker cannot follow → whether it is there.
 
     replay: policy.router_replay as the user set it.
     """
