@@ -15,10 +15,10 @@ import typing
 import typing_extensions
 
 ABSENT = (
-    "blobfile", "colored", "debugpy", "decord", "fastapi", "latex2sympy2_extended", "math_verify",
-    "matplotlib", "megatron.bridge", "megatron.core", "megatron.training", "mlflow", "modelopt",
-    "nccl", "num2words", "nvtx", "openai", "plotly", "prometheus_client", "pynvml", "soundfile",
-    "swanlab", "torchdata", "uvicorn", "zmq",
+    "aiohttp", "blobfile", "colored", "debugpy", "decord", "fastapi", "latex2sympy2_extended",
+    "math_verify", "matplotlib", "megatron.bridge", "megatron.core", "megatron.training", "mlflow",
+    "modelopt", "nccl", "num2words", "nvtx", "openai", "plotly", "prometheus_client", "pynvml",
+    "soundfile", "swanlab", "torchdata", "uvicorn", "zmq",
 )  # fmt: skip
 
 

@@ -87,6 +87,8 @@ def loss_of(module, batch: dict, **given) -> dict:
     trainer = module.MegatronGRPOTrainer.__new__(module.MegatronGRPOTrainer)
     trainer.args = args
     trainer._setup_teacher()
+    # 4.6.0 takes a trainer without a teacher for its own, and then refuses an off-policy mask.
+    trainer._has_teacher = trainer._has_teacher_explicit
     trainer._init_grpo_params()
     trainer._prepare_metrics()
     trainer.disable_rollout_importance_sampling = False
@@ -133,7 +135,10 @@ def refused(jobs: list[dict]) -> list[str | None]:
     for job in jobs:
         os.environ["MOE_UPGRPO_LOSS_SETTINGS"] = json.dumps(job.pop("settings", {}))
         os.environ["MOE_UPGRPO_RUN"] = job.pop("run", "a/new/folder")
-        config = types.SimpleNamespace(num_moe_experts=job.pop("num_moe_experts", 8))
+        config = types.SimpleNamespace(
+            num_moe_experts=job.pop("num_moe_experts", 8),
+            moe_router_fusion=job.pop("moe_router_fusion", False),
+        )
         trainer = types.SimpleNamespace(
             args=arguments(**job), config=config, unwrapped_models=[torch.nn.Module()]
         )

@@ -30,7 +30,7 @@ class TrainerLog(SequenceLog):
         # The engine's log-probs are after these, the trainer's are not.
         sampling = {"top_p": 1, "top_k": -1, "repetition_penalty": 1}
         changed = {f"--{n} other than {x}": getattr(self.args, n) != x for n, x in sampling.items()}
-        fused = mode == "R3" and self.args.moe_router_fusion
+        fused = mode == "R3" and trainer.config.moe_router_fusion
         given = {"--use_ray": self.args.use_ray, "--moe_router_fusion under R3": fused}
         environment.refuse(given | changed)
         model = trainer.unwrapped_models[0]
