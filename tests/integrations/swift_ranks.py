@@ -71,7 +71,12 @@ def arguments(**given) -> types.SimpleNamespace:
         found[f.name] = made if f.default is missing else f.default
     found |= {"rlhf_type": "grpo", "loss_type": "grpo", "beta": 0.0, "tuner_type": "full"}
     found |= {"kl_in_reward": False, "scale_rewards": "group", "task_type": "causal_lm"}
+    # No step to go on from, nothing to look up.
+    found |= {"finetune": True, "check_model": False, "is_multimodal": False}
     found |= {"use_vllm": False, "vllm_mode": "colocate", "callbacks": [], "report_to": []}
+    dtypes = ("main_grads", "main_params", "exp_avg", "exp_avg_sq")
+    found |= {f"{name}_dtype": torch.float32 for name in dtypes}
+    found |= {f"{end}_weight_decay": found["weight_decay"] for end in ("start", "end")}
     return types.SimpleNamespace(**found | given)
 
 
@@ -255,7 +260,7 @@ def trainer_class(module, checkpoint: str, generated: list[dict]):
 
         def _prepare_rewards(self):
             self.reward_funcs, self.reward_func_names, self.use_gym_env = [], ["given"], False
-            self.reward_weights = torch.tensor([2.0])
+            self.reward_weights, self.reward_model_plugins = torch.tensor([2.0]), []
 
         def _generate_completions(self, samples):
             for sample in samples:
@@ -286,6 +291,8 @@ def trainer_class(module, checkpoint: str, generated: list[dict]):
         return {"input_ids": ids, "labels": labels, "length": len(ids)}
 
     module.score_completions, module.encode_sample = score, encode
+    # Of kernels that are compiled for CUDA.
+    sys.modules["swift.megatron.trainers.base"].warmup_jit_function = lambda *_: None
     return Trainer
 
 
@@ -337,7 +344,7 @@ def train(checkpoint: str, folder: str | None, generated: list[dict], steps: int
         trainer = trainer_class(module, checkpoint, generated)(
             args, template_of(args), vllm_client=None
         )
-        trainer.wrapped_models[0].train()
+        trainer.setup_model_training()
         groups = len(generated) // args.num_generations // dp
         mine = range(parallel_state.get_data_parallel_rank() * groups, 10**6)[:groups]
         rows = [
