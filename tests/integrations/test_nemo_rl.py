@@ -685,7 +685,7 @@ def test_r3_tells_native_from_held(runs, name):
 def test_health_figures_of_a_replay(runs):
     """By `train`, of all rows of its forwards; padding is held to experts in turn."""
     _, batch, results = runs
-    for name in [name for name, job in JOBS.items() if job[2] != REPLAY]:
+    for name in [name for name, job in JOBS.items() if job.replay != REPLAY]:
         for rank in results[name]:
             assert not any(key.startswith("replay/") for key in rank["metrics"])
     for name in ("R3", "replicas"):
