@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_upgrpo.errors import UserError
-from moe_upgrpo.report.figures import Entry, Format, Panels, finite, number, percent
+from moe_upgrpo.report.figures import Entry, Format, Panels, number, percent
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.report.tokens import RESAMPLES, finite
 from moe_upgrpo.store import overlap_array
-from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, rate
+from moe_upgrpo.store.questions import GROUPINGS, clustering
 
-# Of sequences; the ends of a 95% interval are then the 12th smallest and largest.
-RESAMPLES = 500
 # Tokens that differ; fewer do not tell whether their layers flip together.
 _MIN_DIFFERING = 10
 _SIGNS = (("positive", ">"), ("negative", "<"))
@@ -43,7 +41,7 @@ class Answers:
     def data(self, runs: Sequence[Run]) -> list[Entry]:
         entries = []
         for run in runs:
-            answered = [self._answer(run, name) for name, _ in self.quantities]
+            answered = [run.tokens.ask(name, self.by) for name, _ in self.quantities]
             for (name, label), rows in zip(self.quantities, answered, strict=True):
                 if isinstance(rows, list):
                     about = {"run": run.label, "quantity": name, "label": label, "by": self.by}
@@ -54,24 +52,8 @@ class Answers:
 
     def why_not(self, run: Run) -> str | None:
         """Why a run has none, or not all, of the quantities."""
-        reasons = (self._answer(run, name) for name, _ in self.quantities)
+        reasons = (run.tokens.ask(name, self.by) for name, _ in self.quantities)
         return next((reason for reason in reasons if isinstance(reason, str)), None)
-
-    def _answer(self, run: Run, name: str) -> list[Entry] | str:
-        """The rows of one quantity, or why there are none."""
-        if run.tokens.table is None:
-            return run.tokens.note
-        columns = (*QUANTITIES[name].columns, GROUPINGS[self.by][0])
-        dense = not run.tokens.layout.num_layers
-        if dense and (name.startswith("mismatch") or self.by in ("own", "prefix", "layer")):
-            return "the model has no MoE layer."
-        if missing := [c for c in columns if c not in run.tokens.table.column_names]:
-            return f"the token log has no column {missing[0]}."
-        try:
-            rows = rate(run.tokens.table, name, by=self.by, resamples=RESAMPLES)
-        except UserError as error:
-            return f"{error}."
-        return [_finite(asdict(row)) for row in rows]
 
     def _floors(self, run: Run) -> list[Entry]:
         entries = []
@@ -196,7 +178,7 @@ def _named(by: str, group: Any) -> str:
     return f"that differ in {layers} layer{'s' * (layers != '1')}" if group[1] else "that agree"
 
 
-def _ends(rows: list[Entry]) -> tuple[Entry, Entry]:
+def outer(rows: list[Entry]) -> tuple[Entry, Entry]:
     """The first group, and the last one of at least two sequences (else the last)."""
     known = [row for row in rows[1:] if row["low"] is not None]
     return rows[0], (known or rows)[-1]
@@ -216,7 +198,7 @@ def _contrast(by: str) -> Callable[[Run, dict[str, list[Entry]]], str]:
         if not answers:
             return nothing(run, GROUPINGS[by][0])
         rows = answers[0]["rows"]
-        first, last = _ends(rows)
+        first, last = outer(rows)
         groups = [
             f"{row['denominator']:,.0f} tokens {_named(by, row['group'])}" for row in (first, last)
         ]
@@ -253,7 +235,7 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
                 if len(rows) > 1 and rows[-1]["numerator"]:
                     parts.append(f"by {name} from {ends[0]} to {ends[-1]}")
             elif len(rows) > 1:
-                a, b = _ends(rows)
+                a, b = outer(rows)
                 where = [row["group"] if by == "step" else _bin(row["group"]) for row in (a, b)]
                 parts.append(
                     f"by {by} {interval(a, percent)} at {where[0]} and {interval(b, percent)} at "
@@ -268,12 +250,17 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _apart(a: Entry, b: Entry) -> str:
-    """Whether two intervals overlap, where there are two: resampling makes none of no event."""
+def separate(a: Entry, b: Entry) -> bool | None:
+    """Whether two intervals lie apart; None where there are not two: of no event there is none."""
     if not (a["numerator"] and b["numerator"]) or None in (a["low"], b["low"]):
-        return ""
-    separate = a["high"] < b["low"] or b["high"] < a["low"]
-    return ": the intervals lie apart" if separate else ": the intervals overlap"
+        return None
+    return a["high"] < b["low"] or b["high"] < a["low"]
+
+
+def _apart(a: Entry, b: Entry) -> str:
+    found = separate(a, b)
+    texts = {True: ": the intervals lie apart", False: ": the intervals overlap", None: ""}
+    return texts[found]
 
 
 def _by_sign(run: Run, entries: list[Entry]) -> str:

@@ -3,6 +3,7 @@
 Shape suffixes: L MoE layers, M numbers of layers 0..L.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,25 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z0-9])")
+_BRIEF = 240  # characters: about four lines of a card
+
+
+def brief(text: str) -> str:
+    """The first one or two sentences of a finding, or of a long sentence its first parts."""
+    first, *rest = _SENTENCES.split(text)
+    if rest and len(first) + len(rest[0]) < _BRIEF:
+        return f"{first} {rest[0]}"
+    if len(first) <= _BRIEF:
+        return first
+    parts = first.split("; ")
+    while len(parts) > 1 and len("; ".join(parts)) > _BRIEF:
+        parts.pop()
+    return "; ".join(parts).rstrip(".") + "."
 
 
 def plural(count: int, what: str) -> str:

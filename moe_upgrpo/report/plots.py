@@ -18,7 +18,7 @@ from moe_upgrpo.report.figures import ByLayer, Curves, HeatMap, Histogram, Panel
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-SOFT = "#475569"
+SOFT, EDGE, GRID = "#475569", "#94a3b8", "#e2e8f0"
 _INTERVAL = ("rate", "low", "high")
 # Mark and line of each kind of noise floor.
 _FLOORS = {
@@ -31,17 +31,19 @@ STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#94a3b8",
+    "axes.edgecolor": EDGE,
     "axes.labelcolor": SOFT,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "axes.grid": True,
-    "grid.color": "#e2e8f0",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "text.color": SOFT,
+    "svg.fonttype": "none",  # text that can be read, searched and read aloud
     "svg.hashsalt": "moe_upgrpo",  # the same data gives the same file
 }
 # Wide enough for one column of a desktop page, and legible when a phone shrinks it a little.

@@ -1,6 +1,7 @@
 """How engine and trainer route, what it does to log-probs, and the noise floor of it all."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import fisher_exact
@@ -52,17 +53,65 @@ def _above(measured: tuple[int, int, int, int], floor: tuple[int, int, int, int]
     either, hence the small p that is asked for.
     """
     rate, floor_rate = (flips / pairs for flips, pairs, _, _ in (measured, floor))
-    if rate <= floor_rate:
+    standing, p = _standing(measured, floor)
+    if standing == "below":
         return ", no more than the largest floor"
-    table = [[hit, tokens - hit] for _, _, hit, tokens in (measured, floor)]
-    p = fisher_exact(table, alternative="greater").pvalue
-    seen = " against ".join(f"{hit:,} of {hit + same:,}" for hit, same in table) + " tokens"
-    if p >= _SIGNIFICANT:
+    counts = ((hit, tokens) for _, _, hit, tokens in (measured, floor))
+    seen = " against ".join(f"{hit:,} of {tokens:,}" for hit, tokens in counts) + " tokens"
+    if standing == "untold":
         return f", in {seen}: too few flips to tell from the floor"
     much = (
         f"{number(rate / floor_rate)} times the largest floor" if floor_rate else "above the floor"
     )
     return f", {much} (in {seen}; Fisher's exact test, p = {p:.1g})"
+
+
+def _standing(
+    measured: tuple[int, int, int, int], floor: tuple[int, int, int, int]
+) -> tuple[str, float]:
+    """ "below", "untold" or "above" the floor, and the p-value."""
+    rate, floor_rate = (flips / pairs for flips, pairs, _, _ in (measured, floor))
+    table = [[hit, tokens - hit] for _, _, hit, tokens in (measured, floor)]
+    p = float(fisher_exact(table, alternative="greater").pvalue)
+    if rate <= floor_rate:
+        return "below", p
+    return ("untold" if p >= _SIGNIFICANT else "above"), p
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstFloor:
+    """Routers that differ against the larger noise floor of both sides, at the analysed steps.
+
+    ``standing`` is "below", "untold" (too few flips) or "above"; "unmeasured" without a floor, and
+    "stale" where every analysed step has an update between engine and trainer.
+    """
+
+    standing: str
+    rate: float | None = None
+    floor: float | None = None
+
+
+def against_floor(run: Run) -> AgainstFloor:
+    names = [f"noise/{kind}" for kind in FLOORS]
+    analysed = sorted({step for name in names for step in run.series(f"{name}/router_rate")[0]})
+    if not analysed:
+        return AgainstFloor(standing="unmeasured")
+    stale_steps = set(run.stale_steps)
+    steps = [step for step in analysed if step not in stale_steps]
+    if not steps:
+        return AgainstFloor(standing="stale")
+    rate = run.pooled("mismatch/router_rate", steps=steps)
+    floors = {name: run.pooled(f"{name}/router_rate", steps=steps) for name in names}
+    floors = {name: value for name, value in floors.items() if value is not None}
+    if rate is None:
+        return AgainstFloor(standing="unmeasured")
+    largest = max(floors, key=floors.get)
+    counts = [_counts(run, name, steps) for name in ("mismatch", largest)]
+    if all(counts):
+        standing = _standing(*counts)[0]
+    else:  # older runs kept rates alone
+        standing = "above" if rate > floors[largest] else "below"
+    return AgainstFloor(standing=standing, rate=rate, floor=floors[largest])
 
 
 def _says_floor(

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.report.figures import finite, number
+from moe_upgrpo.report.figures import number
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.report.tokens import finite
 from moe_upgrpo.store import TokenLayout, overlap_array, read_routes, read_tokens
 from moe_upgrpo.store.parquet import column_names
 from moe_upgrpo.store.token_log import token_files

@@ -1,7 +1,8 @@
 """A run's token log as the report reads it: its newest files, the narrow columns."""
 
+import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import TokenLayout, read_tokens
 from moe_upgrpo.store.parquet import column_names
+from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, rate
 from moe_upgrpo.store.schema import metadata
 from moe_upgrpo.store.token_log import token_files
 
@@ -31,7 +33,12 @@ _COLUMNS = (
     "prefix_mismatched",
     "margin_min",
     "gradient_weight",
+    "gap_numerics",
+    "gap_engine_routing",
+    "counterfactual_engine_routing",
 )
+# Of sequences; the ends of a 95% interval are then the 12th smallest and largest.
+RESAMPLES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,34 @@ class TokenLog:
 
     table: pa.Table | None
     note: str
+    _answered: dict[tuple[str, str], list[dict[str, Any]] | str] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def ask(self, quantity: str, by: str = "all") -> list[dict[str, Any]] | str:
+        """The rows of one of `QUANTITIES` by one of `GROUPINGS`, or why there are none.
+
+        Each is computed once, however many figures and sentences show it.
+        """
+        if (quantity, by) not in self._answered:
+            self._answered[quantity, by] = self._answer(quantity, by)
+        return self._answered[quantity, by]
+
+    def _answer(self, quantity: str, by: str) -> list[dict[str, Any]] | str:
+        if self.table is None:
+            return self.note
+        columns = (*QUANTITIES[quantity].columns, GROUPINGS[by][0])
+        dense = not self.layout.num_layers
+        if dense and (quantity.startswith("mismatch") or by in ("own", "prefix", "layer")):
+            return "the model has no MoE layer."
+        if missing := [c for c in columns if c not in self.table.column_names]:
+            return f"the token log has no column {missing[0]}."
+        try:
+            rows = rate(self.table, quantity, by=by, resamples=RESAMPLES)
+        except UserError as error:
+            return f"{error}."
+        # An interval of a single sequence is null.
+        return [{key: finite(value) for key, value in asdict(row).items()} for row in rows]
 
     @property
     def layout(self) -> TokenLayout:
@@ -144,6 +179,11 @@ def _gaps(table: pa.Table, rows: Sequence[dict[str, Any]], found: set[int], *, c
             if logged[step] and logged[step] != held[step] and not (cut and step == first):
                 text += f"; step {step} has {held[step]:,} rows for {logged[step]:,.0f} tokens"
     return text
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _MAX_SPANS = 12

@@ -17,7 +17,7 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.record import StepRecord, Sums, alarms, measured, routing_sums
-from moe_upgrpo.report import write_report
+from moe_upgrpo.report import load_runs, opening, write_page
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.routing import compare_routes
@@ -41,8 +41,11 @@ def probe(config: ProbeConfig) -> None:
     row["alarms"] = alarms.raised(row)
     run.append_metrics(row)
     _show(console, row)
-    write_report([config.output_dir], config.output_dir / "report.html")
-    console.print(f"report: {config.output_dir / 'report.html'}", soft_wrap=True)
+    runs = load_runs([config.output_dir])
+    page = write_page(runs, config.output_dir / "report.html")
+    console.print(f"report: {page}", soft_wrap=True)
+    for answer in opening(runs[0]):
+        console.print(str(answer), soft_wrap=True)
 
 
 _ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()}}
