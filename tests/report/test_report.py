@@ -200,7 +200,7 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
         ("noise/engine_batch_shape/router_rate", [2, 4], [0.005, 0.005]),
     ]
     assert "was not measured in" not in html
-    assert "floor: trainer twice (0)" in images_of(html)[0].decode()
+    assert "floor: trainer twice (0)" in images_of(html)[1]
     assert summary_of(data)["Noise floor, routers, trainer"] == ["2% (2 of 3 steps)"]
     assert summary_of(data)["Noise floor, routers, engine"] == ["0.5% (2 of 3 steps)"]
 
