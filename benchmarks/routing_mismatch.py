@@ -6,8 +6,8 @@
 Run from the repository's root. Every metric is the trainer's own (`record`, `train.analysis`,
 `routing`): a rollout engine samples, a Megatron actor scores the same tokens with its routers free
 and held to the engine's routes. Writes a folder for each axis: runs.parquet (a row for each model,
-seed, engine and trainer), sequences.parquet (sums of each sequence, from which every interval is
-resampled), positions.parquet, layers.parquet and about.json, anew after each run. --axes runs some
+seed, engine and trainer), sequences.parquet (sums of each sequence; intervals are by prompt),
+positions.parquet, layers.parquet and about.json, anew after each run. --axes runs some
 of the axes and leaves the others' folders alone; --read computes nothing and makes tables and
 figures again; --quick takes seconds on tiny models and shows that it runs, nothing else.
 
@@ -239,6 +239,7 @@ class Played:
 
     rollouts: list[Rollout]
     passes: list[list[np.ndarray]]
+    group: int  # responses to each prompt, one after the other
 
     @property
     def samples(self) -> list[Sample]:
@@ -260,7 +261,7 @@ def played(
         samples_per_prompt=samples,
         seed=seed,
     )
-    found = Played(rollouts=rollouts, passes=[])
+    found = Played(rollouts=rollouts, passes=[], group=samples)
     passes = analysis.engine_passes(engine, found.samples)
     found.passes = [list(one) for one in zip(*passes, strict=True)]
     return found
@@ -275,7 +276,7 @@ class Measured:
 
 
 def sequence_sums(
-    divergence: RoutingDivergence, lengths: Sequence[int], comparison: str
+    divergence: RoutingDivergence, lengths: Sequence[int], comparison: str, *, group: int
 ) -> pd.DataFrame:
     """Sums over each sequence's response tokens."""
     overlap_NL = divergence.overlap.numpy().astype(np.int64)
@@ -286,6 +287,7 @@ def sequence_sums(
         {
             "comparison": comparison,
             "sequence": np.arange(len(lengths)),
+            "prompt": np.arange(len(lengths)) // group,
             "tokens": np.asarray(lengths),
             "pairs": np.asarray(lengths) * L,
             "slots_compared": np.asarray(lengths) * L * K,
@@ -344,6 +346,7 @@ def compared(
             counterpart=list(counterpart) if counterpart else before,
         ),
         num_experts=actor.num_experts,
+        group=play.group,
         logp_train=updated,
     )
     return step, tabled(step, play, before, held, floors)
@@ -366,7 +369,7 @@ def tabled(
     free, conditional = step.divergence, step.conditional
     sequences = pd.concat(
         [
-            sequence_sums(free, lengths, "free-running").assign(
+            sequence_sums(free, lengths, "free-running", group=play.group).assign(
                 **gap_sums(
                     [d - r.logp_rollout for d, r in zip(before, play.rollouts, strict=True)]
                 ),
@@ -383,7 +386,7 @@ def tabled(
                     if name.startswith("gap_")
                 },
             ),
-            sequence_sums(conditional, lengths, "conditional"),
+            sequence_sums(conditional, lengths, "conditional", group=play.group),
         ],
         ignore_index=True,
     )
@@ -395,6 +398,7 @@ def tabled(
         pd.DataFrame(
             {
                 "sequence": rows["sequence"],
+                "prompt": rows["prompt"],
                 "bin": bins_N.clip(max=POSITION_BINS),
                 "first": position_N,
                 "last": position_N,
@@ -406,7 +410,7 @@ def tabled(
                 "prefix_mismatched": rows["prefix_mismatched"],
             }
         )
-        .groupby(["sequence", "bin"], as_index=False)
+        .groupby(["sequence", "prompt", "bin"], as_index=False)
         .agg(
             {"first": "min", "last": "max"}
             | dict.fromkeys(
@@ -656,7 +660,7 @@ def _stale(actor: MegatronActor, first: Played, scored: tuple) -> Measured:
             num_experts=actor.num_experts,
             kind=ComparisonKind.FREE_RUNNING,
         )
-        frames.append(sequence_sums(divergence, lengths, name))
+        frames.append(sequence_sums(divergence, lengths, name, group=first.group))
     found.tables["sequences"] = pd.concat(frames, ignore_index=True)
     return found
 

@@ -1,7 +1,7 @@
 """Tables and figures of `benchmarks.routing_mismatch`, from its Parquet files. Computes no model.
 
-A rate is a ratio of sums over the sequences of all seeds, its 95% interval resamples sequences, and
-"seeds a to b" are the least and the largest rate of one seed's model.
+A rate is a ratio of sums over the prompts of all seeds, its 95% interval is by prompt, and "seeds
+a to b" are the least and the largest rate of one seed's model.
 """
 
 import json
@@ -64,6 +64,8 @@ class Figure:
         if self.rate.numerator == 0:
             return f"0 of {self.rate.denominator:,.0f}"
         value = shown(self.rate.rate, share)
+        if np.isnan(self.rate.low):
+            return f"{value} ({self.rate.prompts} prompts: no interval)"
         parts = f"{shown(self.rate.low, share)} to {shown(self.rate.high, share)}"
         if self.count > 1:
             low, high = (shown(x, share) for x in self.seeds)
@@ -72,19 +74,26 @@ class Figure:
 
 
 def figure(sequences: pd.DataFrame, name: str) -> Figure:
-    """Figures of all rows given; every (run, sequence) is drawn as one.
+    """Figures of all rows given, of every (run, prompt).
 
     Raises UserError where there is no row: no figure without data.
     """
     if sequences.empty:
         raise UserError(f"no sequences for {name!r}: nothing was measured")
     above, below = MEASURES[name]
-    [rate] = rates(
-        sequences[[above]].to_numpy(float), sequences[[below]].to_numpy(float), groups=[name]
-    )
+    rate = by_prompt(sequences, above, below, share=name in SHARES)
     of_runs = sequences.groupby("run")[[above, below]].sum()
     by_seed = of_runs[above] / of_runs[below]
     return Figure(name, rate, (by_seed.min(), by_seed.max()), len(by_seed))
+
+
+def by_prompt(rows: pd.DataFrame, above: str, below: str, *, share: bool) -> Rate:
+    """The ratio of two columns' sums, with its interval over the prompts of every run."""
+    sums = rows.groupby(["run", "prompt"])[[above, below]].sum().astype(float)
+    scale = "share" if share else "magnitude"
+    numerators, denominators = (sums[[name]].to_numpy() for name in (above, below))
+    [rate] = rates(numerators, denominators, groups=[above], scale=scale)
+    return rate
 
 
 @dataclass
@@ -240,9 +249,7 @@ class Report:
     def position_table(self) -> str:
         rows = []
         for _, frame in self._of_position.groupby("bin"):
-            [share] = rates(
-                frame[["routers"]].to_numpy(float), frame[["pairs"]].to_numpy(float), groups=[0]
-            )
+            share = by_prompt(frame, "routers", "pairs", share=True)
             tokens = frame["tokens"].sum()
             span = f"{frame['first'].min() + 1} to {frame['last'].max() + 1}"
             row = [span, Figure("routers", share, (0, 0), 1).text]
@@ -385,11 +392,7 @@ class Report:
         x, found = [], []
         for _, frame in self._of_position.groupby("bin"):
             x.append((frame["first"].min() + frame["last"].max()) / 2 + 1)
-            found.append(
-                rates(
-                    frame[["routers"]].to_numpy(float), frame[["pairs"]].to_numpy(float), groups=[0]
-                )[0]
-            )
+            found.append(by_prompt(frame, "routers", "pairs", share=True))
         axes[3].set(xlabel="position in the response")
         if found:
             self._line(axes[3], x, found, "o-", "bf16, routers", "bf16")
@@ -405,6 +408,7 @@ class Report:
 
     def _line(self, axis, x, found: list[Rate], style: str, label: str, rollout: str) -> None:
         y = np.array([[one.rate, one.low, one.high] for one in found]).reshape(-1, 3)
+        y = np.where(np.isnan(y), y[:, :1], y)  # no interval, no bar
         reach = np.abs(y[:, 1:] - y[:, :1]).T
         colour = self._colours[rollout]
         axis.errorbar(x, y[:, 0], yerr=reach, fmt=style, ms=3, lw=1, color=colour, label=label)
@@ -443,7 +447,9 @@ class Report:
             ):
                 found = [self.rate(runs, "routers", comparison).rate for _, runs in chosen]
                 y = [one.rate for one in found]
-                reach = [[o.rate - o.low for o in found], [o.high - o.rate for o in found]]
+                reach = np.nan_to_num(
+                    [[o.rate - o.low for o in found], [o.high - o.rate for o in found]]
+                )
                 x = [updates for updates, _ in chosen]
                 name = f"{setting}: {label}"
                 axis.errorbar(x, y, yerr=reach, fmt=line, ms=3, lw=1, color=colour, label=name)

@@ -1,4 +1,4 @@
-"""The figures from the token log: questions with intervals by sequence, and clustering.
+"""The figures from the token log: questions with intervals by prompt, and clustering.
 
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.
 """
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_upgrpo.report.figures import Entry, Format, Panels, number, percent
+from moe_upgrpo.report.figures import Entry, Format, Panels, number, percent, plural
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
-from moe_upgrpo.report.tokens import RESAMPLES, finite
-from moe_upgrpo.store import overlap_array
-from moe_upgrpo.store.questions import GROUPINGS, clustering
+from moe_upgrpo.report.tokens import finite
+from moe_upgrpo.stats import MIN_PROMPTS
+from moe_upgrpo.store.questions import GROUPINGS
 
 # Tokens that differ; fewer do not tell whether their layers flip together.
 _MIN_DIFFERING = 10
@@ -83,14 +83,9 @@ class Clustering:
         return [
             {"run": run.label}
             | histogram(run)
-            | {
-                "clustering": [
-                    _finite(asdict(row))
-                    for row in clustering(run.tokens.table, resamples=RESAMPLES)
-                ]
-            }
+            | {"clustering": [_finite(asdict(row)) for row in run.tokens.clustered().rows()]}
             for run in runs
-            if run.tokens.table is not None and run.tokens.layout.num_layers
+            if run.tokens.layout is not None and run.tokens.layout.num_layers
         ]
 
     def finding(self, run: Run, entries: list[Entry]) -> str:
@@ -122,7 +117,7 @@ class Clustering:
 
 def nothing(run: Run, column: str = "overlap") -> str:
     """Why a run has no entry that would have read ``column``."""
-    if run.tokens.table is None:
+    if run.tokens.layout is None:
         return run.tokens.note
     if not run.tokens.layout.num_layers:
         return "the model has no MoE layer."
@@ -136,33 +131,34 @@ def histogram(run: Run) -> Entry:
     (Poisson binomial): the coefficients of Π_l (1 − r_l + r_l x). Numbers of layers beyond the
     largest found are left out.
     """
-    table, layout = run.tokens.table, run.tokens.layout
-    rates_L = (overlap_array(table) < layout.top_k).mean(axis=0)
+    sums = run.tokens.clustered()
     independent_M = np.ones(1)
-    for r in rates_L:
+    for r in sums.rates_by_layer():
         independent_M = np.convolve(independent_M, [1 - r, r])
-    tokens_M = np.bincount(table["layers_mismatched"].to_numpy())
+    tokens_M = sums.tokens_M
     return {
         "layers": list(range(len(tokens_M))),
         "tokens": tokens_M.tolist(),
-        "shares": (tokens_M / table.num_rows).tolist(),
+        "shares": (tokens_M / tokens_M.sum()).tolist(),
         "independent": independent_M[: len(tokens_M)].tolist(),
     }
 
 
 def _finite(row: Entry) -> Entry:
-    """An interval of a single sequence is null."""
+    """Ends that are not known are null."""
     return {key: finite(value) for key, value in row.items()}
 
 
 def interval(row: Entry, form: Format) -> str:
-    """'1.2% (1% to 1.4%)'; without a second sequence, or anything seen, there is no interval."""
+    """'1.2% (1% to 1.4%)'; of few prompts, or where nothing or everything was seen, no interval."""
     if row["rate"] is None:
         return "not a number"
     if row["numerator"] == 0:
         return f"{form(0.0)} (none seen)"
+    if row["prompts"] < MIN_PROMPTS:
+        return f"{form(row['rate'])} ({plural(row['prompts'], 'prompt')}: too few for an interval)"
     if row["low"] is None:
-        return f"{form(row['rate'])} (one sequence, no interval)"
+        return f"{form(row['rate'])} (in all)"
     return f"{form(row['rate'])} ({form(row['low'])} to {form(row['high'])})"
 
 
@@ -179,7 +175,7 @@ def _named(by: str, group: Any) -> str:
 
 
 def outer(rows: list[Entry]) -> tuple[Entry, Entry]:
-    """The first group, and the last one of at least two sequences (else the last)."""
+    """The first group, and the last one that has an interval (else the last)."""
     known = [row for row in rows[1:] if row["low"] is not None]
     return rows[0], (known or rows)[-1]
 
@@ -251,7 +247,7 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
 
 
 def separate(a: Entry, b: Entry) -> bool | None:
-    """Whether two intervals lie apart; None where there are not two: of no event there is none."""
+    """Whether two intervals lie apart; None where there are not two: no event has none."""
     if not (a["numerator"] and b["numerator"]) or None in (a["low"], b["low"]):
         return None
     return a["high"] < b["low"] or b["high"] < a["low"]
@@ -391,7 +387,7 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         ),
         by="sign",
         read="Share of the tokens with positive, negative and zero advantage that differ, lie in a "
-        "tail or were clipped; bars are 95% intervals by sequence.",
+        "tail or were clipped; bars are 95% intervals by prompt.",
         says=_by_sign,
         is_share=True,
     ),
@@ -401,4 +397,13 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         read="Share of tokens by the number of layers they differ in; hollow marks: independent "
         "layers of the same rates. Above them on the right, mismatches come together in tokens.",
     ),
+]
+
+# Every question of the figures and of the opening, answered together.
+ASKED = [
+    (name, part.by)
+    for figure in TOKEN_FIGURES
+    for part in getattr(figure, "parts", [figure])
+    if isinstance(part, Answers)
+    for name, _ in part.quantities
 ]

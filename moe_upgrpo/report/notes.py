@@ -27,7 +27,7 @@ def notes(run: Run) -> list[str]:
     share = run.config.get("token_log_share")
     if run.config.get("token_log") == "sampled" and share:
         found.append(f"Figures by token are of a sample: {percent(share)} of the sequences.")
-    if run.tokens.table is None:
+    if run.tokens.layout is None:
         found.append(f"No figures by token: {run.tokens.note}")
     return found
 
@@ -36,8 +36,7 @@ def unfinished(run: Run) -> str:
     """Say what is there of a run without a row of a training step, else nothing."""
     if any(row["step"] > 0 for row in run.rows):
         return ""
-    table = run.tokens.table
-    held = f"the token log has {spans(table['step'].unique().to_pylist())}" if table else ""
+    held = f"the token log has {spans(run.tokens.steps)}" if run.tokens.steps else ""
     return "; ".join(filter(None, ["no step finished", held]))
 
 

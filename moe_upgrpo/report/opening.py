@@ -17,6 +17,18 @@ from moe_upgrpo.report.runs import Run
 # KL(rollout ‖ trainer) per token: what is published for MoE models, and where an alarm rings.
 USUAL_KL, LARGE_KL = 1e-3, 0.1
 
+ASKED = [
+    (name, "all")
+    for name in (
+        "mismatch",
+        "mismatch_any",
+        "gap_tail_2",
+        "gap_numerics_abs",
+        "gap_engine_routing_abs",
+        "counterfactual_engine_routing_abs",
+    )
+]
+
 READ = (
     "Routing is to blame where more routers differ than within either side (the noise floor), in "
     "part where arithmetic moves the log-prob of a token more than the engine's other experts do, "

@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 from moe_upgrpo import __version__
 from moe_upgrpo.report import plots, sequences
-from moe_upgrpo.report.answers import TOKEN_FIGURES, Answers
+from moe_upgrpo.report.answers import ASKED, TOKEN_FIGURES, Answers
 from moe_upgrpo.report.figures import Panels, brief, sentence
 from moe_upgrpo.report.notes import alarm_lines, alarms, has_floor, notes
+from moe_upgrpo.report.opening import ASKED as ASKED_FIRST
 from moe_upgrpo.report.opening import READ, opening
 from moe_upgrpo.report.pictures import inline
 from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING
@@ -72,6 +73,8 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
 def write_page(runs: list[Run], output: Path) -> Path:
     """The same of runs that were read."""
+    for run in runs:
+        run.tokens.answer_all([*ASKED, *ASKED_FIRST], clustered=True)
     answered = {run.label: opening(run) for run in runs}
     figures = [_figure(figure, runs) for figure in FIGURES]
     token_figures = [_figure(figure, runs) for figure in TOKEN_FIGURES]

@@ -191,7 +191,10 @@ def _floor_legend(floors: list[dict[str, Any]], key: str) -> tuple[list[Line2D],
 
 def _draw_line(axes: Axes, entry: dict[str, Any], color: str, line: str, *, points: bool) -> None:
     steps, values = np.array(entry["steps"]), np.array(entry["values"])
-    if len(values) >= _SMOOTHED_FROM and not points:
+    if "means" in entry and not points:
+        axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
+        steps, values = np.array(entry["middles"]), moving_average(np.array(entry["means"]))
+    elif len(values) >= _SMOOTHED_FROM and not points:
         axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
         values = moving_average(values)
     marker = "o" if points or len(values) < 25 else None

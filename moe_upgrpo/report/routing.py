@@ -126,7 +126,8 @@ def _says_floor(
     analysed = sorted({step for name in names for step in run.series(f"{name}/{metric}")[0]})
     if not analysed:
         return "no noise floor was measured"
-    fresh = [step for step in analysed if step not in run.stale_steps]
+    stale_steps = set(run.stale_steps)
+    fresh = [step for step in analysed if step not in stale_steps]
     steps = fresh or analysed
     texts, floors = [], {}
     for side in sides:

@@ -37,11 +37,13 @@ READ = (
 def sequences(run: Run) -> list[dict[str, Any]]:
     """Responses of the newest step: those with the largest |gap| in a token, then of the rest the
     one with the most mismatched layers per token, then one drawn at random."""
-    if run.tokens.table is None:
+    if run.tokens.layout is None:
         return []
-    table = run.tokens.table
-    step = pc.max(table["step"]).as_py()
-    table = table.filter(pc.equal(table["step"], step))
+    step = run.tokens.steps[-1]
+    parts = list(run.tokens.parts(run.tokens.column_names, [step]))
+    if not parts:
+        return []
+    table = pa.concat_tables(parts, promote_options="default")
     gap_N = np.abs(_gap(table))
     gap_N[np.isnan(gap_N)] = math.inf
     ids, sequence_N, length = np.unique(

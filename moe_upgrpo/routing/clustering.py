@@ -55,7 +55,7 @@ def clustering(counts: RoutingCounts) -> Clustering:
     """Compare the histogram of mismatching layers per token with the per-layer rates.
 
     Moments are those of the tokens at hand, with their number as the denominator. Tokens of a
-    sequence are not independent: for an interval, resample sequences, not tokens.
+    sequence are not independent: intervals are by prompt (`moe_upgrpo.store.questions`).
 
     Raises:
         UserError: the counts hold no token.

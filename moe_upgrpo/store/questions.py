@@ -1,12 +1,12 @@
-"""Questions to a token log: a quantity, group by group, with intervals by sequence.
+"""Questions to a token log: a quantity, group by group, with intervals by prompt.
 
 ``rate(table, "clipped", by="own")`` is the clip fraction as a function of the token's own
-mismatched layers. Every answer is a ratio of sums over tokens (or routers) with a bootstrap over
-sequences; it describes the tokens of a group and does not say what made them so: tokens with many
-mismatches are also late, rare or uncertain ones. It is the decomposition, the columns gap_*, that
-isolates routing.
+mismatched layers. Every answer is a ratio of sums over tokens (or routers), with an interval that
+takes the prompt as what was drawn (`stats.clusters`); it describes the tokens of a group and does
+not say what made them so: tokens with many mismatches are also late, rare or uncertain ones. It is
+the decomposition, the columns gap_*, that isolates routing.
 
-Shape suffixes: N rows (tokens), L MoE layers, S sequences, G groups, R resamples.
+Shape suffixes: N rows (tokens), L MoE layers, P prompts, G groups, C columns of sums.
 """
 
 import math
@@ -18,16 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import (
-    TAILS,
-    Rate,
-    cluster_sums,
-    percentile_interval,
-    rates,
-    resampled_sums,
-)
+from moe_upgrpo.stats import TAILS, Rate, Scale, jackknifed
 from moe_upgrpo.store.schema import TokenLayout
-from moe_upgrpo.store.token_log import overlap_array
+from moe_upgrpo.store.streamed import Part, Question, answer, mismatches_by_layer
 
 Columns = dict[str, np.ndarray]
 
@@ -40,6 +33,7 @@ class Quantity:
     columns: tuple[str, ...]
     numerator: Callable[[Columns], np.ndarray]
     counts: Callable[[Columns], np.ndarray] | None = None
+    scale: Scale = "share"
 
 
 def _gap(c: Columns) -> np.ndarray:
@@ -97,7 +91,9 @@ QUANTITIES: dict[str, Quantity] = {
         ("layers_mismatched_conditional",),
         lambda c: c["layers_mismatched_conditional"],
     ),
-    "gap": Quantity("mean |logp_old − logp_rollout|, trainer against engine", _GAP, _gap),
+    "gap": Quantity(
+        "mean |logp_old − logp_rollout|, trainer against engine", _GAP, _gap, scale="magnitude"
+    ),
     **{
         f"gap_tail_{tau:g}": Quantity(
             f"share of tokens with max(p/q, q/p) > {tau:g}, p/q = exp(logp_old − logp_rollout)",
@@ -115,11 +111,11 @@ QUANTITIES: dict[str, Quantity] = {
         for tau in TAILS
     },
     **{
-        f"{term}{ending}": Quantity(f"mean {meaning}", (term,), measure(term))
+        f"{term}{ending}": Quantity(f"mean {meaning}", (term,), measure(term), scale=scale)
         for term in _TERMS
-        for ending, meaning, measure in (
-            ("", f"{term}, sign kept", _itself),
-            ("_abs", f"|{term}|", _magnitude),
+        for ending, meaning, measure, scale in (
+            ("", f"{term}, sign kept", _itself, "signed"),
+            ("_abs", f"|{term}|", _magnitude, "magnitude"),
         )
     },
     "clipped": Quantity(
@@ -132,12 +128,14 @@ QUANTITIES: dict[str, Quantity] = {
         _WEIGHT,
         lambda c: c["gradient_weight"],
         lambda c: c["advantage"] > 0,
+        scale="magnitude",
     ),
     "gradient_weight_negative": Quantity(
         "mean |A| · c · w of tokens with A < 0",
         _WEIGHT,
         lambda c: c["gradient_weight"],
         lambda c: c["advantage"] < 0,
+        scale="magnitude",
     ),
 }
 
@@ -162,8 +160,6 @@ def rate(
     by: str = "all",
     groups: int = 20,
     confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> list[Rate]:
     """One of `QUANTITIES` in each group of one of `GROUPINGS`, in the order of the groups.
 
@@ -183,6 +179,24 @@ def rate(
         UserError: an unknown name, a column that the log does not have, no row to count, a dense
             model asked for mismatches, or a quantity by layer that has no layers.
     """
+    question = ask(
+        quantity, by=by, layout=TokenLayout.of(table.schema), groups=groups, confidence=confidence
+    )
+    _rows(table, question.columns)
+    answer([question], lambda columns: [table])
+    return question.rows()
+
+
+def ask(
+    quantity: str,
+    *,
+    layout: TokenLayout,
+    by: str = "all",
+    groups: int = 20,
+    confidence: float = 0.95,
+    counted: dict[Any, Any] | None = None,
+) -> Question:
+    """The question of `rate`, to be answered by `streamed.answer` from a log of that layout."""
     if quantity not in QUANTITIES or by not in GROUPINGS:
         raise UserError(
             f"no question {quantity!r} by {by!r}: quantities are {', '.join(QUANTITIES)}; "
@@ -192,39 +206,23 @@ def rate(
         raise UserError(f"{quantity} is of a token, not of a layer: by='layer' needs 'mismatch'")
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
-    asked = QUANTITIES[quantity]
     of_layers = {"mismatch", "mismatch_any", "conditional"}
-    needs_layers = quantity in of_layers or by in ("own", "prefix", "layer")
-    layout = _layout(table, needs_layers=needs_layers)
-    counted = _rows(table, (*asked.columns, GROUPINGS[by][0]))
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    if by == "layer":
-        sums_SL, tokens_S = _mismatches_by_layer(counted, layout.top_k)
-        tokens_SL = np.repeat(tokens_S[:, None], layout.num_layers, axis=1)
-        return rates(sums_SL, tokens_SL, groups=layout.layer_ids, **options)
-
-    columns = {name: _numpy(counted, name) for name in {*asked.columns, GROUPINGS[by][0]}}
-    numerator_N = asked.numerator(columns).astype(np.float64)
-    per_router = quantity in ("mismatch", "conditional")
-    weight_N = np.full(len(numerator_N), layout.num_layers if per_router else 1)
-    keep_N = asked.counts(columns) if asked.counts else np.ones(len(numerator_N), dtype=bool)
-    group_N, labels = _grouped(by, columns[GROUPINGS[by][0]], keep_N, groups)
-    keep_N &= group_N >= 0
-    if not keep_N.any():
-        raise UserError(f"no token to count for {quantity}: {asked.meaning}")
-    sequence_N, num_sequences = _sequences(counted)
-    at, shape = (sequence_N[keep_N], group_N[keep_N]), (num_sequences, len(labels))
-    return rates(
-        cluster_sums(numerator_N[keep_N], *at, shape),
-        cluster_sums(weight_N[keep_N], *at, shape),
-        groups=labels,
-        **options,
+    if quantity in of_layers or by in ("own", "prefix", "layer"):
+        _needs_layers(layout)
+    return Question(
+        quantity,
+        QUANTITIES[quantity],
+        by=by,
+        column=GROUPINGS[by][0],
+        per_router=quantity in ("mismatch", "conditional"),
+        layout=layout,
+        groups=groups,
+        confidence=confidence,
+        counted=counted,
     )
 
 
-def clustering(
-    table: pa.Table, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> list[Rate]:
+def clustering(table: pa.Table, *, confidence: float = 0.95) -> list[Rate]:
     """How clustered mismatches are, against independent layers and tokens of the same rates.
 
     With M a token's mismatched layers and r_l the mismatch rate of layer l:
@@ -237,85 +235,146 @@ def clustering(
     - ``consecutive_tokens``: Pearson's correlation of M at positions p and p + 1; 0 if tokens are
       independent. Sequences of different rates raise it too.
 
-    The last two are NaN where nothing mismatched.
+    The last two are NaN where nothing mismatched. The intervals leave out a prompt at a time.
 
     Raises:
         UserError: a dense model, or no rows.
     """
-    layout = _layout(table, needs_layers=True)
-    counted = _rows(table, ("position", "layers_mismatched", "overlap"))
-    by_layer_SL, tokens_S = _mismatches_by_layer(counted, layout.top_k)
-    sequence_N, num_sequences = _sequences(counted)
-    position_N = _numpy(counted, "position")
-    m_N = _numpy(counted, "layers_mismatched").astype(np.float64)
+    _needs_layers(TokenLayout.of(table.schema))
+    _rows(table, ("step", "prompt", "sequence", "position", "layers_mismatched", "overlap"))
+    found = Clustered()
+    found.add(Part(table))
+    return found.rows(confidence=confidence)
 
-    order_N = np.lexsort((position_N, sequence_N))
-    first, second = order_N[:-1], order_N[1:]
-    adjacent = (sequence_N[first] == sequence_N[second]) & (
-        position_N[first] + 1 == position_N[second]
-    )
-    x, y, pair = m_N[first][adjacent], m_N[second][adjacent], sequence_N[first][adjacent]
 
-    def summed(values: np.ndarray, sequences: np.ndarray) -> np.ndarray:
-        return np.bincount(sequences, weights=values, minlength=num_sequences)
+class Clustered:
+    """The sums of `clustering`, part by part."""
 
-    sums_SG = np.column_stack(
-        [tokens_S]
-        + [summed(v, sequence_N) for v in (m_N > 0, m_N, m_N**2)]
-        + [summed(v, pair) for v in (np.ones_like(x), x, y, x * y, x**2, y**2)]
-        + [by_layer_SL]
-    )
+    columns = ("step", "prompt", "sequence", "position", "layers_mismatched", "overlap")
 
-    def statistics(sums_RG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numerators and denominators ``[R, 4]``."""
-        n, any_layer, m, m2, pairs, x, y, xy, x2, y2 = sums_RG[:, :10].T
-        r_RL = sums_RG[:, 10:] / n[:, None]
-        independent = 1 - (1 - r_RL).prod(axis=1)
+    def __init__(self) -> None:
+        self._keys: list[np.ndarray] = []
+        self._sums: list[np.ndarray] = []
+        self.tokens_M = np.zeros(0, np.int64)
+        """Tokens by their number of mismatched layers."""
+
+    def add(self, part: Part) -> None:
+        """Add a part, of whole sequences."""
+        names = part.nullable(self.columns)
+        layout = TokenLayout.of(part.table.schema)
+        keys_P, by_layer_PL, tokens_P = mismatches_by_layer(part, names, layout)
+        _, prompt_N = part.prompts(names)
+        step_N, own_N, position_N = (
+            part.array(names, name).astype(np.int64) for name in ("step", "sequence", "position")
+        )
+        _, sequence_N = np.unique((step_N << 40) + own_N, return_inverse=True)
+        whole_N = part.array(names, "layers_mismatched")
+        counts_M = np.bincount(whole_N)
+        longer = max(len(counts_M), len(self.tokens_M))
+        self.tokens_M = np.pad(self.tokens_M, (0, longer - len(self.tokens_M)))
+        self.tokens_M[: len(counts_M)] += counts_M
+        m_N = whole_N.astype(np.float64)
+
+        order_N = np.lexsort((position_N, sequence_N))
+        first, second = order_N[:-1], order_N[1:]
+        adjacent = (sequence_N[first] == sequence_N[second]) & (
+            position_N[first] + 1 == position_N[second]
+        )
+        x, y, pair = m_N[first][adjacent], m_N[second][adjacent], prompt_N[first][adjacent]
+
+        def summed(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+            return np.bincount(prompts, weights=values, minlength=len(keys_P))
+
+        self._keys.append(keys_P)
+        self._sums.append(
+            np.column_stack(
+                [tokens_P]
+                + [summed(v, prompt_N) for v in (m_N > 0, m_N, m_N**2)]
+                + [summed(v, pair) for v in (np.ones_like(x), x, y, x * y, x**2, y**2)]
+                + [by_layer_PL]
+            )
+        )
+
+    def sums(self) -> np.ndarray:
+        """``[P, C]``: the parts of a prompt added up."""
+        if not self._keys:
+            raise UserError("no token to count: nothing to answer from")
+        keys, at = np.unique(np.concatenate(self._keys), return_inverse=True)
+        parts = np.concatenate(self._sums)
+        if len(keys) == len(parts):
+            return parts
+        return np.column_stack(
+            [np.bincount(at, weights=column, minlength=len(keys)) for column in parts.T]
+        )
+
+    def rates_by_layer(self) -> np.ndarray:
+        """``[L]``"""
+        total_C = self.sums().sum(axis=0)
+        return total_C[10:] / total_C[0]
+
+    def rows(self, *, confidence: float = 0.95) -> list[Rate]:
+        """Rows as `clustering` describes them."""
+        return _clustering_rows(self.sums(), confidence)
+
+
+def _clustering_rows(sums_PC: np.ndarray, confidence: float) -> list[Rate]:
+    num_prompts = len(sums_PC)
+
+    def parts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numerators and denominators ``[…, 4]`` from sums ``[…, C]``."""
+        n, any_layer, m, m2, pairs, x, y, xy, x2, y2 = np.moveaxis(sums[..., :10], -1, 0)
+        r_L = sums[..., 10:] / n[..., None]
+        independent = 1 - (1 - r_L).prod(axis=-1)
         variance = m2 / n - (m / n) ** 2
         mean_x, mean_y = x / pairs, y / pairs
         spread = np.sqrt((x2 / pairs - mean_x**2) * (y2 / pairs - mean_y**2))
         return (
-            np.stack([any_layer, independent * n, variance, xy / pairs - mean_x * mean_y], axis=1),
-            np.stack([n, n, (r_RL * (1 - r_RL)).sum(axis=1), spread], axis=1),
+            np.stack([any_layer, independent * n, variance, xy / pairs - mean_x * mean_y], axis=-1),
+            np.stack([n, n, (r_L * (1 - r_L)).sum(axis=-1), spread], axis=-1),
         )
 
-    def ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-        return np.where(denominators > 0, numerators / denominators, math.nan)
+    def figure(i: int) -> Callable[[np.ndarray], np.ndarray]:
+        def of(sums: np.ndarray) -> np.ndarray:
+            above, below = (part[..., i] for part in parts(sums))
+            return np.where(below > 0, above / below, math.nan)
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        (numerators,), (denominators,) = statistics(sums_SG.sum(axis=0, keepdims=True))
-        rate_4 = ratios(numerators, denominators)
-        found_R4 = ratios(*statistics(resampled_sums(sums_SG, resamples=resamples, seed=seed)))
-    names = ("any_layer", "any_layer_independent", "dispersion", "consecutive_tokens")
+        return of
+
     rows = []
-    for i, name in enumerate(names):
-        found_R = found_R4[:, i][np.isfinite(found_R4[:, i])]
-        known = num_sequences > 1 and math.isfinite(rate_4[i]) and len(found_R) > 0
-        low, high = percentile_interval(found_R, confidence) if known else (math.nan, math.nan)
-        rows.append(
-            Rate(
-                group=name,
-                numerator=float(numerators[i]),
-                denominator=float(denominators[i]),
-                rate=float(rate_4[i]),
-                low=low,
-                high=high,
-                sequences=num_sequences,
+    with np.errstate(invalid="ignore", divide="ignore"):
+        numerators, denominators = parts(sums_PC.sum(axis=0))
+        for i, (name, scale) in enumerate(_CLUSTERING.items()):
+            found, low, high = jackknifed(figure(i), sums_PC, scale=scale, confidence=confidence)
+            rows.append(
+                Rate(
+                    group=name,
+                    numerator=float(numerators[i]),
+                    denominator=float(denominators[i]),
+                    rate=found,
+                    low=low,
+                    high=high,
+                    prompts=num_prompts,
+                )
             )
-        )
     return rows
 
 
-def _layout(table: pa.Table, *, needs_layers: bool) -> TokenLayout:
-    layout = TokenLayout.of(table.schema)
-    if needs_layers and not layout.num_layers:
+_CLUSTERING: dict[str, Scale] = {
+    "any_layer": "share",
+    "any_layer_independent": "share",
+    "dispersion": "magnitude",
+    "consecutive_tokens": "signed",
+}
+
+
+def _needs_layers(layout: TokenLayout) -> None:
+    if not layout.num_layers:
         raise UserError("this run's model has no MoE layer: there are no routes to mismatch")
-    return layout
 
 
-def _rows(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
-    """The columns of a question, rows with a null in them left out."""
-    wanted = list(dict.fromkeys(("step", "sequence", *names)))
+def _rows(table: pa.Table, names: tuple[str, ...]) -> None:
+    """Raise UserError where a column of a question is not there, or no row has all of them."""
+    wanted = list(dict.fromkeys(names))
     if missing := [name for name in wanted if name not in table.column_names]:
         raise UserError(
             f"the token log has no columns {missing}, which this question reads; it has "
@@ -326,58 +385,3 @@ def _rows(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
         raise UserError(
             f"none of {table.num_rows} rows has all of {wanted}: nothing to answer from"
         )
-    return counted
-
-
-def _numpy(table: pa.Table, name: str) -> np.ndarray:
-    values = table[name].to_numpy()
-    return values.astype(np.float64) if values.dtype.kind == "f" else values
-
-
-def _sequences(table: pa.Table) -> tuple[np.ndarray, int]:
-    """The sequence of each row, 0..S-1 over all steps, and S."""
-    _, step_N = np.unique(table["step"].to_numpy(), return_inverse=True)
-    sequences, sequence_N = np.unique(table["sequence"].to_numpy(), return_inverse=True)
-    found, index_N = np.unique(step_N * len(sequences) + sequence_N, return_inverse=True)
-    return index_N, len(found)
-
-
-def _mismatches_by_layer(table: pa.Table, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mismatched tokens ``[S, L]`` and tokens ``[S]`` of each sequence."""
-    sequence_N, num_sequences = _sequences(table)
-    differs_NL = overlap_array(table) < top_k
-    by_layer = [np.bincount(sequence_N, d_N, minlength=num_sequences) for d_N in differs_NL.T]
-    return np.stack(by_layer, axis=1), np.bincount(sequence_N, minlength=num_sequences)
-
-
-def _grouped(
-    by: str, values_N: np.ndarray, keep_N: np.ndarray, groups: int
-) -> tuple[np.ndarray, list[Any]]:
-    """Each row's group, -1 where it is in none, and the groups' labels."""
-    kept = values_N[keep_N]
-    if by == "all":
-        group, labels = np.zeros(len(kept), dtype=np.int64), ["all"]
-    elif by == "sign":
-        names = {1: "positive", -1: "negative", 0: "zero"}
-        signs, group = np.unique(-np.sign(kept), return_inverse=True)
-        labels = [names[-int(sign)] for sign in signs]
-    elif by == "step":
-        found, group = np.unique(kept, return_inverse=True)
-        labels = found.tolist()
-    elif by == "token":
-        found, group, counts = np.unique(kept, return_inverse=True, return_counts=True)
-        largest = np.argsort(-counts, kind="stable")[:groups]
-        place = np.full(len(found), -1)
-        place[largest] = np.arange(len(largest))
-        group, labels = place[group], found[largest].tolist()
-    else:
-        if by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
-            ends = np.concatenate([[0], 2.0 ** np.arange(32)])
-        else:
-            ends = np.quantile(kept, np.arange(1, groups) / groups) if len(kept) else np.empty(0)
-        bins, group = np.unique(np.searchsorted(ends, kept), return_inverse=True)
-        inside = [kept[group == i] for i in range(len(bins))]
-        labels = [(found.min().item(), found.max().item()) for found in inside]
-    group_N = np.full(len(values_N), -1)
-    group_N[keep_N] = group
-    return group_N, labels

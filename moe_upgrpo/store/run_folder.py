@@ -257,6 +257,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+_PLAIN = bytes(range(32, 127)).replace(b"\\", b"") + b"\n"
+
+
+def has_plain_metrics(path: str | Path) -> bool:
+    """Whether metrics.jsonl holds nothing but ASCII without escapes: any page can show it as is."""
+    with (Path(path) / "metrics.jsonl").open("rb") as file:
+        return not any(
+            block.translate(None, _PLAIN) for block in iter(lambda: file.read(1 << 20), b"")
+        )
+
+
 def rows_so_far(path: str | Path) -> list[dict[str, Any]]:
     """As `read_metrics`, of a run that may not have come to its first row: none then."""
     file = Path(path) / "metrics.jsonl"

@@ -20,8 +20,10 @@ from moe_upgrpo.record import StepRecord, Sums, alarms, measured, routing_sums
 from moe_upgrpo.report import load_runs, opening, write_page
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import make_engine
-from moe_upgrpo.routing import compare_routes
-from moe_upgrpo.store import RunFolder, TokenLogWriter
+from moe_upgrpo.routing import RoutingDivergence, compare_routes
+from moe_upgrpo.stats import MIN_PROMPTS, Rate, rates
+from moe_upgrpo.store import RunFolder, TokenLayout, TokenLogWriter, read_tokens
+from moe_upgrpo.store.questions import rate
 from moe_upgrpo.tools.probe_options import ProbeConfig
 from moe_upgrpo.tools.route_dumps import read_routes
 from moe_upgrpo.train import analysis
@@ -34,13 +36,14 @@ def probe(config: ProbeConfig) -> None:
     run = RunFolder(config.output_dir)
     run.check_free()
     if config.model is None:
-        row = _compare_dumps(config, run)
+        row, found = _compare_dumps(config, run)
     else:
         with groups.process_groups(Layout(), seed=config.seed):
             row = _probe_model(config, run)
+        found = _intervals(run)
     row["alarms"] = alarms.raised(row)
     run.append_metrics(row)
-    _show(console, row)
+    _show(console, row, found)
     runs = load_runs([config.output_dir])
     page = write_page(runs, config.output_dir / "report.html")
     console.print(f"report: {page}", soft_wrap=True)
@@ -51,14 +54,46 @@ def probe(config: ProbeConfig) -> None:
 _ALARMS = {"alarms": {name: alarm.means for name, alarm in alarms.ALARMS.items()}}
 
 
-def _compare_dumps(config: ProbeConfig, run: RunFolder) -> dict:
+def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str, Rate]]:
     rollout, train = read_routes(config.rollout_routes), read_routes(config.train_routes)
     counts = compare_routes(rollout, train, num_experts=config.num_experts)
     about = {"num_experts": config.num_experts, "top_k": counts.top_k}
     about |= {"moe_layers": list(range(counts.num_layers)), "loss": "none (probe of two dumps)"}
     RunFolder.create(run.path, asdict(config) | about | _ALARMS)
     rollout_NLK = rollout.reshape(-1, *rollout.shape[-2:])
-    return {"step": 1} | measured(routing_sums(counts, rollout_NLK))
+    found = _intervals_of_dumps(counts, config.dump_samples)
+    return {"step": 1} | measured(routing_sums(counts, rollout_NLK)), found
+
+
+def _intervals(run: RunFolder) -> dict[str, Rate]:
+    """The figures that have an interval, by their metric, from the token rows."""
+    table = read_tokens(run.tokens)
+    names = {"logp_gap/mean_abs": "gap"}
+    if TokenLayout.of(table.schema).num_layers:
+        names |= {"mismatch/router_rate": "mismatch", "mismatch/token_any_rate": "mismatch_any"}
+    return {metric: rate(table, quantity)[0] for metric, quantity in names.items()}
+
+
+def _intervals_of_dumps(counts: RoutingDivergence, group: int | None) -> dict[str, Rate]:
+    """The same of two dumps, if it is said which of their sequences share a prompt."""
+    if group is None:
+        return {}
+    shape = list(counts.valid.shape)
+    if len(shape) == 1 or shape[0] % group:
+        raise UserError(
+            f"--dump-samples {group}: dumps of whole sequences [B, tokens, layers, top-k] are "
+            f"needed, B a multiple of {group}; their tokens are {shape}."
+        )
+    tokens_PT = counts.routers_per_token.numpy().reshape(shape[0] // group, -1)
+    compared = np.full((len(tokens_PT), 1), tokens_PT.shape[1], float)
+    pairs = {
+        "mismatch/router_rate": (tokens_PT, counts.num_layers),
+        "mismatch/token_any_rate": (tokens_PT > 0, 1),
+    }
+    return {
+        name: rates(differ.sum(axis=1, keepdims=True), compared * each, groups=[name])[0]
+        for name, (differ, each) in pairs.items()
+    }
 
 
 def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
@@ -168,17 +203,37 @@ def _step(
     return record, noise
 
 
-def _show(console: Console, row: dict) -> None:
+def _between(found: Rate | None, form: str) -> str:
+    """An interval, or why there is none."""
+    if found is None:
+        return ""
+    if found.prompts < MIN_PROMPTS:
+        return f"none: {found.prompts} of {MIN_PROMPTS} prompts"
+    if np.isnan(found.low):
+        return "none: nothing seen" if not found.numerator else "none: all differ"
+    return f"{found.low:{form}} to {found.high:{form}}"
+
+
+def _show(console: Console, row: dict, found: dict[str, Rate]) -> None:
     if "mismatch/router_rate" in row:
         tokens, pairs = sum(row["mismatch/histogram"]), row["mismatch/router_denominator"]
-        table = Table("mismatch", "rate", "of", box=None)
-        table.add_row("routers that differ", f"{row['mismatch/router_rate']:.3%}", f"{pairs:,.0f}")
-        table.add_row("expert slots that differ", f"{row['mismatch/slot_rate']:.3%}", "the same")
-        any_layer = f"{row['mismatch/token_any_rate']:.3%}"
-        table.add_row("tokens that differ in any layer", any_layer, f"{tokens:,}")
-        for layer, rate in enumerate(row["mismatch/by_layer"]):
-            table.add_row(f"  MoE layer {layer}", f"{rate:.3%}", f"{tokens:,}")
+        table = Table("mismatch", "rate", "95% interval", "of", box=None)
+
+        def add(text: str, metric: str, of: str) -> None:
+            table.add_row(text, f"{row[metric]:.3%}", _between(found.get(metric), ".3%"), of)
+
+        add("routers that differ", "mismatch/router_rate", f"{pairs:,.0f}")
+        add("expert slots that differ", "mismatch/slot_rate", "the same")
+        add("tokens that differ in any layer", "mismatch/token_any_rate", f"{tokens:,}")
+        for layer, share in enumerate(row["mismatch/by_layer"]):
+            table.add_row(f"  MoE layer {layer}", f"{share:.3%}", "", f"{tokens:,}")
         console.print(table)
+        if not found:
+            console.print(
+                "no intervals: they are by prompt, and --dump-samples says how many sequences of "
+                "a dump answer one.",
+                soft_wrap=True,
+            )
     else:
         console.print("a dense model: no routes to compare")
     if "conditional/router_rate" in row:
@@ -200,7 +255,8 @@ def _show(console: Console, row: dict) -> None:
             )
             parts = f"; of it numerics {numerics:.2e}, routing {routing:.2e}"
         console.print(
-            f"log-prob gap mean |d| {row['logp_gap/mean_abs']:.2e}, k3 {row['logp_gap/k3']:.2e}"
+            f"log-prob gap mean |d| {row['logp_gap/mean_abs']:.2e} (95% interval "
+            f"{_between(found['logp_gap/mean_abs'], '.2e')}), k3 {row['logp_gap/k3']:.2e}"
             f"{parts}",
             soft_wrap=True,
         )

@@ -43,6 +43,9 @@ class ProbeConfig:
     """... of the trainer: row t of both belongs to the same token."""
     num_experts: int | None = None
     """Experts in each layer; needed with the two dumps."""
+    dump_samples: int | None = None
+    """Of dumps of a batch: how many sequences, one after the other, answer the same prompt. With it
+    rates have intervals, which are by prompt."""
 
     def __post_init__(self):
         dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]
@@ -52,7 +55,12 @@ class ProbeConfig:
                 "give either --model and --prompts, or --rollout-routes, --train-routes and "
                 "--num-experts."
             )
-        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts"):
+        if self.dump_samples is not None and self.rollout_routes is None:
+            raise UserError(
+                "--dump-samples is of two dumps: with a model, --samples says how many responses "
+                "a prompt has."
+            )
+        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: at least 1 is needed.")

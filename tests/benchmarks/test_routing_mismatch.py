@@ -84,7 +84,7 @@ def test_a_planted_mismatch_is_found_at_its_rate(tiny):
         if i == 0:
             routes[-1, 0] = others(routes[-1, 0])[:2]
         planted.append(replace(rollout, routes=routes))
-    play = bench.Played(rollouts=planted, passes=play.passes)
+    play = bench.Played(rollouts=planted, passes=play.passes, group=play.group)
     _, found = bench.compared(actor, play, noise=False)
     counted = sums(found)
     assert (counted["routers"], counted["any"]) == (5, 5)  # 4 sequences, and one more
@@ -115,12 +115,19 @@ def test_sums_of_a_gap_by_hand():
 
 def test_a_figure_is_a_ratio_of_sums_over_seeds():
     frame = pd.DataFrame(
-        {"run": ["a", "a", "b"], "routers": [1, 2, 0], "pairs": [10, 10, 20]}  # 3/20 and 0/20
+        {  # 3/20 and 0/20
+            "run": ["a", "a", "b"],
+            "prompt": [0, 0, 0],
+            "routers": [1, 2, 0],
+            "pairs": [10, 10, 20],
+        }
     )
     found = figure(frame, "routers")
     assert found.rate.rate == 3 / 40
     assert found.seeds == (0, 3 / 20)
-    assert found.rate.low <= 3 / 40 <= found.rate.high
+    assert found.rate.prompts == 2 and "(2 prompts: no interval)" in found.text
+    many = pd.concat([frame.assign(prompt=p) for p in range(5)])
+    assert figure(many, "routers").rate.low < 3 / 40 < figure(many, "routers").rate.high
 
 
 def test_nothing_measured_is_an_error(tmp_path):

@@ -1,6 +1,5 @@
 """The three sentences that a page opens with: their verdicts and numbers, by hand."""
 
-import pyarrow as pa
 import pytest
 
 from moe_upgrpo.report.figures import brief
@@ -13,7 +12,7 @@ QUESTIONS = ["Is routing to blame?", "Where?", "Does it matter?"]
 
 def run_of(row, *, config=None, answers=None):
     """A run of one step; ``answers`` are rows of the token log's questions."""
-    tokens = TokenLog(table=None if answers is None else pa.table({}), note="no rows")
+    tokens = TokenLog(note="no rows")
     if answers is not None:
         asked = {key: rows for key, rows in answers.items()}
         for name in ("mismatch", "mismatch_any", "gap_tail_2", "gap_numerics_abs"):
@@ -78,7 +77,7 @@ def test_whether_routing_is_to_blame(row, config, verdict, text):
 
 def interval(group, rate, half, numerator=5):
     row = {"group": group, "rate": rate, "low": rate - half, "high": rate + half}
-    return row | {"numerator": numerator, "denominator": 100, "sequences": 9}
+    return row | {"numerator": numerator, "denominator": 100, "prompts": 9}
 
 
 @pytest.mark.parametrize(

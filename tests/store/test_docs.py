@@ -111,13 +111,13 @@ def test_duckdb(run):
 
     by_sign, by_layer = (duckdb.sql(query).fetchall() for query in blocks("DuckDB", "sql"))
     for question, place in (("clipped", 3), ("gap", 4)):
-        for row in rate(run, question, by="own", resamples=10):
+        for row in rate(run, question, by="own"):
             same = [r for r in by_sign if r[0] == row.group[0]]
             total = sum(r[2] * r[place] for r in same)
             assert sum(r[2] for r in same) == row.denominator
             assert total == pytest.approx(row.numerator, rel=1e-5)
     assert {positive for _, positive, *_ in by_sign} == {True, False}
-    expected = [row.rate for row in rate(run, "mismatch", by="layer", resamples=10)]
+    expected = [row.rate for row in rate(run, "mismatch", by="layer")]
     assert [r[1] for r in by_layer] == pytest.approx(expected)
     assert [r[0] for r in by_layer] == [0, 1, 2]
 

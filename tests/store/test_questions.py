@@ -9,8 +9,8 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.routing.clustering import clustering as routes_clustering
-from moe_upgrpo.store import TokenLogWriter, read_tokens
-from moe_upgrpo.store.questions import _grouped, clustering, rate
+from moe_upgrpo.store import TokenLogWriter, overlap_array, read_tokens
+from moe_upgrpo.store.questions import clustering, rate
 from tests.store.rows import EXPERTS, FLOATS, full_columns
 
 LAYER_IDS, TOP_K = (1, 3, 4), 2
@@ -23,9 +23,11 @@ def log(folder, columns, *, step=1, layer_ids=LAYER_IDS):
     rows = {
         **{name: np.zeros(N) for name in FLOATS},
         "ratio": np.ones(N),
-        **{name: np.zeros(N, int) for name in ("sequence", "prompt", "token_id")},
+        **{name: np.zeros(N, int) for name in ("sequence", "token_id")},
         "clipped": np.zeros(N, bool),
         "layers_mismatched": (overlap < TOP_K).sum(axis=1),
+        # A prompt for each sequence, where a test says no other.
+        "prompt": np.asarray(columns.get("sequence", np.zeros(N, int))),
         **{name: np.asanyarray(values) for name, values in columns.items()},
         "overlap": overlap,
     }
@@ -98,37 +100,37 @@ def table(tmp_path):
     ],
 )
 def test_by_hand(table, quantity, by, expected):
-    rows = rate(table, quantity, by=by, resamples=50)
+    rows = rate(table, quantity, by=by)
     assert counts(rows) == expected
     assert list(counts(rows)) == list(expected)
     assert all(row.rate == row.numerator / row.denominator for row in rows)
 
 
 def test_the_mean_gap_by_hand(table):
-    (row,) = rate(table, "gap", resamples=50)
+    (row,) = rate(table, "gap")
     gaps = [0, math.log(1.2), math.log(5), 0, math.log(5 / 3), 0]
     assert row.numerator == pytest.approx(sum(gaps), rel=1e-6)
-    assert (row.denominator, row.sequences) == (6, 2)
+    assert (row.denominator, row.prompts) == (6, 2)
 
 
 def test_a_token_gone_nan_is_not_counted_as_near(tmp_path):
     """It has no side of τ; its group's rate is NaN, the others stay."""
     ratio = [1.0, 1.0, math.nan, 0.0, 0.25, 1.05]
     table = log(tmp_path, BY_HAND | {"ratio": ratio})
-    positive, negative = rate(table, "ratio_tail_2", by="sign", resamples=50)
+    positive, negative = rate(table, "ratio_tail_2", by="sign")
     assert math.isnan(positive.rate) and math.isnan(positive.low)
     assert (negative.numerator, negative.denominator) == (1, 2)
-    by_token = counts(rate(table, "ratio_tail_2", by="token", resamples=50))
+    by_token = counts(rate(table, "ratio_tail_2", by="token"))
     assert by_token[7] == (1, 1)  # a ratio that underflowed to 0
 
 
 def test_bins_hold_equally_many_tokens(table):
     """Margins .1 .2 .4 | .7 .8 .9: mismatched layers 3 + 2 + 1 and none."""
-    low, high = rate(table, "mismatch", by="margin", groups=2, resamples=50)
+    low, high = rate(table, "mismatch", by="margin", groups=2)
     assert low.group == pytest.approx((0.1, 0.4)) and high.group == pytest.approx((0.7, 0.9))
     assert (low.numerator, low.denominator) == (6, 9)
     assert (high.numerator, high.denominator) == (0, 9)
-    early, late = rate(table, "mismatch", by="position", groups=2, resamples=50)
+    early, late = rate(table, "mismatch", by="position", groups=2)
     assert (early.group, late.group) == ((4, 5), (6, 7))
     assert (early.numerator, early.denominator) == (3, 12)
     assert (late.numerator, late.denominator) == (3, 6)
@@ -138,21 +140,54 @@ def test_only_the_most_frequent_tokens(table):
     assert counts(rate(table, "mismatch", by="token", groups=1)) == {9: (3, 9)}
 
 
-def test_wide_bins_double():
+def test_wide_bins_double(tmp_path):
     """0, 1, 2, 3–4, 5–8, 9–16, 17–32 mismatches, by the values found in each."""
     values = np.array([0, 1, 2, 3, 4, 5, 8, 9, 16, 17])
-    group, labels = _grouped("own", values, np.ones(10, bool), 20)
-    assert labels == [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 17)]
-    assert group.tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6]
+    columns = {"position": values + 1, "overlap": np.arange(17) >= values[:, None]}
+    table = log(tmp_path, columns | {"overlap": 2 * columns["overlap"]}, layer_ids=range(17))
+    rows = rate(table, "gap", by="own")
+    assert [(row.group, row.denominator) for row in rows] == [
+        ((0, 0), 1), ((1, 1), 1), ((2, 2), 1), ((3, 4), 2), ((5, 8), 2), ((9, 16), 2), ((17, 17), 1)
+    ]  # fmt: skip
 
 
-def test_a_sequence_of_two_steps_is_two_sequences(tmp_path):
+def test_the_responses_to_a_prompt_are_one_draw(tmp_path):
+    """Twice as many responses, each as its twin: the interval is that of the prompts, no narrower.
+
+    With two columns of the same sums a prompt's share and weight are what they were.
+    """
+    once = simulated(tmp_path / "once", sequences=12)
+    columns = {name: np.tile(once[name].to_numpy(), 2) for name in ("position", "clipped")}
+    columns["overlap"] = np.tile(overlap_array(once), (2, 1))
+    columns["sequence"] = np.concatenate([once["sequence"].to_numpy() + n for n in (0, 12)])
+    columns["prompt"] = columns["sequence"] % 12
+    twice = log(tmp_path / "twice", columns, layer_ids=tuple(range(16)))
+    for question in ("clipped", "mismatch"):
+        (one,), (two,) = rate(once, question), rate(twice, question)
+        assert two.prompts == one.prompts == 12
+        assert (two.low, two.high) == pytest.approx((one.low, one.high), rel=1e-2)
+    one, two = clustering(once), clustering(twice)
+    assert [r.low for r in two] == pytest.approx([r.low for r in one], rel=1e-2)
+    apart = log(tmp_path / "apart", columns | {"prompt": columns["sequence"]}, layer_ids=range(16))
+    (as_sequences,), (right,) = rate(apart, "clipped"), rate(twice, "clipped")
+    assert as_sequences.high - as_sequences.low < 0.75 * (right.high - right.low)
+
+
+def test_fewer_than_eight_prompts_have_no_interval(tmp_path):
+    for prompts, known in ((7, False), (8, True)):
+        table = simulated(tmp_path / str(prompts), sequences=prompts)
+        rows = [*rate(table, "mismatch"), *rate(table, "gap"), *clustering(table)]
+        assert {row.prompts for row in rows} == {prompts}
+        assert all(math.isfinite(row.low) == math.isfinite(row.high) == known for row in rows)
+
+
+def test_a_prompt_of_two_steps_is_two_prompts(tmp_path):
     log(tmp_path, BY_HAND, step=1)
     table = log(tmp_path, BY_HAND, step=2)
-    rows = rate(table, "mismatch", by="step", resamples=50)
+    rows = rate(table, "mismatch", by="step")
     assert counts(rows) == {1: (6, 18), 2: (6, 18)}
-    assert [row.sequences for row in rows] == [2, 2]
-    assert rate(table, "mismatch", resamples=50)[0].sequences == 4
+    assert [row.prompts for row in rows] == [2, 2]
+    assert rate(table, "mismatch")[0].prompts == 4
 
 
 def test_rows_with_nulls_are_left_out_and_counted(tmp_path):
@@ -275,7 +310,7 @@ def test_tokens_that_follow_each_other(tmp_path):
     }
     shuffled = np.random.default_rng(1).permutation(8)
     table = log(tmp_path, {name: values[shuffled] for name, values in columns.items()})
-    any_layer, independent, dispersion, consecutive = clustering(table, resamples=20)
+    any_layer, independent, dispersion, consecutive = clustering(table)
     assert any_layer.rate == independent.rate == 0.5  # one layer alone mismatches
     assert dispersion.rate == pytest.approx(1)
     assert consecutive.rate == pytest.approx(1 / 6)
@@ -288,7 +323,7 @@ def test_clustering_is_that_of_the_routes(tmp_path):
     counted = compare_routes(*sides, num_experts=EXPERTS)
     expected = routes_clustering(counted)
     table = log(tmp_path, columns)
-    any_layer, independent, dispersion, _ = clustering(table, resamples=20)
+    any_layer, independent, dispersion, _ = clustering(table)
     assert any_layer.rate == pytest.approx(expected.token_any_rate)
     assert independent.rate == pytest.approx(expected.token_any_rate_independent)
     assert dispersion.rate == pytest.approx(expected.dispersion)
@@ -301,7 +336,8 @@ def test_no_mismatch_at_all(tmp_path):
     table = log(tmp_path, {"sequence": [0, 0, 1], "position": [1, 2, 1]})
     assert counts(rate(table, "mismatch", by="own")) == {(0, 0): (0, 9)}
     any_layer, independent, dispersion, consecutive = clustering(table)
-    assert (any_layer.rate, any_layer.low, any_layer.high, independent.rate) == (0, 0, 0, 0)
+    assert any_layer.rate == independent.rate == 0
+    assert math.isnan(any_layer.low) and math.isnan(any_layer.high)
     assert math.isnan(dispersion.rate) and math.isnan(consecutive.rate)
 
 

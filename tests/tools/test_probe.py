@@ -11,6 +11,7 @@ import pytest
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.stats import ratio_interval
 from moe_upgrpo.store import read_metrics, read_tokens
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tools.probe_options import ProbeConfig
@@ -51,6 +52,36 @@ def test_two_dumps(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def batch(folder) -> list:
+    """Nine prompts of two sequences with ten tokens; prompt p differs in p routers of its twenty
+    in layer 0. Experts {0, 1} against {0, 2}."""
+    rollout = np.tile(np.array([0, 1], np.uint8), (18, 10, 2, 1))
+    train = rollout.copy()
+    for p in range(9):
+        train[2 * p].reshape(10, 2, 2)[:p, 0, 1] = 2
+    np.save(folder / "rollout.npy", rollout)
+    np.save(folder / "train.npy", train)
+    return [
+        *("--rollout-routes", folder / "rollout.npy", "--train-routes", folder / "train.npy"),
+        *("--num-experts", 4),
+    ]
+
+
+def test_intervals_of_dumps_are_by_prompt(tmp_path):
+    """36 of 360 pairs, 0 to 8 of the 40 of each prompt; with three prompts there is none."""
+    _, low, high = ratio_interval(np.arange(9), np.full(9, 40))
+    for samples, words in (
+        (2, f"routers that differ 10.000% {low:.3%} to {high:.3%} 360"),
+        (6, "routers that differ 10.000% none: 3 of 8 prompts 360"),
+        (None, "no intervals: they are by prompt, and --dump-samples says"),
+    ):
+        given = () if samples is None else ("--dump-samples", samples)
+        found = probe(*batch(tmp_path), *given, "--output-dir", tmp_path / f"out{samples}")
+        assert words in " ".join(found.stdout.split()), found.stderr
+    refused = probe(*batch(tmp_path), "--dump-samples", 4, "--output-dir", tmp_path / "refused")
+    assert refused.returncode == 2 and "B a multiple of 4" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("train", "words"),
     [
@@ -85,6 +116,7 @@ def test_zero_filled_routes_of_top_1_raise_their_alarm(tmp_path):
         ({"temperature": 0.0}, "temperature=0.0: above 0"),
         ({"seed": -1}, "seed=-1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"dump_samples": 2}, "--dump-samples is of two dumps"),
     ],
 )
 def test_bad_options(option, words):
@@ -101,6 +133,7 @@ def test_a_checkpoint(tmp_path):
     result = probe(*options, "--samples", 4, "--engine-dtype", "float32")
     assert result.returncode == 0, result.stderr
     assert "noise floor: trainer 0.000%, engine 0.000% of routers" in result.stdout
+    assert "(95% interval none: 2 of 8 prompts)" in result.stdout
     (row,) = read_metrics(output)
     assert row["logp_gap/mean_abs"] < 1e-5 and row["mismatch/router_rate"] < 0.01
     assert row["mismatch/router_denominator"] == 2 * len(read_tokens(output)) > 0
