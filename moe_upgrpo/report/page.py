@@ -141,19 +141,15 @@ def write_page(runs: list[Run], output: Path) -> Path:
         token_log=data["token_log"],
         sequences={
             "read": sequences.READ,
+            "choices": sequences.CHOICES,
             "runs": [
                 {
                     "label": run.label,
                     "says": sentence(sequences.says(run, shown[run.label])),
-                    "sequences": [
-                        found
-                        | {
-                            "drawn": [
-                                sequences.drawn(t, found["num_layers"]) for t in found["tokens"]
-                            ]
-                        }
-                        for found in shown[run.label]
-                    ],
+                    "ids_alone": any(
+                        "text" not in t for s in shown[run.label] for t in s["tokens"]
+                    ),
+                    "sequences": [_sequence(run, found) for found in shown[run.label]],
                 }
                 for run in runs
             ],
@@ -168,6 +164,17 @@ def write_page(runs: list[Run], output: Path) -> Path:
     _replace(output.with_suffix(".json"), json.dumps(printable(data), allow_nan=False))
     _replace(output, printable(html))
     return output
+
+
+def _sequence(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """A sequence with what the page draws of it."""
+    drawn = [sequences.drawn(token, found["num_layers"]) for token in found["tokens"]]
+    differ = sum(bool(token["layers"]) for token in found["tokens"])
+    return found | {
+        "drawn": drawn,
+        "differ": differ,
+        "strip": sequences.strip(found, run.tokens.layout.layer_ids),
+    }
 
 
 def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:

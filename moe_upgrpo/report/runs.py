@@ -32,7 +32,7 @@ class Run:
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What was made of the rows before: figures, texts and tables ask for the same."""
+        """Make a value of the rows once: figures, texts and tables ask for the same."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -38,6 +38,7 @@ _COLUMNS = (
     "gap_numerics",
     "gap_engine_routing",
     "counterfactual_engine_routing",
+    "entropy",
 )
 
 

@@ -1,6 +1,6 @@
 """The folder that a run leaves.
 
-config.json, env.json, metrics.jsonl, tokens/, evaluations/ and checkpoints/.
+config.json, env.json, metrics.jsonl, vocabulary.parquet, tokens/, evaluations/ and checkpoints/.
 """
 
 import fcntl
@@ -25,6 +25,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
 from moe_upgrpo.store.files import parse_json, shown, write_text
+from moe_upgrpo.store.texts import prompt_files
 from moe_upgrpo.store.token_log import token_files
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
@@ -197,7 +198,8 @@ class RunFolder:
         remains = [*run.path.glob(".*.json*.tmp"), *run.tokens.glob(".*.tmp")]
         for part in (*remains, *run.evaluations.glob(".*.tmp")):
             part.unlink()
-        for file, file_step in token_files(run.tokens) + evaluation_files(run.evaluations):
+        logged = token_files(run.tokens) + prompt_files(run.tokens)
+        for file, file_step in logged + evaluation_files(run.evaluations):
             if file_step > step:
                 file.unlink()
         Checkpoints(run.checkpoints).remove_unfinished()

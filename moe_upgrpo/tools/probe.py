@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
+from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary, read_tokenizer
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
@@ -131,13 +131,16 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
             "parameters": actor.parameter_count(),
         },
     )
-    TokenLogWriter(
+    keep_vocabulary(run.path, config.model, trust_remote_code=config.trust_remote_code)
+    log = TokenLogWriter(
         run.tokens,
         rank=0,
         layer_ids=actor.layer_ids,
         top_k=actor.top_k,
         num_experts=actor.num_experts,
-    ).write(1, step.token_rows())
+    )
+    log.write_prompts(1, step.prompts())
+    log.write(1, step.token_rows())
     # Nothing was rewarded or updated: what says so would only look like a result.
     without = ("reward/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
     return {"step": 1} | {

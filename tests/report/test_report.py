@@ -112,7 +112,7 @@ def test_one_file_that_asks_for_nothing_from_outside(full):
 def test_every_token_tells_the_same_to_mouse_finger_and_keyboard(full):
     """A token's label is what it tells, shown on hover and on focus; each can have the focus."""
     _, html, data = full
-    boxes = re.findall(r'<span class="token" ([^>]*)>', html)
+    boxes = re.findall(r'<span class="token(?: positive)?" ([^>]*)>', html)
     assert len(boxes) == sum(len(s["tokens"]) for s in data["sequences"]) > 0
     for box in boxes:
         assert 'tabindex="0"' in box and 'aria-label="position ' in box
@@ -687,11 +687,11 @@ def test_what_is_special_about_a_run_comes_first(tmp_path, monkeypatch, options,
 
 
 def test_a_long_run_of_many_layers_makes_a_page_of_sane_size(tmp_path):
-    """300 steps and 48 layers, with 5 sequences shown of 400 tokens each."""
+    """300 steps and 48 layers, with 6 sequences shown of 400 tokens each."""
     path = make_run(tmp_path / "run", steps=300, layers=48, level="aggregate")
     tokens = random_tokens(np.random.default_rng(0), 48, sequences=6, length=450)
     write_tokens(path, 300, tokens, 48)
     html, data = write(tmp_path, path)
-    assert html.count('class="token"') == 5 * 400
+    assert len(re.findall('class="token[ "]', html)) == 6 * 400
     assert len(html) < 4e6
     assert len(json.dumps(data)) < 4e6

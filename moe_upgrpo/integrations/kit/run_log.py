@@ -159,6 +159,7 @@ class RunLog:
                     num_experts=self.num_experts,
                 )
                 sums, maxima = record.sums(), record.maxima()
+                self.writer.write_prompts(number, record.prompts())
                 self.writer.write(number, record.token_rows())
         except UserError as error:
             problem = f"data-parallel rank {self.rank}: {error}"
