@@ -3,6 +3,7 @@
 from moe_upgrpo.errors import UserError
 
 try:
+    from moe_upgrpo.report.live import follow
     from moe_upgrpo.report.opening import opening
     from moe_upgrpo.report.page import write_page, write_report
     from moe_upgrpo.report.runs import load_runs
@@ -13,4 +14,4 @@ except ModuleNotFoundError as error:
         f"the report needs {error.name}, which is not installed: pip install 'moe_upgrpo[report]'"
     ) from None
 
-__all__ = ["load_runs", "opening", "write_page", "write_report"]
+__all__ = ["follow", "load_runs", "opening", "write_page", "write_report"]

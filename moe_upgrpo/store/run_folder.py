@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,17 @@ class RunFolder:
             file.write(_to_line(row))
             file.flush()
             os.fsync(file.fileno())
+
+
+def is_being_written(path: str | Path) -> bool | None:
+    """Whether a process of this machine holds the run's lock; None where there is none to ask."""
+    try:
+        with (Path(path) / ".lock").open("rb") as file:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            found = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    except OSError:  # no such file, or a file system without locks
+        return None
+    return struct.unpack("hhqqi", found)[0] != fcntl.F_UNLCK
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ cannot tell is left out: a column that no sequence has, a metric that nothing wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ class RunLog:
         if problem:
             raise UserError(problem)
         self.run = RunFolder(path)
+        # As long as the process lives: who follows the run sees its end by it.
+        self._lock = self.run.locked() if self.rank == 0 else nullcontext()
+        self._lock.__enter__()
         self.writer = TokenLogWriter(
             self.run.tokens,
             rank=self.rank,
