@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from moe_upgrpo import __version__
 from moe_upgrpo.report import plots, sequences
+from moe_upgrpo.report.alt import alt
 from moe_upgrpo.report.answers import ASKED, TOKEN_FIGURES, Answers
-from moe_upgrpo.report.figures import Panels, brief, sentence
+from moe_upgrpo.report.figures import Curves, HeatMap, Panels, brief, sentence
 from moe_upgrpo.report.notes import alarm_lines, alarms, has_floor, notes
 from moe_upgrpo.report.opening import ASKED as ASKED_FIRST
 from moe_upgrpo.report.opening import READ, opening
@@ -116,6 +117,7 @@ def write_page(runs: list[Run], output: Path) -> Path:
             {
                 "label": run.label,
                 "color": _color(i),
+                "sign": plots.SIGNS[i % len(plots.SIGNS)],
                 "config": json.dumps(run.config, indent=2),
                 "environment": json.dumps(run.environment, indent=2),
             }
@@ -126,6 +128,7 @@ def write_page(runs: list[Run], output: Path) -> Path:
             {
                 "label": run.label,
                 "color": _color(i),
+                "sign": plots.SIGNS[i % len(plots.SIGNS)],
                 "sentences": answered[run.label],
                 "alarms": alarm_lines(run),
             }
@@ -232,12 +235,29 @@ def _figure(figure: Any, runs: list[Run]) -> dict[str, Any]:
                 "source": inline(
                     canvas,
                     key=f"{figure.key}{i}",
-                    alt=", ".join(filter(None, [figure.title, caption])),
+                    alt=alt(
+                        ", ".join(filter(None, [figure.title, caption])),
+                        mine,
+                        is_share=getattr(part, "is_share", not isinstance(part, Curves)),
+                        several=len(runs) > 1,
+                    ),
                 ),
             }
-            for i, (caption, canvas) in enumerate(plots.draw(figure, data, labels))
+            for i, ((caption, canvas), (part, mine)) in enumerate(
+                zip(plots.draw(figure, data, labels), _drawn(figure, data), strict=False)
+            )
         ],
     }
+
+
+def _drawn(figure: Any, data: list[dict[str, Any]]) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """What each drawing of a figure shows, in the order of `plots.draw`."""
+    if isinstance(figure, Panels):
+        parts = [(part, [e for e in data if e["panel"] == part.key]) for part in figure.parts]
+        return [(part, mine) for part, mine in parts if mine]
+    if isinstance(figure, HeatMap):
+        return [(figure, [entry]) for entry in data]
+    return [(figure, data)]
 
 
 def _picture(figures: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe_upgrpo.report.alt import alt
 from moe_upgrpo.report.figures import brief
 from moe_upgrpo.report.opening import opening
 from moe_upgrpo.report.runs import Run
@@ -117,3 +118,23 @@ def test_a_long_finding_is_cut_between_its_parts():
     assert brief("A rate of 0.5 falls. B.") == "A rate of 0.5 falls. B."
     long = "; ".join(["x" * 100] * 5) + "."
     assert brief(long) == "x" * 100 + "; " + "x" * 100 + "."
+
+
+def test_alternative_texts_say_what_is_seen():
+    curve = {"run": "a", "label": "reward", "steps": [1, 2, 3], "values": [0.5, 0.9, 0.25]}
+    told = "reward: 0.5 at step 1, 0.25 at step 3; lowest 0.25 at step 3, highest 0.9 at step 2."
+    assert alt("Reward", [curve], is_share=False, several=False) == f"Reward. {told}"
+    other = curve | {"run": "b", "values": [0.1, None, None]}
+    assert alt("Reward", [curve, other], is_share=True, several=True) == (
+        "Reward. a, reward: 50% at step 1, 25% at step 3; lowest 25% at step 3, highest 90% at "
+        "step 2. b, reward: 10% at step 1."
+    )
+    layers = {"run": "a", "layer_ids": [3, 7], "rates": [0.1, 0.2], "label": "routers"}
+    assert alt("By depth", [layers], is_share=True, several=False) == (
+        "By depth. routers: 10% at layer 3, 20% at layer 7."
+    )
+    heat = {"run": "a", "layer_ids": [3, 7], "steps": [1, 2], "rates": [[0.1, None], [0.3, 0.2]]}
+    assert alt("Map", [heat], is_share=True, several=False) == (
+        "Map. From 10% to 30%, highest in layer 3 at step 2."
+    )
+    assert alt("Many", [curve] * 20, is_share=False, several=False).endswith("And 12 more.")
