@@ -40,7 +40,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   launch             start the ranks of a training job: launch [TORCHRUN'S OPTIONS] -- [TRAIN'S]
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
-  report RUN [RUN …] write report.html from one run folder or several
+  report RUN [RUN …] write report.html from one run folder or several; --follow serves it live
   plan               what a training run needs of each GPU, and whether it fits; takes its options
   doctor             what is installed here, which code paths that selects, what is missing
   patch              list, show, apply, verify, revert: small diffs for the stacks used with it

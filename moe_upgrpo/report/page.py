@@ -233,7 +233,7 @@ def _figure(figure: Any, runs: list[Run]) -> dict[str, Any]:
             {
                 "caption": caption,
                 "source": inline(
-                    canvas,
+                    plots.svg(canvas),
                     key=f"{figure.key}{i}",
                     alt=alt(
                         ", ".join(filter(None, [figure.title, caption])),
@@ -251,7 +251,7 @@ def _figure(figure: Any, runs: list[Run]) -> dict[str, Any]:
 
 
 def _drawn(figure: Any, data: list[dict[str, Any]]) -> list[tuple[Any, list[dict[str, Any]]]]:
-    """What each drawing of a figure shows, in the order of `plots.draw`."""
+    """Pair each drawing of a figure, in the order of `plots.draw`, with what it shows."""
     if isinstance(figure, Panels):
         parts = [(part, [e for e in data if e["panel"] == part.key]) for part in figure.parts]
         return [(part, mine) for part, mine in parts if mine]

@@ -5,12 +5,11 @@ are the page's variables (style.css), and it says in words what is seen.
 """
 
 import re
-from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from moe_upgrpo.report.plots import COLORS, EDGE, GRID, SOFT, svg
+from moe_upgrpo.report.plots import COLORS, EDGE, GRID, SOFT
 
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _VARIABLES = {
@@ -22,9 +21,14 @@ _VARIABLES = {
 _COLOR = re.compile("|".join(_VARIABLES), re.IGNORECASE)
 
 
-def inline(canvas: Any, *, key: str, alt: str) -> Markup:
-    """The drawing as an element of a page. ``key`` makes its ids its own there."""
-    root = ElementTree.fromstring(svg(canvas))
+def themed(color: str) -> str:
+    """The page's variable of a drawing's colour, or the colour where it has none."""
+    return _VARIABLES.get(color.lower(), color)
+
+
+def inline(drawing: str, *, key: str, alt: str) -> Markup:
+    """An SVG of `plots.svg` as an element of a page. ``key`` makes its ids its own there."""
+    root = ElementTree.fromstring(drawing)
     text = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
     named = {name for pair in used for name in pair if name}

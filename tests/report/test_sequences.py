@@ -130,7 +130,7 @@ def test_routes_that_cannot_be_read_are_named_and_the_rest_is_shown(run):
 
 
 def test_which_sequences_are_shown(run):
-    """Of 20 with one token each: gaps grow with the number, 2 and 1 have one and two mismatches,
+    """Twenty with one token each: gaps grow with the number, 2 and 1 have one and two mismatches,
     3 and 4 the best rewards, 5 and 6 the worst."""
     overlap = np.full((20, 2), 2)
     overlap[2, 0] = overlap[1, 0] = overlap[1, 1] = 1
