@@ -1,4 +1,4 @@
-"""What is special about a run, and its alarms: what a reader must know before any figure."""
+"""Notes on what is special about a run, and its alarms: before any figure."""
 
 from typing import Any
 

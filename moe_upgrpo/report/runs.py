@@ -46,7 +46,7 @@ class Run:
         return [self.rows[i]["step"] for i in at], [float(value) for value in values]
 
     def _numbers(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Of each metric the places of the rows that have a number for it, and the numbers."""
+        """Columns by metric: the places of the rows that have a number for it, and the numbers."""
         return self._once("numbers", self._made_numbers)
 
     def _made_numbers(self) -> dict[str, tuple[list[int], list[float]]]:

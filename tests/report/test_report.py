@@ -491,7 +491,7 @@ def test_held_out_accuracy_in_words(tmp_path):
     )
 
 
-NO_TOKENS = TokenLog(table=None, note="none")
+NO_TOKENS = TokenLog(note="none")
 
 
 def trend_of(*values):
