@@ -12,7 +12,7 @@ from moe_upgrpo.report.runs import Run
 from moe_upgrpo.store.questions import rate
 from moe_upgrpo.store.streamed import Counted, Question
 from moe_upgrpo.store.token_log import read_tokens
-from tests.report.synthetic import make_run
+from tests.report.synthetic import make_run, write_tokens
 
 STEPS = 4
 
@@ -56,6 +56,7 @@ def test_parts_give_what_the_whole_gives(tmp_path):
     path = make_run(tmp_path / "run", steps=STEPS)
     table, log = read_tokens(path), tokens.read_token_log(path)
     asked = [("gap", by) for by in ("all", "position", "prefix", "margin", "token", "own", "step")]
+    asked += [("gap", "context"), ("mismatch", "context")]
     asked += [("mismatch", "layer"), ("clipped", "sign"), ("gradient_weight_negative", "prefix")]
     log.answer_all(asked, summed=True)
     for quantity, by in asked:
@@ -66,6 +67,27 @@ def test_parts_give_what_the_whole_gives(tmp_path):
             assert np.nan_to_num(one).tolist() == pytest.approx([r[name] or 0.0 for r in parts])
     tokens_M = np.bincount(table["layers_mismatched"].to_numpy())
     assert log.clustered().tokens_M.tolist() == tokens_M.tolist()
+
+
+def test_flips_above_a_floor_are_summed_by_prompt_over_files(tmp_path):
+    """Step 1: prompt 0 on two ranks, 2 − 0 and 1 − 2, prompt 1 on one, 1 − 0. Step 2 has another
+    prompt 0, 0 − 1; step 3 was not analysed."""
+    floor = "noise_trainer_repeat"
+    for step, rank, prompts, differ, own in (
+        (1, 0, [0, 1], [2, 1], [0, 0]),
+        (1, 1, [0], [1], [2]),
+        (2, 0, [0], [0], [1]),
+        (3, 0, [0], [2], None),
+    ):
+        rows = {"sequence": np.arange(len(prompts)) + 2 * rank, "prompt": np.array(prompts)}
+        rows["overlap"] = np.where(np.arange(2) < np.array(differ)[:, None], 1, 2)
+        rows |= {floor: np.array(own)} if own else {}
+        write_tokens(tmp_path, step, rows, 2, rank=rank)
+    log = tokens.read_token_log(tmp_path)
+    assert log.above_floor(floor, [1]).tolist() == [1, 1]
+    assert log.above_floor(floor, [1, 2, 3]).tolist() == [1, 1, -1]
+    assert log.above_floor(floor, [3]) is None
+    assert log.above_floor("noise_engine_repeat", [1]) is None
 
 
 def test_bins_end_where_numpy_says():
