@@ -36,7 +36,13 @@ setup(
     cmdclass={"build_py": BuildWithPatches},
     packages=find_packages(include=["moe_upgrpo", "moe_upgrpo.*"]),
     package_data={
-        "moe_upgrpo": ["report/*.html", "report/*.css", "compare/*.html", "integrations/*.json"]
+        "moe_upgrpo": [
+            "report/*.html",
+            "report/*.css",
+            "report/*.js",
+            "compare/*.html",
+            "integrations/*.json",
+        ]
     },
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -40,7 +40,7 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   launch             start the ranks of a training job: launch [TORCHRUN'S OPTIONS] -- [TRAIN'S]
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
-  report RUN [RUN …] write report.html from one run folder or several
+  report RUN [RUN …] write report.html from one run folder or several; --follow serves it live
   plan               what a training run needs of each GPU, and whether it fits; takes its options
   doctor             what is installed here, which code paths that selects, what is missing;
                      --stack NAME: what of verl, slime, … is hooked into, and how it is found here
@@ -194,21 +194,50 @@ def _probe(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    def report(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None:
+    def report(
+        runs: Positional[tuple[Path, ...]],
+        output: Path | None = None,
+        follow: bool = False,
+        port: int | None = None,
+        tokenizer: Path | None = None,
+    ) -> None:
         """Write one HTML report of run folders, and its figures' data as JSON beside it.
 
         Args:
             runs: the folders of one run or several.
             output: the page. Default: report.html in the run's folder; of several runs, here.
+            follow: serve the page of one run on this machine, and renew it until the run has ended.
+            port: of --follow. Default: any that is free.
+            tokenizer: a model folder whose tokenizer gives tokens their texts, which are kept in
+                the run folders; for runs of other trainers than this one.
         """
-        from moe_upgrpo.report import write_report
+        from moe_upgrpo import report
 
         if not runs:
             raise UserError("no run given; usage: moe-upgrpo report RUN [RUN …].")
+        if port is not None and not follow:
+            raise UserError("--port goes with --follow, which serves the page.")
+        if follow and len(runs) > 1:
+            raise UserError(f"--follow takes one run; {len(runs)} are given.")
+        if tokenizer is not None:
+            _keep_vocabulary(runs, tokenizer)
         folder = runs[0] if len(runs) == 1 else Path()
-        print(write_report(runs, output or folder / "report.html"))
+        page = output or folder / "report.html"
+        if follow:
+            report.follow(runs[0], page, port=port or 0, say=lambda line: print(line, flush=True))
+        else:
+            print(report.write_report(runs, page))
 
     _call(report, arguments, "moe-upgrpo report")
+
+
+def _keep_vocabulary(runs: Sequence[Path], model: Path) -> None:
+    from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary
+    from moe_upgrpo.store import read_config
+
+    for run in runs:
+        read_config(run)
+        keep_vocabulary(run, model)
 
 
 def _compare(arguments: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections import Counter
@@ -33,6 +32,7 @@ from moe_upgrpo.compare.measures import (
 )
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import number, plural, sentence
+from moe_upgrpo.report.pictures import inline, themed
 from moe_upgrpo.report.plots import svg
 from moe_upgrpo.stats import Comparison, compare_pairs, mean_interval
 from moe_upgrpo.store.files import parse_json, write_text
@@ -80,7 +80,13 @@ def write_report(folder: Path) -> Path:
         write_text(folder / "figures" / f"{key}.svg", picture)
     write_text(folder / "report.json", json.dumps(_finite(data), allow_nan=False, indent=1) + "\n")
     output = folder / "report.html"
-    write_text(output, _page(data, loaded, pictures))
+    inlined = {
+        one["key"]: inline(
+            pictures[one["key"]], key=one["key"], alt=f"{one['title']}. {one['read']}"
+        )
+        for one in drawn
+    }
+    write_text(output, _page(data, loaded, inlined))
     return output
 
 
@@ -619,7 +625,7 @@ def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) 
         arms=[
             {
                 "name": arm,
-                "color": figures.style_of(i)["color"],
+                "color": themed(figures.style_of(i)["color"]),
                 "options": _yaml(plan["arms"][arm]),
                 "runs": plural(len(found), "run"),
                 "crashed": sum(run.about.status == "crashed" for run in found),
@@ -646,8 +652,7 @@ def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) 
                 "key": one["key"],
                 "title": one["title"],
                 "read": one["read"],
-                "source": "data:image/svg+xml;base64,"
-                + base64.b64encode(pictures[one["key"]].encode()).decode(),
+                "source": pictures[one["key"]],
             }
             for one in data["figures"]
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.config import read_config
 from moe_upgrpo.hugging_face.folder import check_folder, read_json
+from moe_upgrpo.store.texts import write_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,3 +131,43 @@ def note_on_turns(
         f"token of the model: its generation stops at {names}. If it is to stop there, add the "
         "token to eos_token_id in generation_config.json."
     )
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """The bytes that each token id of a tokenizer stands for.
+
+    Decoded after another token, since some tokenizers drop the space of a text's first; one that is
+    a part of a character is read from its name (GPT-2's bytes, or <0xE2> as SentencePiece has it).
+    """
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    names = tokenizer.convert_ids_to_tokens(ids)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(ids[:1], **options)
+    texts = tokenizer.batch_decode([[ids[0], i] for i in ids], **options)
+    of_sign = _bytes_of_signs()
+    found = {}
+    for i, name, text in zip(ids, names, texts, strict=True):
+        text = text.removeprefix(before)
+        if "\ufffd" not in text:
+            found[i] = text.encode()
+        elif byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
+            found[i] = bytes([int(byte[1], 16)])
+        elif all(sign in of_sign for sign in name):
+            found[i] = bytes(of_sign[sign] for sign in name)
+        else:
+            found[i] = text.encode()
+    return found
+
+
+def keep_vocabulary(run: str | Path, model: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Write the texts of a model's tokens into a run folder, where its report reads them."""
+    tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code)
+    write_vocabulary(run, token_bytes(tokenizer))
+
+
+def _bytes_of_signs() -> dict[str, int]:
+    """GPT-2's signs for bytes: printable ones themselves, the others from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    signs = {chr(byte): byte for byte in plain}
+    return signs | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -5,14 +5,28 @@ and for the stacks of `moe_upgrpo.integrations`. Arrays are handed in: it knows 
 engine and no file.
 """
 
-from moe_upgrpo.record.gap import gap_terms
-from moe_upgrpo.record.limits import AlarmLimits
-from moe_upgrpo.record.sequence import SequenceRecord, known_rows
-from moe_upgrpo.record.step import StepRecord
-from moe_upgrpo.record.sums import Sums, count_sums, finish, measured, routing_sums
+from typing import TYPE_CHECKING
+
+from moe_upgrpo.lazy import exports
+
+if TYPE_CHECKING:
+    from moe_upgrpo.record.gap import gap_terms
+    from moe_upgrpo.record.sequence import SequenceRecord, known_rows
+    from moe_upgrpo.record.step import StepRecord
+    from moe_upgrpo.record.sums import Sums, count_sums, finish, measured, routing_sums
+
+# Options hold the limits of alarms: a command's help needs no torch.
+__getattr__ = exports(
+    __name__,
+    {
+        "gap": ("gap_terms",),
+        "sequence": ("SequenceRecord", "known_rows"),
+        "step": ("StepRecord",),
+        "sums": ("Sums", "count_sums", "finish", "measured", "routing_sums"),
+    },
+)
 
 __all__ = [
-    "AlarmLimits",
     "SequenceRecord",
     "StepRecord",
     "Sums",

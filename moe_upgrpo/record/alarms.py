@@ -252,14 +252,18 @@ class Alarm:
 
     @property
     def means(self) -> str:
-        return f"{self.rings} Likely cause: {self.cause} Next: {self.command}"
+        return self._means("")
+
+    def _means(self, set_to: str) -> str:
+        # A report shows apart what comes after "Next: ".
+        return f"{self.rings}{set_to} Likely cause: {self.cause} Next: {self.command}"
 
     def means_at(self, limits: AlarmLimits) -> str:
         """`means`, and the limits that were set otherwise."""
         changed = {n: getattr(limits, n) for n in self.limits}
         changed = {n: v for n, v in changed.items() if v != getattr(AlarmLimits(), n)}
         set_to = ", ".join(f"{name} {value:g}" for name, value in changed.items())
-        return self.means + (f" (Set here: {set_to}.)" if set_to else "")
+        return self._means(f" (Set here: {set_to}.)" if set_to else "")
 
 
 ALARMS: dict[str, Alarm] = {

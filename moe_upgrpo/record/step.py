@@ -202,6 +202,14 @@ class StepRecord:
             rows["entropy"] = self.of_tokens("entropy")
         return rows
 
+    def prompts(self) -> dict[int, np.ndarray]:
+        """The token ids of each prompt, by its index within the step."""
+        return {
+            sequence.prompt: np.asarray(sequence.token_ids)[: int(sequence.positions[0])]
+            for sequence in self.sequences
+            if len(sequence.positions)
+        }
+
     def sums(self) -> Sums:
         """Every mean that the sequences give, this rank's share."""
         sequences, tokens = len(self.sequences), int(self._lengths.sum())

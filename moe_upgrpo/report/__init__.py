@@ -3,7 +3,10 @@
 from moe_upgrpo.errors import UserError
 
 try:
-    from moe_upgrpo.report.page import write_report
+    from moe_upgrpo.report.live import follow
+    from moe_upgrpo.report.opening import opening
+    from moe_upgrpo.report.page import write_page, write_report
+    from moe_upgrpo.report.runs import load_runs
 except ModuleNotFoundError as error:
     if error.name not in ("matplotlib", "jinja2", "scipy"):
         raise
@@ -11,4 +14,4 @@ except ModuleNotFoundError as error:
         f"the report needs {error.name}, which is not installed: pip install 'moe_upgrpo[report]'"
     ) from None
 
-__all__ = ["write_report"]
+__all__ = ["follow", "load_runs", "opening", "write_page", "write_report"]

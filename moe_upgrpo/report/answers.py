@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_upgrpo.errors import UserError
-from moe_upgrpo.report.figures import Entry, Format, Panels, finite, number, percent, plural
+from moe_upgrpo.report.figures import Entry, Format, Panels, number, percent, plural
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.report.tokens import finite
 from moe_upgrpo.stats import MIN_PROMPTS
-from moe_upgrpo.store import overlap_array
-from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, clustering, rate
+from moe_upgrpo.store.questions import GROUPINGS
 
 # Tokens that differ; fewer do not tell whether their layers flip together.
 _MIN_DIFFERING = 10
@@ -42,7 +41,7 @@ class Answers:
     def data(self, runs: Sequence[Run]) -> list[Entry]:
         entries = []
         for run in runs:
-            answered = [self._answer(run, name) for name, _ in self.quantities]
+            answered = [run.tokens.ask(name, self.by) for name, _ in self.quantities]
             for (name, label), rows in zip(self.quantities, answered, strict=True):
                 if isinstance(rows, list):
                     about = {"run": run.label, "quantity": name, "label": label, "by": self.by}
@@ -53,24 +52,8 @@ class Answers:
 
     def why_not(self, run: Run) -> str | None:
         """Why a run has none, or not all, of the quantities."""
-        reasons = (self._answer(run, name) for name, _ in self.quantities)
+        reasons = (run.tokens.ask(name, self.by) for name, _ in self.quantities)
         return next((reason for reason in reasons if isinstance(reason, str)), None)
-
-    def _answer(self, run: Run, name: str) -> list[Entry] | str:
-        """The rows of one quantity, or why there are none."""
-        if run.tokens.table is None:
-            return run.tokens.note
-        columns = (*QUANTITIES[name].columns, GROUPINGS[self.by][0])
-        dense = not run.tokens.layout.num_layers
-        if dense and (name.startswith("mismatch") or self.by in ("own", "prefix", "layer")):
-            return "the model has no MoE layer."
-        if missing := [c for c in columns if c not in run.tokens.table.column_names]:
-            return f"the token log has no column {missing[0]}."
-        try:
-            rows = rate(run.tokens.table, name, by=self.by)
-        except UserError as error:
-            return f"{error}."
-        return [_finite(asdict(row)) for row in rows]
 
     def _floors(self, run: Run) -> list[Entry]:
         entries = []
@@ -100,9 +83,9 @@ class Clustering:
         return [
             {"run": run.label}
             | histogram(run)
-            | {"clustering": [_finite(asdict(row)) for row in clustering(run.tokens.table)]}
+            | {"clustering": [_finite(asdict(row)) for row in run.tokens.clustered().rows()]}
             for run in runs
-            if run.tokens.table is not None and run.tokens.layout.num_layers
+            if run.tokens.layout is not None and run.tokens.layout.num_layers
         ]
 
     def finding(self, run: Run, entries: list[Entry]) -> str:
@@ -134,7 +117,7 @@ class Clustering:
 
 def nothing(run: Run, column: str = "overlap") -> str:
     """Why a run has no entry that would have read ``column``."""
-    if run.tokens.table is None:
+    if run.tokens.layout is None:
         return run.tokens.note
     if not run.tokens.layout.num_layers:
         return "the model has no MoE layer."
@@ -148,16 +131,15 @@ def histogram(run: Run) -> Entry:
     (Poisson binomial): the coefficients of Π_l (1 − r_l + r_l x). Numbers of layers beyond the
     largest found are left out.
     """
-    table, layout = run.tokens.table, run.tokens.layout
-    rates_L = (overlap_array(table) < layout.top_k).mean(axis=0)
+    sums = run.tokens.clustered()
     independent_M = np.ones(1)
-    for r in rates_L:
+    for r in sums.rates_by_layer():
         independent_M = np.convolve(independent_M, [1 - r, r])
-    tokens_M = np.bincount(table["layers_mismatched"].to_numpy())
+    tokens_M = sums.tokens_M
     return {
         "layers": list(range(len(tokens_M))),
         "tokens": tokens_M.tolist(),
-        "shares": (tokens_M / table.num_rows).tolist(),
+        "shares": (tokens_M / tokens_M.sum()).tolist(),
         "independent": independent_M[: len(tokens_M)].tolist(),
     }
 
@@ -194,7 +176,7 @@ def _named(by: str, group: Any) -> str:
     return f"that differ in {layers} layer{'s' * (layers != '1')}" if group[1] else "that agree"
 
 
-def _ends(rows: list[Entry]) -> tuple[Entry, Entry]:
+def outer(rows: list[Entry]) -> tuple[Entry, Entry]:
     """The first group, and the last one that has an interval (else the last)."""
     known = [row for row in rows[1:] if row["low"] is not None]
     return rows[0], (known or rows)[-1]
@@ -214,7 +196,7 @@ def _contrast(by: str) -> Callable[[Run, dict[str, list[Entry]]], str]:
         if not answers:
             return nothing(run, GROUPINGS[by][0])
         rows = answers[0]["rows"]
-        first, last = _ends(rows)
+        first, last = outer(rows)
         groups = [
             f"{row['denominator']:,.0f} tokens {_named(by, row['group'])}" for row in (first, last)
         ]
@@ -251,7 +233,7 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
                 if len(rows) > 1 and rows[-1]["numerator"]:
                     parts.append(f"by {name} from {ends[0]} to {ends[-1]}")
             elif len(rows) > 1:
-                a, b = _ends(rows)
+                a, b = outer(rows)
                 where = [row["group"] if by == "step" else _bin(row["group"]) for row in (a, b)]
                 parts.append(
                     f"by {by} {interval(a, percent)} at {where[0]} and {interval(b, percent)} at "
@@ -266,12 +248,17 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _apart(a: Entry, b: Entry) -> str:
-    """Whether two intervals overlap, where there are two: no event has none."""
+def separate(a: Entry, b: Entry) -> bool | None:
+    """Whether two intervals lie apart; None where there are not two: no event has none."""
     if not (a["numerator"] and b["numerator"]) or None in (a["low"], b["low"]):
-        return ""
-    separate = a["high"] < b["low"] or b["high"] < a["low"]
-    return ": the intervals lie apart" if separate else ": the intervals overlap"
+        return None
+    return a["high"] < b["low"] or b["high"] < a["low"]
+
+
+def _apart(a: Entry, b: Entry) -> str:
+    found = separate(a, b)
+    texts = {True: ": the intervals lie apart", False: ": the intervals overlap", None: ""}
+    return texts[found]
 
 
 def _by_sign(run: Run, entries: list[Entry]) -> str:
@@ -429,4 +416,13 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
         read="Share of tokens by the number of layers they differ in; hollow marks: independent "
         "layers of the same rates. Above them on the right, mismatches come together in tokens.",
     ),
+]
+
+# Every question of the figures and of the opening, answered together.
+ASKED = [
+    (name, part.by)
+    for figure in TOKEN_FIGURES
+    for part in getattr(figure, "parts", [figure])
+    if isinstance(part, Answers)
+    for name, _ in part.quantities
 ]

@@ -3,6 +3,8 @@
 Shape suffixes: L MoE layers, M numbers of layers 0..L.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +38,25 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z0-9])")
+_BRIEF = 240  # characters: about four lines of a card
+
+
+def brief(text: str) -> str:
+    """The first one or two sentences of a finding, or of a long sentence its first parts."""
+    first, *rest = _SENTENCES.split(text)
+    if rest and len(first) + len(rest[0]) < _BRIEF:
+        return f"{first} {rest[0]}"
+    if len(first) <= _BRIEF:
+        return first
+    parts = first.split("; ")
+    while len(parts) > 1 and len("; ".join(parts)) > _BRIEF:
+        parts.pop()
+    return "; ".join(parts).rstrip(".") + "."
 
 
 def plural(count: int, what: str) -> str:
@@ -77,16 +91,37 @@ class Curves:
                 metrics += [(f"noise/{k}/{self.floor}", label, True) for k, label in FLOORS.items()]
             for name, label, is_floor in metrics:
                 steps, values = run.series(name)
-                if is_floor:  # stale samples differ by an update too: no floor is beside them
-                    fresh = [i for i, step in enumerate(steps) if step not in run.stale_steps]
+                if is_floor and steps and run.stale_steps:
+                    # Stale samples differ by an update too: no floor is beside them.
+                    stale = set(run.stale_steps)
+                    fresh = [i for i, step in enumerate(steps) if step not in stale]
                     steps, values = ([found[i] for i in fresh] for found in (steps, values))
                 if values:
                     entry = {"run": run.label, "metric": name, "label": label, "floor": is_floor}
-                    entries.append(entry | {"steps": steps, "values": values})
+                    entries.append(entry | thinned(steps, values))
         return entries
 
     def finding(self, run: Run, entries: list[Entry]) -> str:
         return self.says(run)
+
+
+MAX_POINTS = 2000  # of a curve: more than a page has pixels
+_BINS = 400
+
+
+def thinned(steps: list[int], values: list[float]) -> Entry:
+    """A curve's points; of a long run the lowest and the highest of each of 400 stretches of steps,
+    so that no spike is lost, and beside them each stretch's mean."""
+    if len(values) <= MAX_POINTS:
+        return {"steps": steps, "values": values}
+    kept, middles, means = [], [], []
+    for part in np.array_split(np.arange(len(values)), _BINS):
+        found = np.array(values[part[0] : part[-1] + 1])
+        kept += sorted({int(part[found.argmin()]), int(part[found.argmax()])})
+        middles.append(steps[int(part[len(part) // 2])])
+        means.append(float(found.mean()))
+    shown = {"steps": [steps[i] for i in kept], "values": [values[i] for i in kept]}
+    return shown | {"middles": middles, "means": means}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +140,12 @@ class HeatMap:
             if (found := run.by_layer(self.metric)) is None:
                 continue
             steps, rates = found
+            if len(steps) > MAX_POINTS:
+                parts = np.array_split(np.arange(len(steps)), _BINS)
+                steps = [steps[int(part[len(part) // 2])] for part in parts]
+                with warnings.catch_warnings():  # of a layer without a number in a stretch
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    rates = np.stack([np.nanmean(rates[part], axis=0) for part in parts])
             nullable = np.where(np.isnan(rates), None, rates.astype(object))
             layers = run.layer_ids(rates.shape[1])
             entry = {"run": run.label, "metric": self.metric, "layer_ids": layers}

@@ -17,8 +17,10 @@ from moe_upgrpo.report.figures import ByLayer, Curves, HeatMap, Histogram, Panel
 
 # Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# With several runs each has a mark too, on the page as a sign: told apart in grey, and by anybody.
+MARKERS, SIGNS = "os^DvPX", "●■▲◆▼✚✖"
 _LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-SOFT = "#475569"
+SOFT, EDGE, GRID = "#475569", "#94a3b8", "#e2e8f0"
 _INTERVAL = ("rate", "low", "high")
 # Mark and line of each kind of noise floor.
 _FLOORS = {
@@ -31,17 +33,19 @@ STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#94a3b8",
+    "axes.edgecolor": EDGE,
     "axes.labelcolor": SOFT,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "axes.grid": True,
-    "grid.color": "#e2e8f0",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "text.color": SOFT,
+    "svg.fonttype": "none",  # text that can be read, searched and read aloud
     "svg.hashsalt": "moe_upgrpo",  # the same data gives the same file
 }
 # Wide enough for one column of a desktop page, and legible when a phone shrinks it a little.
@@ -111,9 +115,10 @@ def _draw_curves(
     several = len(labels) > 1
     for entry in curves:
         metric = metrics.index(entry["label"])
-        color = color_of(labels.index(entry["run"]) if several else metric)
-        line = _LINES[metric % len(_LINES)] if several else "-"
-        _draw_line(axes, entry, color, line, points=figure.points_only)
+        run = labels.index(entry["run"])
+        color = color_of(run if several else metric)
+        style = {"color": color, "ls": _LINES[metric % len(_LINES)], "marker": _marker(run)}
+        _draw_line(axes, entry, style, points=figure.points_only, marked=several)
     handles = [_metric_handle(i, several) for i in range(len(metrics))]
     # A curve with zeros has no logarithm; a floor of 0 does not take it from the others.
     above = [entry["values"] for entry in curves or floors]
@@ -144,10 +149,13 @@ def _draw_curves(
     _label_steps(axes, np.concatenate([entry["steps"] for entry in data]))
 
 
+def _marker(run: int) -> str:
+    return MARKERS[run % len(MARKERS)]
+
+
 def _metric_handle(i: int, several: bool) -> Line2D:
-    if several:
-        return Line2D([], [], color=SOFT, ls=_LINES[i % len(_LINES)])
-    return Line2D([], [], color=color_of(i))
+    color = SOFT if several else color_of(i)
+    return Line2D([], [], color=color, ls=_LINES[i % len(_LINES)])
 
 
 def _two_legends(
@@ -187,13 +195,21 @@ def _floor_legend(floors: list[dict[str, Any]], key: str) -> tuple[list[Line2D],
     return handles, names
 
 
-def _draw_line(axes: Axes, entry: dict[str, Any], color: str, line: str, *, points: bool) -> None:
+def _draw_line(
+    axes: Axes, entry: dict[str, Any], style: dict[str, Any], *, points: bool, marked: bool
+) -> None:
+    """A curve; ``marked`` gives it some of its run's marks where it has too many points for all."""
     steps, values = np.array(entry["steps"]), np.array(entry["values"])
-    if len(values) >= _SMOOTHED_FROM and not points:
-        axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
+    smooth = not points and ("means" in entry or len(values) >= _SMOOTHED_FROM)
+    if smooth:
+        axes.plot(steps, values, color=style["color"], lw=0.6, alpha=0.35)
+        if "means" in entry:
+            steps, values = np.array(entry["middles"]), np.array(entry["means"])
         values = moving_average(values)
-    marker = "o" if points or len(values) < 25 else None
-    axes.plot(steps, values, color=color, ls=line, marker=marker, markersize=3.5)
+    few = points or len(values) < 25
+    every = 1 if few else max(1, len(values) // 8)
+    style = style if few or marked else style | {"marker": None}
+    axes.plot(steps, values, markersize=3.5 if few else 4.5, markevery=every, **style)
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
@@ -235,7 +251,8 @@ def _draw_by_layer(
 ) -> None:
     """Mismatch of each layer over the whole run, runs overlaid."""
     for entry in data:
-        style = {"color": color_of(labels.index(entry["run"])), "marker": "o", "ls": "-"}
+        run = labels.index(entry["run"])
+        style = {"color": color_of(run), "marker": _marker(run), "ls": "-"}
         if entry["floor"]:
             color, (marker, line) = _floor_style(entry, labels)
             style = {"color": color, "marker": marker, "ls": line, "mfc": "none", "lw": 0.8}
@@ -253,7 +270,8 @@ def _draw_histogram(
     """Shares above 0, on a log scale, by number of differing layers."""
     shares = [share for entry in data for share in entry["shares"] if share]
     for entry in data:
-        style = {"color": color_of(labels.index(entry["run"])), "marker": "o", "ls": "-"}
+        run = labels.index(entry["run"])
+        style = {"color": color_of(run), "marker": _marker(run), "ls": "-"}
         if entry["floor"]:
             color, (marker, line) = _floor_style(entry, labels)
             style = {"color": color, "marker": marker, "ls": line, "mfc": "none", "lw": 0.8}
@@ -297,10 +315,11 @@ def _draw_answers(
         )
         for entry in answers:
             q = quantities.index(entry["label"])
-            color = color_of(labels.index(entry["run"]) if several else q)
-            line = "" if ids else _LINES[q % len(_LINES)] if several else "-"
+            run = labels.index(entry["run"])
+            color = color_of(run if several else q)
+            line = "" if ids else _LINES[q % len(_LINES)]
             x = [ids.index(row["group"]) if ids else _middle(row["group"]) for row in entry["rows"]]
-            _draw_rates(axes, x, entry["rows"], color, line, "o")
+            _draw_rates(axes, x, entry["rows"], color, line, _marker(run if several else q))
         kinds = [_metric_handle(q, several) for q in range(len(names))]
         if ids:
             axes.set_xticks(range(len(ids)), ids, rotation=90, fontsize=7.5)
@@ -358,7 +377,10 @@ def _draw_rates(
     rate, low, high = (np.array([row[key] for row in rows], float) for key in _INTERVAL)
     many = len(x) > _SMOOTHED_FROM
     axes.plot(x, rate, color=color, ls=line, marker="" if many else marker, markersize=3.5, lw=1.0)
-    axes.vlines(x, low, high, color=color, lw=1.0, alpha=0.3 if many else 1)
+    if many:
+        axes.fill_between(x, low, high, color=color, lw=0, alpha=0.25)
+    else:
+        axes.vlines(x, low, high, color=color, lw=1.0)
 
 
 _GROUPS = {
@@ -396,10 +418,15 @@ def _draw_clustering(
 ) -> None:
     """Tokens by number of mismatched layers: found (filled) and independent (hollow)."""
     for entry in data:
-        color = color_of(labels.index(entry["run"]))
+        run = labels.index(entry["run"])
+        color, mark = color_of(run), _marker(run)
         found, free = np.array(entry["shares"]), np.array(entry["independent"])
-        axes.plot(entry["layers"], np.where(found > 0, found, np.nan), "o-", color=color, ms=4)
-        axes.plot(entry["layers"], np.where(free > 0, free, np.nan), "o:", color=color, mfc="none")
+        axes.plot(
+            entry["layers"], np.where(found > 0, found, np.nan), f"{mark}-", color=color, ms=4
+        )
+        axes.plot(
+            entry["layers"], np.where(free > 0, free, np.nan), f"{mark}:", color=color, mfc="none"
+        )
     kinds = [
         Line2D([], [], color=SOFT, marker="o", ms=4),
         Line2D([], [], color=SOFT, marker="o", mfc="none", ls=":"),

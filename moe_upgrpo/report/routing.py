@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from moe_upgrpo.report.figures import (
     FLOORS,
@@ -22,9 +20,9 @@ from moe_upgrpo.report.figures import (
     plural,
     sentence,
 )
+from moe_upgrpo.report.floors import against_floor, counts, told
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.report.tails import TAILS
-from moe_upgrpo.stats import MIN_PROMPTS, sign_flip_test
 
 _PASSES = {
     "trainer": {"repeat": "the same forward twice", "batch_shape": "another batch shape"},
@@ -33,56 +31,6 @@ _PASSES = {
         "batch_shape": "sampling against one pass over the whole sequence",
     },
 }
-
-
-# p below which engine and trainer differ by more than a side from itself.
-_SIGNIFICANT = 0.01
-
-
-def _counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int, int, int] | None:
-    """Counts of the comparison ``name``: pairs that differ, pairs, tokens that do, tokens."""
-    if (tokens_M := run.summed(f"{name}/histogram", steps=steps)) is None:
-        return None
-    tokens = int(tokens_M.sum())
-    flips = int(tokens_M @ np.arange(len(tokens_M)))
-    return flips, tokens * (len(tokens_M) - 1), tokens - int(tokens_M[0]), tokens
-
-
-def _above(run: Run, name: str, steps: Sequence[int], rate: float, floor: float) -> str:
-    """Whether more routers differ than within a side, by a paired test over prompts.
-
-    Floor and mismatch are of the same tokens: by how many routers they differ in each prompt may
-    have either sign where engine and trainer are as far apart as the side is from itself.
-    """
-    if rate <= floor:
-        return ", no more than the largest floor"
-    found = _differences(run, name.replace("/", "_"), steps)
-    if found is None:
-        return "; no token rows tell by prompt whether that is above the largest floor"
-    more, fewer = int((found > 0).sum()), int((found < 0).sum())
-    seen = f", more than the largest floor in {more} of {plural(len(found), 'prompt')} and fewer "
-    seen += f"in {fewer}"
-    if len(found) < MIN_PROMPTS:
-        return f"{seen}: too few prompts to tell from the floor"
-    p = sign_flip_test(found)
-    if p >= _SIGNIFICANT:
-        return f"{seen}: not to be told from the floor (sign flips by prompt, p = {p:.2g})"
-    much = f"{number(rate / floor)} times the largest floor" if floor else "above the floor"
-    return f", {much} ({seen.removeprefix(', ')}; sign flips by prompt, p = {p:.1g})"
-
-
-def _differences(run: Run, column: str, steps: Sequence[int]) -> np.ndarray | None:
-    """Mismatched routers less those of a noise floor, of each prompt of some steps ``[P]``."""
-    table = run.tokens.table
-    if table is None or column not in table.column_names:
-        return None
-    table = table.select(["step", "prompt", "layers_mismatched", column])
-    table = table.filter(pc.is_in(table["step"], pa.array(steps, table["step"].type))).drop_null()
-    if not table.num_rows:
-        return None
-    step_N, prompt_N, measured_N, floor_N = (c.to_numpy().astype(np.int64) for c in table.columns)
-    _, group_N = np.unique(np.stack([step_N, prompt_N]), axis=1, return_inverse=True)
-    return np.bincount(group_N.ravel(), weights=measured_N - floor_N)
 
 
 def _says_floor(
@@ -97,7 +45,8 @@ def _says_floor(
     analysed = sorted({step for name in names for step in run.series(f"{name}/{metric}")[0]})
     if not analysed:
         return "no noise floor was measured"
-    fresh = [step for step in analysed if step not in run.stale_steps]
+    stale_steps = set(run.stale_steps)
+    fresh = [step for step in analysed if step not in stale_steps]
     steps = fresh or analysed
     texts, floors = [], {}
     for side in sides:
@@ -126,18 +75,16 @@ def _says_floor(
     if metric != "router_rate":
         times = floors[largest] and mean / floors[largest]
         return text + (f", {number(times)} times the largest floor" if times else "")
-    counts = [_counts(run, name, steps) for name in ("mismatch", largest)]
-    if not (mean and all(counts)):
-        return text
-    return text + _above(run, largest, steps, mean, floors[largest])
+    known = all(counts(run, name, steps) for name in ("mismatch", largest))
+    return text + (told(against_floor(run)) if mean and known else "")
 
 
 def _counted(
     run: Run, name: str, rate: float, steps: Sequence[int], metric: str, form: Format
 ) -> str:
     """'0.2%, 1 of 496': a rate and, of routers, its counts where they were logged."""
-    counts = _counts(run, name, steps) if metric == "router_rate" else None
-    return form(rate) + (f", {counts[0]:,} of {counts[1]:,}" if counts else "")
+    found = counts(run, name, steps) if metric == "router_rate" else None
+    return form(rate) + (f", {found[0]:,} of {found[1]:,}" if found else "")
 
 
 def stale(run: Run) -> str:

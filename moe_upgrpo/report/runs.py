@@ -1,7 +1,9 @@
 """A run as the report knows it: its config, environment and metrics, read from the store."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.tokens import TokenLog, read_token_log
 from moe_upgrpo.store import read_config, read_environment, read_metrics
+from moe_upgrpo.store.run_folder import has_plain_metrics
 from moe_upgrpo.store.text import printable
 
 # Means of this many steps stand for the beginning and the end of a run: one step is noisy.
@@ -26,20 +29,44 @@ class Run:
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
     tokens: TokenLog
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Make a value of the rows once: figures, texts and tables ask for the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and finite (else it is null)."""
-        points = [
-            (row["step"], float(row[name]))
-            for row in self.rows
-            if isinstance(row.get(name), int | float)
-        ]
-        return [step for step, _ in points], [value for _, value in points]
+        return self.once(("series", name), lambda: self._series(name))
+
+    def _series(self, name: str) -> tuple[list[int], list[float]]:
+        at, values = self._numbers().get(name, ([], []))
+        return [self.rows[i]["step"] for i in at], [float(value) for value in values]
+
+    def _numbers(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Columns by metric: the places of the rows that have a number for it, and the numbers."""
+        return self.once("numbers", self._made_numbers)
+
+    def _made_numbers(self) -> dict[str, tuple[list[int], list[float]]]:
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for i, row in enumerate(self.rows):
+            for name, value in row.items():
+                if isinstance(value, float | int):
+                    if (column := found.get(name)) is None:
+                        column = found[name] = ([], [])
+                    column[0].append(i)
+                    column[1].append(value)
+        return found
 
     @property
     def stale_steps(self) -> list[int]:
         """Steps whose samples are of older weights than the trainer's: generation overlaps."""
-        return [step for step, value in zip(*self.series("staleness/mean"), strict=True) if value]
+        series = self.series("staleness/mean")
+        return self.once(
+            "stale", lambda: [step for step, value in zip(*series, strict=True) if value]
+        )
 
     def ends(self, name: str) -> tuple[float, float, int] | None:
         """Means of the first and of the last ``n`` values, and n; None without data."""
@@ -64,11 +91,25 @@ class Run:
 
     def pooled(self, name: str, *, steps: Sequence[int] | None = None) -> float | None:
         """Mean over the run, or over ``steps``, each step weighted by what was compared in it."""
-        rows = [row for row in self.rows if isinstance(row.get(name), int | float)]
-        rows = [row for row in rows if steps is None or row["step"] in steps]
+        return self.once(
+            ("pooled", name, None if steps is None else tuple(steps)),
+            lambda: self._pooled(name, steps),
+        )
+
+    def _pooled(self, name: str, steps: Sequence[int] | None) -> float | None:
+        rows = [self.rows[i] for i in self._numbers().get(name, ([], []))[0]]
+        if steps is not None:
+            wanted = set(steps)
+            rows = [row for row in rows if row["step"] in wanted]
         if not rows:
             return None
         return float(np.average([row[name] for row in rows], weights=_weights(rows)))
+
+    def _of(self, steps: Sequence[int] | None) -> list[dict[str, Any]]:
+        if steps is None:
+            return self.rows
+        wanted = set(steps)
+        return [row for row in self.rows if row["step"] in wanted]
 
     def summed(self, name: str, *, steps: Sequence[int] | None = None) -> np.ndarray | None:
         """A list of counts summed over the run, or over ``steps`` ``[M]``; None if none was logged.
@@ -76,22 +117,30 @@ class Run:
         Raises:
             UserError: lists of different lengths.
         """
-        rows = [row for row in self.rows if row.get(name)]
-        rows = [row for row in rows if steps is None or row["step"] in steps]
+        rows = [row for row in self._of(steps) if row.get(name)]
         return self._matrix(name, rows).sum(axis=0).astype(np.int64) if rows else None
 
     def pass_at_k(self) -> list[str]:
         """The eval/pass@K keys that occur, by K."""
-        names = {name for row in self.rows for name in row if name.startswith("eval/pass@")}
+        names = self.once(
+            "pass@",
+            lambda: {name for row in self.rows for name in row if name.startswith("eval/pass@")},
+        )
         return sorted(names, key=lambda name: int(name.removeprefix("eval/pass@")))
 
     def by_layer(self, name: str) -> tuple[list[int], np.ndarray] | None:
         """Steps and the rates ``[steps, L]`` of a metric by layer; None where there is none."""
+        return self.once(("by_layer", name), lambda: self._by_layer(name))
+
+    def _by_layer(self, name: str) -> tuple[list[int], np.ndarray] | None:
         rows = [row for row in self.rows if row.get(name)]
         return ([row["step"] for row in rows], self._matrix(name, rows)) if rows else None
 
     def pooled_by_layer(self, name: str) -> np.ndarray | None:
         """Rate of each layer over the run ``[L]``, steps weighted by their tokens."""
+        return self.once(("pooled_by_layer", name), lambda: self._pooled_by_layer(name))
+
+    def _pooled_by_layer(self, name: str) -> np.ndarray | None:
         found = self.by_layer(name)
         if found is None:
             return None
@@ -123,6 +172,18 @@ def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
     return None
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of objects that all stay: looking for garbage among them takes as long again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read run folders; each is labelled with its name, or with its path where names collide.
 
@@ -138,7 +199,11 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = []
     for path, name in zip(paths, names, strict=True):
         # Somebody else's run may hold anything: a page must show it and do nothing.
-        config, rows = printable(read_config(path)), printable(read_metrics(path))
+        config = printable(read_config(path))
+        with _no_collection():
+            rows = read_metrics(path)
+        if not has_plain_metrics(path):  # the usual case, and of a long run a matter of minutes
+            rows = printable(rows)
         runs.append(
             Run(
                 label=printable(name if names.count(name) == 1 else str(path)),

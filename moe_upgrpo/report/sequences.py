@@ -13,58 +13,114 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.report.figures import finite, number
+from moe_upgrpo.report.figures import number
 from moe_upgrpo.report.runs import Run
+from moe_upgrpo.report.tokens import finite
 from moe_upgrpo.store import TokenLayout, overlap_array, read_routes, read_tokens
 from moe_upgrpo.store.parquet import column_names
+from moe_upgrpo.store.text import printable
+from moe_upgrpo.store.texts import as_texts, read_prompts, read_vocabulary
 from moe_upgrpo.store.token_log import token_files
 
-DIVERGING = 3
+OF_EACH = 2  # sequences of each kind; together at most ten
 MAX_TOKENS = 400  # shown of one response, around its largest |gap|
 _MAX_LAYERS = 12  # named of a token
-# |gap| in nats at which a token starts to be coloured, and at which it is fully so.
+# |gap| and |log ratio| in nats at which a token starts to be coloured, and is fully so.
 COLORED_FROM, COLORED_TO = 0.01, 1.0
+FULL_ENTROPY, FULL_ADVANTAGE = 3.0, 2.0
 
+# What tokens can be coloured by: key and name.
+CHOICES = (
+    ("gap", "gap"),
+    ("mismatch", "mismatch"),
+    ("ratio", "ratio"),
+    ("entropy", "entropy"),
+    ("advantage", "advantage"),
+)
 READ = (
-    f"Each box is a token, by its id; the fuller its colour, the larger |gap| (log scale, from "
-    f"{COLORED_FROM:g} to {COLORED_TO:g} nats); a line below it marks mismatched layers, thicker "
-    "with their share. Point at one, tap it or go to it by Tab for its log-probs and for the "
-    "experts of the layers that differ."
+    f"What the model wrote at the last step, after its prompt in grey. Colour: |gap| and |log "
+    f"ratio| from {COLORED_FROM:g} to {COLORED_TO:g} nats (log scale), the share of mismatched "
+    f"layers, entropy up to {FULL_ENTROPY:g} nats, |advantage| up to {FULL_ADVANTAGE:g} (blue "
+    "above 0). A line below a token marks mismatched layers, thicker with their share; the strip "
+    "below has a column for each token and a row for each MoE layer, the first on top, dark where "
+    "it differs. Point at a token, tap it or go to it by Tab for its row."
 )
 
 
 def sequences(run: Run) -> list[dict[str, Any]]:
-    """Responses of the newest step: those with the largest |gap| in a token, then of the rest the
-    one with the most mismatched layers per token, then one drawn at random."""
-    if run.tokens.table is None:
+    """Responses of the newest step, two of each kind: the largest |gap| in a token, the most
+    mismatched layers per token, the best and the worst rewarded, and drawn at random."""
+    if run.tokens.layout is None:
         return []
-    table = run.tokens.table
-    step = pc.max(table["step"]).as_py()
-    table = table.filter(pc.equal(table["step"], step))
-    gap_N = np.abs(_gap(table))
-    gap_N[np.isnan(gap_N)] = math.inf
-    ids, sequence_N, length = np.unique(
-        table["sequence"].to_numpy(), return_inverse=True, return_counts=True
-    )
-    largest = np.zeros(len(ids))
-    np.maximum.at(largest, sequence_N, gap_N)
-    mismatched = np.bincount(sequence_N, table["layers_mismatched"].to_numpy()) / length
-    rest = np.argsort(-largest, kind="stable").tolist()
-    chosen = [(i, "one of the largest |gap|") for i in rest[:DIVERGING]]
-    rest = rest[DIVERGING:]
-    if rest and mismatched[rest].any():
-        most = rest.pop(int(mismatched[rest].argmax()))
-        chosen.append((most, "the most mismatched layers per token of the others"))
-    if rest:
-        drawn_at = np.random.default_rng(0).integers(len(rest))
-        chosen.append((sorted(rest)[drawn_at], "drawn at random"))
-    chosen = [(int(ids[i]), why) for i, why in chosen]
+    step = run.tokens.steps[-1]
+    parts = list(run.tokens.parts(run.tokens.column_names, [step]))
+    if not parts:
+        return []
+    table = pa.concat_tables(parts, promote_options="default")
+    chosen = _chosen(table)
     experts, refused = _experts(run.path, step, [i for i, _ in chosen])
-    return [
+    found = [
         {"run": run.label, "step": step, "sequence": i, "chosen": why, "routes_refused": refused}
         | _sequence(table.filter(pc.equal(table["sequence"], i)), experts)
         for i, why in chosen
     ]
+    return _with_texts(run.path, step, found)
+
+
+def _chosen(table: pa.Table) -> list[tuple[int, str]]:
+    """Sequences and why each is shown; none twice."""
+    gap_N = np.abs(_gap(table))
+    gap_N[np.isnan(gap_N)] = math.inf
+    ids, first_N, sequence_N, length = np.unique(
+        table["sequence"].to_numpy(), return_index=True, return_inverse=True, return_counts=True
+    )
+    largest = np.zeros(len(ids))
+    np.maximum.at(largest, sequence_N, gap_N)
+    mismatched = np.bincount(sequence_N, table["layers_mismatched"].to_numpy()) / length
+    rewards = np.nan_to_num(table["reward"].to_numpy()[first_N].astype(float))
+    drawn_at_random = np.random.default_rng(0).permutation(len(ids))
+    kinds = [(largest, "one of the largest |gap|")]
+    if mismatched.any():
+        kinds.append((mismatched, "one of the most mismatched layers per token"))
+    if rewards.min() < rewards.max():
+        kinds += [(rewards, "one of the best rewards"), (-rewards, "one of the worst rewards")]
+    kinds.append((drawn_at_random, "drawn at random"))
+    chosen: dict[int, str] = {}
+    for score, why in kinds:
+        rest = [i for i in np.argsort(-score, kind="stable").tolist() if i not in chosen]
+        chosen |= dict.fromkeys(rest[:OF_EACH], why)
+    # Few kinds apply to a run without rewards or mismatches: more by chance.
+    rest = [i for i in drawn_at_random.tolist() if i not in chosen]
+    chosen |= dict.fromkeys(rest[: max(0, 4 * OF_EACH - len(chosen))], "drawn at random")
+    return [(int(ids[i]), why) for i, why in chosen.items()]
+
+
+def _with_texts(run: Path, step: int, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The texts of prompts and tokens, where the run keeps them."""
+    prompts = read_prompts(run, step)
+    ids = {token["token_id"] for one in found for token in one["tokens"]}
+    ids |= {int(i) for one in found for i in prompts.get(one["prompt"], ())}
+    vocabulary = read_vocabulary(run, ids)
+    for one in found:
+        prompt = prompts.get(one["prompt"])
+        if vocabulary is None:
+            one["prompt_text"] = None
+            continue
+        one["prompt_text"] = None if prompt is None else printable(_joined(prompt, vocabulary))
+        texts = as_texts([token["token_id"] for token in one["tokens"]], vocabulary)
+        for token, text in zip(one["tokens"], texts, strict=True):
+            token["text"] = printable(text)
+    return found
+
+
+def _joined(ids: np.ndarray, vocabulary: dict[int, bytes]) -> str:
+    text = "".join(as_texts(ids.tolist(), vocabulary))
+    if len(text) <= _MAX_PROMPT:
+        return text
+    return f"{text[: _MAX_PROMPT // 2]} […] {text[-_MAX_PROMPT // 2 :]}"
+
+
+_MAX_PROMPT = 2000  # characters shown
 
 
 def _gap(table: pa.Table) -> np.ndarray:
@@ -122,11 +178,14 @@ def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> di
             )
             for i in np.flatnonzero(shared_L < layout.top_k)
         ]
-        names = ("position", "token_id", "logp_rollout", "logp_old", "ratio")
+        names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "advantage")
         values = {name: row[name] for name in names} | {"gap": float(gap)}
+        if row.get("entropy") is not None:
+            values["entropy"] = row["entropy"]
         tokens.append({k: finite(v) for k, v in values.items()} | {"layers": layers})
     first = table.slice(0, 1).to_pylist()[0]
     return {
+        "prompt": first["prompt"],
         "reward": finite(first["reward"]),
         "advantage": finite(first["advantage"]),
         "length": length,
@@ -156,14 +215,15 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
 
 
 def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """How the page shows a token: text, fill 0..1, width of its line, and what it tells."""
-    gap = COLORED_TO if token["gap"] is None else abs(token["gap"])
-    gap = min(max(gap, COLORED_FROM), COLORED_TO)
+    """How the page shows a token: text, how full each colour is, its line, and what it tells."""
     lines = [
-        f"position {token['position']}, token id {token['token_id']}",
+        f"position {token['position']}, token id {token['token_id']}"
+        + (f": {token['text']!r}" if "text" in token else ""),
         f"log p: engine {_value(token['logp_rollout'])}, trainer {_value(token['logp_old'])}, "
         f"gap {_value(token['gap'])}",
         f"ratio {_value(token['ratio'])} at the last optimizer visit",
+        f"advantage {_value(token['advantage'])}"
+        + (f", entropy {_value(token['entropy'])} nats" if "entropy" in token else ""),
     ]
     for layer in token["layers"][:_MAX_LAYERS]:
         if "rollout" in layer:
@@ -173,12 +233,39 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
             lines.append(f"layer {layer['layer']}: experts shared: {layer['shared']}")
     if (hidden := len(token["layers"]) - _MAX_LAYERS) > 0:
         lines.append(f"and {hidden} more layers")
+    ratio, advantage = token["ratio"], token["advantage"]
+    log_ratio = math.log(ratio) if ratio else None
+    share = len(token["layers"]) / num_layers if num_layers else 0.0
     return {
-        "text": token["token_id"],
-        "fill": round(math.log(gap / COLORED_FROM) / math.log(COLORED_TO / COLORED_FROM), 2),
-        "line": round(2 + 3 * len(token["layers"]) / num_layers) if token["layers"] else 0,
+        "text": token.get("text", token["token_id"]),
+        "fills": {
+            "gap": _log_fill(token["gap"]),
+            "mismatch": round(share, 2),
+            "ratio": _log_fill(log_ratio),
+            "entropy": round(min((token.get("entropy") or 0.0) / FULL_ENTROPY, 1.0), 2),
+            "advantage": round(min(abs(advantage or 0.0) / FULL_ADVANTAGE, 1.0), 2),
+        },
+        "positive": (advantage or 0) > 0,
+        "line": round(2 + 3 * share) if token["layers"] else 0,
         "about": "\n".join(lines),
     }
+
+
+def _log_fill(value: float | None) -> float:
+    """0..1 on a log scale; a value that is no number is shown as the largest."""
+    size = COLORED_TO if value is None else abs(value)
+    size = min(max(size, COLORED_FROM), COLORED_TO)
+    return round(math.log(size / COLORED_FROM) / math.log(COLORED_TO / COLORED_FROM), 2)
+
+
+def strip(found: dict[str, Any], layer_ids: Sequence[int]) -> str:
+    """The mismatched cells of token × layer as the path of an SVG, a unit each."""
+    row_of = {layer: row for row, layer in enumerate(layer_ids)}
+    return "".join(
+        f"M{column} {row_of[layer['layer']]}h1v1h-1z"
+        for column, token in enumerate(found["tokens"])
+        for layer in token["layers"]
+    )
 
 
 def _value(x: float | None) -> str:

@@ -37,10 +37,7 @@ TAILS = Panels(
             key="gap_quantiles",
             title="quantiles of |gap|, nats",
             metrics=only(
-                *(
-                    (f"logp_gap/{name}", f"{100 * q:g}% of tokens below")
-                    for name, q in reversed(QUANTILES.items())
-                )
+                *((f"logp_gap/{name}", f"{100 * q:g}%") for name, q in reversed(QUANTILES.items()))
             ),
             log_scale=True,
         ),

@@ -1,20 +1,24 @@
-"""A run's token log as the report reads it: its newest files, the narrow columns."""
+"""A run's token log as the report reads it: file by file, the narrow columns."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store import TokenLayout, read_tokens
-from moe_upgrpo.store.parquet import column_names
-from moe_upgrpo.store.schema import metadata
+from moe_upgrpo.store import COLUMNS, TokenLayout, read_tokens
+from moe_upgrpo.store.parquet import column_names, described
+from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, AboveFloors, Clustered, ask
+from moe_upgrpo.store.schema import check_types, metadata
+from moe_upgrpo.store.streamed import Question, answer
 from moe_upgrpo.store.token_log import token_files
 
-# About 200 MB for a model of 48 layers.
-MAX_ROWS = 2_000_000
+# Files are read one by one, so that any number of rows fits; opening so many takes seconds.
+MAX_FILES = 1500
 _COLUMNS = (
     "step",
     "prompt",
@@ -36,19 +40,118 @@ _COLUMNS = (
     "noise_trainer_batch_shape",
     "noise_engine_repeat",
     "noise_engine_batch_shape",
+    "gap_numerics",
+    "gap_engine_routing",
+    "counterfactual_engine_routing",
+    "entropy",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLog:
-    """Rows of the newest files, or none; ``note`` says what was read and what was not."""
+    """The rows of a run's token files, which are read one by one and never all at once.
 
-    table: pa.Table | None
+    ``layout`` is None where there are none; ``note`` says what is read and what is not.
+    """
+
     note: str
+    layout: TokenLayout | None = None
+    steps: tuple[int, ...] = ()
+    num_rows: int = 0
+    column_names: tuple[str, ...] = ()
+    files: tuple[tuple[Path, int], ...] = ()
+    _answered: dict[tuple[str, str], list[dict[str, Any]] | str] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _summed: list[tuple[Clustered, AboveFloors]] = field(
+        default_factory=list, repr=False, compare=False
+    )
 
-    @property
-    def layout(self) -> TokenLayout:
-        return TokenLayout.of(self.table.schema)
+    def parts(
+        self, columns: Collection[str], steps: Collection[int] | None = None
+    ) -> Iterator[pa.Table]:
+        """A table of each file; a column that it lacks is null in it."""
+        wanted = [c for c in COLUMNS if c in columns and c in self.column_names]
+        for file, step in self.files:
+            if steps is not None and step not in steps:
+                continue
+            try:
+                held = set(column_names(file))
+                table = read_tokens(file, columns=[c for c in wanted if c in held])
+            except (UserError, pa.ArrowException, OSError):
+                continue  # damaged in what was not looked at before
+            for name in wanted:
+                if name not in held:
+                    kind = pa.type_for_alias(COLUMNS[name].type)
+                    table = table.append_column(name, pa.nulls(table.num_rows, kind))
+            yield table
+
+    def ask(self, quantity: str, by: str = "all") -> list[dict[str, Any]] | str:
+        """The rows of one of `QUANTITIES` by one of `GROUPINGS`, or why there are none.
+
+        Each is computed once, however many figures and sentences show it; see `answer_all`.
+        """
+        if (quantity, by) not in self._answered:
+            self.answer_all([(quantity, by)])
+        return self._answered[quantity, by]
+
+    def answer_all(self, asked: Iterable[tuple[str, str]], *, summed: bool = False) -> None:
+        """Answer many questions while the files are read once, or twice for bins.
+
+        summed: with the sums behind `clustered` and `above_floor`.
+        """
+        questions, counted = {}, {}
+        for quantity, by in dict.fromkeys(asked):
+            if (quantity, by) in self._answered:
+                continue
+            found = self._question(quantity, by, counted)
+            if isinstance(found, str):
+                self._answered[quantity, by] = found
+            else:
+                questions[quantity, by] = found
+        sums = ()
+        if summed and self.layout and self.layout.num_layers:
+            floors = [name for name in self.column_names if name.startswith("noise_")]
+            sums = Clustered(), AboveFloors(floors)
+        if everyone := [*questions.values(), *sums]:
+            answer(everyone, self.parts)
+        if sums:
+            self._summed.append(sums)
+        for key, question in questions.items():
+            try:
+                rows = question.rows()
+                # Ends that are not known are null.
+                self._answered[key] = [
+                    {name: finite(value) for name, value in asdict(row).items()} for row in rows
+                ]
+            except UserError as error:
+                self._answered[key] = f"{error}."
+
+    def _question(self, quantity: str, by: str, counted: dict) -> Question | str:
+        if self.layout is None:
+            return self.note
+        columns = (*QUANTITIES[quantity].columns, GROUPINGS[by][0])
+        dense = not self.layout.num_layers
+        if dense and (quantity.startswith("mismatch") or by in ("own", "prefix", "layer")):
+            return "the model has no MoE layer."
+        if missing := [c for c in columns if c not in self.column_names]:
+            return f"the token log has no column {missing[0]}."
+        return ask(quantity, by=by, layout=self.layout, counted=counted)
+
+    def clustered(self) -> Clustered:
+        """The sums behind how clustered mismatches are; of a model with MoE layers."""
+        return self._sums()[0]
+
+    def above_floor(self, column: str, steps: Collection[int]) -> np.ndarray | None:
+        """Mismatched routers less those of a noise floor, by prompt ``[P]``; None without rows."""
+        if column not in self.column_names:
+            return None
+        return self._sums()[1].of(column, steps)
+
+    def _sums(self) -> tuple[Clustered, AboveFloors]:
+        if not self._summed:
+            self.answer_all([], summed=True)
+        return self._summed[0]
 
 
 def read_token_log(
@@ -56,15 +159,16 @@ def read_token_log(
     *,
     config: dict[str, Any] | None = None,
     rows: Sequence[dict[str, Any]] = (),
-    max_rows: int = MAX_ROWS,
+    max_files: int = MAX_FILES,
 ) -> TokenLog:
-    """Whole files from the last back, until ``max_rows`` are reached.
+    """Find the token files that can be read; of each, only what describes it is read here.
 
     ``config`` and ``rows`` are the run's settings and metrics: the note says where the log is not
     of that model, lacks a logged step or, at level full, rows of one.
 
-    A file holds whole sequences of one step, so that none is cut. One that cannot be read, or whose
-    model or share of sequences differs from that of the newest, is left out and named in the note.
+    A file holds whole sequences of one step. One that cannot be read, or whose model or share of
+    sequences differs from that of the newest, is left out and named in the note. Of more than
+    ``max_files``, whole steps are read at even distances, the newest among them.
     """
     config = config or {}
     files = token_files(run / "tokens")
@@ -73,46 +177,81 @@ def read_token_log(
             why = "this run kept its token log at level aggregate: its metrics, and no token rows."
         else:
             why = "this run has no token log."
-        return TokenLog(table=None, note=why)
-    tables: list[pa.Table] = []
-    steps: set[int] = set()
+        return TokenLog(note=why)
+    all_steps = sorted({step for _, step in files})
+    every = -(-len(files) // max_files)
+    taken = set(all_steps[::-1][::every])
+    kept: list[tuple[Path, int]] = []
+    held: dict[int, int] = {}
+    names: set[str] = set()
+    first = None
     left_out: list[str] = []
     others: list[str] = []
-    num_rows = seen = 0
     for file, step in reversed(files):
-        if num_rows >= max_rows:
-            break
-        seen += 1
+        if step not in taken:
+            continue
         try:
-            held = column_names(file)
-            table = read_tokens(file, columns=[c for c in _COLUMNS if c in held])
-        except (UserError, pa.ArrowException, OSError):
+            schema, num_rows = described(file)
+            layout = TokenLayout.of(schema)
+            check_types(schema, layout)
+        except UserError as error:
+            left_out.append(f"{file.name} ({_why(error)})")
+            continue
+        except (pa.ArrowException, OSError):
             left_out.append(f"{file.name} (not readable)")
             continue
-        if other := _other_model(TokenLayout.of(table.schema), config):
+        if other := _other_model(layout, config):
             others.append(other)
             left_out.append(f"{file.name} ({other})")
             continue
-        if tables and table.schema.metadata != tables[0].schema.metadata:
+        about = metadata(schema)
+        if first is not None and about != first:
             left_out.append(f"{file.name} (logged otherwise)")
             continue
-        tables.append(table)
-        steps.add(step)
-        num_rows += table.num_rows
-    missing = f" Left out: {', '.join(left_out)}." if left_out else ""
-    if not tables and others:
-        return TokenLog(table=None, note=f"the token log is of another model: {others[0]}.")
-    if not tables:
-        return TokenLog(table=None, note=f"no token file could be read.{missing}")
-    older = len(files) - seen
-    part = f"; {older} older file{'s' * (older > 1)} not read" if older else ""
-    table = pa.concat_tables(reversed(tables), promote_options="default")
+        first = about
+        kept.append((file, step))
+        held[step] = held.get(step, 0) + num_rows
+        names.update(schema.names)
+    missing = f" Left out: {', '.join(_few(left_out))}." if left_out else ""
+    if not kept and others:
+        return TokenLog(note=f"the token log is of another model: {others[0]}.")
+    if not kept:
+        return TokenLog(note=f"no token file could be read.{missing}")
+    part = ""
+    if every > 1:
+        part = f"; of {len(all_steps):,} steps with rows {len(taken):,} at even distances are read"
     sample = ""
-    if (share := metadata(table.schema)["share"]) < 1:
-        sample = f" A sample: whole sequences, drawn with a share of {100 * share:g}%."
-    gaps = _gaps(table, rows, {step for _, step in files}, cut=older > 0)
-    note = f"{num_rows:,} response tokens of {spans(steps)}{part}{gaps}.{sample}{missing}"
-    return TokenLog(table=table, note=note)
+    if first["share"] < 1:
+        sample = f" A sample: whole sequences, drawn with a share of {100 * first['share']:g}%."
+    gaps = _gaps(held, first["share"], rows, set(all_steps))
+    total = sum(held.values())
+    note = f"{total:,} response tokens of {spans(held)}{part}{gaps}.{sample}{missing}"
+    return TokenLog(
+        note=note,
+        layout=_layout(first),
+        steps=tuple(sorted(held)),
+        num_rows=total,
+        column_names=tuple(c for c in _COLUMNS if c in names),
+        files=tuple(reversed(kept)),
+    )
+
+
+def _layout(about: dict[str, Any]) -> TokenLayout:
+    return TokenLayout(**{key: about[key] for key in ("layer_ids", "top_k", "num_experts")})
+
+
+def _why(error: UserError) -> str:
+    """A file of a newer schema is not damaged: it says which version it is of."""
+    text = str(error)
+    return text.split(":")[0] if text.startswith("schema version") else "not readable"
+
+
+def _few(texts: list[str]) -> list[str]:
+    return (
+        texts
+        if len(texts) <= _MAX_SPANS
+        else [*texts[:_MAX_SPANS], f"{len(texts) - _MAX_SPANS} more"]
+    )
 
 
 def _other_model(logged: TokenLayout, config: dict[str, Any]) -> str:
@@ -127,28 +266,32 @@ def _other_model(logged: TokenLayout, config: dict[str, Any]) -> str:
     )
 
 
-def _gaps(table: pa.Table, rows: Sequence[dict[str, Any]], found: set[int], *, cut: bool) -> str:
-    """Which logged steps have no file, and which, at level full, fewer or more rows than tokens.
-
-    ``cut``: older files were not read, maybe of the first step read too.
-    """
-    about = metadata(table.schema)
-    held = {row["values"]: row["counts"] for row in table["step"].value_counts().to_pylist()}
-    first = min(held)
+def _gaps(
+    held: dict[int, int], share: float, rows: Sequence[dict[str, Any]], found: set[int]
+) -> str:
+    """Which logged steps have no file, and which, at level full, fewer or more rows than tokens."""
     logged = {row["step"]: row.get("tokens/sampled") for row in rows if row["step"] > 0}
     text = ""
-    if missing := {step for step in logged if step not in found and not (cut and step < first)}:
+    if missing := {step for step in logged if step not in found}:
         verb = "are" if len(missing) > 1 else "is"
         # By chance, a sample may hold no sequence of a step.
-        how = f"{verb} missing" if about["share"] == 1 else f"{verb} not in it"
+        how = f"{verb} missing" if share == 1 else f"{verb} not in it"
         text += f"; {spans(missing)} {how}"
     if logged and (unfinished := held.keys() - logged):
         text += f"; {spans(unfinished)} not finished"
-    if about["share"] == 1:
-        for step in sorted(held.keys() & logged.keys()):
-            if logged[step] and logged[step] != held[step] and not (cut and step == first):
-                text += f"; step {step} has {held[step]:,} rows for {logged[step]:,.0f} tokens"
+    if share == 1:
+        wrong = [
+            f"step {step} has {held[step]:,} rows for {logged[step]:,.0f} tokens"
+            for step in sorted(held.keys() & logged.keys())
+            if logged[step] and logged[step] != held[step]
+        ]
+        text += "".join(f"; {one}" for one in _few(wrong))
     return text
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _MAX_SPANS = 12

@@ -10,6 +10,7 @@ from moe_upgrpo.errors import UserError
 _EXACT = 14  # prompts up to which all 2^P signs are tried
 _DRAWS = 20_000
 _AT_ONCE = 1 << 22
+_MANY = 10_000  # prompts from which on those of the same size are drawn together
 
 
 def sign_flip_test(differences_P: np.ndarray, *, seed: int = 0) -> float:
@@ -35,9 +36,15 @@ def sign_flip_test(differences_P: np.ndarray, *, seed: int = 0) -> float:
         bits = np.arange(2 ** len(d_P))[:, None] >> np.arange(len(d_P)) & 1
         return float((((2 * bits - 1) @ d_P) >= observed).mean())
     rng = np.random.default_rng(seed)
+    counts = None
+    if len(d_P) > _MANY:  # differences of routers: few sizes, each of many prompts
+        d_P, counts = np.unique(np.abs(d_P), return_counts=True)
     reached, chunk = 0, max(1, _AT_ONCE // len(d_P))
     for begin in range(0, _DRAWS, chunk):
         size = (min(chunk, _DRAWS - begin), len(d_P))
-        signs = rng.integers(0, 2, size, dtype=np.int8) * 2.0 - 1
+        if counts is None:
+            signs = rng.integers(0, 2, size, dtype=np.int8) * 2.0 - 1
+        else:
+            signs = rng.binomial(counts, 0.5, size) * 2.0 - counts
         reached += int((signs @ d_P >= observed).sum())
     return (1 + reached) / (1 + _DRAWS)

@@ -76,6 +76,13 @@ def column_names(file: Path) -> list[str]:
         return pq.read_schema(source).names
 
 
+def described(file: Path) -> tuple[pa.Schema, int]:
+    """A file's schema and its number of rows; no column is read. Raises as `read_checked`."""
+    with _damage_named(), opened(file) as source:
+        parquet = pq.ParquetFile(source)
+        return parquet.schema_arrow, parquet.metadata.num_rows
+
+
 @contextmanager
 def _damage_named() -> Iterator[None]:
     try:

@@ -10,7 +10,7 @@ Shape suffixes: N rows (tokens), L MoE layers, P prompts, G groups, C columns of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import (
-    TAILS,
-    Rate,
-    Scale,
-    cluster_sums,
-    jackknifed,
-    position_bins,
-    rates,
-)
+from moe_upgrpo.stats import TAILS, Rate, Scale, jackknifed
 from moe_upgrpo.store.schema import TokenLayout
-from moe_upgrpo.store.token_log import overlap_array
+from moe_upgrpo.store.streamed import Part, Question, answer, mismatches_by_layer
 
 Columns = dict[str, np.ndarray]
 
@@ -191,6 +183,24 @@ def rate(
         UserError: an unknown name, a column that the log does not have, no row to count, a dense
             model asked for mismatches, or a quantity by layer that has no layers.
     """
+    question = ask(
+        quantity, by=by, layout=TokenLayout.of(table.schema), groups=groups, confidence=confidence
+    )
+    _rows(table, question.columns)
+    answer([question], lambda columns: [table])
+    return question.rows()
+
+
+def ask(
+    quantity: str,
+    *,
+    layout: TokenLayout,
+    by: str = "all",
+    groups: int = 20,
+    confidence: float = 0.95,
+    counted: dict[Any, Any] | None = None,
+) -> Question:
+    """The question of `rate`, to be answered by `streamed.answer` from a log of that layout."""
     if quantity not in QUANTITIES or by not in GROUPINGS:
         raise UserError(
             f"no question {quantity!r} by {by!r}: quantities are {', '.join(QUANTITIES)}; "
@@ -200,33 +210,19 @@ def rate(
         raise UserError(f"{quantity} is of a token, not of a layer: by='layer' needs 'mismatch'")
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
-    asked = QUANTITIES[quantity]
     of_layers = {"mismatch", "mismatch_any", "conditional"}
-    needs_layers = quantity in of_layers or by in ("own", "prefix", "layer")
-    layout = _layout(table, needs_layers=needs_layers)
-    counted = _rows(table, (*asked.columns, GROUPINGS[by][0]))
-    if by == "layer":
-        sums_PL, tokens_P = _mismatches_by_layer(counted, layout.top_k)
-        tokens_PL = np.repeat(tokens_P[:, None], layout.num_layers, axis=1)
-        return rates(sums_PL, tokens_PL, groups=layout.layer_ids, confidence=confidence)
-
-    columns = {name: _numpy(counted, name) for name in {*asked.columns, GROUPINGS[by][0]}}
-    numerator_N = asked.numerator(columns).astype(np.float64)
-    per_router = quantity in ("mismatch", "conditional")
-    weight_N = np.full(len(numerator_N), layout.num_layers if per_router else 1)
-    keep_N = asked.counts(columns) if asked.counts else np.ones(len(numerator_N), dtype=bool)
-    group_N, labels = _grouped(by, columns[GROUPINGS[by][0]], keep_N, groups)
-    keep_N &= group_N >= 0
-    if not keep_N.any():
-        raise UserError(f"no token to count for {quantity}: {asked.meaning}")
-    prompt_N, num_prompts = _clusters(counted, "prompt")
-    at, shape = (prompt_N[keep_N], group_N[keep_N]), (num_prompts, len(labels))
-    return rates(
-        cluster_sums(numerator_N[keep_N], *at, shape),
-        cluster_sums(weight_N[keep_N], *at, shape),
-        groups=labels,
-        scale=asked.scale,
+    if quantity in of_layers or by in ("own", "prefix", "layer"):
+        _needs_layers(layout)
+    return Question(
+        quantity,
+        QUANTITIES[quantity],
+        by=by,
+        column=GROUPINGS[by][0],
+        per_router=quantity in ("mismatch", "conditional"),
+        layout=layout,
+        groups=groups,
         confidence=confidence,
+        counted=counted,
     )
 
 
@@ -248,30 +244,112 @@ def clustering(table: pa.Table, *, confidence: float = 0.95) -> list[Rate]:
     Raises:
         UserError: a dense model, or no rows.
     """
-    layout = _layout(table, needs_layers=True)
-    counted = _rows(table, ("position", "layers_mismatched", "overlap"))
-    by_layer_PL, tokens_P = _mismatches_by_layer(counted, layout.top_k)
-    prompt_N, num_prompts = _clusters(counted, "prompt")
-    sequence_N, _ = _clusters(counted, "sequence")
-    position_N = _numpy(counted, "position")
-    m_N = _numpy(counted, "layers_mismatched").astype(np.float64)
+    _needs_layers(TokenLayout.of(table.schema))
+    _rows(table, ("step", "prompt", "sequence", "position", "layers_mismatched", "overlap"))
+    found = Clustered()
+    found.add(Part(table))
+    return found.rows(confidence=confidence)
 
-    order_N = np.lexsort((position_N, sequence_N))
-    first, second = order_N[:-1], order_N[1:]
-    adjacent = (sequence_N[first] == sequence_N[second]) & (
-        position_N[first] + 1 == position_N[second]
-    )
-    x, y, pair = m_N[first][adjacent], m_N[second][adjacent], prompt_N[first][adjacent]
 
-    def summed(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        return np.bincount(prompts, weights=values, minlength=num_prompts)
+class Clustered:
+    """The sums of `clustering`, part by part."""
 
-    sums_PC = np.column_stack(
-        [tokens_P]
-        + [summed(v, prompt_N) for v in (m_N > 0, m_N, m_N**2)]
-        + [summed(v, pair) for v in (np.ones_like(x), x, y, x * y, x**2, y**2)]
-        + [by_layer_PL]
-    )
+    columns = ("step", "prompt", "sequence", "position", "layers_mismatched", "overlap")
+
+    def __init__(self) -> None:
+        self._keys: list[np.ndarray] = []
+        self._sums: list[np.ndarray] = []
+        self.tokens_M = np.zeros(0, np.int64)
+        """Tokens by their number of mismatched layers."""
+
+    def add(self, part: Part) -> None:
+        """Add a part, of whole sequences."""
+        names = part.nullable(self.columns)
+        layout = TokenLayout.of(part.table.schema)
+        keys_P, by_layer_PL, tokens_P = mismatches_by_layer(part, names, layout)
+        _, prompt_N = part.prompts(names)
+        step_N, own_N, position_N = (
+            part.array(names, name).astype(np.int64) for name in ("step", "sequence", "position")
+        )
+        _, sequence_N = np.unique((step_N << 40) + own_N, return_inverse=True)
+        whole_N = part.array(names, "layers_mismatched")
+        counts_M = np.bincount(whole_N)
+        longer = max(len(counts_M), len(self.tokens_M))
+        self.tokens_M = np.pad(self.tokens_M, (0, longer - len(self.tokens_M)))
+        self.tokens_M[: len(counts_M)] += counts_M
+        m_N = whole_N.astype(np.float64)
+
+        order_N = np.lexsort((position_N, sequence_N))
+        first, second = order_N[:-1], order_N[1:]
+        adjacent = (sequence_N[first] == sequence_N[second]) & (
+            position_N[first] + 1 == position_N[second]
+        )
+        x, y, pair = m_N[first][adjacent], m_N[second][adjacent], prompt_N[first][adjacent]
+
+        def summed(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+            return np.bincount(prompts, weights=values, minlength=len(keys_P))
+
+        self._keys.append(keys_P)
+        self._sums.append(
+            np.column_stack(
+                [tokens_P]
+                + [summed(v, prompt_N) for v in (m_N > 0, m_N, m_N**2)]
+                + [summed(v, pair) for v in (np.ones_like(x), x, y, x * y, x**2, y**2)]
+                + [by_layer_PL]
+            )
+        )
+
+    def sums(self) -> np.ndarray:
+        """``[P, C]``: the parts of a prompt added up."""
+        if not self._keys:
+            raise UserError("no token to count: nothing to answer from")
+        keys, at = np.unique(np.concatenate(self._keys), return_inverse=True)
+        parts = np.concatenate(self._sums)
+        if len(keys) == len(parts):
+            return parts
+        return np.column_stack(
+            [np.bincount(at, weights=column, minlength=len(keys)) for column in parts.T]
+        )
+
+    def rates_by_layer(self) -> np.ndarray:
+        """``[L]``"""
+        total_C = self.sums().sum(axis=0)
+        return total_C[10:] / total_C[0]
+
+    def rows(self, *, confidence: float = 0.95) -> list[Rate]:
+        """Rows as `clustering` describes them."""
+        return _clustering_rows(self.sums(), confidence)
+
+
+class AboveFloors:
+    """Mismatched routers less those of noise floors, by prompt, part by part."""
+
+    def __init__(self, floors: Iterable[str]) -> None:
+        """floors: columns noise_SIDE_KIND of the token log; only steps analysed have them."""
+        self.columns = ("step", "prompt", "layers_mismatched", *floors)
+        self._sums: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in floors}
+
+    def add(self, part: Part) -> None:
+        for floor, sums in self._sums.items():
+            names = part.nullable(("layers_mismatched", floor))
+            more_N = part.array(names, "layers_mismatched").astype(np.int64)
+            if len(more_N):
+                more_N -= part.array(names, floor)
+                keys_P, prompt_N = part.prompts(names)
+                sums.append((keys_P, np.bincount(prompt_N, more_N, minlength=len(keys_P))))
+
+    def of(self, floor: str, steps: Collection[int]) -> np.ndarray | None:
+        """The differences of the prompts of some steps ``[P]``; None where no row has both."""
+        if not self._sums[floor]:
+            return None
+        keys, sums = (np.concatenate(x) for x in zip(*self._sums[floor], strict=True))
+        wanted = np.isin(keys >> 32, list(steps))
+        found, prompt = np.unique(keys[wanted], return_inverse=True)
+        return np.bincount(prompt, sums[wanted]) if len(found) else None
+
+
+def _clustering_rows(sums_PC: np.ndarray, confidence: float) -> list[Rate]:
+    num_prompts = len(sums_PC)
 
     def parts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numerators and denominators ``[…, 4]`` from sums ``[…, C]``."""
@@ -320,16 +398,14 @@ _CLUSTERING: dict[str, Scale] = {
 }
 
 
-def _layout(table: pa.Table, *, needs_layers: bool) -> TokenLayout:
-    layout = TokenLayout.of(table.schema)
-    if needs_layers and not layout.num_layers:
+def _needs_layers(layout: TokenLayout) -> None:
+    if not layout.num_layers:
         raise UserError("this run's model has no MoE layer: there are no routes to mismatch")
-    return layout
 
 
-def _rows(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
-    """The columns of a question, rows with a null in them left out."""
-    wanted = list(dict.fromkeys(("step", "prompt", "sequence", *names)))
+def _rows(table: pa.Table, names: tuple[str, ...]) -> None:
+    """Raise UserError where a column of a question is not there, or no row has all of them."""
+    wanted = list(dict.fromkeys(names))
     if missing := [name for name in wanted if name not in table.column_names]:
         raise UserError(
             f"the token log has no columns {missing}, which this question reads; it has "
@@ -340,59 +416,3 @@ def _rows(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
         raise UserError(
             f"none of {table.num_rows} rows has all of {wanted}: nothing to answer from"
         )
-    return counted
-
-
-def _numpy(table: pa.Table, name: str) -> np.ndarray:
-    values = table[name].to_numpy()
-    return values.astype(np.float64) if values.dtype.kind == "f" else values
-
-
-def _clusters(table: pa.Table, name: str) -> tuple[np.ndarray, int]:
-    """The prompt or sequence of each row, 0..C-1 over all steps, and C."""
-    _, step_N = np.unique(table["step"].to_numpy(), return_inverse=True)
-    within, index_N = np.unique(table[name].to_numpy(), return_inverse=True)
-    found, index_N = np.unique(step_N * len(within) + index_N, return_inverse=True)
-    return index_N, len(found)
-
-
-def _mismatches_by_layer(table: pa.Table, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mismatched tokens ``[P, L]`` and tokens ``[P]`` of each prompt."""
-    prompt_N, num_prompts = _clusters(table, "prompt")
-    differs_NL = overlap_array(table) < top_k
-    by_layer = [np.bincount(prompt_N, d_N, minlength=num_prompts) for d_N in differs_NL.T]
-    return np.stack(by_layer, axis=1), np.bincount(prompt_N, minlength=num_prompts)
-
-
-def _grouped(
-    by: str, values_N: np.ndarray, keep_N: np.ndarray, groups: int
-) -> tuple[np.ndarray, list[Any]]:
-    """Each row's group, -1 where it is in none, and the groups' labels."""
-    kept = values_N[keep_N]
-    if by == "all":
-        group, labels = np.zeros(len(kept), dtype=np.int64), ["all"]
-    elif by == "sign":
-        names = {1: "positive", -1: "negative", 0: "zero"}
-        signs, group = np.unique(-np.sign(kept), return_inverse=True)
-        labels = [names[-int(sign)] for sign in signs]
-    elif by == "step":
-        found, group = np.unique(kept, return_inverse=True)
-        labels = found.tolist()
-    elif by == "token":
-        found, group, counts = np.unique(kept, return_inverse=True, return_counts=True)
-        largest = np.argsort(-counts, kind="stable")[:groups]
-        place = np.full(len(found), -1)
-        place[largest] = np.arange(len(largest))
-        group, labels = place[group], found[largest].tolist()
-    else:
-        if by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
-            ends = np.concatenate([[0], 2.0 ** np.arange(32)])
-        else:
-            ends = np.quantile(kept, np.arange(1, groups) / groups) if len(kept) else np.empty(0)
-        bin_N = position_bins(kept) if by == "context" else np.searchsorted(ends, kept)
-        bins, group = np.unique(bin_N, return_inverse=True)
-        inside = [kept[group == i] for i in range(len(bins))]
-        labels = [(found.min().item(), found.max().item()) for found in inside]
-    group_N = np.full(len(values_N), -1)
-    group_N[keep_N] = group
-    return group_N, labels

@@ -1,6 +1,6 @@
 """The folder that a run leaves.
 
-config.json, env.json, metrics.jsonl, tokens/, evaluations/ and checkpoints/.
+config.json, env.json, metrics.jsonl, vocabulary.parquet, tokens/, evaluations/ and checkpoints/.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.evaluations import evaluation_files
 from moe_upgrpo.store.files import parse_json, shown, write_text
+from moe_upgrpo.store.texts import prompt_files
 from moe_upgrpo.store.token_log import token_files
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
@@ -197,7 +199,8 @@ class RunFolder:
         remains = [*run.path.glob(".*.json*.tmp"), *run.tokens.glob(".*.tmp")]
         for part in (*remains, *run.evaluations.glob(".*.tmp")):
             part.unlink()
-        for file, file_step in token_files(run.tokens) + evaluation_files(run.evaluations):
+        logged = token_files(run.tokens) + prompt_files(run.tokens)
+        for file, file_step in logged + evaluation_files(run.evaluations):
             if file_step > step:
                 file.unlink()
         Checkpoints(run.checkpoints).remove_unfinished()
@@ -230,6 +233,17 @@ class RunFolder:
             os.fsync(file.fileno())
 
 
+def is_being_written(path: str | Path) -> bool | None:
+    """Whether a process of this machine holds the run's lock; None where there is none to ask."""
+    try:
+        with (Path(path) / ".lock").open("rb") as file:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            found = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    except OSError:  # no such file, or a file system without locks
+        return None
+    return struct.unpack("hhqqi", found)[0] != fcntl.F_UNLCK
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The run's config.json."""
     return _read_json(Path(path) / "config.json")
@@ -255,6 +269,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{file} is empty: no step of this run was finished")
     return rows
+
+
+_PLAIN = bytes(range(32, 127)).replace(b"\\", b"") + b"\n"
+
+
+def has_plain_metrics(path: str | Path) -> bool:
+    """Whether metrics.jsonl holds nothing but ASCII without escapes: any page can show it as is."""
+    with (Path(path) / "metrics.jsonl").open("rb") as file:
+        return not any(
+            block.translate(None, _PLAIN) for block in iter(lambda: file.read(1 << 20), b"")
+        )
 
 
 def rows_so_far(path: str | Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.parquet import write_checked
 from moe_upgrpo.store.schema import COLUMNS, LEVELS, TokenLayout, file_metadata
+from moe_upgrpo.store.texts import write_prompts
 from moe_upgrpo.store.token_log import by_sequence
 
 # Given to the writer in place of the packed columns.
@@ -113,6 +114,15 @@ class TokenLogWriter:
         )
         publish(part, file)
         return file
+
+    def write_prompts(self, step: int, prompts: dict[int, np.ndarray]) -> Path | None:
+        """Keep the token ids of the prompts that this rank logs rows of.
+
+        prompts: the token ids of each, by its index within the step.
+        """
+        if self.level == "aggregate" or not prompts:
+            return None
+        return write_prompts(self.folder, step, self.rank, prompts)
 
     def _table(self, step: int, arrays: dict[str, np.ndarray]) -> pa.Table:
         packed = self._pack(step, arrays) if "rollout_routes" in arrays else {}

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
+from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary, read_tokenizer
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.record import StepRecord, Sums, alarms, measured, routing_sums
-from moe_upgrpo.report import write_report
+from moe_upgrpo.report import load_runs, opening, write_page
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.routing import RoutingDivergence, compare_routes
@@ -46,8 +46,11 @@ def probe(config: ProbeConfig) -> None:
     _show(console, row, found)
     for one in raised:
         console.print(f"ALARM {one.short}: {alarms.ALARMS[one.name].means}", soft_wrap=True)
-    write_report([config.output_dir], config.output_dir / "report.html")
-    console.print(f"report: {config.output_dir / 'report.html'}", soft_wrap=True)
+    runs = load_runs([config.output_dir])
+    page = write_page(runs, config.output_dir / "report.html")
+    console.print(f"report: {page}", soft_wrap=True)
+    for answer in opening(runs[0]):
+        console.print(str(answer), soft_wrap=True)
 
 
 def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str, Rate]]:
@@ -127,13 +130,16 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
             "parameters": actor.parameter_count(),
         },
     )
-    TokenLogWriter(
+    keep_vocabulary(run.path, config.model, trust_remote_code=config.trust_remote_code)
+    log = TokenLogWriter(
         run.tokens,
         rank=0,
         layer_ids=actor.layer_ids,
         top_k=actor.top_k,
         num_experts=actor.num_experts,
-    ).write(1, step.token_rows())
+    )
+    log.write_prompts(1, step.prompts())
+    log.write(1, step.token_rows())
     # Nothing was rewarded or updated: what says so would only look like a result.
     without = ("reward/", "advantage/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
     return {"step": 1} | {

@@ -75,6 +75,7 @@ class Recorder:
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
         """Write this data-parallel rank's token rows."""
         if self.place.copy_rank == 0:
+            self.token_log.write_prompts(step, trained.record.prompts())
             self.token_log.write(step, trained.record.token_rows())
 
     def log_step(self, step: int, trained: TrainedStep, clock) -> None:

@@ -17,7 +17,7 @@ from moe_upgrpo.errors import LOST_RANK, MachineFault, UserError, machine_fault
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import drop_exports
 from moe_upgrpo.hugging_face.folder import Weights
-from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
+from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary, read_tokenizer
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.families import read_model_config
@@ -76,6 +76,10 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 _cut_back(config, run, found, about, changed, ranks.display)
             elif ranks.rank == 0:
                 RunFolder.create(run.path, about)
+                if config.log.token_log != "aggregate":
+                    keep_vocabulary(
+                        run.path, model_dir, trust_remote_code=config.start.trust_remote_code
+                    )
             groups.from_rank_0(None)  # nobody writes into the folder before it is there
             ending.remember(run.path)
             ranks.display.say(_first_line(about, actor, run))

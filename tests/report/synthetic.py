@@ -199,7 +199,7 @@ def random_tokens(rng, layers: int, *, sequences: int = 8, length: int = 6) -> d
     }
 
 
-def write_tokens(run: Path, step: int, columns: dict, layers: int, **options) -> Path:
+def write_tokens(run: Path, step: int, columns: dict, layers: int, *, rank=0, **options) -> Path:
     """Rows of a token log, top-2 of 8; what `columns` does not say is zero, a ratio 1."""
     num_tokens = len(columns["sequence"])
     overlap = np.asarray(columns.get("overlap", np.full((num_tokens, layers), 2)))
@@ -215,6 +215,6 @@ def write_tokens(run: Path, step: int, columns: dict, layers: int, **options) ->
         **{name: np.asarray(values) for name, values in columns.items()},
     }
     writer = TokenLogWriter(
-        run / "tokens", rank=0, layer_ids=range(1, layers + 1), top_k=2, num_experts=8, **options
+        run / "tokens", rank=rank, layer_ids=range(1, layers + 1), top_k=2, num_experts=8, **options
     )
     return writer.write(step, rows)

@@ -76,3 +76,25 @@ def test_every_number_is_drawn(runs, part):
             # On a log scale a floor of 0 stands in the legend alone.
             x, y = expected_points(entry)
             assert sorted(zip(map(float, x), y, strict=True)) in lines
+
+
+MANY = ("routing", "held_out", "depth", "gap_tails_by_own", "seen", "clustering")
+
+
+@pytest.mark.parametrize("part", [p for p in PARTS if p.key in MANY], ids=lambda part: part.key)
+@pytest.mark.parametrize("alone", [True, False])
+def test_curves_differ_by_more_than_their_colour(runs, part, alone):
+    """In grey, and to whoever sees colours otherwise: by line or mark."""
+    shown = runs[:1] if alone else runs
+    data = part.data(shown)
+    assert data
+    ((_, canvas),) = plots.draw(part, data, [run.label for run in shown])
+    styles = [
+        (line.get_linestyle(), str(line.get_marker()), line.get_markerfacecolor() == "none")
+        for line in canvas.axes[0].lines
+        if line.get_alpha() is None
+    ]
+    measured = [e for e in data if not e.get("floor")]
+    found = set(styles)
+    curves = {(e["run"], e.get("label")) for e in measured}
+    assert len(found) >= len(curves)

@@ -4,7 +4,6 @@ Not covered here: how the page looks, hovering and tapping (look at it in a brow
 drawings go through the numbers of the JSON is in test_drawings.
 """
 
-import base64
 import json
 import re
 from html import unescape
@@ -50,9 +49,7 @@ def summary_of(data):
 
 
 def images_of(html):
-    return [
-        base64.b64decode(uri) for uri in re.findall(r'src="data:image/svg\+xml;base64,(.+?)"', html)
-    ]
+    return re.findall(r'<svg class="plot".*?</svg>', html, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +65,11 @@ def test_every_figure_of_a_full_run_shows_the_stored_values(full):
     rows = read_metrics(path)
     assert [figure["key"] for figure in data["figures"]] == [figure.key for figure in ALL]
     assert [figure["missing"] for figure in data["figures"]] == [[]] * len(ALL)
-    # Conditional has 2 panels, tails 3, the decomposition without replay 1; 6, 5, 5, 2 of tokens.
-    assert len(images_of(html)) == len(ALL) + 1 + 2 + 5 + 4 + 4 + 1
+    # One beside the answer; conditional has 2 panels, tails 3, the decomposition without replay 1;
+    # 6, 5, 5 and 2 of tokens.
+    assert len(images_of(html)) == 1 + len(ALL) + 1 + 2 + 5 + 4 + 4 + 1
     for svg in images_of(html):
-        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+        assert ElementTree.fromstring(svg).tag == "svg"
     for figure in data["figures"]:
         assert figure["data"], figure["key"]
         for entry in figure["data"]:
@@ -102,18 +100,18 @@ def test_figures_use_names_of_the_glossary(tmp_path):
 def test_one_file_that_asks_for_nothing_from_outside(full):
     _, html, _ = full
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
-        assert attribute.startswith("data:")
-    assert "@import" not in html and "url(" not in html and "<script" not in html
+        assert attribute.startswith(("data:", "#"))
+    assert "@import" not in html and not re.search(r"url\((?!#)", html) and "<script" not in html
     assert "http:" not in html and "https:" not in html
     for svg in images_of(html):
-        loaded = re.findall(r'(?:href|src)="([^"]*)"', svg.decode())
+        loaded = re.findall(r'(?:href|src)="([^"]*)"', svg)
         assert all(address.startswith(("#", "data:")) for address in loaded)
 
 
 def test_every_token_tells_the_same_to_mouse_finger_and_keyboard(full):
     """A token's label is what it tells, shown on hover and on focus; each can have the focus."""
     _, html, data = full
-    boxes = re.findall(r'<span class="token" ([^>]*)>', html)
+    boxes = re.findall(r'<span class="token(?: positive)?" ([^>]*)>', html)
     assert len(boxes) == sum(len(s["tokens"]) for s in data["sequences"]) > 0
     for box in boxes:
         assert 'tabindex="0"' in box and 'aria-label="position ' in box
@@ -199,7 +197,7 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
         ("noise/engine_batch_shape/router_rate", [2, 4], [0.005, 0.005]),
     ]
     assert "was not measured in" not in html
-    assert "floor: trainer twice (0)" in images_of(html)[0].decode()
+    assert "floor: trainer twice (0)" in images_of(html)[1]
     assert summary_of(data)["Noise floor, routers, trainer"] == ["2% (2 of 3 steps)"]
     assert summary_of(data)["Noise floor, routers, engine"] == ["0.5% (2 of 3 steps)"]
 
@@ -345,7 +343,7 @@ def test_histograms_and_layers_beside_their_floors(tmp_path):
     assert figure_of(data, "depth")["says"][0]["text"].endswith(
         "the floor of any layer is at most 0% (trainer) and 10% (engine)."
     )
-    assert len(images_of(html)) == 3
+    assert len(images_of(html)) == 1 + 3
 
 
 def test_conditional_divergence_stands_alone(tmp_path):
@@ -448,11 +446,12 @@ def test_alarms_with_their_meaning_and_without(tmp_path):
         for step, names in enumerate([["hot"], ["hot", "cold"], [], ["hot"]], start=1)
     ]
     html, data = write(tmp_path, run_of(tmp_path, *rows, config={"alarms": {"hot": "it burns."}}))
+    nothing = {"run": "run", "value": None, "meaning": None, "next": None}
     assert data["alarms"] == [
-        {"run": "run", "name": "hot", "steps": [1, 2, 4], "count": 3, "meaning": "it burns."},
-        {"run": "run", "name": "cold", "steps": [2], "count": 1, "meaning": None},
+        nothing | {"name": "hot", "steps": [1, 2, 4], "count": 3, "meaning": "it burns."},
+        nothing | {"name": "cold", "steps": [2], "count": 1},
     ]
-    assert "<b>hot</b>, 3 times, at steps 1 to 2 and 4. It burns.</p>" in html
+    assert "<b>hot</b>, 3 times, at steps 1 to 2 and 4.</summary> It burns.</details>" in html
     assert "<b>cold</b>, 1 time, at step 2.</p>" in html
     assert summary_of(data)["Alarms"] == ["hot (3×), cold (1×)"]
 
@@ -466,10 +465,18 @@ def test_no_alarm(tmp_path, row, text):
     assert data["alarms"] == [] and text in html
 
 
-def test_an_alarm_says_what_was_seen(tmp_path):
+def test_an_alarm_says_what_was_seen_and_what_to_run(tmp_path):
     rows = [{"step": i, "alarms": ["hot"], "alarms/hot": i / 10} for i in (1, 2)]
-    html, _ = write(tmp_path, run_of(tmp_path, *rows))
+    html, data = write(tmp_path, run_of(tmp_path, *rows))
     assert "<b>hot</b>, 2 times, at steps 1 to 2 (0.2 at the last).</p>" in html
+    assert data["alarms"][0]["value"] == 0.2
+    means = "It burns. Likely cause: fire. Next: put it out."
+    path = run_of(tmp_path / "told", *rows, config={"alarms": {"hot": means}})
+    html, data = write(tmp_path, path)
+    assert (
+        "(0.2 at the last). <b>Next:</b> put it out.</summary> It burns. Likely cause: fire.<"
+    ) in html
+    assert data["alarms"][0]["next"] == "put it out."
 
 
 def test_steps_of_an_alarm_that_rings_always():
@@ -486,7 +493,7 @@ def test_a_probe_has_no_reward_and_says_so(tmp_path):
     for key in ("reward", "held_out", "clip", "kl", "grad_norm"):
         assert figure_of(data, key)["says"][0]["text"] == reason
         assert figure_of(data, key)["data"] == []
-    assert html.count(reason) == 1
+    assert html.count(reason) == 2  # Learning and updates
     assert data["notes"][0]["text"].startswith("A probe: engine and trainer are compared")
 
 
@@ -513,7 +520,7 @@ def test_held_out_accuracy_in_words(tmp_path):
     )
 
 
-NO_TOKENS = TokenLog(table=None, note="none")
+NO_TOKENS = TokenLog(note="none")
 
 
 def trend_of(*values):
@@ -567,7 +574,7 @@ def test_a_run_of_one_step(tmp_path):
     assert figure_of(data, "depth")["says"][0]["text"] == (
         "Its one MoE layer differs for 25% of tokens; no noise floor by layer was measured."
     )
-    assert len(images_of(html)) == 3
+    assert len(images_of(html)) == 1 + 3
 
 
 def test_missing_metrics_are_said_to_be_missing(tmp_path):
@@ -617,7 +624,7 @@ def test_no_mismatch_is_reported_as_none(tmp_path):
         "0 of 25 tokens compared differ in any of 2 layers. "
     )
     assert figure_of(data, "layers")["says"][0]["text"] == "No mismatch in any of the 2 MoE layers."
-    assert len(images_of(html)) == 5
+    assert len(images_of(html)) == 1 + 5
 
 
 def test_a_dense_run(tmp_path):
@@ -639,7 +646,7 @@ def test_runs_overlaid(tmp_path):
     assert [run["label"] for run in data["runs"]] == ["up", "grpo"]
     assert [entry["run"] for entry in figure_of(data, "reward")["data"]] == ["up", "grpo"]
     # A heat map for each; panels as in a run alone.
-    assert len(images_of(html)) == len(ALL) + 1 + 1 + 2 + 5 + 4 + 4 + 1
+    assert len(images_of(html)) == 1 + len(ALL) + 1 + 1 + 2 + 5 + 4 + 4 + 1
     greedy = summary_of(data)["Held-out pass@8"]
     assert greedy == ["55% → 95%", "–"]
     assert all([s["run"] for s in f["says"]] == ["up", "grpo"] for f in data["figures"])
@@ -709,11 +716,11 @@ def test_what_is_special_about_a_run_comes_first(tmp_path, monkeypatch, options,
 
 
 def test_a_long_run_of_many_layers_makes_a_page_of_sane_size(tmp_path):
-    """300 steps and 48 layers, with 5 sequences shown of 400 tokens each."""
+    """300 steps and 48 layers, with 6 sequences shown of 400 tokens each."""
     path = make_run(tmp_path / "run", steps=300, layers=48, level="aggregate")
     tokens = random_tokens(np.random.default_rng(0), 48, sequences=6, length=450)
     write_tokens(path, 300, tokens, 48)
     html, data = write(tmp_path, path)
-    assert html.count('class="token"') == 5 * 400
+    assert len(re.findall('class="token[ "]', html)) == 6 * 400
     assert len(html) < 4e6
     assert len(json.dumps(data)) < 4e6

@@ -4,6 +4,7 @@ Not covered: how the boxes look, hovering and tapping.
 """
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from moe_upgrpo.report import plots, write_report
 from moe_upgrpo.report.sequences import MAX_TOKENS, drawn
 from moe_upgrpo.store import RunFolder
 from moe_upgrpo.store.parquet import write_checked
+from moe_upgrpo.store.texts import write_prompts, write_vocabulary
 from tests.report.synthetic import make_run, write_tokens
 
 
@@ -70,6 +72,7 @@ def test_a_token_shows_what_was_logged(run):
             "logp_rollout": -0.5,
             "logp_old": -1,
             "ratio": 1.25,
+            "advantage": 0.5,
             "gap": -0.5,
             "layers": [
                 {"layer": 1, "shared": 1, "rollout": [0, 4], "train": [0, 2]},
@@ -82,13 +85,15 @@ def test_a_token_shows_what_was_logged(run):
             "logp_rollout": -1.25,
             "logp_old": -1,
             "ratio": 1,
+            "advantage": 0.5,
             "gap": 0.25,
             "layers": [],
         },
     ]
     assert (
         "position 5, token id 12\nlog p: engine -0.5, trainer -1, gap -0.5\nratio 1.25 at the last "
-        "optimizer visit\nlayer 1: engine 0 4 / trainer 0 2\nlayer 2: engine 0 1 / trainer 2 3"
+        "optimizer visit\nadvantage 0.5\nlayer 1: engine 0 4 / trainer 0 2\nlayer 2: engine 0 1 / "
+        "trainer 2 3"
     ) in html
     assert (
         "The largest |gap| shown of step 2 is 0.5 nats, at position 5 of sequence 0, where 2 of 2 "
@@ -125,23 +130,51 @@ def test_routes_that_cannot_be_read_are_named_and_the_rest_is_shown(run):
 
 
 def test_which_sequences_are_shown(run):
-    """Gaps 0, 0.1, ..., 0.7 of one token each; sequences 2 and 1 have one and two mismatches."""
-    overlap = np.full((8, 2), 2)
+    """Twenty with one token each: gaps grow with the number, 2 and 1 have one and two mismatches,
+    3 and 4 the best rewards, 5 and 6 the worst."""
+    overlap = np.full((20, 2), 2)
     overlap[2, 0] = overlap[1, 0] = overlap[1, 1] = 1
+    reward = np.full(20, 0.5)
+    reward[[3, 4]], reward[[5, 6]] = 1, 0
     rows = {
-        "sequence": np.arange(8),
+        "sequence": np.arange(20),
         "overlap": overlap,
-        "logp_old": np.arange(8) / 10,
+        "logp_old": np.arange(20) / 10,
+        "reward": reward,
     }
     write_tokens(run, 1, rows, 2)
     _, found = shown(run)
-    assert [s["sequence"] for s in found[:4]] == [7, 6, 5, 1]
-    assert [s["chosen"] for s in found[2:]] == [
+    assert [s["sequence"] for s in found[:8]] == [19, 18, 1, 2, 3, 4, 5, 6]
+    assert [s["chosen"] for s in found[::2]] == [
         "one of the largest |gap|",
-        "the most mismatched layers per token of the others",
+        "one of the most mismatched layers per token",
+        "one of the best rewards",
+        "one of the worst rewards",
         "drawn at random",
     ]
-    assert found[4]["sequence"] in (0, 2, 3, 4)
+    assert {s["sequence"] for s in found[8:]} <= {0, *range(7, 18)} and len(found) == 10
+
+
+def test_prompts_and_responses_are_read_as_text(run):
+    """Tokens 11 to 13 and a prompt of 1 and 2; é comes in two bytes."""
+    write_tokens(run, 1, THREE, 2)
+    write_prompts(run / "tokens", 1, 0, {0: [1, 2]})
+    write_vocabulary(run, {1: b"Say ", 2: b"<b>: ", 11: b"\xa9!", 12: b" caf\xc3", 13: b"no"})
+    html, found = shown(run)
+    assert found[0]["prompt_text"] == "Say <b>: "
+    assert [token["text"] for token in found[0]["tokens"]] == [" caf", "é!"]
+    assert '<span class="prompt">Say &lt;b&gt;: </span>' in html
+    assert "position 5, token id 12: &#39; caf&#39;\n" in html and ">é!</span>" in html
+    assert "no vocabulary" not in html
+    # Layers 1 and 2 of the first of the two tokens differ.
+    assert '<path d="M0 0h1v1h-1zM0 1h1v1h-1z"/>' in html
+
+
+def test_without_a_vocabulary_ids_are_shown_and_said_to_be(run):
+    write_tokens(run, 1, THREE, 2)
+    html, found = shown(run)
+    assert found[0]["prompt_text"] is None and "text" not in found[0]["tokens"][0]
+    assert "the run keeps no vocabulary" in html and ">12</span>" in html
 
 
 CUT = "of which 400 are shown from number {} on"
@@ -153,7 +186,7 @@ def test_a_long_response_is_cut_and_says_so(run):
     assert len(found["tokens"]) == MAX_TOKENS == 400
     assert found["length"] == 500
     assert found["tokens"][-1]["position"] == 399
-    assert html.count('class="token"') == 400
+    assert len(re.findall('class="token[ "]', html)) == 400
     assert " ".join(html.split()).count(CUT.format(1)) == 1
 
 
@@ -178,7 +211,7 @@ def test_a_gap_that_is_no_number_comes_first(run):
 
 def test_dense_and_without_tokens(tmp_path):
     _, found = shown(make_run(tmp_path / "dense", steps=1, layers=0))
-    assert len(found) == 4  # none has mismatched layers
+    assert len(found) == 8  # none has mismatched layers or another reward
     assert all(token["layers"] == [] for s in found for token in s["tokens"])
     html, found = shown(make_run(tmp_path / "aggregate", steps=1, level="aggregate"))
     assert found == []
@@ -188,18 +221,23 @@ def test_dense_and_without_tokens(tmp_path):
 @pytest.mark.parametrize("gap, fill", [(0.0, 0), (0.01, 0), (-0.1, 0.5), (1.0, 1), (9.0, 1)])
 def test_colour_by_hand(gap, fill):
     """log(0.1 / 0.01) is half of log(1 / 0.01)."""
-    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio")
+    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "advantage")
     token = dict.fromkeys(names, 1) | {"gap": gap, "layers": []}
-    assert drawn(token, 4)["fill"] == fill
+    assert drawn(token, 4)["fills"]["gap"] == fill
     assert drawn(token, 4)["line"] == 0
     # Two pixels and three more where all layers differ.
     layers = [{"layer": i, "shared": 1} for i in range(4)]
     assert drawn(token | {"layers": layers}, 4)["line"] == 5
-    assert drawn(token | {"gap": None}, 4)["fill"] == 1
+    assert drawn(token | {"gap": None}, 4)["fills"]["gap"] == 1
+    # log 0.5 is beyond 0.01 by log(0.69 / 0.01) / log(100) = 0.92; half of 3 nats; −1 of 2.
+    other = token | {"ratio": 0.5, "entropy": 1.5, "advantage": -1.0, "layers": layers[:1]}
+    fills = {"ratio": 0.92, "entropy": 0.5, "advantage": 0.5, "mismatch": 0.25}
+    assert drawn(other, 4)["fills"] == fills | {"gap": fill}
+    assert not drawn(other, 4)["positive"]
 
 
 def test_a_token_names_some_layers_only():
-    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "gap")
+    names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "gap", "advantage")
     layers = [{"layer": i, "shared": 1} for i in range(20)]
     about = drawn(dict.fromkeys(names, 1) | {"layers": layers}, 48)["about"]
     assert about.endswith("layer 11: experts shared: 1\nand 8 more layers")

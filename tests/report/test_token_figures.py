@@ -139,12 +139,14 @@ def test_mismatched_layers_against_independence_by_hand(run):
     assert says(figure).endswith("; too few (2) to say whether they come together.")
 
 
-def test_only_the_newest_files_of_a_long_log_are_read(run):
+def test_of_a_very_long_log_steps_at_even_distances_are_read(run):
     for step in (1, 2, 3):
         write_tokens(run, step, FOUR, 2)
-    log = read_token_log(run, max_rows=5)
-    assert log.table["step"].to_pylist() == [2] * 4 + [3] * 4
-    assert log.note == "8 response tokens of steps 2 to 3; 1 older file not read."
+    log = read_token_log(run, max_files=2)
+    assert log.steps == (1, 3) and log.num_rows == 8
+    assert log.note == (
+        "8 response tokens of steps 1 and 3; of 3 steps with rows 2 at even distances are read."
+    )
     assert read_token_log(run).note == "12 response tokens of steps 1 to 3."
 
 
@@ -159,8 +161,11 @@ def test_a_missing_step_and_missing_rows_are_named(run):
         "8 response tokens of steps 1 and 3; step 2 is missing; step 3 has 4 rows for 5 tokens."
     )
     rows = [{"step": step, "tokens/sampled": 4} for step in (1, 2, 3)]
-    note = read_token_log(folder.path, rows=rows, max_rows=1).note
-    assert note == "4 response tokens of step 3; 1 older file not read."
+    note = read_token_log(folder.path, rows=rows, max_files=1).note
+    assert note == (
+        "4 response tokens of step 3; of 2 steps with rows 1 at even distances are read; step 2 is "
+        "missing."
+    )
     note = read_token_log(folder.path, rows=rows[:2]).note
     assert note == "8 response tokens of steps 1 and 3; step 2 is missing; step 3 not finished."
 
@@ -185,7 +190,7 @@ def test_a_log_of_another_model_is_not_drawn(tmp_path):
     assert data["token_log"][0]["text"] == text and data["sequences"] == []
     assert {says(found[figure.key]) for figure in TOKEN_FIGURES} == {text}
     same = {"moe_layers": [1, 2], "top_k": 2, "num_experts": 8}
-    assert read_token_log(path.path, config=same).table.num_rows == 4
+    assert read_token_log(path.path, config=same).num_rows == 4
 
 
 def test_good_files_beside_bad_ones_are_read(run):
@@ -194,7 +199,7 @@ def test_good_files_beside_bad_ones_are_read(run):
     write_tokens(run, 3, FOUR, 2).write_bytes(b"PAR1")
     write_tokens(run, 4, FOUR, 2)
     log = read_token_log(run)
-    assert log.table["step"].unique().to_pylist() == [1, 4]
+    assert log.steps == (1, 4)
     assert log.note == (
         "8 response tokens of steps 1 and 4. Left out: step-000003-rank-0000.parquet (not "
         "readable), step-000002-rank-0000.parquet (logged otherwise)."

@@ -34,6 +34,14 @@ def test_draws_agree_with_all_signs(monkeypatch):
     assert abs(sign_flip_test(d) - exact) < 4 * math.sqrt(exact * (1 - exact) / 20_000)
 
 
+def test_many_prompts_are_drawn_by_the_sizes_of_their_differences(monkeypatch):
+    d = np.array([3, 3, 2, 1, 1, 1, 1, -1, -1, -2, 0, 2, -3])
+    exact = sign_flip_test(d)
+    for name in ("_EXACT", "_MANY"):
+        monkeypatch.setattr(f"moe_upgrpo.stats.sign_flips.{name}", 0)
+    assert abs(sign_flip_test(d) - exact) < 4 * math.sqrt(exact * (1 - exact) / 20_000)
+
+
 def test_halves_of_the_same_prompts_do_not_differ():
     """At .01, of 400 data sets: 1.5% is the limit in the long run (docs/intervals.md has 4,000);
     2.6% is three standard deviations above 1% here. Tokens say ten times as often that they do."""

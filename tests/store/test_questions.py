@@ -10,7 +10,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.routing.clustering import clustering as routes_clustering
 from moe_upgrpo.store import TokenLogWriter, overlap_array, read_tokens
-from moe_upgrpo.store.questions import _grouped, clustering, rate
+from moe_upgrpo.store.questions import clustering, rate
 from tests.store.rows import EXPERTS, FLOATS, full_columns
 
 LAYER_IDS, TOP_K = (1, 3, 4), 2
@@ -140,12 +140,15 @@ def test_only_the_most_frequent_tokens(table):
     assert counts(rate(table, "mismatch", by="token", groups=1)) == {9: (3, 9)}
 
 
-def test_wide_bins_double():
+def test_wide_bins_double(tmp_path):
     """0, 1, 2, 3–4, 5–8, 9–16, 17–32 mismatches, by the values found in each."""
     values = np.array([0, 1, 2, 3, 4, 5, 8, 9, 16, 17])
-    group, labels = _grouped("own", values, np.ones(10, bool), 20)
-    assert labels == [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 17)]
-    assert group.tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6]
+    columns = {"position": values + 1, "overlap": np.arange(17) >= values[:, None]}
+    table = log(tmp_path, columns | {"overlap": 2 * columns["overlap"]}, layer_ids=range(17))
+    rows = rate(table, "gap", by="own")
+    assert [(row.group, row.denominator) for row in rows] == [
+        ((0, 0), 1), ((1, 1), 1), ((2, 2), 1), ((3, 4), 2), ((5, 8), 2), ((9, 16), 2), ((17, 17), 1)
+    ]  # fmt: skip
 
 
 def test_the_responses_to_a_prompt_are_one_draw(tmp_path):

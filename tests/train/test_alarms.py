@@ -196,7 +196,7 @@ def test_every_alarm_says_what_to_do():
 def test_limits_that_are_set_are_told_and_hold():
     limits = AlarmLimits(mismatch=0.5, log_prob_gap=0.01)
     said = texts(limits)
-    assert said["mismatch-above-noise"].endswith("(Set here: mismatch 0.5.)")
+    assert "the two). (Set here: mismatch 0.5.) Likely cause" in said["mismatch-above-noise"]
     assert said["zero-filled-routes"] == ALARMS["zero-filled-routes"].means
     assert raised(FLOORLESS | {"mismatch/router_rate": 0.4}, limits) == []
     assert raised(HEALTHY | {"logp_gap/k3": 0.02}, limits) == ["large-log-prob-gap"]

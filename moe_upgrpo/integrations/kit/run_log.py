@@ -7,6 +7,7 @@ cannot tell is left out: a column that no sequence has, a metric that nothing wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ class RunLog:
         if problem:
             raise UserError(problem)
         self.run = RunFolder(path)
+        # As long as the process lives: who follows the run sees its end by it.
+        self._lock = self.run.locked() if self.rank == 0 else nullcontext()
+        self._lock.__enter__()
         self.writer = TokenLogWriter(
             self.run.tokens,
             rank=self.rank,
@@ -181,6 +185,7 @@ class RunLog:
                     num_experts=self.num_experts,
                 )
                 sums, maxima = record.sums(), record.maxima()
+                self.writer.write_prompts(number, record.prompts())
                 self.writer.write(number, record.token_rows())
         except UserError as error:
             problem = f"data-parallel rank {self.rank}: {error}"
