@@ -23,7 +23,6 @@ _MEGATRON = "backends/megatron_utils"
 _TRAINING = "miles/backends/training_utils"
 _WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
 _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
-_SWIFT = "swift/megatron/trainers/grpo_trainer.py"
 _ENGINE = "verl/workers/engine/megatron/transformer_impl.py"
 _LAYOUT = "verl/models/mcore/util.py"
 _REPLAY = "verl/utils/megatron/router_replay_patch.py"
@@ -126,26 +125,6 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
             "DynamicInferenceEngine.post_process_requests",
         ),
     ],
-    "ms-swift": [
-        (_SWIFT, "MegatronGRPOTrainer._init_grpo_params"),
-        (_SWIFT, "MegatronGRPOTrainer._score_completions"),
-        (_SWIFT, "MegatronGRPOTrainer._generate_and_score_completions"),
-        (_SWIFT, "MegatronGRPOTrainer._maybe_compute_logps"),
-        (_SWIFT, "MegatronGRPOTrainer.forward_step"),
-        (_SWIFT, "MegatronGRPOTrainer.loss_func"),
-        (_SWIFT, "MegatronGRPOTrainer._apply_rollout_importance_sampling"),
-        (_SWIFT, "MegatronGRPOTrainer._compute_off_policy_sequence_mask"),
-        ("swift/megatron/trainers/base.py", "BaseMegatronTrainer.train_step"),
-        ("swift/megatron/trainers/base.py", "BaseMegatronTrainer._aggregated_metrics"),
-        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._prepare_vllm_engine"),
-        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._colocate_rollout"),
-        ("swift/megatron/trainers/rollout_mixin.py", "MegatronRolloutMixin._replace_data_iterator"),
-        ("swift/megatron/trainers/utils.py", "compute_per_token_logps_fn"),
-        ("swift/megatron/trainers/utils.py", "reconstruct_tensor_cp"),
-        ("swift/rlhf_trainers/utils.py", "collate_to_grpo_micro_batch"),
-        ("swift/rlhf_trainers/utils.py", "build_completion_mask_and_seq_lengths"),
-        ("swift/rlhf_trainers/utils.py", "pad_logps_back_to_batch"),
-    ],
 }  # fmt: skip
 # Where a release has what a later revision moved.
 BEFORE: dict[tuple[str, str], tuple[str, str]] = {
@@ -176,12 +155,6 @@ LOSS: dict[str, set[str]] = {
     },
     "nemo-rl": {"ClippedPGLossFn.__init__", "ClippedPGLossFn.__call__"},
     "megatron-lm": {"calculate_grpo_loss", "prepare_data_for_update", "prepare_trajectories"},
-    "ms-swift": {
-        "MegatronGRPOTrainer._init_grpo_params", "MegatronGRPOTrainer.loss_func",
-        "MegatronGRPOTrainer._apply_rollout_importance_sampling",
-        "MegatronGRPOTrainer._compute_off_policy_sequence_mask", "compute_per_token_logps_fn",
-        "pad_logps_back_to_batch", "reconstruct_tensor_cp", "build_completion_mask_and_seq_lengths",
-    },
 }  # fmt: skip
 # What older revisions lack, where the integration does without.
 NEWER: dict[str, list[tuple[str, str]]] = {

@@ -1,13 +1,11 @@
-"""The variables by which a job of another stack says what it wants: of the log, of a loss."""
+"""The variables by which a job of another stack says what it wants of the routing log."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.record.limits import AlarmLimits
@@ -15,7 +13,6 @@ from moe_upgrpo.record.limits import AlarmLimits
 RUN = "MOE_UPGRPO_RUN"  # a new folder for the routing log; unset: none
 ALARMS = "MOE_UPGRPO_ALARMS"  # limits of alarms, as mismatch=0.2,reward_drop=0.3
 TOKENS = "MOE_UPGRPO_TOKENS"  # share of the sequences whose token rows are kept; unset: all
-SETTINGS = "MOE_UPGRPO_LOSS_SETTINGS"  # JSON, fields of a loss; unset: the preset's
 
 
 def run_folder() -> Path | None:
@@ -34,29 +31,6 @@ def token_share() -> float:
     if not 0 < share <= 1:
         raise UserError(f"{TOKENS}: {given!r} given; allowed: a share of the sequences, 0 < x <= 1")
     return share
-
-
-def loss_settings(loss: str, *, preset: bool) -> dict[str, Any] | None:
-    """The fields that MOE_UPGRPO_LOSS_SETTINGS sets; None for a loss that is no preset of ours.
-
-    loss: as the user named it. Raises UserError: no JSON object, or fields of a loss of the stack.
-    """
-    given = os.environ.get(SETTINGS) or "{}"
-    try:
-        settings, reason = json.loads(given), "not an object"
-    except json.JSONDecodeError as error:
-        settings, reason = None, str(error)
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{SETTINGS}: {given!r} given ({reason}); allowed: a JSON object of fields of a loss, "
-            'such as {"clip_low": 0.1}'
-        )
-    if settings and not preset:
-        raise UserError(
-            f"{SETTINGS}: {given} given with {loss}, which is not of moe_upgrpo; take a preset of "
-            "it, or unset the variable"
-        )
-    return settings if preset else None
 
 
 def alarm_limits() -> AlarmLimits:

@@ -25,7 +25,6 @@ MODULES = {
     "miles": ("miles", "miles-rl"),
     "nemo-rl": ("nemo_rl", "nemo-rl"),
     "megatron-lm": ("megatron.rl", "megatron-core"),
-    "ms-swift": ("swift", "ms-swift"),
 }
 _said: set[str] = set()  # stacks that this process has warned of
 
