@@ -708,8 +708,8 @@ def closed_output(step: int) -> None:
         time.sleep(1.5 * (of_step == step + 1))
         return commit(self, part, of_step, *arguments)
 
-    def told(self, row):
-        tell(self, row)
+    def told(self, row, raised):
+        tell(self, row, raised)
         if row["step"] == step:
             reader, writer = os.pipe()
             os.close(reader)
