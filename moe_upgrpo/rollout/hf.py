@@ -4,6 +4,7 @@ N prompts, B sequences (samples of prompts), A of them unfinished, W padded prom
 V vocabulary, T response tokens, L MoE layers, K experts per token.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +121,9 @@ class HFEngine:
             module.register_forward_pre_hook(
                 lambda module, args, tap=self._taps[name]: tap.append(args[1])
             )
+        # Newer transformers warn of the older name, and on each rank once a step.
+        takes = inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self.model = model.to(self.device).eval().requires_grad_(False)
         if self.weights == "fp8":
             for name, weight in self.model.named_parameters():
@@ -275,9 +279,9 @@ class HFEngine:
             input_ids=ids_AX.to(self.device),
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         ).logits
         return logits[:, -1], self._read_taps(*ids_AX.shape)
 

@@ -4,6 +4,7 @@ The reference is a plain transformers model, eager experts, one unpadded sequenc
 cache; routes come from its routers. Not covered: CUDA, sharded checkpoints.
 """
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -238,6 +239,13 @@ def test_the_seed_decides_and_the_global_generators_are_left_alone(engine, other
     engine.update_weights(weights_of(other_dir).items(), version=1)
     assert torch.equal(torch.get_rng_state(), torch_state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_nothing_that_transformers_gives_up_is_used(engine):
+    """Each rank would print its warning once a step (transformers 5.24: past_key_values)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        sample(engine)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
