@@ -81,7 +81,9 @@ def test_a_new_engine_is_a_record(monkeypatch):
         make_engine("mine", "m", dtype="float32", device=CPU, max_tokens=8, weights="fp8")
 
 
-@pytest.mark.parametrize("settings", [{"sequences": 0}, {"kv_cache_gib": 0}])
-def test_bad_settings(settings):
-    with pytest.raises(UserError, match=f"vllm.{next(iter(settings))}=0"):
-        VLLMSettings(**settings)
+@pytest.mark.parametrize(
+    ("name", "value"), [("sequences", 0), ("kv_cache_gib", 0), ("kv_cache_gib", float("nan"))]
+)
+def test_bad_settings(name, value):
+    with pytest.raises(UserError, match=f"vllm.{name}={value}: "):
+        VLLMSettings(**{name: value})
