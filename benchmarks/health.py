@@ -18,7 +18,6 @@ from contextlib import nullcontext
 import torch
 import tyro
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from transformers import Qwen3MoeConfig
 
 from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
@@ -27,23 +26,20 @@ from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.routing.health import count_rows
+from moe_upgrpo.train.warm_start import tiny_model_config
 
 LIMIT = 0.01
 
 
 def model_of(hidden: int, width: int, experts: int, top_k: int) -> torch.nn.Module:
-    hf = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        num_hidden_layers=1,
-        num_attention_heads=16,
-        num_key_value_heads=2,
+    hf = tiny_model_config(
+        layers=1,
+        hidden=hidden,
+        heads=16,
         head_dim=64,
-        intermediate_size=64,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        moe_intermediate_size=width,
-        norm_topk_prob=True,
+        experts=experts,
+        expert_intermediate=width,
+        top_k=top_k,
     )
     (chunk,) = build_model(hf, Layout(), torch.float32)
     for parameter in chunk.parameters():

@@ -1,8 +1,10 @@
 """The direction of the imports, and that the pure parts need nothing but torch and numpy."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -63,6 +65,8 @@ def test_imports_point_one_way(path):
         allowed = set(ORDER[: ORDER.index(folder) + 1])
         # The report reads what runs left and knows nothing of how they were made.
         allowed = {"errors", "stats", "store", "report"} if folder == "report" else allowed
+        # A stack has a trainer of its own.
+        allowed -= {"train", "tools", "compare"} if folder == "integrations" else set()
         assert ours <= allowed, f"{path} imports {sorted(ours - allowed)}"
     uses_megatron = any(name.split(".")[0] == "megatron" for name in found)
     assert not uses_megatron or folder in ("megatron", "integrations")
@@ -70,6 +74,82 @@ def test_imports_point_one_way(path):
 
 def test_there_are_files_to_check():
     assert len(FILES) > 30
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def at_import(nodes: list[ast.AST]) -> Iterator[ast.AST]:
+    """All that runs when the module is imported."""
+    for node in nodes:
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if later or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            continue
+        yield node
+        yield from at_import(list(ast.iter_child_nodes(node)))
+
+
+def test_imports_go_round_in_no_circle():
+    modules = {module(path): path for path in FILES}
+    graph = {}
+    for name, path in modules.items():
+        imported = set()
+        for node in at_import(ast.parse(path.read_text(encoding="utf-8")).body):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports by a relative name, not looked at here"
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= {one if one in modules else node.module for one in full}
+        graph[name] = imported & modules.keys()
+    assert sum(map(len, graph.values())) > 500
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(modules)
+
+
+def test_no_class_of_the_trainer_has_more_than_15_methods():
+    found = {
+        f"{path.name}: {node.name}": sum(
+            isinstance(of, ast.FunctionDef | ast.AsyncFunctionDef) for of in node.body
+        )
+        for path in FILES
+        if path.relative_to(PACKAGE).parts[0] in ("train", "tools")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(found) > 30
+    assert not {name: methods for name, methods in found.items() if methods > 15}
+
+
+HTTP = {"http.client", "urllib.request", "urllib3", "requests", "httpx", "aiohttp"}
+
+
+def test_one_file_asks_servers():
+    asking = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(name == of or name.startswith(f"{of}.") for name in imports(path) for of in HTTP)
+    ]
+    assert asking == ["rollout/server_client.py"]
+
+
+# Classes of the stacks, whose constructors take a GPU or a Ray cluster.
+OF_STACKS = {
+    *("DynamicInferenceEngine", "KVBlockAllocator", "TextGenerationController"),
+    "actor_module.MegatronTrainRayActor",
+}
+
+
+def test_no_test_makes_an_object_of_ours_without_its_constructor():
+    made = [
+        ast.unparse(node.args[0])
+        for path in (ROOT / "tests").rglob("*.py")
+        if "__new__" in (text := path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("__new__")
+    ]
+    assert set(made) == OF_STACKS
 
 
 PURE = (
@@ -141,29 +221,6 @@ def test_texts_and_pipes_name_their_encoding():
     assert not [call for path in checked for call in without_encoding(path)]
 
 
-@pytest.mark.parametrize(
-    ("line", "calls"),
-    [
-        ("Path('a').read_text()", 1),
-        ("Path('a').write_text('b', errors='replace')", 1),
-        ("open('a')", 1),
-        ("Path('a').open('a')", 1),
-        ("os.fdopen(0, 'w')", 1),
-        ("subprocess.run(['a'], text=True)", 1),
-        ("Path('a').read_text(encoding='utf-8')", 0),
-        ("Path('a').open('rb')", 0),
-        ("open('a', mode='wb')", 0),
-        ("os.open('a', os.O_RDONLY)", 0),
-        ("write_text(file, 'a')", 0),
-        ("subprocess.run(['a'], encoding='utf-8')", 0),
-    ],
-)
-def test_which_calls_that_are(line, calls, tmp_path):
-    file = tmp_path / "a.py"
-    file.write_text(line, encoding="utf-8")
-    assert len(without_encoding(file)) == calls
-
-
 # One interpreter, which has imported what any part may and forks for each.
 IMPORT_EACH = f"""
 import os, sys
@@ -216,25 +273,37 @@ def test_nothing_outside_rollout_compares_engine_names():
 
 
 @pytest.mark.parametrize(
-    ("code", "places"),
+    ("finder", "code", "places"),
     [
-        ("config.engine == 'hf'", 1),
-        ("'vllm' != config.engine", 1),
-        ("config.engine in ('vllm', 'sglang')", 1),
-        ("match config.engine:\n    case 'sglang' | 'other':\n        pass", 1),
-        ("{'hf': 1, 'vllm': 2}[config.engine]", 1),
-        ("{'hf': 1}.get(config.engine)", 1),
-        ("config.engine.startswith('vllm')", 1),
-        ("config.engine == 'other'", 0),
-        ("ENGINES[config.engine].takes_url", 0),
-        ("engine: str = 'hf'", 0),
-        ("{'engine': 'hf'}['engine']", 0),
+        (without_encoding, "Path('a').read_text()", 1),
+        (without_encoding, "Path('a').write_text('b', errors='replace')", 1),
+        (without_encoding, "open('a')", 1),
+        (without_encoding, "Path('a').open('a')", 1),
+        (without_encoding, "os.fdopen(0, 'w')", 1),
+        (without_encoding, "subprocess.run(['a'], text=True)", 1),
+        (without_encoding, "Path('a').read_text(encoding='utf-8')", 0),
+        (without_encoding, "Path('a').open('rb')", 0),
+        (without_encoding, "open('a', mode='wb')", 0),
+        (without_encoding, "os.open('a', os.O_RDONLY)", 0),
+        (without_encoding, "write_text(file, 'a')", 0),
+        (without_encoding, "subprocess.run(['a'], encoding='utf-8')", 0),
+        (engines_compared, "config.engine == 'hf'", 1),
+        (engines_compared, "'vllm' != config.engine", 1),
+        (engines_compared, "config.engine in ('vllm', 'sglang')", 1),
+        (engines_compared, "match config.engine:\n    case 'sglang' | 'other':\n        pass", 1),
+        (engines_compared, "{'hf': 1, 'vllm': 2}[config.engine]", 1),
+        (engines_compared, "{'hf': 1}.get(config.engine)", 1),
+        (engines_compared, "config.engine.startswith('vllm')", 1),
+        (engines_compared, "config.engine == 'other'", 0),
+        (engines_compared, "ENGINES[config.engine].takes_url", 0),
+        (engines_compared, "engine: str = 'hf'", 0),
+        (engines_compared, "{'engine': 'hf'}['engine']", 0),
     ],
 )
-def test_which_comparisons_those_are(code, places, tmp_path):
+def test_which_places_are_found(finder, code, places, tmp_path):
     file = tmp_path / "a.py"
     file.write_text(code, encoding="utf-8")
-    assert len(engines_compared(file)) == places
+    assert len(finder(file)) == places
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():

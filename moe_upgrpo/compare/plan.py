@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.options import mapping_arguments
+from moe_upgrpo.train.options import mapping_arguments, read_yaml
 from moe_upgrpo.train.passed_words import folded
 
 Summary = Literal["mean", "last", "best"]
@@ -191,17 +189,8 @@ class Run:
 
 def read_plan(path: Path) -> Comparison:
     """The comparison in a YAML (or JSON) file. Raises UserError that names the file."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise UserError("fields of a comparison are needed: name, question, base, arms, ...")
-        return from_values(values)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    needed = "fields of a comparison (name, question, base, arms, ...)"
+    return read_yaml(path, from_values, named=str(path), needed=needed)
 
 
 def from_values(values: dict[str, Any]) -> Comparison:

@@ -7,6 +7,7 @@ used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -38,7 +39,7 @@ class VLLMSettings:
     def __post_init__(self):
         if self.sequences < 1:
             raise UserError(f"vllm.sequences={self.sequences}: at least 1 is needed.")
-        if self.kv_cache_gib <= 0:
+        if not 0 < self.kv_cache_gib < math.inf:
             raise UserError(f"vllm.kv_cache_gib={self.kv_cache_gib}: above 0 is needed.")
 
 
@@ -188,6 +189,28 @@ def with_servers() -> list[EngineName]:
     return [name for name, record in ENGINES.items() if record.takes_url]
 
 
+def check_engine(
+    name: EngineName, *, weights: EngineWeights = "as-trained", url: str | None = None
+) -> EngineRecord:
+    """The record of an engine. Raises UserError where it does not go with the form of the weights
+    or with a URL."""
+    record = ENGINES.get(name)
+    if record is None:
+        raise UserError(f"engine={name!r}: allowed are {', '.join(ENGINES)}.")
+    if weights not in record.weights:
+        able = " or ".join(n for n, other in ENGINES.items() if weights in other.weights)
+        raise UserError(
+            f"engine_weights={weights!r} with engine={name}: allowed with engine={able}."
+        )
+    if url is not None and not record.takes_url:
+        able = " and ".join(with_servers())
+        raise UserError(
+            f"engine_url={url} with engine={name}: only {able} have servers. Name one, or leave "
+            "engine_url out."
+        )
+    return record
+
+
 def make_engine(
     name: EngineName,
     model_dir: str | Path,
@@ -207,16 +230,7 @@ def make_engine(
     started by rank 0, with its output in `server_log`. `max_tokens`: of the longest sequence,
     prompt and response together. `weights`: a form that its record has.
     """
-    record = ENGINES[name]
-    if weights not in record.weights:
-        able = " or ".join(n for n, other in ENGINES.items() if weights in other.weights)
-        raise UserError(
-            f"engine_weights={weights!r} with engine={name}: allowed with engine={able}."
-        )
-    if url is not None and not record.takes_url:
-        able = " and ".join(with_servers())
-        raise UserError(f"engine_url={url} with engine={name}: only {able} have servers.")
-    return record.make(
+    return check_engine(name, weights=weights, url=url).make(
         model_dir,
         dtype=dtype,
         weights=weights,

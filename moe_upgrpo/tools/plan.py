@@ -110,7 +110,7 @@ def make_plan(config: PlanConfig) -> Plan:
     in_update = sequences // config.batch.minibatches
     update = MicroBatch(sequences=min(trainer.micro_batch, in_update), length=length)
     score = MicroBatch(sequences=min(trainer.micro_batch, sequences), length=length)
-    _check_engine(config)
+    _check_place(config)
     of_stage = config.ranks // layout.pp
     made = [
         StagePlan(
@@ -178,7 +178,7 @@ def _in_process(config: PlanConfig) -> bool:
     return rollouts.load_rollouts is None and place == "each rank"
 
 
-def _check_engine(config: PlanConfig) -> None:
+def _check_place(config: PlanConfig) -> None:
     rollouts = config.rollouts
     engine = ENGINES[rollouts.engine]
     started_here = engine.place(rollouts.engine_url) == "a server started here"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.parts import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class PlanConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: at least 1 is needed.")
-        if self.gpu_memory_gb <= 0 or self.server_gb < 0:
-            raise UserError("gpu_memory_gb must be above 0, and server_gb 0 or more.")
-        if self.imbalance < 1:
-            raise UserError(f"imbalance={self.imbalance}: the busiest rank has 1 or more means.")
+        at_least(self, 1, "nodes", "gpus_per_node")
+        if not 0 < self.gpu_memory_gb < math.inf:
+            raise UserError(f"gpu_memory_gb={self.gpu_memory_gb:g}: GB above 0 are needed.")
+        if not 0 <= self.server_gb < math.inf:
+            raise UserError(f"server_gb={self.server_gb:g}: 0 GB or more are needed.")
+        if not 1 <= self.imbalance < math.inf:
+            raise UserError(f"imbalance={self.imbalance:g}: the busiest rank has 1 or more means.")
 
     @property
     def ranks(self) -> int:

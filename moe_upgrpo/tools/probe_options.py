@@ -9,7 +9,8 @@ from typing import Literal
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.record.limits import AlarmLimits
-from moe_upgrpo.rollout.engines import EngineName
+from moe_upgrpo.rollout.engines import EngineName, check_engine
+from moe_upgrpo.train.parts import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,10 @@ class ProbeConfig:
                 "--dump-samples is of two dumps: with a model, --samples says how many responses "
                 "a prompt has."
             )
-        for name in ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: at least 1 is needed.")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: 0 or more is needed.")
+        names = ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples")
+        at_least(self, 1, *names)
+        at_least(self, 0, "seed")
+        check_engine(self.engine, url=self.engine_url)
         if not 0 < self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature}: above 0 is needed; at 0 nothing is sampled."

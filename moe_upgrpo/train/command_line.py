@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from difflib import get_close_matches
 from typing import Any
 
 import tyro
 
 from moe_upgrpo.errors import UserError
 
-# The part of a config has a name that nobody types.
-_OURS = re.compile(r"^Error parsing (\w+\.)?((TrainConfig|PlanConfig|ProbeConfig|tiny): )?")
+# Configs and parts of them have names that nobody types, and some messages begin with the part.
+_OURS = re.compile(r"^Error parsing (?:\w+\.)*(?:\w+Config: |(\w+): (?=\1\.))?")
+_UNKNOWN = "Unrecognized options: "
 
 
 def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> Any:
@@ -24,7 +26,7 @@ def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> An
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with redirect_stderr(said):
             return tyro.cli(what, args=words, prog=prog, console_outputs=speaks)
     except UserError as error:  # of a part without a prefix, which tyro lets through
         wrong = str(error).removesuffix(".")
@@ -32,7 +34,29 @@ def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> An
         if not end.code:
             raise
         wrong = _condensed(said.getvalue())
+        if wrong.startswith(_UNKNOWN):
+            wrong = wrong.partition(". Perhaps you meant")[0] + _near(wrong, what, prog)
     raise UserError(f"{wrong}. All options: {prog} --help")
+
+
+def _near(wrong: str, what: Any, prog: str) -> str:
+    """The options whose names come nearest to the first that is not known.
+
+    tyro's own list has every option of a group with its help, and none for a part's name.
+    """
+    given = wrong.removeprefix(_UNKNOWN).split(", ")[0].partition("=")[0]
+    if not given.startswith("--"):
+        return ""
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        tyro.cli(what, args=["--help"], prog=prog)
+    names = list(dict.fromkeys(re.findall(r"--[a-z][\w.-]*", shown.getvalue())))
+    group, _, last = given.replace("_", "-").rpartition(".")
+    of_group = [name for name in names if name.startswith((f"{given}.", f"{group or given}."))]
+    same = [name for name in names if name.lstrip("-").rpartition(".")[2] == last.lstrip("-")]
+    near = get_close_matches(given, of_group, n=3) or of_group
+    near = near or same or get_close_matches(given, names, n=3, cutoff=0.75)
+    return f". Near it: {', '.join(near)}" if near else ""
 
 
 def _condensed(box: str) -> str:

@@ -6,11 +6,11 @@ tyro reads the words; what is wrong with a value it says, whichever way the valu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,8 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
 from moe_upgrpo.train.passed_words import as_words
+
+T = TypeVar("T")
 
 # What may be given anew where a run is resumed: it says where the run is computed, how far it goes
 # and how it is watched. Everything else says what the run is.
@@ -167,17 +169,27 @@ def file_arguments(path: Path) -> list[str]:
     Raises UserError, which names the file: it cannot be read, or a field is not known (the nearest
     one is named) or stands there twice.
     """
+    needed = "lines of `option: value`"
+    return read_yaml(path, mapping_arguments, named=f"--config {path}", needed=needed)
+
+
+def read_yaml(path: Path, make: Callable[[dict], T], *, named: str, needed: str) -> T:
+    """Make something, by `make`, of the mapping in a YAML (or JSON) file.
+
+    Raises UserError that begins with `named`: the file cannot be read, holds no mapping (`needed`
+    says of what) or a field twice, or `make` refuses it.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if not isinstance(values, dict):
-            raise UserError("lines of `option: value` are needed.")
-        return mapping_arguments(values)
+            raise UserError(f"{needed} are needed.")
+        return make(values)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}.") from None
+        raise UserError(f"{named}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
+        raise UserError(f"{named} is not YAML: {error}") from None
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"{named}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,12 +15,13 @@ from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
-from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings
+from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings, check_engine
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
 
-def _at_least(part: Any, least: int, *names: str) -> None:
+def at_least(part: Any, least: int, *names: str) -> None:
+    """Raise UserError where a field of `part` is below `least`, 0 or 1; None is not."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -56,8 +57,8 @@ class RunOptions:
     """Newest checkpoints to keep; an older one goes once a new one is whole."""
 
     def __post_init__(self):
-        _at_least(self, 0, "seed", "save_every")
-        _at_least(self, 1, "steps", "keep")
+        at_least(self, 0, "seed", "save_every")
+        at_least(self, 1, "steps", "keep")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"timeout={self.timeout:g}: minutes above 0 are needed.")
         if not 0 < self.stop_within < math.inf:
@@ -96,6 +97,8 @@ class ObjectiveOptions:
 
     def policy_loss(self) -> PolicyLossConfig:
         """The preset, with this run's rollout correction."""
+        if self.loss not in PRESETS:
+            raise UserError(f"loss={self.loss!r}: allowed are {', '.join(PRESETS)}.")
         changed = {"correction": self.correction} if self.correction.active else {}
         return PolicyLossConfig.preset(self.loss, **changed)
 
@@ -147,7 +150,7 @@ class ProblemOptions:
                 raise UserError(
                     f"digits={self.digits} with data: sums or the files' problems, not both."
                 )
-            _at_least(self, 1, "max_prompt_tokens")
+            at_least(self, 1, "max_prompt_tokens")
         elif given := [
             name
             for name in ("eval_data", "prompt_field", "answer_field", "chat_template",
@@ -182,15 +185,12 @@ class RolloutOptions:
     """Folder of a run's saved rollouts to train on: no engine, no evaluation."""
 
     def __post_init__(self):
-        _at_least(self, 1, "engine_every")
+        at_least(self, 1, "engine_every", "max_new_tokens")
+        check_engine(self.engine, weights=self.engine_weights, url=self.engine_url)
         if self.overlap and self.load_rollouts is not None:
             raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
         if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens={self.max_new_tokens}: at least 1 is needed, or leave it out."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class TrainerOptions:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self):
-        _at_least(self, 1, "micro_batch")
+        at_least(self, 1, "micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +263,8 @@ class BatchOptions:
     more batches are sampled in their place; 0: off."""
 
     def __post_init__(self):
-        _at_least(self, 0, "max_refills")
-        _at_least(self, 1, "prompts", "minibatches", "epochs")
+        at_least(self, 0, "max_refills")
+        at_least(self, 1, "prompts", "minibatches", "epochs")
         if self.group < 2:
             raise UserError(f"group={self.group}: advantages compare at least 2 responses.")
 
@@ -308,7 +308,7 @@ class RewardOptions:
     """Taken off at max_new_tokens."""
 
     def __post_init__(self):
-        _at_least(self, 0, "overlong_buffer")
+        at_least(self, 0, "overlong_buffer")
         if not 0 <= self.false_positives < 1:
             raise UserError(f"false_positives={self.false_positives}: 0 or more and below 1.")
         if not -math.inf < self.reward_wrong < 1:
@@ -334,7 +334,7 @@ class EvaluationOptions:
     """Most held-out problems to use."""
 
     def __post_init__(self):
-        _at_least(self, 1, "eval_every", "eval_samples", "eval_problems")
+        at_least(self, 1, "eval_every", "eval_samples", "eval_problems")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +357,7 @@ class LogOptions:
     """Where alarms ring: docs/mismatch.md."""
 
     def __post_init__(self):
-        _at_least(self, 0, "analyse_every")
+        at_least(self, 0, "analyse_every")
         if (self.token_log == "sampled") != (self.token_log_share != 1):
             raise UserError(
                 f"token_log={self.token_log!r} with token_log_share={self.token_log_share}: a "

@@ -128,6 +128,12 @@ def test_file(tmp_path):
     file.write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match="is not YAML"):
         read_plan(file)
+    file.write_text("- name")
+    with pytest.raises(UserError, match=r"plan.yaml: fields of a comparison .* are needed"):
+        read_plan(file)
+    file.write_text("name: one\nseeds: [0, 1]\nseeds: [2, 3]")
+    with pytest.raises(UserError, match=r"plan.yaml: 'seeds' stands in line 2 and in line 3"):
+        read_plan(file)
     file.write_text("name: one")
     with pytest.raises(UserError, match=r"plan.yaml: question, base, .* is missing"):
         read_plan(file)

@@ -177,9 +177,9 @@ def gradients(checkpoint: Path, sizes: dict, settings: dict) -> dict[str, torch.
     for rule in (*rules.LATENT_ATTENTION, *rules.LATENT_QUERY):
         if "_down_proj" in rule.megatron:
             object.__setattr__(rule, "form", rules.ROWS)
-    layout = object.__new__(Layout)
-    for name in Layout.__dataclass_fields__:
-        object.__setattr__(layout, name, (sizes | {"dispatcher": "alltoall"}).get(name, 1))
+    whole = sizes | {"dispatcher": "alltoall"}
+    with mock.patch.object(Layout, "__post_init__", lambda self: None):
+        layout = Layout(**{f.name: whole.get(f.name, 1) for f in dataclasses.fields(Layout)})
 
     def config(*args):
         made = transformer_config(*args)

