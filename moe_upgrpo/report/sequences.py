@@ -183,7 +183,15 @@ def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> di
             )
             for i in np.flatnonzero(shared_L < layout.top_k)
         ]
-        names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "advantage", "entropy")
+        names = (
+            "position",
+            "token_id",
+            "logp_rollout",
+            "logp_old",
+            "ratio",
+            "advantage",
+            "entropy",
+        )
         values = {name: row[name] for name in names if row.get(name) is not None}
         if "logp_old" in values:
             values["gap"] = float(gap)

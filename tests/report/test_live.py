@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -84,6 +85,10 @@ def test_a_page_is_renewed_and_ends_with_its_run(writer, quick):
     url, thread, said = followed(run)
     try:
         until(lambda: "no step was finished" in get(url))
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            policy, html = answer.headers["Content-Security-Policy"], answer.read().decode()
+        (nonce,) = re.findall('<script nonce="(.*?)">', html)
+        assert f"script-src 'nonce-{nonce}';" in policy
         run.append_metrics({"step": 1, "reward/mean": 0.25, "alarms": ["hot"]})
         until(lambda: "<b>hot</b>, 1 time, at step 1." in get(url))
         first = json.loads(get(f"{url}version"))

@@ -221,7 +221,7 @@ def test_a_ratio_that_cannot_be_is_shown_as_the_largest():
 
 
 def test_texts_and_prompts_are_text_not_markup(run):
-    evil = b"</span></body><script>alert(1)</script><img src=x onerror=alert(2)>\" onfocus=\"x"
+    evil = b'</span></body><script>alert(1)</script><img src=x onerror=alert(2)>" onfocus="x'
     write_tokens(run, 1, THREE, 2)
     write_prompts(run / "tokens", 1, 0, {0: [1]})
     write_vocabulary(run, {i: evil for i in (1, 11, 12, 13)})
