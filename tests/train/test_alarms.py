@@ -7,7 +7,7 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.record.alarms import ALARMS, Watch, raised, texts
+from moe_upgrpo.record.alarms import ALARMS, Watch, texts
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.record.weights import changed, fingerprint
 
@@ -41,6 +41,11 @@ def after(rows, *, limits=None, replay=None) -> list[list[str]]:
     """The alarms that ring at each of the rows."""
     watch = Watch(limits, replay=replay)
     return [[one.name for one in watch.look(row)] for row in rows]
+
+
+def raised(row, limits=None) -> list[str]:
+    """The alarms that ring at a row alone, without those before it."""
+    return after([row], limits=limits)[0]
 
 
 def test_a_healthy_run_raises_none():
