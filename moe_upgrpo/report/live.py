@@ -40,6 +40,7 @@ class _Served:
     version: int = 0
     ended: bool = False
     nonce: str = field(default_factory=secrets.token_urlsafe)
+    key: str = field(default_factory=secrets.token_urlsafe)  # other users reach the port too
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, html: str, *, ended: bool) -> None:
@@ -54,9 +55,9 @@ class _Served:
 
     def answer(self, path: str) -> tuple[bytes, str] | None:
         with self.lock:
-            if path == "/":
+            if path == f"/{self.key}/":
                 return self.page, "text/html; charset=utf-8"
-            if path == "/version":
+            if path == f"/{self.key}/version":
                 about = {"version": self.version, "ended": self.ended}
                 return json.dumps(about).encode(), "application/json"
         return None
@@ -87,7 +88,8 @@ def follow(run: Path, output: Path, *, port: int = 0, say: Callable[[str], None]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         served.show(_waiting(run, "its first page is being made"), ended=False)
-        say(f"http://127.0.0.1:{server.server_port}/ follows {run} (Ctrl-C ends it)")
+        address = f"http://127.0.0.1:{server.server_port}/{served.key}/"
+        say(f"{address} follows {run} (Ctrl-C ends it)")
         _renew(run, output, served)
         say(f"the run has ended; report: {output}")
         time.sleep(LINGER_S)

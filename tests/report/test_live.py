@@ -100,6 +100,11 @@ def test_a_page_is_renewed_and_ends_with_its_run(writer, quick):
             get(url, host="elsewhere.example:80")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"{url}config.json")
+        # Without the key of the address nobody reads the run, other users of the machine included.
+        port, key = re.fullmatch(r"http://127.0.0.1:(\d+)/(.{20,})/", url).groups()
+        for path in ("", "version", f"{key[:-1]}/", "a/version"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(f"http://127.0.0.1:{port}/{path}")
     finally:
         end()
     thread.join(30)
