@@ -30,7 +30,7 @@ STRESS = "python -m benchmarks.exact.stress"
 STRESS_SEEDS = 12
 UP = {"up-grpo": ("grpo", "dapo"), "up-gspo": ("gspo",)}
 """UP losses, and those that they replace the positive branch of; DAPO as the papers' baseline."""
-CONFOUNDED = {("up-grpo", "dapo"): "dual clip differs too, 3 and 10"}
+CONFOUNDED = {("up-grpo", "dapo"): "dual clip 3 and 10"}
 """Pairs that differ in more than the claim is about, and in what."""
 
 
@@ -44,7 +44,7 @@ class Contrast:
 
     @property
     def shown(self) -> str:
-        return f"{self.text[:-1]}; {self.why_not})" if self.why_not else self.text
+        return f"{self.text[:-1]}; not judged: {self.why_not})" if self.why_not else self.text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -373,11 +373,6 @@ ALARMS: dict[str, Alarm] = {
 }
 
 
-def raised(row: Row, limits: AlarmLimits | None = None) -> list[str]:
-    """The names of the alarms that ring at a row alone, without those before it."""
-    return [one.name for one in Watch(limits).look(row)]
-
-
 def texts(limits: AlarmLimits) -> dict[str, str]:
     """Every alarm's meaning, for a run's config."""
     return {name: alarm.means_at(limits) for name, alarm in ALARMS.items()}

@@ -50,6 +50,6 @@ class AlarmLimits:
             if not least <= value < math.inf or (field.type == "int" and value != int(value)):
                 raise UserError(
                     f"alarm.{field.name}={value}: "
-                    + ("a whole number from 1 on" if least else "0 or more")
+                    + ("a whole number from 1 on" if least else "a finite number, 0 or more,")
                     + " is needed."
                 )

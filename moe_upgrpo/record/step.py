@@ -250,9 +250,9 @@ class StepRecord:
         if self.knows("logp_reference"):
             reference_N = self.of_tokens("logp_reference")
             sums["kl/warm_start"] = Metric(_k3_sum(reference_N, old_N), tokens)
-        sums |= tail_sums("logp_gap", old_N.astype(np.float64) - rollout_N)
-        with np.errstate(divide="ignore"):
-            sums |= tail_sums("ratio", np.log(self._ratio.astype(np.float64)))
+        old_N, train_N = (x.astype(np.float64) for x in (old_N, self.of_tokens("logp_train")))
+        sums |= tail_sums("logp_gap", old_N - rollout_N)
+        sums |= tail_sums("ratio", train_N - old_N)
         return sums | position_sums("logp_gap", self.of_tokens("positions"), gap_N)
 
     def _routing_sums(self) -> Sums:

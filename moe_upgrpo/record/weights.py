@@ -11,9 +11,14 @@ from moe_upgrpo.losses import Metric
 @torch.no_grad()
 def fingerprint(modules: Iterable[nn.Module]) -> list[float]:
     """The sum of each parameter's elements, in float64: equal before and after only where nothing
-    moved, but for changes that cancel to the last bit."""
-    sums = [torch.sum(p.detach(), dtype=torch.float64) for m in modules for p in m.parameters()]
-    return torch.stack(sums).tolist() if sums else []
+    moved, but for changes that cancel to the last bit.
+
+    Parameters of which this rank holds nothing are left out; the others may lie on several devices.
+    """
+    held = [p.detach() for module in modules for p in module.parameters() if p.numel()]
+    sums = [torch.sum(p, dtype=torch.float64) for p in held]
+    # To one device, so that the numbers come over at once.
+    return torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
 
 
 def changed(before: Sequence[float], after: Sequence[float]) -> Metric:

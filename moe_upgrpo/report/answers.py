@@ -4,7 +4,7 @@ Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from moe_upgrpo.report.figures import Entry, Format, Panels, number, percent, plural
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
-from moe_upgrpo.report.tokens import finite
+from moe_upgrpo.report.tokens import as_entry
 from moe_upgrpo.stats import MIN_PROMPTS
 from moe_upgrpo.store.questions import GROUPINGS
 
@@ -83,7 +83,7 @@ class Clustering:
         return [
             {"run": run.label}
             | histogram(run)
-            | {"clustering": [_finite(asdict(row)) for row in run.tokens.clustered().rows()]}
+            | {"clustering": [as_entry(row) for row in run.tokens.clustered().rows()]}
             for run in runs
             if run.tokens.layout is not None and run.tokens.layout.num_layers
         ]
@@ -142,11 +142,6 @@ def histogram(run: Run) -> Entry:
         "shares": (tokens_M / tokens_M.sum()).tolist(),
         "independent": independent_M[: len(tokens_M)].tolist(),
     }
-
-
-def _finite(row: Entry) -> Entry:
-    """Ends that are not known are null."""
-    return {key: finite(value) for key, value in row.items()}
 
 
 def interval(row: Entry, form: Format) -> str:

@@ -11,7 +11,7 @@
   const key = (details, i) => i + details.querySelector("summary").textContent;
 
   async function renew() {
-    const text = await (await fetch("/", { cache: "no-store" })).text();
+    const text = await (await fetch("./", { cache: "no-store" })).text();
     const next = new DOMParser().parseFromString(text, "text/html");
     const open = new Set([...document.querySelectorAll("details")]
       .map((d, i) => d.open ? key(d, i) : null));
@@ -29,7 +29,7 @@
 
   async function look() {
     try {
-      const now = await (await fetch("/version", { cache: "no-store" })).json();
+      const now = await (await fetch("version", { cache: "no-store" })).json();
       missed = 0;
       if (now.version !== live.version) { await renew(); live.version = now.version; }
       if (now.ended) { say("The run has ended: this is its last page."); return; }

@@ -1,6 +1,7 @@
 """A report that is served on this machine's loopback and renewed while its run goes on."""
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from moe_upgrpo.report.page import write_page
 from moe_upgrpo.report.runs import load_runs
 from moe_upgrpo.store import read_config, rows_so_far
 from moe_upgrpo.store.run_folder import is_being_written
+from moe_upgrpo.store.text import printable
 
 POLL_S = 1.0
 # Between two pages, as often as making one took: following takes no more of a machine than this.
@@ -23,8 +25,9 @@ IDLE_SHARE = 4
 LINGER_S = 5.0  # for browsers to fetch the last page
 
 _SCRIPT = (Path(__file__).parent / "live.js").read_text(encoding="utf-8")
+# Of scripts the page's own alone, by a number that nothing in a run folder can know.
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{}'; img-src data:; "
     "connect-src 'self'"
 )
 
@@ -36,21 +39,25 @@ class _Served:
     page: bytes = b""
     version: int = 0
     ended: bool = False
+    nonce: str = field(default_factory=secrets.token_urlsafe)
+    key: str = field(default_factory=secrets.token_urlsafe)  # other users reach the port too
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, html: str, *, ended: bool) -> None:
         with self.lock:
             self.version += 1
             about = json.dumps({"version": self.version, "ended": ended})
-            script = f"<script>const live = {about};\n{_SCRIPT}</script>\n</body>"
+            script = (
+                f'<script nonce="{self.nonce}">const live = {about};\n{_SCRIPT}</script>\n</body>'
+            )
             self.page = html.replace("</body>", script).encode()
             self.ended = ended
 
     def answer(self, path: str) -> tuple[bytes, str] | None:
         with self.lock:
-            if path == "/":
+            if path == f"/{self.key}/":
                 return self.page, "text/html; charset=utf-8"
-            if path == "/version":
+            if path == f"/{self.key}/version":
                 about = {"version": self.version, "ended": self.ended}
                 return json.dumps(about).encode(), "application/json"
         return None
@@ -81,7 +88,8 @@ def follow(run: Path, output: Path, *, port: int = 0, say: Callable[[str], None]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         served.show(_waiting(run, "its first page is being made"), ended=False)
-        say(f"http://127.0.0.1:{server.server_port}/ follows {run} (Ctrl-C ends it)")
+        address = f"http://127.0.0.1:{server.server_port}/{served.key}/"
+        say(f"{address} follows {run} (Ctrl-C ends it)")
         _renew(run, output, served)
         say(f"the run has ended; report: {output}")
         time.sleep(LINGER_S)
@@ -137,7 +145,8 @@ def _waiting(run: Path, why: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>moe_upgrpo</title>'
         '<meta name="color-scheme" content="light dark"></head>\n'
-        f"<body><main><h1>{escape(run.resolve().name)}</h1><p>No page yet: {escape(why)}.</p>"
+        f"<body><main><h1>{escape(printable(run.resolve().name))}</h1>"
+        f"<p>No page yet: {escape(printable(why))}.</p>"
         "</main>\n</body></html>\n"
     )
 
@@ -157,7 +166,7 @@ def _handler(served: _Served) -> type[BaseHTTPRequestHandler]:
                 ("Content-Type", kind),
                 ("Content-Length", str(len(body))),
                 ("Cache-Control", "no-store"),
-                ("Content-Security-Policy", _POLICY),
+                ("Content-Security-Policy", _POLICY.format(served.nonce)),
             ):
                 self.send_header(name, value)
             self.end_headers()

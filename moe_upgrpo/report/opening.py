@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_upgrpo.report.answers import interval, outer, separate
-from moe_upgrpo.report.figures import Entry, number, percent
+from moe_upgrpo.report.figures import Entry, number, percent, plural
 from moe_upgrpo.report.floors import against_floor
 from moe_upgrpo.report.notes import alarms, last_seen
 from moe_upgrpo.report.runs import Run
@@ -185,10 +185,17 @@ def _layers(run: Run) -> tuple[str, str]:
 
 def _matter(run: Run) -> tuple[str, str]:
     kl = run.pooled("logp_gap/k3")
+    # The store has null for what was no number, and a mean of the other steps would hide it.
+    lost = sum(row.get("logp_gap/k3", 0.0) is None for row in run.rows)
+    if kl is None and lost:
+        return "Not known", f"KL between engine and trainer is no number, at {plural(lost, 'step')}"
     if kl is None:
         return "Not known", "no log-probs were compared, so what mismatches do is not measured"
     verdict = "Hardly" if kl <= USUAL_KL else "Somewhat" if kl <= LARGE_KL else "Much"
     parts = [f"KL between engine and trainer is {number(kl)} per token"]
+    if lost:
+        verdict = "Much"
+        parts[0] += f", and no number at {plural(lost, 'step')}"
     if beyond := _rate(run, "gap_tail_2", None):
         parts.append(f"{beyond} of tokens have probabilities more than 2× apart")
     if text := _consequence(run):

@@ -97,19 +97,10 @@ class Run:
         )
 
     def _pooled(self, name: str, steps: Sequence[int] | None) -> float | None:
-        rows = [self.rows[i] for i in self._numbers().get(name, ([], []))[0]]
-        if steps is not None:
-            wanted = set(steps)
-            rows = [row for row in rows if row["step"] in wanted]
+        rows = _of([self.rows[i] for i in self._numbers().get(name, ([], []))[0]], steps)
         if not rows:
             return None
         return float(np.average([row[name] for row in rows], weights=_weights(rows)))
-
-    def _of(self, steps: Sequence[int] | None) -> list[dict[str, Any]]:
-        if steps is None:
-            return self.rows
-        wanted = set(steps)
-        return [row for row in self.rows if row["step"] in wanted]
 
     def summed(self, name: str, *, steps: Sequence[int] | None = None) -> np.ndarray | None:
         """A list of counts summed over the run, or over ``steps`` ``[M]``; None if none was logged.
@@ -117,7 +108,7 @@ class Run:
         Raises:
             UserError: lists of different lengths.
         """
-        rows = [row for row in self._of(steps) if row.get(name)]
+        rows = [row for row in _of(self.rows, steps) if row.get(name)]
         return self._matrix(name, rows).sum(axis=0).astype(np.int64) if rows else None
 
     def pass_at_k(self) -> list[str]:
@@ -161,6 +152,12 @@ class Run:
         ids = self.config.get("moe_layers")
         known = isinstance(ids, list) and len(ids) == num_layers
         return ids if known else list(range(num_layers))
+
+
+def _of(rows: list[dict[str, Any]], steps: Sequence[int] | None) -> list[dict[str, Any]]:
+    """The rows of some steps; None: all."""
+    wanted = None if steps is None else set(steps)
+    return rows if wanted is None else [row for row in rows if row["step"] in wanted]
 
 
 def _weights(rows: list[dict[str, Any]]) -> list[float] | None:

@@ -69,8 +69,9 @@ def sequences(run: Run) -> list[dict[str, Any]]:
 
 def _chosen(table: pa.Table) -> list[tuple[int, str]]:
     """Sequences and why each is shown; none twice."""
-    gap_N = np.abs(_gap(table))
+    gap_N, known_N = np.abs(_gap(table)), table["logp_old"].is_valid().to_numpy()
     gap_N[np.isnan(gap_N)] = math.inf
+    gap_N[~known_N] = 0.0
     ids, first_N, sequence_N, length = np.unique(
         table["sequence"].to_numpy(), return_index=True, return_inverse=True, return_counts=True
     )
@@ -79,7 +80,7 @@ def _chosen(table: pa.Table) -> list[tuple[int, str]]:
     mismatched = np.bincount(sequence_N, table["layers_mismatched"].to_numpy()) / length
     rewards = np.nan_to_num(table["reward"].to_numpy()[first_N].astype(float))
     drawn_at_random = np.random.default_rng(0).permutation(len(ids))
-    kinds = [(largest, "one of the largest |gap|")]
+    kinds = [(largest, "one of the largest |gap|")] if known_N.any() else []
     if mismatched.any():
         kinds.append((mismatched, "one of the most mismatched layers per token"))
     if rewards.min() < rewards.max():
@@ -124,7 +125,7 @@ _MAX_PROMPT = 2000  # characters shown
 
 
 def _gap(table: pa.Table) -> np.ndarray:
-    """logp_old − logp_rollout ``[N]``, in float64."""
+    """logp_old − logp_rollout ``[N]``, in float64; NaN where logp_old is null."""
     old, rollout = (table[name].to_numpy().astype(float) for name in ("logp_old", "logp_rollout"))
     return old - rollout
 
@@ -157,7 +158,11 @@ def _experts(
 
 
 def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
-    """Reward, advantage and tokens of one sequence, by position."""
+    """Reward, advantage and tokens of one sequence, by position.
+
+    A token has no logp_old, ratio, gap and entropy where its source does not know them; None stands
+    for what is no number.
+    """
     layout = TokenLayout.of(table.schema)
     table = table.sort_by("position")
     length = table.num_rows
@@ -178,10 +183,18 @@ def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> di
             )
             for i in np.flatnonzero(shared_L < layout.top_k)
         ]
-        names = ("position", "token_id", "logp_rollout", "logp_old", "ratio", "advantage")
-        values = {name: row[name] for name in names} | {"gap": float(gap)}
-        if row.get("entropy") is not None:
-            values["entropy"] = row["entropy"]
+        names = (
+            "position",
+            "token_id",
+            "logp_rollout",
+            "logp_old",
+            "ratio",
+            "advantage",
+            "entropy",
+        )
+        values = {name: row[name] for name in names if row.get(name) is not None}
+        if "logp_old" in values:
+            values["gap"] = float(gap)
         tokens.append({k: finite(v) for k, v in values.items()} | {"layers": layers})
     first = table.slice(0, 1).to_pylist()[0]
     return {
@@ -200,13 +213,18 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
     if not shown:
         return run.tokens.note
     first = shown[0]
-    known = [token for token in first["tokens"] if token["gap"] is not None]
-    if len(known) < len(first["tokens"]):
+    known = [token for token in first["tokens"] if "gap" in token]
+    if any(token["gap"] is None for token in known):
         return (
             f"sequence {first['sequence']} of step {first['step']} holds a gap that is no number."
         )
-    worst = max(known, key=lambda token: abs(token["gap"]))
     refused = "".join(f" Routes not readable: {reason}." for reason in first["routes_refused"])
+    if not known:
+        return (
+            f"of step {first['step']} no log-probs at the old weights are known, so that there is "
+            f"no gap.{refused}"
+        )
+    worst = max(known, key=lambda token: abs(token["gap"]))
     return (
         f"the largest |gap| shown of step {first['step']} is {number(abs(worst['gap']))} nats, at "
         f"position {worst['position']} of sequence {first['sequence']}, where "
@@ -219,11 +237,11 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
     lines = [
         f"position {token['position']}, token id {token['token_id']}"
         + (f": {token['text']!r}" if "text" in token else ""),
-        f"log p: engine {_value(token['logp_rollout'])}, trainer {_value(token['logp_old'])}, "
-        f"gap {_value(token['gap'])}",
-        f"ratio {_value(token['ratio'])} at the last optimizer visit",
-        f"advantage {_value(token['advantage'])}"
-        + (f", entropy {_value(token['entropy'])} nats" if "entropy" in token else ""),
+        f"log p: engine {_value(token, 'logp_rollout')}, trainer {_value(token, 'logp_old')}, "
+        f"gap {_value(token, 'gap')}",
+        f"ratio {_value(token, 'ratio')} at the last optimizer visit",
+        f"advantage {_value(token, 'advantage')}"
+        + (f", entropy {_value(token, 'entropy')} nats" if "entropy" in token else ""),
     ]
     for layer in token["layers"][:_MAX_LAYERS]:
         if "rollout" in layer:
@@ -233,15 +251,15 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
             lines.append(f"layer {layer['layer']}: experts shared: {layer['shared']}")
     if (hidden := len(token["layers"]) - _MAX_LAYERS) > 0:
         lines.append(f"and {hidden} more layers")
-    ratio, advantage = token["ratio"], token["advantage"]
-    log_ratio = math.log(ratio) if ratio else None
+    ratio, advantage = token.get("ratio"), token["advantage"]
+    log_ratio = math.log(ratio) if ratio and ratio > 0 else None
     share = len(token["layers"]) / num_layers if num_layers else 0.0
     return {
         "text": token.get("text", token["token_id"]),
         "fills": {
-            "gap": _log_fill(token["gap"]),
+            "gap": _log_fill(token["gap"]) if "gap" in token else 0.0,
             "mismatch": round(share, 2),
-            "ratio": _log_fill(log_ratio),
+            "ratio": _log_fill(log_ratio) if "ratio" in token else 0.0,
             "entropy": round(min((token.get("entropy") or 0.0) / FULL_ENTROPY, 1.0), 2),
             "advantage": round(min(abs(advantage or 0.0) / FULL_ADVANTAGE, 1.0), 2),
         },
@@ -268,5 +286,7 @@ def strip(found: dict[str, Any], layer_ids: Sequence[int]) -> str:
     )
 
 
-def _value(x: float | None) -> str:
-    return "not finite" if x is None else f"{x:.4g}"
+def _value(token: dict[str, Any], name: str) -> str:
+    if name not in token:
+        return "not known"
+    return "not finite" if token[name] is None else f"{token[name]:.4g}"

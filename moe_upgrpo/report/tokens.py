@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.stats import Rate
 from moe_upgrpo.store import COLUMNS, TokenLayout, read_tokens
 from moe_upgrpo.store.parquet import column_names, described
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES, AboveFloors, Clustered, ask
@@ -119,11 +120,7 @@ class TokenLog:
             self._summed.append(sums)
         for key, question in questions.items():
             try:
-                rows = question.rows()
-                # Ends that are not known are null.
-                self._answered[key] = [
-                    {name: finite(value) for name, value in asdict(row).items()} for row in rows
-                ]
+                self._answered[key] = [as_entry(row) for row in question.rows()]
             except UserError as error:
                 self._answered[key] = f"{error}."
 
@@ -292,6 +289,11 @@ def _gaps(
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_entry(row: Rate) -> dict[str, Any]:
+    """A row of an answer; ends that are not known are null."""
+    return {name: finite(value) for name, value in asdict(row).items()}
 
 
 _MAX_SPANS = 12

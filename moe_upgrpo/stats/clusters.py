@@ -13,7 +13,7 @@ magnitudes, where figures are closer to normal and stay inside of their bounds:
 of a sum, half of the smallest part. benchmarks/coverage.py shows how often such intervals hold what
 is true.
 
-Shape suffixes: N rows (tokens), P prompts, G groups, C columns of sums.
+Shape suffixes: P prompts, G groups, C columns of sums.
 """
 
 import math
@@ -57,20 +57,6 @@ class Rate:
     low: float
     high: float
     prompts: int
-
-
-def cluster_sums(
-    values_N: np.ndarray, clusters_N: np.ndarray, groups_N: np.ndarray, shape: tuple[int, int]
-) -> sparse.csr_array:
-    """Sum of the rows of each prompt and group: sparse ``[P, G]`` = ``shape``.
-
-    Args:
-        values_N: numbers ``[N]``.
-        clusters_N: the prompt of each row, 0..P-1.
-        groups_N: the group of each row, 0..G-1.
-    """
-    entries = (np.asarray(values_N, dtype=np.float64), (clusters_N, groups_N))
-    return sparse.coo_array(entries, shape=shape).tocsr()
 
 
 def rates(

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_upgrpo.errors import UserError
-
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "p99_99": 0.9999}
 """Quantiles of |log ratio|; told where a token is beyond: the last from 10,000 tokens on."""
 
@@ -73,7 +71,14 @@ def quantiles(counts_B: np.ndarray) -> dict[str, float]:
 
 
 def pareto_k_of_counts(above_B: np.ndarray, below_B: np.ndarray) -> float:
-    """`pareto_k` of the ratios behind `log_counts`, to a bin's width."""
+    """The tail index k of the ratios behind `log_counts`, to a bin's width, as PSIS has it; NaN
+    where there is no tail to fit.
+
+    A generalised Pareto distribution is fitted to the M = min(N/5, 3√N) largest (Vehtari, Simpson,
+    Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 25, 2024). Above .5 the
+    variance of the ratios is infinite, above .7 their mean is not to be had from a sample, above 1
+    there is none.
+    """
     total = int(above_B.sum() + below_B.sum())
     wanted = _tail_size(total) + 1
     logs = _spread(above_B, wanted)
@@ -83,32 +88,16 @@ def pareto_k_of_counts(above_B: np.ndarray, below_B: np.ndarray) -> float:
     return _fitted(np.exp(np.minimum(logs, 700.0)))
 
 
-def pareto_k(ratios_N: np.ndarray) -> float:
-    """The tail index k of ratios, as PSIS has it; NaN where there is no tail to fit.
-
-    A generalised Pareto distribution is fitted to the M = min(N/5, 3√N) largest (Vehtari, Simpson,
-    Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 25, 2024). Above .5 the
-    variance of the ratios is infinite, above .7 their mean is not to be had from a sample, above 1
-    there is none.
-
-    Raises:
-        UserError: a ratio that is negative, infinite or NaN.
-    """
-    r_N = np.asarray(ratios_N, np.float64)
-    if r_N.ndim != 1 or not np.isfinite(r_N).all() or (r_N < 0).any():
-        raise UserError(f"ratios [N] are finite and not negative, got shape {list(r_N.shape)}")
-    wanted = _tail_size(len(r_N)) + 1
-    return _fitted(np.sort(r_N)[::-1][:wanted])
-
-
 def _tail_size(total: int) -> int:
     return math.ceil(min(0.2 * total, 3 * math.sqrt(total)))
 
 
 def _fitted(largest: np.ndarray) -> float:
     """k of the M largest beyond the one after them, all descending."""
+    if len(largest) < 6:
+        return math.nan
     excess_M = (largest[:-1] - largest[-1])[::-1]
-    if len(excess_M) < 5 or not excess_M[len(excess_M) // 4] > 0:
+    if not excess_M[len(excess_M) // 4] > 0:
         return math.nan
     return generalised_pareto_k(excess_M[excess_M > 0])
 

@@ -50,7 +50,8 @@ def _beyond(tau: float, log_ratio: Callable[[Columns], np.ndarray]) -> Callable[
 
 
 def _log_ratio(c: Columns) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # a ratio that underflowed to 0 is beyond every τ
+    # A ratio that underflowed to 0 is beyond every τ; one that cannot be is NaN.
+    with np.errstate(divide="ignore", invalid="ignore"):
         return np.log(c["ratio"])
 
 

@@ -136,9 +136,10 @@ class Question:
         layout: TokenLayout,
         groups: int,
         confidence: float,
-        counted: dict[Hashable, Counted] | None = None,
+        counted: dict[Hashable, Any] | None = None,
     ) -> None:
-        """asked: the `Quantity`. column: of the grouping. counted: shared by several questions."""
+        """asked: the `Quantity`. column: of the grouping. counted: one for all questions that are
+        answered together, which share their groups."""
         self.quantity, self.asked, self.by, self.column = quantity, asked, by, column
         self.layout, self.groups, self.confidence = layout, groups, confidence
         # A layer's own rate is one of tokens.
@@ -153,7 +154,7 @@ class Question:
         self._counted = counted.setdefault(self.key, Counted())
         self._fixed: np.ndarray | None = None
         self._sums: list[tuple[np.ndarray, ...]] = []
-        self._steps: dict[int, int] = {}
+        self._steps: dict[int, int] = counted.setdefault(("steps", *self.key), {})
         self._extent: dict[int, tuple[Any, Any]] = {}
         self.scale: Scale = asked.scale
 

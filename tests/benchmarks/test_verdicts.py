@@ -54,8 +54,8 @@ def test_contrasts_that_are_confounded_are_shown_and_not_judged():
     assert found.verdict == "holds" and found.verdicts == ["holds"]
     assert found.evidence[0].effect == (
         "points: up-grpo − grpo +2.0 (+1.0 to +3.0); up-gspo-bypass − gspo-bypass −50.0 (−51.0 to "
-        "−49.0; at 0.33 times the learning rate); up-grpo − dapo −50.0 (−51.0 to −49.0; dual clip "
-        "differs too, 3 and 10)"
+        "−49.0; not judged: at 0.33 times the learning rate); up-grpo − dapo −50.0 (−51.0 to "
+        "−49.0; not judged: dual clip 3 and 10)"
     )
     with pytest.raises(UserError, match="no contrast of seconds"):
         Made(loaded=rows).evidence("seconds", "s", str)

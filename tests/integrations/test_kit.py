@@ -18,6 +18,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.record import SequenceRecord, StepRecord, known_rows
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.store import TokenLogWriter, read_config, read_metrics, read_tokens
 from moe_upgrpo.store.questions import rate
 from tests.megatron.conftest import checkpoints  # noqa: F401
@@ -318,6 +319,28 @@ def test_alarms_ring(tmp_path):
     assert not any(isinstance(value, list) for value in reported(metrics).values())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["alarms"] == ["mismatch-above-noise", "large-log-prob-gap"]
+
+
+def training(folder) -> tuple[list[float | None], float]:
+    """Three steps: the second changes one of two tensors, the third none."""
+    model = torch.nn.Linear(2, 2)
+    with groups.process_groups(Layout()):
+        log = RunLog(
+            folder / "run", {}, group=None, layer_ids=[1, 3], top_k=2, num_experts=4,
+            modules=[model], limits=AlarmLimits(steps_unchanged=1),
+        )  # fmt: skip
+        rates = []
+        for number in (1, 2, 3):
+            if number == 2:
+                model.bias.data += 1
+            metrics = log.write_step(number, Step(sequences=[sequence("a")], updates=1))
+            rates.append(metrics.get("weights/changed_rate"))
+        return rates, metrics["alarms/weights-unchanged"]
+
+
+def test_whether_a_step_changed_the_weights(tmp_path):
+    (found,) = run_ranks(1, training, tmp_path)
+    assert found == ([None, 0.5, 0.0], 1)
 
 
 def test_old_log_probs_that_nobody_computed_are_null(tmp_path):

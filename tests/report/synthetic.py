@@ -212,7 +212,7 @@ def write_tokens(run: Path, step: int, columns: dict, layers: int, *, rank=0, **
         "clipped": np.zeros(num_tokens, bool),
         "layers_mismatched": (overlap < 2).sum(axis=1),
         "overlap": overlap,
-        **{name: np.asarray(values) for name, values in columns.items()},
+        **{name: np.asanyarray(values) for name, values in columns.items()},
     }
     writer = TokenLogWriter(
         run / "tokens", rank=rank, layer_ids=range(1, layers + 1), top_k=2, num_experts=8, **options

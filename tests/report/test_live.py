@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -84,6 +85,10 @@ def test_a_page_is_renewed_and_ends_with_its_run(writer, quick):
     url, thread, said = followed(run)
     try:
         until(lambda: "no step was finished" in get(url))
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            policy, html = answer.headers["Content-Security-Policy"], answer.read().decode()
+        (nonce,) = re.findall('<script nonce="(.*?)">', html)
+        assert f"script-src 'nonce-{nonce}';" in policy
         run.append_metrics({"step": 1, "reward/mean": 0.25, "alarms": ["hot"]})
         until(lambda: "<b>hot</b>, 1 time, at step 1." in get(url))
         first = json.loads(get(f"{url}version"))
@@ -95,6 +100,11 @@ def test_a_page_is_renewed_and_ends_with_its_run(writer, quick):
             get(url, host="elsewhere.example:80")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"{url}config.json")
+        # Without the key of the address nobody reads the run, other users of the machine included.
+        port, key = re.fullmatch(r"http://127.0.0.1:(\d+)/(.{20,})/", url).groups()
+        for path in ("", "version", f"{key[:-1]}/", "a/version"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(f"http://127.0.0.1:{port}/{path}")
     finally:
         end()
     thread.join(30)

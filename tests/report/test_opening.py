@@ -132,12 +132,25 @@ def test_whether_it_matters(kl, verdict):
     row = floors(200, 20) | {"logp_gap/k3": kl, "alarms": ["hot", "cold"], "alarms/hot": 2.5}
     *_, last = opening(run_of(row, answers={("gap", "own"): own}))
     assert last.verdict == verdict
-    if kl:
+    if not kl:
+        assert last.text == "KL between engine and trainer is no number, at 1 step."
+    else:
         assert last.text == (
             f"KL between engine and trainer is {kl} per token; mean |gap| is 0.2 (0.1 to 0.3) "
             "where 1 layer differs and 0.01 (0.009 to 0.011) where none does; alarms rang: hot "
             "(2.5 at the last), cold."
         )
+
+
+def test_a_step_without_a_number_is_not_left_out_of_the_verdict():
+    """null is what the store makes of NaN and infinity."""
+    run = run_of(floors(200, 20) | {"logp_gap/k3": 0.0005})
+    run.rows.append({"step": 2, "logp_gap/k3": None})
+    *_, last = opening(run)
+    assert last.verdict == "Much"
+    assert (
+        last.text == "KL between engine and trainer is 0.0005 per token, and no number at 1 step."
+    )
 
 
 def test_a_long_finding_is_cut_between_its_parts():

@@ -56,7 +56,7 @@ def test_parts_give_what_the_whole_gives(tmp_path):
     path = make_run(tmp_path / "run", steps=STEPS)
     table, log = read_tokens(path), tokens.read_token_log(path)
     asked = [("gap", by) for by in ("all", "position", "prefix", "margin", "token", "own", "step")]
-    asked += [("gap", "context"), ("mismatch", "context")]
+    asked += [("gap", "context"), ("mismatch", "context"), ("clipped", "step")]
     asked += [("mismatch", "layer"), ("clipped", "sign"), ("gradient_weight_negative", "prefix")]
     log.answer_all(asked, summed=True)
     for quantity, by in asked:

@@ -201,6 +201,37 @@ def test_the_largest_gap_of_a_long_response_is_shown(run):
         assert CUT.format(first + 1) in " ".join(html.split())
 
 
+def test_what_the_source_does_not_know_is_no_gap(run):
+    """A stack that makes no forward at the old weights: nothing is coloured, and nothing broken."""
+    unknown = dict.fromkeys(("logp_old", "ratio"), np.ma.masked_all(3))
+    write_tokens(run, 1, THREE | unknown, 2)
+    html, found = shown(run)
+    assert "Of step 1 no log-probs at the old weights are known, so that there is no gap." in html
+    assert "one of the largest" not in html and "not finite" not in html
+    assert "trainer not known, gap not known\nratio not known at the last" in html
+    assert "--gap:" not in html.split("<body>")[1] and "--ratio:" not in html.split("<body>")[1]
+    assert {"logp_old", "ratio", "gap"}.isdisjoint(found[0]["tokens"][0])
+
+
+def test_a_ratio_that_cannot_be_is_shown_as_the_largest():
+    token = dict.fromkeys(("position", "token_id", "logp_rollout", "logp_old", "advantage"), 1)
+    for ratio in (-1.0, 0.0, None):
+        fills = drawn(token | {"gap": 0.0, "ratio": ratio, "layers": []}, 4)["fills"]
+        assert fills["ratio"] == 1
+
+
+def test_texts_and_prompts_are_text_not_markup(run):
+    evil = b'</span></body><script>alert(1)</script><img src=x onerror=alert(2)>" onfocus="x'
+    write_tokens(run, 1, THREE, 2)
+    write_prompts(run / "tokens", 1, 0, {0: [1]})
+    write_vocabulary(run, {i: evil for i in (1, 11, 12, 13)})
+    html, found = shown(run)
+    assert found[0]["prompt_text"] == found[0]["tokens"][0]["text"] == evil.decode()
+    assert html.count("</body>") == 1 and "<script" not in html and "<img" not in html
+    # As text, of which no quotation mark ends an attribute.
+    assert html.count("&lt;script&gt;alert(1)") > 4 and 'onfocus="x' not in html
+
+
 def test_a_gap_that_is_no_number_comes_first(run):
     write_tokens(run, 1, THREE | {"logp_old": [-1.0, -1.0, float("nan")]}, 2)
     html, found = shown(run)

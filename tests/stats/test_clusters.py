@@ -10,13 +10,7 @@ from scipy.stats import t
 
 from benchmarks.coverage import Case, coverage
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import cluster_sums, jackknifed, rates, ratio_interval
-
-
-def test_sums_of_prompts_and_groups():
-    """Rows (prompt, group, value): (0,0,1) (0,0,2) (0,1,5) (1,1,7)."""
-    sums = cluster_sums([1, 2, 5, 7], np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), (2, 2))
-    np.testing.assert_array_equal(sums.toarray(), [[3, 5], [0, 7]])
+from moe_upgrpo.stats import jackknifed, rates, ratio_interval
 
 
 def test_a_rate_is_a_ratio_of_sums_and_no_mean_of_means():

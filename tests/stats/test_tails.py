@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import genpareto
 
-from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import (
     log_counts,
-    pareto_k,
     pareto_k_of_counts,
     position_bins,
     quantiles,
@@ -54,19 +52,28 @@ def test_ratios_and_their_counts_give_the_same_index():
     """The largest M = 3√N of N ratios; their scale does not matter, and that below 1 does not."""
     rng = np.random.default_rng(2)
     logs = rng.standard_normal(50_000) * 0.7
-    found = pareto_k(np.exp(logs))
-    largest = np.sort(np.exp(logs))[::-1][: math.ceil(3 * math.sqrt(50_000)) + 1]
-    assert found == pytest.approx(generalised_pareto_k((largest[:-1] - largest[-1])[::-1]))
-    assert pareto_k_of_counts(*log_counts(logs)) == pytest.approx(found, abs=0.03)
-    assert pareto_k(1e3 * np.exp(logs)) == pytest.approx(found)
+    found = pareto_k_of_counts(*log_counts(logs))
+    assert found == pytest.approx(_of_the_largest(logs, 3 * math.sqrt(50_000)), abs=0.03)
+    heavy = rng.standard_t(3, 20_000) * 0.5
+    found = pareto_k_of_counts(*log_counts(heavy))
+    assert found == pytest.approx(_of_the_largest(heavy, 3 * math.sqrt(20_000)), abs=0.05)
     # 30 tokens, most of them below 1: the tail reaches over it.
     few = np.concatenate([[0.5, 0.2], -np.linspace(0.01, 0.5, 28)])
-    assert pareto_k_of_counts(*log_counts(few)) == pytest.approx(pareto_k(np.exp(few)), abs=0.1)
+    assert pareto_k_of_counts(*log_counts(few)) == pytest.approx(_of_the_largest(few, 6), abs=0.1)
 
 
-def test_no_tail_no_index():
-    assert math.isnan(pareto_k(np.ones(500)))
-    assert math.isnan(pareto_k(np.exp(np.arange(9.0))))
-    assert math.isnan(pareto_k_of_counts(*log_counts(np.zeros(500))))
-    with pytest.raises(UserError, match="finite and not negative"):
-        pareto_k(np.array([1.0, math.nan]))
+def _of_the_largest(logs, tail):
+    """The index from the ratios themselves."""
+    largest = np.sort(np.exp(logs))[::-1][: math.ceil(tail) + 1]
+    return generalised_pareto_k((largest[:-1] - largest[-1])[::-1])
+
+
+@pytest.mark.parametrize("logs", [np.zeros(500), np.arange(9.0), [math.nan] * 500, []])
+def test_no_tail_no_index(logs):
+    assert math.isnan(pareto_k_of_counts(*log_counts(np.array(logs))))
+
+
+def test_ratios_that_are_infinite_are_the_largest():
+    logs = np.random.default_rng(3).standard_normal(2000)
+    logs[:20] = math.inf
+    assert pareto_k_of_counts(*log_counts(logs)) > 1

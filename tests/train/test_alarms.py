@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment
-from moe_upgrpo.record.alarms import ALARMS, Watch, raised, texts
+from moe_upgrpo.record.alarms import ALARMS, Watch, texts
 from moe_upgrpo.record.limits import AlarmLimits
+from moe_upgrpo.record.weights import changed, fingerprint
 
 HEALTHY = {
     "mismatch/router_rate": 0.004,
@@ -39,6 +41,11 @@ def after(rows, *, limits=None, replay=None) -> list[list[str]]:
     """The alarms that ring at each of the rows."""
     watch = Watch(limits, replay=replay)
     return [[one.name for one in watch.look(row)] for row in rows]
+
+
+def raised(row, limits=None) -> list[str]:
+    """The alarms that ring at a row alone, without those before it."""
+    return after([row], limits=limits)[0]
 
 
 def test_a_healthy_run_raises_none():
@@ -135,6 +142,18 @@ def test_nothing_to_learn_for_five_steps(sign):
     assert after([idle], limits=soon) == [["nothing-to-learn"]]
 
 
+def test_which_tensors_an_update_changed():
+    model = torch.nn.Linear(2, 3)
+    model.empty = torch.nn.Parameter(torch.zeros(0))  # of which another rank holds all
+    before = fingerprint([model])
+    assert changed(before, fingerprint([model])) == (0, 2)
+    model.weight.data[1, 0] += 1e-3
+    assert changed(before, fingerprint([model])) == (1, 2)
+    model.bias.data[:] = math.nan
+    assert changed(before, fingerprint([model])) == (2, 2)
+    assert fingerprint([]) == []
+
+
 def test_weights_that_an_update_leaves_alone():
     stuck = HEALTHY | {"weights/changed_rate": 0.0}
     assert after([stuck] * 3) == [[], ["weights-unchanged"], ["weights-unchanged"]]
@@ -218,4 +237,8 @@ def test_limits_of_a_stack_come_from_the_environment(monkeypatch):
     for given in ("mismatch", "speed=1", "window=x", "mismatch=0.2;window=3"):
         monkeypatch.setenv(environment.ALARMS, given)
         with pytest.raises(UserError, match=r"MOE_UPGRPO_ALARMS: .* given; allowed: NAME=NUMBER"):
+            environment.alarm_limits()
+    for given in ("mismatch=-1", "mismatch=nan", "log_prob_gap=inf", "window=0"):
+        monkeypatch.setenv(environment.ALARMS, given)
+        with pytest.raises(UserError, match=r"MOE_UPGRPO_ALARMS: alarm\..* is needed"):
             environment.alarm_limits()

@@ -11,6 +11,7 @@ from moe_upgrpo.losses import Metric
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.record import SequenceRecord, StepRecord, count_sums, gap_terms, measured
+from moe_upgrpo.record.sums import tail_sums
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.routing import compare_routes
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
@@ -258,6 +259,11 @@ def test_rows_that_were_not_written_again_are_seen():
     assert repeated(one_row) > 0.98  # but for a token that comes twice in a row
     assert repeated(buffer) == 1
     assert repeated(same_answer) == 0
+
+
+def test_a_step_whose_log_probs_are_no_numbers_has_its_metrics():
+    found = measured(tail_sums("logp_gap", np.full(9, np.nan)))
+    assert found == {"logp_gap/beyond_2": 1, "logp_gap/beyond_10": 1}
 
 
 def test_under_r3_the_gap_has_two_terms_and_the_old_policy_is_the_held_one():

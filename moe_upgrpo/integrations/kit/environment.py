@@ -47,7 +47,10 @@ def alarm_limits() -> AlarmLimits:
                 f"{ALARMS}: {part!r} given; allowed: NAME=NUMBER, comma between them, NAME of "
                 f"{', '.join(kinds)}"
             ) from None
-    return AlarmLimits(**limits)
+    try:
+        return AlarmLimits(**limits)
+    except UserError as error:
+        raise UserError(f"{ALARMS}: {error}") from None
 
 
 def refuse(not_covered: Mapping[str, object]) -> None:

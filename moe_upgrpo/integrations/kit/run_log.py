@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit import environment
 from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.record import SequenceRecord, StepRecord, alarms, gap_terms, measured
+from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.store import RunFolder, TokenLogWriter
 
@@ -115,6 +115,7 @@ class RunLog:
         num_experts: int,
         share: float = 1.0,
         modules: Sequence[nn.Module] = (),
+        limits: AlarmLimits | None = None,
     ):
         """group: the data-parallel ranks. share: of the sequences whose rows are kept.
 
@@ -124,7 +125,7 @@ class RunLog:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.num_experts = num_experts
         level = "full" if share == 1 else "sampled"
-        limits = environment.alarm_limits()
+        limits = limits or AlarmLimits()
         self.watch = alarms.Watch(limits, replay=config.get("replay"))
         self.modules = modules
         self._fingerprint: list[float] | None = None
@@ -212,7 +213,7 @@ class RunLog:
             metrics["mismatch/tokens_without_routes"] = float(sum(without))
         if self.modules:
             before, self._fingerprint = self._fingerprint, fingerprint(self.modules)
-            if before is not None:  # from the second step on
+            if before:  # from the second step on
                 moved, tensors = changed(before, self._fingerprint)
                 metrics["weights/changed_rate"] = moved / tensors
         raised = self.watch.add_to(metrics)

@@ -60,7 +60,8 @@ class CollectionLog:
 
     def __init__(self, path: Path):
         check_free(path)
-        self.path, self.share = path, environment.token_share()
+        self.path = path
+        self.share, self.limits = environment.token_share(), environment.alarm_limits()
         self.log: RunLog | None = None
         self.step = 0
         self.layer_ids: list[int] = []
@@ -363,6 +364,7 @@ class CollectionLog:
                 top_k=self.config.moe_router_topk,
                 num_experts=self.config.num_moe_experts,
                 share=self.share,
+                limits=self.limits,
                 modules=self.model,
             )
         self.step += 1

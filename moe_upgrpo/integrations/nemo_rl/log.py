@@ -190,7 +190,7 @@ class WorkerLog:
     def __init__(self, worker, get_logprobs, replay: dict[str, Any]):
         """get_logprobs: the worker's own. replay: policy.router_replay as the user set it."""
         self.worker, self.path = worker, environment.run_folder()
-        self.share = environment.token_share()
+        self.share, self.limits = environment.token_share(), environment.alarm_limits()
         check_free(self.path)
         self.replays = worker._router_replay_enabled
         config = router_replay._unwrap_model_config(worker.model)
@@ -455,6 +455,7 @@ class WorkerLog:
             top_k=self.config.moe_router_topk,
             num_experts=self.config.num_moe_experts,
             share=self.share,
+            limits=self.limits,
             modules=[self.worker.model],
         )
 

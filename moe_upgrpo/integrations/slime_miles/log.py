@@ -116,7 +116,7 @@ class TrainLog:
     def __init__(self, stack: Stack, args: Namespace, mode: str, path: Path):
         check_free(path)
         self.stack, self.args, self.mode, self.path = stack, args, mode, path
-        self.share = environment.token_share()
+        self.share, self.limits = environment.token_share(), environment.alarm_limits()
         self.log: RunLog | None = None
         self.layer_ids: list[int] = []
         self.top_k = 0
@@ -478,5 +478,6 @@ class TrainLog:
             top_k=self.top_k,
             num_experts=args.num_experts,
             share=self.share,
+            limits=self.limits,
             modules=self.model,
         )

@@ -149,7 +149,8 @@ class EngineLog:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
         self.without_adapter = False  # inside `disable_adapter`: a reference model is asked
-        self.folder, self.share = environment.run_folder(), environment.token_share()
+        self.folder = environment.run_folder()
+        self.share, self.limits = environment.token_share(), environment.alarm_limits()
         self.loss_mode = ""
         self.step = 0
         self.log: RunLog | None = None
@@ -250,6 +251,7 @@ class EngineLog:
             top_k=engine.tf_config.moe_router_topk,
             num_experts=engine.tf_config.num_moe_experts,
             share=self.share,
+            limits=self.limits,
             modules=unwrap_model(engine.module),
         )
 
