@@ -2,7 +2,7 @@
 
     python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
 
-hooks.json has what was found at each revision that was tested. A revision in which one of them is
+hooks.json has what was found at each revision that was tested, and at a few that were only read. A revision in which one of them is
 gone, takes other arguments or computes otherwise is another one; `difference` says how. Read with
 ast: nothing of a stack is imported. `kit.revisions` looks at start-up, `stack_doctor` when asked.
 """
@@ -169,6 +169,8 @@ HEALTH: dict[str, set[str]] = {
     "nemo-rl": {"MegatronPolicyWorkerImpl.train"},
     "megatron-lm": set(),  # its trainer replays nothing
 }  # fmt: skip
+# Revisions of hooks.json that were read and never run.
+NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}, "miles": {"v0.1.0"}}
 # What older revisions lack, where the integration does without.
 NEWER: dict[str, list[tuple[str, str]]] = {
     "nemo-rl": [  # the single controller, which v0.7.0 does not have
@@ -327,6 +329,12 @@ def _computed(node: Any) -> str:
 def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
     """Stack → revision → hook → what was found of it."""
     return json.loads(FOUND.read_text(encoding="utf-8"))
+
+
+def tested(stack: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Revision → hook → what was found of it, of those that were run."""
+    not_run = NOT_RUN.get(stack, set())
+    return {name: found for name, found in read().get(stack, {}).items() if name not in not_run}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def diagnose(stack: str, root: Path | None = None) -> dict[str, Any]:
             f"{where}: start doctor in the environment of the stack's workers, or give the folder "
             "of a checkout with --root"
         )
-    tested, changed = hooks.read()[stack], here.differences()
+    tested, changed = hooks.tested(stack), here.differences()
     listed = []
     for hook in hooks.HOOKS[stack]:
         places = [f"{file}:{name}" for file, name in hooks.places(hook)]

@@ -59,8 +59,9 @@ class Installed:
 
     def differences(self) -> dict[str, dict[str, str]]:
         """Tested revision → hook → how it is here; empty where it is the same."""
-        tested = hooks.read().get(self.stack, {})
-        return {name: hooks.differences(of, self.found) for name, of in tested.items()}
+        return {
+            name: hooks.differences(of, self.found) for name, of in hooks.tested(self.stack).items()
+        }
 
     @property
     def tested(self) -> str | None:
@@ -146,7 +147,7 @@ def check(stack: str, part: Part) -> None:
         needs, without = PARTS[part]
         raise UserError(
             f"{here.name} lacks what {needs} of moe_upgrpo needs of it: {', '.join(gone)}. "
-            f"Tested: {', '.join(hooks.read()[stack])}; install one of them, {without}"
+            f"Tested: {', '.join(hooks.tested(stack))}; install one of them, {without}"
         )
     said, warning = (stack, "revision") in _said, here.warning()
     _said.add((stack, "revision"))
