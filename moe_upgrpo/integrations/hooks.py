@@ -2,9 +2,10 @@
 
     python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
 
-hooks.json has what was found at each revision that was tested, and at a few that were only read. A revision in which one of them is
-gone, takes other arguments or computes otherwise is another one; `difference` says how. Read with
-ast: nothing of a stack is imported. `kit.revisions` looks at start-up, `stack_doctor` when asked.
+hooks.json has what was found at each revision that was tested, and at a few that were only read. A
+revision in which one of them is gone, takes other arguments or computes otherwise is another one;
+`difference` says how. Read with ast: nothing of a stack is imported. `kit.revisions` looks at
+start-up, `stack_doctor` when asked.
 """
 
 from __future__ import annotations
