@@ -13,7 +13,7 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
-from tests.integrations import scripts
+from tests.integrations import slime_scripts
 from tests.integrations.places import with_checkout
 from tests.integrations.stand_ins import installed
 from tests.integrations.test_slime_stand_ins import Manager, args_of, installed_miles
@@ -53,7 +53,7 @@ def verdict(ours, settings: list[dict], **flags) -> str:
 
 @pytest.mark.parametrize("stack", ["slime", "miles"])
 def test_each_setting_of_a_published_replay_script(stack, run):
-    script = scripts.read()[stack]
+    script = slime_scripts.read()[stack]
     settings, revision = script["settings"], script["revision"]
     flags = {one["flag"] for one in settings}
     assert len(flags) > 60 and {"--use-rollout-routing-replay", "--context-parallel-size"} <= flags
@@ -78,7 +78,7 @@ def test_each_setting_of_a_published_replay_script(stack, run):
 
 @pytest.mark.parametrize(("stack", "checkout"), with_checkout("slime", "miles"))
 def test_the_settings_are_the_scripts_own(stack, checkout):
-    script = scripts.read()[stack]
+    script = slime_scripts.read()[stack]
     if hooks.difference(stack, checkout, script["revision"]):
         pytest.skip(f"the checkout is not at {script['revision']}, whose script it is")
     text = (checkout / script["script"]).read_text(encoding="utf-8")
