@@ -145,7 +145,7 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed
 	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm, verl"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
 	  MOE_UPGRPO_NEMO_RL='$(call stack,nemo-rl)' MOE_UPGRPO_VERL='$(call stack,verl)' MOE_UPGRPO_MEGATRON_LM='$(call stack,megatron-lm)' \
-	  $(BIN)/python -m pytest tests/integrations -m 'slow or not slow'
+	  $(BIN)/python -m pytest tests/integrations tests/patches/test_health_patches.py -m 'slow or not slow'
 
 clean:
 	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) build *.egg-info

@@ -19,7 +19,7 @@ from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.store.schema import Column
 from moe_upgrpo.train.options import MAY_CHANGE
-from tests.integrations import megatron_lm_scripts, nemo_rl_recipe, scripts, verl_settings
+from tests.integrations import megatron_lm_scripts, nemo_rl_recipe, slime_scripts, verl_settings
 from tests.patches import faults
 
 DOCS = Path(__file__).parent
@@ -48,7 +48,7 @@ PAGES = {
     "slime.md": {
         "revisions": revisions("slime"),
         "miles-revisions": revisions("miles"),
-        "script": scripts.markdown(),
+        "script": slime_scripts.markdown(),
     },
     "nemo-rl.md": {
         "revisions": revisions("nemo-rl"),

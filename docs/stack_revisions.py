@@ -13,7 +13,10 @@ def rows(stack: str) -> list[list[str]]:
     pin = CHECKOUTS[stack][1] if stack in CHECKOUTS else WHEELS[stack]
     found = []
     for revision in sorted(kept, key=lambda name: name != pin):
-        how = "`make test-stacks`" if revision != WHEELS.get(stack) else "`make test`"
+        if revision in hooks.NOT_RUN.get(stack, ()):
+            how = "not run: its functions were read"
+        else:
+            how = "`make test`" if revision == WHEELS.get(stack) else "`make test-stacks`"
         found.append([revision, how, *_against(stack, kept[pin], kept[revision])])
     return found
 

@@ -2,9 +2,10 @@
 
     python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
 
-hooks.json has what was found at each revision that was tested. A revision in which one of them is
-gone, takes other arguments or computes otherwise is another one; `difference` says how. Read with
-ast: nothing of a stack is imported. `kit.revisions` looks at start-up, `stack_doctor` when asked.
+hooks.json has what was found at each revision that was tested, and at a few that were only read. A
+revision in which one of them is gone, takes other arguments or computes otherwise is another one;
+`difference` says how. Read with ast: nothing of a stack is imported. `kit.revisions` looks at
+start-up, `stack_doctor` when asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from moe_upgrpo.errors import UserError
 
 FOUND = Path(__file__).with_name("hooks.json")
 
@@ -156,6 +159,19 @@ LOSS: dict[str, set[str]] = {
     "nemo-rl": {"ClippedPGLossFn.__init__", "ClippedPGLossFn.__call__"},
     "megatron-lm": {"calculate_grpo_loss", "prepare_data_for_update", "prepare_trajectories"},
 }  # fmt: skip
+# Those that the health figures of a replay need.
+HEALTH: dict[str, set[str]] = {
+    "verl": {
+        "MegatronEngine.forward_backward_batch", "MegatronEngine.is_mp_src_rank_with_outputs",
+        "RouterReplay.get_replay_topk", "unwrap_model", "get_non_tensor_data", "Metric",
+    },
+    "slime": {"train", "get_routing_replay_compute_topk", "log", "compute_rollout_step"},
+    "miles": {"train", "BaseReplayManager.get_topk_fn", "log", "compute_rollout_step"},
+    "nemo-rl": {"MegatronPolicyWorkerImpl.train"},
+    "megatron-lm": set(),  # its trainer replays nothing
+}  # fmt: skip
+# Revisions of hooks.json that were read and never run.
+NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}, "miles": {"v0.1.0"}}
 # What older revisions lack, where the integration does without.
 NEWER: dict[str, list[tuple[str, str]]] = {
     "nemo-rl": [  # the single controller, which v0.7.0 does not have
@@ -200,9 +216,7 @@ def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str]
     if (file, name) in seen or not path.is_file():
         return None
     owner = name.split(".")[0]
-    for node, rest in _named(
-        _statements(ast.parse(path.read_text(encoding="utf-8")).body), name.split(".")
-    ):
+    for node, rest in _named(_statements(_parsed(path).body), name.split(".")):
         if not rest:
             return _described(node)
         alias = next(x for x in node.names if (x.asname or x.name) == rest[0])
@@ -213,6 +227,16 @@ def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str]
         elif about := _about(root, there, ".".join([alias.name, *rest[1:]]), (*seen, (file, name))):
             return about
     return None
+
+
+def _parsed(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:  # the second: not UTF-8, a null byte
+        here = ".".join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"{path}: not Python {here} ({error}); read it with the Python of the stack, or mend it"
+        ) from error
 
 
 def _described(node: ast.stmt) -> dict[str, str]:
@@ -306,6 +330,12 @@ def _computed(node: Any) -> str:
 def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
     """Stack → revision → hook → what was found of it."""
     return json.loads(FOUND.read_text(encoding="utf-8"))
+
+
+def tested(stack: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Revision → hook → what was found of it, of those that were run."""
+    not_run = NOT_RUN.get(stack, set())
+    return {name: found for name, found in read().get(stack, {}).items() if name not in not_run}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

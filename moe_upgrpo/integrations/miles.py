@@ -70,12 +70,8 @@ def init(args: Namespace) -> None:
     mode = log.check_replay(args)
     if args.loss_type == "custom_loss" or environment.run_folder():
         check_layout(args)
-    if not environment.run_folder() and mode == "none":
-        return
-    stack, r3 = Miles(args), mode == "R3"
-    if mode != "none":
-        health.install(stack, args)  # inside of the log, whose own forwards are not counted
-    if environment.run_folder():
+    logs, r3 = environment.run_folder() is not None, mode == "R3"
+    if logs:
         revisions.check("miles", "log")
         not_covered = {
             "independent data-parallel replicas (--ft-components)": getattr(
@@ -84,14 +80,28 @@ def init(args: Namespace) -> None:
             "multi-LoRA": getattr(args, "multi_lora", False),
             "R3 with --allgather-cp in this release of miles (it lays the rollout's routes out as "
             "without that flag; v0.1.0 does it right)": (
-                r3 and stack.is_older and splits_the_whole(args)
+                r3 and is_older() and splits_the_whole(args)
             ),
             f"R3 with --qkv-format bshd and --micro-batch-size {args.micro_batch_size} (miles lays "
             "the rollout's routes out sequence by sequence, its routers run position by position; "
             "take 1)": r3 and is_padded(args) and args.micro_batch_size > 1,
         }
         environment.refuse(not_covered)
+    replays = mode != "none" and revisions.has("miles", "health")
+    if not (logs or replays):
+        return
+    stack = Miles(args)
+    if replays:
+        health.install(stack, args)  # inside of the log, whose own forwards are not counted
+    if logs:
         log.install(stack, args, mode)
+
+
+def is_older() -> bool:
+    """Whether it is miles 0.0.2, which takes a rank's shard straight from Ray."""
+    from miles.utils import data
+
+    return hasattr(data, "ray")
 
 
 class Miles:
@@ -103,26 +113,27 @@ class Miles:
     def __init__(self, args: Namespace):
         # The actor's module calls the init hook, so that it is loaded.
         from miles.backends.megatron_utils import actor, model
-        from miles.utils import data
 
         self.args, self.actor, self.model = args, actor, model
-        self.is_older = hasattr(data, "ray")  # 0.0.2 takes a rank's shard straight from Ray
-        if self.is_older:
+        self.tracking = first_module(
+            "miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils"
+        )
+        self.steps = first_module("miles.utils.metric_utils")
+        need(self.tracking, "log")
+        need(self.steps, "compute_rollout_step")
+
+    def prepare(self):
+        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
+        need(routing_replay_manager, "check_replay_result", "clear_all_forward", "stage")
+        if is_older():
             from miles.backends.training_utils import data as batches
+            from miles.utils import data
 
             self.partition = Partition.from_ray(batches, data)
         else:
             conversion = first_module("miles.ray.rollout.train_data_conversion")
             need(conversion, "process_rollout_data_shard")
             self.partition = Partition.from_shards(conversion)
-        self.tracking = first_module(
-            "miles.utils.tracking_utils.tracking", "miles.utils.tracking_utils"
-        )
-        self.steps = first_module("miles.utils.metric_utils")
-        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
-        need(routing_replay_manager, "check_replay_result", "clear_all_forward", "stage")
-        need(self.tracking, "log")
-        need(self.steps, "compute_rollout_step")
 
     @contextmanager
     def extra_forward(self, stage: str):

@@ -71,12 +71,8 @@ def init(args: Namespace) -> None:
         check_layout(args)
     if mode == "none":
         os.environ["ENABLE_ROUTING_REPLAY"] = "0"
-    if not environment.run_folder() and mode == "none":
-        return
-    stack = Slime()
-    if mode != "none":
-        health.install(stack, args)  # inside of the log, whose own forwards are not counted
-    if environment.run_folder():
+    logs = environment.run_folder() is not None
+    if logs:
         revisions.check("slime", "log")
         older = not hasattr(cp_utils, "prepare_routed_experts_for_routing_replay")  # up to v0.3.0
         environment.refuse(
@@ -90,6 +86,13 @@ def init(args: Namespace) -> None:
                 ),
             }
         )
+    replays = mode != "none" and revisions.has("slime", "health")
+    if not (logs or replays):
+        return
+    stack = Slime()
+    if replays:
+        health.install(stack, args)  # inside of the log, whose own forwards are not counted
+    if logs:
         log.install(stack, args, mode)
 
 
@@ -102,11 +105,8 @@ class Slime:
     def __init__(self):
         # The actor's module calls the init hook, so that it is loaded.
         from slime.backends.megatron_utils import actor, model
-        from slime.utils import data
 
-        need(routing_replay, "get_routing_replay_compute_topk", "RoutingReplay")
-        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
-        need(actor, "process_rollout_data")
+        need(routing_replay, "get_routing_replay_compute_topk")
         self.actor, self.model = actor, model
         # Up to v0.3.1 under utils.
         self.tracking = first_module(
@@ -115,7 +115,14 @@ class Slime:
         self.steps = first_module("slime.observability.metric_utils", "slime.utils.metric_utils")
         need(self.tracking, "log")
         need(self.steps, "compute_rollout_step")
-        self.partition = Partition.from_ray(actor, data)
+
+    def prepare(self):
+        from slime.utils import data
+
+        need(routing_replay, "RoutingReplay")
+        need(cp_utils, "get_sum_of_sample_mean", "slice_log_prob_with_cp")
+        need(self.actor, "process_rollout_data")
+        self.partition = Partition.from_ray(self.actor, data)
 
     @contextmanager
     def extra_forward(self, stage: str):

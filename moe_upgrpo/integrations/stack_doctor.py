@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
@@ -29,7 +29,7 @@ def diagnose(stack: str, root: Path | None = None) -> dict[str, Any]:
             f"{where}: start doctor in the environment of the stack's workers, or give the folder "
             "of a checkout with --root"
         )
-    tested, changed = hooks.read()[stack], here.differences()
+    tested, changed = hooks.tested(stack), here.differences()
     listed = []
     for hook in hooks.HOOKS[stack]:
         places = [f"{file}:{name}" for file, name in hooks.places(hook)]
@@ -50,7 +50,7 @@ def diagnose(stack: str, root: Path | None = None) -> dict[str, Any]:
             {
                 "file": (found or places[0]).partition(":")[0],
                 "name": (found or places[0]).partition(":")[2],
-                "needed_by": "loss, log" if hook[1] in hooks.LOSS[stack] else "log",
+                "needed_by": ", ".join(revisions.needed_by(stack, hook[1])),
                 "found": found is not None,
                 "signature": here.found[found]["signature"] if found else None,
                 "against": against,
@@ -72,19 +72,25 @@ def show(found: dict[str, Any], console: Console) -> None:
     """Print it: each hook, and how it is against each tested revision."""
     revision = found["commit"] or found["version"] or "of an unknown revision"
     console.print(f"{found['stack']} {revision} in {found['root']}")
-    table = Table("hook", "needed by", "here", *(f"against {name}" for name in found["tested"]))
+    heads = ["needed by", "here", *(f"against {name}" for name in found["tested"])]
+    table = Table(
+        Column("hook", no_wrap=True), *(Column(head, overflow="fold") for head in heads)
+    )  # names and places are there to be copied
     for hook in found["hooks"]:
         table.add_row(
             f"{hook['name']}\n{hook['file']}",
             hook["needed_by"],
             "found" if hook["found"] else "MISSING",
-            *hook["against"].values(),
+            *map(_short, hook["against"].values()),
         )
     console.print(table)
+    if any(how != _short(how) for hook in found["hooks"] for how in hook["against"].values()):
+        console.print("Which arguments: --json has them.")
     for part, gone in found["missing"].items():
-        needs = revisions.PARTS[part][0]
+        needs, without = revisions.PARTS[part]
         if gone:
-            console.print(f"{needs} is refused here: it needs {', '.join(gone)}")
+            how = "refused" if without else "left out"
+            console.print(f"{needs} is {how} here: it needs {', '.join(gone)}")
         else:
             console.print(f"{needs} has all that it needs")
     console.print(
@@ -92,3 +98,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         if found["tested_as"]
         else "This revision was not tested; a job says so as it starts."
     )
+
+
+def _short(how: str) -> str:
+    """How a hook is against a revision, without signatures: they are longer than a page is wide."""
+    return "other arguments" if how.startswith("takes ") else how

@@ -8,18 +8,18 @@ code does is seen in test_nemo_rl.py, with a checkout.
 
 import enum
 import sys
-import types
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from moe_upgrpo.integrations import hooks
+from tests.integrations.stand_ins import module_named, module_of, put
 
 WORKER = "nemo_rl.models.policy.workers.megatron_policy_worker"
 OURS = "moe_upgrpo.integrations.nemo_rl"
@@ -30,7 +30,7 @@ def installed(revision: str, root: Path) -> Iterator[None]:
     """Inside, `nemo_rl` is the double of a revision, whose files would lie below `root`."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _of_nemo_rl(name)}
     try:
-        sys.modules.update(_modules(revision, root))
+        _make(revision, root)
         yield
     finally:
         for name in [name for name in sys.modules if _of_nemo_rl(name)]:
@@ -48,30 +48,14 @@ def _of_nemo_rl(name: str) -> bool:
     return name.split(".")[0] == "nemo_rl" or name.startswith(OURS)
 
 
-def _modules(revision: str, root: Path) -> dict[str, types.ModuleType]:
-    modules: dict[str, types.ModuleType] = {}
-
-    def module(name: str) -> types.ModuleType:
-        if name not in modules:
-            modules[name] = types.ModuleType(name)
-            modules[name].__path__ = []
-            outer, _, last = name.rpartition(".")
-            if outer:
-                setattr(module(outer), last, modules[name])
-        return modules[name]
-
-    classes: dict[str, dict[str, Any]] = defaultdict(dict)
+def _make(revision: str, root: Path) -> None:
+    """Put the modules into sys.modules. The bodies also get the names of their function's module,
+    where the integration replaces some."""
+    module = module_named
     for hook, about in hooks.read()["nemo-rl"][revision].items():
         file, name = hook.split(":")
-        place = module(file.removesuffix(".py").replace("/", "."))
-        function = _function(name, about["signature"], vars(place))
-        if "." in name:
-            classes[f"{place.__name__}:{name.split('.')[0]}"][name.split(".")[1]] = function
-        else:
-            setattr(place, name, function)
-    for where, methods in classes.items():
-        name, class_name = where.split(":")
-        setattr(module(name), class_name, type(class_name, (), methods | {"__module__": name}))
+        names = vars(module_of(file))
+        put(module_of(file), name, about["signature"], partial(BODIES[name], names), names)
     module("nemo_rl").__file__ = str(root / "nemo_rl" / "__init__.py")
     module("nemo_rl.package_info").__version__ = revision
     interfaces = module("nemo_rl.algorithms.loss.interfaces")
@@ -89,7 +73,6 @@ def _modules(revision: str, root: Path) -> dict[str, types.ModuleType]:
     module(WORKER).megatron_forward_backward = module(
         "nemo_rl.models.megatron.train"
     ).megatron_forward_backward
-    return modules
 
 
 def write_worker(root: Path, *, patched: bool) -> None:
@@ -105,18 +88,6 @@ def write_worker(root: Path, *, patched: bool) -> None:
 def splits(revision: str) -> bool:
     """Whether the revision has the single controller's training step."""
     return any("begin_train_step" in hook for hook in hooks.read()["nemo-rl"][revision])
-
-
-def _function(name: str, signature: str, names: dict[str, Any]):
-    """A function with that signature, in a module's names, whose body is the one of `BODIES`."""
-    last = name.split(".")[-1]
-    names["_body"] = lambda name, given: BODIES[name](names, **given)
-    code = (
-        "from __future__ import annotations\n"
-        f"def {last}{signature}:\n    return _body({name!r}, dict(locals()))\n"
-    )
-    exec(compile(code, f"<double of {name}>", "exec"), names)
-    return names.pop(last)
 
 
 # --- the bodies

@@ -82,16 +82,17 @@ def installed(
             del sys.modules[name]
     try:
         for module, values in (OTHERS[stack] | attributes).items():
-            vars(_module_named(f"{stack}.utils.{module}")).update(values)
+            vars(module_named(f"{stack}.utils.{module}")).update(values)
         for hook, about in hooks.read()[stack][revision].items():
             file, name = hook.split(":")
             if name != without:
-                _put(_module(file), name, about["signature"], dict(bodies or {}))
+                body = (bodies or {}).get(name, _not_called(name))
+                put(module_of(file), name, about["signature"], body)
         for module, imported in IMPORTED[stack].items():
             for place in imported:
                 source, name = place.split(":")
-                if hasattr(source := _module_named(source), name):
-                    setattr(_module_named(module), name, getattr(source, name))
+                if hasattr(source := module_named(source), name):
+                    setattr(module_named(module), name, getattr(source, name))
         yield importlib.import_module(ours)
     finally:
         for name in set(sys.modules) - before.keys():
@@ -105,41 +106,50 @@ def installed(
             delattr(package, stack)
 
 
-def _module(file: str) -> types.ModuleType:
-    return _module_named(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+def module_of(file: str) -> types.ModuleType:
+    return module_named(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
 
-def _module_named(name: str) -> types.ModuleType:
+def module_named(name: str) -> types.ModuleType:
     if name not in sys.modules:
         module = sys.modules[name] = types.ModuleType(name)
         module.__path__ = []
         outer, _, last = name.rpartition(".")
         if outer:
-            setattr(_module_named(outer), last, module)
+            setattr(module_named(outer), last, module)
     return sys.modules[name]
 
 
-def _put(module: types.ModuleType, name: str, signature: str, bodies: dict[str, Callable]) -> None:
+def put(
+    module: types.ModuleType, name: str, signature: str, body: Callable, names: dict | None = None
+) -> None:
     """A function, or a method of a class that is made for it."""
     *outer, last = name.split(".")
     place: Any = module
     for part in outer:
         if not hasattr(place, part):
-            setattr(place, part, type(part, (), {}))
+            setattr(place, part, type(part, (), {"__module__": module.__name__}))
         place = getattr(place, part)
-    function = function_of(last, signature, bodies.get(name, _not_called(name)))
+    function = function_of(last, signature, body, names)
     setattr(place, last, staticmethod(function) if outer and signature == "()" else function)
 
 
-def function_of(name: str, signature: str, body: Callable) -> Callable:
-    """A function that takes what the signature allows, and hands it to `body` by name."""
-    tree = ast.parse(f"def {name}{signature}: return __body__(**locals())")
+def function_of(
+    name: str, signature: str, body: Callable, names: dict[str, Any] | None = None
+) -> Callable:
+    """A function that takes what the signature allows, and hands it to `body` by name.
+
+    names: its globals, if not its own.
+    """
+    found = {} if names is None else names
+    key = f"__body_{len(found)}"  # of each one its own: methods of two classes may share a name
+    tree = ast.parse(f"def {name}{signature}: return {key}(**locals())")
     for argument in ast.walk(tree):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    found: dict[str, Any] = {"__body__": body}
+    found[key] = body
     exec(compile(ast.fix_missing_locations(tree), f"<{name} of hooks.json>", "exec"), found)
-    return found[name]
+    return found.pop(name)
 
 
 def _not_called(name: str) -> Callable:

@@ -1,20 +1,18 @@
 """The hook points of each stack, as data of every tested revision and in a checkout."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from moe_upgrpo.integrations import hooks
 from moe_upgrpo.integrations.kit import revisions
-from tests.integrations.places import CHECKOUTS, MILES_WHEEL, WHEELS
+from tests.integrations.places import CHECKOUTS, MILES_WHEEL, WHEELS, with_checkout
 
 
 @pytest.mark.parametrize("stack", hooks.HOOKS)
 def test_every_hook_is_kept_at_each_tested_revision(stack):
     kept = hooks.read()[stack]
     run = {WHEELS.get(stack), *CHECKOUTS.get(stack, ())[1:]} - {None}
-    assert run and run <= kept.keys()
+    assert run and run == hooks.tested(stack).keys()
+    assert run | hooks.NOT_RUN.get(stack, set()) == kept.keys()
     for revision, found in kept.items():
         newer = {f"{file}:{name}" for file, name in hooks.NEWER.get(stack, [])}
         assert len(found.keys() - newer) == len(hooks.HOOKS[stack]), revision
@@ -25,17 +23,11 @@ def test_every_hook_is_kept_at_each_tested_revision(stack):
         assert all(about["signature"] and about["sha256"] for about in found.values())
 
 
-@pytest.mark.parametrize(
-    "stack",
-    [stack for stack, (variable, *_) in CHECKOUTS.items() if os.environ.get(variable)] or ["none"],
-)
-def test_a_checkouts_hooks_are_as_they_were_tested(stack):
+@pytest.mark.parametrize(("stack", "checkout"), with_checkout())
+def test_a_checkouts_hooks_are_as_they_were_tested(stack, checkout):
     """Where a variable names one: `make test-stacks`. It may be at any tested revision."""
-    if stack != "none":
-        variable, newest, *_ = CHECKOUTS[stack]
-        checkout = Path(os.environ[variable])
-        found = {r: hooks.difference(stack, checkout, r) for r in hooks.read()[stack]}
-        assert [] in found.values(), found[newest]
+    found = {r: hooks.difference(stack, checkout, r) for r in hooks.read()[stack]}
+    assert [] in found.values(), found[CHECKOUTS[stack][1]]
 
 
 def test_the_released_miles_hooks_are_as_they_were_tested():

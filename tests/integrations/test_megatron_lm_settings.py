@@ -78,6 +78,26 @@ def test_wide_configurations_are_accepted(setting):
     assert scripts.alone(*setting) == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [(None, set()), ("null", set()), ('{"clip_low": 0.1}', {"clip_low"})]
+)
+def test_the_fields_that_the_environment_names_are_kept_from_the_flags(given, named, monkeypatch):
+    monkeypatch.setenv(settings.LOSS, "grpo")
+    monkeypatch.delenv(settings.SETTINGS, raising=False)
+    if given:
+        monkeypatch.setenv(settings.SETTINGS, given)
+    config, found = settings.asked()
+    assert found == named
+    clips = settings.with_clamps(config, found, clip_low=0.3, clip_high=0.4)
+    assert (clips.clip_low, clips.clip_high) == (0.1 if named else 0.3, 0.4)
+    monkeypatch.delenv(settings.LOSS)
+    if given:
+        with pytest.raises(UserError, match="MOE_UPGRPO_LOSS is not: name a preset"):
+            settings.asked()
+    else:
+        assert settings.asked() == (None, set())
+
+
 def test_a_correction_is_checked_at_start():
     args = scripts.arguments([["--rl-inference-logprobs-is-correction", ""]])
     with pytest.raises(UserError, match="the loss is one of whole sequences"):

@@ -1,10 +1,11 @@
 """A stack's revision at start-up, and `moe-upgrpo doctor --stack`: a toy stack, verl's wheel."""
 
+import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moe_upgrpo import cli
 from moe_upgrpo.errors import UserError
@@ -27,6 +28,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setitem(hooks.HOOKS, "toy", [("toy/m.py", "loss"), step])
     monkeypatch.setitem(hooks.BEFORE, step, ("toy/old.py", "step_of"))
     monkeypatch.setitem(hooks.LOSS, "toy", {"loss"})
+    monkeypatch.setitem(hooks.HEALTH, "toy", {"loss", "Engine.step"})
     monkeypatch.setitem(revisions.MODULES, "toy", ("toy", "toy-dist"))
     monkeypatch.setattr(hooks, "FOUND", tmp_path / "hooks.json")
     monkeypatch.setattr(revisions, "_said", set())
@@ -103,6 +105,21 @@ def test_only_a_missing_hook_is_refused_and_named(toy):
         revisions.check("toy", "loss")
 
 
+def test_figures_whose_hooks_are_missing_are_left_out_with_a_word(toy, capsys, monkeypatch):
+    version(toy, "2.0")
+    assert revisions.has("toy", "health") and capsys.readouterr().out == ""
+    (toy / "m.py").write_text("def loss(x): ...\n")
+    assert [revisions.has("toy", "health") for _ in range(2)] == [False, False]
+    assert capsys.readouterr().out == (
+        "moe_upgrpo: the report of a replay's health is left out: toy 2.0 lacks toy/m.py: "
+        "Engine.step\n"
+    )
+    revisions._said.clear()
+    monkeypatch.setenv("RANK", "1")
+    assert not revisions.has("toy", "health") and capsys.readouterr().out == ""
+    assert revisions.has("slime", "health")  # not there as files: what is missing shows later
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -134,6 +151,14 @@ def test_a_method_of_a_base_is_looked_for_where_the_base_is(toy):
     assert revisions.installed("toy").missing("log") == []
 
 
+@pytest.mark.parametrize("text", [b"type X[T] = = 1\n", b"x = 1\x00\n", b"# \xff\n"])
+def test_a_file_that_this_python_cannot_read_is_named(toy, text):
+    """As one of a stack for a newer Python may be, read by doctor."""
+    (toy / "m.py").write_bytes(text)
+    with pytest.raises(UserError, match=r"toy/m\.py: not Python 3\.\d+ \(.*Python of the stack"):
+        stack_doctor.diagnose("toy")
+
+
 def test_bases_in_a_circle_end(toy):
     (toy / "m.py").write_text("def loss(x): ...\nclass Engine(B): ...\nclass B(Engine): ...\n")
     assert revisions.installed("toy").missing("log") == ["toy/m.py: Engine.step"]
@@ -143,13 +168,18 @@ def test_doctor_says_of_each_hook_how_it_is_against_each_revision(toy):
     (toy / "m.py").write_text(SOURCE.replace("return batch", "return -batch"))
     found = stack_doctor.diagnose("toy")
     loss, step = found["hooks"]
-    assert loss["needed_by"] == "loss, log" and step["needed_by"] == "log"
+    assert loss["needed_by"] == "loss, health, log" and step["needed_by"] == "health, log"
     assert loss["against"] == {"0.9": "same", "1.0": "same"}
     assert step["against"] == {
         "0.9": "moved and changed from toy/old.py:step_of",
         "1.0": "computes otherwise",
     }
-    assert found["tested_as"] is None and found["missing"] == {"loss": [], "log": []}
+    assert found["tested_as"] is None and found["missing"] == {"loss": [], "log": [], "health": []}
+    out = Console(file=io.StringIO(), width=120)
+    (toy / "m.py").write_text(SOURCE.replace("(self, batch)", "(self, batch, more)"))
+    stack_doctor.show(stack_doctor.diagnose("toy"), out)
+    assert "other arguments" in out.file.getvalue() and "--json" in out.file.getvalue()
+    assert "more" not in out.file.getvalue().replace("moe", "")
     found = stack_doctor.diagnose("toy", toy.parents[1] / "before")
     assert found["tested_as"] == "0.9" and found["hooks"][1]["name"] == "step_of"
     with pytest.raises(UserError, match=r"before/toy has no toy: "):
@@ -187,10 +217,12 @@ def test_doctor_on_the_command_line(tmp_path, capsys, monkeypatch):
     ((message, status),) = ends
     assert status == 1 and message.startswith("slime lacks slime/backends/megatron_utils/")
     assert "MISSING" in out and "a loss is refused here: it needs" in out
+    assert "the report of a replay's health is left out here: it needs" in " ".join(out.split())
 
 
-def test_every_stack_has_hooks_and_what_its_losses_need():
-    assert revisions.MODULES.keys() == hooks.HOOKS.keys() == hooks.LOSS.keys()
-    for stack, names in hooks.LOSS.items():
-        assert names <= {name for _, name in hooks.HOOKS[stack]}, stack
-    assert "verl" not in sys.modules or revisions.installed("verl").tested == "0.9.1"
+def test_every_stack_has_hooks_and_what_its_losses_and_figures_need():
+    assert revisions.MODULES.keys() == hooks.HOOKS.keys()
+    for part in (hooks.LOSS, hooks.HEALTH):
+        assert part.keys() == hooks.HOOKS.keys()
+        for stack, names in part.items():
+            assert names <= {name for _, name in hooks.HOOKS[stack]}, stack

@@ -6,7 +6,6 @@ On stand-ins of hooks.json's data, at the script's revision.
 import functools
 import importlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
-from tests.integrations import scripts
+from tests.integrations import slime_scripts
+from tests.integrations.places import with_checkout
 from tests.integrations.stand_ins import installed
 from tests.integrations.test_slime_stand_ins import Manager, args_of, installed_miles
 
@@ -53,7 +53,7 @@ def verdict(ours, settings: list[dict], **flags) -> str:
 
 @pytest.mark.parametrize("stack", ["slime", "miles"])
 def test_each_setting_of_a_published_replay_script(stack, run):
-    script = scripts.read()[stack]
+    script = slime_scripts.read()[stack]
     settings, revision = script["settings"], script["revision"]
     flags = {one["flag"] for one in settings}
     assert len(flags) > 60 and {"--use-rollout-routing-replay", "--context-parallel-size"} <= flags
@@ -76,15 +76,15 @@ def test_each_setting_of_a_published_replay_script(stack, run):
         assert verdict(ours, tis, moe_upgrpo_loss="gspo-token") == "accepted"
 
 
-def test_the_settings_are_the_scripts_own():
-    """Where a variable names a checkout at the script's revision: make test-stacks."""
-    for stack, script in scripts.read().items():
-        checkout = os.environ.get(f"MOE_UPGRPO_{stack.upper()}")
-        if not checkout:
-            continue
-        text = (Path(checkout) / script["script"]).read_text(encoding="utf-8")
-        for one in script["settings"]:
-            assert one["flag"] in text, one
+@pytest.mark.parametrize(("stack", "checkout"), with_checkout("slime", "miles"))
+def test_the_settings_are_the_scripts_own(stack, checkout):
+    script = slime_scripts.read()[stack]
+    if hooks.difference(stack, checkout, script["revision"]):
+        pytest.skip(f"the checkout is not at {script['revision']}, whose script it is")
+    text = (checkout / script["script"]).read_text(encoding="utf-8")
+    for one in script["settings"]:
+        assert one["flag"] in text, one
+        assert one["value"] is True or one["value"][0] == "/" or one["value"] in text, one
 
 
 def test_the_page_names_every_revision_and_its_line_can_be_copied():

@@ -4,8 +4,10 @@ What runs of the stack here is nothing; where the integration looks for what, an
 arguments it calls it, is held to each revision. The real code: test_slime.py with a checkout.
 """
 
+import importlib
 import os
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
+from moe_upgrpo.integrations.kit import revisions
 from moe_upgrpo.integrations.slime_miles.layout import rows_of_routers
 from moe_upgrpo.losses import PolicyLossConfig, policy_loss
 from tests.integrations.stand_ins import installed
@@ -90,6 +93,43 @@ def test_a_hook_that_is_gone_is_named_at_start(revision, lost, run):
         match = where if lost in ("log", "compute_rollout_step") else lost
         with pytest.raises(UserError, match=f"{match}.*(not in|has no)|has no .*{match}"):
             slime.init(args_of())
+
+
+@pytest.mark.parametrize("revision", SLIME)
+@pytest.mark.parametrize("lost", ["process_rollout_data", "get_data_iterator", "get_batch"])
+def test_a_job_without_a_log_does_without_what_the_log_alone_needs(revision, lost, monkeypatch):
+    """Its replay reports its figures all the same."""
+    monkeypatch.delenv("MOE_UPGRPO_RUN", raising=False)
+    with installed("slime", revision, without=lost) as slime:
+        slime.init(args_of())
+        import slime.backends.megatron_utils.actor as actor
+
+        assert not hasattr(actor, "moe_upgrpo_log") and actor.train.__wrapped__
+
+
+@pytest.mark.parametrize("stack", ["slime", "miles"])
+def test_a_job_runs_without_the_figures_where_their_hooks_are_gone(stack, monkeypatch, capsys):
+    monkeypatch.delenv("MOE_UPGRPO_RUN", raising=False)
+    monkeypatch.setattr(revisions, "_said", set())
+    revision = {"slime": SLIME[0], "miles": "31f1ca961"}[stack]
+    every = hooks.read()[stack][revision]
+    found = {hook: about for hook, about in every.items() if not hook.endswith(":train")}
+    here = revisions.Installed(stack, Path("/x"), "0" * 40, None, found)
+    managers = Manager("routing", ""), Manager("indexer", "")
+    opened = {
+        "slime": lambda: installed("slime", revision, without="train"),
+        "miles": lambda: installed_miles(revision, *managers, without="train"),
+    }
+    with opened[stack]() as ours:
+        monkeypatch.setattr(revisions, "installed", lambda _: here)
+        ours.init(args_of(stack))
+        actor = importlib.import_module(f"{stack}.backends.megatron_utils.actor")
+        assert not hasattr(actor, "moe_upgrpo_health")
+        said = capsys.readouterr().out
+        assert f"health is left out: {stack} 000000000 lacks {stack}/backends/" in said
+        monkeypatch.setenv("MOE_UPGRPO_RUN", "run")
+        with pytest.raises(UserError, match="lacks what the routing log of moe_upgrpo needs"):
+            ours.init(args_of(stack))
 
 
 @pytest.mark.parametrize("revision", SLIME)
@@ -279,6 +319,7 @@ def test_rewards_are_of_this_ranks_sequences(revision, run):
     shard = {"partition": [1, 3], "raw_reward": [0.0, 0.25, 0.5, 0.75], "tokens": [1, 2]}
     with installed("slime", revision, {"process_rollout_data": process}) as slime:
         stack = slime.Slime()
+        stack.prepare()
         ref = [None, SimpleNamespace(inner=shard | {"rewards": [9, 9]})]
         data = stack.actor.process_rollout_data(None, ref, 1, 2)
         assert "partition" not in data
@@ -381,9 +422,9 @@ def test_miles_indexer_replay_is_left_alone(flags, at_work, stage, run):
             assert indexer.rewound == before + 2
 
 
-def installed_miles(revision: str, routing: Manager, indexer: Manager):
+def installed_miles(revision: str, routing: Manager, indexer: Manager, without: str = ""):
     managers = {"all_replay_managers": [routing, indexer], "routing_replay_manager": routing}
-    return installed("miles", revision, replay_base=managers)
+    return installed("miles", revision, without=without, replay_base=managers)
 
 
 TWO = {"qkv_format": "bshd", "micro_batch_size": 2}

@@ -11,6 +11,8 @@ import pickle
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +26,13 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import hooks
 from moe_upgrpo.integrations.verl import LOSSES, LossConfig, check, install, settings
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, finalize_metrics, policy_loss
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations import verl_settings
+from tests.integrations.places import with_checkout
 from tests.integrations.whole import assert_whole
 from tests.losses.batches import random_batch
 
@@ -206,6 +210,13 @@ def test_verls_own_replay_example_is_accepted_setting_by_setting():
     assert config.actor_rollout_ref.actor.megatron.router_replay.mode == "R3"
     assert config.actor_rollout_ref.model.use_fused_kernels is True
     assert verl_settings.SHOWN.keys() - {name for name, _ in (x[:2] for x in found)} == set()
+
+
+@pytest.mark.parametrize(("stack", "checkout"), with_checkout("verl"))
+def test_the_example_kept_is_the_checkouts(stack, checkout):
+    if hooks.difference(stack, checkout, verl_settings.read()["revision"]):
+        pytest.skip(f"the checkout is not at {verl_settings.read()['revision']}")
+    assert verl_settings.printed(checkout / verl_settings.SCRIPT) == verl_settings.given()
 
 
 def test_a_job_without_what_the_log_compares_ends_before_the_model_is_built():
@@ -521,6 +532,52 @@ def test_without_a_log_the_engine_is_watched_all_the_same(monkeypatch):
     assert Engine().forward_backward_batch(1, 2, forward_only=True) == (1, 2, True)
     with pytest.raises(AttributeError, match="module"):  # an update: its routers are looked for
         Engine().forward_backward_batch(1, 2)
+
+
+def test_a_model_that_is_made_anew_is_watched_anew(monkeypatch):
+    """`TrainingWorker.reset` gives the same engine another one."""
+    from moe_upgrpo.integrations.verl import health
+
+    class Engine:
+        is_value_model, enable_routing_replay = False, True
+
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            return {}
+
+    watched = []
+
+    def made(model):
+        watched.append(model)
+        return SimpleNamespace(counting=nullcontext)
+
+    monkeypatch.setattr(health, "Health", made)
+    monkeypatch.setattr(health, "unwrap_model", lambda module: module)
+    monkeypatch.setattr(health.tu, "get_non_tensor_data", lambda *_: False)
+    health.install(SimpleNamespace(MegatronEngine=Engine))
+    engine = Engine()
+    for module in (["first"], ["second"]):
+        engine.module = module
+        for _ in range(2):
+            engine.forward_backward_batch({}, None)
+    assert watched == [["first"], ["second"]]
+
+
+def test_the_log_goes_around_a_method_that_verl_itself_wraps():
+    from moe_upgrpo.integrations.verl import log
+
+    class Engine:
+        initialize = disable_adapter = lambda self: None
+
+        @wraps(print)
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            return data
+
+    module, own = SimpleNamespace(MegatronEngine=Engine), Engine.forward_backward_batch
+    log.install(module)
+    first = Engine.forward_backward_batch
+    assert first is not own and Engine().forward_backward_batch(1, None) == 1
+    log.install(module)  # again is harmless
+    assert Engine.forward_backward_batch is first
 
 
 def test_what_the_log_cannot_do_is_refused(runs, monkeypatch):

@@ -197,8 +197,8 @@ def checked(stack: str, tmp_path: Path) -> None:
     of_stack = patching.of_stack(stack)
     if name := of_stack[0].distribution:
         of_stack = [series for series in of_stack if series.version == version(name)]
-    if not of_stack:
-        pytest.skip(f"no patch for {name} {version(name)}")
+    if not of_stack and version(name).rsplit(".", 1)[0] in ("0.17", "0.18"):
+        pytest.skip(f"docs/patches.md names no patch for {name} {version(name)}")
     (series,) = of_stack
     for file in series.files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

@@ -26,13 +26,15 @@ MODULES = {
     "nemo-rl": ("nemo_rl", "nemo-rl"),
     "megatron-lm": ("megatron.rl", "megatron-core"),
 }
-_said: set[str] = set()  # stacks that this process has warned of
 
-Part = Literal["loss", "log"]
+Part = Literal["loss", "log", "health"]
+# What a message calls each, and how to do without; nothing to be done: it is left out by itself.
 PARTS: dict[Part, tuple[str, str]] = {
     "loss": ("a loss", "or take the stack's own loss"),
     "log": ("the routing log", "or unset MOE_UPGRPO_RUN"),
+    "health": ("the report of a replay's health", ""),
 }
+_said: set[tuple[str, str]] = set()  # what this process has said: stack, and of what
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class Installed:
 
     def differences(self) -> dict[str, dict[str, str]]:
         """Tested revision → hook → how it is here; empty where it is the same."""
-        tested = hooks.read().get(self.stack, {})
-        return {name: hooks.differences(of, self.found) for name, of in tested.items()}
+        return {
+            name: hooks.differences(of, self.found) for name, of in hooks.tested(self.stack).items()
+        }
 
     @property
     def tested(self) -> str | None:
@@ -75,9 +78,11 @@ class Installed:
 
     def missing(self, part: Part) -> list[str]:
         """`FILE: NAME` of the hooks that `part` needs and that are not there."""
-        gone = hooks.missing(self.stack, self.found)
-        needed = hooks.LOSS[self.stack]
-        return [f"{file}: {name}" for file, name in gone if part == "log" or name in needed]
+        return [
+            f"{file}: {name}"
+            for file, name in hooks.missing(self.stack, self.found)
+            if part in needed_by(self.stack, name)
+        ]
 
     def warning(self) -> str | None:
         """Words on a revision that was not tested; None of one that was."""
@@ -94,6 +99,12 @@ class Installed:
             f"moe_upgrpo: {self.name} was not tested (tested: {', '.join(every)}). What is hooked "
             f"into is there, {how}. moe-upgrpo doctor --stack {self.stack} has all of it"
         )
+
+
+def needed_by(stack: str, name: str) -> list[Part]:
+    """The parts that need a hook; the log needs every one."""
+    of_parts = {"loss": hooks.LOSS, "health": hooks.HEALTH}
+    return [*(part for part, names in of_parts.items() if name in names[stack]), "log"]
 
 
 def locate(stack: str) -> Path | None:
@@ -136,9 +147,21 @@ def check(stack: str, part: Part) -> None:
         needs, without = PARTS[part]
         raise UserError(
             f"{here.name} lacks what {needs} of moe_upgrpo needs of it: {', '.join(gone)}. "
-            f"Tested: {', '.join(hooks.read()[stack])}; install one of them, {without}"
+            f"Tested: {', '.join(hooks.tested(stack))}; install one of them, {without}"
         )
-    said, warning = stack in _said, here.warning()
-    _said.add(stack)
+    said, warning = (stack, "revision") in _said, here.warning()
+    _said.add((stack, "revision"))
     if warning and not said and ending.rank() == 0:
         print(warning, flush=True)
+
+
+def has(stack: str, part: Part) -> bool:
+    """Whether the installed revision has what `part` needs; if not, say what it lacks, once."""
+    here = installed(stack)
+    gone = here.missing(part) if here is not None else []
+    if gone and (stack, part) not in _said:
+        _said.add((stack, part))
+        if ending.rank() == 0:
+            lacking = f"{here.name} lacks {', '.join(gone)}"
+            print(f"moe_upgrpo: {PARTS[part][0]} is left out: {lacking}", flush=True)
+    return not gone

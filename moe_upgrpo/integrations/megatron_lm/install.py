@@ -6,8 +6,6 @@ An import puts them there, where the environment asks for a loss or a log (see `
 
 import functools
 import inspect
-import json
-import os
 
 from moe_upgrpo.integrations.kit import environment, revisions
 
@@ -90,13 +88,13 @@ class Hooks:
         rl_utils.prepare_data_for_update = prepare_data_for_update
 
 
-_config = asked()
+_config, _named = asked()
 _log = None
 if environment.run_folder() is not None:
     from moe_upgrpo.integrations.megatron_lm.log import CollectionLog
 
     _log = CollectionLog(environment.run_folder())
-hooks = Hooks(_config, set(json.loads(os.environ.get("MOE_UPGRPO_LOSS_SETTINGS") or "{}")), _log)
+hooks = Hooks(_config, _named, _log)
 if _config is not None or _log is not None:
     hooks.install()
 calculate_grpo_loss = hooks.calculate_grpo_loss

@@ -111,8 +111,10 @@ def check(args: Any, config: PolicyLossConfig | None, settings: set[str], *, log
             )
 
 
-def asked() -> PolicyLossConfig | None:
-    """The preset that the environment names, with its settings; None: no preset.
+def asked() -> tuple[PolicyLossConfig | None, set[str]]:
+    """The preset that the environment names, with its settings, and the fields that these name.
+
+    None: no preset.
 
     Raises:
         UserError: a preset or settings that cannot be.
@@ -121,7 +123,7 @@ def asked() -> PolicyLossConfig | None:
     if not name:
         if given:
             raise UserError(f"{SETTINGS} is set, {LOSS} is not: name a preset")
-        return None
+        return None, set()
     try:
         settings = json.loads(given or "{}")
     except json.JSONDecodeError as error:
@@ -129,7 +131,7 @@ def asked() -> PolicyLossConfig | None:
             f"{SETTINGS}: {given!r} given ({error}); allowed: a JSON object of "
             f"{', '.join(vars(PRESETS['grpo']))}"
         ) from error
-    return resolve(
+    config = resolve(
         name,
         settings,
         option=LOSS,
@@ -137,6 +139,7 @@ def asked() -> PolicyLossConfig | None:
         stack="Megatron-LM",
         not_handed_over=NOT_HANDED_OVER,
     )
+    return config, set(settings or ())
 
 
 def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -> PolicyLossConfig:

@@ -40,6 +40,7 @@ from nemo_rl.package_info import __version__
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.nemo_rl import start
@@ -235,11 +236,8 @@ class WorkerLog:
         try:
             native_logp = own = None
             if self.replays:
-                self.worker._router_replay_enabled = False
-                try:
+                with replaced(self.worker, _router_replay_enabled=False):
                     native_output, native = self.recorder.recorded(forward)
-                finally:
-                    self.worker._router_replay_enabled = True
                 native_logp = native_output["logprobs"]
                 output, own = self.recorder.recorded(forward, own=True)
             else:

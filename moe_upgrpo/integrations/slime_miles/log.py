@@ -55,6 +55,10 @@ class Stack(Protocol):
     model: ModuleType
     losses: ModuleType
 
+    def prepare(self) -> None:
+        """Before the log is put in place: look for what it alone needs, and watch how the stack
+        deals the sequences out."""
+
     def extra_forward(self, stage: str) -> AbstractContextManager:
         """A forward that the stack does not make, inside: its replay of routes is in the stage
         `fallthrough` or `replay_forward`; what is replayed in it is replayed again afterwards."""
@@ -104,6 +108,7 @@ def install(stack: Stack, args: Namespace, mode: str) -> None:
     need(stack.actor, "get_data_iterator", "forward_only", "train")
     need(stack.model, "loss_function", "get_batch")
     need(stack.losses, "policy_loss_function", "get_log_probs_and_entropy", "all_gather_with_cp")
+    stack.prepare()
     environment.refuse(
         {"moe_router_fusion under R3": mode == "R3" and getattr(args, "moe_router_fusion", False)}
     )

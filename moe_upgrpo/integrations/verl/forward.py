@@ -28,6 +28,7 @@ from verl.utils.dynamic_cp_scheduler import DCP_GROUP_LEADER
 from verl.utils.megatron_utils import unwrap_model
 
 from moe_upgrpo.integrations.kit import routers
+from moe_upgrpo.integrations.kit.hooking import replaced
 
 ROW = "moe_upgrpo_row"  # of each sequence in the engine's batch; travels with the micro-batches
 
@@ -67,11 +68,8 @@ class Forward:
                         found.setdefault(row, {}).update(routers.by_layer(numbers, table_SLX))
             return result
 
-        engine.forward_step = step
-        try:
+        with replaced(engine, forward_step=step):
             output = self.plain(data, loss_function, forward_only)
-        finally:
-            del engine.forward_step
         for part in self.from_all_replicas(found)[1:]:
             for row, layers in part.items():
                 found.setdefault(row, {}).update(layers)

@@ -20,12 +20,14 @@ def install(module) -> None:
     def forward_backward_batch(self, data, loss_function, forward_only=False):
         if forward_only or self.is_value_model or not self.enable_routing_replay:
             return original(self, data, loss_function, forward_only)
-        if not hasattr(self, "moe_upgrpo_health"):
-            self.moe_upgrpo_health = Health(unwrap_model(self.module))
-        with self.moe_upgrpo_health.counting():
+        watched, health = self.__dict__.get("moe_upgrpo_health", (None, None))
+        if watched is not self.module:  # `TrainingWorker.reset` makes another model
+            health = Health(unwrap_model(self.module))
+            self.moe_upgrpo_health = self.module, health
+        with health.counting():
             output = original(self, data, loss_function, forward_only)
         if tu.get_non_tensor_data(data, "update_lr_scheduler", False):  # a step's last mini-batch
-            found = self.moe_upgrpo_health.take()
+            found = health.take()
             if self.is_mp_src_rank_with_outputs():
                 output["metrics"] |= {
                     name: Metric(value=value, aggregation=AggregationType.MEAN)
@@ -33,6 +35,5 @@ def install(module) -> None:
                 }
         return output
 
-    del forward_backward_batch.__wrapped__  # by which the log knows its own
     forward_backward_batch.moe_upgrpo_health = True
     engine_class.forward_backward_batch = forward_backward_batch

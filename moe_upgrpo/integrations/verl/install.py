@@ -30,12 +30,15 @@ def when_imported() -> None:
 
 
 def _into_engine(module) -> None:
-    """The log where MOE_UPGRPO_RUN asks for one; the figures always."""
-    from moe_upgrpo.integrations.verl import health
-
-    health.install(module)  # inside of the log, whose own forwards are not counted
-    if environment.run_folder() is not None:
+    """The log where MOE_UPGRPO_RUN asks for one; the figures wherever verl has what they need."""
+    logs = environment.run_folder() is not None
+    if logs:
         revisions.check("verl", "log")
+    if revisions.has("verl", "health"):
+        from moe_upgrpo.integrations.verl import health
+
+        health.install(module)  # inside of the log, whose own forwards are not counted
+    if logs:
         from moe_upgrpo.integrations.verl import log
 
         log.install(module)

@@ -42,6 +42,7 @@ from verl.utils.metric import AggregationType, Metric
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, routers
+from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.kit.run_log import RunLog, Step, check_free, gap_under_r3, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.integrations.verl.forward import ROW, Forward, leads
@@ -61,7 +62,7 @@ def install(module) -> None:
     initialize = engine_class.initialize
     forward_backward = engine_class.forward_backward_batch
     disable_adapter = engine_class.disable_adapter
-    if hasattr(forward_backward, "__wrapped__"):
+    if hasattr(forward_backward, "moe_upgrpo_log"):
         return
 
     @functools.wraps(initialize)
@@ -97,6 +98,7 @@ def install(module) -> None:
                 if log is not None:
                     log.without_adapter = False
 
+    forward_backward_batch.moe_upgrpo_log = True
     engine_class.initialize = initialize_with_log
     engine_class.forward_backward_batch = forward_backward_batch
     engine_class.disable_adapter = disable_adapter_of_log
@@ -350,11 +352,8 @@ class EngineLog:
         if not self.has_losses:
             yield lambda loss_function: loss_function
             return
-        verl_losses.get_policy_loss_fn = watched
-        try:
+        with replaced(verl_losses, get_policy_loss_fn=watched):
             yield wrapper
-        finally:
-            verl_losses.get_policy_loss_fn = get
 
     def _see(self, policy_loss, arguments: dict, rows: list[int], seen: dict) -> None:
         dp_size = arguments["config"].global_batch_info.get("dp_size") or 1

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FOUND = Path(__file__).with_name("slime_scripts.json")
+FOUND = Path(__file__).with_suffix(".json")
 
 
 def read() -> dict[str, dict[str, Any]]:
