@@ -179,8 +179,8 @@ def truncated(evidence: Evidence) -> Finding | None:
     # Rounding goes either way: what is above 0 is half of it.
     after = [np.where(g > 0, 2 * g, 0) for g in gaps(evidence)]
     done = (
-        f"{(large < 0).mean():.1%} of the larger gaps have one sign and leave at least {kept:.2f} of the "
-        f"probability, as top-p or top-k sampling does; taken out"
+        f"{(large < 0).mean():.1%} of the larger gaps have one sign and leave at least {kept:.2f} "
+        "of the probability, as top-p or top-k sampling does; taken out"
     )
     return _finding(evidence, "truncated-sampling", after, done)
 
