@@ -1,1 +1,1 @@
-"""Measurements of `moe-upgrpo diagnose`: its calibration table, what it names of planted faults."""
+"""Injected faults and clean pairs: how often `moe-upgrpo diagnose` names the right cause."""
