@@ -99,7 +99,7 @@ class Live:
         return self.compare(self.as_sampled)
 
     def whole(self, engine: Engine, at_once: int | None = None) -> Seen:
-        """An engine's view of the whole sequences, each in one pass; transformers' has log-probs."""
+        """An engine's view of whole sequences, each in one pass; transformers' has log-probs."""
         if not isinstance(engine, HFEngine):
             return self.seen(engine.routes(self.sequences) if self.actor.layer_ids else None, None)
         temperature = self.options.temperature

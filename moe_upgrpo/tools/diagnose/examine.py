@@ -1,0 +1,112 @@
+"""A checkpoint with an engine, from start to end: faults, then knobs against the noise floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from moe_upgrpo import __version__
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.rollout.base import Engine
+from moe_upgrpo.rollout.engines import EngineWeights
+from moe_upgrpo.tools import pair
+from moe_upgrpo.tools.diagnose import knobs
+from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
+from moe_upgrpo.tools.diagnose.live import Live, opened
+from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, live_faults
+
+Pure = Callable[[Evidence], Sequence[Finding]]
+"""The faults that are told without a model, first causes first."""
+
+
+@dataclass(kw_only=True)
+class Examined:
+    """What was found, first causes first; what was not tried, and why.
+
+    bisection: None where a fault explains most of the difference: knobs are turned once it is
+    mended. row: this measurement as a row of the calibration table; None where there is a fault.
+    """
+
+    evidence: Evidence
+    findings: list[Finding]
+    not_tried: dict[str, str]
+    bisection: knobs.Bisection | None
+    row: dict | None
+
+
+def examine(
+    options: pair.PairOptions,
+    *,
+    server_log: Path,
+    pure: Pure,
+    weights: EngineWeights = "as-trained",
+    minutes: float | None = None,
+    console: Console | None = None,
+    engine: Engine | None = None,
+) -> Examined:
+    """Start both sides, and say what makes them differ.
+
+    engine: one that is there already. minutes: of the knobs' part; None: as long as it takes.
+    """
+    with (
+        groups.process_groups(Layout(), seed=options.seed),
+        opened(options, server_log=server_log, weights=weights, engine=engine) as live,
+    ):
+        evidence = live.evidence()
+        findings, not_tried = [*pure(evidence)], {}
+        if not _settled(findings):
+            more, not_tried = live_faults(live)
+            findings += more
+        if _settled(findings):
+            why = f"first mend: {findings[0].cause}"
+            not_tried |= {knob.name: why for knob in knobs.KNOBS}
+            return Examined(
+                evidence=evidence, findings=findings, not_tried=not_tried, bisection=None, row=None
+            )
+        bisection = knobs.bisect(live, minutes=minutes, console=console)
+        return Examined(
+            evidence=evidence,
+            findings=findings + bisection.findings,
+            not_tried=not_tried | bisection.not_tried,
+            bisection=bisection,
+            row=row_of(live),
+        )
+
+
+def _settled(findings: Sequence[Finding]) -> bool:
+    """Whether a fault explains so much that nothing else can be seen beside it."""
+    return any(f.kind == "fault" and (f.share is None or f.share >= EXPLAINED) for f in findings)
+
+
+def row_of(live: Live, *, trained: bool = True) -> dict | None:
+    """The pair as a row of the calibration table; None for a dense model. trained: the routers."""
+    if not live.actor.layer_ids:
+        return None
+    base, hf = live.base, live.actor.hf
+    routers_P, pairs_P = base.sums("routers")
+    smallest = [
+        native.margins[s.response_rows].min(axis=1)
+        for native, s in zip(live.native, live.samples, strict=True)
+    ]
+    short = {"bfloat16": "bf16", "float32": "fp32"}
+    sizes = (len(live.actor.layer_ids), hf.hidden_size, live.actor.num_experts, live.actor.top_k)
+    return {
+        "engine": live.options.engine,
+        "precision": "fp8" if live.weights == "fp8" else short[live.options.engine_dtype],
+        "trainer": short[live.options.dtype],
+        "layers": sizes[0],
+        "experts": sizes[2],
+        "top_k": sizes[3],
+        "trained": trained,
+        "margin": float(np.median(np.concatenate(smallest))),
+        "differ": int(routers_P.sum()),
+        "pairs": int(pairs_P.sum()),
+        "gap": base.rate("gap"),
+        "model": "-".join(map(str, (hf.model_type, *sizes))),
+        "source": f"moe-upgrpo diagnose {__version__}",
+    }
