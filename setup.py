@@ -39,6 +39,7 @@ setup(
         "moe_upgrpo": [
             "report/*.html",
             "report/*.css",
+            "tools/diagnose/*.html",
             "report/*.js",
             "compare/*.html",
             "integrations/*.json",
