@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,14 @@ from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.stats import holm
 from moe_upgrpo.tools import pair
 from moe_upgrpo.tools.diagnose import models
-from moe_upgrpo.tools.diagnose.differences import Differences, Measure, Removed, Seen, removed
+from moe_upgrpo.tools.diagnose.differences import (
+    UNITS,
+    Differences,
+    Measure,
+    Removed,
+    Seen,
+    removed,
+)
 from moe_upgrpo.tools.diagnose.evidence import Finding
 from moe_upgrpo.tools.diagnose.live import Live
 from moe_upgrpo.tools.diagnose.live_faults import finding
@@ -381,6 +389,38 @@ def _finding(one: Turned) -> Finding:
     """The knob's finding, of the routers where any differed before."""
     of = next(e for e in one.effects.values() if e.share is not None)
     return finding(one.knob.cause or one.knob.name, of, one.knob.does, kind="numerics")
+
+
+def as_table(of: Bisection) -> dict[str, Any]:
+    """What was turned, for a terminal or a page: title, says, columns and rows of texts."""
+    base = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.base.items()]
+    floor = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.floor.items()]
+    says = f"Engine and trainer: {', '.join(base)}; noise floor: {', '.join(floor)}."
+    if not of.above_floor:
+        says += " No more than the noise floor: no knob was turned."
+    rows = []
+    for one in of.turned:
+        row = [one.knob.name, one.knob.does]
+        for measure in MEASURES:
+            row += _cells(one.effects.get(measure))
+        rows.append([*row, "yes" if one.stands_out else "no", f"{one.seconds:.1f}"])
+    ends = [f"{UNITS[m]}, {part}" for m in MEASURES for part in ("before → after", "removed")]
+    columns = ["knob", "turned to", *ends, "above the floor", "s"]
+    return {"title": "One knob at a time", "says": says, "columns": columns, "rows": rows}
+
+
+def _number(rate: float, measure: Measure) -> str:
+    return f"{rate:.2%}" if measure == "routers" else f"{rate:.2e}"
+
+
+def _cells(of: Removed | None) -> list[str]:
+    if of is None:
+        return ["", ""]
+    change = f"{_number(of.before, of.measure)} → {_number(of.after, of.measure)}"
+    if of.share is None:
+        return [change, "nothing to remove"]
+    ends = "" if of.low is None else f" ({of.low:.0%} to {of.high:.0%})"
+    return [change, f"{of.share:.0%}{ends}"]
 
 
 def _progress(console: Console | None) -> Progress:
