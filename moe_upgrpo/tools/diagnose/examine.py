@@ -16,8 +16,10 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
 from moe_upgrpo.tools import pair
-from moe_upgrpo.tools.diagnose import faults, knobs
+from moe_upgrpo.tools.diagnose import faults
+from moe_upgrpo.tools.diagnose.bisection import Bisection, as_table, bisect
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
+from moe_upgrpo.tools.diagnose.knobs import KNOBS
 from moe_upgrpo.tools.diagnose.live import Live, opened
 from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, LIVE_FAULTS, live_faults
 
@@ -25,9 +27,9 @@ _BY_MODELS = (
     "experts-permuted",
     "half-loaded-weights",
     "orphan-routers",
+    "other-temperature",
     "other-weights",
     "stale-weights",
-    "temperature",
     "unrelated-tokens",
 )
 """Causes that records suggest and a model tells: what it finds stands in their place."""
@@ -48,12 +50,12 @@ class Examined:
     findings: list[Finding]
     not_tried: dict[str, str]
     tried: int
-    bisection: knobs.Bisection | None
+    bisection: Bisection | None
     row: dict | None
 
     def tables(self) -> list[dict[str, Any]]:
         """The knobs and their effects, for a page: title, says, columns and rows of texts."""
-        return [knobs.as_table(self.bisection)] if self.bisection else []
+        return [as_table(self.bisection)] if self.bisection else []
 
 
 def examine(
@@ -83,10 +85,13 @@ def examine(
         bisection = row = None
         if _settled(findings):
             why = f"the difference is that of a fault: mend {findings[0].cause} first"
-            not_tried |= {knob.name: why for knob in knobs.KNOBS}
+            not_tried |= {knob.name: why for knob in KNOBS}
         else:
-            bisection = knobs.bisect(live, minutes=minutes, console=console)
-            findings = findings + bisection.findings
+            if any(one.cause == "fp8" for one in findings):
+                live.weights = "fp8"  # so that its twins are rounded too
+            bisection = bisect(live, minutes=minutes, console=console)
+            known = {one.cause for one in findings}
+            findings = findings + [one for one in bisection.findings if one.cause not in known]
             not_tried |= bisection.not_tried
             row = row_of(live)
     return Examined(
