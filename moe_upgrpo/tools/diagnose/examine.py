@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,21 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
 from moe_upgrpo.tools import pair
-from moe_upgrpo.tools.diagnose import knobs
+from moe_upgrpo.tools.diagnose import faults, knobs
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.live import Live, opened
 from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, live_faults
 
-Pure = Callable[[Evidence], Sequence[Finding]]
-"""The faults that are told without a model, first causes first."""
+_BY_MODELS = (
+    "experts-permuted",
+    "half-loaded-weights",
+    "orphan-routers",
+    "other-weights",
+    "stale-weights",
+    "temperature",
+    "unrelated-tokens",
+)
+"""Causes that records suggest and a model tells: what it finds stands in their place."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +51,6 @@ def examine(
     options: pair.PairOptions,
     *,
     server_log: Path,
-    pure: Pure,
     weights: EngineWeights = "as-trained",
     minutes: float | None = None,
     console: Console | None = None,
@@ -58,10 +65,11 @@ def examine(
         opened(options, server_log=server_log, weights=weights, engine=engine) as live,
     ):
         evidence = live.evidence()
-        findings, not_tried = [*pure(evidence)], {}
-        if not _settled(findings):
-            more, not_tried = live_faults(live)
-            findings += more
+        findings, not_tried = faults.find(evidence).findings, {}
+        sure = [one for one in findings if one.cause not in _BY_MODELS]
+        if not _settled(sure):
+            told, not_tried = live_faults(live)
+            findings = [*sure, *told] if _settled(told) else [*told, *findings]
         if _settled(findings):
             why = f"first mend: {findings[0].cause}"
             not_tried |= {knob.name: why for knob in knobs.KNOBS}
