@@ -11,6 +11,7 @@ Shape suffixes: S tokens, L MoE layers, K experts per token, E experts, D hidden
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -55,8 +56,10 @@ def chosen(scores: np.ndarray, top_k: int) -> np.ndarray:
     return np.argsort(-scores, axis=-1, kind="stable")[..., :top_k].astype(np.int16)
 
 
+@cache
 def make_pair(shape: Shape | None = None, *, seed: int = 0) -> Pair:
-    """Both sides of the same tokens; they differ by rounding alone."""
+    """Both sides of the same tokens; they differ by rounding alone. Made once, and not to be
+    changed."""
     shape = shape or Shape()
     rng = np.random.default_rng(seed)
     L, D, E = shape.layers, shape.hidden, shape.experts

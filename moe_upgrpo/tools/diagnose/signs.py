@@ -87,8 +87,11 @@ def _margins(evidence: Evidence) -> tuple[list[np.ndarray], list[np.ndarray]] | 
 
 
 def large_margins(evidence: Evidence, rate: float) -> Finding | None:
-    """A fault without a name: experts are exchanged at any margin, which rounding does not do."""
-    found = near_ties(evidence)
+    """A fault without a name: experts are exchanged at any margin, which rounding does not do.
+
+    Told by each router's own margin: of a token's smallest, many layers say little.
+    """
+    found = None if evidence.margins is None else near_ties(evidence)
     if found is None or rate < 0.05 or found.share is None or found.share >= _LARGE:
         return None
     return Finding(
