@@ -1,23 +1,29 @@
 """The bisection: each knob turned alone, and what of the mismatch that takes away.
 
-An effect is paired, of the same tokens, with an interval by prompt, and counts where it is more
-than the same engine differs by in a batch of another shape: the noise floor.
+An effect is paired, of the same tokens, with an interval by prompt. It stands out where it is more
+than another batch shape alone moves the same figure by, prompt by prompt.
 """
 
 from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import holm
-from moe_upgrpo.tools.diagnose.differences import UNITS, Measure, Removed, removed
+from moe_upgrpo.tools.diagnose.differences import (
+    UNITS,
+    Differences,
+    Measure,
+    Removed,
+    removed,
+)
 from moe_upgrpo.tools.diagnose.evidence import Finding
 from moe_upgrpo.tools.diagnose.knobs import KNOBS, Bench, Knob, order
 from moe_upgrpo.tools.diagnose.live import Live
@@ -48,7 +54,7 @@ class Bisection:
     not_tried: dict[str, str] = field(default_factory=dict)
     floor: dict[Measure, float] = field(default_factory=dict)
     base: dict[Measure, float] = field(default_factory=dict)
-    above_floor: bool = True
+    alike: bool = False  # the two sides differ by no more than rounding: nothing was turned
 
 
 def bisect(
@@ -60,19 +66,18 @@ def bisect(
 ) -> Bisection:
     """Turn each knob alone, the cheap and likely first, until the minutes are spent.
 
-    Nothing is turned where engine and trainer differ by no more than the engine from itself.
+    Nothing is turned where engine and trainer agree to the rounding of fp32.
     """
     begun, bench, result = time.monotonic(), Bench(live=live), Bisection()
-    whole = bench.whole()
+    bench.whole()
     unit = time.monotonic() - begun  # of a forward of all sequences; the first is the slowest
-    known = [m for m in MEASURES if whole.has(m)]
     result.base = {m: live.base.rate(m) for m in MEASURES if live.base.has(m)}
-    floors = {m: bench.floor(m) for m in known}
-    result.floor = {m: float(np.abs(floors[m]).sum() / whole.sums(m)[1].sum()) for m in known}
-    above = {m: floor_P for m, floor_P in floors.items() if _is_above(bench, m, floor_P)}
-    result.above_floor = bool(above)
-    if not above:
-        why = "engine and trainer differ by no more than the engine from itself"
+    noise = bench.noise()
+    result.floor = {m: noise.rate(m) for m in MEASURES if noise.has(m)}
+    large = [m for m in MEASURES if live.base.has(m) and _is_large(live.base, m)]
+    if not large:
+        result.alike = True
+        why = "engine and trainer differ by no more than the rounding of fp32"
         result.not_tried = {knob.name: why for knob in knobs}
         return result
     with _progress(console) as progress:
@@ -83,7 +88,7 @@ def bisect(
                 result.not_tried[knob.name] = reason
             else:
                 try:
-                    result.turned.append(_turn(knob, bench, above))
+                    result.turned.append(_turn(knob, bench, large))
                 except (UserError, ValueError, NotImplementedError, ImportError) as error:
                     # transformers refuses what a model or this machine has not
                     result.not_tried[knob.name] = str(error).splitlines()[0]
@@ -94,12 +99,9 @@ def bisect(
     return result
 
 
-def _is_above(bench: Bench, measure: Measure, floor_P: np.ndarray) -> bool:
-    """Whether a mismatch is more than the noise floor, and a gap more than fp32's rounding."""
-    whole = bench.whole()
-    if measure == "gap" and whole.rate(measure) < ROUNDING:
-        return False
-    return float(whole.sums(measure)[0].sum()) > 2 * float(np.abs(floor_P).sum())
+def _is_large(base: Differences, measure: Measure) -> bool:
+    """Whether there is something to explain: routers that differ, a gap beyond rounding."""
+    return base.rate(measure) > (ROUNDING if measure == "gap" else 0)
 
 
 def _reason(
@@ -117,16 +119,18 @@ def _reason(
     return None
 
 
-def _turn(knob: Knob, bench: Bench, floors: dict[Measure, np.ndarray]) -> Turned:
-    """Turn it, and hold what it took away against the floors of the measures that are above."""
+def _turn(knob: Knob, bench: Bench, measures: Sequence[Measure]) -> Turned:
+    """Turn it, and hold what it took away against what the batch shape moves, where that is known
+    and not the knob itself."""
     begun = time.monotonic()
     before, after = knob.turned(bench)
     gc.collect()
-    # The batch shape is what the floor is made of: it cannot be held against itself.
-    held = {} if knob.name == "batch-shape" else floors
+    held = knob.name != "batch-shape"
     effects = {
-        m: removed(before, after, m, floor_P=held.get(m))
-        for m in floors
+        m: removed(
+            before, after, m, floor_P=bench.moved(m) if held and bench.whole().has(m) else None
+        )
+        for m in measures
         if before.has(m) and after.has(m)
     }
     return Turned(knob=knob, effects=effects, seconds=time.monotonic() - begun)
@@ -156,8 +160,8 @@ def as_table(of: Bisection) -> dict[str, Any]:
     base = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.base.items()]
     floor = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.floor.items()]
     says = f"Engine and trainer: {', '.join(base)}; noise floor: {', '.join(floor)}."
-    if not of.above_floor:
-        says += " No more than the noise floor: no knob was turned."
+    if of.alike:
+        says += " No more than the rounding of fp32: no knob was turned."
     rows = []
     for one in of.turned:
         row = [one.knob.name, one.knob.does]

@@ -52,13 +52,20 @@ class Bench:
     """The pair, and the views that several knobs begin from, each computed once."""
 
     live: Live
-    _kept: dict[str, Differences] = field(default_factory=dict)
+    _views: dict[str, Seen] = field(default_factory=dict)
+    _differences: dict[str, Differences] = field(default_factory=dict)
 
-    def kept(self, name: str, view: Callable[[], Seen]) -> Differences:
-        """A view's differences from the trainer, remembered by a name."""
-        if name not in self._kept:
-            self._kept[name] = self.live.compare(view())
-        return self._kept[name]
+    def view(self, name: str, look: Callable[[], Seen]) -> Seen:
+        """A view by a name, computed once."""
+        if name not in self._views:
+            self._views[name] = look()
+        return self._views[name]
+
+    def kept(self, name: str, look: Callable[[], Seen]) -> Differences:
+        """A view's differences from the trainer, computed once."""
+        if name not in self._differences:
+            self._differences[name] = self.live.compare(self.view(name, look))
+        return self._differences[name]
 
     @property
     def is_twin(self) -> bool:
@@ -69,9 +76,9 @@ class Bench:
         """The engine, each sequence in one pass."""
         return self.kept("whole", lambda: self.live.whole(self.live.engine))
 
-    def one_by_one(self) -> Differences:
-        """The same in another batch shape: each sequence alone, or one more pass."""
-        return self.kept("one by one", lambda: self.live.whole(self.live.engine, at_once=1))
+    def reshaped(self) -> Differences:
+        """The same with each sequence alone; one more pass where the engine batches as it likes."""
+        return self.kept("reshaped", lambda: self.live.whole(self.live.engine, at_once=1))
 
     def twin(self) -> Differences:
         """The twin as the engine is said to be."""
@@ -79,9 +86,14 @@ class Bench:
             return self.whole()
         return self.kept("twin", self.live.twin_seen)
 
-    def floor(self, measure: Measure) -> np.ndarray:
-        """What the engine differs by from itself over batch shapes, [P]: the noise floor."""
-        of, other = (d.sums(measure)[0] for d in (self.whole(), self.one_by_one()))
+    def noise(self) -> Differences:
+        """The engine against itself in another batch shape: the noise floor."""
+        self.whole(), self.reshaped()
+        return self.live.compare(self._views["whole"], self._views["reshaped"])
+
+    def moved(self, measure: Measure) -> np.ndarray:
+        """What the batch shape alone moves the difference from the trainer by, [P]."""
+        of, other = (d.sums(measure)[0] for d in (self.whole(), self.reshaped()))
         return of - other
 
 
@@ -140,7 +152,7 @@ KNOBS: tuple[Knob, ...] = (
         likely=0.2,
         cost=2,
         lacks=lambda bench: None if bench.is_twin else "the engine batches as it likes",
-        turned=lambda bench: (bench.whole(), bench.one_by_one()),
+        turned=lambda bench: (bench.whole(), bench.reshaped()),
     ),
     Knob(
         name="prefill-decode",
