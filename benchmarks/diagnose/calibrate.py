@@ -105,21 +105,22 @@ def earlier() -> Iterator[dict]:
 
 def rule_lines() -> Iterator[str]:
     """The rule in words: coefficients and the error of a model left out."""
-    names = ["1", "log E", "log K", "log L", "trained", "FP8", "trained · FP8", "bf16 trainer"]
+    names = ["1", "log E", "log K", "log L", "FP8", "bf16 trainer"]
     for with_margin in (False, True):
         of = expected.rule(with_margin)
-        terms = [*names, "log m"] if with_margin else names
+        terms = [*names, *(["log m"] if with_margin else ["trained", "trained · FP8"])]
         yield " ".join(
             f"{value:+.2f} {name}" for name, value in zip(terms, of.coefficients, strict=True)
         )
         yield (
             f"  {of.rows} rows of {len(of.misses)} models; one left out is missed by a factor of "
-            f"{np.exp(of.error):.2f} (median {np.exp(np.median(of.misses)):.2f}, largest "
+            f"{np.exp(of.error()):.2f} (median {np.exp(np.median(of.misses)):.2f}, largest "
             f"{np.exp(of.misses.max()):.2f})"
         )
-    big = expected.expected_rate(128, 8, 48, "bf16", trainer="bf16")
+    big = expected.expected_rate(128, 8, 48, "bf16", trainer="bf16", trained=True)
     yield (
-        f"128 experts, top-8, 48 layers, bf16 on both sides: {big.low:.1%} to {big.high:.1%} "
+        "128 experts, top-8, 48 layers, trained, bf16 on both sides: "
+        f"{big.low:.1%} to {big.high:.1%} "
         "(published for Qwen3-30B-A3B, arXiv 2510.11370: about 10%)"
     )
 

@@ -160,11 +160,17 @@ ENGINE_FAULTS: dict[str, EngineFault] = {
     "routers in bf16": EngineFault(
         inject=_with(_bf16_routers), cause="router-dtype", dtype="float32"
     ),
+    "routers in bf16, of an engine that shows none": EngineFault(
+        inject=lambda engine: Wrapped(_with(_bf16_routers)(engine)),
+        cause="router-dtype",
+        dtype="float32",
+    ),
     "a temperature of its own": EngineFault(
-        inject=lambda engine: Wrapped(engine, temperature=0.7), cause="temperature"
+        inject=lambda engine: Wrapped(engine, temperature=0.7), cause="other-temperature"
     ),
     "a token put before each prompt": EngineFault(
-        inject=lambda engine: Wrapped(engine, before=(engine._eos_ids[0].item(),)), cause="tokens"
+        inject=lambda engine: Wrapped(engine, before=(engine._eos_ids[0].item(),)),
+        cause="other-tokens",
     ),
     "rows one late": EngineFault(
         inject=lambda engine: Wrapped(engine, _one_late), cause="row-off-by-one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_upgrpo.tools.diagnose.evidence import Cause
+from moe_upgrpo.tools.diagnose.model_causes import MODEL_CAUSES
 
 _R3 = "--replay R3"
 _DIAGNOSE = "moe-upgrpo diagnose --model CHECKPOINT --prompts FILE"
@@ -247,5 +248,6 @@ CAUSES: dict[str, Cause] = {
             "hold the update to the old policy's routes",
             "--replay R2",
         ),
+        *MODEL_CAUSES,
     )
 }

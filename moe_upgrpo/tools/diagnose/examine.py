@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -15,18 +16,20 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
 from moe_upgrpo.tools import pair
-from moe_upgrpo.tools.diagnose import faults, knobs
+from moe_upgrpo.tools.diagnose import faults
+from moe_upgrpo.tools.diagnose.bisection import Bisection, as_table, bisect
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
+from moe_upgrpo.tools.diagnose.knobs import KNOBS
 from moe_upgrpo.tools.diagnose.live import Live, opened
-from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, live_faults
+from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, LIVE_FAULTS, live_faults
 
 _BY_MODELS = (
     "experts-permuted",
     "half-loaded-weights",
     "orphan-routers",
+    "other-temperature",
     "other-weights",
     "stale-weights",
-    "temperature",
     "unrelated-tokens",
 )
 """Causes that records suggest and a model tells: what it finds stands in their place."""
@@ -36,15 +39,23 @@ _BY_MODELS = (
 class Examined:
     """What was found, first causes first; what was not tried, and why.
 
-    bisection: None where a fault explains most of the difference: knobs are turned once it is
-    mended. row: this measurement as a row of the calibration table; None where there is a fault.
+    left: the evidence as it were without the faults that records show. tried: how many tests and
+    knobs there were. bisection: None where a fault explains most of the difference: knobs are
+    turned once it is mended. row: this measurement as a row of the calibration table; None where
+    there is a fault.
     """
 
     evidence: Evidence
+    left: Evidence
     findings: list[Finding]
     not_tried: dict[str, str]
-    bisection: knobs.Bisection | None
+    tried: int
+    bisection: Bisection | None
     row: dict | None
+
+    def tables(self) -> list[dict[str, Any]]:
+        """The knobs and their effects, for a page: title, says, columns and rows of texts."""
+        return [as_table(self.bisection)] if self.bisection else []
 
 
 def examine(
@@ -65,25 +76,33 @@ def examine(
         opened(options, server_log=server_log, weights=weights, engine=engine) as live,
     ):
         evidence = live.evidence()
-        findings, not_tried = faults.find(evidence).findings, {}
+        shown = faults.find(evidence)
+        findings, not_tried = shown.findings, {}
         sure = [one for one in findings if one.cause not in _BY_MODELS]
         if not _settled(sure):
             told, not_tried = live_faults(live)
             findings = [*sure, *told] if _settled(told) else [*told, *findings]
+        bisection = row = None
         if _settled(findings):
-            why = f"first mend: {findings[0].cause}"
-            not_tried |= {knob.name: why for knob in knobs.KNOBS}
-            return Examined(
-                evidence=evidence, findings=findings, not_tried=not_tried, bisection=None, row=None
-            )
-        bisection = knobs.bisect(live, minutes=minutes, console=console)
-        return Examined(
-            evidence=evidence,
-            findings=findings + bisection.findings,
-            not_tried=not_tried | bisection.not_tried,
-            bisection=bisection,
-            row=row_of(live),
-        )
+            why = f"the difference is that of a fault: mend {findings[0].cause} first"
+            not_tried |= {knob.name: why for knob in KNOBS}
+        else:
+            if any(one.cause == "fp8" for one in findings):
+                live.weights = "fp8"  # so that its twins are rounded too
+            bisection = bisect(live, minutes=minutes, console=console)
+            known = {one.cause for one in findings}
+            findings = findings + [one for one in bisection.findings if one.cause not in known]
+            not_tried |= bisection.not_tried
+            row = row_of(live)
+    return Examined(
+        evidence=evidence,
+        left=shown.left,
+        findings=findings,
+        not_tried=not_tried,
+        tried=shown.tried + len(LIVE_FAULTS) + (len(bisection.turned) if bisection else 0),
+        bisection=bisection,
+        row=row,
+    )
 
 
 def _settled(findings: Sequence[Finding]) -> bool:

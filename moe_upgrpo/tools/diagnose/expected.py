@@ -3,12 +3,16 @@
 From the project's own measurements (`calibration.json`, made by `python -m
 benchmarks.diagnose.calibrate`), a rule is fitted by least squares:
 
-    log r = b · (1, log E, log K, log L, trained, FP8, trained · FP8, bf16 trainer [, log m])
+    log r = b · (1, log E, log K, log L, FP8, bf16 trainer, trained, trained · FP8)
 
-with r the router mismatch rate, E experts, K of them per token, L MoE layers, m the median over
-tokens of the smallest margin. Its error is that of the models left out: the rule is fitted without
-all rows of one shape and weights, and misses those by some factor. The interval takes the mean
-square of the misses' logarithms, and Student's t with one degree of freedom for each such model.
+with r the router mismatch rate, E experts, K of them per token, L MoE layers. Where it is not known
+whether the routers are trained, log m stands in the place of the last two, m the median over tokens
+of a token's smallest margin: beside them it adds nothing to what the rule can tell.
+
+The error is that of models left out: a rule is fitted without all rows of one shape and weights,
+and misses those by some factor. The interval takes the root mean square of the misses' logarithms,
+of all models or, where that is larger, of those whose routers are trained as the asked one's are;
+and Student's t with one degree of freedom for each model.
 
 An fp32 engine against an fp32 trainer differs in no router of the table; its range is the Clopper
 and Pearson interval over the tokens seen.
@@ -72,12 +76,18 @@ class Rule:
     coefficients: np.ndarray
     with_margin: bool
     misses: np.ndarray  # [models], root mean square of log(predicted / measured)
+    trained: np.ndarray  # [models] bool
     rows: int
 
-    @property
-    def error(self) -> float:
-        """Root mean square of a left-out model's log ratio: predicted against measured."""
-        return float(np.sqrt((self.misses**2).mean()))
+    def error(self, trained: bool | None = None) -> float:
+        """Root mean square of a left-out model's log ratio, predicted against measured; of all, or
+        of those with such routers where that is larger."""
+        kinds = (
+            [self.misses]
+            if trained is None
+            else [self.misses, self.misses[self.trained == trained]]
+        )
+        return max(float(np.sqrt((of**2).mean())) for of in kinds)
 
 
 @cache
@@ -88,10 +98,12 @@ def table() -> tuple[dict[str, Any], ...]:
 
 
 def _features(row: Mapping[str, Any], with_margin: bool) -> list[float]:
-    trained, fp8 = float(row["trained"]), float(row["precision"] == "fp8")
+    fp8 = float(row["precision"] == "fp8")
     found = [1.0, *(math.log(row[name]) for name in ("experts", "top_k", "layers"))]
-    found += [trained, fp8, trained * fp8, float(row["trainer"] == "bf16")]
-    return [*found, math.log(row["margin"])] if with_margin else found
+    found += [fp8, float(row["trainer"] == "bf16")]
+    if with_margin:
+        return [*found, math.log(row["margin"])]
+    return [*found, float(row["trained"]), row["trained"] * fp8]
 
 
 def _log_rate(row: Mapping[str, Any]) -> float:
@@ -105,21 +117,23 @@ def fit(rows: Sequence[Mapping[str, Any]], *, with_margin: bool) -> Rule:
     Raises:
         UserError: too few models to fit and to leave one out.
     """
-    rows = [r for r in rows if not _is_exact(r["precision"], r["trainer"])]
+    rows = [r for r in rows if not _is_exact(r["precision"], r["trainer"]) and r["margin"] > 0]
     x_RF = np.array([_features(row, with_margin) for row in rows])
     y_R = np.array([_log_rate(row) for row in rows])
     models = sorted({row["model"] for row in rows})
-    if len(models) < 2 * (9 if with_margin else 8):
+    if len(models) < 2 * x_RF.shape[1]:
         raise UserError(f"{len(models)} models are too few to fit a rule of the mismatch")
-    misses = []
+    misses, trained = [], []
     for model in models:
         out_R = np.array([row["model"] == model for row in rows])
         b_F = np.linalg.lstsq(x_RF[~out_R], y_R[~out_R], rcond=None)[0]
         misses.append(math.sqrt(((x_RF[out_R] @ b_F - y_R[out_R]) ** 2).mean()))
+        trained.append(any(row["trained"] for row, out in zip(rows, out_R, strict=True) if out))
     return Rule(
         coefficients=np.linalg.lstsq(x_RF, y_R, rcond=None)[0],
         with_margin=with_margin,
         misses=np.array(misses),
+        trained=np.array(trained),
         rows=len(rows),
     )
 
@@ -144,7 +158,7 @@ def expected_rate(
 
     precision: of the engine, see `PRECISIONS`. trainer: fp32 or bf16. layers: MoE layers. margins:
     the median over tokens of a token's smallest margin, where it is known. trained: whether the
-    routers are; None: the range takes in both.
+    routers are; None: told by the margins, and without them the range takes in both.
 
     Raises:
         UserError: an unknown precision, or numbers that no model has.
@@ -161,7 +175,8 @@ def expected_rate(
         )
     if _is_exact(precision, trainer):
         return _of_fp32()
-    if trained is None:
+    with_margin = trained is None and margins is not None and 0 < margins < math.inf
+    if trained is None and not with_margin:
         both = [
             expected_rate(
                 num_experts,
@@ -169,7 +184,6 @@ def expected_rate(
                 layers,
                 precision,
                 trainer=trainer,
-                margins=margins,
                 trained=of,
             )
             for of in (False, True)
@@ -189,10 +203,9 @@ def expected_rate(
         "trained": trained,
         "margin": margins,
     }
-    with_margin = margins is not None and 0 < margins < math.inf
     of = rule(with_margin)
     middle = float(np.array(_features(row, with_margin)) @ of.coefficients)
-    reach = stats.t.ppf(0.975, len(of.misses) - 1) * of.error
+    reach = stats.t.ppf(0.975, len(of.misses) - 1) * of.error(trained)
     low, middle, high = (min(1.0, math.exp(x)) for x in (middle - reach, middle, middle + reach))
     return Expected(low=low, middle=middle, high=high, source=_source(of, row))
 
@@ -224,7 +237,7 @@ def _source(of: Rule, row: Mapping[str, Any]) -> str:
     margins = " with margins" if of.with_margin else ""
     return (
         f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which misses a "
-        f"model left out by a factor of {math.exp(of.error):.2f}{beyond}"
+        f"model left out by a factor of {math.exp(of.error(row['trained'])):.2f}{beyond}"
     )
 
 

@@ -66,7 +66,7 @@ def tokens(live: Live) -> Finding | None:
     if other:
         first = other[0]
         return Finding(
-            cause="tokens",
+            cause="other-tokens",
             kind="fault",
             share=None,
             measure="gap",
@@ -88,7 +88,7 @@ def tokens(live: Live) -> Finding | None:
         trainer = live.scored(live.actor, samples)
         of = removed(live.base, live.compare(live.as_sampled, trainer), "gap")
         if _explains(of, len(live.prompts)):
-            return finding("tokens", of, f"prompts {name} give the engine's log-probs")
+            return finding("other-tokens", of, f"prompts {name} give the engine's log-probs")
     return None
 
 
@@ -155,7 +155,7 @@ def temperature(live: Live) -> Finding | None:
     if not _explains(of, len(live.prompts)):
         return None
     by = f"logits divided by {found:.3g} in place of {told:.3g} give the engine's log-probs"
-    return finding("temperature", of, by)
+    return finding("other-temperature", of, by)
 
 
 def weights(live: Live) -> Finding | None:

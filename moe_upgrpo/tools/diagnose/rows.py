@@ -127,8 +127,9 @@ def row_shift(evidence: Evidence) -> Explained | None:
     values, times = np.unique(moved, return_counts=True)
     usual = int(values[times.argmax()])
     late = sum(start > 0 for *_, shift, start in shifted if shift)
-    everywhere = len(moved) == len(shifted) and not late
-    which = "rows" if everywhere else f"rows of {len(moved)} of {len(shifted)} sequences"
+    told = sum(shift is not None for *_, shift, _ in shifted)
+    everywhere = len(moved) == told and not late
+    which = "rows" if everywhere else f"rows of {len(moved)} of {told} sequences"
     if late:
         which += ", some from a later row on,"
     cause = "row-off-by-one" if everywhere and abs(usual) == 1 else "rows-shifted"
@@ -141,7 +142,8 @@ def row_shift(evidence: Evidence) -> Explained | None:
 def _shifted(evidence: Evidence, i: int) -> tuple:
     """A sequence with the shift, and the first row of it, that lets most sets agree.
 
-    Both sides' response rows, the routers left out, the shift (0: none) and where it begins.
+    Both sides' response rows, the routers left out, the shift (0: none; None: too short to tell)
+    and where it begins.
     """
     pair = evidence.rollout_routes[i], evidence.train_routes[i]
     common = min(map(len, pair))
@@ -152,7 +154,9 @@ def _shifted(evidence: Evidence, i: int) -> tuple:
     plain = a[start:stop], b[start:stop], whole[start:stop], 0, 0
     T = stop - start
     now_T = (unlike(*plain[:2]) & ~plain[2]).sum(axis=1)
-    if T < 4 or now_T.mean() < 0.2 * a.shape[1]:
+    if T < 4:
+        return *plain[:3], None, 0  # too short to tell
+    if now_T.mean() < 0.2 * a.shape[1]:
         return plain
     best, found = 0.5 * now_T.sum(), plain
     for shift in SHIFTS:

@@ -28,11 +28,18 @@ def compare(held: PreTrainedModel, right: PreTrainedModel, num_experts: int) -> 
     unlike = {
         name: (tensor, theirs[name])
         for name, tensor in held.state_dict().items()
-        if not torch.equal(tensor, theirs[name])
+        if tensor.dtype != theirs[name].dtype or not torch.equal(tensor, theirs[name])
     }
     if not unlike:
         return None
     count = f"{len(unlike)} of {len(theirs)} tensors of the engine are not the trainer's"
+    if all(_is_cast(*both) for both in unlike.values()):
+        types = sorted({str(held.dtype).removeprefix("torch.") for held, _ in unlike.values()})
+        routers = all(".gate." in name or ".router." in name for name in unlike)
+        return Unlike(
+            cause="router-dtype" if routers else "engine-dtype",
+            says=f"{count} but those in {' and '.join(types)} ({_where(unlike)})",
+        )
     if all(_is_fp8(*both) for both in unlike.values()):
         return Unlike(cause="fp8", says=f"{count} but those rounded to FP8")
     if all(_is_permuted(*both, num_experts) for both in unlike.values()):
@@ -64,6 +71,10 @@ def _where(unlike: dict) -> str:
     outside = sorted(name for name in unlike if not any(p.isdigit() for p in name.split(".")))
     words = [f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:8]))}"] if layers else []
     return "; ".join(words + outside[:4])
+
+
+def _is_cast(held: Tensor, right: Tensor) -> bool:
+    return held.dtype != right.dtype and torch.equal(held, right.to(held.dtype))
 
 
 def _is_fp8(held: Tensor, right: Tensor) -> bool:
