@@ -39,8 +39,9 @@ setup(
         "moe_upgrpo": [
             "report/*.html",
             "report/*.css",
-            "tools/diagnose/*.html",
             "report/*.js",
+            "tools/diagnose/*.html",
+            "tools/diagnose/*.json",
             "compare/*.html",
             "integrations/*.json",
         ]

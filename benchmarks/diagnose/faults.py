@@ -274,6 +274,11 @@ FAULTS: dict[str, Fault] = {
         inject=_on_train(lambda x: np.roll(x, -1, axis=0)), cause="row-off-by-one"
     ),
     "rows two late": Fault(inject=_on_train(lambda x: np.roll(x, 2, axis=0)), cause="rows-shifted"),
+    "a row for the last token too": Fault(
+        inject=_on_rollout(lambda x, rng: np.concatenate([x, x[-1:]])),
+        cause="extra-rows",
+        storable=False,
+    ),
     "rows of a third of the sequences one early": Fault(
         inject=_some_shifted, cause="rows-of-some-sequences-shifted"
     ),
@@ -325,7 +330,7 @@ FAULTS: dict[str, Fault] = {
     "ids in eight bits": Fault(
         inject=_on_rollout(_eight_bits),
         cause="overflowed-ids",
-        shape=Shape(experts=256, top_k=8),
+        shape=Shape(experts=256, top_k=8, layers=2, tokens=12),
         storable=False,
     ),
     "ids of a rank": Fault(inject=_on_rollout(_of_one_rank), cause="local-ids", storable=False),

@@ -148,9 +148,9 @@ CLEAN: dict[str, Shape] = {
     "one layer": Shape(layers=1, noise=0.03),
     "coarse, as in FP8": Shape(noise=0.08),
     "fp32": Shape(noise=1e-6),
-    "60 experts, top-4, long": Shape(experts=60, prompts=8, samples=1, tokens=96),
+    "60 experts, top-4, long": Shape(experts=60, prompts=8, samples=1, tokens=64, layers=4),
     "few tokens": Shape(prompts=12, samples=4, prompt_tokens=3, tokens=4, vocabulary=12),
     "8 experts, top-7": Shape(experts=8, top_k=7, noise=0.02),
-    "512 experts, top-10": Shape(experts=512, top_k=10, layers=3, prompts=8, noise=0.02),
+    "512 experts, top-10": Shape(experts=512, top_k=10, layers=2, prompts=8, samples=1, noise=0.02),
 }
 """Pairs in which no fault is to be found, by their names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -13,12 +13,15 @@ from rich.console import Console
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.report.figures import plural
-from moe_upgrpo.tools.diagnose import faults, matching, show, verdict
+from moe_upgrpo.tools.diagnose import faults, matching, show, signs, verdict
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
-from moe_upgrpo.tools.diagnose.expected import Expected, expected_rate
+from moe_upgrpo.tools.diagnose.expected import Expected, contribute, expected_rate
 from moe_upgrpo.tools.diagnose.inputs import Source, from_dumps, from_run
 from moe_upgrpo.tools.diagnose.verdict import Diagnosis
 from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
+
+if TYPE_CHECKING:
+    from moe_upgrpo.tools.diagnose.knobs import Bisection
 
 _PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -27,7 +30,7 @@ def diagnose(config: DiagnoseConfig, console: Console | None = None) -> Diagnosi
     """Say why the two sides differ; write diagnosis.html and diagnosis.json."""
     console = console or Console(highlight=False, markup=False)
     before = verdict.read_before(config.before) if config.before else None
-    found = _of_records(config)
+    found = _of_records(config) if config.model is None else _of_model(config, console)
     if before is not None:
         found.since = verdict.since(before, found)
     page = show.write(found, config.folder)
@@ -64,6 +67,77 @@ def _of_records(config: DiagnoseConfig) -> Diagnosis:
         by_layer=source.by_layer,
         alarms=_alarms(source.rows),
     )
+
+
+def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
+    """The diagnosis of a checkpoint with an engine."""
+    from moe_upgrpo.tools.diagnose.examine import examine  # and with it Megatron
+    from moe_upgrpo.tools.diagnose.live_faults import LIVE_FAULTS
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    examined = examine(
+        config,
+        server_log=config.folder / "engine.log",
+        weights=config.engine_weights,
+        minutes=config.minutes,
+        console=console,
+    )
+    evidence, findings = examined.evidence, list(examined.findings)
+    recorded = faults.find(evidence)
+    told = {one.cause for one in findings if one.kind == "fault"}
+    by_records = told <= {one.cause for one in recorded.findings}
+    turned = examined.bisection.turned if examined.bisection else []
+    if not told:
+        findings += [one for one in [signs.near_ties(evidence)] if one is not None]
+    if config.contribute is not None:
+        if examined.row is None:
+            raise UserError(
+                f"--contribute: there is a fault ({', '.join(sorted(told)) or 'no routes'}), and "
+                "the table is of pairs without any. Mend it and run again."
+            )
+        contribute(config.contribute, examined.row)
+        console.print(f"added to {config.contribute}: a row to send", soft_wrap=True)
+    name = config.engine if config.engine_url is None else f"{config.engine} at {config.engine_url}"
+    return conclude(
+        evidence,
+        findings,
+        left=recorded.left if by_records else None,
+        tried=recorded.tried + len(LIVE_FAULTS) + len(turned),
+        not_tried=faults.not_asked(evidence) | examined.not_tried,
+        model=_Model(
+            precision=config.precision
+            or ("fp8" if config.engine_weights == "fp8" else _PRECISIONS[config.engine_dtype]),
+            trainer=_PRECISIONS[config.dtype],
+            trained=None,
+        ),
+        about=f"{config.model} with engine {name}, {plural(len(evidence.response), 'response')}",
+        row=examined.row,
+        tables=[_turned(examined.bisection)] if examined.bisection else [],
+    )
+
+
+def _turned(bisection: Bisection) -> dict[str, Any]:
+    """The knobs that were turned, as a table."""
+    floors = "; ".join(
+        f"{f'{value:.2%} of routers' if measure == 'routers' else f'{value:.2e} nats'}"
+        for measure, value in bisection.floor.items()
+    )
+    rows = []
+    for one in bisection.turned:
+        for of in one.effects.values():
+            share = "" if of.share is None else f"{of.share:.0%}"
+            if of.low is not None and of.high is not None:
+                share += f" ({of.low:.0%} to {of.high:.0%})"
+            stands = "yes" if one.stands_out else "no"
+            rows.append([one.knob.does, str(of), share, stands, f"{one.seconds:.1f}"])
+    return {
+        "title": "One knob at a time",
+        "says": f"Noise floor, the engine against itself in other batches: {floors or 'none'}. A "
+        "share below 0: the change made more of it. Above the floor: by a paired test by prompt, "
+        "with Holm's correction over all knobs.",
+        "columns": ["change", "what it gave", "removed", "above the floor", "seconds"],
+        "rows": rows,
+    }
 
 
 def _check_known(evidence: Evidence, where: str) -> None:
@@ -135,7 +209,7 @@ def conclude(
     evidence: Evidence,
     findings: Sequence[Finding],
     *,
-    left: Evidence,
+    left: Evidence | None,
     tried: int,
     not_tried: dict[str, str],
     model: _Model,
@@ -145,10 +219,14 @@ def conclude(
     row: dict[str, Any] | None = None,
     tables: list[dict[str, Any]] | None = None,
 ) -> Diagnosis:
-    """The verdict on findings, however they were made."""
+    """The verdict on findings, however they were made.
+
+    left: the evidence without its faults; None where a model told them.
+    """
     measured = verdict.measure(evidence, left, by_layer)
-    fits = matching.fit(left) if left.rollout_routes and left.train_routes else True
-    expected, why = model.expected(left) if fits else (None, "the two sides do not fit")
+    of = evidence if left is None else left
+    fits = matching.fit(of) if of.rollout_routes and of.train_routes else True
+    expected, why = model.expected(of) if fits else (None, "the two sides do not fit")
     return Diagnosis(
         about=about,
         measured=measured,

@@ -23,6 +23,7 @@ SHAPES: tuple[RouteTest, ...] = (
     shapes.transposed,
     shapes.extra_layers,
     shapes.other_top_k,
+    shapes.extra_rows,
 )
 # Of these the one that explains most is named, the first of equals.
 ROUTES: tuple[RouteTest, ...] = (
@@ -52,6 +53,9 @@ LOG_PROBS: tuple[Callable[[Evidence], Finding | None], ...] = (
 _ALIKE = 0.03
 """Two tests that explain as much as each other but for this: the first of them is named."""
 _MOST = 4
+_FEW = 8
+"""Routers that differ, up to which chance alone may look like any of these; rows that no router
+writes are none."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +88,7 @@ def _routes(found: Found) -> None:
         return
     whole = sum(matching.sum_of(matching.differing(found.left)))
     named = []
-    for tests in (ROUTES, BEYOND):
+    for tests in (ROUTES, BEYOND) if whole > _FEW else ((rows.zero_rows, ids.overflowed),):
         while len(named) < _MOST:
             now = sum(matching.sum_of(matching.differing(found.left)))
             if not now:

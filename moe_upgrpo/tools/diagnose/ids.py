@@ -128,7 +128,7 @@ def unrelated(evidence: Evidence) -> Explained | None:
     rollout, train = matching.sampled(evidence)
     spread = np.roll(train, len(train) // 2, axis=0)
     chance = float(matching.overlaps(rollout, spread).mean())
-    if chance > 0.95:
+    if chance > 0.95 or len(rollout) < 16:
         return None
     agree = np.array([float(matching.overlaps(*pair).mean()) for pair in pairs])
     agree = (agree - chance) / (1 - chance)

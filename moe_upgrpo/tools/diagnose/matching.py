@@ -18,6 +18,7 @@ from moe_upgrpo.stats.clusters import ratio_interval
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
 SAMPLE = 2048  # tokens from which layers, experts and sequences are matched with each other
+_TO_TELL = 16  # tokens from which on it is said what they agree beyond chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +192,11 @@ def agreement(evidence: Evidence) -> np.ndarray:
     """How much more of the sets agree than of unrelated tokens', by layer [L]: 1 all, 0 by chance.
 
     Unrelated are the trainer's rows of tokens that lie far away, of another prompt where there are
-    several. NaN for a layer that sends nearly all tokens to the same experts.
+    several. NaN for a layer that sends nearly all tokens to the same experts, or for few tokens.
     """
     rollout, train = sampled(evidence)
+    if len(rollout) < _TO_TELL:
+        return np.full(rollout.shape[1], math.nan)
     seen_L = overlaps(rollout, train).mean(axis=0)
     far = [overlaps(rollout, np.roll(train, part * len(train) // 7, axis=0)) for part in (2, 3, 4)]
     chance_L = np.mean([x.mean(axis=0) for x in far], axis=0)

@@ -131,6 +131,23 @@ def extra_layers(evidence: Evidence) -> Explained | None:
     return _fault(cause, None, said, mended)
 
 
+def extra_rows(evidence: Evidence) -> Explained | None:
+    """As many rows more in each sequence of one side, at its end: cut off, the sets agree."""
+    pairs = zip(evidence.rollout_routes, evidence.train_routes, strict=True)
+    more = {len(a) - len(b) for a, b in pairs}
+    if len(more) != 1 or more == {0} or not matching.fit(evidence):
+        return None
+    (count,) = more
+    if abs(count) > 2 or matching.rate(evidence) > 0.5:
+        return None
+    who = "engine" if count > 0 else "trainer"
+    said = (
+        f"the {who} has {abs(count)} more for each sequence: without the last "
+        f"{matching.rate(evidence):.1%} of routers differ"
+    )
+    return _fault("extra-rows", None, said, evidence)
+
+
 def layer_order(evidence: Evidence) -> Explained | None:
     """Layers in another order: matched by their sets, other layers than their own are found."""
     if evidence.rollout_routes[0].shape[1] < 2:
@@ -188,8 +205,10 @@ def half_loaded(evidence: Evidence) -> Explained | None:
     """Layers that agree up to one, and from there on hardly: their weights are others."""
     agree_L = matching.agreement(evidence)
     for first in range(1, len(agree_L)):
-        above, below = agree_L[:first], agree_L[first:]
-        if np.nanmin(above) > 0.9 and np.nanmax(below) < 0.7:
+        # A layer of which nothing is known speaks for neither.
+        above = np.nanmin(agree_L[:first], initial=np.inf)
+        below = np.nanmax(agree_L[first:], initial=-np.inf)
+        if 0.9 < above < np.inf and -np.inf < below < 0.7:
             break
     else:
         return None

@@ -120,7 +120,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def measure(evidence: Evidence, left: Evidence, by_layer: Sequence[float] | None) -> Measured:
+def measure(
+    evidence: Evidence, left: Evidence | None, by_layer: Sequence[float] | None
+) -> Measured:
     """How far the two sides differ, before and after the faults that were found."""
     found = Measured(gap=_gap(evidence))
     if evidence.rollout_routes and evidence.train_routes and evidence.layer_ids:
@@ -131,7 +133,7 @@ def measure(evidence: Evidence, left: Evidence, by_layer: Sequence[float] | None
         else:
             sides = (evidence.rollout_routes[0].shape, evidence.train_routes[0].shape)
             found.shapes = f"rollout {list(sides[0])} and trainer {list(sides[1])}"
-        if matching.fit(left) and any(x.any() for x in matching.counted(left)):
+        if left is not None and matching.fit(left) and any(x.any() for x in matching.counted(left)):
             found.left = _routers(left)
     elif (layers := evidence.columns.get("layers_mismatched")) and evidence.layer_ids:
         L = len(evidence.layer_ids)
