@@ -192,7 +192,8 @@ def main(arguments: Arguments) -> None:
             found = bisections(folder, write_prompts(folder / "more.txt", 2 * arguments.prompts))
             for name, of in found.items():
                 shown = as_table(of)
-                print(f"\n{name}. {shown['says']}\n\n{table(shown['columns'], shown['rows'])}")
+                print(f"\n{name}. {shown['says']}\n")
+                print(table(shown["columns"], shown["rows"]), flush=True)
             if arguments.figure:
                 draw(found, arguments.figure)
         if "faults" in wants:

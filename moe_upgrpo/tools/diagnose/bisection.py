@@ -17,13 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import holm
-from moe_upgrpo.tools.diagnose.differences import (
-    UNITS,
-    Differences,
-    Measure,
-    Removed,
-    removed,
-)
+from moe_upgrpo.tools.diagnose.differences import Differences, Measure, Removed, removed
 from moe_upgrpo.tools.diagnose.evidence import Finding
 from moe_upgrpo.tools.diagnose.knobs import KNOBS, Bench, Knob, order
 from moe_upgrpo.tools.diagnose.live import Live
@@ -157,34 +151,26 @@ def _finding(one: Turned) -> Finding:
 
 def as_table(of: Bisection) -> dict[str, Any]:
     """What was turned, for a terminal or a page: title, says, columns and rows of texts."""
-    base = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.base.items()]
-    floor = [f"{_number(rate, m)} {UNITS[m]}" for m, rate in of.floor.items()]
-    says = f"Engine and trainer: {', '.join(base)}; noise floor: {', '.join(floor)}."
-    if of.alike:
-        says += " No more than the rounding of fp32: no knob was turned."
+    floor = "; ".join(
+        f"{rate:.2%} of routers" if measure == "routers" else f"{rate:.2e} nats"
+        for measure, rate in of.floor.items()
+    )
     rows = []
     for one in of.turned:
-        row = [one.knob.name, one.knob.does]
-        for measure in MEASURES:
-            row += _cells(one.effects.get(measure))
-        rows.append([*row, "yes" if one.stands_out else "no", f"{one.seconds:.1f}"])
-    ends = [f"{UNITS[m]}, {part}" for m in MEASURES for part in ("before → after", "removed")]
-    columns = ["knob", "turned to", *ends, "above the floor", "s"]
-    return {"title": "One knob at a time", "says": says, "columns": columns, "rows": rows}
-
-
-def _number(rate: float, measure: Measure) -> str:
-    return f"{rate:.2%}" if measure == "routers" else f"{rate:.2e}"
-
-
-def _cells(of: Removed | None) -> list[str]:
-    if of is None:
-        return ["", ""]
-    change = f"{_number(of.before, of.measure)} → {_number(of.after, of.measure)}"
-    if of.share is None:
-        return [change, "nothing to remove"]
-    ends = "" if of.low is None else f" ({of.low:.0%} to {of.high:.0%})"
-    return [change, f"{of.share:.0%}{ends}"]
+        for effect in one.effects.values():
+            share = "" if effect.share is None else f"{effect.share:.0%}"
+            if effect.low is not None and effect.high is not None:
+                share += f" ({effect.low:.0%} to {effect.high:.0%})"
+            stands = "yes" if one.stands_out else "no"
+            rows.append([one.knob.does, str(effect), share, stands, f"{one.seconds:.1f}"])
+    return {
+        "title": "One knob at a time",
+        "says": f"Noise floor, the engine against itself in other batches: {floor or 'none'}. A "
+        "share below 0: the change made more of it. Above the floor: more than another batch shape "
+        "moves it, by a paired test by prompt, with Holm's correction over all knobs.",
+        "columns": ["change", "what it gave", "removed", "above the floor", "seconds"],
+        "rows": rows,
+    }
 
 
 def _progress(console: Console | None) -> Progress:
