@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,9 +19,6 @@ from moe_upgrpo.tools.diagnose.expected import Expected, contribute, expected_ra
 from moe_upgrpo.tools.diagnose.inputs import Source, from_dumps, from_run
 from moe_upgrpo.tools.diagnose.verdict import Diagnosis
 from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
-
-if TYPE_CHECKING:
-    from moe_upgrpo.tools.diagnose.knobs import Bisection
 
 _PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -72,7 +69,6 @@ def _of_records(config: DiagnoseConfig) -> Diagnosis:
 def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     """The diagnosis of a checkpoint with an engine."""
     from moe_upgrpo.tools.diagnose.examine import examine  # and with it Megatron
-    from moe_upgrpo.tools.diagnose.live_faults import LIVE_FAULTS
 
     config.folder.mkdir(parents=True, exist_ok=True)
     examined = examine(
@@ -83,10 +79,8 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
         console=console,
     )
     evidence, findings = examined.evidence, list(examined.findings)
-    recorded = faults.find(evidence)
     told = {one.cause for one in findings if one.kind == "fault"}
-    by_records = told <= {one.cause for one in recorded.findings}
-    turned = examined.bisection.turned if examined.bisection else []
+    by_records = told <= {one.cause for one in faults.find(evidence).findings}
     if not told:
         findings += [one for one in [signs.near_ties(evidence)] if one is not None]
     if config.contribute is not None:
@@ -101,8 +95,8 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     return conclude(
         evidence,
         findings,
-        left=recorded.left if by_records else None,
-        tried=recorded.tried + len(LIVE_FAULTS) + len(turned),
+        left=examined.left if by_records else None,
+        tried=examined.tried,
         not_tried=faults.not_asked(evidence) | examined.not_tried,
         model=_Model(
             precision=config.precision
@@ -112,32 +106,8 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
         ),
         about=f"{config.model} with engine {name}, {plural(len(evidence.response), 'response')}",
         row=examined.row,
-        tables=[_turned(examined.bisection)] if examined.bisection else [],
+        tables=examined.tables(),
     )
-
-
-def _turned(bisection: Bisection) -> dict[str, Any]:
-    """The knobs that were turned, as a table."""
-    floors = "; ".join(
-        f"{f'{value:.2%} of routers' if measure == 'routers' else f'{value:.2e} nats'}"
-        for measure, value in bisection.floor.items()
-    )
-    rows = []
-    for one in bisection.turned:
-        for of in one.effects.values():
-            share = "" if of.share is None else f"{of.share:.0%}"
-            if of.low is not None and of.high is not None:
-                share += f" ({of.low:.0%} to {of.high:.0%})"
-            stands = "yes" if one.stands_out else "no"
-            rows.append([one.knob.does, str(of), share, stands, f"{one.seconds:.1f}"])
-    return {
-        "title": "One knob at a time",
-        "says": f"Noise floor, the engine against itself in other batches: {floors or 'none'}. A "
-        "share below 0: the change made more of it. Above the floor: by a paired test by prompt, "
-        "with Holm's correction over all knobs.",
-        "columns": ["change", "what it gave", "removed", "above the floor", "seconds"],
-        "rows": rows,
-    }
 
 
 def _check_known(evidence: Evidence, where: str) -> None:

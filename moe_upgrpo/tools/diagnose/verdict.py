@@ -272,17 +272,21 @@ def _within(
     if expected is None:
         return f"Whether {what} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
-    place = (
-        "below"
-        if rate.value < expected.low
-        else "above"
-        if rate.value > expected.high
-        else "within"
-    )
+    place = _place(rate, expected)
     return (
-        f"{what[0].upper()}{what[1:]}, {percent(rate.value)} of routers, is {place} the {bounds} "
+        f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
         f"expected of this model's shape and precision ({expected.source})"
     )
+
+
+def _place(rate: Figure, expected: Expected) -> str:
+    """Where a rate lies beside what is expected; its own interval has to leave the range."""
+    low, high = (rate.value if end is None else end for end in (rate.low, rate.high))
+    if expected.low <= rate.value <= expected.high:
+        return "within"
+    if low <= expected.high and high >= expected.low:
+        return "not to be told from"
+    return "below" if rate.value < expected.low else "above"
 
 
 def read_before(path: Path) -> dict[str, Any]:
