@@ -81,8 +81,11 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     evidence, findings = examined.evidence, list(examined.findings)
     told = {one.cause for one in findings if one.kind == "fault"}
     by_records = told <= {one.cause for one in faults.find(evidence).findings}
-    if not told:
-        findings += [one for one in [signs.near_ties(evidence)] if one is not None]
+    if not told and evidence.rollout_routes:
+        explained = any((one.share or 0) >= 0.5 for one in findings)
+        # Told last: it names no cause, and a knob may have.
+        beyond = None if explained else signs.large_margins(evidence, matching.rate(evidence))
+        findings = [one for one in (beyond, *findings, signs.near_ties(evidence)) if one]
     if config.contribute is not None:
         if examined.row is None:
             raise UserError(
