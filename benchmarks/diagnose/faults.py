@@ -337,8 +337,12 @@ FAULTS: dict[str, Fault] = {
     "the shared expert counted": Fault(
         inject=_with_the_shared, cause="other-top-k", storable=False
     ),
-    "log-probs of temperature 0.7": Fault(inject=_log_probs(_colder(0.7)), cause="temperature"),
-    "log-probs of temperature 1.3": Fault(inject=_log_probs(_colder(1.3)), cause="temperature"),
+    "log-probs of temperature 0.7": Fault(
+        inject=_log_probs(_colder(0.7)), cause="other-temperature"
+    ),
+    "log-probs of temperature 1.3": Fault(
+        inject=_log_probs(_colder(1.3)), cause="other-temperature"
+    ),
     "log-probs to base 2": Fault(
         inject=_log_probs(lambda pair, i: pair.evidence.logp_rollout[i] / np.log(2)),
         cause="log-prob-unit",

@@ -98,7 +98,7 @@ def test_log_probs_alone(tmp_path):
     found, printed = diagnosed(
         **dumps(tmp_path, evidence, "rollout_logp", "train_logp"), output_dir=tmp_path
     )
-    assert found.first.cause == "temperature"
+    assert found.first.cause == "other-temperature"
     assert "at a temperature 0.69" in found.first.shown_by
     assert found.sentences[0].startswith("No routes are compared, and a token's log-prob differs")
     assert "not asked: routes: rows, layers, experts; the routes of both sides" in printed

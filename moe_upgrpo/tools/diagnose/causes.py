@@ -167,7 +167,7 @@ CAUSES: dict[str, Cause] = {
             "take natural logarithms of single tokens on both sides",
         ),
         _of(
-            "temperature",
+            "other-temperature",
             "the two sides' log-probs are of another temperature",
             "divide the trainer's logits by the sampling temperature, and let the engine give "
             "log-probs after it",

@@ -68,9 +68,7 @@ def _of_records(config: DiagnoseConfig) -> Diagnosis:
 
 def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     """The diagnosis of a checkpoint with an engine."""
-    from moe_upgrpo.tools.diagnose.bisection import as_table  # with these two Megatron
-    from moe_upgrpo.tools.diagnose.examine import examine
-    from moe_upgrpo.tools.diagnose.live_faults import LIVE_FAULTS
+    from moe_upgrpo.tools.diagnose.examine import examine  # and with it Megatron
 
     config.folder.mkdir(parents=True, exist_ok=True)
     examined = examine(
@@ -81,12 +79,13 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
         console=console,
     )
     evidence, findings = examined.evidence, list(examined.findings)
-    recorded = faults.find(evidence)
     told = {one.cause for one in findings if one.kind == "fault"}
-    by_records = told <= {one.cause for one in recorded.findings}
-    turned = examined.bisection.turned if examined.bisection else []
-    if not told:
-        findings += [one for one in [signs.near_ties(evidence)] if one is not None]
+    by_records = told <= {one.cause for one in faults.find(evidence).findings}
+    if not told and evidence.rollout_routes:
+        explained = any((one.share or 0) >= 0.5 for one in findings)
+        # Told last: it names no cause, and a knob may have.
+        beyond = None if explained else signs.large_margins(evidence, matching.rate(evidence))
+        findings = [one for one in (beyond, *findings, signs.near_ties(evidence)) if one]
     if config.contribute is not None:
         if examined.row is None:
             raise UserError(
@@ -99,8 +98,8 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     return conclude(
         evidence,
         findings,
-        left=recorded.left if by_records else None,
-        tried=recorded.tried + len(LIVE_FAULTS) + len(turned),
+        left=examined.left if by_records else None,
+        tried=examined.tried,
         not_tried=faults.not_asked(evidence) | examined.not_tried,
         model=_Model(
             precision=config.precision
@@ -110,7 +109,7 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
         ),
         about=f"{config.model} with engine {name}, {plural(len(evidence.response), 'response')}",
         row=examined.row,
-        tables=[as_table(examined.bisection)] if examined.bisection else [],
+        tables=examined.tables(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,11 +17,11 @@ from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
 from moe_upgrpo.tools import pair
 from moe_upgrpo.tools.diagnose import faults
-from moe_upgrpo.tools.diagnose.bisection import Bisection, bisect
+from moe_upgrpo.tools.diagnose.bisection import Bisection, as_table, bisect
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.knobs import KNOBS
 from moe_upgrpo.tools.diagnose.live import Live, opened
-from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, live_faults
+from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, LIVE_FAULTS, live_faults
 
 _BY_MODELS = (
     "experts-permuted",
@@ -38,15 +39,22 @@ _BY_MODELS = (
 class Examined:
     """What was found, first causes first; what was not tried, and why.
 
-    bisection: None where a fault explains most of the difference: knobs are turned once it is
+    left: the evidence as it were without the faults that records show. tried: how many tests and
+    knobs there were. bisection: None where a fault explains most of the difference: knobs are turned once it is
     mended. row: this measurement as a row of the calibration table; None where there is a fault.
     """
 
     evidence: Evidence
+    left: Evidence
     findings: list[Finding]
     not_tried: dict[str, str]
+    tried: int
     bisection: Bisection | None
     row: dict | None
+
+    def tables(self) -> list[dict[str, Any]]:
+        """The knobs and their effects, for a page: title, says, columns and rows of texts."""
+        return [as_table(self.bisection)] if self.bisection else []
 
 
 def examine(
@@ -67,7 +75,8 @@ def examine(
         opened(options, server_log=server_log, weights=weights, engine=engine) as live,
     ):
         evidence = live.evidence()
-        findings, not_tried = faults.find(evidence).findings, {}
+        recorded = faults.find(evidence)
+        findings, not_tried = recorded.findings, {}
         sure = [one for one in findings if one.cause not in _BY_MODELS]
         if not _settled(sure):
             told, not_tried = live_faults(live)
@@ -86,8 +95,10 @@ def examine(
             row = row_of(live)
     return Examined(
         evidence=evidence,
+        left=recorded.left,
         findings=findings,
         not_tried=not_tried,
+        tried=recorded.tried + len(LIVE_FAULTS) + (len(bisection.turned) if bisection else 0),
         bisection=bisection,
         row=row,
     )

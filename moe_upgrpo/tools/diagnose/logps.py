@@ -149,7 +149,7 @@ def temperature(evidence: Evidence) -> Finding | None:
     ]
     relation = f"log-odds of the engine are {slope:.3g} times the trainer's"
     done = f"{relation}, as at a temperature {1 / slope:.3g} times the trainer's; taken out"
-    return _finding(evidence, "temperature", after, done)
+    return _finding(evidence, "other-temperature", after, done)
 
 
 def _log_odds(logp: np.ndarray) -> np.ndarray:

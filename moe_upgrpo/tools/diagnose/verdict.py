@@ -169,8 +169,10 @@ def _figure(evidence, name, parts, wholes, scale, of="(token, layer) pairs") -> 
     return Figure(name=name, value=value, low=ends[0], high=ends[1], of=f"{sum(wholes):,.0f} {of}")
 
 
-def look(evidence: Evidence, *, named: Sequence[Finding] = (), replay: str = "none"):
-    """The faults and shares that records show, without a model: what `verdict` is told of.
+def look(
+    evidence: Evidence, *, named: Sequence[Finding] = (), replay: str = "none"
+) -> faults.Found:
+    """The faults and shares that records show, without a model: faults first.
 
     named: faults that reading the records showed already.
     """
@@ -178,14 +180,7 @@ def look(evidence: Evidence, *, named: Sequence[Finding] = (), replay: str = "no
     first = [*named, *found.findings]
     if unused := signs.replay_unused(evidence, replay):
         first.insert(0, unused)
-    numerics: list[Finding] = []
-    if not first:
-        rate = measure(evidence, evidence, None).routers
-        if rate and (beyond := signs.large_margins(evidence, rate.value)):
-            first.append(beyond)
-        numerics = signs.numerics(evidence)
-    else:
-        numerics = signs.numerics(found.left)
+    numerics = signs.numerics(found.left)
     seen = {one.cause for one in first}
     found.findings = first + [one for one in numerics if one.cause not in seen]
     return found
@@ -272,17 +267,21 @@ def _within(
     if expected is None:
         return f"Whether {what} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
-    place = (
-        "below"
-        if rate.value < expected.low
-        else "above"
-        if rate.value > expected.high
-        else "within"
-    )
+    place = _place(rate, expected)
     return (
-        f"{what[0].upper()}{what[1:]}, {percent(rate.value)} of routers, is {place} the {bounds} "
+        f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
         f"expected of this model's shape and precision ({expected.source})"
     )
+
+
+def _place(rate: Figure, expected: Expected) -> str:
+    """Where a rate lies beside what is expected; its own interval has to leave the range."""
+    low, high = (rate.value if end is None else end for end in (rate.low, rate.high))
+    if expected.low <= rate.value <= expected.high:
+        return "within"
+    if low <= expected.high and high >= expected.low:
+        return "not to be told from"
+    return "below" if rate.value < expected.low else "above"
 
 
 def read_before(path: Path) -> dict[str, Any]:
