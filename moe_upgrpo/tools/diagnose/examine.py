@@ -15,6 +15,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
+from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.tools import pair
 from moe_upgrpo.tools.diagnose import faults
 from moe_upgrpo.tools.diagnose.bisection import Bisection, as_table, bisect
@@ -23,13 +24,12 @@ from moe_upgrpo.tools.diagnose.knobs import KNOBS
 from moe_upgrpo.tools.diagnose.live import Live, opened
 from moe_upgrpo.tools.diagnose.live_faults import EXPLAINED, LIVE_FAULTS, live_faults
 
+_OF_WEIGHTS = ("half-loaded-weights", "other-weights", "stale-weights")
 _BY_MODELS = (
+    *_OF_WEIGHTS,
     "experts-permuted",
-    "half-loaded-weights",
     "orphan-routers",
     "other-temperature",
-    "other-weights",
-    "stale-weights",
     "unrelated-tokens",
 )
 """Causes that records suggest and a model tells: what it finds stands in their place."""
@@ -40,8 +40,9 @@ class Examined:
     """What was found, first causes first; what was not tried, and why.
 
     left: the evidence as it were without the faults that records show. tried: how many tests and
-    knobs there were. bisection: None where a fault explains most of the difference: knobs are turned once it is
-    mended. row: this measurement as a row of the calibration table; None where there is a fault.
+    knobs there were. bisection: None where a fault explains most of the difference: knobs are
+    turned once it is mended. row: this measurement as a row of the calibration table; None where
+    there is a fault.
     """
 
     evidence: Evidence
@@ -80,6 +81,9 @@ def examine(
         sure = [one for one in findings if one.cause not in _BY_MODELS]
         if not _settled(sure):
             told, not_tried = live_faults(live)
+            if isinstance(live.engine, HFEngine) and "weights" not in not_tried:
+                # Its tensors were looked at: what records suggest of weights is told or refuted.
+                findings = [one for one in findings if one.cause not in _OF_WEIGHTS]
             findings = [*sure, *told] if _settled(told) else [*told, *findings]
         bisection = row = None
         if _settled(findings):
