@@ -1,4 +1,4 @@
-"""What is named of faults put into a running engine; the bisection of two engines, as a picture.
+"""Faults put into a running engine, by the cause named; two bisections, as a picture.
 
     OMP_NUM_THREADS=1 python -m benchmarks.diagnose.engines [--figure docs/img/diagnose-knobs.svg]
 

@@ -150,7 +150,7 @@ def _finding(one: Turned) -> Finding:
 
 
 def as_table(of: Bisection) -> dict[str, Any]:
-    """What was turned, for a terminal or a page: title, says, columns and rows of texts."""
+    """Knobs and effects for a terminal or a page: title, says, columns and rows of texts."""
     floor = "; ".join(
         f"{rate:.2%} of routers" if measure == "routers" else f"{rate:.2e} nats"
         for measure, rate in of.floor.items()

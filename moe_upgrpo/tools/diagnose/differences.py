@@ -124,7 +124,7 @@ class Removed:
 def removed(
     before: Differences, after: Differences, measure: Measure, *, floor_P: np.ndarray | None = None
 ) -> Removed:
-    """What a change took away of a measure that both have; the same tokens before and after.
+    """The part of a measure that a change took away; the same tokens before and after.
 
     floor_P: what the same side differs by without any change, which counts as nothing.
     """
