@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks.diagnose.engine_faults import CLEAN, ENGINE_FAULTS, EngineFault, options
 from moe_upgrpo import kernels
@@ -51,12 +51,12 @@ class Arguments:
 
 
 def saved_model(folder: Path, *, seed: int = 0, **sizes) -> Path:
-    """A random Qwen3-MoE with the arithmetic tokenizer."""
+    """A random Qwen3-MoE (dense Qwen3 with experts=0) with the arithmetic tokenizer."""
     config = tiny_model_config(**sizes)
     config.initializer_range = INITIALIZER_RANGE
     torch.manual_seed(seed)
     with no_progress_bar():
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     arithmetic.save_tokenizer(folder)
     return folder
 
@@ -110,7 +110,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bisections(folder: Path, prompts: Path) -> dict[str, Bisection]:
-    """Of a bf16 engine, and of one whose weights are rounded to FP8 as well."""
+    """Turn the knobs of a bf16 engine, and of one whose weights are rounded to FP8 as well."""
     model = saved_model(folder / "bisected", **SHAPES[BISECTED])
     found = {}
     for name, weights in (("bf16", "as-trained"), ("bf16, weights rounded to FP8", "fp8")):

@@ -25,14 +25,14 @@ from moe_upgrpo.tools.diagnose.knobs import KNOBS, order
 from moe_upgrpo.tools.diagnose.live import opened
 
 QUICK = dict(samples=4, max_new_tokens=12)
-# One of each way of telling; the others are slow.
-IN_MAIN = (
-    "a layer that was not loaded, of an engine that shows none",
-    "routers in bf16, of an engine that shows none",
-    "a temperature of its own",
-    "a token put before each prompt",
-    "rows one late",
-)
+# One of each way of telling, and the words that say it; the others are slow.
+IN_MAIN = {
+    "a layer that was not loaded, of an engine that shows none": "routes agree before MoE layer 1",
+    "routers in bf16, of an engine that shows none": "routers in bf16 give the engine's experts",
+    "a temperature of its own": "logits divided by 0.7",
+    "a token put before each prompt": "with the special token of a beginning",
+    "rows one late": "rows shifted by -1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def put_in(name: str, checkpoint, **given):
 def test_a_fault_in_an_engine_is_named_first(name, checkpoint):
     found = put_in(name, checkpoint)
     assert found.findings[0].cause == ENGINE_FAULTS[name].cause
+    assert IN_MAIN[name] in found.findings[0].shown_by
     assert found.findings[0].kind == "fault" and found.findings[0].share > 0.8
     assert found.bisection is None and found.row is None
     assert found.not_tried["engine-dtype"].endswith(f"mend {found.findings[0].cause} first")
@@ -231,3 +232,14 @@ def test_whole_sequences_are_scored_as_they_were_sampled(tiny_checkpoint):
             np.testing.assert_array_equal(np.sort(routes), np.sort(rollout.routes))
     with pytest.raises(UserError, match="2 tokens or more"):
         engine.score([np.array([1])])
+
+
+@pytest.mark.slow
+def test_a_dense_checkpoint_is_asked_for_its_log_probs(tmp_path):
+    """No routes, no row of the table; the engine's precision makes the gap."""
+    model = saved_model(tmp_path / "model", layers=2, hidden=64, experts=0)
+    pair = options(model, write_prompts(tmp_path / "p.txt", 10), **QUICK)
+    found = examine(pair, server_log=tmp_path / "log")
+    (cause,) = found.findings
+    assert cause.cause == "engine-dtype" and cause.measure == "gap" and cause.share > 0.9
+    assert found.row is None and found.not_tried["router-dtype"] == "a dense model has no routers"

@@ -17,7 +17,7 @@ from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.rollout.engines import EngineWeights
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.tools import pair
-from moe_upgrpo.tools.diagnose import faults
+from moe_upgrpo.tools.diagnose import faults, tensors
 from moe_upgrpo.tools.diagnose.bisection import Bisection, as_table, bisect
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.knobs import KNOBS
@@ -37,7 +37,7 @@ _BY_MODELS = (
 
 @dataclass(kw_only=True)
 class Examined:
-    """What was found, first causes first; what was not tried, and why.
+    """Findings, first causes first; what was not tried, and why.
 
     left: the evidence as it were without the faults that records show. tried: how many tests and
     knobs there were. bisection: None where a fault explains most of the difference: knobs are
@@ -109,8 +109,12 @@ def examine(
 
 
 def _settled(findings: Sequence[Finding]) -> bool:
-    """Whether a fault explains so much that nothing else can be seen beside it."""
-    return any(f.kind == "fault" and (f.share is None or f.share >= EXPLAINED) for f in findings)
+    """Whether a fault explains so much that nothing else can be seen beside it, or is certain: the
+    engine's tensors are not the trainer's."""
+    return any(
+        f.kind == "fault" and (f.share is None or f.share >= EXPLAINED or f.cause in tensors.CAUSES)
+        for f in findings
+    )
 
 
 def row_of(live: Live, *, trained: bool = True) -> dict | None:

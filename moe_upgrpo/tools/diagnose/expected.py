@@ -35,7 +35,7 @@ from scipy import stats
 from moe_upgrpo.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp8")
-"""Of an engine: its number type, or bf16 with weights rounded to FP8."""
+"""An engine's number type, or bf16 with weights rounded to FP8."""
 FIELDS = {
     "engine": str,
     "precision": str,

@@ -51,7 +51,7 @@ class Live:
         return [sample.tokens for sample in self.samples]
 
     def evidence(self) -> Evidence:
-        """What the tests that need no model look at."""
+        """Both sides as the tests that need no model look at them."""
         has_routes = bool(self.actor.layer_ids)
         return Evidence(
             prompt=self.prompt,
@@ -166,8 +166,9 @@ def opened(
         if actor.layer_ids and not rollouts[0].routes.shape[1]:
             raise UserError(
                 f"engine={options.engine} returned no routes of a model with experts in layers "
-                f"{actor.layer_ids}: only the log-probs could be compared. Start it with routes "
-                "(docs/engines.md)."
+                f"{actor.layer_ids}. Start it with routes (docs/engines.md). Without them the "
+                "log-probs can still be asked for temperature, unit and off by one: dump those of "
+                "both sides and give --rollout-logp and --train-logp."
             )
         yield Live(
             options=options,

@@ -262,6 +262,6 @@ def live_faults(live: Live) -> tuple[list[Finding], dict[str, str]]:
             continue
         if one is not None:
             found.append(one)
-            if one.share is None or one.share >= EXPLAINED:
+            if one.share is None or one.share >= EXPLAINED or one.cause in tensors.CAUSES:
                 break
     return found, not_tried

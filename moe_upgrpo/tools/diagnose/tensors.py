@@ -10,6 +10,16 @@ from transformers import PreTrainedModel
 
 from moe_upgrpo.rollout.hf import fp8_rounded
 
+CAUSES = (
+    "engine-dtype",
+    "experts-permuted",
+    "half-loaded-weights",
+    "other-head",
+    "router-dtype",
+    "stale-weights",
+    "tied-head",
+)
+"""The faults that tensors are told by; rounding to FP8 is numerics."""
 _MOST = 0.9  # of the tensors with rows and columns: then all of the weights are others
 
 
