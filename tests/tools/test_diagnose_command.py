@@ -193,3 +193,12 @@ def test_dumps_of_other_prompts_are_named(tmp_path):
     )
     assert found.first.cause == "unrelated-tokens"
     assert "what is said of one side alone, such as rows that were never written, still" in printed
+
+
+def test_of_a_large_batch_prompts_spread_over_it_stand_for_all(tmp_path, monkeypatch):
+    """Ten prompts of two responses: eight, the least that have an interval, are kept whole."""
+    monkeypatch.setattr("moe_upgrpo.tools.diagnose.inputs.ROUTERS", 1600)
+    paths = dumps(tmp_path, injected("experts permuted"), *ROUTES)
+    found, printed = diagnosed(**paths, num_experts=16, dump_samples=2, output_dir=tmp_path)
+    assert "dumps of 16 of 20 sequences, spread over them" in printed
+    assert found.first.cause == "experts-permuted"

@@ -20,6 +20,8 @@ from moe_upgrpo.tools.diagnose.matching import empty, overlaps
 
 STEPS = 8  # of a run, spread over it: the first, the last and what lies between
 TOKENS = 200_000
+ROUTERS = 4_000_000
+"""(token, layer) pairs of dumps beyond which prompts spread over them stand for all."""
 
 
 @dataclass(kw_only=True)
@@ -70,12 +72,16 @@ def from_dumps(
             "sides of one batch; still answered without it: what engine and trainer do on the "
             "same tokens, by moe-upgrpo diagnose --model DIR --prompts FILE."
         )
-    B = sizes[0]
+    whole = B = sizes[0]
     if samples is not None and B % samples:
         raise UserError(
             f"--dump-samples {samples}: dumps of whole sequences are needed, their number a "
             f"multiple of {samples}; {B} are given."
         )
+    if routes and (kept := _spread(routes, samples or 1)) is not None:
+        routes = [x[kept] for x in routes]
+        logps = None if logps is None else [x[kept] for x in logps]
+        B = len(kept)
     evidence = Evidence(
         prompt=[i // samples if samples else 0 for i in range(B)],
         response=[],
@@ -86,8 +92,20 @@ def from_dumps(
         _take_routes(evidence, routes)
     if logps:
         _take_log_probs(evidence, logps)
-    about = f"dumps of {B} sequence{'s' * (B != 1)}"
+    of = f"{B:,} of {whole:,} sequences, spread over them" if whole != B else f"{B:,} sequence"
+    about = f"dumps of {of}{'s' * (whole == B != 1)}"
     return Source(evidence=evidence, named=named, about=about)
+
+
+def _spread(routes: list[np.ndarray], samples: int) -> np.ndarray | None:
+    """Sequences that stand for all of a large batch, whole prompts; None: all of them."""
+    pairs = max(x.size // x.shape[-1] for x in routes)
+    prompts = len(routes[0]) // samples
+    keep = max(8, prompts * ROUTERS // pairs)
+    if keep >= prompts:
+        return None
+    chosen = np.linspace(0, prompts - 1, keep).round().astype(int)
+    return (chosen[:, None] * samples + np.arange(samples)).ravel()
 
 
 def _arranged(rollout: np.ndarray, train: np.ndarray) -> tuple[list[np.ndarray], list[Finding]]:
