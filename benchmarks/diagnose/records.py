@@ -33,8 +33,8 @@ def _padded(values: list[np.ndarray], filler: float) -> np.ndarray:
     return batch
 
 
-def write_run(folder: Path, evidence: Evidence, **config) -> Path:
-    """A run of one step that kept the response tokens."""
+def write_run(folder: Path, evidence: Evidence, *, routes: bool = True, **config) -> Path:
+    """A run of one step that kept the response tokens, and their routes if it is to."""
     K = evidence.rollout_routes[0].shape[-1]
     run = RunFolder.create(
         folder,
@@ -55,6 +55,8 @@ def write_run(folder: Path, evidence: Evidence, **config) -> Path:
         for name, values in _sequence(evidence, i, rows).items():
             columns.setdefault(name, []).append(values)
     joined = {name: np.concatenate(values) for name, values in columns.items()}
+    if not routes:
+        del joined["rollout_routes"], joined["train_routes"]
     writer = TokenLogWriter(
         run.tokens, rank=0, layer_ids=evidence.layer_ids, top_k=K, num_experts=evidence.num_experts
     )

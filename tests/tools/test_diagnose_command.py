@@ -138,6 +138,19 @@ def test_a_clean_run_is_within_what_is_expected(tmp_path, monkeypatch):
     assert [one.kind for one in found.findings] == ["numerics"] * len(found.findings)
 
 
+def test_a_run_without_routes_says_what_it_can(tmp_path):
+    """Overlaps alone: how many differ, by layer, at which margins, and what is expected."""
+    evidence = make_pair().evidence
+    kept = write_run(tmp_path / "kept", evidence)
+    counted = write_run(tmp_path / "counted", evidence, routes=False)
+    (whole, _), (found, printed) = (diagnosed(run=run) for run in (kept, counted))
+    assert found.measured.routers == whole.measured.routers
+    assert found.measured.by_layer == whole.measured.by_layer
+    assert found.sentences[2] == whole.sentences[2] and "expected of this" in found.sentences[2]
+    assert [one.cause for one in found.findings] == ["near-ties"]
+    assert "not asked: routes: rows, layers, experts" in printed
+
+
 def test_nothing_differs(tmp_path):
     evidence = make_pair().evidence
     same = replace(evidence, train_routes=evidence.rollout_routes, logp_train=evidence.logp_rollout)

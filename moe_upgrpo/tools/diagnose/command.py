@@ -126,11 +126,15 @@ def _check_known(evidence: Evidence, where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """The precision that an expectation is made for. said: what of it is assumed."""
+    """The precision that an expectation is made for.
+
+    top_k: experts of each token, where routes do not say it. said: what of it is assumed.
+    """
 
     precision: str
     trainer: str
     trained: bool | None
+    top_k: int = 0
     said: str = ""
 
     @classmethod
@@ -147,15 +151,19 @@ class _Model:
         trained = None
         if source.config:
             trained = not _option(source.config, "random_router")
-        return cls(precision=precision, trainer=trainer, trained=trained, said=said)
+        return cls(
+            precision=precision, trainer=trainer, trained=trained, top_k=source.top_k, said=said
+        )
 
     def expected(self, evidence: Evidence) -> tuple[Expected | None, str]:
         """What is expected, or why nothing is."""
-        if not evidence.rollout_routes or not evidence.layer_ids:
-            return None, "how many experts a token has is not in these records"
+        if not evidence.layer_ids:
+            return None, "there is no MoE layer in these records"
+        routes = evidence.rollout_routes
+        top_k = routes[0].shape[-1] if routes else self.top_k
         found = expected_rate(
             evidence.num_experts,
-            evidence.rollout_routes[0].shape[-1],
+            top_k,
             len(evidence.layer_ids),
             self.precision,
             trainer=self.trainer,

@@ -28,7 +28,8 @@ ROUTERS = 4_000_000
 class Source:
     """Evidence, and what its source says beside it.
 
-    by_layer: share of routers that differ, where the source has it without routes.
+    by_layer: share of routers that differ, where the source has it without routes. top_k: experts
+    of each token; 0: not known.
     """
 
     evidence: Evidence
@@ -36,6 +37,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     by_layer: list[float] | None = None
+    top_k: int = 0
     about: str
 
 
@@ -211,7 +213,15 @@ def from_run(run: Path) -> Source:
     evidence, by_layer = _evidence(table)
     evidence.temperature = config.get("temperature")
     about = f"{run}, {table.num_rows:,} tokens of steps {', '.join(str(steps[i]) for i in chosen)}"
-    return Source(evidence=evidence, config=config, rows=rows, by_layer=by_layer, about=about)
+    about += "" if evidence.layer_ids else ", a dense model"
+    return Source(
+        evidence=evidence,
+        config=config,
+        rows=rows,
+        by_layer=by_layer,
+        top_k=TokenLayout.of(table.schema).top_k,
+        about=about,
+    )
 
 
 def _evidence(table: pa.Table) -> tuple[Evidence, list[float] | None]:
