@@ -31,7 +31,7 @@ from moe_upgrpo.megatron import releases
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.console import Console
 
-COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
+COMPUTE = ("train", "probe", "diagnose", "compare", "doctor")  # doctor: what the others would do
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -39,6 +39,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   train              train by RL in this process, or on the ranks of a torchrun job
   launch             start the ranks of a training job: launch [TORCHRUN'S OPTIONS] -- [TRAIN'S]
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
+  diagnose RUN       why engine and trainer differ and whether it is too much: of a run folder, of
+                     two dumps, or of a checkpoint (--model DIR --prompts FILE)
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several; --follow serves it live
   plan               what a training run needs of each GPU, and whether it fits; takes its options
@@ -83,6 +85,7 @@ def _run(arguments: list[str]) -> None:
         "train": _train,
         "launch": _launch,
         "probe": _probe,
+        "diagnose": _diagnose,
         "compare": _compare,
         "report": _report,
         "plan": _plan,
@@ -191,6 +194,18 @@ def _probe(arguments: list[str]) -> None:
     from moe_upgrpo.tools.probe import probe
 
     probe(config)
+
+
+def _diagnose(arguments: list[str]) -> None:
+    from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
+
+    config = _parse(DiagnoseConfig, arguments, "moe-upgrpo diagnose")
+    if config.model is not None:
+        releases.check()
+    silence_upstream()
+    from moe_upgrpo.tools.diagnose.command import diagnose
+
+    diagnose(config, _console())
 
 
 def _report(arguments: list[str]) -> None:

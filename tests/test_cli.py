@@ -9,7 +9,7 @@ import pytest
 from tests.ranks import run_command
 from tests.report.synthetic import make_run
 
-COMMANDS = ("train", "launch", "probe", "compare", "report", "plan", "doctor", "patch")
+COMMANDS = ("train", "launch", "probe", "diagnose", "compare", "report", "plan", "doctor", "patch")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)], ids=["none", "help"])
@@ -28,6 +28,7 @@ def test_an_interpreter_of_its_own(arguments):
         ("launch", "--", "--help"),
         ("plan", "--help"),
         ("probe", "--help"),
+        ("diagnose", "--help"),
         ("compare", "--help"),
         ("report", "--help"),
         ("doctor", "--help"),
@@ -70,6 +71,7 @@ def test_an_unknown_command_names_the_known():
     [
         ("train", "--loss"),
         ("probe", "--rollout-routes"),
+        ("diagnose", "--before"),
         ("report", "--output"),
         ("plan", "--gpus-per-node"),
         ("doctor", "--strict"),
