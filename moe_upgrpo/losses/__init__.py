@@ -4,6 +4,7 @@ Pure PyTorch. Start with `policy_loss` and `PolicyLossConfig.preset`; tables: `d
 """
 
 from moe_upgrpo.losses.advantages import (
+    ADVANTAGES,
     dynamic_sampling,
     group_advantages,
     informative_groups,
@@ -19,6 +20,7 @@ from moe_upgrpo.losses.metrics import GLOSSARY, Metric, finalize_metrics, merge_
 from moe_upgrpo.losses.policy import PolicyLoss, gradient_coefficients, policy_loss
 
 __all__ = [
+    "ADVANTAGES",
     "AGGREGATIONS",
     "BRANCHES",
     "GLOSSARY",

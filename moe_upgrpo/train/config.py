@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Self
 
@@ -59,7 +60,9 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """All options by the same names, as config.json has them."""
         return {
-            name: value for part in _PARTS for name, value in asdict(getattr(self, part)).items()
+            name: _kept(value)
+            for part in _PARTS
+            for name, value in asdict(getattr(self, part)).items()
         }
 
     def __post_init__(self):
@@ -136,6 +139,13 @@ class TrainConfig:
         layout = self.parallel.layout(world_size, dense=dense)
         self.batch.check_ranks(world_size, layout.data_parallel(world_size))
         return layout
+
+
+def _kept(value: Any) -> Any:
+    """A value as JSON can keep it: an infinite number as its word, which the options read."""
+    if isinstance(value, dict):
+        return {name: _kept(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 _PARTS = {part.name: fields(part.default_factory) for part in fields(TrainConfig)}

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses import ADVANTAGES, PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings, check_engine
+from moe_upgrpo.train.policy_options import PolicyOptions, asked, nearest, resolved
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
+
+# Optional arguments of `policy_loss` that the actor hands over.
+_SERVED = {"rollout_log_probs"}
 
 
 def at_least(part: Any, least: int, *names: str) -> None:
@@ -73,21 +77,30 @@ class ObjectiveOptions:
 
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    """Of the loss, over the preset: docs/loss-options.md."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
     (bypass): the ratio then has the mismatch in it."""
-    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    advantage: str = "grpo"
+    """How rewards of a group become advantages: grpo, dr-grpo, rloo, ... An unknown name lists them
+    all."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
 
     def __post_init__(self):
-        if "router_log_probs" in self.policy_loss().arguments:
-            served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
+        if self.advantage not in ADVANTAGES:
             raise UserError(
-                f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
-                f"record; it serves {', '.join(served)}."
+                f"advantage={self.advantage!r}: allowed are {', '.join(ADVANTAGES)}"
+                f"{nearest(self.advantage, ADVANTAGES)}."
+            )
+        if lacking := self.policy_loss().arguments - _SERVED:
+            served = [name for name, preset in PRESETS.items() if preset.arguments <= _SERVED]
+            raise UserError(
+                f"loss={self.loss_in_words!r} needs {', '.join(sorted(lacking))}, which the "
+                f"trainer does not record; it serves {', '.join(served)}."
             )
         if self.correction.active and self.old_log_probs == "rollout":
             raise UserError(
@@ -96,11 +109,14 @@ class ObjectiveOptions:
             )
 
     def policy_loss(self) -> PolicyLossConfig:
-        """The preset, with this run's rollout correction."""
-        if self.loss not in PRESETS:
-            raise UserError(f"loss={self.loss!r}: allowed are {', '.join(PRESETS)}.")
-        changed = {"correction": self.correction} if self.correction.active else {}
-        return PolicyLossConfig.preset(self.loss, **changed)
+        """The preset, with what this run asks of it."""
+        return resolved(self.loss, self.policy, self.correction)
+
+    @property
+    def loss_in_words(self) -> str:
+        """The preset's name, and what is changed of it."""
+        changed = [f"{n} {'none' if v is None else v}" for n, v in asked(self.policy).items()]
+        return f"{self.loss} with {', '.join(changed)}" if changed else self.loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,13 +191,14 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
         "alarms": alarms.texts(config.log.alarm),
-        "policy_loss": asdict(config.objective.policy_loss()),
+        "loss_in_words": config.objective.loss_in_words,
+        "policy_loss": asdict(config.objective.policy_loss()),  # what the options come to
     }
 
 
 def _first_line(about: dict[str, Any], actor: MegatronActor, run: RunFolder) -> str:
     return (
-        f"{about['loss']} on {about['layout']}, {about['world_size']} rank(s), "
+        f"{about['loss_in_words']} on {about['layout']}, {about['world_size']} rank(s), "
         f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
     )
 

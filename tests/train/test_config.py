@@ -237,7 +237,7 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"group": 1}, "at least 2 responses"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"eval_problems": 0}, "eval_problems=0"),
-        ({"loss": "rspo"}, "needs the router's log-probs.*up-gspo"),
+        ({"loss": "rspo"}, "needs router_log_probs, which the trainer.*up-gspo"),
         ({"seed": -1}, "seed=-1"),
         ({"digits": 9}, "digits is 9"),
         ({"temperature": float("nan")}, "temperature=nan"),
