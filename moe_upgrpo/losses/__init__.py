@@ -18,6 +18,7 @@ from moe_upgrpo.losses.drop_in import compute_policy_loss
 from moe_upgrpo.losses.kl import kl_estimate
 from moe_upgrpo.losses.metrics import GLOSSARY, Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.losses.policy import PolicyLoss, gradient_coefficients, policy_loss
+from moe_upgrpo.losses.terms import EntropyControl, LossTerms, loss_terms
 
 __all__ = [
     "ADVANTAGES",
@@ -25,6 +26,8 @@ __all__ = [
     "BRANCHES",
     "GLOSSARY",
     "PRESETS",
+    "EntropyControl",
+    "LossTerms",
     "Metric",
     "PolicyLoss",
     "PolicyLossConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "group_advantages",
     "informative_groups",
     "kl_estimate",
+    "loss_terms",
     "merge_metrics",
     "overlong_penalty",
     "policy_loss",

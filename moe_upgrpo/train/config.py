@@ -21,6 +21,7 @@ from moe_upgrpo.train.parts import (
     RolloutOptions,
     RunOptions,
     StartOptions,
+    TermOptions,
     TrainerOptions,
 )
 
@@ -33,6 +34,7 @@ class TrainConfig:
 
     run: Annotated[RunOptions, _FLAT] = field(default_factory=RunOptions)
     objective: Annotated[ObjectiveOptions, _FLAT] = field(default_factory=ObjectiveOptions)
+    terms: Annotated[TermOptions, _FLAT] = field(default_factory=TermOptions)
     start: Annotated[StartOptions, _FLAT] = field(default_factory=StartOptions)
     problems: Annotated[ProblemOptions, _FLAT] = field(default_factory=ProblemOptions)
     rollouts: Annotated[RolloutOptions, _FLAT] = field(default_factory=RolloutOptions)
@@ -69,6 +71,7 @@ class TrainConfig:
         self._check_data()
         self._check_engine_every()
         self._check_refills()
+        self._check_epochs()
         if self.reward.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -107,6 +110,24 @@ class TrainConfig:
                     "evaluates, and is resumed, with the newest weights."
                 )
 
+    def _check_epochs(self) -> None:
+        terms, batch = self.terms, self.batch
+        if terms.stop_ratio is not None and batch.epochs == 1:
+            raise UserError(
+                f"stop_ratio={terms.stop_ratio:g} with epochs=1: there is no epoch to leave out. "
+                "Give --epochs."
+            )
+        if terms.gradient_at == "old" and batch.optimizer_steps == 1:
+            raise UserError(
+                "gradient_at=old with one optimizer step in a step: its gradient is at the old "
+                "weights as it is. Give --minibatches or --epochs above 1."
+            )
+        if terms.gradient_at == "old" and terms.stop_ratio is not None:
+            raise UserError(
+                "gradient_at=old with stop_ratio: every ratio is 1 at the old weights. Leave one "
+                "out."
+            )
+
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills
         if self.reward.false_positives and max_refills:
@@ -130,6 +151,11 @@ class TrainConfig:
                 f"overlong_buffer={self.reward.overlong_buffer}: more than the longest response's "
                 f"{longest} tokens."
             )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a second copy of the model scores each batch."""
+        return self.log.reference_kl or self.terms.kl_coef > 0
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import ADVANTAGES, PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses import (
+    ADVANTAGES,
+    PRESETS,
+    EntropyControl,
+    LossTerms,
+    PolicyLossConfig,
+    RolloutCorrection,
+)
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
@@ -78,7 +85,7 @@ class ObjectiveOptions:
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
     policy: PolicyOptions = field(default_factory=PolicyOptions)
-    """Of the loss, over the preset: docs/loss-options.md."""
+    """Choices and numbers of the loss over those of its preset: docs/loss-options.md."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
@@ -117,6 +124,79 @@ class ObjectiveOptions:
         """The preset's name, and what is changed of it."""
         changed = [f"{n} {'none' if v is None else v}" for n, v in asked(self.policy).items()]
         return f"{self.loss} with {', '.join(changed)}" if changed else self.loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermOptions:
+    """Terms beside the policy loss, and what else of an update is not the loss's own."""
+
+    kl_coef: float = 0.0
+    """β of the KL divergence from the reference: the start model; 0: none. docs/loss-options.md."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Added to the loss, or taken off the rewards before advantages are made of them."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated from the sampled tokens; in the loss k2's gradient is that of the KL."""
+    reference_every: int = 0
+    """Steps after which the reference becomes the policy as it is then; 0: it stays."""
+    entropy_coef: float = 0.0
+    """α of the entropy bonus; with entropy_target that of the first step."""
+    entropy_target: float | None = None
+    """Nats: each step below raises α by entropy_delta, any other lowers it, and the bonus is given
+    after steps below only, as Skywork-OR1 does. None: α stays."""
+    entropy_delta: float = 1e-4
+    """Of entropy_target: the change of α in a step."""
+    entropy_coef_range: tuple[float, float] = (0.0, 5e-3)
+    """Of entropy_target: the least and the largest α."""
+    gradient_at: Literal["current", "old"] = "current"
+    """Weights at which each optimizer step's gradient is taken: those that it changes, or those at
+    which the RL step began, for all its optimizer steps (a fixed old policy)."""
+    stop_ratio: float | None = None
+    """No further epoch after one whose tokens' mean |ratio − 1| is above this. None: all epochs."""
+
+    def __post_init__(self):
+        terms = LossTerms(
+            kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef
+        )
+        at_least(self, 0, "reference_every")
+        if self.reference_every and not terms.kl_coef:
+            raise UserError(
+                f"reference_every={self.reference_every} without kl_coef: nothing is measured "
+                "against the reference but the start model's KL. Give --kl-coef too."
+            )
+        for name in ("kl_in", "kl_estimator"):
+            if not terms.kl_coef and getattr(self, name) != getattr(TermOptions, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} without kl_coef: there is no KL term. Give "
+                    "--kl-coef too."
+                )
+        control = self.control()
+        for name in ("entropy_delta", "entropy_coef_range"):
+            if control is None and getattr(self, name) != getattr(TermOptions, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} without entropy_target: nothing is controlled. "
+                    "Give --entropy-target too."
+                )
+        if control is not None and not control.least <= self.entropy_coef <= control.most:
+            raise UserError(
+                f"entropy_coef={self.entropy_coef} is outside of entropy_coef_range="
+                f"{control.least:g} {control.most:g}."
+            )
+        if self.stop_ratio is not None and not 0 < self.stop_ratio < math.inf:
+            raise UserError(f"stop_ratio={self.stop_ratio}: a number above 0 is needed.")
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether any step's loss may have the entropy in it."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    def control(self) -> EntropyControl | None:
+        """What changes α from step to step."""
+        if self.entropy_target is None:
+            return None
+        least, most = self.entropy_coef_range
+        return EntropyControl(
+            target=self.entropy_target, delta=self.entropy_delta, least=least, most=most
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +442,8 @@ class LogOptions:
     analyse_every: int = 20
     """Steps between analyses: the log-prob gap taken apart, and the noise floors; 0: never."""
     reference_kl: bool = True
-    """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
+    """Log the KL divergence from the start model: a second copy of it, and a forward each step.
+    Not logged with reference_every, which gives that copy other weights."""
     token_log: Literal["full", "sampled", "aggregate"] = "full"
     """Token rows of every sequence, of a share of the sequences, or none."""
     token_log_share: float = 1.0

@@ -84,7 +84,8 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
          "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
          "4)"),
         ("--vllm.sequences 0", "vllm.sequences=0: at least 1 is needed"),
-        ("--alarm.entropy-left nan", "alarm.entropy_left=nan: 0 or more is needed"),
+        ("--alarm.entropy-left nan",
+         "alarm.entropy_left=nan: a finite number, 0 or more, is needed"),
         ("--engine-url http://h:1", "engine_url=http://h:1 with engine=hf: only vllm and sglang "
          "have servers. Name one, or leave engine_url out"),
         ("--engine sglang --engine-weights fp8",
