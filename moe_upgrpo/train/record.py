@@ -136,14 +136,14 @@ def record_step(
     noise: NoiseFloor,
     num_experts: int,
     counts_updates: bool,
-    penalty: Sums,
     first_sequence: int,
+    penalty: Sums | None = None,
     **of_sequences,
 ) -> TrainedStep:
     """The record of a step of training.
 
     counts_updates: on the first data-parallel rank, since every one makes the same optimizer steps.
-    penalty: sums of what was taken off the rewards for the KL divergence.
+    penalty: sums of what was taken off the rewards for the KL divergence, if anything was.
     of_sequences: see `sequence_records`.
     """
     sequences = sequence_records(
@@ -165,7 +165,7 @@ def record_step(
         updates_counted=len(updated.updates) if counts_updates else 0,
         noise=noise,
         epochs=updated.epochs,
-        terms=updated.terms | penalty,
+        terms=updated.terms | (penalty or {}),
         sampled=batch.sampled,
         weights=updated.weights,
     )

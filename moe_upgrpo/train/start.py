@@ -192,7 +192,8 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "parameters": actor.parameter_count(),
         "alarms": alarms.texts(config.log.alarm),
         "loss_in_words": config.objective.loss_in_words,
-        "policy_loss": asdict(config.objective.policy_loss()),  # what the options come to
+        # What the options come to.
+        "policy_loss": asdict(config.objective.policy_loss()),
     }
 
 

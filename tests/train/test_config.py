@@ -227,6 +227,20 @@ def test_the_recipes_that_are_shipped():
     config.layout(8)
 
 
+def test_the_recipe_of_the_post_has_groups_of_64_and_a_kl_penalty():
+    recipe = Path(__file__).parents[2] / "examples/configs/pro-grpo.yaml"
+    needed = ["--model", "model", "--data", "a.jsonl"]
+    config = tyro.cli(TrainConfig, args=[*file_arguments(recipe), *needed])
+    assert config.objective.policy_loss() == PolicyLossConfig.preset("pro-grpo")
+    # GRPO's: DeepSeekMath, section 4.2.
+    terms, batch, optimizer = config.terms, config.batch, config.trainer.optimizer
+    assert (terms.kl_coef, terms.kl_in, terms.kl_estimator) == (0.04, "loss", "k3")
+    assert terms.reference_every == 0
+    assert (batch.group, batch.sequences, optimizer.lr) == (64, 1024, 1e-6)
+    assert config.rollouts.max_new_tokens == 1024
+    config.layout(8)
+
+
 DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
 
 

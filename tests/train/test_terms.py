@@ -11,13 +11,15 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.store import read_metrics
+from moe_upgrpo.store import read_config, read_metrics, read_tokens
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.job import _terms
 from moe_upgrpo.train.learner import Learner, for_update
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.terms import Terms, term_sums
+from tests.train.test_launch import job, options
+from tests.train.test_resume import as_of_step_2, assert_same_run, whole_run
 
 
 def f32(*values) -> np.ndarray:
@@ -83,6 +85,70 @@ def test_a_resumed_run_has_the_coefficient_of_the_unbroken_one(tmp_path):
         assert resumed.of_loss() == unbroken.of_loss()
     # .7, .35 above; .233, .175, .14 below: 0 and down to 0 twice, then three times up
     assert unbroken.of_loss().entropy_coef == pytest.approx(1.0)
+
+
+TERMS = ("--kl-coef", "0.5", "--reference-every", "1", "--entropy-target", "9")
+TERMS = (*TERMS, "--entropy-delta", "0.01", "--entropy-coef-range", "0", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+def test_a_run_with_terms_resumed_equals_an_unbroken_one(cache, tmp_path):
+    """The reference that is refreshed and the coefficient that is controlled come back."""
+    whole = whole_run(tmp_path / "whole", cache, *TERMS)
+    run = as_of_step_2(whole, tmp_path / "run")
+    result = job(2, "--resume", str(run), "--keep", "1", timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, whole)
+    rows = read_metrics(whole)[1:]
+    assert [row["entropy/coef"] for row in rows] == pytest.approx([0, 0.01, 0.02, 0.03])
+    for row in rows:
+        assert row["kl/reference"] > 0 and "kl/warm_start" not in row
+        assert row["loss/kl"] == pytest.approx(0.5 * row["kl/reference"], rel=0.05)
+    assert ["loss/entropy" in row for row in rows] == [False, True, True, True]
+    assert read_config(whole)["entropy_coef_range"] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "optimizer_steps", "said"),
+    [
+        (("--kl-coef", "0.5", "--kl-in", "reward", "--minibatches", "1"), 1, "kl/reward_penalty"),
+        (("--gradient-at", "old", "--epochs", "2"), 4, "kl/warm_start"),
+        (("--stop-ratio", "1e-9", "--epochs", "3"), 2, "kl/warm_start"),
+    ],
+    ids=["KL in the reward", "old gradients", "stopped epochs"],
+)
+def test_runs(more, optimizer_steps, said, cache, tmp_path):
+    run = tmp_path / "run"
+    result = job(2, *options(run, cache, "--save-every", "0", "--analyse-every", "0", *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(run)[1:]
+    assert len(rows) == 3 and all(said in row for row in rows)
+    tokens = read_tokens(run).to_pandas()
+    if "old" in more:  # every visit is at the weights that the step began with
+        assert (tokens.ratio - 1).abs().max() < 1e-3
+    epochs = {row["tokens/visited"] / row["tokens/sampled"] for row in rows}
+    assert epochs == {2} if "old" in more else {1}
+    if "reward" in more:
+        # After the first step the policy is no longer the start model: groups that are all right
+        # have advantages by their KL. The rewards that are reported are the verdicts.
+        assert set(tokens.reward) <= {0.0, 1.0} and rows[-1]["kl/reward_penalty"] != 0
+        assert rows[-1]["advantage/nonzero_rate"] > 0.99
+
+
+@pytest.mark.slow
+def test_the_recipe_with_groups_of_64_and_a_kl_penalty_on_its_stand_in(tmp_path, cache):
+    config = "examples/configs/pro-grpo.yaml"
+    small = ("--config", "examples/configs/stand-in.yaml", "--prompts", "2", "--steps", "2")
+    result = job(
+        2, "--config", config, *small, "--output-dir", str(tmp_path / "run"), "--no-report",
+        "--cache-dir", str(cache), "--dtype", "float32", "--eval-every", "2", timeout_s=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    stored, rows = read_config(tmp_path / "run"), read_metrics(tmp_path / "run")[1:]
+    assert (stored["group"], stored["kl_coef"], stored["loss"]) == (64, 0.04, "up-grpo")
+    assert len(rows) == 2 and rows[-1]["loss/kl"] > 0
 
 
 class FakeActor:
