@@ -16,18 +16,26 @@ from moe_upgrpo.losses.correction import RolloutCorrection
 from moe_upgrpo.losses.drop_in import compute_policy_loss
 from moe_upgrpo.losses.kl import kl_estimate
 from moe_upgrpo.losses.metrics import GLOSSARY, Metric, finalize_metrics, merge_metrics
-from moe_upgrpo.losses.policy import PolicyLoss, gradient_coefficients, policy_loss
+from moe_upgrpo.losses.policy import (
+    PolicyLoss,
+    batch_statistics,
+    gradient_coefficients,
+    policy_loss,
+)
+from moe_upgrpo.losses.tokens import Context
 
 __all__ = [
     "AGGREGATIONS",
     "BRANCHES",
     "GLOSSARY",
     "PRESETS",
+    "Context",
     "Metric",
     "PolicyLoss",
     "PolicyLossConfig",
     "RolloutCorrection",
     "aggregation_weights",
+    "batch_statistics",
     "compute_policy_loss",
     "dynamic_sampling",
     "finalize_metrics",

@@ -1,12 +1,23 @@
 """The parts of a policy loss, and the named losses."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
-from moe_upgrpo.losses.branches import BRANCHES, Side
+from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import RolloutCorrection
+from moe_upgrpo.losses.side import Side
+
+
+def check_name(option: str, given: str, known: Collection[str]) -> None:
+    """UserError for a name that is not known: the nearest, and all."""
+    if given not in known:
+        near = get_close_matches(given, known, n=3, cutoff=0.5)
+        nearest = f" (nearest: {', '.join(near)})" if near else ""
+        raise UserError(f"{option}: {given!r} given; allowed: {', '.join(known)}{nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,35 @@ class PolicyLossConfig:
     """power: γ for A > 0, the weight being r^γ."""
     power_negative: float = 1.0
     """power: γ for A <= 0."""
+    vespo_k_positive: float = 2.0
+    """vespo: k of the weight exp(λ + k·log w − λ·w), for A > 0."""
+    vespo_lambda_positive: float = 3.0
+    """vespo: λ for A > 0."""
+    vespo_k_negative: float = 3.0
+    """vespo: k for A <= 0."""
+    vespo_lambda_negative: float = 2.0
+    """vespo: λ for A <= 0."""
+    dro_beta: float = 1.0
+    """dro: β of the penalty β·(log r)²/2."""
+    kl_tau: float = 1e-3
+    """ipo: τ of the penalty τ·(log r)²."""
+    influence_range: float = 0.2
+    """fipo: how far the weight of a token's future goes above 1."""
+    influence_safety: float = 4.0
+    """fipo: r above which a negative token's weight stays in [.8, 1]."""
+    covariance_share: float = 2e-4
+    """clip-cov, kl-cov: share of the batch's tokens that are taken, one at least."""
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    """clip-cov: bounds of the covariance of the tokens that may be drawn."""
+    covariance_kl: float = 1.0
+    """kl-cov: coefficient of the penalty |log r|."""
+    positive_nll: float = 0.1
+    """vapo: μ of the mean negative log-likelihood of the positive tokens."""
+    real_tau: float = 0.5
+    """real: τ."""
+    top_entropy: float | None = None
+    """Share of the batch's tokens, those of largest entropy, that count, for both signs; None:
+    all."""
     off_policy_limit: float | None = None
     """DeepSeek-V3.2's mask, for A < 0: drop sequences with mean(log μ - log π) above this; None:
     off."""
@@ -55,27 +95,26 @@ class PolicyLossConfig:
     def __post_init__(self):
         for sign in ("positive", "negative"):
             name = getattr(self, sign)
-            if name not in BRANCHES:
-                raise UserError(f"{sign}: {name!r} given; allowed: {', '.join(BRANCHES)}")
+            check_name(sign, name, BRANCHES)
             self._check_aggregation(sign, name)
         self._check_ranges()
-        if self.correction.token_level and self._corrects_coupled():
+        self._check_refused()
+        rule = self.correction.of_tokens
+        if rule and self._corrects_coupled():
             raise UserError(
-                f"correction.weight: {self.correction.weight!r} given with positive "
+                f"correction.{rule}: {getattr(self.correction, rule)!r} given with positive "
                 f"{self.positive!r} and negative {self.negative!r}; allowed with losses of whole "
                 "sequences: a sequence-level weight (or take 'gspo-token')"
             )
 
     def _check_aggregation(self, sign: str, name: str) -> None:
         allowed = BRANCHES[name].aggregations
-        if self.aggregation not in AGGREGATIONS:
-            raise UserError(
-                f"aggregation: {self.aggregation!r} given; allowed: {', '.join(AGGREGATIONS)}"
-            )
+        check_name("aggregation", self.aggregation, AGGREGATIONS)
         if self.aggregation not in allowed:
+            goes = [n for n, b in BRANCHES.items() if self.aggregation in b.aggregations]
             raise UserError(
                 f"aggregation: {self.aggregation!r} given; allowed with {sign} {name!r}: "
-                f"{', '.join(allowed)}"
+                f"{', '.join(allowed)} (and with {self.aggregation!r}: {', '.join(goes)})"
             )
         if self.aggregation == "seq-mean-token-sum-norm" and self.token_sum_norm is None:
             raise UserError(
@@ -96,6 +135,19 @@ class PolicyLossConfig:
             "power_negative": (-math.inf, math.inf),
             "router_shift_floor": (1e-6, 1),
             "off_policy_limit": (-math.inf, math.inf),
+            "vespo_k_positive": (0, math.inf),
+            "vespo_lambda_positive": (1e-4, math.inf),
+            "vespo_k_negative": (0, math.inf),
+            "vespo_lambda_negative": (1e-4, math.inf),
+            "dro_beta": (1e-6, math.inf),
+            "kl_tau": (0, math.inf),
+            "influence_range": (0, math.inf),
+            "influence_safety": (1, math.inf),
+            "covariance_share": (1e-9, 1),
+            "covariance_kl": (0, math.inf),
+            "positive_nll": (0, math.inf),
+            "real_tau": (1e-6, math.inf),
+            "top_entropy": (1e-6, 1),
             "token_sum_norm": (1e-6, math.inf),
         }
         for name, (low, high) in ranges.items():
@@ -107,6 +159,27 @@ class PolicyLossConfig:
                 f"dual_clip: {self.dual_clip} given; allowed: above 1, so that it lies above the "
                 f"lower bound 1 - clip_low = {self.lower}, or None for no dual clip"
             )
+
+        low, high = self.covariance_range
+        if not low < high:
+            raise UserError(f"covariance_range: {self.covariance_range} given; allowed: low < high")
+
+    def _check_refused(self) -> None:
+        """UserError where a factor is put on a loss whose formula has no place for it."""
+        used = {
+            "correction": self.correction.active,
+            "off_policy_limit": self.off_policy_limit is not None,
+            "top_entropy": self.top_entropy is not None,
+        }
+        for sign in ("positive", "negative"):
+            name = getattr(self, sign)
+            for field_name in BRANCHES[name].refuses:
+                if used[field_name]:
+                    open_to = [n for n, b in BRANCHES.items() if field_name not in b.refuses]
+                    raise UserError(
+                        f"{field_name}: {getattr(self, field_name)} given with {sign} {name!r}, "
+                        f"which takes none; allowed with {', '.join(open_to)}"
+                    )
 
     def _corrects_coupled(self) -> bool:
         sides = {"positive": self.positive, "negative": self.negative}
@@ -125,6 +198,8 @@ class PolicyLossConfig:
             names.add("rollout_log_probs")
         if self.router_shift_floor is not None:
             names.add("router_log_probs")
+        if self.top_entropy is not None:
+            names.add("entropy")
         return frozenset(names)
 
     @property
@@ -166,8 +241,7 @@ class PolicyLossConfig:
         Raises:
             UserError: unknown name; the message lists the known ones.
         """
-        if name not in PRESETS:
-            raise UserError(f"preset: {name!r} given; allowed: {', '.join(PRESETS)}")
+        check_name("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
 
 
@@ -196,12 +270,29 @@ BASELINES: dict[str, PolicyLossConfig] = {
     "dppo-kl": _whole("dppo-kl", divergence_limit=0.05),
     "aspo": _whole("aspo"),
     "sapo": _whole("sapo"),
+    "vespo": _whole("vespo"),
+    "luspo": _whole("luspo", clip_low=3e-4, clip_high=4e-4),
+    "dro": _whole("dro"),
+    "ipo": _whole("ipo"),
+    "fipo": _whole("fipo", clip_high=0.28, dual_clip=10.0),
+    "clip-cov": _whole("clip-cov", dual_clip=None),
+    "kl-cov": _whole("kl-cov"),
+    "copg": _whole("copg"),
+    "hinge-ratio": _whole("hinge-ratio"),
+    "hinge-probability": _whole("hinge-probability"),
+    "hinge-log": _whole("hinge-log"),
+    "hinge-root": _whole("hinge-root"),
+    "ppo-early-stop": _whole("ppo", clip_low=None, clip_high=None, dual_clip=None),
+    "vapo": _whole("vapo", clip_high=0.28),
+    "real": _whole("real"),
+    "gtpo": _whole("gtpo"),
 }
 
 # UP-X is X with the positive branch replaced; the aggregation and every number stay X's.
 PRESETS: dict[str, PolicyLossConfig] = BASELINES | {
     "up-" + name.replace("-grpo", ""): replace(config, positive="log-likelihood")
     for name, config in BASELINES.items()
+    if BRANCHES[config.negative].up
 }
 PRESETS |= {
     "pro-grpo": PRESETS["up-grpo"],

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moe_upgrpo.losses import PolicyLossConfig, branches, gradient_coefficients, policy_loss
+from moe_upgrpo.losses import BRANCHES, PolicyLossConfig, gradient_coefficients, policy_loss
+from moe_upgrpo.losses import classic_branches as branches
 from moe_upgrpo.losses.tokens import Tokens
 
 ROWS = (2, 3, 1)
@@ -309,7 +310,7 @@ def test_the_intermediates_of_single_losses():
     assert column(weights) == pytest.approx([1, 0.125, 1], rel=1e-12)
 
     # SAPO: 4·σ(1) = 4·.7310586 and 4·σ(.125) = 4·.5312094; 4/1.05·σ(3.15) = 3.8095238·.9589087
-    sapo, config = branches.BRANCHES["sapo"], PolicyLossConfig.preset("sapo")
+    sapo, config = BRANCHES["sapo"], PolicyLossConfig.preset("sapo")
     positive = sapo.positive.surrogate(t, config)[0, :2].tolist()
     assert positive == pytest.approx([2.9242343, 2.1248375], abs=1e-6)
     assert column(sapo.negative.surrogate(t, config))[2] == pytest.approx(3.6529856, abs=1e-6)
