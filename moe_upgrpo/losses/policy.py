@@ -175,6 +175,7 @@ def batch_statistics(
     *,
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None = None,
+    router_log_probs: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of a batch that `config` has a use for, to be given to each of its micro-batches.
@@ -186,7 +187,14 @@ def batch_statistics(
     """
     with torch.no_grad():
         t = _tokens(
-            log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, None, context
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            config,
+            rollout_log_probs,
+            router_log_probs,
+            context,
         )
         return _statistics(t, config)
 

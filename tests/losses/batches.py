@@ -54,9 +54,7 @@ class Batch:
 
     def statistics(self, config: PolicyLossConfig) -> dict[str, Tensor]:
         """Of this batch, for the micro-batches that it is split into."""
-        arguments = self.arguments(config)
-        del arguments["router_log_probs"]
-        return batch_statistics(**arguments)
+        return batch_statistics(**self.arguments(config))
 
     def rows(self, index) -> "Batch":
         return Batch(*(getattr(self, f.name)[index] for f in fields(self)))

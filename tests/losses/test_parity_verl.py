@@ -31,6 +31,7 @@ from tests.losses.batches import random_batch
 try:
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     ActorConfig = importlib.import_module("verl.workers.config").ActorConfig
+    PolicyLossOptions = importlib.import_module("verl.workers.config.actor").PolicyLossConfig
     corrections = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the head of {__file__} says what to install") from error
@@ -68,18 +69,31 @@ AGREE = {
     ),
     "sapo": (dict(tau_pos=1.0, tau_neg=1.05), ours("sapo")),
     "gpg": ({}, ours("reinforce")),
+    # All of the range are drawn: verl's choice among them is random.
+    "clip_cov": (
+        dict(
+            clip_ratio_low=0.2,
+            clip_ratio_high=0.28,
+            policy_loss=dict(clip_cov_ratio=1.0, clip_cov_lb=0.1, clip_cov_ub=0.9),
+        ),
+        ours("clip-cov", clip_high=0.28, covariance_share=1.0, covariance_range=(0.1, 0.9)),
+    ),
+    "kl_cov": (
+        dict(policy_loss=dict(kl_cov_ratio=0.1, ppo_kl_coef=0.7)),
+        ours("kl-cov", covariance_share=0.1, covariance_kl=0.7),
+    ),
+    "dro": (dict(policy_loss=dict(dro_beta=0.3)), ours("dro", dro_beta=0.3)),
 }
 
 # Registered in verl and not compared: one line each.
 DIFFER = {
-    "clip_cov": "not built: drops a random share of tokens by advantage-log-prob covariance",
-    "kl_cov": "not built: adds an |log r| penalty on the tokens of largest covariance",
-    "dro": "not built: adds a quadratic penalty on log r to REINFORCE",
     "bypass_mode": "no loss of its own: sets π_old := μ and calls vanilla or REINFORCE",
 }
 
 
-def actor_config(**fields) -> ActorConfig:
+def actor_config(policy_loss=None, **fields) -> ActorConfig:
+    if policy_loss is not None:
+        fields["policy_loss"] = PolicyLossOptions(**policy_loss)
     return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **fields)
 
 
@@ -125,6 +139,23 @@ def test_loss_and_gradient(name, mode):
     result.loss.backward()
     assert theirs.log_probs.grad.count_nonzero() > 3
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-8)
+    torch.testing.assert_close(mine.log_probs.grad, theirs.log_probs.grad, rtol=1e-7, atol=1e-15)
+
+
+def test_the_tokens_that_clip_cov_draws(monkeypatch):
+    """verl takes the first of a permutation of the eligible tokens, here those of smallest draw."""
+    fields, config = AGREE["clip_cov"]
+    fields = dict(fields, policy_loss=dict(fields["policy_loss"], clip_cov_ratio=0.05))
+    config = PolicyLossConfig(**{**vars(config), "covariance_share": 0.05})
+    theirs, mine = batch_for("clip_cov").with_grad(), batch_for("clip_cov").with_grad()
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+    expected, _ = verl_loss("clip_cov", theirs, "token-mean", config=fields)
+    expected.backward()
+    mine.draws.copy_(torch.linspace(0.9, 0.1, mine.draws.numel()).view_as(mine.draws))
+    result = policy_loss(**mine.arguments(config))
+    result.loss.backward()
+    drawn = result.clipped & (theirs.log_probs.grad == 0) & mine.mask.bool()
+    assert drawn.sum() > 4 == int(0.05 * mine.mask.sum())
     torch.testing.assert_close(mine.log_probs.grad, theirs.log_probs.grad, rtol=1e-7, atol=1e-15)
 
 
