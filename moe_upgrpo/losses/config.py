@@ -1,23 +1,14 @@
 """The parts of a policy loss, and the named losses."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import RolloutCorrection
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.side import Side
-
-
-def check_name(option: str, given: str, known: Collection[str]) -> None:
-    """UserError for a name that is not known: the nearest, and all."""
-    if given not in known:
-        near = get_close_matches(given, known, n=3, cutoff=0.5)
-        nearest = f" (nearest: {', '.join(near)})" if near else ""
-        raise UserError(f"{option}: {given!r} given; allowed: {', '.join(known)}{nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)

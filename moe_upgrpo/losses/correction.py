@@ -15,6 +15,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.classic_branches import binary_kl
 from moe_upgrpo.losses.kl import k3
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.tokens import Tokens, guarded_exp
 
 if TYPE_CHECKING:
@@ -98,10 +99,7 @@ class RolloutCorrection:
     """Apply to tokens with A < 0."""
 
     def __post_init__(self):
-        if self.weight != "none" and self.weight not in WEIGHTS:
-            raise UserError(
-                f"correction.weight: {self.weight!r} given; allowed: none, {', '.join(WEIGHTS)}"
-            )
+        check_name("correction.weight", self.weight, ("none", *WEIGHTS))
         low, high = self.bounds
         if (low is not None and low < 0) or (high is not None and high < (low or 0.0)):
             raise UserError(

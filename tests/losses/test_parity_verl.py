@@ -12,6 +12,7 @@ library's guard against overflow has a part.
 import importlib
 import inspect
 import re
+import types
 
 import numpy as np
 import pytest
@@ -269,6 +270,59 @@ def test_advantages(kind):
     torch.testing.assert_close(
         group_advantages(rewards, 4, kind), theirs[:, 0], rtol=1e-12, atol=1e-15
     )
+
+
+VERL_ADVANTAGES = {
+    "opo": ("opo", {}),
+    "gpg": ("gpg", {}),
+    "pass-at-k": ("grpo_passk", dict(config={"norm_adv_by_std_in_grpo": True})),
+    "reinforce++": ("reinforce_plus_plus", dict(config=types.SimpleNamespace(gamma=1.0))),
+    "reinforce++-baseline": ("reinforce_plus_plus_baseline", {}),
+}
+
+
+@pytest.mark.parametrize("kind", VERL_ADVANTAGES)
+def test_advantages_of_responses_of_some_length(kind):
+    """The reward is at the last token, as verl has it."""
+    rewards = torch.tensor([1.0, 0, 0.5, 0, 0, 1, 0.25, 0], dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 5, 4, 1, 1, 2])
+    mask = (torch.arange(5) < lengths[:, None]).double()
+    scores = torch.zeros_like(mask).scatter(1, lengths[:, None] - 1, rewards[:, None])
+    name, fields = VERL_ADVANTAGES[kind]
+    estimator = core_algos.get_adv_estimator_fn(name)
+    theirs, _ = estimator(scores, mask, index=np.repeat([0, 1], 4), **fields)
+    mine = group_advantages(rewards, 4, kind, lengths=lengths)
+    torch.testing.assert_close(mine[:, None] * mask, theirs, rtol=1e-7, atol=1e-12)
+
+
+def test_gdpo():
+    g = torch.Generator().manual_seed(4)
+    rewards = torch.rand(2, 8, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 5, 4, 1, 1, 2])
+    mask = (torch.arange(5) < lengths[:, None]).double()
+    theirs, _ = core_algos.compute_gdpo_outcome_advantage(
+        mask,
+        mask,
+        np.repeat([0, 1], 4),
+        config={"gdpo_reward_keys": ["a", "b"], "gdpo_reward_weights": [1.0, 0.5]},
+        non_tensor_batch={"a": rewards[0].numpy(), "b": rewards[1].numpy()},
+        batch={"prompts": torch.zeros(8, 0), "attention_mask": mask.long()},
+    )
+    mine = group_advantages(rewards, 4, "gdpo", lengths=lengths, reward_weights=(1.0, 0.5))
+    torch.testing.assert_close(mine[:, None] * mask, theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_every_outcome_estimator_is_compared_or_accounted_for():
+    ours = {"grpo", "rloo", "gdpo", "optimal_token_baseline"}
+    ours |= {name for name, _ in VERL_ADVANTAGES.values()}
+    differ = {
+        "gae": "needs a critic",
+        "remax": "needs a greedy response to each prompt",
+        "grpo_vectorized": "grpo",
+        "rloo_vectorized": "rloo",
+        "tir_optimal_token_baseline": "optimal_token_baseline over several turns",
+    }
+    assert core_algos.ADV_ESTIMATOR_REGISTRY.keys() == ours | differ.keys()
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
