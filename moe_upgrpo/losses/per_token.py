@@ -44,7 +44,7 @@ def optimal_token_baseline(
     """
     named = {"sum_pi_squared": sum_pi_squared, "mask": mask, "rollout_weights": rollout_weights}
     _check_tokens(named, tuple(old_log_probs.shape), group_size, rewards)
-    mask_NT, lengths_N1 = mask_and_lengths(mask)
+    mask_NT, _ = mask_and_lengths(mask)
     dtype = torch.promote_types(old_log_probs.dtype, torch.float32)
     step_NT = 1 - 2 * old_log_probs.to(dtype).exp() + sum_pi_squared.to(dtype)
     if rollout_weights is not None:
@@ -222,7 +222,7 @@ def stops_early(
     limit: float = 0.25,
     statistic: str = "mean",
 ) -> bool:
-    """Whether PPO without a clip takes no further step on its batch (arXiv 2202.00079; RL-X `espo`).
+    """Whether PPO without a clip takes no further step on its batch (arXiv 2202.00079; RL-X espo).
 
     True where the mean or the median of |r − 1| over the batch's tokens is above `limit`. Tensors
     `[B, T]` of the whole batch; a mean over ranks is that of the added `ratio_deviation`.
