@@ -33,12 +33,13 @@ from moe_upgrpo.losses.policy import (
     gradient_coefficients,
     policy_loss,
 )
-from moe_upgrpo.losses.tokens import Context
+from moe_upgrpo.losses.tokens import CONTEXT, Context
 
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "BRANCHES",
+    "CONTEXT",
     "GLOSSARY",
     "PRESETS",
     "Context",

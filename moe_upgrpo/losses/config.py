@@ -183,14 +183,18 @@ class PolicyLossConfig:
 
     @property
     def arguments(self) -> frozenset[str]:
-        """The optional arguments of `policy_loss` that this config makes use of."""
+        """The optional arguments of `policy_loss`, and fields of its context, that this config
+        makes use of. `statistics` can be left out where a micro-batch is the whole batch."""
         names = {*BRANCHES[self.positive].arguments, *BRANCHES[self.negative].arguments}
         if self.correction.active or self.off_policy_limit is not None:
             names.add("rollout_log_probs")
         if self.router_shift_floor is not None:
             names.add("router_log_probs")
         if self.top_entropy is not None:
-            names.add("entropy")
+            names |= {"entropy", "statistics"}
+        of_branches = (BRANCHES[self.positive].statistics, BRANCHES[self.negative].statistics)
+        if self.correction.m2 is not None or of_branches != (None, None):
+            names.add("statistics")
         return frozenset(names)
 
     @property

@@ -9,7 +9,7 @@ rollout = μ (the engine's).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,10 @@ class Context:
     draws: Tensor | None = None
     token_weights: Tensor | None = None
     statistics: Mapping[str, Tensor | float] | None = None
+
+
+# As `PolicyLossConfig.arguments` names them.
+CONTEXT = tuple(field.name for field in fields(Context))
 
 
 class Tokens:

@@ -142,7 +142,8 @@ def test_ipo_is_the_stacks_formula():
     """An independent transcription of prime-rl's default loss, whose ratio is to μ."""
     g = torch.Generator().manual_seed(6)
     old = -2 * torch.rand(6, 7, generator=g, dtype=torch.float64)
-    lp = (old + 0.5 * torch.randn(6, 7, generator=g, dtype=torch.float64)).requires_grad_()
+    lp = old + 0.5 * torch.randn(6, 7, generator=g, dtype=torch.float64)
+    lp = lp.clamp(max=-0.01).requires_grad_()
     advantages = torch.randn(6, 7, generator=g, dtype=torch.float64)
     moved = lp.exp() - old.exp()
     invalid = torch.where(advantages > 0, moved > 0.2, moved < -0.2)
