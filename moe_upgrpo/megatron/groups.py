@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -153,6 +153,11 @@ def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
         name: Metric(*pair)
         for name, pair in zip(metrics, zip(flat[::2], flat[1::2], strict=True), strict=True)
     }
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """Each value's sum over the data-parallel ranks."""
+    return _over_data_parallel(list(values), dist.ReduceOp.SUM)
 
 
 def largest(values: dict[str, float]) -> dict[str, float]:

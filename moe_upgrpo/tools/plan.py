@@ -284,7 +284,7 @@ def _moments(
 
 
 def _purpose(config: PlanConfig) -> str:
-    """What the head computes in the update, as `memory.head` knows it."""
+    """The head's work in the update, as `memory.head` knows it."""
     if config.terms.has_entropy_bonus:
         return "update with entropy"
     return "recorded update" if _old_from_update(config) else "update"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from tyro.conf import arg
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import ADVANTAGES
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.train.parts import (
     BatchOptions,
@@ -72,6 +73,7 @@ class TrainConfig:
         self._check_engine_every()
         self._check_refills()
         self._check_epochs()
+        self._check_rewards()
         if self.reward.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -126,6 +128,19 @@ class TrainConfig:
             raise UserError(
                 "gradient_at=old with stop_ratio: every ratio is 1 at the old weights. Leave one "
                 "out."
+            )
+
+    def _check_rewards(self) -> None:
+        """That the kind of advantage is defined for every reward that there may be."""
+        kind, reward = self.objective.advantage, self.reward
+        low, high = ADVANTAGES[kind].allowed
+        least = reward.reward_wrong - reward.overlong_penalty * bool(reward.overlong_buffer)
+        in_reward = self.terms.kl_coef > 0 and self.terms.kl_in == "reward"
+        if least < low or (in_reward and (low, high) != (-math.inf, math.inf)):
+            raise UserError(
+                f"advantage={kind!r} is defined for rewards from {low:g} to {high:g}; reward_wrong="
+                f"{reward.reward_wrong:g}, overlong_buffer={reward.overlong_buffer} and kl_in="
+                f"{self.terms.kl_in} give others."
             )
 
     def _check_refills(self) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from moe_upgrpo.losses import Metric, PolicyLossConfig
+from moe_upgrpo.losses import PolicyLossConfig, ratio_deviation
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
@@ -192,14 +193,13 @@ class Learner:
     def _stops(self, samples: Sequence[Sample], visited: Sequence[np.ndarray]) -> bool:
         """Whether the policy is too far from the old one for another epoch (arXiv 2202.00079).
 
-        visited: log-probs of the epoch that ends. As RL-X's ESPO, mean |r − 1| > δ: over the
-        tokens of all ranks.
+        visited: log-probs of the epoch that ends. As `losses.stops_early`, over all ranks' tokens.
         """
         if self.stop_ratio is None:
             return False
-        pairs = zip(visited, samples, strict=True)
-        off_N = np.concatenate([np.expm1(now - sample.old_log_probs) for now, sample in pairs])
-        share = Metric(float(np.abs(off_N).sum(dtype=np.float64)), len(off_N))
+        old_BT = [sample.old_log_probs for sample in samples]
+        now, old = (torch.from_numpy(np.concatenate(x))[None] for x in (visited, old_BT))
+        share = ratio_deviation(now, old, torch.ones_like(now))
         numerator, denominator = groups.sum_metrics({"off": share})["off"]
         return numerator / denominator > self.stop_ratio
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from moe_upgrpo.losses import group_advantages
+from moe_upgrpo.train.advantages import advantages_of
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.learner import for_update, samples_of
 from moe_upgrpo.train.place import seed_global_generators
@@ -38,9 +36,7 @@ def train(config: TrainConfig) -> Path:
                 old = learner.score_old(step, samples, rollouts)
                 reference = learner.score_reference(samples)
                 shaped, penalty = learner.penalised(rewards, old, reference)
-                advantages = group_advantages(
-                    torch.from_numpy(shaped), group, objective.advantage
-                ).numpy()
+                advantages = advantages_of(shaped, rollouts, group=group, kind=objective.advantage)
                 samples = for_update(samples, advantages, reference)
             with clock("analysis"):
                 noise = learner.analyse(

@@ -19,11 +19,12 @@ from moe_upgrpo.losses import (
     PolicyLossConfig,
     RolloutCorrection,
 )
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings, check_engine
-from moe_upgrpo.train.policy_options import PolicyOptions, asked, nearest, resolved
+from moe_upgrpo.train.policy_options import PolicyOptions, asked, resolved
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
@@ -98,10 +99,12 @@ class ObjectiveOptions:
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
 
     def __post_init__(self):
-        if self.advantage not in ADVANTAGES:
+        check_name("advantage", self.advantage, ADVANTAGES)
+        if ADVANTAGES[self.advantage].several:
+            single = [name for name, kind in ADVANTAGES.items() if not kind.several]
             raise UserError(
-                f"advantage={self.advantage!r}: allowed are {', '.join(ADVANTAGES)}"
-                f"{nearest(self.advantage, ADVANTAGES)}."
+                f"advantage={self.advantage!r} takes several rewards of a response, and the "
+                f"trainer has one; it serves {', '.join(single)}."
             )
         if lacking := self.policy_loss().arguments - _SERVED:
             served = [name for name, preset in PRESETS.items() if preset.arguments <= _SERVED]
@@ -144,9 +147,9 @@ class TermOptions:
     """Nats: each step below raises α by entropy_delta, any other lowers it, and the bonus is given
     after steps below only, as Skywork-OR1 does. None: α stays."""
     entropy_delta: float = 1e-4
-    """Of entropy_target: the change of α in a step."""
+    """The change of α in a step, with entropy_target."""
     entropy_coef_range: tuple[float, float] = (0.0, 5e-3)
-    """Of entropy_target: the least and the largest α."""
+    """The least and the largest α, with entropy_target."""
     gradient_at: Literal["current", "old"] = "current"
     """Weights at which each optimizer step's gradient is taken: those that it changes, or those at
     which the RL step began, for all its optimizer steps (a fixed old policy)."""
@@ -190,7 +193,7 @@ class TermOptions:
         return self.entropy_coef > 0 or self.entropy_target is not None
 
     def control(self) -> EntropyControl | None:
-        """What changes α from step to step."""
+        """The rule that changes α from step to step."""
         if self.entropy_target is None:
             return None
         least, most = self.entropy_coef_range

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import Field, asdict, field, fields, is_dataclass, make_dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import AGGREGATIONS, BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses.names import check_name
 
 PRESET = "preset"
 """The value of an option that is left to the preset. None is a value: no bound, or off."""
-_NAMES = {"positive": BRANCHES, "negative": BRANCHES, "aggregation": AGGREGATIONS}
 _METAVARS = {str: "NAME", float: "FLOAT", int: "INT", bool: "{true,false}"}
 _NONE = ("none", "null")
 
@@ -41,15 +40,9 @@ def help_for(loss: str) -> Iterator[None]:
         _shown_loss.reset(token)
 
 
-def nearest(given: str, allowed: Sequence[str]) -> str:
-    """Words on the names that come nearest to one that is not known; "" where none does."""
-    near = get_close_matches(str(given), [*allowed], n=3)
-    return f"; nearest: {', '.join(near)}" if near else ""
-
-
 def _reader(hint: Any) -> PrimitiveConstructorSpec | None:
     """How a word becomes a value of one of the simple kinds, None among them."""
-    kinds = {hint} if isinstance(hint, type) else set(get_args(hint))
+    kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
     if len(kinds - {NoneType}) > 1 or not kinds - {NoneType} <= _METAVARS.keys():
         return None
     (kind,) = kinds - {NoneType}
@@ -131,17 +124,8 @@ def resolved(loss: str, options: PolicyOptions, correction: RolloutCorrection) -
     Raises UserError that names the option: no such name, a value that cannot be, or one that this
     loss would not read.
     """
-    if loss not in PRESETS:
-        allowed = ", ".join(PRESETS)
-        raise UserError(f"loss={loss!r}: allowed are {allowed}{nearest(loss, PRESETS)}.")
+    check_name("loss", loss, PRESETS)
     changes = asked(options)
-    for name, allowed in _NAMES.items():
-        if changes.get(name, PRESET) not in (PRESET, *allowed):
-            given = changes[name]
-            raise UserError(
-                f"policy.{name}: {given!r} given; allowed: {', '.join(allowed)}"
-                f"{nearest(given, allowed)}"
-            )
     try:
         config = replace(
             PRESETS[loss],

@@ -264,7 +264,7 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
             {"eval_data": ("a",), "instruction": "Think."},
             "eval_data, instruction without data: --data FILE is missing",
         ),
-        ({"loss": "ppo"}, "loss='ppo': allowed are grpo, dapo, .*up-grpo"),
+        ({"loss": "ppo"}, "loss: 'ppo' given; allowed: grpo, dapo, .*up-grpo"),
         ({"engine": "hff"}, "engine='hff': allowed are hf, vllm, sglang"),
         ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf: only vllm and sgl"),
         ({"engine": "vllm", "engine_weights": "fp8"}, "engine=vllm: allowed with engine=hf"),

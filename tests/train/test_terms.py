@@ -1,6 +1,8 @@
 """KL and entropy terms over a run; updates that stop early or stay at the old weights."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.train.advantages import advantages_of
 from moe_upgrpo.train.analysis import OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.job import _terms
 from moe_upgrpo.train.learner import Learner, for_update
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.terms import Terms, term_sums
+from tests.ranks import run_ranks
 from tests.train.test_launch import job, options
 from tests.train.test_resume import as_of_step_2, assert_same_run, whole_run
 
@@ -214,9 +218,37 @@ def test_the_reference_is_refreshed_after_the_steps_where_it_is_due():
     assert taken == [3, 6]
 
 
+def advantages(kind: str) -> list[float]:
+    """Of 2 prompts × 2 responses over the data-parallel ranks, in their order."""
+    with groups.process_groups(Layout()):
+        rank, ranks = groups.data_parallel()
+        mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+        rollouts = [SimpleNamespace(response_ids=[0] * n) for n in (1, 3, 2, 2)[mine]]
+        return advantages_of(f32(1, 0, 0.5, 0)[mine], rollouts, group=2, kind=kind).tolist()
+
+
+# By hand. opo: baselines 1·1/4 and .5·2/4. gpg: R − mean, times 4 responses over the 2 rewarded.
+# reinforce++: over the 8 tokens R sums to 2 and R² to 1.5, a variance of (1.5 − 4/8)/7.
+BY_HAND = {
+    "opo": [0.75, -0.25, 0.25, -0.25],
+    "gpg": [1.0, -1.0, 0.5, -0.5],
+    "reinforce++": [(r - 0.25) * math.sqrt(7) for r in (1, 0, 0.5, 0)],
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_advantages_that_need_lengths_or_the_whole_batch(kind, ranks):
+    found = [value for part in run_ranks(ranks, advantages, kind) for value in part]
+    assert found == pytest.approx(BY_HAND[kind], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"advantage": "bnpo", "reward_wrong": -1.0}, "'bnpo' is defined for rewards from 0 to 1"),
+        ({"advantage": "maxrl", "overlong_buffer": 1}, "'maxrl' is defined for rewards from 0 to"),
+        ({"advantage": "bnpo", "kl_coef": 0.1, "kl_in": "reward"}, "kl_in=reward give others"),
         ({"kl_coef": -0.1}, "kl_coef: -0.1 given; allowed: 0 or more"),
         ({"kl_in": "reward"}, "kl_in='reward' without kl_coef: .* Give --kl-coef too"),
         ({"kl_estimator": "k1"}, "kl_estimator='k1' without kl_coef"),
