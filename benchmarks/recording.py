@@ -35,7 +35,7 @@ def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> floa
     batch = job.rollouts.batch(number)
     rewards = job.rewarding.rewards(batch, number, first_prompt=first // config.batch.group)
     advantages = group_advantages(torch.from_numpy(rewards), config.batch.group).numpy()
-    samples = for_update(samples_of(batch.rollouts), advantages, None)
+    samples = for_update(samples_of(batch.rollouts), advantages, None, first)
     wanted = ("routes", "margins") if recording else ()
     old = OldScores(native=learner.actor.score(samples, record=wanted), held=None)
     reference = learner.score_reference(samples)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -32,7 +31,7 @@ from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
-from moe_upgrpo.megatron.objective import NO_TERMS, Objective
+from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
 from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
@@ -371,44 +370,39 @@ class MegatronActor:
         terms: LossTerms = NO_TERMS,
         record: Collection[str] = (),
         at: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
     ) -> Update:
         """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
-        Every rank gives the same number of samples. terms: what is added to the loss. record: as of
+        Every rank gives the same number of samples. terms: added to the loss. record: as of
         `score`; with any, what this forward saw is handed over as `score` would. at: weights of
         `weights_now` that the gradient is taken at, and with it all that is recorded; None: those
-        that the step changes. Raises NumericalFailure on every rank: before any weight changes,
-        where a log-prob or the loss is not finite; after it, where the gradient is not.
+        that the step changes. seed: of what the loss draws at random. Raises NumericalFailure on
+        every rank: before any weight changes, where a log-prob or the loss is not finite; after it,
+        where the gradient is not.
         """
+        statistics = None
+        if "statistics" in loss.arguments:
+            with self._at(at):
+                scored = self.score(samples, record=())
+            statistics = statistics_of(samples, scored, loss, seed)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         size = self.micro_batch_size
         batches = self._micro_batches(samples, size)
-        dp_group = parallel_state.get_data_parallel_group()
-        counts = torch.tensor(
-            [sum(int(b.mask_BS.sum()) for b in batches), len(samples)],
-            dtype=torch.float64,
-            device=device(),
+        objective = Objective.over(
+            batches, len(samples), loss=loss, terms=terms, seed=seed, statistics=statistics
         )
-        dist.all_reduce(counts, group=dp_group)
-        objective = Objective(
-            loss=loss,
-            terms=terms,
-            tokens=counts[0],
-            sequences=counts[1],
-            # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule
-            # by the micro-batches.
-            undo_means=dp_group.size() * len(batches),
-        )
+        has_entropy = terms.entropy_coef > 0 or "entropy" in loss.arguments
         with self._at(at):
             seen, traces, flips = self._run(
                 batches,
                 objective,
                 train=True,
                 record=record,
-                entropy=bool(record) or terms.entropy_coef > 0,
+                entropy=bool(record) or has_entropy,
                 entropy_gradient=terms.entropy_coef > 0,
             )
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
@@ -449,10 +443,7 @@ class MegatronActor:
     def weights_now(self) -> list[torch.Tensor]:
         """A copy of this rank's part of the weights. A collective."""
         self.make_whole()
-        return [parameter.detach().clone() for parameter in self._parameters()]
-
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        return [p.detach().clone() for chunk in self.chunks for p in chunk.parameters()]
 
     @contextmanager
     def _at(self, weights: Sequence[torch.Tensor] | None) -> Iterator[None]:
@@ -469,14 +460,15 @@ class MegatronActor:
 
     @torch.no_grad()
     def _put(self, weights: Sequence[torch.Tensor]) -> None:
-        for parameter, values in zip(self._parameters(), weights, strict=True):
+        parameters = (p for chunk in self.chunks for p in chunk.parameters())
+        for parameter, values in zip(parameters, weights, strict=True):
             parameter.copy_(values)
 
     @torch.no_grad()
     def take_weights(self, other: MegatronActor) -> None:
         """Copy another actor's weights, of the same model in the same layout. A collective."""
         other.make_whole()
-        self._put(list(other._parameters()))
+        self._put([p for chunk in other.chunks for p in chunk.parameters()])
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on every rank, for an engine."""

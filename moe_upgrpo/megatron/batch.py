@@ -27,6 +27,7 @@ class Sample:
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     reference_log_probs: np.ndarray | None = None  # [T] float32, for the KL term
     advantage: float = 0.0
+    number: int = 0  # its own among the sequences of the batch, on all ranks
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
 
     @property
@@ -45,6 +46,7 @@ class Batch:
     old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next three; None: not given
     rollout_log_probs_BS: torch.Tensor
     reference_log_probs_BS: torch.Tensor
+    numbers_B: torch.Tensor
     advantages_BS: torch.Tensor
     routes_BSLK: torch.Tensor | None  # int16, NO_ROUTE where the router chooses; None: native
 
@@ -71,6 +73,7 @@ def make_batch(
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     old, rollout, reference, advantages = (torch.zeros(shape) for _ in range(4))
+    numbers = torch.zeros(shape[0], dtype=torch.int64)
     routes = None
     for sample in samples:
         if sample.routes is not None:
@@ -85,6 +88,7 @@ def make_batch(
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
         mask[b, rows] = True
         advantages[b, rows] = sample.advantage
+        numbers[b] = sample.number
         if sample.routes is not None:
             _check_routes(sample.routes)
             given = torch.from_numpy(sample.routes.astype(np.int16))
@@ -103,6 +107,7 @@ def make_batch(
         old_log_probs_BS=old if True in given_old else None,
         rollout_log_probs_BS=rollout,
         reference_log_probs_BS=reference,
+        numbers_B=numbers,
         advantages_BS=advantages,
         routes_BSLK=routes,
     )

@@ -121,6 +121,11 @@ def gather_over_pipeline(items: list) -> list:
     return _gather(items, parallel_state.get_pipeline_model_parallel_group())
 
 
+def gather_over_data_parallel(items: list) -> list:
+    """Concatenate the items of the data-parallel ranks, in their order, on each of them."""
+    return _gather(items, parallel_state.get_data_parallel_group())
+
+
 def gather_everywhere(items: list) -> list:
     """The items of all ranks, in rank order, on each of them."""
     return _gather(items, dist.group.WORLD)

@@ -6,20 +6,28 @@ B sequences, S padded length.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from moe_upgrpo.losses import (
+    Context,
     LossTerms,
     Metric,
     PolicyLossConfig,
+    batch_statistics,
     loss_terms,
     merge_metrics,
     policy_loss,
+    token_draws,
 )
-from moe_upgrpo.megatron.batch import Batch
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 
 NO_TERMS = LossTerms()
 
@@ -43,6 +51,7 @@ class Objective:
 
     tokens, sequences: of all of them. undo_means: what gradients are divided by afterwards, once
     for the micro-batches and once for the ranks; the loss has the global denominators already.
+    seed: of the random numbers that a loss draws for its tokens. statistics: of `statistics_of`.
     """
 
     loss: PolicyLossConfig
@@ -50,6 +59,24 @@ class Objective:
     tokens: torch.Tensor
     sequences: torch.Tensor
     undo_means: int
+    seed: int = 0
+    statistics: Mapping[str, torch.Tensor] | None = None
+
+    @classmethod
+    def over(cls, batches: Sequence[Batch], samples: int, **given: Any) -> Objective:
+        """Make that of these micro-batches of `samples` sequences and of those of the other
+        data-parallel ranks; a collective of them."""
+        group = parallel_state.get_data_parallel_group()
+        counts = torch.tensor(
+            [sum(int(batch.mask_BS.sum()) for batch in batches), samples],
+            dtype=torch.float64,
+            device=groups.device(),
+        )
+        dist.all_reduce(counts, group=group)
+        # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule by
+        # the micro-batches.
+        undo = group.size() * len(batches)
+        return cls(tokens=counts[0], sequences=counts[1], undo_means=undo, **given)
 
     def __call__(self, batch: Batch, output_BSx: torch.Tensor) -> tuple[torch.Tensor, Seen]:
         """The loss to be backpropagated. output_BSx: log-probs, and entropy where it is there."""
@@ -71,6 +98,7 @@ class Objective:
             batch.mask_BS,
             config=self.loss,
             rollout_log_probs=batch.rollout_log_probs_BS,
+            context=_context(self.loss, batch, entropy_BS, self.seed, self.statistics),
             global_tokens=self.tokens,
             global_sequences=self.sequences,
         )
@@ -101,3 +129,51 @@ class Objective:
             terms={name: float(term.detach()) for name, term in added.items()},
             term_metrics=merge_metrics([term_metrics]),
         )
+
+
+def _context(
+    loss: PolicyLossConfig,
+    batch: Batch,
+    entropy_BS: Sequence[torch.Tensor],
+    seed: int,
+    statistics: Mapping[str, torch.Tensor] | None,
+) -> Context:
+    """The inputs that only some losses look at, those that this one does."""
+    draws_BS = None
+    if "draws" in loss.arguments:
+        draws_BS = token_draws(seed, batch.numbers_B, batch.mask_BS.shape[1])
+    return Context(
+        entropy=entropy_BS[0].detach() if entropy_BS else None,
+        draws=draws_BS,
+        statistics=statistics,
+    )
+
+
+def statistics_of(
+    samples: Sequence[Sample], scored: Sequence[Any], loss: PolicyLossConfig, seed: int
+) -> dict[str, torch.Tensor]:
+    """Statistics of a mini-batch over all data-parallel ranks; a collective of them.
+
+    scored: log-probs and entropy of this rank's samples at the weights of the update, as of
+    `MegatronActor.score`.
+    """
+    mine = [
+        (replace(sample, routes=None), one.log_probs, one.entropy)
+        for sample, one in zip(samples, scored, strict=True)
+    ]
+    samples, *found = zip(*groups.gather_over_data_parallel(mine), strict=True)
+    batch = make_batch(samples)
+    log_probs_BS, entropy_BS = (torch.zeros(batch.mask_BS.shape) for _ in found)
+    for values_BS, values in zip((log_probs_BS, entropy_BS), found, strict=True):
+        for b, (sample, of_sample) in enumerate(zip(samples, values, strict=True)):
+            values_BS[b, sample.response_rows] = torch.from_numpy(of_sample)
+    statistics = batch_statistics(
+        log_probs_BS,
+        log_probs_BS if batch.old_log_probs_BS is None else batch.old_log_probs_BS,
+        batch.advantages_BS,
+        batch.mask_BS,
+        config=loss,
+        rollout_log_probs=batch.rollout_log_probs_BS,
+        context=_context(loss, batch, [entropy_BS], seed, None),
+    )
+    return {name: value.to(groups.device()) for name, value in statistics.items()}

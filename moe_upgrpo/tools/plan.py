@@ -300,6 +300,7 @@ def _passes(config: PlanConfig) -> tuple[int, int]:
     held = config.objective.replay == "R3"
     before = (not _old_from_update(config)) + held + config.has_reference
     again = 2 if config.trainer.recompute == "full" else 1
+    again += "statistics" in config.objective.policy_loss().arguments
     return before + again * config.batch.epochs, config.batch.epochs
 
 

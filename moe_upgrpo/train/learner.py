@@ -18,7 +18,7 @@ from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.train import analysis
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
-from moe_upgrpo.train.place import SHUFFLING, Place, seed_of
+from moe_upgrpo.train.place import DRAWS, SHUFFLING, Place, seed_of
 from moe_upgrpo.train.record import LastVisit, Updated
 from moe_upgrpo.train.terms import Terms, term_sums
 
@@ -162,6 +162,7 @@ class Learner:
         at = self.actor.weights_now() if self.gradient_at == "old" else None
         shuffle = np.random.default_rng(seed_of(self.seed, SHUFFLING, step, self.place.dp_rank))
         before = fingerprint(self.actor.chunks)
+        draws = seed_of(self.seed, DRAWS, step, 0)  # one for all ranks: each token has its number
         updates, last = [], {name: [None] * len(samples) for name in _OF_LAST_VISIT}
         for epoch in range(1, self.epochs + 1):
             for indices in np.split(shuffle.permutation(len(samples)), self.minibatches):
@@ -170,7 +171,9 @@ class Learner:
                 may_be_last = epoch == self.epochs or self.stop_ratio is not None
                 if old and old.counterpart is not None and may_be_last:
                     self._score_counterpart(batch, indices, old)
-                update = self.actor.update(batch, self.loss, terms=terms, record=record, at=at)
+                update = self.actor.update(
+                    batch, self.loss, terms=terms, record=record, at=at, seed=draws + len(updates)
+                )
                 updates.append(update)
                 for name, column in _OF_LAST_VISIT.items():
                     for i, values in zip(indices, getattr(update, column), strict=True):
@@ -243,11 +246,19 @@ def samples_of(rollouts: Sequence[Rollout]) -> list[Sample]:
 
 
 def for_update(
-    samples: Sequence[Sample], advantages: np.ndarray, reference: Sequence[Scored] | None
+    samples: Sequence[Sample],
+    advantages: np.ndarray,
+    reference: Sequence[Scored] | None,
+    first_sequence: int,
 ) -> list[Sample]:
-    """The samples as the actor learns from them: one advantage for each, the reference's scores."""
+    """The samples as the actor learns from them: one advantage for each, the reference's scores.
+
+    first_sequence: index, over all ranks, of the first.
+    """
     scores = [one.log_probs for one in reference] if reference else [None] * len(samples)
     return [
-        replace(sample, advantage=float(advantage), reference_log_probs=log_probs)
-        for sample, advantage, log_probs in zip(samples, advantages, scores, strict=True)
+        replace(sample, advantage=float(advantage), reference_log_probs=log_probs, number=number)
+        for number, (sample, advantage, log_probs) in enumerate(
+            zip(samples, advantages, scores, strict=True), first_sequence
+        )
     ]

@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Path:
                 reference = learner.score_reference(samples)
                 shaped, penalty = learner.penalised(rewards, old, reference)
                 advantages = advantages_of(shaped, rollouts, group=group, kind=objective.advantage)
-                samples = for_update(samples, advantages, reference)
+                samples = for_update(samples, advantages, reference, first)
             with clock("analysis"):
                 noise = learner.analyse(
                     step,

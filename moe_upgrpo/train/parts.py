@@ -29,7 +29,7 @@ from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
 # Optional arguments of `policy_loss` that the actor hands over.
-_SERVED = {"rollout_log_probs"}
+_SERVED = {"rollout_log_probs", "entropy", "draws", "statistics"}
 
 
 def at_least(part: Any, least: int, *names: str) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe_upgrpo.losses import LossTerms, PolicyLossConfig
+from moe_upgrpo.losses import Context, LossTerms, PolicyLossConfig, policy_loss, token_draws
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.batch import make_batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from tests.megatron.measured import gradients_by_name, make_samples, with_reference, with_routes
+from tests.ranks import run_ranks
 
 LOSS = PolicyLossConfig.preset("up-grpo")
 TERMS = LossTerms(kl_coef=0.3, kl_estimator="k3", entropy_coef=0.2)
@@ -111,3 +113,68 @@ def test_after_an_update_at_other_weights_the_policy_goes_on_from_its_own(dtype,
         native = actor.update(make_samples(), LOSS)
         assert all(map(torch.equal, actor.weights_now(), before))
     assert update.grad_norm != native.grad_norm
+
+
+def batch_losses(checkpoint, micro_batch_size: int) -> list:
+    """What an update clips, and its metrics, in micro-batches and on this data-parallel rank."""
+    with groups.process_groups(Layout()):
+        rank, ranks = groups.data_parallel()
+        mine = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        settings = OptimizerSettings(lr=0.0)
+        actor = MegatronActor(
+            checkpoint, Layout(), micro_batch_size=micro_batch_size, optimizer=settings
+        )
+        samples = [replace(sample, number=i) for i, sample in enumerate(make_samples())]
+        found = []
+        for loss in BATCH_LOSSES:
+            update = actor.update(samples[mine], loss, seed=5)
+            scored = actor.score(samples[mine], record=())
+            found.append((update.clipped, update.gradient_weight, scored))
+        return found
+
+
+def preset(name: str, **changes) -> PolicyLossConfig:
+    return PolicyLossConfig.preset(name, **changes)
+
+
+# Wide enough ranges and shares that a batch of 8 sequences has tokens on either side.
+BATCH_LOSSES = [
+    preset("clip-cov", covariance_range=(0.0, 99.0), covariance_share=0.2, clip_high=None),
+    preset("up-kl-cov", covariance_share=0.3),
+    preset("grpo", top_entropy=0.5, clip_low=None, dual_clip=None),
+]
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 3), (2, 3)])
+def test_what_looks_at_the_whole_batch_does_in_every_split(ranks, size, tiny_checkpoint):
+    """Against `policy_loss` of the batch as one, in padded tensors of the test's own."""
+    parts = run_ranks(ranks, batch_losses, tiny_checkpoint, size)
+    samples = [replace(sample, number=i) for i, sample in enumerate(make_samples())]
+    batch = make_batch(samples)
+    for i, loss in enumerate(BATCH_LOSSES):
+        clipped, weight, scored = (
+            [x for part in parts for x in part[i][kind]] for kind in range(3)
+        )
+        log_probs, entropy = torch.zeros(2, *batch.mask_BS.shape)
+        for b, (sample, one) in enumerate(zip(samples, scored, strict=True)):
+            log_probs[b, sample.response_rows] = torch.from_numpy(one.log_probs)
+            entropy[b, sample.response_rows] = torch.from_numpy(one.entropy)
+        whole = policy_loss(
+            log_probs,
+            batch.old_log_probs_BS,
+            batch.advantages_BS,
+            batch.mask_BS,
+            config=loss,
+            rollout_log_probs=batch.rollout_log_probs_BS,
+            context=Context(
+                entropy=entropy, draws=token_draws(5, torch.arange(8), len(entropy[0]))
+            ),
+        )
+        cut = 0
+        for b, sample in enumerate(samples):
+            rows = whole.clipped[b, sample.response_rows].numpy()
+            assert np.array_equal(clipped[b], rows), (loss, b)
+            expected = whole.gradient_weight[b, sample.response_rows].numpy()
+            np.testing.assert_allclose(weight[b], expected, rtol=1e-3, atol=1e-7)
+            cut += rows.sum()
+        assert (loss.negative == "kl-cov") or 0 < cut < batch.mask_BS.sum()

@@ -378,7 +378,7 @@ class FakeActor:
     def __init__(self):
         self.seen: list[list[int]] = []
 
-    def update(self, samples, loss, *, record, terms, at) -> Update:
+    def update(self, samples, loss, *, record, terms, at, seed) -> Update:
         self.seen.append([int(s.tokens[0]) for s in samples])
         visit = len(self.seen)
         return Update(

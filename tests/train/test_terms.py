@@ -167,7 +167,7 @@ class FakeActor:
         self.started += 1
         return ["old weights"]
 
-    def update(self, samples, loss, *, record, terms, at) -> Update:
+    def update(self, samples, loss, *, record, terms, at, seed) -> Update:
         self.at.append(at)
         self.terms.append(terms)
         moved = f32(0.1 * len(self.at))
@@ -185,7 +185,7 @@ def updated(**options):
         minibatches=2, epochs=4, **{"terms": Terms()} | options,
     )  # fmt: skip
     samples = [Sample(tokens=np.array([i, 1]), prompt_length=1) for i in range(4)]
-    samples = for_update(samples, f32(1, -1, 1, -1), None)
+    samples = for_update(samples, f32(1, -1, 1, -1), None, 8)
     scores = [scored(-9) for _ in samples]
     return learner.actor, learner.update(samples, [], OldScores(native=scores, held=None), step=1)
 
