@@ -116,7 +116,7 @@ def test_after_an_update_at_other_weights_the_policy_goes_on_from_its_own(dtype,
 
 
 def batch_losses(checkpoint, micro_batch_size: int) -> list:
-    """What an update clips, and its metrics, in micro-batches and on this data-parallel rank."""
+    """Tokens that updates clip, their weights and scores, on this data-parallel rank."""
     with groups.process_groups(Layout()):
         rank, ranks = groups.data_parallel()
         mine = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)

@@ -79,7 +79,8 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
         ("--tiny.layers 0", "tiny.layers=0: at least 1 is needed"),
         ("--optimizer.lr -1", "optimizer: lr=-1.0: a number of at least 0 is needed"),
         ("--correction.weight x", "correction.weight: 'x' given; allowed: none, "
-         "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop"),
+         "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop, token-mask, "
+         "sequence-mask"),
         ("--eval-samples x", "--eval-samples: invalid literal for int() with base 10: 'x'; "
          "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
          "4)"),

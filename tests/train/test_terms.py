@@ -219,7 +219,7 @@ def test_the_reference_is_refreshed_after_the_steps_where_it_is_due():
 
 
 def advantages(kind: str) -> list[float]:
-    """Of 2 prompts × 2 responses over the data-parallel ranks, in their order."""
+    """Those of 2 prompts × 2 responses over the data-parallel ranks, in their order."""
     with groups.process_groups(Layout()):
         rank, ranks = groups.data_parallel()
         mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
