@@ -189,7 +189,12 @@ class Learner:
             updates=updates,
             epochs=epoch,
             last=LastVisit(**last),
-            terms=term_sums(terms, updates, counted=self.place.dp_rank == 0),
+            terms=term_sums(
+                terms,
+                updates,
+                counted=self.place.dp_rank == 0,
+                controlled=self.terms.control is not None,
+            ),
             weights=changed(before, fingerprint(self.actor.chunks)),
         )
 

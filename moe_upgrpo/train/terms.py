@@ -95,10 +95,13 @@ class Terms:
             self.entropies.append(math.nan if entropy is None else entropy)
 
 
-def term_sums(terms: LossTerms, updates: Sequence[Update], *, counted: bool) -> Sums:
+def term_sums(
+    terms: LossTerms, updates: Sequence[Update], *, counted: bool, controlled: bool = False
+) -> Sums:
     """Sums of what a step's optimizer steps had of the terms, this rank's share.
 
-    counted: on one data-parallel rank, as every one makes the same optimizer steps.
+    counted: on one data-parallel rank, as every one makes the same optimizer steps. controlled:
+    whether the bonus's coefficient changes, which is said where it is 0 too.
     """
     steps = len(updates) if counted else 0
     found: Sums = {}
@@ -106,7 +109,7 @@ def term_sums(terms: LossTerms, updates: Sequence[Update], *, counted: bool) -> 
         found[f"loss/{name}"] = Metric(sum(update.terms[name] for update in updates), steps)
         sums = [update.term_metrics[name] for update in updates]
         found[_MEASURED[name]] = Metric(*(float(sum(side)) for side in zip(*sums, strict=True)))
-    if "entropy" in updates[0].terms:
+    if controlled or "entropy" in updates[0].terms:
         found["entropy/coef"] = Metric(terms.entropy_coef * steps, steps)
     return found
 
