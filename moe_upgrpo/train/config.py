@@ -114,7 +114,7 @@ class TrainConfig:
 
     def _check_epochs(self) -> None:
         terms, batch = self.terms, self.batch
-        if terms.stop_ratio is not None and batch.epochs == 1:
+        if terms.stop_ratio not in (None, math.inf) and batch.epochs == 1:
             raise UserError(
                 f"stop_ratio={terms.stop_ratio:g} with epochs=1: there is no epoch to leave out. "
                 "Give --epochs."
@@ -124,7 +124,7 @@ class TrainConfig:
                 "gradient_at=old with one optimizer step in a step: its gradient is at the old "
                 "weights as it is. Give --minibatches or --epochs above 1."
             )
-        if terms.gradient_at == "old" and terms.stop_ratio is not None:
+        if terms.gradient_at == "old" and self.stop_ratio is not None:
             raise UserError(
                 "gradient_at=old with stop_ratio: every ratio is 1 at the old weights. Leave one "
                 "out."
@@ -166,6 +166,14 @@ class TrainConfig:
                 f"overlong_buffer={self.reward.overlong_buffer}: more than the longest response's "
                 f"{longest} tokens."
             )
+
+    @property
+    def stop_ratio(self) -> float | None:
+        """How far from 1 the ratios of an epoch may be for another one; None: any."""
+        asked = self.terms.stop_ratio
+        if asked is None and self.objective.loss.endswith("ppo-early-stop"):
+            return 0.25
+        return None if asked == math.inf else asked
 
     @property
     def has_reference(self) -> bool:

@@ -99,7 +99,7 @@ def make_job(
             old_log_probs=config.objective.old_log_probs,
             analyse_every=config.log.analyse_every,
             gradient_at=config.terms.gradient_at,
-            stop_ratio=config.terms.stop_ratio,
+            stop_ratio=config.stop_ratio,
         ),
         recorder=Recorder(
             run=run,

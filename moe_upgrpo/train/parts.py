@@ -154,7 +154,8 @@ class TermOptions:
     """Weights at which each optimizer step's gradient is taken: those that it changes, or those at
     which the RL step began, for all its optimizer steps (a fixed old policy)."""
     stop_ratio: float | None = None
-    """No further epoch after one whose tokens' mean |ratio − 1| is above this. None: all epochs."""
+    """No further epoch after one whose tokens' mean |ratio − 1| is above this; inf: all epochs.
+    None: .25 with the losses ppo-early-stop and up-ppo-early-stop, all epochs with any other."""
 
     def __post_init__(self):
         terms = LossTerms(
@@ -184,7 +185,7 @@ class TermOptions:
                 f"entropy_coef={self.entropy_coef} is outside of entropy_coef_range="
                 f"{control.least:g} {control.most:g}."
             )
-        if self.stop_ratio is not None and not 0 < self.stop_ratio < math.inf:
+        if self.stop_ratio is not None and not self.stop_ratio > 0:
             raise UserError(f"stop_ratio={self.stop_ratio}: a number above 0 is needed.")
 
     @property

@@ -24,6 +24,9 @@ from moe_upgrpo.losses.names import check_name
 
 PRESET = "preset"
 """The value of an option that is left to the preset. None is a value: no bound, or off."""
+_NO_LOSSES = {
+    "fixed-old-policy": "give --loss reinforce --gradient-at old (docs/loss-options.md)",
+}
 _METAVARS = {str: "NAME", float: "FLOAT", int: "INT", bool: "{true,false}"}
 _NONE = ("none", "null")
 
@@ -124,6 +127,8 @@ def resolved(loss: str, options: PolicyOptions, correction: RolloutCorrection) -
     Raises UserError that names the option: no such name, a value that cannot be, or one that this
     loss would not read.
     """
+    if loss in _NO_LOSSES:
+        raise UserError(f"loss: {loss!r} given, which is no loss of its own: {_NO_LOSSES[loss]}")
     check_name("loss", loss, PRESETS)
     changes = asked(options)
     try:

@@ -202,6 +202,20 @@ def test_no_epoch_follows_one_that_is_too_far_from_the_old_policy(limit, epochs)
     assert all(values is not None for values in result.last.logp_train)
 
 
+def test_the_loss_that_stops_early_does_so():
+    """ESPO's δ is .25, unless another is asked for, or none."""
+    for loss, asked, found in (
+        ("ppo-early-stop", None, 0.25),
+        ("up-ppo-early-stop", 0.1, 0.1),
+        ("ppo-early-stop", math.inf, None),
+        ("grpo", None, None),
+        ("grpo", 0.5, 0.5),
+    ):
+        assert TrainConfig.of(loss=loss, stop_ratio=asked, epochs=2).stop_ratio == found
+    with pytest.raises(UserError, match="no loss of its own: give --loss reinforce --gradient-at"):
+        TrainConfig.of(loss="fixed-old-policy")
+
+
 def test_every_gradient_of_a_step_is_taken_at_the_weights_it_began_with():
     actor, result = updated(gradient_at="old")
     assert actor.started == 1 and actor.at == [["old weights"]] * 8 and result.epochs == 4
