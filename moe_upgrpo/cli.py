@@ -127,13 +127,18 @@ def _call(function, arguments: list[str], prog: str) -> None:
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
     from moe_upgrpo.train.options import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.parts import ObjectiveOptions
     from moe_upgrpo.train.passed_words import folded
+    from moe_upgrpo.train.policy_options import help_for
 
     check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
+    words = folded([*from_run, *from_files, *arguments])
+    loss = str((named("--loss", words) or [ObjectiveOptions.loss])[-1])
     try:
-        return _parse(cls, folded([*from_run, *from_files, *arguments]), prog)
+        with help_for(loss):
+            return _parse(cls, words, prog)
     except UserError as error:
         if not from_files:
             raise
