@@ -11,10 +11,11 @@ start-up, `stack_doctor` when asked.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,10 @@ def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
 
 def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     """`FILE:NAME` → signature and checksum, of every hook that is there."""
-    found = {}
+    found, parsed = {}, functools.cache(_parsed)
     for hook in [*HOOKS[stack], *NEWER.get(stack, [])]:
         for file, name in places(hook):
-            if about := _about(checkout, file, name):
+            if about := _about(parsed, checkout, file, name):
                 found[f"{file}:{name}"] = about
                 break
     return found
@@ -245,16 +246,19 @@ def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str] | None:
+def _about(
+    parsed: Callable[[Path], ast.Module], root: Path, file: str, name: str, seen: tuple = ()
+) -> dict[str, str] | None:
     """Signature and checksum of a name of a file; None: it is not there.
 
-    A method may also be that of a base class, in whichever file of the checkout that is.
+    A method may also be that of a base class, in whichever file of the checkout that is. parsed:
+    `_parsed`, kept.
     """
     path = root / file
     if (file, name) in seen or not path.is_file():
         return None
     owner = name.split(".")[0]
-    for node, rest in _named(_statements(_parsed(path).body), name.split(".")):
+    for node, rest in _named(_statements(parsed(path).body), name.split(".")):
         if not rest:
             return _described(node)
         alias = next(x for x in node.names if (x.asname or x.name) == rest[0])
@@ -262,7 +266,9 @@ def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str]
         if there is None:
             if rest[0] == owner:  # the class itself, from elsewhere: nothing speaks against it
                 return _described(node)
-        elif about := _about(root, there, ".".join([alias.name, *rest[1:]]), (*seen, (file, name))):
+            continue
+        inside = ".".join([alias.name, *rest[1:]])
+        if about := _about(parsed, root, there, inside, (*seen, (file, name))):
             return about
     return None
 

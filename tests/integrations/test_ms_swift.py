@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations import hooks
+from moe_upgrpo.integrations import hooks, stack_doctor
 from moe_upgrpo.integrations.kit.hooking import delegate, replaced
 from moe_upgrpo.losses import PRESETS, policy_loss
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
@@ -107,6 +107,7 @@ JOBS = {  # name -> ranks, flags
     "R3": (2, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo",
                "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
                "sequence_parallel": True}),
+    "no log": (1, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo", "lr": 0.0}),
 }  # fmt: skip
 
 SHARDS = [(True, "zigzag"), (False, "zigzag"), (True, "contiguous")]  # packed, split
@@ -154,7 +155,7 @@ def training(checkpoint, folder: Path, names) -> dict:
             JOBS[name][0],
             swift_ranks.train,
             str(checkpoint),
-            str(folder / name),
+            None if name == "no log" else str(folder / name),
             data,
             2 if name == "observe" else 1,
             TRAIN | {"output_dir": str(folder)} | JOBS[name][1],
@@ -359,6 +360,9 @@ def test_a_method_is_stood_around_where_there_is_a_log():
 
 def test_the_released_hooks_are_as_they_were_tested():
     assert hooks.difference("ms-swift", SWIFT_WHEELS, "4.6.0") == []
+    found = stack_doctor.diagnose("ms-swift", SWIFT_WHEELS)
+    assert (found["tested_as"], found["version"]) == ("4.6.0", "4.6.0")
+    assert found["missing"] == {"loss": [], "log": [], "health": []}
 
 
 # --- the trainer
@@ -416,6 +420,10 @@ def assert_is_of(folder: Path, reported: list, data: list[dict], flags: dict) ->
     assert len(first) == len(last) == 4 // flags.get("dp", 1)  # micro-batches of two
     assert not [name for name in first[0] if name.startswith("mismatch/")]
     assert all(m["mismatch/router_numerator"] == len(CHANGED) for m in last)
+    # ms-swift's own means over the micro-batches
+    assert last[0]["logged"]["mismatch/router_numerator"] == len(CHANGED)
+    above, below = np.sum([m["moe_upgrpo/ppo_kl"] for m in last], axis=0)
+    assert last[0]["logged"]["moe_upgrpo/ppo_kl"] == pytest.approx(above / below, abs=1e-7)
 
     # Sequences of the first optimizer step are visited at the old weights.
     per_rank = len(data) // flags.get("dp", 1)
@@ -465,6 +473,32 @@ def test_the_token_log_in_other_layouts(layouts, tiny_checkpoint, name):
     with_loss = found[name][-1]  # the rank that ms-swift logs from
     assert_is_of(folder / name, with_loss, generated(tiny_checkpoint), flags)
     assert_whole(folder / name)
+
+
+@pytest.mark.slow
+def test_health_figures_of_a_replay(layouts, results, tiny_checkpoint):
+    """With the last update of a generation, log or not; none where nothing is replayed."""
+    found, data = layouts[1], generated(tiny_checkpoint)
+    for reported in (results["observe"][0], *found["padded"]):
+        names = {name for update in reported for m in update for name in m}
+        assert names and not [name for name in names if name.startswith("replay/")]
+    first, last = found["no log"][0]
+    assert "replay/rows" not in first[0] and "mismatch/router_rate" not in last[0]
+    tokens = sum(len(s["prompt"] + s["response"]) for s in data)
+    planted = sum(layer == 0 for *_, layer in CHANGED)
+    for m in (*last, last[0]["logged"]):
+        assert m["replay/rows"] == L * tokens
+        assert m["replay/applied_rate"] == 1 and m["replay/live_rate"] == 0
+        # vLLM has no row for a sequence's last token, where ms-swift puts zeros.
+        assert m["replay/zero_filled_rate"] == pytest.approx(len(data) / tokens)
+        assert m["replay/repeated_rate"] == 0
+        assert m["replay/native_differs/layer_0"] == pytest.approx(planted / (tokens - len(data)))
+    both = found["R3"][0][-1][0]  # of a tensor-parallel rank, beside the log's own
+    assert both["mismatch/router_numerator"] == len(CHANGED) and both["replay/applied_rate"] == 1
+    assert both["replay/native_differs/layer_0"] > planted / (tokens - len(data))  # after an update
+    ours = found["R2"][-1][-1][0]
+    assert ours["replay/rows"] == L * tokens and ours["replay/applied_rate"] == 1
+    assert ours["replay/zero_filled_rate"] == 0 < ours["replay/native_differs_rate"] < 0.5
 
 
 @pytest.mark.slow
