@@ -6,6 +6,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks, stack_doctor
 from moe_upgrpo.integrations.kit.hooking import delegate, replaced
+from moe_upgrpo.integrations.ms_swift import health
 from moe_upgrpo.losses import PRESETS, policy_loss
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations import swift_ranks
@@ -192,7 +194,7 @@ REFUSED = {
     "no preset": ({"loss_type": "moe_upgrpo/up"}, r"--loss_type: 'up' given; allowed: grpo, dapo"),
     "settings": (
         {"loss_type": "grpo", "settings": {"clip_low": 0.1}},
-        r"MOE_UPGRPO_LOSS_SETTINGS: .* given with --loss_type grpo, which is not of moe_upgrpo",
+        r"--loss_type: grpo given; .* a loss of ms-swift without MOE_UPGRPO_LOSS_SETTINGS",
     ),
     "no object": (
         {"loss_type": "moe_upgrpo/grpo", "settings": [1]},
@@ -200,7 +202,7 @@ REFUSED = {
     ),
     "no prefix": (
         {"loss_type": "up-grpo"},
-        r"--loss_type: up-grpo given; allowed: moe_upgrpo/up-grpo, or a loss of ms-swift",
+        r"--loss_type: up-grpo given; allowed: moe_upgrpo/PRESET, or a loss of ms-swift",
     ),
     "ray": ({"use_ray": True}, r"MOE_UPGRPO_RUN: the routing log does not cover --use_ray"),
     "fused": (
@@ -476,6 +478,16 @@ def test_the_token_log_in_other_layouts(layouts, tiny_checkpoint, name):
     with_loss = found[name][-1]  # the rank that ms-swift logs from
     assert_is_of(folder / name, with_loss, generated(tiny_checkpoint), flags)
     assert_whole(folder / name)
+
+
+def test_a_trainer_without_a_model_is_not_counted():
+    """Ray's workers have one for forward_step and loss_func alone (ray/megatron/loss/grpo.py)."""
+    stub = SimpleNamespace(
+        args=SimpleNamespace(use_ray=True), enable_routing_replay=True, moe_upgrpo_health=None,
+        unwrapped_models=[SimpleNamespace(training=True)],
+    )  # fmt: skip
+    assert health.forward_step(lambda *args: args, stub, "data", "model") == ("data", "model")
+    assert stub.moe_upgrpo_health is None
 
 
 @pytest.mark.slow

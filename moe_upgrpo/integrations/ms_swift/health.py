@@ -10,7 +10,8 @@ from moe_upgrpo.integrations.kit.health import Health
 
 def forward_step(original, trainer: Any, *args) -> Any:
     """Count the forwards of the update; what is recomputed for the gradient runs outside."""
-    if not (trainer.enable_routing_replay and trainer.unwrapped_models[0].training):
+    counts = trainer.enable_routing_replay and trainer.unwrapped_models[0].training
+    if not counts or trainer.args.use_ray:  # whose workers have no model in the trainer
         return original(*args)
     if trainer.moe_upgrpo_health is None:
         trainer.moe_upgrpo_health = Health(trainer.unwrapped_models)

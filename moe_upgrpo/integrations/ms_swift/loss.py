@@ -32,14 +32,10 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
     """
     name, settings = args.loss_type, environment.loss_settings()
     if not name.startswith(PREFIX):
-        if name in PRESETS and name not in OWN:
+        if settings or (name in PRESETS and name not in OWN):
             raise UserError(
-                f"--loss_type: {name} given; allowed: {PREFIX}{name}, or a loss of ms-swift"
-            )
-        if settings:
-            raise UserError(
-                f"{environment.SETTINGS}: {settings} given with --loss_type {name}, which is not "
-                "of moe_upgrpo; take a preset of it, or unset the variable"
+                f"--loss_type: {name} given; allowed: {PREFIX}PRESET, or a loss of ms-swift "
+                f"without {environment.SETTINGS}"
             )
         return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # ms-swift's rule
