@@ -6,7 +6,8 @@ ms-swift's here, and why (`load`, `trainer_class`):
 - packages that it imports and that nothing here calls: `NAMES`, of which Transformer Engine and
   triton take CUDA; with the registries of its models, templates and data sets (seconds of imports);
 - the model: mcore-bridge builds layers of Transformer Engine alone; here moe_upgrpo.megatron builds
-  and loads the same GPTModel, with attention over packed sequences as in `verl_ranks`;
+  and loads the same GPTModel, with attention over packed and context-parallel sequences
+  as in `slime_attention`;
 - the engine (vLLM), the reward, and the template's encoding: sequences are given;
 - the arguments: the defaults of its own dataclass, without their checks of a model on disk.
 
@@ -22,7 +23,6 @@ import pickle
 import sys
 import traceback
 import types
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -203,31 +203,21 @@ def trainer_class(module, checkpoint: str, generated: list[dict]):
     """MegatronGRPOTrainer with the stand-ins for its model, engine, reward and encoding."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
     from swift.megatron.utils import wrap_model
     from transformers import AutoConfig
 
     from moe_upgrpo.megatron import model, weights
     from moe_upgrpo.megatron.layout import Layout
+    from tests.integrations.slime_attention import Attention
 
-    class Attention(DotProductAttention):
-        """Causal attention, sequence by sequence; padding is on the right: no mask is needed."""
-
-        def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-            def attend(*qkv):
-                return super(Attention, self).forward(
-                    *qkv, None, attn_mask_type=AttnMaskType.causal
-                )
-
-            if packed_seq_params is None:
-                return attend(query, key, value)
-            ends = packed_seq_params.cu_seqlens_q.tolist()
-            parts = [
-                attend(*(x[start:end, None] for x in (query, key, value)))
-                for start, end in pairwise(ends)
-            ]
-            return torch.cat(parts).squeeze(1)
+    class Model(GPTModel):
+        def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
+            decoder_input, freqs, *rest = super()._preprocess(
+                input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+            if packed_seq_params is not None:  # as mcore-bridge's model (gpt_model.py:301)
+                freqs = freqs[position_ids[0]]
+            return decoder_input, freqs, *rest
 
     class Trainer(module.MegatronGRPOTrainer):
         def prepare_model(self):
@@ -241,10 +231,11 @@ def trainer_class(module, checkpoint: str, generated: list[dict]):
             self.config = model.transformer_config(hf, layout, torch.float32)
             self.config.moe_enable_routing_replay = args.router_replay_mode != "disabled"
             self.config.variable_seq_lengths = True
+            self.config.context_parallel_size = args.context_parallel_size
             spec = model.block_spec(self.config, None)
             for layer in spec.layer_specs:
                 layer.submodules.self_attention.submodules.core_attention = Attention
-            chunk = GPTModel(
+            chunk = Model(
                 config=self.config,
                 transformer_layer_spec=spec,
                 vocab_size=hf.vocab_size,
@@ -334,6 +325,7 @@ def train(checkpoint: str, folder: str | None, generated: list[dict], steps: int
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
     )

@@ -109,6 +109,10 @@ JOBS = {  # name -> ranks, flags
     "R3": (2, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo",
                "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
                "sequence_parallel": True}),
+    "CP": (2, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo",
+               "context_parallel_size": 2}),
+    "CP, padded": (2, {"padding_free": False, "loss_type": "moe_upgrpo/up-grpo",
+                       "context_parallel_size": 2}),
     "no log": (1, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo", "lr": 0.0}),
 }  # fmt: skip
 
@@ -470,9 +474,9 @@ def layouts(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["padded", "R2", "R3"])
+@pytest.mark.parametrize("name", ["padded", "R2", "R3", "CP", "CP, padded"])
 def test_the_token_log_in_other_layouts(layouts, tiny_checkpoint, name):
-    """The same rows and routes from data-, pipeline-, tensor- and expert-parallel ranks."""
+    """The same rows and routes from ranks that are parallel in each of the five ways."""
     folder, found = layouts
     flags = JOBS[name][1] | {"dp": 2 if name == "padded" else 1}
     with_loss = found[name][-1]  # the rank that ms-swift logs from
