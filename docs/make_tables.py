@@ -63,6 +63,7 @@ PAGES = {
         "revisions": revisions("megatron-lm"),
         "settings": megatron_lm_scripts.markdown(),
     },
+    "ms-swift.md": {"revisions": revisions("ms-swift")},
     "gpu.md": {
         "results": gpu_page.section(),
         "checks": table(["check", "what it looks at", "s"], CHECKS),

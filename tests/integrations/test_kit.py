@@ -200,6 +200,15 @@ def test_the_environment(monkeypatch):
         monkeypatch.setenv(environment.TOKENS, given)
         with pytest.raises(UserError, match=f"MOE_UPGRPO_TOKENS: '{given}' given; allowed"):
             environment.token_share()
+    monkeypatch.delenv(environment.SETTINGS, raising=False)
+    assert environment.loss_settings() == {}
+    for given, means in {"": {}, '{"clip_low": 0.1}': {"clip_low": 0.1}, "null": None}.items():
+        monkeypatch.setenv(environment.SETTINGS, given)
+        assert environment.loss_settings() == means
+    monkeypatch.setenv(environment.SETTINGS, "clip_low=0.1")
+    said = "MOE_UPGRPO_LOSS_SETTINGS: 'clip_low=0.1' given .* allowed: a JSON object of positive"
+    with pytest.raises(UserError, match=said):
+        environment.loss_settings()
     environment.refuse({"a": False, "b": None})
     with pytest.raises(UserError, match="does not cover b; unset it"):
         environment.refuse({"a": False, "b": True})

@@ -1,0 +1,541 @@
+"""ms-swift 4.6.0, the real wheels, on a CPU: its Megatron GRPO trainer, its loss, its replay.
+
+`swift_ranks` says what is not ms-swift's. Not run: vLLM, Transformer Engine, Ray, a GPU.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3MoeForCausalLM
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.integrations import hooks, stack_doctor
+from moe_upgrpo.integrations.kit.hooking import delegate, replaced
+from moe_upgrpo.integrations.ms_swift import health
+from moe_upgrpo.losses import PRESETS, policy_loss
+from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
+from tests.integrations import swift_ranks
+from tests.integrations.places import SWIFT_WHEELS
+from tests.integrations.whole import assert_whole
+from tests.losses.batches import random_batch
+from tests.ranks import exit_status
+
+SCRIPTS = json.loads(Path(__file__).with_name("ms_swift_scripts.json").read_text())
+UNSERVED = ("rspo", "up-rspo")
+SERVED = [name for name in PRESETS if name not in UNSERVED]
+TOKENS, SEQUENCES, PARTS = 40, 8, 2  # of the global batch, this micro-batch being half of it
+SIZES = {"micro_batch_size": 4, "global_batch_size": 8, "num_microbatches": 2, "num_generations": 4,
+         "steps_per_generation": 1, "generation_batch_size": 8,
+         "per_device_generation_batch_size": 8}  # fmt: skip
+
+
+def batch() -> dict:
+    """A micro-batch as ms-swift hands it to its loss: four sequences, one of them cut off."""
+    data = random_batch(seed=50, lengths=(7, 3, 5, 1), dtype=torch.float32, spread=0.3)
+    return {
+        "log_probs": data.log_probs,
+        "old_per_token_logps": data.old_log_probs,
+        "rollout_per_token_logps": data.rollout_log_probs,
+        "ref_per_token_logps": data.old_log_probs - 0.1 * data.advantages,
+        "advantages": data.advantages,
+        "completion_mask": data.mask.bool(),
+        "truncated_mask": torch.tensor([False, False, True, False]),
+        "seq_lengths": data.mask.sum(1),
+        "num_items_in_batch": torch.tensor(TOKENS),
+        "entropy": data.old_log_probs.square(),
+    }
+
+
+# ours, theirs: the same loss under either name, with the same other flags
+CLIPS = {"epsilon": 0.1, "epsilon_high": 0.15, "delta": 2.5}
+BY_SEQUENCE = {"aggregation": "seq-mean-token-mean"}
+PAIRS = {
+    "grpo": ({"loss_type": "moe_upgrpo/grpo"}, {"loss_type": "dapo"}, CLIPS),
+    "grpo by sequence": (
+        {"loss_type": "moe_upgrpo/grpo", "settings": BY_SEQUENCE},
+        {"loss_type": "grpo"},
+        CLIPS,
+    ),
+    "gspo": (
+        {"loss_type": "moe_upgrpo/gspo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"epsilon": 0.05, "epsilon_high": 0.08},
+    ),
+    "gspo-token": (
+        {"loss_type": "moe_upgrpo/gspo-token"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence_token"},
+        {"epsilon": 0.05, "epsilon_high": 0.08},
+    ),
+    "cispo": ({"loss_type": "moe_upgrpo/cispo"}, {"loss_type": "cispo"}, {"epsilon_high": 1.2}),
+    "sapo": ({"loss_type": "moe_upgrpo/sapo"}, {"loss_type": "sapo"}, {"tau_neg": 2.0}),
+}  # fmt: skip
+WITH = {
+    "nothing": {},
+    "KL": {"beta": 0.1},
+    "truncated weights": {"rollout_importance_sampling_mode": "token_truncate"},
+    "masked weights": {"rollout_importance_sampling_mode": "token_mask",
+                       "rollout_importance_sampling_threshold": 1.05},
+    "weights of sequences": {"rollout_importance_sampling_mode": "sequence_truncate", "beta": 0.1},
+    "overlong filter": {"overlong_filter": True},
+    "entropy": {"top_entropy_quantile": 0.5},
+}  # fmt: skip
+TOGETHER = [
+    (pair, name)
+    for pair in PAIRS
+    for name, more in WITH.items()
+    if pair != "gspo"
+    or more.get("rollout_importance_sampling_mode", "sequence_truncate") == "sequence_truncate"
+]
+
+L, K, E = 2, 2, 8
+CHANGED = ((0, 3, 0), (2, 4, 1), (9, 3, 0), (14, 5, 1), (15, 4, 0))  # sequence, route row, layer
+TRAIN = {"micro_batch_size": 2, "global_batch_size": 8, "num_generations": 4,
+         "steps_per_generation": 2, "generation_batch_size": 16, "lr": 1e-2, "min_lr": 0.0,
+         "lr_warmup_iters": 0, "lr_decay_iters": 10, "train_iters": 10, "bf16": False,
+         "fp16": False, "torch_dtype": torch.float32, "padding_free": True, "temperature": 1.0,
+         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+         "expert_model_parallel_size": 1, "context_parallel_size": 1,
+         "seq_length": 32}  # fmt: skip
+JOBS = {  # name -> ranks, flags
+    "observe": (1, {"loss_type": "moe_upgrpo/up-grpo"}),
+    "padded": (2, {"padding_free": False, "loss_type": "dapo", "delta": 3.0, "beta": 0.04}),
+    "R2": (2, {"router_replay_mode": "R2", "loss_type": "moe_upgrpo/grpo",
+               "pipeline_model_parallel_size": 2}),
+    "R3": (2, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo",
+               "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
+               "sequence_parallel": True}),
+    "CP": (2, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo",
+               "context_parallel_size": 2}),
+    "CP, padded": (2, {"padding_free": False, "loss_type": "moe_upgrpo/up-grpo",
+                       "context_parallel_size": 2}),
+    "no log": (1, {"router_replay_mode": "R3", "loss_type": "moe_upgrpo/up-grpo", "lr": 0.0}),
+}  # fmt: skip
+
+SHARDS = [(True, "zigzag"), (False, "zigzag"), (True, "contiguous")]  # packed, split
+
+
+def generated(checkpoint) -> list[dict]:
+    """Four prompts of four sequences, with the experts that transformers chooses, some changed."""
+    generator = np.random.default_rng(0)
+    hf = Qwen3MoeForCausalLM.from_pretrained(checkpoint)
+    found = []
+    for i in range(16):
+        if i % 4 == 0:
+            prompt = generator.integers(2, 64, size=2 + i // 4).tolist()
+        response = generator.integers(2, 64, size=4 + i % 4).tolist()
+        with torch.no_grad():
+            logits = hf(torch.tensor([prompt + response]), output_router_logits=True).router_logits
+        routes = torch.stack([x.topk(K).indices for x in logits], dim=1)[:-1].numpy()
+        for sequence, row, layer in CHANGED:
+            if sequence == i:
+                used = routes[row, layer].tolist()
+                routes[row, layer] = [e for e in range(E) if e not in used][:K]
+        # one token that is not the model's own, such as a tool's
+        mask = [int(not (i == 3 and t == 1)) for t in range(len(response))]
+        logp = (-generator.random(sum(mask)) - 3).round(3).tolist()
+        found.append(
+            {"prompt": prompt, "response": response, "mask": mask, "routes": routes,
+             "logp_rollout": logp, "reward": float(i % 2), "truncated": i == 5}
+        )  # fmt: skip
+    return found
+
+
+def run(jobs: dict, folder: Path) -> dict:
+    assert SWIFT_WHEELS.is_dir(), f"no {SWIFT_WHEELS}: make test makes it"
+    (folder / "jobs.pkl").write_bytes(pickle.dumps(jobs))
+    status = exit_status(swift_ranks.main, str(folder))
+    said = folder / "error.txt"
+    assert status == 0, said.read_text()[-4000:] if said.exists() else status
+    return pickle.loads((folder / "results.pkl").read_bytes())
+
+
+def training(checkpoint, folder: Path, names) -> dict:
+    data = generated(checkpoint)
+    return {
+        name: (
+            JOBS[name][0],
+            swift_ranks.train,
+            str(checkpoint),
+            None if name == "no log" else str(folder / name),
+            data,
+            2 if name == "observe" else 1,
+            TRAIN | {"output_dir": str(folder)} | JOBS[name][1],
+        )
+        for name in names
+    }
+
+
+REFUSED = {
+    "clip": (
+        {"loss_type": "moe_upgrpo/dppo-tv", "epsilon": 0.1},
+        r"--epsilon: 0.1 given; moe",
+    ),
+    "level": (
+        {"loss_type": "moe_upgrpo/up-gspo", "importance_sampling_level": "sequence"},
+        r"--importance_sampling_level: sequence given with --loss_type moe_upgrpo/up-gspo",
+    ),
+    "mask": (
+        {"loss_type": "moe_upgrpo/grpo", "off_policy_sequence_mask_delta": 0.01},
+        r"--off_policy_sequence_mask_delta: given .* ms-swift 4.6.0 itself ends a job with it",
+    ),
+    "twice": (
+        {"loss_type": "moe_upgrpo/topr", "rollout_importance_sampling_mode": "token_mask"},
+        r"--rollout_importance_sampling_mode token_mask: given with a loss that corrects",
+    ),
+    "coupled": (
+        {"loss_type": "moe_upgrpo/gspo", "rollout_importance_sampling_mode": "sequence_mask"},
+        r"a weight for each token given with gspo, a loss",
+    ),
+    "unserved": (
+        {"loss_type": "moe_upgrpo/rspo"},
+        r"--loss_type: 'rspo' given, a loss that needs router_log_probs, which ms-swift does not",
+    ),
+    "no preset": ({"loss_type": "moe_upgrpo/up"}, r"--loss_type: 'up' given; allowed: grpo, dapo"),
+    "settings": (
+        {"loss_type": "grpo", "settings": {"clip_low": 0.1}},
+        r"--loss_type: grpo given; .* a loss of ms-swift without MOE_UPGRPO_LOSS_SETTINGS",
+    ),
+    "no object": (
+        {"loss_type": "moe_upgrpo/grpo", "settings": [1]},
+        r"MOE_UPGRPO_LOSS_SETTINGS: \[1\] given; allowed: fields of positive",
+    ),
+    "no prefix": (
+        {"loss_type": "up-grpo"},
+        r"--loss_type: up-grpo given; allowed: moe_upgrpo/PRESET, or a loss of ms-swift",
+    ),
+    "ray": ({"use_ray": True}, r"MOE_UPGRPO_RUN: the routing log does not cover --use_ray"),
+    "fused": (
+        {"router_replay_mode": "R3", "config": {"moe_router_fusion": True}},
+        r"does not cover --moe_router_fusion under R3",
+    ),
+    "top-p": ({"top_p": 0.9}, r"does not cover --top_p other than 1"),
+    "top-k": ({"top_k": 20}, r"does not cover --top_k other than -1"),
+    "dense": ({"config": {"num_moe_experts": None}}, r"does not cover a model without MoE layers"),
+}
+
+
+def of_script(flags: dict[str, str]) -> dict:
+    """A script's flags as ms-swift parses them, as far as our start-up reads them."""
+    parsed = {}
+    for name, value in flags.items():
+        try:
+            parsed[name] = json.loads(value) if value else True
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def results(tiny_checkpoint, tmp_path_factory):
+    """All jobs of `make test`, in one process that has imported ms-swift once."""
+    folder = tmp_path_factory.mktemp("ms-swift")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "config.json").write_text("{}")
+    calls = {
+        name: {"batch": batch(), "loss_type": f"moe_upgrpo/{name}", **SIZES} for name in SERVED
+    }
+    for pair, more in TOGETHER:
+        ours, theirs, both = PAIRS[pair]
+        for side, flags in (("ours", ours), ("theirs", theirs)):
+            given = {"batch": batch(), **SIZES, **both, **flags, **WITH[more]}
+            calls[pair, more, side] = {"output_dir": str(folder), **given}
+    for call in calls.values():
+        call["output_dir"] = str(folder)
+    starts = {name: dict(given) for name, (given, _) in REFUSED.items()}
+    starts["taken"] = {"run": str(folder / "taken")}
+    for script, flags in SCRIPTS["scripts"].items():
+        given = of_script(flags)
+        for mode in ("disabled", "R2", "R3"):
+            starts[script, mode] = given | {"router_replay_mode": mode}
+        starts |= {(script, name): {name: given[name]} for name in given}
+    jobs = {
+        "losses": (1, swift_ranks.losses, list(calls.values())),
+        "starts": (1, swift_ranks.refused, list(starts.values())),
+        "fields": (1, swift_ranks.fields),
+    }
+    found = run(jobs | training(tiny_checkpoint, folder, ["observe"]), folder)
+    return {
+        "folder": folder,
+        "losses": dict(zip(calls, found["losses"][0], strict=True)),
+        "starts": dict(zip(starts, found["starts"][0], strict=True)),
+        "fields": found["fields"][0],
+        "observe": found["observe"],
+    }
+
+
+# --- losses
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_preset_gives_the_librarys_value_and_gradient(results, name):
+    """Divided by the parts of the batch, over which Megatron averages: its share of the mean."""
+    data, config, found = batch(), PRESETS[name], results["losses"][name]
+    leaf = data["log_probs"].clone().requires_grad_()
+    expected = policy_loss(
+        leaf,
+        data["old_per_token_logps"],
+        data["advantages"],
+        data["completion_mask"],
+        config=config,
+        rollout_log_probs=data["rollout_per_token_logps"],
+        global_tokens=TOKENS,
+        global_sequences=SEQUENCES,
+    )
+    expected.loss.backward()
+    assert found["loss"] / PARTS == pytest.approx(expected.loss.item(), rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(found["grad"] / PARTS, leaf.grad, rtol=1e-5, atol=1e-8)
+    assert found["grad"].count_nonzero() > 3
+    assert found["metrics"]["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert not [name for name in found["metrics"] if name.startswith("clip_ratio")]
+    for metric, (numerator, denominator) in expected.metrics.items():
+        if f"moe_upgrpo/{metric}" in found["metrics"]:
+            above, below = found["metrics"][f"moe_upgrpo/{metric}"]
+            assert above * float(denominator) == pytest.approx(float(numerator) * below, rel=1e-5)
+    assert found["metrics"]["moe_upgrpo/ppo_kl"][1] == 16
+
+
+@pytest.mark.parametrize(("pair", "more"), TOGETHER)
+def test_against_ms_swifts_own_losses(results, pair, more):
+    """Its functions are the reference: clips, denominators, KL, weights, masks."""
+    ours, theirs = (results["losses"][pair, more, side] for side in ("ours", "theirs"))
+    assert isinstance(ours, dict) and isinstance(theirs, dict), (ours, theirs)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(ours["grad"], theirs["grad"], rtol=1e-5, atol=1e-8)
+    if more == "KL":
+        assert ours["metrics"]["kl"] == pytest.approx(theirs["metrics"]["kl"]) and (
+            theirs["metrics"]["kl"] > 0
+        )
+    if more != "nothing":
+        plain = results["losses"][pair, "nothing", "theirs"]
+        assert not torch.equal(theirs["grad"], plain["grad"])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused(results, name):
+    with pytest.raises(UserError, match=REFUSED[name][1]):
+        raise UserError(results["starts"][name] or "nothing was refused")
+
+
+def test_a_folder_that_holds_a_run_is_refused(results):
+    assert "already holds a run: name a new folder" in results["starts"]["taken"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS["scripts"])
+def test_ms_swifts_own_scripts_are_accepted_flag_by_flag(results, script):
+    """Its two scripts of Megatron GRPO for MoE models, with each replay; none of its own has it."""
+    flags = SCRIPTS["scripts"][script]
+    assert flags.keys() <= {*results["fields"]}
+    assert {name: results["starts"][script, name] for name in flags} == dict.fromkeys(flags)
+    for mode in ("disabled", "R2", "R3"):
+        assert results["starts"][script, mode] is None
+
+
+def test_only_losses_that_need_the_routers_log_probs_are_left_out():
+    needy = [name for name, config in PRESETS.items() if "router_log_probs" in config.arguments]
+    assert needy == [*UNSERVED]
+
+
+# --- hooks
+
+
+def test_a_method_is_stood_around_where_there_is_a_log():
+    class Log:
+        def step(self, original, x):
+            return original(x) + 1
+
+    class Trainer:
+        log = None
+
+        def step(self, x):
+            return 10 * x
+
+    delegate(Trainer, "log", ["step"])
+    trainer = Trainer()
+    assert trainer.step(2) == 20
+    trainer.log = Log()
+    assert trainer.step(2) == 21
+    with replaced(trainer, log=None, other=3):
+        assert (trainer.step(2), trainer.other) == (20, 3)
+    assert trainer.step(2) == 21 and not hasattr(trainer, "other")
+
+
+def test_the_released_hooks_are_as_they_were_tested():
+    assert hooks.difference("ms-swift", SWIFT_WHEELS, "4.6.0") == []
+    found = stack_doctor.diagnose("ms-swift", SWIFT_WHEELS)
+    assert (found["tested_as"], found["version"]) == ("4.6.0", "4.6.0")
+    assert found["missing"] == {"loss": [], "log": [], "health": []}
+
+
+# --- the trainer
+
+
+def rows_of(data) -> list[tuple[int, int]]:
+    """(sequence, position) of every response token that counts."""
+    return [
+        (i, len(s["prompt"]) + t) for i, s in enumerate(data) for t, m in enumerate(s["mask"]) if m
+    ]
+
+
+def columns(table) -> dict[str, np.ndarray]:
+    names = [name for name in table.column_names if "experts" not in name]
+    return {name: np.array(table[name].to_pylist()) for name in names}
+
+
+def assert_is_of(folder: Path, reported: list, data: list[dict], flags: dict) -> None:
+    """Check the first step of a run against the sequences that were given and transformers."""
+    table = read_tokens(folder / "tokens")
+    table = table.sort_by([(n, "ascending") for n in ("step", "sequence", "position")])
+    table = table.slice(0, len(rows_of(data)))
+    column, expected = columns(table), rows_of(data)
+    assert list(zip(column["sequence"], column["position"], strict=True)) == expected
+    rollout, train = read_routes(table)
+    given = np.array([data[i]["routes"][p - 1] for i, p in expected])
+    assert np.array_equal(np.sort(rollout, -1), np.sort(given, -1))
+    of = [data[i] for i, _ in expected]
+    ids = [(s["prompt"] + s["response"])[p] for s, (_, p) in zip(of, expected, strict=True)]
+    assert column["token_id"].tolist() == ids
+    logp = np.concatenate([s["logp_rollout"] for s in data])
+    np.testing.assert_allclose(column["logp_rollout"], logp, rtol=1e-6)
+    assert column["reward"].tolist() == [2 * s["reward"] for s in of]  # its weight is 2
+    assert column["prompt"].tolist() == [i // 4 for i, _ in expected]
+    assert (column["staleness"] == 0).all()
+    sign = np.array([1 if s["reward"] else -1 for s in of])
+    # Of two rewards twice, normalised by their group: ±1/√(4/3)
+    np.testing.assert_allclose(column["advantage"], sign * 0.75**0.5, rtol=1e-3)
+
+    # The native routes are those of transformers in fp32 but where they were changed.
+    shared = np.array([[len({*a} & {*b}) for a, b in zip(r, t, strict=True)]
+                       for r, t in zip(rollout.tolist(), train.tolist(), strict=True)])  # fmt: skip
+    changed = {(i, row + 1, layer) for i, row, layer in CHANGED}
+    is_changed = np.array([[(i, p, m) in changed for m in range(L)] for i, p in expected])
+    assert is_changed.sum() == len(CHANGED)
+    assert (shared[is_changed] == 0).all() and (shared[~is_changed] == K).all()
+    assert np.array_equal(column["overlap"], shared)
+
+    row, *_ = read_metrics(folder)
+    assert row["mismatch/router_numerator"] == len(CHANGED)
+    assert row["mismatch/router_denominator"] == 2 * len(expected)
+    assert row["reward/mean"] == 1.0
+    assert row["response/finished_rate"] == 15 / 16
+    first, last = reported[:2]
+    assert len(first) == len(last) == 4 // flags.get("dp", 1)  # micro-batches of two
+    assert not [name for name in first[0] if name.startswith("mismatch/")]
+    assert all(m["mismatch/router_numerator"] == len(CHANGED) for m in last)
+    # ms-swift's own means over the micro-batches
+    assert last[0]["logged"]["mismatch/router_numerator"] == len(CHANGED)
+    if flags["loss_type"].startswith("moe_upgrpo/"):
+        above, below = np.sum([m["moe_upgrpo/ppo_kl"] for m in last], axis=0)
+        assert last[0]["logged"]["moe_upgrpo/ppo_kl"] == pytest.approx(above / below, abs=1e-7)
+    figures = [[n for n in m if n.startswith("replay/")] for m in (first[0], last[0])]
+    assert not figures[0] and bool(figures[1]) == ("router_replay_mode" in flags)
+
+    # Sequences of the first optimizer step are visited at the old weights.
+    per_rank = len(data) // flags.get("dp", 1)
+    early = column["sequence"] % per_rank < per_rank // 2
+    moved = np.abs(column["ratio"] - 1) > 1e-5
+    assert not moved[early].any() and moved[~early].mean() > 0.9
+
+    # From the log's own ratios by the formulas of PPO and UP, each token's weight being 1/N.
+    r, a = column["ratio"], column["advantage"]
+    cut = (a < 0) & ((r < 0.8) | (r > 3)) | (a > 0) & (r > 1.2)
+    weight = np.where(cut, 0, np.abs(a) * r)
+    if flags["loss_type"] == "moe_upgrpo/up-grpo":
+        cut, weight = cut & (a < 0), np.where(a > 0, a, weight)
+    assert np.array_equal(column["clipped"], cut) and 0 < cut.sum() < len(cut)
+    tokens = np.where(early, early.sum(), (~early).sum())
+    np.testing.assert_allclose(column["gradient_weight"], weight / tokens, rtol=1e-3, atol=1e-7)
+    config = read_config(folder)
+    mode = flags.get("router_replay_mode", "none")
+    assert (config["stack"], config["loss"]) == ("ms-swift 4.6.0", flags["loss_type"])
+    assert config["replay"] == mode
+
+
+def test_the_token_log_of_a_step(results, tiny_checkpoint):
+    folder, data = results["folder"] / "observe", generated(tiny_checkpoint)
+    assert_is_of(folder, results["observe"][0], data, JOBS["observe"][1])
+    assert_whole(folder)
+    first, second = read_metrics(folder)
+    assert (first["step"], second["step"]) == (1, 2)
+    assert second["tokens/sampled"] == first["tokens/sampled"] == len(rows_of(data))
+    assert second["logp_gap/mean_abs"] != first["logp_gap/mean_abs"]
+
+
+@pytest.fixture(scope="module")
+def layouts(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ms-swift-layouts")
+    names = [name for name in JOBS if name != "observe"]
+    shards = {part: (2, swift_ranks.context_parallel, *part) for part in SHARDS}
+    return folder, run(training(tiny_checkpoint, folder, names) | shards, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["padded", "R2", "R3", "CP", "CP, padded"])
+def test_the_token_log_in_other_layouts(layouts, tiny_checkpoint, name):
+    """The same rows and routes from ranks that are parallel in each of the five ways."""
+    folder, found = layouts
+    flags = JOBS[name][1] | {"dp": 2 if name == "padded" else 1}
+    with_loss = found[name][-1]  # the rank that ms-swift logs from
+    assert_is_of(folder / name, with_loss, generated(tiny_checkpoint), flags)
+    assert_whole(folder / name)
+
+
+def test_a_trainer_without_a_model_is_not_counted():
+    """Ray's workers have one for forward_step and loss_func alone (ray/megatron/loss/grpo.py)."""
+    stub = SimpleNamespace(
+        args=SimpleNamespace(use_ray=True), enable_routing_replay=True, moe_upgrpo_health=None,
+        unwrapped_models=[SimpleNamespace(training=True)],
+    )  # fmt: skip
+    assert health.forward_step(lambda *args: args, stub, "data", "model") == ("data", "model")
+    assert stub.moe_upgrpo_health is None
+
+
+@pytest.mark.slow
+def test_health_figures_of_a_replay(layouts, tiny_checkpoint):
+    """With the last update of a generation, log or not."""
+    found, data = layouts[1], generated(tiny_checkpoint)
+    first, last = found["no log"][0]
+    assert "replay/rows" not in first[0] and "mismatch/router_rate" not in last[0]
+    tokens = sum(len(s["prompt"] + s["response"]) for s in data)
+    planted = sum(layer == 0 for *_, layer in CHANGED)
+    for m in (*last, last[0]["logged"]):
+        assert m["replay/rows"] == L * tokens
+        assert m["replay/applied_rate"] == 1 and m["replay/live_rate"] == 0
+        # vLLM has no row for a sequence's last token, where ms-swift puts zeros.
+        assert m["replay/zero_filled_rate"] == pytest.approx(len(data) / tokens)
+        assert m["replay/repeated_rate"] == 0
+        assert m["replay/native_differs/layer_0"] == pytest.approx(planted / (tokens - len(data)))
+    both = found["R3"][0][-1][0]  # of a tensor-parallel rank, beside the log's own
+    assert both["mismatch/router_numerator"] == len(CHANGED) and both["replay/applied_rate"] == 1
+    assert both["replay/native_differs/layer_0"] > planted / (tokens - len(data))  # after an update
+    ours = found["R2"][-1][-1][0]
+    assert ours["replay/rows"] == L * tokens and ours["replay/applied_rate"] == 1
+    assert ours["replay/zero_filled_rate"] == 0 < ours["replay/native_differs_rate"] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", SHARDS)
+def test_context_parallel_rows_are_joined(layouts, part):
+    assert layouts[1][part] == [[True, True]] * 2
+
+
+@pytest.mark.slow
+def test_r3_tells_native_from_held(layouts, tiny_checkpoint):
+    folder, data = layouts[0], generated(tiny_checkpoint)
+    sorting = [("sequence", "ascending"), ("position", "ascending")]
+    held, native = (
+        columns(read_tokens(folder / n / "tokens").sort_by(sorting)) for n in ("R3", "R2")
+    )
+    total = held["gap_numerics"] + held["gap_update"]
+    np.testing.assert_allclose(total, held["logp_train"] - held["logp_rollout"], atol=1e-6)
+    without = held["logp_old"] + held["counterfactual_engine_routing"]
+    np.testing.assert_allclose(without, native["logp_old"], atol=2e-5)
+    at = {(i, row + 1) for i, row, _ in CHANGED}
+    changed = np.array([pair in at for pair in rows_of(data)])
+    moved = np.abs(held["counterfactual_engine_routing"])
+    assert moved[changed].min() > 1e-3 > np.median(moved[~changed])
+    assert (held["layers_mismatched_conditional"][changed] >= 1).all()
