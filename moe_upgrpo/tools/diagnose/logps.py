@@ -15,7 +15,8 @@ from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
 LEAST_GAP = 1e-3
 """Mean |gap| in nats below which a fault is not looked for: rounding is of this size."""
-_LEAST = 0.5
+_LEAST = 0.6
+_TO_TELL = 48  # tokens from which on a fault is looked for
 _CLOSE = 1e-6
 
 
@@ -66,8 +67,16 @@ def constant(evidence: Evidence) -> Finding | None:
         numbers, times = np.unique(flat, return_counts=True)
         value, share = numbers[times.argmax()], times.max() / len(flat)
         other = "logp_train" if side == "logp_rollout" else "logp_rollout"
-        alike = float((np.concatenate(getattr(evidence, other)) == value).mean())
-        if share < 0.02 or share < 5 * alike:
+        theirs = np.concatenate(
+            [
+                np.asarray(y[: len(x)], float)
+                for x, y in zip(values, getattr(evidence, other), strict=True)
+            ]
+        )
+        there = theirs[np.concatenate(values)[: len(theirs)] == value]
+        there = there[np.isfinite(there)]
+        # Tokens of equal contexts have equal log-probs, on the other side too.
+        if share < 0.02 or len(there) < 8 or there.std() < 0.3 * np.nanstd(theirs):
             continue
         after = [
             np.where(v[: len(d)] == value, 0, np.abs(d))[np.isfinite(d)]
@@ -90,7 +99,7 @@ def shifted(evidence: Evidence) -> Finding | None:
             common = min(len(t), len(r))
             d = np.abs(t[:common] - r[:common])
             after.append(d[np.isfinite(d)])
-        if not sum(map(len, after)):
+        if sum(map(len, after)) < _TO_TELL:
             continue
         done = f"log-probs shifted by {shift:+d}"
         found = _finding(evidence, "log-probs-off-by-one", after, done)
@@ -114,7 +123,7 @@ def unit(evidence: Evidence) -> Finding | None:
     """Log-probs that agree after a division: another base of the logarithm, or a mean of them."""
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
-    if len(t) < 8 or not (t @ t > 0 and r @ r > 0):
+    if len(t) < _TO_TELL or not (t @ t > 0 and r @ r > 0):
         return None
     factor = float(t @ r / (t @ t))
     if abs(np.log(abs(factor) or _CLOSE)) < 0.02:
@@ -136,13 +145,13 @@ def temperature(evidence: Evidence) -> Finding | None:
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
     x, y = _log_odds(t), _log_odds(r)
-    if len(x) < 16 or x.std() == 0:
+    if len(x) < _TO_TELL or x.std() == 0:
         return None
     weight = np.sqrt(np.clip(-np.expm1(t) * np.exp(t), 1e-6, None))
     if len(fitted := np.polyfit(x, y, 1, w=weight)) and not 0.05 < fitted[0] < 20:
         return None
     slope, constant = fitted
-    if abs(np.log(slope)) < 0.04:
+    if abs(np.log(slope)) < 0.05:
         return None
     after = [
         np.abs(a - _log_p((_log_odds(b) - constant) / slope))
