@@ -74,7 +74,8 @@ def constant(evidence: Evidence) -> Finding | None:
             for v, d in zip(values, _differences(evidence), strict=True)
         ]
         done = f"{share:.1%} of tokens left out whose log-prob of the {who} is {value:.3g}"
-        return _finding(evidence, "constant-log-probs", after, done, least=0.1)
+        if found := _finding(evidence, "constant-log-probs", after, done, least=0.1):
+            return found
     return None
 
 
@@ -122,7 +123,7 @@ def unit(evidence: Evidence) -> Finding | None:
     base = next((n for n, b in (("2", 2), ("10", 10)) if abs(factor * np.log(b) - 1) < 0.02), None)
     what = f" (a logarithm to base {base})" if base else ""
     done = f"the engine's log-probs divided by {factor:.4g}{what}"
-    return _finding(evidence, "log-prob-unit", after, done, least=0.85)
+    return _finding(evidence, "log-prob-unit", after, done, least=0.7)
 
 
 def temperature(evidence: Evidence) -> Finding | None:
@@ -162,7 +163,7 @@ def _log_p(log_odds: np.ndarray) -> np.ndarray:
 
 
 def truncated(evidence: Evidence) -> Finding | None:
-    """Log-probs of a truncated distribution: the engine's are never below the trainer's.
+    """Log-probs of a truncated distribution: one side's are never below the other's.
 
     top-p and top-k leave some tokens out and give their probability to the others, so that the gap
     is the logarithm of what was kept: between log p and 0, for top-p = p.
@@ -171,16 +172,20 @@ def truncated(evidence: Evidence) -> Finding | None:
     if len(found) < 32:
         return None
     large = found[np.abs(found) > 0.5 * np.abs(found).mean()]
-    if len(large) < 16 or (large < 0).mean() < 0.97:
+    # Positive: the trainer's log-probs are those of a truncated distribution.
+    sign = 1.0 if np.median(large) > 0 else -1.0
+    one_sided = float((sign * large > 0).mean())
+    if len(large) < 16 or one_sided < 0.97:
         return None
-    kept = float(np.exp(np.quantile(found, 0.01)))
+    kept = float(np.exp(-np.quantile(sign * found, 0.99)))
     if kept < 0.3:
         return None
-    # Rounding goes either way: what is above 0 is half of it.
-    after = [np.where(g > 0, 2 * g, 0) for g in gaps(evidence)]
+    # Rounding goes either way: what is beyond 0 is half of it.
+    after = [np.where(sign * g < 0, 2 * np.abs(g), 0) for g in gaps(evidence)]
     done = (
-        f"{(large < 0).mean():.1%} of the larger gaps have one sign and leave at least {kept:.2f} "
-        "of the probability, as top-p or top-k sampling does; taken out"
+        f"{one_sided:.1%} of the larger gaps have one sign and leave at least {kept:.2f} of the "
+        f"probability to the {'trainer' if sign > 0 else 'engine'}, as top-p or top-k sampling "
+        "does; taken out"
     )
     return _finding(evidence, "truncated-sampling", after, done)
 
