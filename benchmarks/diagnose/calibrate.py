@@ -105,13 +105,16 @@ def earlier() -> Iterator[dict]:
 
 def rule_lines() -> Iterator[str]:
     """The rule in words: coefficients and the error of a model left out."""
-    names = ["1", "log E", "log K", "log L", "FP8", "bf16 trainer"]
+    names = ["log E", "log K", "log L", "FP8", "bf16 trainer"]
     for with_margin in (False, True):
         of = expected.rule(with_margin)
         terms = [*names, *(["log m"] if with_margin else ["trained", "trained · FP8"])]
-        yield " ".join(
-            f"{value:+.2f} {name}" for name, value in zip(terms, of.coefficients, strict=True)
-        )
+        first, *others = of.coefficients
+        parts = [
+            f"{'−' if value < 0 else '+'} {abs(value):.2f} {name}"
+            for name, value in zip(terms, others, strict=True)
+        ]
+        yield f"log r = {first:.2f} {' '.join(parts)}".replace("-", "−")
         yield (
             f"  {of.rows} rows of {len(of.misses)} models; one left out is missed by a factor of "
             f"{np.exp(of.error()):.2f} (median {np.exp(np.median(of.misses)):.2f}, largest "

@@ -104,9 +104,12 @@ def _first(of: Examined, fault: EngineFault) -> str | None:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join(table_row(cells) for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def table_row(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def bisections(folder: Path, prompts: Path) -> dict[str, Bisection]:
@@ -128,7 +131,7 @@ def draw(found: dict[str, Bisection], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "diagnose", "svg.fonttype": "none", "font.size": 8})
-    drawn, axes = plt.subplots(1, len(found), figsize=(8, 2.6), sharex=True)
+    drawn, axes = plt.subplots(1, len(found), figsize=(8, 2.9), sharex=True)
     colours: dict[Measure, str] = {"routers": "#1f5fa8", "gap": "#c8641e"}
     for axis, (name, of) in zip(axes, found.items(), strict=True):
         turned = sorted(of.turned, key=lambda one: max(e.share or 0 for e in one.effects.values()))
@@ -159,7 +162,7 @@ def draw(found: dict[str, Bisection], file: Path) -> None:
         axis.axvline(0, color="#999999", lw=0.8)
         axis.set_xlim(-60, 105)
         base = f"{of.base['routers']:.1%} of routers, floor {of.floor['routers']:.2%}"
-        axis.set_title(f"{name}: {base}", fontsize=8)
+        axis.set_title(f"{name}\n{base}", fontsize=8)
         axis.set_xlabel("taken away, % (95% interval by prompt)")
     axes[0].legend(fontsize=7, loc="lower right")
     drawn.tight_layout()
@@ -198,8 +201,9 @@ def main(arguments: Arguments) -> None:
                 draw(found, arguments.figure)
         if "faults" in wants:
             heads = ["put into the engine", "named first", "right", "explained, by model"]
-            print(f"\nModels: {'; '.join(SHAPES)}.\n")
-            print(table(heads, [*rows_of_faults(folder, prompts, ENGINE_FAULTS | CLEAN)]))
+            print(f"\nModels: {'; '.join(SHAPES)}.\n\n{table(heads, [])}")
+            for row in rows_of_faults(folder, prompts, ENGINE_FAULTS | CLEAN):
+                print(table_row(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.diagnose.calibrate import rule_lines
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.tools.diagnose import expected
 from moe_upgrpo.tools.diagnose.expected import contribute, expected_rate, fit, rule, table
@@ -69,6 +71,12 @@ def test_the_table_of_the_project():
     ]
     assert np.mean(within) > 0.9
     assert rule(False).error() < math.log(1.5)
+
+
+def test_the_page_has_the_rule_of_the_table():
+    page = Path("docs/diagnose.md").read_text(encoding="utf-8")
+    lines = [*rule_lines()]
+    assert len(lines) == 5 and all(line in page for line in lines)
 
 
 def test_a_range_by_hand():

@@ -48,7 +48,6 @@ LOG_PROBS: tuple[Callable[[Evidence], Finding | None], ...] = (
     logps.unit,
     logps.temperature,
     logps.truncated,
-    logps.unrelated,
 )
 _ALIKE = 0.03
 """Two tests that explain as much as each other but for this: the first of them is named."""
@@ -115,10 +114,12 @@ def _of_whole(finding: Finding, part: float) -> Finding:
 
 
 def _log_probs(found: Found, evidence: Evidence) -> None:
-    found.tried += len(LOG_PROBS) + 1
+    found.tried += len(LOG_PROBS) + 2
     if logps.mean_gap(evidence) < logps.LEAST_GAP:
         return
     results = [result for test in LOG_PROBS if (result := test(evidence))]
+    if not results and (other := logps.unrelated(evidence)):
+        results.append(other)
     if results:
         most = max(one.share for one in results)
         finding = next(one for one in results if one.share >= most - _ALIKE)

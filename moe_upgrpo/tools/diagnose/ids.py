@@ -128,12 +128,14 @@ def unrelated(evidence: Evidence) -> Explained | None:
     rollout, train = matching.sampled(evidence)
     spread = np.roll(train, len(train) // 2, axis=0)
     chance = float(matching.overlaps(rollout, spread).mean())
-    if chance > 0.95 or len(rollout) < 16:
+    differ = float(unlike(rollout, spread).mean())
+    if differ < matching.LEAST_CHANCE or len(rollout) < 16:
         return None
     agree = np.array([float(matching.overlaps(*pair).mean()) for pair in pairs])
     agree = (agree - chance) / (1 - chance)
+    rates = np.array([float(unlike(*pair).mean()) for pair in pairs])
     sizes = np.array([len(a) for a, _ in pairs])
-    lost = (agree < 0.25) & (sizes >= 4)
+    lost = (agree < 0.25) & (sizes >= 4) & (rates > 0.6 * differ)
     if not lost.any():
         return None
     if lost.mean() < 0.5:

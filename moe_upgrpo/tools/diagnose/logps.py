@@ -15,7 +15,8 @@ from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
 LEAST_GAP = 1e-3
 """Mean |gap| in nats below which a fault is not looked for: rounding is of this size."""
-_LEAST = 0.5
+_LEAST = 0.6
+_TO_TELL = 48  # tokens from which on a fault is looked for
 _CLOSE = 1e-6
 
 
@@ -66,15 +67,24 @@ def constant(evidence: Evidence) -> Finding | None:
         numbers, times = np.unique(flat, return_counts=True)
         value, share = numbers[times.argmax()], times.max() / len(flat)
         other = "logp_train" if side == "logp_rollout" else "logp_rollout"
-        alike = float((np.concatenate(getattr(evidence, other)) == value).mean())
-        if share < 0.02 or share < 5 * alike:
+        theirs = np.concatenate(
+            [
+                np.asarray(y[: len(x)], float)
+                for x, y in zip(values, getattr(evidence, other), strict=True)
+            ]
+        )
+        there = theirs[np.concatenate(values)[: len(theirs)] == value]
+        there = there[np.isfinite(there)]
+        # Tokens of equal contexts have equal log-probs, on the other side too.
+        if share < 0.02 or len(there) < 8 or there.std() < 0.3 * np.nanstd(theirs):
             continue
         after = [
             np.where(v[: len(d)] == value, 0, np.abs(d))[np.isfinite(d)]
             for v, d in zip(values, _differences(evidence), strict=True)
         ]
         done = f"{share:.1%} of tokens left out whose log-prob of the {who} is {value:.3g}"
-        return _finding(evidence, "constant-log-probs", after, done, least=0.1)
+        if found := _finding(evidence, "constant-log-probs", after, done, least=0.1):
+            return found
     return None
 
 
@@ -89,7 +99,7 @@ def shifted(evidence: Evidence) -> Finding | None:
             common = min(len(t), len(r))
             d = np.abs(t[:common] - r[:common])
             after.append(d[np.isfinite(d)])
-        if not sum(map(len, after)):
+        if sum(map(len, after)) < _TO_TELL:
             continue
         done = f"log-probs shifted by {shift:+d}"
         found = _finding(evidence, "log-probs-off-by-one", after, done)
@@ -113,7 +123,7 @@ def unit(evidence: Evidence) -> Finding | None:
     """Log-probs that agree after a division: another base of the logarithm, or a mean of them."""
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
-    if len(t) < 8 or not (t @ t > 0 and r @ r > 0):
+    if len(t) < _TO_TELL or not (t @ t > 0 and r @ r > 0):
         return None
     factor = float(t @ r / (t @ t))
     if abs(np.log(abs(factor) or _CLOSE)) < 0.02:
@@ -122,7 +132,7 @@ def unit(evidence: Evidence) -> Finding | None:
     base = next((n for n, b in (("2", 2), ("10", 10)) if abs(factor * np.log(b) - 1) < 0.02), None)
     what = f" (a logarithm to base {base})" if base else ""
     done = f"the engine's log-probs divided by {factor:.4g}{what}"
-    return _finding(evidence, "log-prob-unit", after, done, least=0.85)
+    return _finding(evidence, "log-prob-unit", after, done, least=0.7)
 
 
 def temperature(evidence: Evidence) -> Finding | None:
@@ -135,13 +145,13 @@ def temperature(evidence: Evidence) -> Finding | None:
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
     x, y = _log_odds(t), _log_odds(r)
-    if len(x) < 16 or x.std() == 0:
+    if len(x) < _TO_TELL or x.std() == 0:
         return None
     weight = np.sqrt(np.clip(-np.expm1(t) * np.exp(t), 1e-6, None))
     if len(fitted := np.polyfit(x, y, 1, w=weight)) and not 0.05 < fitted[0] < 20:
         return None
     slope, constant = fitted
-    if abs(np.log(slope)) < 0.04:
+    if abs(np.log(slope)) < 0.05:
         return None
     after = [
         np.abs(a - _log_p((_log_odds(b) - constant) / slope))
@@ -162,7 +172,7 @@ def _log_p(log_odds: np.ndarray) -> np.ndarray:
 
 
 def truncated(evidence: Evidence) -> Finding | None:
-    """Log-probs of a truncated distribution: the engine's are never below the trainer's.
+    """Log-probs of a truncated distribution: one side's are never below the other's.
 
     top-p and top-k leave some tokens out and give their probability to the others, so that the gap
     is the logarithm of what was kept: between log p and 0, for top-p = p.
@@ -171,16 +181,20 @@ def truncated(evidence: Evidence) -> Finding | None:
     if len(found) < 32:
         return None
     large = found[np.abs(found) > 0.5 * np.abs(found).mean()]
-    if len(large) < 16 or (large < 0).mean() < 0.97:
+    # Positive: the trainer's log-probs are those of a truncated distribution.
+    sign = 1.0 if np.median(large) > 0 else -1.0
+    one_sided = float((sign * large > 0).mean())
+    if len(large) < 16 or one_sided < 0.97:
         return None
-    kept = float(np.exp(np.quantile(found, 0.01)))
+    kept = float(np.exp(-np.quantile(sign * found, 0.99)))
     if kept < 0.3:
         return None
-    # Rounding goes either way: what is above 0 is half of it.
-    after = [np.where(g > 0, 2 * g, 0) for g in gaps(evidence)]
+    # Rounding goes either way: what is beyond 0 is half of it.
+    after = [np.where(sign * g < 0, 2 * np.abs(g), 0) for g in gaps(evidence)]
     done = (
-        f"{(large < 0).mean():.1%} of the larger gaps have one sign and leave at least {kept:.2f} "
-        "of the probability, as top-p or top-k sampling does; taken out"
+        f"{one_sided:.1%} of the larger gaps have one sign and leave at least {kept:.2f} of the "
+        f"probability to the {'trainer' if sign > 0 else 'engine'}, as top-p or top-k sampling "
+        "does; taken out"
     )
     return _finding(evidence, "truncated-sampling", after, done)
 

@@ -18,6 +18,8 @@ from moe_upgrpo.stats.clusters import ratio_interval
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
 SAMPLE = 2048  # tokens from which layers, experts and sequences are matched with each other
+LEAST_CHANCE = 0.4
+"""Share of unrelated tokens whose sets differ, below which agreement says nothing."""
 _TO_TELL = 16  # tokens from which on it is said what they agree beyond chance
 
 
@@ -157,13 +159,18 @@ def explains(
 ) -> Explained | None:
     """A fault that a change explains, if `least` of the routers that differ agree after it.
 
-    shown_by: what was done; what it gave is added.
+    shown_by: what was done; what it gave is added. Routers that are compared no more are taken to
+    differ as often as those that still are.
     """
-    sums = [sum_of(differing(x)) for x in (evidence, mended)]
-    share = explained(evidence, *sums)
+    before, after = rate(evidence), rate(mended)
+    sizes = zip(counted(evidence), counted(mended), strict=True)
+    gone = [float(a.sum()) - float(b.sum()) for a, b in sizes]
+    left = zip(sum_of(differing(mended)), gone, strict=True)
+    share = explained(
+        evidence, sum_of(differing(evidence)), [differ + after * less for differ, less in left]
+    )
     if share["share"] < least:
         return None
-    before, after = rate(evidence), rate(mended)
     said = f"{shown_by}: {before:.1%} → {after:.1%} of routers differ"
     finding = Finding(cause=cause, kind="fault", measure="routers", shown_by=said, **share)
     return Explained(finding=finding, mended=mended)
@@ -192,16 +199,18 @@ def agreement(evidence: Evidence) -> np.ndarray:
     """How much more of the sets agree than of unrelated tokens', by layer [L]: 1 all, 0 by chance.
 
     Unrelated are the trainer's rows of tokens that lie far away, of another prompt where there are
-    several. NaN for a layer that sends nearly all tokens to the same experts, or for few tokens.
+    several. NaN for few tokens, and for a layer that sends most tokens to the same experts: any two
+    agree there.
     """
     rollout, train = sampled(evidence)
     if len(rollout) < _TO_TELL:
         return np.full(rollout.shape[1], math.nan)
     seen_L = overlaps(rollout, train).mean(axis=0)
-    far = [overlaps(rollout, np.roll(train, part * len(train) // 7, axis=0)) for part in (2, 3, 4)]
-    chance_L = np.mean([x.mean(axis=0) for x in far], axis=0)
+    far = [np.roll(train, part * len(train) // 7, axis=0) for part in (2, 3, 4)]
+    chance_L = np.mean([overlaps(rollout, x).mean(axis=0) for x in far], axis=0)
+    differ_L = np.mean([unlike(rollout, x).mean(axis=0) for x in far], axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance_L < 0.95, (seen_L - chance_L) / (1 - chance_L), math.nan)
+        return np.where(differ_L > LEAST_CHANCE, (seen_L - chance_L) / (1 - chance_L), math.nan)
 
 
 def together(a_TK: np.ndarray, b_TK: np.ndarray, num_experts: int) -> np.ndarray:

@@ -244,23 +244,30 @@ def repeated(evidence: Evidence) -> Explained | None:
 
 
 def _repeated_tokens(evidence: Evidence, side: int) -> tuple[int, list[np.ndarray]]:
-    """Tokens with the row before again, which the other side has not; none where that is rare, or
-    as frequent the other way round."""
-    marks, control, tokens = [], 0, 0
-    for pair in matching.sides(evidence):
-        mine, theirs = pair[side], pair[1 - side]
-        again = np.zeros(len(mine), bool)
-        if len(mine) > 1:
-            same = ~unlike(mine[1:], mine[:-1])
-            other_same = ~unlike(theirs[1:], theirs[:-1])
-            again[1:] = same.all(axis=1) & (other_same.mean(axis=1) < 0.5)
-            control += int((other_same.all(axis=1) & (same.mean(axis=1) < 0.5)).sum())
-        tokens += len(mine)
-        marks.append(again)
-    stale = sum(int(x.sum()) for x in marks)
-    if stale < 5 or stale < 0.01 * tokens or stale <= 5 * control:
+    """Tokens with the row before again, which is the other side's row of then and not of now; none
+    where that is rare, or no rarer the other way round.
+
+    Text that repeats itself has the row of now as well.
+    """
+    pairs = matching.sides(evidence)
+    marks = [_again(pair[side], pair[1 - side]) for pair in pairs]
+    stale, control = (
+        sum(int(x.sum()) for x in found)
+        for found in (marks, [_again(pair[1 - side], pair[side]) for pair in pairs])
+    )
+    if stale < 8 or stale < 0.01 * sum(map(len, marks)) or stale <= 4 * control:
         return 0, [x & False for x in marks]
     return stale, marks
+
+
+def _again(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Tokens with the row before again, where the other side has gone on [T]."""
+    again = np.zeros(len(mine), bool)
+    again[1:] = ~unlike(mine[1:], mine[:-1]).any(axis=1)
+    # Its first token is where the rows of a run of equal ones come from.
+    source = np.maximum.accumulate(np.where(again, 0, np.arange(len(mine))))
+    own, first = (unlike(mine, x).mean(axis=1) for x in (theirs, theirs[source]))
+    return again & (own >= 0.5) & (first <= 0.5 * own)
 
 
 def _repeated_sequences(evidence: Evidence, side: int) -> tuple[int, list[np.ndarray]]:
@@ -271,8 +278,8 @@ def _repeated_sequences(evidence: Evidence, side: int) -> tuple[int, list[np.nda
         common = min(len(pairs[i][0]), len(pairs[i - 1][0]))
         if common < 4:
             continue
-        mine, theirs = (
-            unlike(pairs[i][s][:common], pairs[i - 1][s][:common]).mean() for s in (side, 1 - side)
-        )
-        marks[i][:common] = mine == 0 and theirs > 0.3
+        mine, theirs = pairs[i][side][:common], pairs[i][1 - side][:common]
+        before = [pairs[i - 1][s][:common] for s in (side, 1 - side)]
+        own, first = (float(unlike(mine, x).mean()) for x in (theirs, before[1]))
+        marks[i][:common] = not unlike(mine, before[0]).any() and own > 0.3 and first < 0.5 * own
     return sum(bool(x.any()) for x in marks), marks

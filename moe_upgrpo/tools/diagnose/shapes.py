@@ -188,8 +188,9 @@ def orphan_layer(evidence: Evidence) -> Explained | None:
     alone = agree_L < 0.15
     if not alone.any() or not (np.nanmin(agree_L[~alone], initial=np.inf) > 0.5):
         return None
-    if alone.sum() > len(agree_L) // 2:
-        return None
+    at_the_end = bool(alone[-int(alone.sum()) :].all())
+    if alone.sum() > len(agree_L) // 2 or (at_the_end and alone.sum() > 1):
+        return None  # `half_loaded` looks at those from a layer on
     names = _listed([evidence.layer_ids[i] for i in alone.nonzero()[0]])
     mended = matching.leave_out(evidence, _at_layers(evidence, alone))
     return matching.explains(
