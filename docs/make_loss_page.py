@@ -129,8 +129,7 @@ def advantages_table() -> str:
             )
             if needed
         ]
-        formula = (one.of_batch or one.of_group).__doc__ or ""
-        rows.append([code(name), " ".join(formula.split()), ", ".join(needs), one.source])
+        rows.append([code(name), one.formula, ", ".join(needs), one.source])
     return table(["kind", "formula", "needs", "source"], rows)
 
 
