@@ -61,6 +61,7 @@ def _opo(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
 class Advantage:
     """An advantage estimator as data.
 
+    formula: as the docs print it; means and std are the group's unless they say otherwise.
     of_group: rewards `[P, G]` (and lengths `[P, G]`, where `lengths`) -> advantages `[P, G]`.
     sums: what it needs of the whole batch, as sums over prompts or responses that add up over the
         ranks; of_batch: (`of_group`'s result, rewards, the sums) -> advantages.
@@ -70,6 +71,7 @@ class Advantage:
     """
 
     of_group: Callable[..., Tensor]
+    formula: str
     source: str
     lengths: bool = False
     sums: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
@@ -139,15 +141,30 @@ def _gpg(centred_PG: Tensor, rewards_PG: Tensor, counts: Tensor) -> Tensor:
 _WHITENED = dict(lengths=True, sums=_token_moments, of_batch=_whiten)
 
 ADVANTAGES: dict[str, Advantage] = {
-    "grpo": Advantage(_grpo, "arXiv 2402.03300; verl grpo"),
-    "dr-grpo": Advantage(_centred, "arXiv 2503.20783"),
-    "rloo": Advantage(_rloo, "arXiv 2402.14740; verl rloo"),
-    "maxrl": Advantage(_maxrl, "SkyRL maxrl", allowed=(0, math.inf)),
-    "pass-at-k": Advantage(_pass_at_k, "arXiv 2503.19595; verl grpo_passk"),
-    "opo": Advantage(_opo, "arXiv 2505.23585; verl opo", lengths=True),
-    "gpg": Advantage(_centred, "arXiv 2504.02546; verl gpg", sums=_rewarded, of_batch=_gpg),
+    "grpo": Advantage(
+        _grpo, "(R − mean)/(std + 1e-6), std with G−1", "arXiv 2402.03300; verl grpo"
+    ),
+    "dr-grpo": Advantage(_centred, "R − mean", "arXiv 2503.20783"),
+    "rloo": Advantage(_rloo, "R − mean of the others", "arXiv 2402.14740; verl rloo"),
+    "maxrl": Advantage(
+        _maxrl, "(R − mean)/(mean + 1e-6), R ≥ 0", "SkyRL maxrl", allowed=(0, math.inf)
+    ),
+    "pass-at-k": Advantage(
+        _pass_at_k,
+        "(best − second)/(std + 1e-6) for the best, 0 for the others",
+        "arXiv 2503.19595; verl grpo_passk",
+    ),
+    "opo": Advantage(_opo, "R − Σ length·R/Σ length", "arXiv 2505.23585; verl opo", lengths=True),
+    "gpg": Advantage(
+        _centred,
+        "α·(R − mean), α = responses of the batch/those with R ≠ 0",
+        "arXiv 2504.02546; verl gpg",
+        sums=_rewarded,
+        of_batch=_gpg,
+    ),
     "bnpo": Advantage(
         _centred,
+        "(R − mean)/Beta density(mean; α, β), α and β fitted to the batch's means; R from 0 to 1",
         "arXiv 2506.02864; changyi7231/BNPO",
         sums=_group_rates,
         of_batch=_bnpo,
@@ -155,18 +172,25 @@ ADVANTAGES: dict[str, Advantage] = {
     ),
     "reinforce++": Advantage(
         _as_given,
+        "R, whitened over the tokens of the batch",
         "arXiv 2501.03262; verl reinforce_plus_plus, γ = 1",
         whole_batch=True,
         **_WHITENED,
     ),
     "reinforce++-baseline": Advantage(
         _centred,
+        "R − mean, whitened over the tokens of the batch",
         "arXiv 2501.03262; verl reinforce_plus_plus_baseline",
         whole_batch=True,
         **_WHITENED,
     ),
     "gdpo": Advantage(
-        _grpo, "arXiv 2601.05242; verl gdpo", several=True, whole_batch=True, **_WHITENED
+        _grpo,
+        "Σ_k weight_k·(R_k − mean_k)/(std_k + 1e-6), whitened over the tokens of the batch",
+        "arXiv 2601.05242; verl gdpo",
+        several=True,
+        whole_batch=True,
+        **_WHITENED,
     ),
 }
 

@@ -14,6 +14,7 @@ from moe_upgrpo.losses.side import (
     Branch,
     Side,
     above,
+    kept,
     one,
     sequence_ratio,
     starting_with,
@@ -140,6 +141,7 @@ def gmpo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 # --- CISPO (arXiv 2506.13585; verl `cispo`): a truncated weight; no token loses its gradient
 
 
+@kept
 def cispo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.upper)
 
@@ -152,22 +154,30 @@ def cispo(t: Tokens, cfg: Config) -> Tensor:
 # are tokens whose probability moved too far in the advantage's direction, by a binary divergence
 
 
+@kept
 def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
 def probabilities(t: Tokens) -> tuple[Tensor, Tensor]:
+    """π and π_old"""
     return t.log_probs_BT.detach().clamp(max=0).exp(), t.old_log_probs_BT.clamp(max=0).exp()
 
 
+def moved(t: Tokens) -> Tensor:
+    """π − π_old"""
+    p, p_old = probabilities(t)
+    return p - p_old
+
+
+@kept
 def moved_up_tv(t: Tokens, cfg: Config) -> Tensor:
-    p, p_old = probabilities(t)
-    return p - p_old > cfg.divergence_limit
+    return t.once("moved", lambda: moved(t)) > cfg.divergence_limit
 
 
+@kept
 def moved_down_tv(t: Tokens, cfg: Config) -> Tensor:
-    p, p_old = probabilities(t)
-    return p - p_old < -cfg.divergence_limit
+    return t.once("moved", lambda: moved(t)) < -cfg.divergence_limit
 
 
 def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
@@ -177,14 +187,19 @@ def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
     return taken + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
 
 
+@kept
+def far_kl(t: Tokens, cfg: Config) -> Tensor:
+    return binary_kl(*probabilities(t)) > cfg.divergence_limit
+
+
+@kept
 def moved_up_kl(t: Tokens, cfg: Config) -> Tensor:
-    p, p_old = probabilities(t)
-    return (binary_kl(p, p_old) > cfg.divergence_limit) & (p > p_old)
+    return far_kl(t, cfg) & (t.raw_log_ratio_BT.detach() > 0)
 
 
+@kept
 def moved_down_kl(t: Tokens, cfg: Config) -> Tensor:
-    p, p_old = probabilities(t)
-    return (binary_kl(p, p_old) > cfg.divergence_limit) & (p < p_old)
+    return far_kl(t, cfg) & (t.raw_log_ratio_BT.detach() < 0)
 
 
 def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
@@ -200,6 +215,7 @@ def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
 # --- TOPR (arXiv 2503.14286): negatives weighted by clip(∏ π/μ, 0, 1), μ the rollout policy
 
 
+@kept
 def topr_weight(t: Tokens, cfg: Config) -> Tensor:
     log_weight_B1 = (t.raw_log_ratio_BT.detach() + t.log_rho_BT).sum(-1, keepdim=True)
     return log_weight_B1.clamp(max=0).exp()
@@ -213,6 +229,7 @@ def topr_negative(t: Tokens, cfg: Config) -> Tensor:
 # clip, then 1/r for positives, and a dual clip that caps the weight but keeps the gradient
 
 
+@kept
 def aspo_positive_weight(t: Tokens, cfg: Config) -> Tensor:
     log_ratio_BT = t.log_ratio_BT.detach().clamp(max=cfg.log_of_upper)
     return guarded_exp(-log_ratio_BT).clamp(max=cfg.dual)
@@ -227,6 +244,7 @@ def aspo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, t.log_ratio_BT > cfg.log_of_upper
 
 
+@kept
 def aspo_negative_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.dual)
 

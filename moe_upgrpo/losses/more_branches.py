@@ -20,7 +20,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
-from moe_upgrpo.losses.side import Branch, Side, above, one, starting_with, token_ratio
+from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ MIN_LOG_WEIGHT = math.log(1e-8)
 
 
 def vespo_side(sign: str) -> Side:
+    @kept
     def weight(t: Tokens, cfg: Config) -> Tensor:
         """φ(w) = exp(λ + k·log w − λ·w), w = ∏ π/μ; φ(1) = 1."""
         k, rate = getattr(cfg, f"vespo_k_{sign}"), getattr(cfg, f"vespo_lambda_{sign}")

@@ -115,14 +115,20 @@ def policy_loss(
     sides = _sides(t, config)
     # Both sides are finite for every token (padding is 0, exp is guarded), so the 0 in A⁺ or A⁻
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
-    per_token_BT = -(sides[0].objective(t, config) + sides[1].objective(t, config))
+    per_token_BT = -_objective(t, config, *sides)
     for side in sides:
         if side.side.extra is not None:
             per_token_BT = per_token_BT + side.beside(t, side.side.extra(t, config))
     loss = (per_token_BT.sum(-1) * weights_B).sum()
     with torch.no_grad():
-        clipped_BT, metrics = _measure(t, config, sides, weights_B)
-        pull_BT = sum(side.pull(t, config) for side in sides)
+        pull_BT, shares = 0.0, []
+        for side in sides:
+            side_BT = side.amount_BT * side.coefficient(t, config)
+            shares.append((side_BT.sum(-1) * weights_B).sum().abs())
+            pull_BT = side_BT + pull_BT
+            if side.side.extra_slope is not None:
+                pull_BT = pull_BT - side.beside(t, side.side.extra_slope(t, config))
+        clipped_BT, metrics = _measure(t, config, sides, shares)
         gradient_weight_BT = (pull_BT * weights_B[:, None]).abs()
     return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
@@ -216,21 +222,15 @@ class _AppliedSide:
     factor: Tensor | None
     dropped: Tensor | None
 
-    def objective(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
-        objective_BT = self.amount_BT * self.side.surrogate(t, config)
-        return objective_BT if self.factor is None else objective_BT * self.factor
+    @property
+    def weighted_BT(self) -> Tensor:
+        """The advantages of this side with its factor."""
+        return self.amount_BT if self.factor is None else self.amount_BT * self.factor
 
     def beside(self, t: Tokens, extra: Tensor) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factor."""
         extra_BT = torch.where(self.here_BT, extra, 0.0)
         return extra_BT if self.factor is None else extra_BT * self.factor
-
-    def pull(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
-        """−∂/∂log π_θ of this side, before the aggregation's weight."""
-        pull_BT = self.amount_BT * self.coefficient(t, config)
-        if self.side.extra_slope is None:
-            return pull_BT
-        return pull_BT - self.beside(t, self.side.extra_slope(t, config))
 
     def coefficient(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
         """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
@@ -239,6 +239,19 @@ class _AppliedSide:
         if self.factor is not None:
             c = c * self.factor
         return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def _objective(
+    t: Tokens, config: PolicyLossConfig, positive: _AppliedSide, negative: _AppliedSide
+) -> Tensor:
+    """A·f of each token; f once where it is one function for both signs."""
+    if positive.side.surrogate is not negative.side.surrogate:
+        f_p, f_n = (side.side.surrogate(t, config) for side in (positive, negative))
+        return positive.weighted_BT * f_p + negative.weighted_BT * f_n
+    if positive.factor is None and negative.factor is None:
+        return t.advantages_BT * positive.side.surrogate(t, config)
+    both_BT = positive.weighted_BT + negative.weighted_BT
+    return both_BT * positive.side.surrogate(t, config)
 
 
 def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
@@ -378,9 +391,13 @@ def _union(*hits: Tensor | None) -> Tensor | None:
 
 
 def _measure(
-    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
+    t: Tokens,
+    config: PolicyLossConfig,
+    sides: tuple[_AppliedSide, _AppliedSide],
+    shares: list[Tensor],
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`."""
+    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`. shares: |Σ w·A·c| of
+    each side."""
     positive, negative = sides
     here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
     here_p_B1, here_n_B1 = _counts_by_sign(t)
@@ -401,10 +418,6 @@ def _measure(
     counterpart = BRANCHES[config.negative].positive
     is_own = counterpart is positive.side
     beyond = positive.above if is_own else counterpart.clip(t, config)[1]
-    pull_p, pull_n = (
-        (_dot(side.amount_BT, side.coefficient(t, config)).squeeze(-1) * weights_B).sum().abs()
-        for side in sides
-    )
     raw_ratio_BT = t.ratio_BT if t.log_shift_BT is None else guarded_exp(t.raw_log_ratio_BT)
     ratio_size = _sample_size(t.masked(raw_ratio_BT), tokens)
     metrics = {
@@ -421,7 +434,7 @@ def _measure(
         "clip_fraction_negative_upper": of_negatives(negative.above),
         "clip_fraction_negative_lower": of_negatives(negative.below),
         "positive_beyond_upper_fraction": of_positives(beyond),
-        "gradient_share_positive": Metric(pull_p, pull_p + pull_n),
+        "gradient_share_positive": Metric(shares[0], shares[0] + shares[1]),
     }
     if "dual_clip" in BRANCHES[config.negative].fields and config.dual_clip is not None:
         beyond_dual = t.ratio_BT > config.dual if negative.above is None else negative.above

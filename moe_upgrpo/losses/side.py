@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.lazy import torch
@@ -87,6 +88,16 @@ class Branch:
     refuses: tuple[str, ...] = ()
     statistics: Callable[[Tokens, Config], dict[str, Tensor]] | None = None
     source: str
+
+
+def kept(function: TensorFn) -> TensorFn:
+    """The function, computed once for a batch: for weights and masks that carry no gradient."""
+
+    @wraps(function)
+    def once(t: Tokens, cfg: Config) -> Tensor:
+        return t.once(function, lambda: function(t, cfg))
+
+    return once
 
 
 def above(ratio: Tensor, log_ratio: Tensor, limit: float) -> Tensor:

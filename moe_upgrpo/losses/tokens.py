@@ -8,7 +8,7 @@ rollout = μ (the engine's).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
@@ -127,17 +127,17 @@ class Tokens:
 
         self._beside = {n: self.masked(x.detach().to(dtype)) for n, x in beside.items()}
         self.statistics: dict[str, Tensor] = {}
-        self._made: dict[str, Any] = {}
+        self._made: dict[Hashable, Any] = {}
         seen = (self.raw_log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
         seen += tuple(self._beside.values())
         if not sum(x.detach().sum() for x in seen if x is not None).isfinite():
             check_finite(named, self.mask_BT)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made at the first call: both sides of a loss and its oracle ask."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def groups_B(self) -> Tensor:

@@ -1,10 +1,12 @@
 """Identities between losses, exact ones."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
     BRANCHES,
     PRESETS,
@@ -105,6 +107,31 @@ def test_which_losses_may_serve_under_up_is_data():
         balanced = bool(torch.isclose(c, torch.ones_like(c)).sum() >= len(c) - 1)
         same_as_another = name in ("log-likelihood", "self-ratio", "topr", "vapo")
         assert branch.up == (balanced and not same_as_another), name
+
+
+def test_every_pair_of_branches_is_its_two_sides():
+    """c of a pair is that of the positive's own loss where A > 0 and the negative's where A < 0;
+    a pair without a common aggregation is refused by name."""
+    batch = random_batch(seed=12, spread=0.5)
+    own = {}
+    for name, branch in BRANCHES.items():
+        config = PolicyLossConfig(positive=name, negative=name, aggregation=branch.aggregations[0])
+        own[name] = gradient_coefficients(**batch.arguments(config))
+    for (positive, one), (negative, other) in itertools.product(BRANCHES.items(), repeat=2):
+        shared = [a for a in one.aggregations if a in other.aggregations]
+        if not shared:
+            with pytest.raises(UserError, match=f"with negative '{negative}'"):
+                PolicyLossConfig(
+                    positive=positive, negative=negative, aggregation=one.aggregations[0]
+                )
+            continue
+        norm = 9.0 if shared[0].endswith("norm") else None
+        config = PolicyLossConfig(
+            positive=positive, negative=negative, aggregation=shared[0], token_sum_norm=norm
+        )
+        expected = torch.where(batch.advantages > 0, own[positive], own[negative])
+        c = gradient_coefficients(**batch.arguments(config))
+        torch.testing.assert_close(c, expected, rtol=1e-12, atol=0)
 
 
 def test_up_clip_cov_is_clip_cov_but_for_the_positives_that_it_draws():

@@ -18,16 +18,21 @@ def run(name: str, batch: Batch, statistics: dict | None = None, **denominators)
     return result, batch.log_probs.grad
 
 
-@pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("name", EVERY_PRESET)
-def test_padding_may_hold_anything(name, poison):
+def test_padding_may_hold_anything(name):
     batch = random_batch(seed=20, spread=1.0)
+    clean, gradient = run(name, batch)
+    for poison in POISON:
+        _check_poisoned(name, batch, clean, gradient, poison)
+
+
+def _check_poisoned(name, batch, clean, gradient, poison):
     padding = batch.mask == 0
     fields = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
     for field in fields.keys() - {"mask"}:
         fields[field][padding] = poison
     poisoned = Batch(**fields)
-    (clean, gradient), (dirty, dirty_gradient) = run(name, batch), run(name, poisoned)
+    dirty, dirty_gradient = run(name, poisoned)
     torch.testing.assert_close(dirty_gradient, gradient, rtol=0, atol=0)
     torch.testing.assert_close(dirty.loss, clean.loss, rtol=0, atol=0)
     torch.testing.assert_close(dirty.per_token, clean.per_token, rtol=0, atol=0)
