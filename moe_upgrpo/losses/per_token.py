@@ -1,4 +1,4 @@
-"""What tokens of one group say of each other: OTB's advantages, GTPO's weights, NTHR's mask; and
+"""Quantities that tokens of one group give each other: OTB, GTPO, NTHR; and
 the random numbers of tokens, and when PPO without a clip stops.
 
 Shapes: N responses, the `group_size` of a prompt adjacent, T positions, V ids, H hidden size.
