@@ -331,8 +331,8 @@ def _doctor(arguments: list[str]) -> None:
         Args:
             strict: exit with 1 where nothing can train; with --stack, where a hook is missing.
             as_json: print JSON, for a bug report.
-            stack: verl, slime, miles, nemo-rl or megatron-lm: show instead what of it is hooked
-                into, and how that is found here against each tested revision.
+            stack: verl, slime, miles, nemo-rl, megatron-lm or ms-swift: show instead what of it is
+                hooked into, and how that is found here against each tested revision.
             root: with --stack, the folder of a checkout. Default: what this Python imports.
         """
         if stack is not None:
