@@ -210,7 +210,7 @@ HEALTH: dict[str, set[str]] = {
     },
 }  # fmt: skip
 # Revisions of hooks.json that were read and never run.
-NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}, "miles": {"v0.1.0"}}
+NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}}
 # What older revisions lack, where the integration does without.
 NEWER: dict[str, list[tuple[str, str]]] = {
     "nemo-rl": [  # the single controller, which v0.7.0 does not have
