@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Pair:
-    """What both sides recorded, and the logits that the log-probs were made from."""
+    """Records of both sides, and the logits that the log-probs were made from."""
 
     evidence: Evidence
     logits: list[np.ndarray]

@@ -48,7 +48,7 @@ class DiagnoseConfig:
     """Number type of the trainer."""
     micro_batch: int = 64
     minutes: float | None = None
-    """Of a checkpoint: stop changing knobs after so long. None: try them all."""
+    """Stop changing knobs of a checkpoint after so long. None: try them all."""
     rollout_routes: Path | None = None
     """Expert ids [tokens, layers, top-k] of the rollout, or of a batch [sequences, tokens, layers,
     top-k], as an .npy, .npz or torch file, and ..."""
@@ -69,7 +69,7 @@ class DiagnoseConfig:
     before: Path | None = None
     """diagnosis.json of an earlier diagnosis: say what the remedy taken since has removed."""
     contribute: Path | None = None
-    """Of a checkpoint: append this measurement to FILE, as a row of the calibration table."""
+    """Append a checkpoint's measurement to FILE, as a row of the calibration table."""
     output_dir: Path | None = None
     """Where diagnosis.html and diagnosis.json go. None: the run's folder, else runs/diagnose."""
 

@@ -107,7 +107,7 @@ def test_few_tokens_raise_nothing(tokens):
 
 
 def test_near_ties_and_a_mismatch_at_any_margin():
-    """Of 100 routers a quarter differ: those with the smallest margins, or any."""
+    """A quarter of 100 routers differ: those with the smallest margins, or any."""
     margins = [np.arange(100.0).reshape(50, 2)]
     rollout = [np.zeros((50, 2, 1), int)]
     near, anywhere = (np.zeros((50, 2), bool) for _ in range(2))

@@ -156,7 +156,7 @@ class _Model:
         )
 
     def expected(self, evidence: Evidence) -> tuple[Expected | None, str]:
-        """What is expected, or why nothing is."""
+        """The range that is expected, or why none is."""
         if not evidence.layer_ids:
             return None, "there is no MoE layer in these records"
         routes = evidence.rollout_routes

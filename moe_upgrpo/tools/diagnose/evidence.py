@@ -1,4 +1,4 @@
-"""What both sides saw of the same tokens, and what was found in it: plain arrays and records.
+"""Records of both sides of the same tokens, and what was found in them: plain arrays and records.
 
 Shape suffixes: B sequences, S tokens of a sequence, T response tokens of it, L MoE layers,
 K experts per token. Row p − 1 of a sequence's routes produced the log-prob of its token at
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(kw_only=True)
 class Evidence:
-    """What rollout engine and trainer recorded of the same sequences; None: not known."""
+    """Records of rollout engine and trainer of the same sequences; None: not known."""
 
     prompt: list[int]
     """``[B]``: the prompt that a sequence answers. Prompts are what is independent."""
@@ -66,7 +66,7 @@ class Cause:
 
     name: str
     says: str
-    """What differs, to stand in a sentence after "because"."""
+    """Says what differs, to stand in a sentence after "because"."""
     remedy: str
     command: str | None = None
     """An option, a patch, a replay mode or a correction, as it is typed."""

@@ -104,7 +104,7 @@ def empty(routes: np.ndarray) -> np.ndarray:
 
 
 def by_prompt(evidence: Evidence, sums: Sequence[float]) -> np.ndarray:
-    """What each sequence has, added up for each prompt [P]."""
+    """Add up what each sequence has, for each prompt [P]."""
     _, prompt = np.unique(evidence.prompt, return_inverse=True)
     return np.bincount(prompt, np.asarray(sums, float))
 
@@ -177,7 +177,7 @@ def explains(
 
 
 def sum_of(found: Sequence[np.ndarray]) -> list[float]:
-    """What there is in each sequence."""
+    """Sums of what there is in each sequence."""
     return [float(x.sum()) for x in found]
 
 

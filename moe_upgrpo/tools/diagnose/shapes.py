@@ -98,7 +98,7 @@ def other_top_k(evidence: Evidence) -> Explained | None:
 
 
 def _reduced(large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Of the larger sets as many experts as the smaller have, shared ones first."""
+    """Cut the larger sets to as many experts as the smaller have, shared ones first."""
     rows = min(len(large), len(small))
     within = (large[:rows, :, :, None] == small[:rows, :, None, :]).any(axis=-1)
     order = np.argsort(~within, axis=-1, kind="stable")[..., : small.shape[-1]]

@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """What was found, in the order of the issue: faults first, the first cause first."""
+    """The causes that were found, faults first, and what was measured."""
 
     about: str
     measured: Measured
@@ -305,7 +305,7 @@ def read_before(path: Path) -> dict[str, Any]:
 
 
 def since(before: dict[str, Any], diagnosis: Diagnosis) -> dict[str, Any]:
-    """What has changed since an earlier diagnosis: figures, and causes that are gone or new."""
+    """Changes since an earlier diagnosis: figures, and causes that are gone or new."""
     changed: dict[str, Any] = {"figures": []}
     for name in ("routers", "gap"):
         now = getattr(diagnosis.measured, name)
