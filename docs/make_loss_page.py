@@ -101,7 +101,7 @@ def branches_table() -> str:
 
 
 def pairs_table() -> str:
-    """For each branch the others that it shares an aggregation with, in groups of equal answers."""
+    """Branches by those that they share no aggregation with."""
     answers: dict[tuple[str, ...], list[str]] = {}
     for name, branch in BRANCHES.items():
         with_ = tuple(

@@ -114,7 +114,7 @@ def test_options_come_from_a_file_named_in_either_way(tmp_path):
 WRONG = {
     "an option": (("--los", "grpo"), "Unrecognized options: --los"),
     "a value": (("--steps", "x"), "--steps: invalid literal"),
-    "a loss": (("--loss", "grop"), "loss='grop': allowed are grpo"),
+    "a loss": (("--loss", "grop"), "'grop' given; allowed: grpo"),
     "a layout": (("--tp", "3"), "tp=3 does not divide the 2 rank(s)"),
     "a model": (("--model", "/nowhere"), "/nowhere does not exist"),
     "problems": (

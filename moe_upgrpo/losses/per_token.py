@@ -1,4 +1,4 @@
-"""Quantities that tokens of one group give each other: OTB, GTPO, NTHR; and
+"""Numbers of tokens by what the others of their group are: OTB, GTPO's weights, NTHR's mask; and
 the random numbers of tokens, and when PPO without a clip stops.
 
 Shapes: N responses, the `group_size` of a prompt adjacent, T positions, V ids, H hidden size.

@@ -134,7 +134,7 @@ class Tokens:
             check_finite(named, self.mask_BT)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Result of `make`, made at the first call: both sides of a loss and its oracle ask."""
+        """Return what `make` makes, at the first call: both sides of a loss and its oracle ask."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

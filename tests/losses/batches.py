@@ -53,7 +53,7 @@ class Batch:
         )
 
     def statistics(self, config: PolicyLossConfig) -> dict[str, Tensor]:
-        """Context of this batch, for the micro-batches that it is split into."""
+        """Statistics of this batch, for the micro-batches that it is split into."""
         return batch_statistics(**self.arguments(config))
 
     def rows(self, index) -> "Batch":
