@@ -31,12 +31,12 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-older-cpu test-megatron test-engines test-stacks gpu-check lint setup clean
+.PHONY: train test test-slow test-older-cpu test-megatron test-engines test-stacks gpu-check lint types setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
-	@echo "make test                                       lint and tests"
+	@echo "make test                                       lint, types and tests"
 	@echo "make test-slow                                  tests that take minutes: kills in every phase, ..."
 	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
@@ -97,7 +97,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint
+# Reads all of torch: 20 s at first; what it found then is kept in .mypy_cache.
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint types
 	$(BIN)/python -m pytest
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed

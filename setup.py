@@ -71,6 +71,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "ruff",
+            "mypy==2.4.1",
             "duckdb",
             "pandas",
             "polars",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
@@ -37,10 +37,11 @@ def mask_out(rho: Tensor, low: float, high: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """level: ρ_t of each token, or ∏_t ρ_t of the sequence; low and high: default bounds."""
+    """level: ρ_t of each token, or ∏_t ρ_t of the sequence; low and high: default bounds, None
+    where the rule has none."""
 
     level: str
-    rule: Callable[[Tensor, float | None, float | None], Tensor]
+    rule: Callable[[Tensor, Any, Any], Tensor]
     low: float | None = None
     high: float | None = None
 
@@ -80,7 +81,7 @@ class RolloutCorrection:
     negative: bool = True
     """Apply to tokens with A < 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weight != "none" and self.weight not in WEIGHTS:
             raise UserError(
                 f"correction.weight: {self.weight!r} given; allowed: none, {', '.join(WEIGHTS)}"

@@ -154,6 +154,7 @@ class _AppliedSide:
 
 
 def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
+    factors: dict[str, tuple[Tensor | None, Tensor | None]]
     factors = {"positive": (None, None), "negative": (None, None)}
     if config.correction.active:
         weight_and_dropped = correction_weights(t, config.correction)
@@ -174,17 +175,24 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedS
 
 
 def _tokens(
-    log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: PolicyLossConfig,
+    rollout_log_probs: Tensor | None,
+    router_log_probs: tuple[Tensor, Tensor] | None,
 ) -> Tokens:
-    check_shapes({"log_probs": log_probs, "rollout_log_probs": rollout_log_probs})
+    check_shapes(log_probs, {"rollout_log_probs": rollout_log_probs})
     log_shift_BT = None
-    if "router_log_probs" in config.arguments:
+    if config.router_shift_floor is not None:
         if router_log_probs is None:
             raise UserError(
                 f"router_log_probs: None given, router_shift_floor is {config.router_shift_floor}; "
                 "allowed: (current, old), two [B, T, L, K] (or router_shift_floor=None)"
             )
-        log_shift_BT = log_router_shift(*router_log_probs, config.router_shift_floor)
+        current_BTLK, old_BTLK = router_log_probs
+        log_shift_BT = log_router_shift(current_BTLK, old_BTLK, config.router_shift_floor)
     t = Tokens(
         log_probs,
         old_log_probs,
