@@ -4,6 +4,8 @@ Pure PyTorch. Start with `policy_loss` and `PolicyLossConfig.preset`; tables: `d
 """
 
 from moe_upgrpo.losses.advantages import (
+    ADVANTAGES,
+    advantage_sums,
     dynamic_sampling,
     group_advantages,
     informative_groups,
@@ -16,26 +18,53 @@ from moe_upgrpo.losses.correction import RolloutCorrection
 from moe_upgrpo.losses.drop_in import compute_policy_loss
 from moe_upgrpo.losses.kl import kl_estimate
 from moe_upgrpo.losses.metrics import GLOSSARY, Metric, finalize_metrics, merge_metrics
-from moe_upgrpo.losses.policy import PolicyLoss, gradient_coefficients, policy_loss
+from moe_upgrpo.losses.per_token import (
+    Gtpo,
+    gtpo_weights,
+    nthr_factors,
+    optimal_token_baseline,
+    ratio_deviation,
+    stops_early,
+    token_draws,
+)
+from moe_upgrpo.losses.policy import (
+    PolicyLoss,
+    batch_statistics,
+    gradient_coefficients,
+    policy_loss,
+)
+from moe_upgrpo.losses.tokens import CONTEXT, Context
 
 __all__ = [
+    "ADVANTAGES",
     "AGGREGATIONS",
     "BRANCHES",
+    "CONTEXT",
     "GLOSSARY",
     "PRESETS",
+    "Context",
+    "Gtpo",
     "Metric",
     "PolicyLoss",
     "PolicyLossConfig",
     "RolloutCorrection",
+    "advantage_sums",
     "aggregation_weights",
+    "batch_statistics",
     "compute_policy_loss",
     "dynamic_sampling",
     "finalize_metrics",
     "gradient_coefficients",
     "group_advantages",
+    "gtpo_weights",
     "informative_groups",
     "kl_estimate",
     "merge_metrics",
+    "nthr_factors",
+    "optimal_token_baseline",
     "overlong_penalty",
     "policy_loss",
+    "ratio_deviation",
+    "stops_early",
+    "token_draws",
 ]

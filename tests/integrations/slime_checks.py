@@ -29,7 +29,8 @@ from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
 from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
-USABLE = [name for name in PRESETS if name not in ("rspo", "up-rspo")]  # they need the router's
+# The others need the router's log-probs, or look at more than a micro-batch.
+USABLE = [name for name, p in PRESETS.items() if p.arguments <= {"rollout_log_probs"}]
 ANY = [
     name
     for name in USABLE

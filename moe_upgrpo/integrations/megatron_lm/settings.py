@@ -17,11 +17,11 @@ from typing import Any
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.environment import RUN
 from moe_upgrpo.integrations.kit.presets import coupled, resolve
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig
+from moe_upgrpo.losses import CONTEXT, PRESETS, PolicyLossConfig
 
 LOSS, SETTINGS = "MOE_UPGRPO_LOSS", "MOE_UPGRPO_LOSS_SETTINGS"
 CLAMP_DEFAULT = 0.01  # of --grpo-clamp-eps-lower and -upper (arguments.py:2740)
-NOT_HANDED_OVER = ("router_log_probs",)
+NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
 
 
 @dataclass(frozen=True)
