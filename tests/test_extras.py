@@ -1,4 +1,4 @@
-"""What the base install does by itself, and what is said where an extra is absent."""
+"""The base install by itself, and the message where an extra is absent."""
 
 import subprocess
 import sys
