@@ -104,7 +104,7 @@ def peak_bytes(call: Callable[[Tensor], tuple], log_probs: Tensor) -> int:
 
 
 def context(arguments: Arguments, mask: Tensor) -> Context:
-    """Whatever a loss looks at; groups of 8."""
+    """Make all that a loss looks at; groups of 8."""
     g = torch.Generator().manual_seed(1)
     draws = torch.rand(mask.shape, generator=g).to(mask.device)
     groups = torch.arange(arguments.sequences, device=mask.device) // 8

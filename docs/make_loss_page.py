@@ -101,7 +101,7 @@ def branches_table() -> str:
 
 
 def pairs_table() -> str:
-    """Of each branch the others that it shares an aggregation with, in groups of equal answers."""
+    """For each branch, the others that share no aggregation with it, in groups of equal answers."""
     answers: dict[tuple[str, ...], list[str]] = {}
     for name, branch in BRANCHES.items():
         with_ = tuple(

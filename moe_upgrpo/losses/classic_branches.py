@@ -120,22 +120,34 @@ def tic_free_clip(t: Tokens, cfg: Config) -> Bounds:
 # --- GMPO (arXiv 2507.20673; verl `geo_mean`): ρ, the geometric mean of ratios clipped in log space
 
 
+@kept
+def gmpo_log_positive(t: Tokens, cfg: Config) -> Tensor:
+    """log ρ"""
+    return t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper))
+
+
 def gmpo_positive(t: Tokens, cfg: Config) -> Tensor:
-    return guarded_exp(t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper)))
+    return guarded_exp(gmpo_log_positive(t, cfg))
 
 
 def gmpo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
-    log_rho_B1 = t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper))
-    return None, (t.log_ratio_BT > cfg.log_space_upper) | (log_rho_B1 > MAX_LOG_RATIO)
+    beyond_B1 = gmpo_log_positive(t, cfg) > MAX_LOG_RATIO
+    return None, (t.log_ratio_BT > cfg.log_space_upper) | beyond_B1
+
+
+@kept
+def gmpo_log_negative(t: Tokens, cfg: Config) -> Tensor:
+    """log ρ"""
+    return t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower))
 
 
 def gmpo_negative(t: Tokens, cfg: Config) -> Tensor:
-    return guarded_exp(t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower)))
+    return guarded_exp(gmpo_log_negative(t, cfg))
 
 
 def gmpo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
-    log_rho_B1 = t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower))
-    return t.log_ratio_BT < cfg.log_space_lower, log_rho_B1 > MAX_LOG_RATIO
+    below_BT = t.log_ratio_BT < cfg.log_space_lower
+    return below_BT, gmpo_log_negative(t, cfg) > MAX_LOG_RATIO
 
 
 # --- CISPO (arXiv 2506.13585; verl `cispo`): a truncated weight; no token loses its gradient
@@ -262,6 +274,7 @@ def aspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def sapo_side(temperature: str) -> Side:
+    @kept
     def gate(t: Tokens, cfg: Config) -> Tensor:
         return torch.sigmoid(getattr(cfg, temperature) * (t.ratio_BT - 1))
 

@@ -76,23 +76,27 @@ def hinge_branch(
 ) -> Branch:
     """guard: log r beyond which the classifier's exp is cut, and its gradient with it."""
 
+    @kept
+    def value(t: Tokens, cfg: Config) -> Tensor:
+        return classifier(t)
+
     def positive(t: Tokens, cfg: Config) -> Tensor:
         """min(f, εh) − εh: A times it is −|A|·max(0, εh − f)."""
         bound = cfg.log_space_upper
-        return classifier(t).clamp(max=bound) - (bound if bound < math.inf else 0.0)
+        return value(t, cfg).clamp(max=bound) - (bound if bound < math.inf else 0.0)
 
     def positive_clip(t: Tokens, cfg: Config) -> Bounds:
         bound = cfg.log_space_upper
-        return None, classifier(t) > bound if bound < math.inf else t.log_ratio_BT > guard
+        return None, value(t, cfg) > bound if bound < math.inf else t.log_ratio_BT > guard
 
     def negative(t: Tokens, cfg: Config) -> Tensor:
         """max(f, −εl) + εl: A times it is −|A|·max(0, εl + f)."""
         bound = cfg.log_space_lower
-        return classifier(t).clamp(min=bound) - (bound if bound > -math.inf else 0.0)
+        return value(t, cfg).clamp(min=bound) - (bound if bound > -math.inf else 0.0)
 
     def negative_clip(t: Tokens, cfg: Config) -> Bounds:
         bound = cfg.log_space_lower
-        below = classifier(t) < bound if bound > -math.inf else None
+        below = value(t, cfg) < bound if bound > -math.inf else None
         return below, t.log_ratio_BT > guard if guard < math.inf else None
 
     return Branch(

@@ -1,4 +1,4 @@
-"""What tokens of one group say of each other: OTB's advantages, GTPO's weights, NTHR's mask; and
+"""Numbers of tokens by what the others of their group are: OTB, GTPO's weights, NTHR's mask; and
 the random numbers of tokens, and when PPO without a clip stops.
 
 Shapes: N responses, the `group_size` of a prompt adjacent, T positions, V ids, H hidden size.

@@ -121,16 +121,8 @@ def policy_loss(
             per_token_BT = per_token_BT + side.beside(t, side.side.extra(t, config))
     loss = (per_token_BT.sum(-1) * weights_B).sum()
     with torch.no_grad():
-        pull_BT: Tensor | float = 0.0
-        shares = []
-        for side in sides:
-            side_BT = side.amount_BT * side.coefficient(t, config)
-            shares.append((side_BT.sum(-1) * weights_B).sum().abs())
-            pull_BT = side_BT + pull_BT
-            if side.side.extra_slope is not None:
-                pull_BT = pull_BT - side.beside(t, side.side.extra_slope(t, config))
+        gradient_weight_BT, shares = _pulls(t, config, sides, weights_B)
         clipped_BT, metrics = _measure(t, config, sides, shares)
-        gradient_weight_BT = (pull_BT * weights_B[:, None]).abs()
     return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
 
@@ -242,6 +234,20 @@ class _AppliedSide:
         if self.factor is not None:
             c = c * self.factor
         return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def _pulls(
+    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
+    pull_BT, shares = torch.zeros_like(t.advantages_BT), []
+    for side in sides:
+        side_BT = side.amount_BT * side.coefficient(t, config)
+        shares.append((side_BT.sum(-1) * weights_B).sum().abs())
+        pull_BT += side_BT
+        if side.side.extra_slope is not None:
+            pull_BT -= side.beside(t, side.side.extra_slope(t, config))
+    return pull_BT.mul_(weights_B[:, None]).abs_(), shares
 
 
 def _objective(

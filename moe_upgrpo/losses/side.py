@@ -91,7 +91,7 @@ class Branch:
 
 
 def kept(function: TensorFn) -> TensorFn:
-    """The function, computed once for a batch: for weights and masks that carry no gradient."""
+    """The function, computed once for a batch, with the graph of its first call."""
 
     @wraps(function)
     def once(t: Tokens, cfg: Config) -> Tensor:
