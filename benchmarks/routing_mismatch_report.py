@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.exact.report import filled, table
+from benchmarks.exact.report import table
 from benchmarks.routing_mismatch import studies
+from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import Rate, rates
 

@@ -36,7 +36,7 @@ from benchmarks.evidence import (
     swept,
     untested,
 )
-from benchmarks.exact.report import filled
+from docs.sections import filled
 from moe_upgrpo.compare.report import load
 
 

@@ -1,17 +1,17 @@
 """Fills the tables of docs/losses.md from the code and draws docs/img/losses.svg.
 
-    python docs/make_loss_page.py
+    python -m docs.make_loss_page
 
 The text between `<!-- begin NAME -->` and `<!-- end NAME -->` is generated; the rest is written by
 hand. tests/losses/test_docs.py fails when the page is not up to date.
 """
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
 
+from docs.sections import filled
 from moe_upgrpo.losses import (
     ADVANTAGES,
     AGGREGATIONS,
@@ -101,7 +101,7 @@ def branches_table() -> str:
 
 
 def pairs_table() -> str:
-    """Branches by those that they share no aggregation with."""
+    """For each branch, the others that share no aggregation with it, in groups of equal answers."""
     answers: dict[tuple[str, ...], list[str]] = {}
     for name, branch in BRANCHES.items():
         with_ = tuple(
@@ -163,19 +163,6 @@ SECTIONS = {
 }
 
 
-def filled(page: str) -> str:
-    """The page with every generated section made anew; KeyError if one of them is missing."""
-    for name, make in SECTIONS.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = make() + "\n"
-        page, count = re.subn(
-            pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise KeyError(f"section {name} appears {count} times in the page")
-    return page
-
-
 def coefficients(preset: str, ratios: torch.Tensor, sign: float) -> torch.Tensor:
     """c(r) of a preset at one sign of A."""
     old = torch.full((len(ratios), 1), P_OLD, dtype=torch.float64).log()
@@ -225,5 +212,5 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), SECTIONS), encoding="utf-8")
     draw()

@@ -6,12 +6,12 @@ The text between `<!-- begin NAME -->` and `<!-- end NAME -->` is generated; the
 hand. tests/store/test_docs.py fails when a page is not up to date.
 """
 
-import re
 from pathlib import Path
 
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import page as gpu_page
 from docs import marked_faults, stack_revisions
+from docs.sections import filled
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
@@ -122,18 +122,6 @@ PAGES = {
         ),
     },
 }
-
-
-def filled(page: str, sections: dict[str, str]) -> str:
-    """The page with every generated section made anew; KeyError if one of them is missing."""
-    for name, text in sections.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        page, count = re.subn(
-            pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise KeyError(f"section {name} appears {count} times in the page")
-    return page
 
 
 if __name__ == "__main__":

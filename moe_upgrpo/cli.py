@@ -19,7 +19,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from moe_upgrpo import __version__, ending, kernels
+from moe_upgrpo import __version__, ending, extras, kernels
 from moe_upgrpo.errors import (
     LOST_RANK,
     MachineFault,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # as `| head` does, once it has seen enough
         ending.fail("standard output was closed by its reader.", 128 + signal.SIGPIPE)
     except Exception as error:
-        if lacking := releases.missing(error):
+        if lacking := extras.absent(error) or releases.missing(error):
             ending.fail(str(lacking))
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if what := machine_fault(error):

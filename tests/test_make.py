@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,3 +92,16 @@ def test_ci_runs_the_newest_megatron_core_or_says_that_it_did_not(there, tmp_pat
     expected = ["make test", "make test-older-cpu", "make test-slow", *newest, "make test-engines"]
     assert lines == expected
     assert ("after 0.16 were NOT tested" in ran.stdout) == (not there)
+
+
+def test_the_workflows_call_make_targets_that_there_are():
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8").split(".PHONY: ")[1].splitlines()[0]
+    called = {
+        word
+        for file in (ROOT / ".github/workflows").glob("*.yml")
+        for job in yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].values()
+        for step in job["steps"]
+        for word in step.get("run", "").removeprefix("make ").split()
+        if "=" not in word
+    }
+    assert called >= {"lint", "types", "test", "test-wheel"} and called <= {*targets.split()}

@@ -21,8 +21,9 @@ import pandas as pd
 import tyro
 
 from benchmarks.exact.made import Stopwatch
-from benchmarks.exact.report import Report, filled
+from benchmarks.exact.report import Report
 from benchmarks.exact.study import QUICK, Grid, run_policy
+from docs.sections import filled
 from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 

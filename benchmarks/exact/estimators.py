@@ -30,8 +30,6 @@ from moe_upgrpo.losses import (
     policy_loss,
 )
 
-SIGNS = ("right", "wrong")
-
 
 def _corrected(preset: str, positive: bool, changes: dict | None = None, **correction):
     correction = RolloutCorrection(positive=positive, **correction)

@@ -6,7 +6,6 @@ MSEs to its square: so the parts of both signs can be compared.
 """
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -609,16 +608,3 @@ def outcome(here: pd.DataFrame) -> str:
         else:
             parts.append(f"{code(few)} to {number(group['n'].median())}, then {code(many)}{count}")
     return "; ".join(parts)
-
-
-def filled(page: str, sections: dict[str, Callable[[], str]]) -> str:
-    """The page with every generated section made anew; KeyError if one of them is missing."""
-    for name, make in sections.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = make() + "\n"
-        page, count = re.subn(
-            pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise KeyError(f"section {name} appears {count} times in the page")
-    return page

@@ -35,10 +35,10 @@ import tyro
 
 from benchmarks.exact.made import Stopwatch
 from benchmarks.exact.policy import Sizes
-from benchmarks.exact.report import filled
 from benchmarks.exact.stress_fallen import DEPTHS, fallen
 from benchmarks.exact.stress_report import Report
 from benchmarks.exact.stress_runs import Model, Plan, Run, make_start, train
+from docs.sections import filled
 from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
@@ -138,7 +138,7 @@ def _gpg(centred_PG: Tensor, rewards_PG: Tensor, counts: Tensor) -> Tensor:
     return centred_PG * (responses / rewarded.clamp(min=1)).to(centred_PG.dtype)
 
 
-_WHITENED = dict(lengths=True, sums=_token_moments, of_batch=_whiten)
+_WHITENED: dict[str, Any] = dict(lengths=True, sums=_token_moments, of_batch=_whiten)
 
 ADVANTAGES: dict[str, Advantage] = {
     "grpo": Advantage(
@@ -228,10 +228,10 @@ def group_advantages(
     estimator, x_PG, rewards_PG, lengths_PG = _estimated(
         rewards, group_size, kind, lengths, reward_weights
     )
-    if estimator.of_batch is not None:
-        own = batch_sums is None
-        sums = estimator.sums(x_PG, rewards_PG, lengths_PG) if own else batch_sums.to(x_PG.device)
-        x_PG = estimator.of_batch(x_PG, rewards_PG, sums)
+    if estimator.of_batch is not None and estimator.sums is not None:
+        if batch_sums is None:
+            batch_sums = estimator.sums(x_PG, rewards_PG, lengths_PG)
+        x_PG = estimator.of_batch(x_PG, rewards_PG, batch_sums.to(x_PG.device))
     if estimator.whole_batch:
         return x_PG.flatten()
     return torch.where(_informative(rewards_PG)[:, None], x_PG, 0.0).flatten()
@@ -301,7 +301,7 @@ def _estimated(
             )
         lengths_PG = lengths_PG.to(rewards_KPG[0].dtype)
     extra = (lengths_PG,) if estimator.lengths and not estimator.sums else ()
-    x_PG = 0.0
+    x_PG = torch.zeros_like(rewards_KPG[0])
     for weight, rewards_PG in zip(weights, rewards_KPG, strict=True):
         advantages_PG = estimator.of_group(rewards_PG, *extra)
         if estimator.several:  # as for one reward: equal ones give 0, not their rounding

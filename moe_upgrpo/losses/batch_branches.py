@@ -82,7 +82,8 @@ def clip_cov_positive(t: Tokens, cfg: Config) -> Tensor:
 
 
 def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
-    return None, ppo_positive_clip(t, cfg)[1] | drawn(t, cfg)
+    above_BT = ppo_positive_clip(t, cfg)[1]
+    return None, drawn(t, cfg) if above_BT is None else above_BT | drawn(t, cfg)
 
 
 def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
@@ -91,7 +92,7 @@ def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
 
 def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
     below_BT, above_BT = ppo_negative_clip(t, cfg)
-    return below_BT | drawn(t, cfg), above_BT
+    return drawn(t, cfg) if below_BT is None else below_BT | drawn(t, cfg), above_BT
 
 
 # kl-cov: −A·r without a clip, and the tokens of largest covariance pay |Δ|.

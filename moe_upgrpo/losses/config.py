@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
@@ -83,7 +84,7 @@ class PolicyLossConfig:
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     """Weights for the mismatch between the rollout engine and the trainer."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for sign in ("positive", "negative"):
             name = getattr(self, sign)
             check_name(sign, name, BRANCHES)
@@ -230,7 +231,7 @@ class PolicyLossConfig:
         return math.inf if self.clip_high is None else self.clip_high
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "PolicyLossConfig":
+    def preset(cls, name: str, **changes: Any) -> "PolicyLossConfig":
         """The published loss of that name, with the given fields changed.
 
         Raises:
@@ -240,7 +241,7 @@ class PolicyLossConfig:
         return replace(PRESETS[name], **changes)
 
 
-def _whole(branch: str, **numbers) -> PolicyLossConfig:
+def _whole(branch: str, **numbers: Any) -> PolicyLossConfig:
     """One loss for both signs, with the aggregation of its source."""
     return PolicyLossConfig(
         positive=branch,

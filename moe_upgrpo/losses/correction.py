@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
@@ -44,10 +44,11 @@ def keep_within(rho: Tensor, low: float, high: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """level: ρ_t of each token, or ∏_t ρ_t of the sequence; low and high: default bounds."""
+    """level: ρ_t of each token, or ∏_t ρ_t of the sequence; low and high: default bounds, None
+    where the rule has none."""
 
     level: str
-    rule: Callable[[Tensor, float | None, float | None], Tensor]
+    rule: Callable[[Tensor, Any, Any], Tensor]
     low: float | None = None
     high: float | None = None
 
@@ -98,7 +99,7 @@ class RolloutCorrection:
     negative: bool = True
     """Apply to tokens with A < 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name("correction.weight", self.weight, ("none", *WEIGHTS))
         low, high = self.bounds
         if (low is not None and low < 0) or (high is not None and high < (low or 0.0)):

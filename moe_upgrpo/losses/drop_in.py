@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.policy import policy_loss
@@ -74,8 +75,15 @@ def compute_policy_loss(
     positives = result.metrics["positive_fraction"].numerator
     not_positive = tokens - positives
     lower, upper = (
-        result.metrics[f"clip_fraction_negative_{bound}"].numerator / (not_positive + 1e-8)
-        for bound in ("lower", "upper")
+        result.metrics[f"clip_fraction_negative_{bound}"].numerator for bound in ("lower", "upper")
     )
-    shares = (lower, kl_sum / (tokens + 1e-8), upper)
-    return result.loss, *(share.to(result.loss.dtype) for share in shares)
+
+    def share(part: Tensor | float, whole: Tensor | float) -> Tensor:
+        return torch.as_tensor(part / (whole + 1e-8)).to(result.loss)
+
+    return (
+        result.loss,
+        share(lower, not_positive),
+        share(kl_sum, tokens),
+        share(upper, not_positive),
+    )

@@ -194,7 +194,7 @@ def influence(t: Tokens, cfg: Config) -> Tensor:
     return torch.where(suspect_BT, weight_BT.clamp(*SAFE_RANGE), weight_BT)
 
 
-def influenced(surrogate: TensorFn, clip: Callable) -> Side:
+def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
     def weight(t: Tokens, cfg: Config) -> Tensor:
         return t.once("influence", lambda: influence(t, cfg))
 

@@ -222,6 +222,8 @@ class _AppliedSide:
 
     def beside(self, t: Tokens, extra: Tensor) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factor."""
+        if self.here_BT is None:
+            raise ValueError("here_BT: None given for a side with an extra term")
         extra_BT = torch.where(self.here_BT, extra, 0.0)
         return extra_BT if self.factor is None else extra_BT * self.factor
 
@@ -262,6 +264,7 @@ def _objective(
 
 
 def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
+    factors: dict[str, tuple[Tensor | None, Tensor | None]]
     factors = {"positive": (None, None), "negative": (None, None)}
     if config.top_entropy is not None:
         low_BT = t.entropy_BT < t.statistics["entropy_limit"]
@@ -275,11 +278,11 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedS
                 both = weight if before is None else weight * before
                 factors[sign] = both, _union(dropped, without)
     if config.off_policy_limit is not None:
-        weight, dropped = factors["negative"]
+        before, without = factors["negative"]
         off_B1 = off_policy_sequences(t, config.off_policy_limit)
         on_B1 = (~off_B1).to(t.advantages_BT.dtype)
-        weight = on_B1 if weight is None else weight * on_B1
-        factors["negative"] = weight, _union(dropped, off_B1)
+        both = on_B1 if before is None else before * on_B1
+        factors["negative"] = both, _union(without, off_B1)
     positive, negative = config.sides
     here_p = here_n = None
     if positive.extra is not None or negative.extra is not None:
@@ -295,8 +298,9 @@ def _statistics(t: Tokens, config: PolicyLossConfig) -> dict[str, Tensor]:
     """Those of the branches and of the factors of `config`, over the tokens of `t`."""
     found: dict[str, Tensor] = {}
     for branch in dict.fromkeys((config.positive, config.negative)):
-        if BRANCHES[branch].statistics is not None:
-            found |= BRANCHES[branch].statistics(t, config)
+        of_branch = BRANCHES[branch].statistics
+        if of_branch is not None:
+            found |= of_branch(t, config)
     if config.top_entropy is not None:
         found["entropy_limit"] = entropy_limit(t, config.top_entropy)
     if config.correction.active and config.correction.m2 is not None:
@@ -317,7 +321,7 @@ def _check_context(context: Context | None, config: PolicyLossConfig, rows: int)
                 f"context.{name}: None given, and {wanted} needs it; allowed: {shape} (see Context)"
             )
     groups = None if context is None else context.groups
-    if "groups" in config.arguments and tuple(groups.shape) != (rows,):
+    if "groups" in config.arguments and groups is not None and tuple(groups.shape) != (rows,):
         raise UserError(
             f"context.groups: shape {tuple(groups.shape)} given; allowed: ({rows},), one for each "
             "sequence"
@@ -325,25 +329,26 @@ def _check_context(context: Context | None, config: PolicyLossConfig, rows: int)
 
 
 def _tokens(
-    log_probs,
-    old_log_probs,
-    advantages,
-    mask,
-    config,
-    rollout_log_probs,
-    router_log_probs,
-    context,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: PolicyLossConfig,
+    rollout_log_probs: Tensor | None,
+    router_log_probs: tuple[Tensor, Tensor] | None,
+    context: Context | None,
 ) -> Tokens:
-    check_shapes({"log_probs": log_probs, "rollout_log_probs": rollout_log_probs})
+    check_shapes(log_probs, {"rollout_log_probs": rollout_log_probs})
     _check_context(context, config, len(log_probs))
     log_shift_BT = None
-    if "router_log_probs" in config.arguments:
+    if config.router_shift_floor is not None:
         if router_log_probs is None:
             raise UserError(
                 f"router_log_probs: None given, router_shift_floor is {config.router_shift_floor}; "
                 "allowed: (current, old), two [B, T, L, K] (or router_shift_floor=None)"
             )
-        log_shift_BT = log_router_shift(*router_log_probs, config.router_shift_floor)
+        current_BTLK, old_BTLK = router_log_probs
+        log_shift_BT = log_router_shift(current_BTLK, old_BTLK, config.router_shift_floor)
     t = Tokens(
         log_probs,
         old_log_probs,
@@ -356,7 +361,11 @@ def _tokens(
     )
     given = None if context is None else context.statistics
     # Not under no_grad: what they look at is kept in `t`, where the losses look for its graph.
-    t.statistics = _statistics(t, config) if given is None else dict(given)
+    if given is None:
+        t.statistics = _statistics(t, config)
+    else:
+        device = t.advantages_BT.device
+        t.statistics = {name: torch.as_tensor(x, device=device) for name, x in given.items()}
     for sign, amount_BT in (("positive", t.gain_BT), ("negative", t.pain_BT)):
         if BRANCHES[getattr(config, sign)].coupled:
             _check_of_sequence(t, amount_BT, sign, getattr(config, sign))

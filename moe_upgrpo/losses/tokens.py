@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # exp() of anything above this is cut, and its gradient with it: e^20 ≈ 4.9e8 leaves room for
 # squares in float32, and no loss is meant to work there. Below there is nothing to guard: exp → 0.
@@ -33,14 +36,14 @@ def guarded_exp(log_x: Tensor) -> Tensor:
     return log_x.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def without_autocast(function: Callable) -> Callable:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """The function as it is outside torch.autocast, on the device of its first tensor.
 
     Autocast makes a dot product of float32 one of bfloat16, which counts 301 tokens as 302.
     """
 
     @wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         device = next((x.device.type for x in tensors), "cpu")
         if not torch.amp.is_autocast_available(device):
@@ -110,7 +113,7 @@ class Tokens:
             "router_log_probs": log_router_shift,
             **beside,
         }
-        check_shapes({**named, "mask": mask})
+        check_shapes(log_probs, {**named, "mask": mask})
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         self.mask_BT, lengths_B1 = mask_and_lengths(mask)
         self.lengths_B1 = lengths_B1.to(dtype)
@@ -128,9 +131,11 @@ class Tokens:
         self._beside = {n: self.masked(x.detach().to(dtype)) for n, x in beside.items()}
         self.statistics: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
+        seen: tuple[Tensor | None, ...]
         seen = (self.raw_log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
         seen += tuple(self._beside.values())
-        if not sum(x.detach().sum() for x in seen if x is not None).isfinite():
+        sums = [x.detach().sum() for x in seen if x is not None]
+        if not torch.stack(sums).sum().isfinite():
             check_finite(named, self.mask_BT)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -141,6 +146,8 @@ class Tokens:
 
     @property
     def groups_B(self) -> Tensor:
+        if self._context.groups is None:
+            raise ValueError("groups: None given in the context of a loss of groups")
         return self._context.groups
 
     @property
@@ -246,12 +253,12 @@ def mask_and_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
     return bool_mask, lengths
 
 
-def check_shapes(named: dict[str, Tensor | None]) -> None:
+def check_shapes(log_probs: Tensor, others: dict[str, Tensor | None]) -> None:
     """UserError naming the first tensor whose shape is not log_probs' `[B, T]`."""
-    shape = tuple(named["log_probs"].shape)
+    shape = tuple(log_probs.shape)
     if len(shape) != 2:
         raise UserError(f"log_probs: shape {shape} given; allowed: two dimensions [B, T]")
-    for name, x in named.items():
+    for name, x in others.items():
         if x is not None and tuple(x.shape) != shape:
             raise UserError(
                 f"{name}: shape {tuple(x.shape)} given; allowed: {shape}, the shape of log_probs"

@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.extras import install
 
 # 0.16 is the first release with router replay; newer ones only where they were tested. setup.py
 # reads this line.
@@ -33,7 +34,9 @@ def check() -> None:
     """Raise UserError where the installed Megatron-Core is not one of those that were tested."""
     version = installed()
     if version is None:
-        raise UserError(f"Megatron-Core is not installed: pip install 'megatron-core{SUPPORTED}'.")
+        raise UserError(
+            f"Megatron-Core is not installed; it comes with the extra `train`: {install('train')}"
+        )
     if not SUPPORTED_SET.contains(version, prereleases=True):
         raise UserError(
             f"Megatron-Core {version} is installed; moe_upgrpo was tested with {SUPPORTED}. "

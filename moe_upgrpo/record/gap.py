@@ -41,19 +41,21 @@ def gap_terms(
         terms["gap_staleness"] = terms["gap_numerics"]
         return terms | {"gap_numerics": behind.astype(np.float64) - rollout}
 
-    def tensors(**arrays) -> dict[str, torch.Tensor]:
+    def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     if replay == "R3":
         given = tensors(
             rollout=rollout, old_on_rollout_routes=held, current_on_rollout_routes=train
         )
-        found = decompose_under_replay(**given)
+        held_terms = decompose_under_replay(**given)
         return {
-            "gap_numerics": found.numerics.numpy(),
-            "gap_update": found.update.numpy(),
+            "gap_numerics": held_terms.numerics.numpy(),
+            "gap_update": held_terms.update.numpy(),
             "counterfactual_engine_routing": native.astype(np.float64) - held,
         }
+    if counterpart is None:
+        raise ValueError(f"counterpart: None given under replay {replay!r}; only R3 does without")
     on_old, free = (train, counterpart) if replay == "R2" else (counterpart, train)
     found = decompose(
         **tensors(

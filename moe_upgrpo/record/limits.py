@@ -43,7 +43,7 @@ class AlarmLimits:
     window: int = 5
     """Steps whose mean stands for reward and entropy."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 1 if field.type == "int" else 0

@@ -71,10 +71,10 @@ class StepRecord:
     @cached_property
     def _gap(self) -> dict[str, np.ndarray]:
         """The columns of the gap's terms."""
-        if not self.knows("gap"):
+        gaps = [s.gap for s in self.sequences if s.gap is not None]
+        if len(gaps) < len(self.sequences):
             return {}
-        names = self.sequences[0].gap
-        return {name: np.concatenate([s.gap[name] for s in self.sequences]) for name in names}
+        return {name: np.concatenate([gap[name] for gap in gaps]) for name in gaps[0]}
 
     def _repeated(self, name: str) -> np.ndarray:
         return np.repeat([getattr(s, name) for s in self.sequences], self._lengths)
@@ -214,7 +214,7 @@ class StepRecord:
         """Every mean that the sequences give, this rank's share."""
         sequences, tokens = len(self.sequences), int(self._lengths.sum())
         rewards = np.array([s.reward for s in self.sequences])
-        pairs = {
+        pairs: dict[str, tuple[float, float]] = {
             "reward/mean": (float(rewards.sum()), sequences),
             "reward/mean_square": (float((rewards**2).sum()), sequences),
             "response/length_mean": (tokens, sequences),
@@ -223,7 +223,8 @@ class StepRecord:
             finished = sum(bool(s.finished) for s in self.sequences)
             pairs["response/finished_rate"] = (finished, sequences)
         if self.knows("staleness"):
-            pairs["staleness/mean"] = (sum(int(s.staleness) for s in self.sequences), sequences)
+            updates = sum(int(s.staleness) for s in self.sequences if s.staleness is not None)
+            pairs["staleness/mean"] = (updates, sequences)
         if self.knows("entropy"):
             pairs["entropy/mean"] = (float(self.of_tokens("entropy").sum()), tokens)
         advantage_N = self.of_tokens("advantage")

@@ -7,6 +7,7 @@ Shapes: N response tokens, L MoE layers, K experts per token.
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -81,12 +82,13 @@ _TAIL = re.compile(r"(.*)/(_above|_below)/(\d+)")
 _LIST = re.compile(r"(.*)/(\d+)")
 
 
-def measured(sums: Sums) -> dict[str, float | list[float]]:
+def measured(sums: Sums) -> dict[str, Any]:
     """The metrics that do not come from the loss, from sums over all ranks.
 
-    Names that end in a number are the entries of a list; a histogram's are counts, not rates.
+    Names that end in a number are the entries of a list; a histogram's are counts, not rates, and
+    an entry of positions at which no token lies is None.
     """
-    metrics: dict = {}
+    metrics: dict[str, Any] = {}
     tails: dict[str, dict[str, np.ndarray]] = {}
     for name, (numerator, denominator) in sums.items():
         if entry := _TAIL.fullmatch(name):

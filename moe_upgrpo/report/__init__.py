@@ -1,6 +1,6 @@
 """The report: one HTML file that opens offline, made from run folders alone."""
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo import extras
 
 try:
     from moe_upgrpo.report.live import follow
@@ -8,10 +8,8 @@ try:
     from moe_upgrpo.report.page import write_page, write_report
     from moe_upgrpo.report.runs import load_runs
 except ModuleNotFoundError as error:
-    if error.name not in ("matplotlib", "jinja2", "scipy"):
-        raise
-    raise UserError(
-        f"the report needs {error.name}, which is not installed: pip install 'moe_upgrpo[report]'"
-    ) from None
+    if absent := extras.absent(error):
+        raise absent from None
+    raise
 
 __all__ = ["follow", "load_runs", "opening", "write_page", "write_report"]

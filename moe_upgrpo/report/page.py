@@ -1,7 +1,6 @@
 """Put the report together: the store's data, the figures, one HTML file and one JSON file."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING
 from moe_upgrpo.report.runs import Run, load_runs
 from moe_upgrpo.report.tables import about, summary
 from moe_upgrpo.report.training import OUTCOME, UPDATES
+from moe_upgrpo.store.files import write_text
 from moe_upgrpo.store.text import printable
 
 _GROUPS = {"learning": OUTCOME, "routing_figures": ROUTING, "updates": UPDATES}
@@ -165,8 +165,8 @@ def write_page(runs: list[Run], output: Path) -> Path:
         version=__version__,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    _replace(output.with_suffix(".json"), json.dumps(printable(data), allow_nan=False))
-    _replace(output, printable(html))
+    write_text(output.with_suffix(".json"), json.dumps(printable(data), allow_nan=False))
+    write_text(output, printable(html))
     return output
 
 
@@ -194,12 +194,6 @@ def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
             reason = " ".join(f"{finding['run']}: {finding['text']}" for finding in figure["says"])
         reasons.setdefault(reason, []).append({"key": figure["key"], "title": figure["title"]})
     return [{"reason": reason, "figures": found} for reason, found in reasons.items()]
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.tmp")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _color(run: int) -> str:

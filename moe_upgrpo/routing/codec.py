@@ -74,7 +74,7 @@ def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts:
         )
     N = len(packed_NB)
     bits_per_token = num_layers * _width(top_k, num_experts)
-    routes_NLK = np.empty((N, num_layers, top_k), dtype=_id_type(num_experts))
+    routes_NLK: ndarray = np.empty((N, num_layers, top_k), dtype=_id_type(num_experts))
     for tokens in _blocks(N, num_layers):
         bits_nW = np.unpackbits(packed_NB[tokens], axis=1)
         n = len(bits_nW)
@@ -149,7 +149,7 @@ def decode_difference(
     N, L, _ = rollout_NLK.shape
     data, offsets = np.asarray(data), np.asarray(offsets)
     _check_offsets(data, offsets, N)
-    train_NLK = np.empty(rollout_NLK.shape, dtype=_id_type(num_experts))
+    train_NLK: ndarray = np.empty(rollout_NLK.shape, dtype=_id_type(num_experts))
     for tokens in _blocks(N, L):
         first = tokens.start
         rollout_nLK = _ascending("rollout routes", rollout_NLK[tokens], first, num_experts)
@@ -426,10 +426,10 @@ def _check_offsets(data: ndarray, offsets: ndarray, num_tokens: int) -> None:
 def _ascending(name: str, routes_nLK: ndarray, first_token: int, num_experts: int) -> ndarray:
     """Check a block of routes and sort each row, in the narrowest type."""
     if routes_nLK.min() < 0 or routes_nLK.max() >= num_experts:
-        outside_nLK = (routes_nLK < 0) | (routes_nLK >= num_experts)
-        where = _where(name, routes_nLK, outside_nLK.any(axis=-1), first_token)
+        outside_nL = ((routes_nLK < 0) | (routes_nLK >= num_experts)).any(axis=-1)
+        where = _where(name, routes_nLK, np.asarray(outside_nL), first_token)
         raise UserError(f"{where}: expected ids in 0..{num_experts - 1}")
-    sets_nLK = np.sort(routes_nLK.astype(_id_type(num_experts)), axis=-1)
+    sets_nLK: ndarray = np.sort(routes_nLK.astype(_id_type(num_experts)), axis=-1)
     twice_nLK = sets_nLK[..., 1:] == sets_nLK[..., :-1]
     if twice_nLK.any():
         where = _where(name, routes_nLK, twice_nLK.any(axis=-1), first_token)

@@ -32,6 +32,8 @@ def count_rows(used_NE: Tensor, given_NK: Tensor | None = None, native_NK: Tenso
     rows = used_NE.new_full((), len(used_NE), dtype=torch.int64)
     if given_NK is None:
         return torch.stack([rows, *[rows.new_zeros(())] * (len(FIGURES) - 1)])
+    if native_NK is None:
+        raise ValueError("native_NK: None given with given_NK; the router's own choice is needed")
     given_NK, top_k = given_NK.long(), given_NK.shape[1]
     given_N = (given_NK >= 0).all(dim=1)
     if held_N is not None:

@@ -34,7 +34,7 @@ MIN_PROMPTS = 8
 Scale = Literal["share", "magnitude", "signed"]
 """A figure between 0 and 1, one above 0, one of either sign."""
 
-_SCALES: dict[Scale, tuple[Callable, Callable]] = {  # to it and back
+_SCALES: dict[Scale, tuple[Callable[..., Any], Callable[..., Any]]] = {  # to it and back
     "share": (logit, expit),
     "magnitude": (np.log, np.exp),
     "signed": (np.asarray, np.asarray),

@@ -7,7 +7,7 @@ J. Pharmacokinet. Biopharm. 15, 1987); to say that one is not worse, one of them
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from scipy.stats import t as student_t
 
@@ -27,7 +27,7 @@ class Difference:
     df: float
 
     @classmethod
-    def of_interval(cls, value: float, high: float, df: float, confidence: float = 0.95):
+    def of_interval(cls, value: float, high: float, df: float, confidence: float = 0.95) -> Self:
         """From a Student's t interval: its centre and its upper end."""
         return cls(
             value=value, error=(high - value) / student_t.ppf((1 + confidence) / 2, df), df=df
@@ -73,7 +73,11 @@ def judge(
     holds, fails = (holm(ps) for ps in zip(*map(for_it, differences), strict=True))
     found: list[Found] = []
     for equal, hold, fail in zip(within, holds, fails, strict=True):
-        said = [(equal, "equal"), (2 * hold, "holds"), (2 * fail, "fails")]
+        said: list[tuple[float, Found]] = [
+            (equal, "equal"),
+            (2 * hold, "holds"),
+            (2 * fail, "fails"),
+        ]
         found.append(next((name for p, name in said if p < alpha), "open"))
     return found
 

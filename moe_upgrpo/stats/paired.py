@@ -43,7 +43,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted_M
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
     """Mean and Student's t interval, mean ± t_{n−1} · s / √n; for one value the ends are NaN.
 
     Raises:

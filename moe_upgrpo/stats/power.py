@@ -38,7 +38,7 @@ class Spread:
     seed: float
     seed_problem: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.accuracy < 1:
             raise UserError(f"accuracy={self.accuracy}: between 0 and 1 is needed.")
         for name in ("problems", "gain", "seed", "seed_problem"):
@@ -65,7 +65,7 @@ class Design:
     samples: int
     seeds: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) < 1:
                 raise UserError(f"{field.name}={getattr(self, field.name)}: at least 1 is needed.")

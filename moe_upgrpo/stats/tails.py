@@ -34,7 +34,8 @@ def log_counts(log_ratios_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x_N = x_N[~np.isnan(x_N)]
     bins_N = np.searchsorted(_EDGES, np.abs(x_N), side="right")
     above_N = x_N > 0
-    return tuple(np.bincount(bins_N[side], minlength=BINS) for side in (above_N, ~above_N))
+    above_B, others_B = (np.bincount(bins_N[side], minlength=BINS) for side in (above_N, ~above_N))
+    return above_B, others_B
 
 
 def _spread(counts_B: np.ndarray, most: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from moe_upgrpo.store.schema import TokenLayout
 from moe_upgrpo.store.streamed import Part, Question, answer, mismatches_by_layer
 
 Columns = dict[str, np.ndarray]
+Measure = Callable[[Columns], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Quantity:
 
     meaning: str
     columns: tuple[str, ...]
-    numerator: Callable[[Columns], np.ndarray]
-    counts: Callable[[Columns], np.ndarray] | None = None
+    numerator: Measure
+    counts: Measure | None = None
     scale: Scale = "share"
 
 
@@ -40,7 +41,7 @@ def _gap(c: Columns) -> np.ndarray:
     return np.abs(c["logp_old"] - c["logp_rollout"])
 
 
-def _beyond(tau: float, log_ratio: Callable[[Columns], np.ndarray]) -> Callable[..., np.ndarray]:
+def _beyond(tau: float, log_ratio: Measure) -> Measure:
     def beyond(c: Columns) -> np.ndarray:
         distance_N = np.abs(log_ratio(c))
         # A token whose ratio is NaN is on neither side of τ: the rate must show it.
@@ -55,11 +56,11 @@ def _log_ratio(c: Columns) -> np.ndarray:
         return np.log(c["ratio"])
 
 
-def _itself(name: str) -> Callable[[Columns], np.ndarray]:
+def _itself(name: str) -> Measure:
     return lambda c: c[name]
 
 
-def _magnitude(name: str) -> Callable[[Columns], np.ndarray]:
+def _magnitude(name: str) -> Measure:
     return lambda c: np.abs(c[name])
 
 
@@ -73,6 +74,15 @@ _TERMS = (
     "counterfactual_engine_routing",
     "counterfactual_routing_shift",
 )
+
+
+def _kept_and_absolute(term: str) -> list[tuple[str, str, Callable[[str], Measure], Scale]]:
+    return [
+        ("", f"{term}, sign kept", _itself, "signed"),
+        ("_abs", f"|{term}|", _magnitude, "magnitude"),
+    ]
+
+
 _GAP = ("logp_old", "logp_rollout")
 _WEIGHT = ("gradient_weight", "advantage")
 
@@ -114,10 +124,7 @@ QUANTITIES: dict[str, Quantity] = {
     **{
         f"{term}{ending}": Quantity(f"mean {meaning}", (term,), measure(term), scale=scale)
         for term in _TERMS
-        for ending, meaning, measure, scale in (
-            ("", f"{term}, sign kept", _itself, "signed"),
-            ("_abs", f"|{term}|", _magnitude, "magnitude"),
-        )
+        for ending, meaning, measure, scale in _kept_and_absolute(term)
     },
     "clipped": Quantity(
         "share of tokens whose gradient the loss's rule took away",

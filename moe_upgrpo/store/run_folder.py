@@ -125,7 +125,7 @@ class RunFolder:
         """Facts that the run keeps of itself; empty of one that an older version wrote."""
         return _read_json(self.memory_path) if self.memory_path.is_file() else {}
 
-    def edits(self) -> dict[str, list]:
+    def edits(self) -> dict[str, list[Any]]:
         """Setting -> [what the run wrote, what stands there], of a config.json edited since."""
         config, memory = read_config(self.path), self.memory()
         if memory.get("config_sha256") in (None, self._checksum()):

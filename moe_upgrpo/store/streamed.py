@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,6 @@ class Question:
         # Questions of the same tokens have the same bins.
         self.key = (by, optional, asked.counts)
         self._counted = counted.setdefault(self.key, Counted())
-        self._fixed: np.ndarray | None = None
         self._sums: list[tuple[np.ndarray, ...]] = []
         self._steps: dict[int, int] = counted.setdefault(("steps", *self.key), {})
         self._extent: dict[int, tuple[Any, Any]] = {}
@@ -217,6 +217,15 @@ class Question:
         tokens = np.repeat(tokens_P, L)
         self._sums.append((np.repeat(keys_P, L), group, differs_PL.ravel(), tokens))
 
+    @cached_property
+    def _fixed(self) -> np.ndarray:
+        """The groups of what was counted: ends of bins, or token ids."""
+        if self.by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
+            return np.concatenate([[0], 2.0 ** np.arange(32)])
+        if self.by == "token":
+            return self._counted.most_frequent(self.groups)
+        return self._counted.ends(self.groups)
+
     def _grouped(self, values_N: np.ndarray) -> np.ndarray:
         """Each row's group, -1 where it is in none."""
         if self.by == "all":
@@ -228,13 +237,6 @@ class Question:
         if self.by == "step":
             found, at_N = np.unique(values_N, return_inverse=True)
             return np.array([self._steps.setdefault(s, len(self._steps)) for s in found])[at_N]
-        if self._fixed is None:
-            if self.by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
-                self._fixed = np.concatenate([[0], 2.0 ** np.arange(32)])
-            elif self.by == "token":
-                self._fixed = self._counted.most_frequent(self.groups)
-            else:
-                self._fixed = self._counted.ends(self.groups)
         if self.by == "token" and not len(self._fixed):
             return np.full(len(values_N), -1)
         if self.by == "token":

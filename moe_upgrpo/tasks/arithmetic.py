@@ -20,7 +20,7 @@ from moe_upgrpo.tasks.base import Problem, Tokens, refill_indices
 # characters that addition does not use are there for tasks to come.
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 VOCABULARY = (PAD, EOS, UNKNOWN, *"0123456789+=-*/%()<>,.;: abcd")
-PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
+PAD_ID, EOS_ID = 0, 1
 _ID_OF = {token: index for index, token in enumerate(VOCABULARY)}
 HELD_OUT_ONE_IN = 10
 

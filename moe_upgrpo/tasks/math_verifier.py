@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.extras import install
 
 _WORKER = Path(__file__).with_name("math_worker.py")
 # Of wall-clock: ten times what the worker allows an answer of processor time, and its imports.
@@ -31,8 +32,7 @@ class MathVerifier:
     def __init__(self):
         if find_spec("math_verify") is None:
             raise UserError(
-                "answers are checked by math-verify, which is not installed: "
-                "pip install 'moe_upgrpo[math]'."
+                "answers are checked by math-verify, which is not installed: " + install("math")
             )
         self.killed = 0
         self._worker: subprocess.Popen | None = None

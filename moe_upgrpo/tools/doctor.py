@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo import __version__, kernels
+from moe_upgrpo.extras import install
 from moe_upgrpo.megatron import releases
 from moe_upgrpo.rollout.engines import ENGINES
 
 NOT_RUN = "not run (no machine of ours could)"
 TE_RUN = "its kernels were not run (no machine of ours could)"
-SOURCE = "make setup, or pip install -e . in the repository"
+SOURCE = "make setup, or pip install -e '.[train,report]' in the repository"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def diagnose(
 
 
 def _base(installed: Installed, problems: list[str]) -> list[Item]:
-    """Requirements of this package's own metadata without an extra."""
+    """Requirements of this package's own metadata, with those of training."""
     items = []
     try:
         requires = importlib.metadata.requires("moe_upgrpo") or []
@@ -146,7 +147,7 @@ def _base(installed: Installed, problems: list[str]) -> list[Item]:
         problems.append(f"moe_upgrpo runs from a folder and is not installed: {SOURCE}")
         return []
     for requirement in map(Requirement, requires):
-        if requirement.marker and "extra" in str(requirement.marker):
+        if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
         version = installed.version(requirement.name)
         right = version is not None and requirement.specifier.contains(version, prereleases=True)
@@ -290,7 +291,6 @@ EXTRAS = (
     ("math-verify", "math", "--data: answers checked"),
     ("matplotlib", "report", "report.html"),
     ("jinja2", "report", "report.html"),
-    ("scipy", "report", "report.html"),
     ("tensorboard", "tracking", "--track tensorboard"),
     ("wandb", "tracking", "--track wandb"),
 )
@@ -303,7 +303,7 @@ def _extras(installed: Installed) -> list[Item]:
             version=installed.version(name),
             state="ok" if installed.version(name) else "missing",
             feature=feature,
-            get="" if installed.version(name) else f"pip install 'moe_upgrpo[{extra}]'",
+            get="" if installed.version(name) else install(extra),
         )
         for name, extra, feature in EXTRAS
     ]

@@ -65,7 +65,6 @@ class Plan:
     model: Sizes
     prompt_tokens: int
     new_tokens: int
-    update_batch: MicroBatch
     stages: list[StagePlan]
     logged: Bytes  # all ranks, one RL step
     host: Bytes  # of the first machine
@@ -128,7 +127,6 @@ def make_plan(config: PlanConfig) -> Plan:
         model=model,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        update_batch=update,
         stages=made,
         logged=_logged(config, model, length, new_tokens),
         host=_host(config, layout, model, length),

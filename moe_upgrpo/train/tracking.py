@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.extras import install
 from moe_upgrpo.store.files import parse_json, write_text
 
 Tracker = Literal["none", "tensorboard", "wandb"]
@@ -31,7 +32,7 @@ def check(names: Sequence[Tracker]) -> None:
     if missing:
         raise UserError(
             f"track={' '.join(names)}: {' and '.join(missing)} is not installed. "
-            "pip install 'moe_upgrpo[tracking]' brings both, or leave --track out."
+            f"{install('tracking')} brings both, or leave --track out."
         )
 
 

@@ -27,9 +27,10 @@ from benchmarks.exact.estimators import (
     targets,
 )
 from benchmarks.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
-from benchmarks.exact.report import SECTIONS, Report, checks, crossing, filled, with_errors
+from benchmarks.exact.report import SECTIONS, Report, checks, crossing, with_errors
 from benchmarks.exact.stress_report import Report as StressReport
 from benchmarks.exact.study import gradient, mismatch_rate
+from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages, policy_loss
 

@@ -22,7 +22,6 @@ from benchmarks.exact.estimators import (
     moments,
 )
 from benchmarks.exact.policy import DTYPE, Mismatch, Sizes
-from benchmarks.exact.report import filled
 from benchmarks.exact.stress_fallen import fallen, half_of_right, weight_on_positive
 from benchmarks.exact.stress_report import SECTIONS, at_matched, counted, runs_of, wilson
 from benchmarks.exact.stress_runs import (
@@ -41,6 +40,7 @@ from benchmarks.exact.stress_runs import (
     train,
     uniform,
 )
+from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, group_advantages, policy_loss
 

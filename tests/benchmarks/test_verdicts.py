@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence, verdicts
-from benchmarks.exact.report import filled
+from docs.sections import filled
 from moe_upgrpo.compare.report import load
 from moe_upgrpo.errors import UserError
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.sections import filled
 from moe_upgrpo.losses.config import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,12 +21,12 @@ def maker():
 
 def test_the_tables_are_up_to_date(maker):
     page = (DOCS / "losses.md").read_text()
-    assert maker.filled(page) == page, "run python docs/make_loss_page.py"
+    assert filled(page, maker.SECTIONS) == page, "run python -m docs.make_loss_page"
 
 
 def test_a_missing_section_is_an_error(maker):
     with pytest.raises(KeyError, match="section presets appears 0 times"):
-        maker.filled("# Losses")
+        filled("# Losses", maker.SECTIONS)
 
 
 def test_the_figure_shows_every_family(maker):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs import marked_faults
+from docs.sections import filled
 from moe_upgrpo.store import TokenLogWriter, overlap_array, read_tokens
 from moe_upgrpo.store.questions import rate
 from tests.store.rows import EXPERTS, LAYERS, TOP_K, full_columns
@@ -53,9 +54,9 @@ def test_the_tables_are_up_to_date():
     assert len(maker.PAGES) == 12
     for name, sections in maker.PAGES.items():
         page = (DOCS / name).read_text()
-        assert maker.filled(page, sections) == page, "run python -m docs.make_tables"
+        assert filled(page, sections) == page, "run python -m docs.make_tables"
     with pytest.raises(KeyError, match="section columns appears 0 times"):
-        maker.filled("# Token log", maker.PAGES["token-log.md"])
+        filled("# Token log", maker.PAGES["token-log.md"])
 
 
 def test_the_faults_that_tests_hold(tmp_path):

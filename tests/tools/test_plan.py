@@ -90,9 +90,8 @@ def test_thirty_billion_parameters_fit_on_eight_gpus(monkeypatch):
         "weights for the server, rank 0": 2 * 30_532_122_624,
     }
     # 441 rows of half the vocabulary, in bf16 once and in fp32 twice; all hidden states.
-    head = memory.head(
-        plan.model, plan.layout, plan.update_batch, dtype="bfloat16", purpose="score"
-    )
+    batch = memory.MicroBatch(sequences=1, length=9216)
+    head = memory.head(plan.model, plan.layout, batch, dtype="bfloat16", purpose="score")
     assert 2**27 // (4 * 75968) == 441
     assert head == 441 * 75968 * 10 + 9216 * ((8 * 2048 + 4) / 2 + 2048 * 2)
     text = shown(plan)
@@ -119,7 +118,7 @@ def test_responses_of_32k_tokens_fit_on_eight_gpus_of_141_gb(monkeypatch):
     words = ("--config", MOE, "--max-new-tokens", 32768, "--server-gb", 24)
     plan = make_plan(planned(*words, monkeypatch=monkeypatch))
     check_fits(plan)
-    assert plan.update_batch == memory.MicroBatch(sequences=1, length=1024 + 32768)
+    assert "1 x 33792 tokens" in shown(plan)
     (stage,) = plan.stages
     # Full recomputation keeps the input of each of 48 layers, half of it on a rank of TP2.
     assert stage.moments["update"]["layer inputs"] == 48 * 33792 * 2048 * 2 / 2

@@ -1,0 +1,49 @@
+"""Packages that only some uses need: which extra brings each, and what to say where one is absent.
+
+The requirements themselves are in setup.py.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from moe_upgrpo.errors import UserError
+
+EXTRA_OF = {
+    "megatron": "train",
+    "transformers": "train",
+    "tokenizers": "train",
+    "huggingface_hub": "train",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "markupsafe": "report",
+    "math_verify": "math",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+    "vllm": "vllm",
+}
+"""Module -> extra."""
+_NAMES = {"megatron": "Megatron-Core", "math_verify": "math-verify"}
+
+
+def install(extra: str) -> str:
+    """The command that brings it."""
+    return f"pip install 'moe_upgrpo[{extra}]'"
+
+
+def absent(error: BaseException) -> UserError | None:
+    """The error for an import of what an extra that is not installed would bring; else None."""
+    module = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or module not in EXTRA_OF or _is_there(module):
+        return None
+    extra, name = EXTRA_OF[module], _NAMES.get(module, module)
+    return UserError(
+        f"{name} is not installed; it comes with the extra `{extra}`: {install(extra)}"
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # None stands in its place in sys.modules
+        return False
