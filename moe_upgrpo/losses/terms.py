@@ -36,7 +36,7 @@ class LossTerms:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("kl_coef", "entropy_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: {getattr(self, name)} given; allowed: 0 or more")
@@ -78,15 +78,9 @@ def loss_terms(
     Raises:
         UserError: what a coefficient needs is None, shapes that differ, no token.
     """
-    given = {"reference_log_probs": reference_log_probs, "entropy": entropy}
-    needed = {"reference_log_probs": "kl_coef", "entropy": "entropy_coef"}
-    for name, coefficient in needed.items():
-        if getattr(terms, coefficient) and given[name] is None:
-            raise UserError(
-                f"{name}: None given, {coefficient} is {getattr(terms, coefficient)}; allowed: "
-                f"[B, T] (or {coefficient}=0)"
-            )
-    check_shapes({"log_probs": log_probs, "mask": mask, **given})
+    check_shapes(
+        log_probs, {"mask": mask, "reference_log_probs": reference_log_probs, "entropy": entropy}
+    )
     mask_BT, lengths_B1 = mask_and_lengths(mask)
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
     weights_B = aggregation_weights(
@@ -98,12 +92,13 @@ def loss_terms(
     )
     values_BT = {}
     if terms.kl_coef:
+        reference = _needed("reference_log_probs", reference_log_probs, "kl_coef", terms.kl_coef)
         current_BT, reference_BT = (
-            torch.where(mask_BT, x.to(dtype), 0.0)
-            for x in (log_probs, reference_log_probs.detach())
+            torch.where(mask_BT, x.to(dtype), 0.0) for x in (log_probs, reference.detach())
         )
         values_BT["kl"] = terms.kl_coef, kl_estimate(current_BT, reference_BT, terms.kl_estimator)
     if terms.entropy_coef:
+        entropy = _needed("entropy", entropy, "entropy_coef", terms.entropy_coef)
         values_BT["entropy"] = -terms.entropy_coef, torch.where(mask_BT, entropy.to(dtype), 0.0)
     tokens = mask_BT.count_nonzero()
     return (
@@ -113,6 +108,15 @@ def loss_terms(
             for n, (_, x_BT) in values_BT.items()
         },
     )
+
+
+def _needed(name: str, given: Tensor | None, coefficient: str, value: float) -> Tensor:
+    """The tensor that a coefficient needs; UserError where it is None."""
+    if given is None:
+        raise UserError(
+            f"{name}: None given, {coefficient} is {value}; allowed: [B, T] (or {coefficient}=0)"
+        )
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,7 @@ class EntropyControl:
     least: float = 0.0
     most: float = 5e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.target < math.inf:
             raise UserError(f"entropy_target: {self.target} given; allowed: 0 or more nats")
         if not 0 < self.delta < math.inf:
