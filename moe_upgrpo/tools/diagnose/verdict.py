@@ -24,6 +24,8 @@ from moe_upgrpo.tools.diagnose import faults, logps, matching, signs
 from moe_upgrpo.tools.diagnose.causes import CAUSES
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
+LEAST_TOLD = 0.01  # a cause of less stands in the table alone
+
 if TYPE_CHECKING:
     from moe_upgrpo.tools.diagnose.expected import Expected
 
@@ -231,9 +233,10 @@ def _causes(measured: Measured, findings: Sequence[Finding], tried: int) -> str:
             measured.gap and measured.gap.value > logps.LEAST_GAP
         ):
             return f"{looked}, and nothing is left to explain"
-        if not findings:
+        told = [one for one in findings if one.share is None or one.share >= LEAST_TOLD][:3]
+        if not told:
             return f"{looked}, and the records alone do not say what else causes it"
-        shares = "; ".join(f"{CAUSES[one.cause].says}: {explains(one)}" for one in findings[:3])
+        shares = "; ".join(f"{CAUSES[one.cause].says}: {explains(one)}" for one in told)
         return f"{looked}; of what differs, {shares}"
     first, *more = named
     text = f"The cause is that {CAUSES[first.cause].says}: {explains(first)} ({first.shown_by})"
