@@ -161,6 +161,14 @@ def test_a_prompt_may_have_more_sequences_than_another():
 # --- the tensors of an engine
 
 
+def test_rows_that_nobody_wrote_are_not_compared():
+    train = Seen(routes=[np.array([[[0, 1]], [[1, 2]], [[0, 2]]])], log_probs=None)
+    engine = Seen(routes=[np.array([[[0, 0]], [[2, 1]], [[1, 2]]])], log_probs=None)
+    found = differences(engine, train, prompt=[0], num_experts=3)
+    assert found.routers_P.tolist() == [1] and found.pairs_P.tolist() == [2]
+    assert found.rate("routers") == 1 / 2
+
+
 def test_tensors_are_told_apart(tiny_checkpoint):
     right = HFEngine(tiny_checkpoint, "float32", "cpu")
 

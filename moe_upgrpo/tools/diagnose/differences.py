@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
+from moe_upgrpo.record import known_rows
 from moe_upgrpo.routing import ComparisonKind, compare_routes
 from moe_upgrpo.stats import jackknifed, sign_flip_test
 
@@ -67,6 +67,9 @@ def differences(
 ) -> Differences:
     """Two sides' differences, summed over the sequences of each prompt.
 
+    Of routes, in the rows that a router of each side wrote; that others are there is a fault of its
+    own.
+
     Raises:
         UserError: nothing to compare, or routes that cannot be those of the same tokens.
     """
@@ -79,24 +82,27 @@ def differences(
     def summed(values_N: np.ndarray) -> np.ndarray:
         return np.bincount(prompt_N, weights=values_N, minlength=prompts)
 
+    tokens_P = summed(np.ones(len(prompt_N)))
+    pairs_P = tokens_P
     routers_P = by_layer = gap_P = None
-    layers = 0
     if first.routes is not None and second.routes is not None and first.routes[0].shape[1]:
+        both = [np.concatenate(side.routes) for side in (first, second)]
+        written_N = known_rows(*both, num_experts=num_experts)
         counts = compare_routes(
-            *(torch.from_numpy(np.concatenate(side.routes)) for side in (first, second)),
+            *both,
             num_experts=num_experts,
+            valid=written_N,
             kind=ComparisonKind.FREE_RUNNING,
         )
-        layers = counts.num_layers
+        pairs_P = summed(written_N) * counts.num_layers
         routers_P = summed(counts.routers_per_token.numpy())
         by_layer = counts.router_mismatch_by_layer.numpy()
     if first.log_probs is not None and second.log_probs is not None:
         gaps = np.concatenate(first.log_probs).astype(np.float64) - np.concatenate(second.log_probs)
         gap_P = summed(np.abs(gaps))
-    tokens_P = summed(np.ones(len(prompt_N)))
     return Differences(
         routers_P=routers_P,
-        pairs_P=tokens_P * max(layers, 1),
+        pairs_P=pairs_P,
         gap_P=gap_P,
         tokens_P=tokens_P,
         by_layer=by_layer,
