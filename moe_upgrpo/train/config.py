@@ -38,7 +38,7 @@ class TrainConfig:
     trainer: Annotated[TrainerOptions, _FLAT] = field(default_factory=TrainerOptions)
     parallel: Annotated[ParallelOptions, _FLAT] = field(default_factory=ParallelOptions)
     batch: Annotated[BatchOptions, _FLAT] = field(default_factory=BatchOptions)
-    reward: Annotated[RewardOptions, _FLAT] = field(default_factory=RewardOptions)
+    rewarding: Annotated[RewardOptions, _FLAT] = field(default_factory=RewardOptions)
     evaluation: Annotated[EvaluationOptions, _FLAT] = field(default_factory=EvaluationOptions)
     log: Annotated[LogOptions, _FLAT] = field(default_factory=LogOptions)
 
@@ -66,7 +66,7 @@ class TrainConfig:
         self._check_data()
         self._check_engine_every()
         self._check_refills()
-        if self.reward.overlong_buffer:
+        if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
     def _check_data(self) -> None:
@@ -106,7 +106,7 @@ class TrainConfig:
 
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills
-        if self.reward.false_positives and max_refills:
+        if self.rewarding.false_positives and max_refills:
             raise UserError(
                 "false_positives with max_refills: groups are kept or dropped by the true "
                 "verdicts. Leave one out."
@@ -122,10 +122,10 @@ class TrainConfig:
 
         of_sums = ArithmeticTask(self.problems.digits).max_response_tokens
         longest = self.rollouts.max_new_tokens or of_sums
-        if self.reward.overlong_buffer > longest:
+        if self.rewarding.overlong_buffer > longest:
             raise UserError(
-                f"overlong_buffer={self.reward.overlong_buffer}: more than the longest response's "
-                f"{longest} tokens."
+                f"overlong_buffer={self.rewarding.overlong_buffer}: more than the longest "
+                f"response's {longest} tokens."
             )
 
     def layout(self, world_size: int) -> Layout:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.tasks.base import Problem, Task
+from moe_upgrpo.tasks.base import Problem, Task, judged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +49,15 @@ def count_correct(
         ids = [rollout.response_ids for rollout in rollouts]
         return [ids[start : start + each] for start in range(0, len(ids), each)]
 
-    greedy, correct, majority = [], [], []
-    for problem, (response,) in zip(
-        problems, responses(replace(sampling, temperature=0.0), 1), strict=True
-    ):
-        greedy.append(task.reward(problem, response) == 1.0)
-    for problem, of_problem in zip(problems, responses(sampling, samples), strict=True):
-        right = [task.reward(problem, response) == 1.0 for response in of_problem]
+    def right_ones(of_problems: list[list[np.ndarray]]) -> list[list[bool]]:
+        asked = [p for p, of in zip(problems, of_problems, strict=True) for _ in of]
+        verdicts = iter(judged(task, asked, [ids for of in of_problems for ids in of]))
+        return [[next(verdicts).correct == 1 for _ in of] for of in of_problems]
+
+    greedy = [right for (right,) in right_ones(responses(replace(sampling, temperature=0.0), 1))]
+    correct, majority = [], []
+    sampled = responses(sampling, samples)
+    for of_problem, right in zip(sampled, right_ones(sampled), strict=True):
         correct.append(sum(right))
         majority.append(majority_vote(right, task.answer_classes(of_problem)))
     return EvalCounts(

@@ -78,10 +78,10 @@ def make_job(
         rewarding=Rewarding(
             seed=config.run.seed,
             max_length=sampling.max_new_tokens,
-            wrong=config.reward.reward_wrong,
-            false_positives=config.reward.false_positives,
-            overlong_buffer=config.reward.overlong_buffer,
-            overlong_factor=config.reward.overlong_penalty,
+            wrong=config.rewarding.reward_wrong,
+            false_positives=config.rewarding.false_positives,
+            overlong_buffer=config.rewarding.overlong_buffer,
+            overlong_factor=config.rewarding.overlong_penalty,
         ),
         learner=Learner(
             actor=actor,

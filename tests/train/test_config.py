@@ -220,7 +220,8 @@ def test_the_recipes_that_are_shipped():
     assert loss.aggregation == "token-mean"
     batch, optimizer = config.batch, config.trainer.optimizer
     assert (batch.prompts, batch.group, batch.prompts // batch.minibatches) == (512, 16, 32)
-    assert (config.rollouts.max_new_tokens, config.reward.overlong_buffer) == (20 * 1024, 4 * 1024)
+    assert config.rollouts.max_new_tokens == 20 * 1024
+    assert config.rewarding.overlong_buffer == 4 * 1024
     assert (optimizer.lr, optimizer.weight_decay) == (1e-6, 0.1)
     assert optimizer.warmup_steps == 10 * batch.optimizer_steps
     config.layout(8)
