@@ -19,7 +19,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from moe_upgrpo import __version__, ending, kernels
+from moe_upgrpo import __version__, ending, kernels, plugins
 from moe_upgrpo.errors import (
     LOST_RANK,
     MachineFault,
@@ -32,6 +32,7 @@ from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.console import Console
 
 COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
+WITH_PLUGINS = ("train", "launch", "plan", "compare", "probe")
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -98,6 +99,8 @@ def _run(arguments: list[str]) -> None:
     else:
         if arguments[0] in COMPUTE:
             kernels.pin()  # before torch computes
+        if arguments[0] in WITH_PLUGINS:
+            plugins.load()
         commands[arguments[0]](arguments[1:])
 
 

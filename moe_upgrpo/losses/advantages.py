@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,25 +41,48 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def register_advantage(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    """Give advantages of one's own a name: a function of rewards `[P, G]`, a row for each prompt.
+
+    Raises UserError where the name is another's.
+    """
+    if ADVANTAGES.get(name, function) is not function:
+        raise UserError(
+            f"register_advantage: {name!r} given; allowed: a name that is not taken, as are "
+            f"{', '.join(ADVANTAGES)}"
+        )
+    ADVANTAGES[name] = function
+
+
 def group_advantages(rewards: Tensor, group_size: int, kind: str = "grpo") -> Tensor:
     """One advantage per response from its group's rewards.
 
     Args:
         rewards: `[N]`, the `group_size` responses to a prompt adjacent.
         group_size: G ≥ 2.
-        kind: `grpo` (R − mean)/(std + 1e-6), `dr-grpo` R − mean, `rloo` R − mean of the others.
+        kind: `grpo` (R − mean)/(std + 1e-6), `dr-grpo` R − mean, `rloo` R − mean of the others, or
+            the name of one that is registered.
 
     Returns:
         `[N]`. A group whose rewards are all equal gets exactly 0 (rounding of the mean would
         otherwise be blown up by the division by a vanishing std).
 
     Raises:
-        UserError: unknown kind, N not a multiple of G, G < 2, or rewards that are not finite.
+        UserError: unknown kind, N not a multiple of G, G < 2, rewards or advantages that are not
+            finite, advantages of another shape than the rewards.
     """
     if kind not in ADVANTAGES:
-        raise UserError(f"kind: {kind!r} given; allowed: {', '.join(ADVANTAGES)}")
+        raise UserError(
+            f"kind: {kind!r} given; allowed: {', '.join(ADVANTAGES)}{nearest(kind, ADVANTAGES)}"
+        )
     rewards_PG = _grouped(rewards, group_size)
     advantages_PG = ADVANTAGES[kind](rewards_PG)
+    shape = tuple(getattr(advantages_PG, "shape", ()))
+    if shape != tuple(rewards_PG.shape) or not advantages_PG.isfinite().all():
+        raise UserError(
+            f"advantages {kind!r} of rewards {tuple(rewards_PG.shape)} (prompts, responses) gave "
+            f"{shape or type(advantages_PG).__name__}; finite ones of the same shape are needed"
+        )
     return torch.where(
         informative_groups(rewards, group_size)[:, None], advantages_PG, 0.0
     ).flatten()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
 from moe_upgrpo.losses.branches import BRANCHES, Side
 from moe_upgrpo.losses.correction import RolloutCorrection
@@ -167,7 +167,9 @@ class PolicyLossConfig:
             UserError: unknown name; the message lists the known ones.
         """
         if name not in PRESETS:
-            raise UserError(f"preset: {name!r} given; allowed: {', '.join(PRESETS)}")
+            raise UserError(
+                f"preset: {name!r} given; allowed: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
+            )
         return replace(PRESETS[name], **changes)
 
 

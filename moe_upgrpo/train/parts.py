@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses.advantages import ADVANTAGES
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rewards import read_rewards
-from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings, check_engine
+from moe_upgrpo.rollout.engines import EngineWeights, VLLMSettings, check_engine
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
@@ -78,12 +79,18 @@ class ObjectiveOptions:
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
     (bypass): the ratio then has the mismatch in it."""
-    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    advantage: str = "grpo"
+    """grpo, dr-grpo, rloo, or one that a plug-in has registered."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
 
     def __post_init__(self):
+        if self.advantage not in ADVANTAGES:
+            raise UserError(
+                f"advantage={self.advantage!r}: allowed are {', '.join(ADVANTAGES)}"
+                f"{nearest(self.advantage, ADVANTAGES)}."
+            )
         if "router_log_probs" in self.policy_loss().arguments:
             served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
             raise UserError(
@@ -99,7 +106,10 @@ class ObjectiveOptions:
     def policy_loss(self) -> PolicyLossConfig:
         """The preset, with this run's rollout correction."""
         if self.loss not in PRESETS:
-            raise UserError(f"loss={self.loss!r}: allowed are {', '.join(PRESETS)}.")
+            raise UserError(
+                f"loss={self.loss!r}: allowed are {', '.join(PRESETS)}"
+                f"{nearest(self.loss, PRESETS)}."
+            )
         changed = {"correction": self.correction} if self.correction.active else {}
         return PolicyLossConfig.preset(self.loss, **changed)
 
@@ -182,8 +192,9 @@ class ProblemOptions:
 class RolloutOptions:
     """The engine, how it samples, and when."""
 
-    engine: EngineName = "hf"
-    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
+    engine: str = "hf"
+    """Rollout engine, in every rank or a server: hf (transformers), vllm, sglang, or a plug-in's:
+    docs/engines.md."""
     engine_url: str | None = None
     """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)

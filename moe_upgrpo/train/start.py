@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_upgrpo import ending
+from moe_upgrpo import ending, plugins
 from moe_upgrpo.errors import LOST_RANK, MachineFault, UserError, machine_fault
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import drop_exports
@@ -195,6 +195,7 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "num_experts": actor.num_experts,
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
+        "plugins": plugins.load(),
         "alarms": alarms.texts(config.log.alarm),
         "policy_loss": asdict(config.objective.policy_loss()),
     }
