@@ -27,11 +27,17 @@ class Sample:
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     advantage: float = 0.0
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
+    sampled: np.ndarray | None = None  # [T] bool: response tokens that count; None: all
 
     @property
     def response_rows(self) -> slice:
         """The rows whose outputs are the response's log-probs."""
         return slice(self.prompt_length - 1, len(self.tokens) - 1)
+
+    @property
+    def counted(self) -> np.ndarray | slice:
+        """Response tokens that count, as an index of what there is for each of them."""
+        return slice(None) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +46,7 @@ class Batch:
 
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
-    mask_BS: torch.Tensor  # bool: rows whose target is a response token
+    mask_BS: torch.Tensor  # bool: rows whose target is a response token that counts
     old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next two; None: not given
     rollout_log_probs_BS: torch.Tensor
     advantages_BS: torch.Tensor
@@ -81,7 +87,7 @@ def make_batch(
     for b, sample in enumerate(samples):
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
-        mask[b, rows] = True
+        mask[b, rows] = True if sample.sampled is None else torch.from_numpy(sample.sampled)
         advantages[b, rows] = sample.advantage
         if sample.routes is not None:
             _check_routes(sample.routes)

@@ -88,15 +88,28 @@ class Task(Protocol):
     def close(self) -> None:
         """Free what the verifier holds; the task is not used afterwards."""
 
+    # A task of several turns has, besides:
+    #
+    # max_turns: int, above 1: how many times the model speaks.
+    # max_observation_tokens: int: the longest result of a tool.
+    # observe(problem, response_ids) -> token ids, or None where the conversation has ended: the
+    #     result after a response so far, earlier results among its tokens. The ids are put behind
+    #     it, and the model speaks again.
 
-def judged(task: Task, problems: Sequence[Problem], responses: Sequence[Tokens]) -> list[Verdict]:
-    """A verdict for each response to the problem at its place.
+
+def judged(
+    task: Task,
+    problems: Sequence[Problem],
+    responses: Sequence[Tokens],
+    sampled: Sequence[np.ndarray | None] | None = None,
+) -> list[Verdict]:
+    """A verdict for each response to the problem at its place. sampled: as `Rollout` has it.
 
     By `task.judge`, with the same arguments, where the task has it: all responses of a step at a
     time. Else by `task.reward`, one after the other.
     """
     if judge := getattr(task, "judge", None):
-        return judge(problems, responses)
+        return judge(problems, responses, sampled)
     verdicts = []
     for problem, ids in zip(problems, responses, strict=True):
         before = task.killed

@@ -58,4 +58,12 @@ def make_task(word: str, model_dir: Path, options: str) -> Task:
             f"task={word!r}: {type(task).__name__} has no {', '.join(lacking)}; "
             "moe_upgrpo/tasks/base.py says what a task has"
         )
+    turns = getattr(task, "max_turns", 1)
+    if turns > 1 and (
+        lacking := [n for n in ("observe", "max_observation_tokens") if not hasattr(task, n)]
+    ):
+        raise UserError(
+            f"task={word!r}: {type(task).__name__} has max_turns={turns} and no "
+            f"{' and no '.join(lacking)}; moe_upgrpo/tasks/base.py says what a task has"
+        )
     return task

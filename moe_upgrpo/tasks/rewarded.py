@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rewards import Outcome, Question, Reward, Workers, read_rewards
 from moe_upgrpo.rewards.functions import ANSWERS
@@ -62,6 +64,7 @@ class RewardedTask:
             )
         self.killed = 0
         self._said: dict[str, int] = {}
+        self._unobserved: dict[tuple[str, bytes], tuple[str, bool]] = {}
         self._math: MathVerifier | None = None
         self._workers: dict[str, Workers] = {}
         self._count = workers
@@ -96,19 +99,57 @@ class RewardedTask:
         """The reward of one response."""
         return self.judge([problem], [response_ids])[0].reward
 
-    def judge(self, problems: Sequence[Problem], responses: Sequence[Tokens]) -> list[Verdict]:
+    def observe(self, problem: Problem, response_ids: Tokens) -> np.ndarray | None:
+        """The task's `observe`, whose failures end the conversation and are those of a reward."""
+        most = self._task.max_observation_tokens
+
+        def result() -> np.ndarray | None:
+            ids = self._task.observe(problem, response_ids)
+            if ids is None:
+                return None
+            ids = np.asarray(ids)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 < len(ids) <= most:
+                raise ValueError(
+                    f"it gave {ids.dtype} {ids.shape}; token ids are needed, 1 to "
+                    f"max_observation_tokens={most} of them"
+                )
+            return ids
+
+        found, why, late = _within(self._timeout_s, result)
+        if why:
+            failed = f"{type(self._task).__name__}.observe: {why}"
+            self._unobserved[problem.prompt, _key(response_ids)] = (failed, late)
+        return found
+
+    def judge(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[Tokens],
+        sampled: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Verdict]:
         """A verdict for each response to the problem at its place; see `judged`."""
         if not self._rewards:
             verdicts = [self._own(p, ids) for p, ids in zip(problems, responses, strict=True)]
         else:
             texts = [self._text(ids) for ids in responses]
-            sampled = map(sampled_tokens, responses)
+            masks = sampled or [None] * len(responses)
             questions = [
-                Question(prompt=p.prompt, answer=p.answer, tokens=count)
-                for p, count in zip(problems, sampled, strict=True)
+                Question(
+                    prompt=p.prompt,
+                    answer=p.answer,
+                    tokens=len(ids) if mask is None else int(mask.sum()),
+                )
+                for p, ids, mask in zip(problems, responses, masks, strict=True)
             ]
             by_reward = [self._outcomes(r, problems, questions, texts) for r in self._rewards]
             verdicts = [self._verdict(of_response) for of_response in zip(*by_reward, strict=True)]
+        if self._unobserved:
+            verdicts = [
+                self._with_failed_tools(*one)
+                for one in zip(problems, responses, verdicts, strict=True)
+            ]
+            for problem, ids in zip(problems, responses, strict=True):
+                self._unobserved.pop((problem.prompt, _key(ids)), None)
         for problem, verdict in zip(problems, verdicts, strict=True):
             self.killed += verdict.killed
             if verdict.failed:
@@ -167,13 +208,22 @@ class RewardedTask:
 
     def _own(self, problem: Problem, response_ids: Tokens) -> Verdict:
         """The task's own `reward`, in a thread that is left behind where it hangs."""
-        outcome = _within(self._timeout_s, self._task.reward, problem, response_ids)
-        if outcome.value is None:
-            why = outcome.why or f"gave no answer in {self._timeout_s:g} s"
+        given, why, late = _within(
+            self._timeout_s, lambda: plain(self._task.reward(problem, response_ids))
+        )
+        if why:
             why = f"{type(self._task).__name__}.reward: {why}"
-            return Verdict(reward=0.0, correct=0.0, failed=why, killed=outcome.late)
-        value, parts = value_of(outcome.value)
-        return Verdict(reward=value, correct=is_right(outcome.value), parts=parts)
+            return Verdict(reward=0.0, correct=0.0, failed=why, killed=int(late))
+        value, parts = value_of(given)
+        return Verdict(reward=value, correct=is_right(given), parts=parts)
+
+    def _with_failed_tools(
+        self, problem: Problem, response_ids: Tokens, verdict: Verdict
+    ) -> Verdict:
+        failed, late = self._unobserved.get((problem.prompt, _key(response_ids)), ("", False))
+        if not failed:
+            return verdict
+        return Verdict(reward=0.0, correct=0.0, failed=failed, killed=verdict.killed + late)
 
     def _tell(self, problem: Problem, why: str) -> None:
         message = f"problem {problem.prompt!r:.120}: {why}"
@@ -235,11 +285,6 @@ def _equal_tokens(responses: Sequence[Tokens]) -> list[int | None]:
     return [seen.setdefault(tuple(ids), len(seen)) for ids in responses]
 
 
-def sampled_tokens(response_ids: Tokens) -> int:
-    """How many tokens of a response were sampled."""
-    return len(response_ids)
-
-
 def value_of(given: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The reward and the named ones. Of names `score` is the reward; without it they add up."""
     if not isinstance(given, Mapping):
@@ -256,16 +301,24 @@ def is_right(given: float | Mapping[str, float]) -> float:
     return float(value_of(given)[0] >= 1)
 
 
-def _within(seconds: float, function, *args) -> Outcome:
-    found: list[Outcome] = []
+def _key(response_ids: Tokens) -> bytes:
+    return np.asarray(response_ids, np.int64).tobytes()
 
-    def call() -> None:
+
+def _within(seconds: float, call: Callable[[], Any]) -> tuple[Any, str, bool]:
+    """The call's result, or why there is none, and whether it was late.
+
+    A call that hangs is left behind in its thread.
+    """
+    found: list[tuple[Any, str, bool]] = []
+
+    def run() -> None:
         try:
-            found.append(Outcome(plain(function(*args))))
+            found.append((call(), "", False))
         except BaseException as error:
-            found.append(Outcome(None, said(error)))
+            found.append((None, said(error) or type(error).__name__, False))
 
-    thread = threading.Thread(target=call, daemon=True, name="reward")
+    thread = threading.Thread(target=run, daemon=True, name="reward")
     thread.start()
     thread.join(seconds)
-    return found[0] if found else Outcome(None, late=True)
+    return found[0] if found else (None, f"gave no answer in {seconds:g} s", True)

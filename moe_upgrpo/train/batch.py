@@ -186,7 +186,7 @@ class Rewarding:
         mistaken_B = np.concatenate(draws) < self.false_positives
         return shaped_rewards(
             np.where(mistaken_B & (batch.correct_B != 1), 1, batch.earned_B),
-            np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
+            np.array([int(rollout.sampled_or_all.sum()) for rollout in batch.rollouts]),
             wrong=self.wrong,
             max_length=self.max_length,
             overlong_buffer=self.overlong_buffer,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.turns import turns_of
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks import Task
 from moe_upgrpo.train.batch import Rewarding
@@ -77,7 +78,7 @@ def make_job(
         rollouts=rollouts,
         rewarding=Rewarding(
             seed=config.run.seed,
-            max_length=sampling.max_new_tokens,
+            max_length=sampling.max_new_tokens * turns_of(task),
             wrong=config.rewarding.reward_wrong,
             false_positives=config.rewarding.false_positives,
             overlong_buffer=config.rewarding.overlong_buffer,

@@ -194,6 +194,7 @@ def samples_of(rollouts: Sequence[Rollout], advantages: np.ndarray) -> list[Samp
             prompt_length=len(r.prompt_ids),
             rollout_log_probs=r.logp_rollout,
             advantage=float(advantage),
+            sampled=r.sampled,
         )
         for r, advantage in zip(rollouts, advantages, strict=True)
     ]

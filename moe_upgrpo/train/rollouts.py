@@ -12,6 +12,7 @@ from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
+from moe_upgrpo.rollout.turns import converse
 from moe_upgrpo.tasks import Problem, Task, judged
 from moe_upgrpo.train.batch import Batch, Group, collect
 from moe_upgrpo.train.place import SAMPLING, Place, seed_of
@@ -107,7 +108,12 @@ class Rollouts:
         size = self.group
         mine = self.place.of_rank([(problems[i // size], r) for i, r in enumerate(rollouts)])
         verdicts = groups.gather_in_model_copy(
-            judged(self.task, [p for p, _ in mine], [r.response_ids for _, r in mine])
+            judged(
+                self.task,
+                [p for p, _ in mine],
+                [r.response_ids for _, r in mine],
+                [r.sampled for _, r in mine],
+            )
         )
         if all(verdict.failed for verdict in verdicts):
             raise UserError(
@@ -139,8 +145,10 @@ class Rollouts:
     def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """This rank's part of the responses; touches no other rank, so that a thread may do it."""
         with backend.suspended():
-            return self.engine.generate(
-                [problem.prompt_ids for problem in self.place.of_rank(problems)],
+            return converse(
+                self.engine,
+                self.task,
+                self.place.of_rank(problems),
                 self.sampling,
                 samples_per_prompt=self.group,
                 seed=seed_of(self.seed, SAMPLING, step, self.place.rank, refill),

@@ -26,6 +26,7 @@ from moe_upgrpo.record import alarms
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after
 from moe_upgrpo.rollout.engines import make_engine
+from moe_upgrpo.rollout.turns import longest
 from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
@@ -65,7 +66,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 "(max_response_tokens): give --max-new-tokens."
             )
         sampling = SamplingConfig(temperature=config.rollouts.temperature, max_new_tokens=most)
-        max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
+        max_tokens = task.max_prompt_tokens + longest(task, sampling.max_new_tokens)
         actor.check_length(max_tokens)
         about = _about(config, actor, ranks)
         engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")

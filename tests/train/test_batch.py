@@ -184,7 +184,7 @@ def test_a_verdict_that_is_none_names_its_prompt(monkeypatch):
 
 def test_a_reward_that_fails_for_all_responses_ends_the_run(monkeypatch):
     class Broken(ArithmeticTask):
-        def judge(self, problems, responses):
+        def judge(self, problems, responses, sampled):
             return [Verdict(reward=0.0, correct=0.0, failed="mine: no key")] * len(problems)
 
     broken = sampler(monkeypatch, task=Broken())
