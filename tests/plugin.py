@@ -1,5 +1,6 @@
 """A plug-in package as somebody else would write it, installed into a folder of its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 MODULE = '''
@@ -36,10 +37,25 @@ register_advantage("centred-ranks", lambda r: r.argsort(-1).argsort(-1) - (r.sha
 '''
 
 
-def install(folder: Path, *, name: str = "my_moe", module: str = MODULE, value: str = "") -> Path:
-    """Write the package and the metadata that pip would leave; the folder is to be on the path."""
+def install(
+    folder: Path,
+    *,
+    name: str = "my_moe",
+    module: str = MODULE,
+    value: str = "",
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a module, or a package of `files`, and the metadata that pip would leave.
+
+    The folder is to be on the path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.py").write_text(module, encoding="utf-8")
+    if files is None:
+        (folder / f"{name}.py").write_text(module, encoding="utf-8")
+    else:
+        (folder / name).mkdir()
+    for file, text in (files or {}).items():
+        (folder / name / file).write_text(text, encoding="utf-8")
     info = folder / f"{name}-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(

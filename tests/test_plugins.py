@@ -20,7 +20,6 @@ from moe_upgrpo.losses import (
     register_advantage,
     register_loss,
 )
-from moe_upgrpo.losses.advantages import ADVANTAGES
 from moe_upgrpo.megatron.families import FAMILIES, register_family
 from moe_upgrpo.rewards import REWARDS
 from moe_upgrpo.rollout.engines import ENGINES, check_engine, register_engine
@@ -28,19 +27,6 @@ from moe_upgrpo.store import read_config, read_metrics, read_tokens
 from tests.plugin import install
 from tests.ranks import run_command
 from tests.train.test_launch import GROUP, options
-
-TABLES = (BRANCHES, PRESETS, ADVANTAGES, REWARDS, ENGINES, FAMILIES)
-
-
-@pytest.fixture
-def tables(monkeypatch):
-    """The closed tables, put back after the test."""
-    before = [dict(table) for table in TABLES]
-    monkeypatch.setattr(plugins, "_loaded", {})
-    yield
-    for table, old in zip(TABLES, before, strict=True):
-        table.clear()
-        table.update(old)
 
 
 @pytest.fixture

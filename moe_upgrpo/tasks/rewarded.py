@@ -39,7 +39,7 @@ class RewardedTask:
         timeout_s: wall-clock of one call.
         workers: processes for each of the rewards.
         ends: whether a reward that fails ends the run (UserError).
-        text: the text of a response, for rewards; None: the task's own `text`.
+        text: the text of a response, for rewards; None: the task's own `text`, or that of sums.
 
     Raises UserError: a reward that is not there, or cannot be called.
     """
@@ -56,7 +56,8 @@ class RewardedTask:
     ):
         self._task, self._ends, self._timeout_s = task, ends, timeout_s
         self._rewards = read_rewards(rewards)
-        self._text = text or getattr(task, "text", None)
+        of_sums = text_of if isinstance(task, arithmetic.ArithmeticTask) else None
+        self._text = text or getattr(task, "text", of_sums)
         if rewards and self._text is None:
             raise UserError(
                 f"reward={rewards[0]!r} with a task of {type(task).__name__}, which has no "

@@ -31,7 +31,7 @@ from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
 from moe_upgrpo.tasks.named import make_task
-from moe_upgrpo.tasks.rewarded import RewardedTask, reward_by_source, text_of
+from moe_upgrpo.tasks.rewarded import RewardedTask, reward_by_source
 from moe_upgrpo.train import resume
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
@@ -300,7 +300,7 @@ def _task_and_model(config: TrainConfig, ranks: _Ranks) -> tuple[Task, Path]:
         return _rewarded(own, problems.reward, config), Path(model_dir)
     sums.check_model(Path(model_dir), trust_remote_code=start.trust_remote_code)
     if problems.reward:
-        return _rewarded(sums, problems.reward, config, text=text_of), Path(model_dir)
+        return _rewarded(sums, problems.reward, config), Path(model_dir)
     return sums, Path(model_dir)
 
 
@@ -331,7 +331,7 @@ def _of_files(config: TrainConfig, ranks: _Ranks) -> Task:
     return _rewarded(task, ("data-source:math",), config)
 
 
-def _rewarded(task: Task, rewards: Sequence[str], config: TrainConfig, **more: Any) -> Task:
+def _rewarded(task: Task, rewards: Sequence[str], config: TrainConfig) -> Task:
     """The task with other rewards than its own, or with its own behind a time limit."""
     options = config.rewarding
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
@@ -342,7 +342,6 @@ def _rewarded(task: Task, rewards: Sequence[str], config: TrainConfig, **more: A
         timeout_s=options.reward_timeout,
         workers=options.reward_workers or min(8, max(1, cores // here)),
         ends=options.reward_failures == "end",
-        **more,
     )
 
 

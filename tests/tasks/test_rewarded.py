@@ -27,7 +27,7 @@ def said(text):
 
 
 def rewarded(*rewards, **options):
-    return RewardedTask(SUMS, rewards, text=text_of, **options)
+    return RewardedTask(SUMS, rewards, **options)
 
 
 def test_several_rewards_are_weighted_and_added_and_the_first_says_what_is_right():
@@ -159,5 +159,5 @@ def test_data_sources_of_files_choose_the_reward(tmp_path):
 
 
 def test_a_task_without_texts_takes_no_reward():
-    with pytest.raises(UserError, match=r"reward='exact' with a task of ArithmeticTask.*no `text"):
-        RewardedTask(SUMS, ["exact"])
+    with pytest.raises(UserError, match=r"reward='exact' with a task of Own.*no `text"):
+        RewardedTask(Own(None), ["exact"])
