@@ -126,12 +126,20 @@ def _call(function, arguments: list[str], prog: str) -> None:
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
-    from moe_upgrpo.train.options import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.options import (
+        check_own_code,
+        check_supported,
+        file_arguments,
+        named,
+        run_arguments,
+    )
     from moe_upgrpo.train.passed_words import folded
 
     check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
+    for run in named("--resume", arguments):
+        check_own_code(run, [*from_files, *arguments])
     try:
         return _parse(cls, folded([*from_run, *from_files, *arguments]), prog)
     except UserError as error:

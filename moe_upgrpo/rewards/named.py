@@ -79,6 +79,11 @@ def read_rewards(words: Sequence[str]) -> list[Reward]:
     return rewards
 
 
+def is_own_code(word: str) -> bool:
+    """Whether the word names a module or a file, no built-in reward and no plug-in's."""
+    return _read(word).place not in REWARDS.values()
+
+
 def _read(word: str) -> Reward:
     weight = 1.0
     if weighted := _WEIGHTED.fullmatch(word):

@@ -14,10 +14,11 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import VLLMSettings
+from moe_upgrpo.store import RunFolder
 from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
-from moe_upgrpo.train.options import check_supported, file_arguments, named
+from moe_upgrpo.train.options import check_own_code, check_supported, file_arguments, named
 from moe_upgrpo.train.parts import BatchOptions, LogOptions
 from moe_upgrpo.train.tiny import TinyModel
 
@@ -314,3 +315,19 @@ def test_parts_that_cannot_be(cls, options, words):
 def test_batches_and_ranks_that_do_not_divide(options, world_size, words):
     with pytest.raises(UserError, match=words):
         TrainConfig.of(**options).layout(world_size)
+
+
+@pytest.mark.parametrize("option", ["reward", "task"])
+def test_code_that_a_run_folder_names_is_asked_for_again(option, tmp_path):
+    """Built-in rewards and the names of plug-ins are no code of the folder's."""
+    word = "their/file.py:Name"
+    stored = {"reward": ["math", word]} if option == "reward" else {"task": word, "reward": []}
+    RunFolder.create(tmp_path / "run", stored)
+    with pytest.raises(UserError, match=rf"its {option} is code, .*{word}.* --{option} .*again"):
+        check_own_code(tmp_path / "run", ["--resume", "run", "--steps=7"])
+    check_own_code(tmp_path / "run", [f"--{option}", "math", word])
+    check_own_code(tmp_path / "run", [f"--{option}={word}"])
+    RunFolder.create(tmp_path / "plain", {"reward": ["0.5*math", "regex:a:b"], "task": "mine"})
+    check_own_code(tmp_path / "plain", [])
+    RunFolder.create(tmp_path / "older", {})
+    check_own_code(tmp_path / "older", [])
