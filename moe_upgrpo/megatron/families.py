@@ -276,6 +276,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Models that Megatron-Core cannot hold exactly, and why.
+NOT_EXACT = {
+    "olmoe": "its norms of queries and keys are over all heads together "
+    "(transformers, modeling_olmoe.py: q_norm, k_norm), Megatron-Core's over one head "
+    "(attention.py:1280)",
+}
+
+
 def register_family(model_type: str, description: Family) -> None:
     """Describe a model of one's own, by the `model_type` of its config.json.
 
@@ -315,6 +323,11 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
     """
     model_dir = Path(model_dir)
     model_type = read_raw_config(model_dir).get("model_type")
+    if model_type in NOT_EXACT and model_type not in FAMILIES:
+        raise UserError(
+            f"{model_dir} is a {model_type!r} model, which cannot be trained exactly: "
+            f"{NOT_EXACT[model_type]}. The trainer supports model_type {', '.join(FAMILIES)}."
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"{model_dir} is a {model_type!r} model; the trainer supports model_type "

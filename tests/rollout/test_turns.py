@@ -47,7 +47,7 @@ def talks(engine):
 
 
 def turns(rollout):
-    """Of the response the turns of the model, told by what was sampled."""
+    """Turns of the model in a response, told by what was sampled."""
     found, starts = [], np.flatnonzero(np.diff(rollout.sampled_or_all.astype(int), prepend=0) == 1)
     for start in starts:
         length = np.argmin(np.append(rollout.sampled_or_all[start:], False))
