@@ -135,10 +135,11 @@ def passes(program: str, case: Case) -> bool:
         tempfile.TemporaryDirectory(prefix="moe_upgrpo_code_") as folder,
         tempfile.TemporaryFile() as printed,  # its size is limited; a pipe's is not
     ):
+        Path(folder, sandbox.JOB).write_text(json.dumps(job), encoding="utf-8")
         try:
             subprocess.run(
                 [sys.executable, "-I", str(_SANDBOX)],
-                input=f"{json.dumps(job)}\n{case.given}".encode(),
+                input=case.given.encode(),
                 stdout=printed,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,

@@ -1,7 +1,8 @@
 """A Python process for programs that a model wrote, started by `code` as a file of its own.
 
-It reads one line of JSON, {"program", "test", "token", "seconds", "memory"}, shuts itself in, runs
-the program and then the test, and writes the token once both are through. Shut in means: no
+It reads JOB in its folder, JSON of {"program", "test", "token", "seconds", "memory"}, removes it,
+shuts itself in, runs the program and then the test, and writes the token once both are through.
+Standard input is the program's own. Shut in means: no
 sockets, no other processes, no signals to any, no files written but in its folder, none of the
 kernel's settings; processor time, memory and file sizes are limited.
 
@@ -18,6 +19,7 @@ import resource
 import struct
 import sys
 
+JOB = ".job.json"
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 
 # linux/audit.h, seccomp.h, filter.h, prctl.h
@@ -117,7 +119,9 @@ def shut_in(folder: str, *, seconds: int, memory: int) -> None:
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
+    with open(JOB, encoding="utf-8") as file:
+        job = json.load(file)
+    os.remove(JOB)
     passed = os.dup(1)
     try:
         shut_in(os.getcwd(), seconds=job["seconds"], memory=job["memory"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ def make_task(word: str, model_dir: Path, options: str) -> Task:
     Raises UserError: it cannot be imported or made, or lacks what a task has.
     """
     keywords = check_task(word, options)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # `moe-upgrpo` has it not, `python -m moe_upgrpo` has
     try:
         task = (TASKS.get(word) or load(word))(model_dir, **keywords)
     except UserError:

@@ -1,5 +1,6 @@
 """Programs run against unit tests, and what they cannot do meanwhile."""
 
+import ctypes
 import json
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from moe_upgrpo.rewards import code as code_module
 from moe_upgrpo.rewards.code import Case, code, passes, read_tests, written
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
-linux = pytest.mark.skipif(not sandbox.SUPPORTED, reason="seccomp and Landlock of Linux, x86_64")
+LANDLOCK = sandbox.SUPPORTED and ctypes.CDLL(None).syscall(444, None, 0, 1) >= 1
+linux = pytest.mark.skipif(not LANDLOCK, reason="seccomp and Landlock of Linux on x86_64")
 
 
 def asked(answer, prompt=""):
@@ -25,6 +27,10 @@ def test_programs_against_their_tests():
     pairs = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3 \n", "7"]}
     reads = "a, b = map(int, input().split())\nprint(a + b)"
     assert code(asked(pairs), reads, {}) == 1
+    one = {"inputs": ["1 2"], "outputs": ["3"]}
+    for source in ("sys.stdin.buffer.read()", "open(0).read()"):
+        summed = f"import sys\nprint(sum(map(int, {source}.split())))"
+        assert code(asked(one), summed, {}) == 1
     assert code(asked(pairs | {"outputs": ["3", "8"]}), reads, {}) == 0
 
 

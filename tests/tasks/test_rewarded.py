@@ -4,6 +4,7 @@ What a reward's process does is in tests/rewards; whole runs are in tests/train/
 """
 
 import json
+import sys
 import time
 
 import numpy as np
@@ -128,6 +129,14 @@ def test_tasks_that_are_none(word, options, words, tmp_path, monkeypatch):
         make_task(word, tmp_path, options)
     assert isinstance(make_task("mine", tmp_path, "{}"), Own)
     assert check_task("mine", '{"digits": 1}') == {"digits": 1}
+
+
+def test_a_task_in_the_current_folder(tmp_path, monkeypatch):
+    text = "from tests.tasks.test_rewarded import Own\nclass Here(Own): pass\n"
+    (tmp_path / "task_here.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    assert type(make_task("task_here:Here", tmp_path, "{}")).__name__ == "Here"
 
 
 def test_data_sources_of_files_choose_the_reward(tmp_path):
