@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from tyro.conf import arg
@@ -132,10 +133,26 @@ class TrainConfig:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
         # Where a run is resumed, its config.json names the model.
         tiny = self.start.model is None or self.run.resume is not None
-        dense = tiny and self.start.tiny.dense
+        model = self.start.model
+        dense = (tiny and self.start.tiny.dense) or (model is not None and _is_dense(model))
         layout = self.parallel.layout(world_size, dense=dense)
         self.batch.check_ranks(world_size, layout.data_parallel(world_size))
         return layout
+
+
+def _is_dense(model: Path) -> bool:
+    """Whether the config.json of a model folder says that it has no experts.
+
+    What is wrong with the folder is said where the model is read.
+    """
+    from moe_upgrpo.hugging_face.config import read_raw_config  # here: they bring transformers
+    from moe_upgrpo.megatron.families import FAMILIES
+
+    try:
+        described = FAMILIES.get(read_raw_config(model).get("model_type"))
+    except UserError:
+        return False
+    return described is not None and described.experts is None
 
 
 _PARTS = {part.name: fields(part.default_factory) for part in fields(TrainConfig)}

@@ -331,3 +331,16 @@ def test_code_that_a_run_folder_names_is_asked_for_again(option, tmp_path):
     check_own_code(tmp_path / "plain", [])
     RunFolder.create(tmp_path / "older", {})
     check_own_code(tmp_path / "older", [])
+
+
+def test_a_dense_model_needs_no_ep_1(tmp_path):
+    """By its config.json; two ranks then share its tensors and no experts."""
+    for model_type, ep in (("qwen3", 1), ("qwen3_moe", 2), ("unknown", 2)):
+        folder = tmp_path / model_type
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        layout = TrainConfig.of(model=folder).layout(2)
+        assert (layout.tp, layout.ep) == (2, ep), model_type
+        assert TrainConfig.of(model=folder, resume=tmp_path).layout(2) == layout
+    assert TrainConfig.of(model=tmp_path / "absent").layout(2).ep == 2
+    assert TrainConfig.of(model=tmp_path / "qwen3", ep=2).layout(2).ep == 2  # as asked for
