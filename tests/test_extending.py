@@ -92,8 +92,7 @@ def test_the_page_s_package_trains(tmp_path):
     outside = install(tmp_path / "outside", files=FILES)
     run = tmp_path / "run"
     words = options(run, tmp_path / "cache", "--task", "second-try")
-    at = words.index("--digits")
-    words[at : at + 2] = ["--task-options", '{"digits": 1}']
+    words += ["--task-options", '{"digits": 1}']
     words += ["--loss", "up-capped", "--advantage", "centred-ranks", "--engine", "timed"]
     words += ["--engine-dtype", "float32", "--analyse-every", "1", "--replay", "R3"]
     done = run_command("train", *words, ranks=2, first=AtPath(str(outside)), timeout_s=280)

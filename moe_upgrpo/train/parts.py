@@ -134,7 +134,8 @@ class ProblemOptions:
     """The problems: sums, or those of files, and how a prompt is made of one."""
 
     digits: int = 2
-    """The task where there is no --data: addition of two numbers of this many digits."""
+    """The task where there is no --data and no --task: addition of two numbers of this many digits,
+    which is also what the tiny model is warm-started on."""
     data: tuple[Path, ...] = ()
     """Files of problems to train on, .jsonl or .parquet: docs/data.md."""
     eval_data: tuple[Path, ...] = ()
@@ -167,8 +168,10 @@ class ProblemOptions:
             from moe_upgrpo.tasks.named import check_task  # here: it brings numpy
 
             check_task(self.task, self.task_options)
-            if self.data or self.digits != ProblemOptions.digits:
-                raise UserError(f"task={self.task} with data or digits: it has its own problems.")
+            if self.data:
+                raise UserError(
+                    f"task={self.task} with data: it has its own problems. Leave one out."
+                )
         elif self.task_options != "{}":
             raise UserError(f"task_options={self.task_options!r} without task.")
         if self.digits not in (1, 2, 3):
