@@ -21,6 +21,7 @@ TEST_STAMP := $(VENV)/.installed-test
 VLLM_STAMP := $(VENV)/.installed-vllm
 TRANSFORMERS_4 := .venv-transformers4
 MILES := .venv-miles
+SWIFT := .venv-swift
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
@@ -86,6 +87,13 @@ $(MILES)/.installed: $(STAMP)
 	  miles-rl==0.0.2
 	@touch $@
 
+# ms-swift and its model library as released, and the TRL that it takes, in a folder of their own for
+# the same reason: .venv has a newer TRL.
+$(SWIFT)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(SWIFT) \
+	  ms-swift==4.6.0 mcore-bridge==1.6.5 trl==0.29.1
+	@touch $@
+
 train: $(STAMP)
 	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
 
@@ -97,10 +105,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed lint
+test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed lint
 	$(BIN)/python -m pytest
 
-test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed
+test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torch's and oneDNN's kernels of a CPU with AVX2, and of MKL those that it chooses by the address of
@@ -140,7 +148,7 @@ test-engines: $(VLLM_STAMP) $(SGLANG_STAMP)
 # place), or some of them.
 STACKS ?=
 stack = $(if $(STACKS),$(wildcard $(abspath $(STACKS))/$1))
-test-stacks: $(TEST_STAMP) $(MILES)/.installed
+test-stacks: $(TEST_STAMP) $(MILES)/.installed $(SWIFT)/.installed
 	@test -n "$(foreach name,slime miles nemo-rl megatron-lm verl,$(call stack,$(name)))" || { \
 	  echo "make test-stacks STACKS=DIR: DIR holds checkouts slime, miles, nemo-rl, megatron-lm, verl"; exit 2; }
 	MOE_UPGRPO_SLIME='$(call stack,slime)' MOE_UPGRPO_MILES='$(call stack,miles)' \
@@ -148,4 +156,4 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed
 	  $(BIN)/python -m pytest tests/integrations tests/patches/test_health_patches.py -m 'slow or not slow'
 
 clean:
-	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) build *.egg-info
+	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) $(SWIFT) build *.egg-info

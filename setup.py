@@ -40,6 +40,8 @@ setup(
             "report/*.html",
             "report/*.css",
             "report/*.js",
+            "tools/diagnose/*.html",
+            "tools/diagnose/*.json",
             "compare/*.html",
             "integrations/*.json",
         ]

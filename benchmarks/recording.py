@@ -23,7 +23,7 @@ from moe_upgrpo.losses import group_advantages
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.job import Job
-from moe_upgrpo.train.learner import samples_of
+from moe_upgrpo.train.learner import for_update, samples_of
 from moe_upgrpo.train.record import record_step
 from moe_upgrpo.train.start import start
 
@@ -35,7 +35,7 @@ def step(job: Job, config: TrainConfig, number: int, *, recording: bool) -> floa
     batch = job.rollouts.batch(number)
     rewards = job.rewarding.rewards(batch, number, first_prompt=first // config.batch.group)
     advantages = group_advantages(torch.from_numpy(rewards), config.batch.group).numpy()
-    samples = samples_of(batch.rollouts, advantages)
+    samples = for_update(samples_of(batch.rollouts), advantages, None, first)
     wanted = ("routes", "margins") if recording else ()
     old = OldScores(native=learner.actor.score(samples, record=wanted), held=None)
     reference = learner.score_reference(samples)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moe_upgrpo.losses import (
+    ADVANTAGES,
     AGGREGATIONS,
     BRANCHES,
     GLOSSARY,
@@ -36,6 +37,11 @@ PANELS: dict[str, list[str]] = {
     "TIC-GRPO (r is R)": ["tic-grpo", "tic-grpo-min"],
     "GMPO (r is ρ)": ["gmpo"],
     "CISPO": ["cispo"],
+    "VESPO (r is ∏π/μ)": ["vespo"],
+    "COPG, FIPO": ["copg", "fipo"],
+    "DRO, IPO; |A| = 1, π_old = .05": ["dro", "ipo"],
+    "hinge": ["hinge-ratio", "hinge-log"],
+    "hinge, π_old = .05": ["hinge-probability", "hinge-root"],
     "DPPO, π_old = .05": ["dppo-tv", "dppo-kl"],
     "TOPR (r is ∏π/μ)": ["topr"],
     "ASPO": ["aspo"],
@@ -63,7 +69,8 @@ def presets_table() -> str:
         extra = [f for f in ("off_policy_limit", "router_shift_floor") if getattr(config, f)]
         fields = [f.name for f in dataclasses.fields(default) if f.name in read] + extra
         numbers = ", ".join(f"{f} {getattr(config, f)}" for f in fields)
-        up = "up-" + name.replace("-grpo", "") if name in BASELINES else ""
+        up = "up-" + name.replace("-grpo", "")
+        up = up if name in BASELINES and up in PRESETS else ""
         rows.append(
             [
                 code(name),
@@ -83,12 +90,47 @@ def branches_table() -> str:
             code(name),
             *branch.c,
             branch.aggregations[0] + (" (or any)" if len(branch.aggregations) > 1 else " only"),
+            "yes" if branch.up else "",
             ", ".join(map(code, (*branch.fields, *branch.arguments))),
             branch.source,
         ]
         for name, branch in BRANCHES.items()
     ]
-    return table(["branch", "c for A > 0", "c for A < 0", "aggregation", "reads", "source"], rows)
+    heads = ["branch", "c for A > 0", "c for A < 0", "aggregation", "under UP", "reads", "source"]
+    return table(heads, rows)
+
+
+def pairs_table() -> str:
+    """Branches by those that they share no aggregation with."""
+    answers: dict[tuple[str, ...], list[str]] = {}
+    for name, branch in BRANCHES.items():
+        with_ = tuple(
+            other
+            for other, one in BRANCHES.items()
+            if not set(one.aggregations) & set(branch.aggregations)
+        )
+        answers.setdefault(with_, []).append(name)
+    rows = [
+        [", ".join(map(code, names)), ", ".join(map(code, without)) or "none"]
+        for without, names in answers.items()
+    ]
+    return table(["branch, for either sign", "does not go with"], rows)
+
+
+def advantages_table() -> str:
+    rows = []
+    for name, one in ADVANTAGES.items():
+        needs = [
+            text
+            for text, needed in (
+                ("several rewards", one.several),
+                ("lengths", one.lengths),
+                ("sums over the ranks", one.sums is not None),
+            )
+            if needed
+        ]
+        rows.append([code(name), one.formula, ", ".join(needs), one.source])
+    return table(["kind", "formula", "needs", "source"], rows)
 
 
 def aggregations_table() -> str:
@@ -113,8 +155,10 @@ def metrics_table() -> str:
 SECTIONS = {
     "presets": presets_table,
     "branches": branches_table,
+    "pairs": pairs_table,
     "aggregations": aggregations_table,
     "corrections": corrections_table,
+    "advantages": advantages_table,
     "metrics": metrics_table,
 }
 
@@ -151,9 +195,10 @@ def draw() -> None:
     plt.rcParams.update(
         {"svg.hashsalt": "losses", "svg.fonttype": "none", "font.size": 8, "axes.titlesize": 9}
     )
-    figure, axes = plt.subplots(3, 4, figsize=(11, 7), sharex=True, sharey=True)
+    rows = -(-len(PANELS) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.35 * rows), sharex=True, sharey=True)
     ratios = torch.logspace(-1, 1, 401, dtype=torch.float64)
-    for panel, (axis, (title, presets)) in enumerate(zip(axes.flat, PANELS.items(), strict=True)):
+    for panel, (axis, (title, presets)) in enumerate(zip(axes.flat, PANELS.items(), strict=False)):
         axis.axvline(1, color="0.85", lw=0.8)
         axis.axhline(1, color="0.85", lw=0.8)
         for style, preset in zip(("-", "--"), presets, strict=False):
@@ -162,14 +207,17 @@ def draw() -> None:
                 label = f"{preset}, A {'>' if sign > 0 else '<'} 0"
                 c = coefficients(preset, ratios, sign)
                 axis.plot(ratios, c, style, color=colour, lw=width, label=label)
-        axis.set(title=title, xscale="log", ylim=(-0.15, 5.2), xlim=(0.1, 10))
+        axis.set(title=title, xscale="log", ylim=(-1.4, 5.2), xlim=(0.1, 10))
         axis.set_xticks([0.1, 0.5, 1, 2, 5, 10], ["0.1", "0.5", "1", "2", "5", "10"])
         axis.minorticks_off()
         axis.legend(fontsize=6.5, frameon=False, loc="upper left", handlelength=1.6)
         if panel % 4 == 0:
             axis.set_ylabel("c")
-        if panel >= 8:
+        if panel >= len(PANELS) - 4:
             axis.set_xlabel("r")
+            axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(PANELS) :]:
+        axis.remove()
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, metadata={"Date": None, "Creator": None})

@@ -18,6 +18,7 @@ from moe_upgrpo.store import COLUMNS, LEVELS
 from moe_upgrpo.store.metrics import markdown_table
 from moe_upgrpo.store.questions import GROUPINGS, QUANTITIES
 from moe_upgrpo.store.schema import Column
+from moe_upgrpo.tools.diagnose.causes import CAUSES
 from moe_upgrpo.train.options import MAY_CHANGE
 from tests.integrations import megatron_lm_scripts, nemo_rl_recipe, slime_scripts, verl_settings
 from tests.patches import faults
@@ -62,6 +63,7 @@ PAGES = {
         "revisions": revisions("megatron-lm"),
         "settings": megatron_lm_scripts.markdown(),
     },
+    "ms-swift.md": {"revisions": revisions("ms-swift")},
     "gpu.md": {
         "results": gpu_page.section(),
         "checks": table(["check", "what it looks at", "s"], CHECKS),
@@ -87,6 +89,15 @@ PAGES = {
             [
                 [f"`{name}`", a.rings, a.cause, a.command, ", ".join(f"`{n}`" for n in a.limits)]
                 for name, a in ALARMS.items()
+            ],
+        ),
+    },
+    "diagnose.md": {
+        "causes": table(
+            ["cause", "says that", "what to do", "as it is typed"],
+            [
+                [f"`{c.name}`", c.says, c.remedy, f"`{c.command}`" if c.command else ""]
+                for c in CAUSES.values()
             ],
         ),
     },

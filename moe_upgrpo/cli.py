@@ -31,8 +31,8 @@ from moe_upgrpo.megatron import releases
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.console import Console
 
-COMPUTE = ("train", "probe", "compare", "doctor")  # doctor: what the others would do
-WITH_PLUGINS = ("train", "launch", "plan", "compare", "probe")
+COMPUTE = ("train", "probe", "diagnose", "compare", "doctor")  # doctor: what the others would do
+WITH_PLUGINS = ("train", "launch", "plan", "compare", "probe", "diagnose")
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -40,6 +40,8 @@ USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
   train              train by RL in this process, or on the ranks of a torchrun job
   launch             start the ranks of a training job: launch [TORCHRUN'S OPTIONS] -- [TRAIN'S]
   probe              compare engine and trainer on a checkpoint, or two route dumps; no training
+  diagnose RUN       why engine and trainer differ and whether it is too much: of a run folder, of
+                     two dumps, or of a checkpoint (--model DIR --prompts FILE)
   compare CONFIG     run arms × seeds as written down beforehand, and report on them
   report RUN [RUN …] write report.html from one run folder or several; --follow serves it live
   plan               what a training run needs of each GPU, and whether it fits; takes its options
@@ -84,6 +86,7 @@ def _run(arguments: list[str]) -> None:
         "train": _train,
         "launch": _launch,
         "probe": _probe,
+        "diagnose": _diagnose,
         "compare": _compare,
         "report": _report,
         "plan": _plan,
@@ -133,15 +136,20 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
         named,
         run_arguments,
     )
+    from moe_upgrpo.train.parts import ObjectiveOptions
     from moe_upgrpo.train.passed_words import folded
+    from moe_upgrpo.train.policy_options import help_for
 
     check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
     for run in named("--resume", arguments):
         check_own_code(run, [*from_files, *arguments])
+    words = folded([*from_run, *from_files, *arguments])
+    loss = str((named("--loss", words) or [ObjectiveOptions.loss])[-1])
     try:
-        return _parse(cls, folded([*from_run, *from_files, *arguments]), prog)
+        with help_for(loss):
+            return _parse(cls, words, prog)
     except UserError as error:
         if not from_files:
             raise
@@ -202,6 +210,18 @@ def _probe(arguments: list[str]) -> None:
     from moe_upgrpo.tools.probe import probe
 
     probe(config)
+
+
+def _diagnose(arguments: list[str]) -> None:
+    from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
+
+    config = _parse(DiagnoseConfig, arguments, "moe-upgrpo diagnose")
+    if config.model is not None:
+        releases.check()
+    silence_upstream()
+    from moe_upgrpo.tools.diagnose.command import diagnose
+
+    diagnose(config, _console())
 
 
 def _report(arguments: list[str]) -> None:
@@ -322,8 +342,8 @@ def _doctor(arguments: list[str]) -> None:
         Args:
             strict: exit with 1 where nothing can train; with --stack, where a hook is missing.
             as_json: print JSON, for a bug report.
-            stack: verl, slime, miles, nemo-rl or megatron-lm: show instead what of it is hooked
-                into, and how that is found here against each tested revision.
+            stack: verl, slime, miles, nemo-rl, megatron-lm or ms-swift: show instead what of it is
+                hooked into, and how that is found here against each tested revision.
             root: with --stack, the folder of a checkout. Default: what this Python imports.
         """
         if stack is not None:

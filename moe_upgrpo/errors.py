@@ -17,8 +17,8 @@ from difflib import get_close_matches
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """The end of a message that lists the known names: those nearest to the one given."""
-    near = get_close_matches(str(given), list(known), n=3)
-    return f". Nearest: {', '.join(near)}" if near else ""
+    near = get_close_matches(str(given), list(known), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else ""
 
 
 class UserError(ValueError):

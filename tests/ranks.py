@@ -127,14 +127,14 @@ def run_ranks(
                 process.join()
 
 
-def exit_status(function: Callable[..., None], *args: Any) -> int:
+def exit_status(function: Callable[..., None], *args: Any, timeout_s: float = 120) -> int:
     """Exit status of a fresh process that calls `function`; negative where a signal ended it."""
     process = _context.Process(target=function, args=args)
     process.start()
     try:
-        process.join(120)
+        process.join(timeout_s)
         if process.is_alive():
-            raise RankFailed("the process gave no result in 120 s")
+            raise RankFailed(f"the process gave no result in {timeout_s} s")
         return process.exitcode
     finally:
         process.kill()

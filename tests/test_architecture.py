@@ -136,10 +136,11 @@ def test_one_file_asks_servers():
     assert asking == ["rollout/server_client.py"]
 
 
-# Classes of the stacks, whose constructors take a GPU or a Ray cluster.
+# Classes of the stacks, whose constructors take a GPU, a Ray cluster, a model or a tokenizer.
 OF_STACKS = {
     *("DynamicInferenceEngine", "KVBlockAllocator", "TextGenerationController"),
     "actor_module.MegatronTrainRayActor",
+    *("module.MegatronGRPOTrainer", "Template"),
 }
 
 

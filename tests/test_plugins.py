@@ -13,7 +13,11 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
     BRANCHES,
     PRESETS,
+    Advantage,
+    Branch,
+    Context,
     PolicyLossConfig,
+    advantage_sums,
     gradient_coefficients,
     group_advantages,
     policy_loss,
@@ -24,6 +28,8 @@ from moe_upgrpo.megatron.families import FAMILIES, register_family
 from moe_upgrpo.rewards import REWARDS
 from moe_upgrpo.rollout.engines import ENGINES, check_engine, register_engine
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.train.command_line import parsed
+from moe_upgrpo.train.config import TrainConfig
 from tests.plugin import install
 from tests.ranks import run_command
 from tests.train.test_launch import GROUP, options
@@ -109,7 +115,26 @@ def test_losses_that_cannot_be_registered(tables):
             r"aggregations \(\) given; allowed: token",
         ),
         ("mine", replace(ppo, fields=("cap",)), {}, r"fields \('cap',\) given; allowed: positive"),
-        ("mine", replace(ppo, arguments=("x",)), {}, "allowed: rollout_log_probs, router_log_prob"),
+        (
+            "mine",
+            replace(ppo, arguments=("statistics",)),
+            {},
+            "allowed: rollout_log_probs, groups, entropy, draws, token_weights$",
+        ),
+        (
+            "mine",
+            replace(ppo, refuses=("clip_low",)),
+            {},
+            "refuses .* allowed: correction, off_policy_limit, top_entropy",
+        ),
+        ("mine", replace(ppo, negative=abs), {}, "negative <built-in .* allowed: a Side"),
+        (
+            "mine",
+            replace(ppo, negative=replace(ppo.negative, extra=abs)),
+            {},
+            "negative with extra .* and extra_slope None given; allowed: both, or none",
+        ),
+        ("mine", replace(ppo, refuses=("top_entropy",)), {"top_entropy": 0.5}, "takes none"),
         ("mine", replace(ppo), {"clip_low": -1}, "clip_low: -1 given"),
         ("mine", replace(ppo), {"clip": 1}, "unexpected keyword argument 'clip'"),
     ):
@@ -130,20 +155,97 @@ def test_advantages_engines_and_families(tables):
     for name in ("short", "broken"):
         with pytest.raises(UserError, match=f"advantages '{name}' of rewards \\(1, 2\\)"):
             group_advantages(torch.tensor([0.0, 1.0]), 2, name)
-    with pytest.raises(UserError, match=r"allowed: grpo, .* Nearest: rloo"):
+    with pytest.raises(UserError, match=r"allowed: grpo, .* \(nearest: rloo"):
         group_advantages(torch.tensor([0.0, 1.0]), 2, "rlo")
     with pytest.raises(UserError, match="a name that is not taken"):
         register_advantage("grpo", torch.zeros_like)
+    with pytest.raises(UserError, match="both of the others or none"):
+        register_advantage("half", Advantage(torch.zeros_like, "0", "here", sums=torch.sum))
+    with pytest.raises(UserError, match="7 given"):
+        register_advantage("seven", 7)
     mine = replace(ENGINES["hf"], title="mine")
     register_engine("mine", mine)
     assert check_engine("mine") is mine
     with pytest.raises(UserError, match=r"'hf' given; allowed: a name that is not taken"):
         register_engine("hf", mine)
-    with pytest.raises(UserError, match="Nearest: mine"):
+    with pytest.raises(UserError, match="nearest: mine"):
         check_engine("mina")
     register_family("mine", FAMILIES["qwen3"])
     with pytest.raises(UserError, match="a model_type that is not described"):
         register_family("qwen3_moe", FAMILIES["qwen3"])
+
+
+def test_an_advantage_that_looks_at_lengths_and_at_the_whole_batch(tables):
+    """R less the mean of the batch's tokens: (1·1 + 3·0 + 2·1 + 2·0)/8; by lengths 1, 3, 2, 2."""
+    mine = Advantage(
+        lambda rewards_PG: rewards_PG,
+        "R − mean over tokens",
+        "here",
+        lengths=True,
+        sums=lambda x, rewards, lengths: torch.stack([(lengths * x).sum(), lengths.sum()]).double(),
+        of_batch=lambda x, rewards, sums: x - (sums[0] / sums[1]).to(x.dtype),
+        whole_batch=True,
+    )
+    for _ in range(2):
+        register_advantage("of-tokens", mine)
+    rewards, lengths = torch.tensor([1.0, 0, 1, 0]), torch.tensor([1, 3, 2, 2])
+    found = group_advantages(rewards, 2, "of-tokens", lengths=lengths)
+    assert found.tolist() == [0.625, -0.375, 0.625, -0.375]
+    assert advantage_sums(rewards, 2, "of-tokens", lengths=lengths).tolist() == [3, 8]
+    with pytest.raises(UserError, match="a name that is not taken"):
+        register_advantage("of-tokens", replace(mine, whole_batch=False))
+
+
+def entropic(**more) -> Branch:
+    """f = log π, with a penalty H·log π on negative tokens; it is no negative branch of UP's."""
+    likelihood = BRANCHES["log-likelihood"].positive
+    return Branch(
+        positive=likelihood,
+        negative=replace(
+            likelihood,
+            extra=lambda t, cfg: t.entropy_BT * t.log_probs_BT,
+            extra_slope=lambda t, cfg: t.entropy_BT,
+        ),
+        c=("1", "1 − H/A"),
+        arguments=("entropy",),
+        source="here",
+        **more,
+    )
+
+
+def test_a_loss_with_an_extra_term_an_input_of_the_context_and_no_form_under_up(tables):
+    register_loss("entropic", entropic(up=False, refuses=("correction",)), top_entropy=0.5)
+    assert "up-entropic" not in PRESETS and PRESETS["entropic"].top_entropy == 0.5
+    register_loss("up-able", entropic())
+    config = PRESETS["up-up-able"]
+    assert config.arguments == {"entropy"}
+    log_probs = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0], [-2.0]])
+    given = (log_probs.detach(), advantages, torch.ones(2, 1))
+    context = Context(entropy=torch.tensor([[9.0], [0.5]]))
+    loss = policy_loss(log_probs, *given, config=config, context=context)
+    loss.loss.backward()
+    # (−A, −A + H)/2 tokens: the term is that of the negative token alone.
+    assert log_probs.grad.tolist() == [[-0.5], [(2 + 0.5) / 2]]
+    assert loss.gradient_weight.tolist() == [[0.5], [1.25]]
+    with pytest.raises(UserError, match=r"context\.entropy: None given, and 'up-able' needs it"):
+        policy_loss(log_probs, *given, config=config)
+
+
+def test_a_plugin_s_names_are_options_as_the_others_are(plugin):
+    """After plug-ins are loaded, as a command does first."""
+    words = "--loss grpo --policy.negative capped --policy.ratio-cap 3 --advantage centred-ranks"
+    config = parsed(TrainConfig, words.split(), "train")
+    loss = config.objective.policy_loss()
+    assert (loss.positive, loss.negative, loss.ratio_cap) == ("ppo", "capped", 3.0)
+    for words, said in (
+        ("--loss up-caped", "loss: 'up-caped' given; .*nearest: up-capped"),
+        ("--policy.positive caped", "policy.positive: 'caped' given; .*nearest: capped"),
+        ("--advantage centred-rank", "advantage: 'centred-rank' given; .*nearest: centred-ranks"),
+        ("--loss capped --policy.sapo-tau-positive 2", "does not read it. It reads ratio_cap"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parsed(TrainConfig, words.split(), "train")
 
 
 @pytest.mark.slow

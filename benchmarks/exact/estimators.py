@@ -38,13 +38,25 @@ def _corrected(preset: str, positive: bool, changes: dict | None = None, **corre
     return PolicyLossConfig.preset(preset, correction=correction, **(changes or {}))
 
 
+# The losses with presets when the study was made: its results are of these.
+_X = (
+    *("grpo", "dapo", "deepseek-v3.2", "gspo", "gspo-token", "tic-grpo", "tic-grpo-min", "gmpo"),
+    *("rspo", "cispo", "dppo-tv", "dppo-kl", "aspo", "sapo"),
+)
+STUDIED = (
+    *_X,
+    *("up-" + name.replace("-grpo", "") for name in _X),
+    *("topr", "reinforce", "is-reshape", "no-upper-clip", "symmetric-ratio"),
+)
+
+
 def _estimators() -> dict[str, PolicyLossConfig]:
-    """Every preset (one alias left out), and the rollout corrections on GRPO, UP and GSPO.
+    """The presets studied, and the rollout corrections on GRPO, UP and GSPO.
 
     `grpo+X` corrects both signs; `up-grpo+X` the wrong side only, as the loss's default is;
     `up-grpo+X, both` both.
     """
-    found = {name: config for name, config in PRESETS.items() if name != "pro-grpo"}
+    found = {name: PRESETS[name] for name in STUDIED}
     rules: dict[str, dict] = {
         name: {"weight": name}
         for name in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ from moe_upgrpo.lazy import torch
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # the second under any prefix
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -44,7 +46,7 @@ def check_folder(path: str | Path) -> Path:
         )
     name = str(path)
     hint = ""
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    if HUB_NAME.fullmatch(name):
         hint = (
             " If it is a name on the Hugging Face hub, download it first (hf download "
             f"{name} --local-dir DIR) and give that folder."
@@ -52,6 +54,21 @@ def check_folder(path: str | Path) -> Path:
     raise UserError(
         f"the model folder {name} does not exist: a folder of this machine is needed.{hint}"
     )
+
+
+def downloaded(name: str | Path) -> Path:
+    """The folder of a model that a program names as it likes: a path, or a name on the Hugging Face
+    hub of which a download lies in this machine's cache.
+
+    Raises UserError, without asking the network: neither is here.
+    """
+    if not Path(name).is_dir() and HUB_NAME.fullmatch(str(name)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(str(name), local_files_only=True))
+    return check_folder(name)
 
 
 def read_json(file: Path) -> Any:

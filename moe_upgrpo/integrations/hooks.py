@@ -11,10 +11,11 @@ start-up, `stack_doctor` when asked.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _MEGATRON = "backends/megatron_utils"
 _TRAINING = "miles/backends/training_utils"
 _WORKER = "nemo_rl/models/policy/workers/megatron_policy_worker.py"
 _LOSSES = "nemo_rl/algorithms/loss/loss_functions.py"
+_SWIFT = "swift/megatron/trainers/grpo_trainer.py"
 _ENGINE = "verl/workers/engine/megatron/transformer_impl.py"
 _LAYOUT = "verl/models/mcore/util.py"
 _REPLAY = "verl/utils/megatron/router_replay_patch.py"
@@ -128,6 +130,33 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
             "DynamicInferenceEngine.post_process_requests",
         ),
     ],
+    "ms-swift": [
+        (_SWIFT, "MegatronGRPOTrainer._init_grpo_params"),
+        (_SWIFT, "MegatronGRPOTrainer._prepare_vllm_engine"),
+        (_SWIFT, "MegatronGRPOTrainer._colocate_rollout"),
+        (_SWIFT, "MegatronGRPOTrainer._score_completions"),
+        (_SWIFT, "MegatronGRPOTrainer._generate_and_score_completions"),
+        (_SWIFT, "MegatronGRPOTrainer._maybe_compute_logps"),
+        (_SWIFT, "MegatronGRPOTrainer._replace_data_iterator"),
+        (_SWIFT, "MegatronGRPOTrainer._prepare_batch"),
+        (_SWIFT, "MegatronGRPOTrainer.compute_per_token_logps"),
+        (_SWIFT, "MegatronGRPOTrainer.forward_step"),
+        (_SWIFT, "MegatronGRPOTrainer.loss_func"),
+        (_SWIFT, "MegatronGRPOTrainer._apply_rollout_importance_sampling"),
+        (_SWIFT, "MegatronGRPOTrainer._all_reduce_metric"),
+        (_SWIFT, "MegatronGRPOTrainer.train_step"),
+        (_SWIFT, "MegatronGRPOTrainer._aggregated_metrics"),
+        (_SWIFT, "collate_to_grpo_micro_batch"),
+        (_SWIFT, "pad_logps_back_to_batch"),
+        (_SWIFT, "reconstruct_tensor_cp"),
+        ("swift/megatron/trainers/utils.py", "compute_per_token_logps_fn"),
+        ("swift/megatron/trainers/utils.py", "reconstruct_tensor_cp"),
+        ("swift/rlhf_trainers/utils.py", "collate_to_grpo_micro_batch"),
+        ("swift/rlhf_trainers/utils.py", "build_completion_mask_and_seq_lengths"),
+        ("swift/rlhf_trainers/utils.py", "pad_logps_back_to_batch"),
+        ("swift/rl_core/data.py", "GRPOBatch"),
+        ("swift/rl_core/data.py", "GRPOSample"),
+    ],
 }  # fmt: skip
 # Where a release has what a later revision moved.
 BEFORE: dict[tuple[str, str], tuple[str, str]] = {
@@ -158,6 +187,12 @@ LOSS: dict[str, set[str]] = {
     },
     "nemo-rl": {"ClippedPGLossFn.__init__", "ClippedPGLossFn.__call__"},
     "megatron-lm": {"calculate_grpo_loss", "prepare_data_for_update", "prepare_trajectories"},
+    "ms-swift": {
+        "MegatronGRPOTrainer._init_grpo_params", "MegatronGRPOTrainer.loss_func",
+        "MegatronGRPOTrainer._apply_rollout_importance_sampling",
+        "MegatronGRPOTrainer._all_reduce_metric", "MegatronGRPOTrainer._aggregated_metrics",
+        "pad_logps_back_to_batch", "build_completion_mask_and_seq_lengths", "GRPOBatch",
+    },
 }  # fmt: skip
 # Those that the health figures of a replay need.
 HEALTH: dict[str, set[str]] = {
@@ -169,9 +204,13 @@ HEALTH: dict[str, set[str]] = {
     "miles": {"train", "BaseReplayManager.get_topk_fn", "log", "compute_rollout_step"},
     "nemo-rl": {"MegatronPolicyWorkerImpl.train"},
     "megatron-lm": set(),  # its trainer replays nothing
+    "ms-swift": {
+        "MegatronGRPOTrainer._replace_data_iterator", "MegatronGRPOTrainer.forward_step",
+        "MegatronGRPOTrainer.train_step", "MegatronGRPOTrainer._aggregated_metrics",
+    },
 }  # fmt: skip
 # Revisions of hooks.json that were read and never run.
-NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}, "miles": {"v0.1.0"}}
+NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}}
 # What older revisions lack, where the integration does without.
 NEWER: dict[str, list[tuple[str, str]]] = {
     "nemo-rl": [  # the single controller, which v0.7.0 does not have
@@ -189,10 +228,10 @@ def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
 
 def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
     """`FILE:NAME` → signature and checksum, of every hook that is there."""
-    found = {}
+    found, parsed = {}, functools.cache(_parsed)
     for hook in [*HOOKS[stack], *NEWER.get(stack, [])]:
         for file, name in places(hook):
-            if about := _about(checkout, file, name):
+            if about := _about(parsed, checkout, file, name):
                 found[f"{file}:{name}"] = about
                 break
     return found
@@ -207,16 +246,19 @@ def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str] | None:
+def _about(
+    parsed: Callable[[Path], ast.Module], root: Path, file: str, name: str, seen: tuple = ()
+) -> dict[str, str] | None:
     """Signature and checksum of a name of a file; None: it is not there.
 
-    A method may also be that of a base class, in whichever file of the checkout that is.
+    A method may also be that of a base class, in whichever file of the checkout that is. parsed:
+    `_parsed`, kept.
     """
     path = root / file
     if (file, name) in seen or not path.is_file():
         return None
     owner = name.split(".")[0]
-    for node, rest in _named(_statements(_parsed(path).body), name.split(".")):
+    for node, rest in _named(_statements(parsed(path).body), name.split(".")):
         if not rest:
             return _described(node)
         alias = next(x for x in node.names if (x.asname or x.name) == rest[0])
@@ -224,7 +266,9 @@ def _about(root: Path, file: str, name: str, seen: tuple = ()) -> dict[str, str]
         if there is None:
             if rest[0] == owner:  # the class itself, from elsewhere: nothing speaks against it
                 return _described(node)
-        elif about := _about(root, there, ".".join([alias.name, *rest[1:]]), (*seen, (file, name))):
+            continue
+        inside = ".".join([alias.name, *rest[1:]])
+        if about := _about(parsed, root, there, inside, (*seen, (file, name))):
             return about
     return None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.names import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +78,7 @@ def aggregation_weights(
         UserError: unknown mode, H missing, a denominator that is not positive, or (without a global
             denominator) a mask that selects nothing.
     """
-    if mode not in AGGREGATIONS:
-        raise UserError(f"aggregation: {mode!r} given; allowed: {', '.join(AGGREGATIONS)}")
+    check_name("aggregation", mode, AGGREGATIONS)
     if mode == "seq-mean-token-sum-norm" and not (token_sum_norm and token_sum_norm > 0):
         raise UserError(
             f"token_sum_norm: {token_sum_norm} given; allowed: a constant > 0, needed by "

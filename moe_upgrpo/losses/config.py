@@ -3,10 +3,16 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from moe_upgrpo.errors import UserError, nearest
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
-from moe_upgrpo.losses.branches import BRANCHES, Side
+from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import RolloutCorrection
+from moe_upgrpo.losses.names import check_name
+from moe_upgrpo.losses.side import Side
+
+# Fields that put a factor on a loss; `Branch.refuses` names those that its formula has no place
+# for.
+FACTORS = ("correction", "off_policy_limit", "top_entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,35 @@ class PolicyLossConfig:
     """power: γ for A > 0, the weight being r^γ."""
     power_negative: float = 1.0
     """power: γ for A <= 0."""
+    vespo_k_positive: float = 2.0
+    """vespo: k of the weight exp(λ + k·log w − λ·w), for A > 0."""
+    vespo_lambda_positive: float = 3.0
+    """vespo: λ for A > 0."""
+    vespo_k_negative: float = 3.0
+    """vespo: k for A <= 0."""
+    vespo_lambda_negative: float = 2.0
+    """vespo: λ for A <= 0."""
+    dro_beta: float = 1.0
+    """dro: β of the penalty β·(log r)²/2."""
+    kl_tau: float = 1e-3
+    """ipo: τ of the penalty τ·(log r)²."""
+    influence_range: float = 0.2
+    """fipo: how far the weight of a token's future goes above 1."""
+    influence_safety: float = 4.0
+    """fipo: r above which a negative token's weight stays in [.8, 1]."""
+    covariance_share: float = 2e-4
+    """clip-cov, kl-cov: share of the batch's tokens that are taken, one at least."""
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    """clip-cov: bounds of the covariance of the tokens that may be drawn."""
+    covariance_kl: float = 1.0
+    """kl-cov: coefficient of the penalty |log r|."""
+    positive_nll: float = 0.1
+    """vapo: μ of the mean negative log-likelihood of the positive tokens."""
+    real_tau: float = 0.5
+    """real: τ."""
+    top_entropy: float | None = None
+    """Share of the batch's tokens, those of largest entropy, that count, for both signs; None:
+    all."""
     off_policy_limit: float | None = None
     """DeepSeek-V3.2's mask, for A < 0: drop sequences with mean(log μ - log π) above this; None:
     off."""
@@ -55,27 +90,26 @@ class PolicyLossConfig:
     def __post_init__(self):
         for sign in ("positive", "negative"):
             name = getattr(self, sign)
-            if name not in BRANCHES:
-                raise UserError(f"{sign}: {name!r} given; allowed: {', '.join(BRANCHES)}")
+            check_name(sign, name, BRANCHES)
             self._check_aggregation(sign, name)
         self._check_ranges()
-        if self.correction.token_level and self._corrects_coupled():
+        self._check_refused()
+        rule = self.correction.of_tokens
+        if rule and self._corrects_coupled():
             raise UserError(
-                f"correction.weight: {self.correction.weight!r} given with positive "
+                f"correction.{rule}: {getattr(self.correction, rule)!r} given with positive "
                 f"{self.positive!r} and negative {self.negative!r}; allowed with losses of whole "
                 "sequences: a sequence-level weight (or take 'gspo-token')"
             )
 
     def _check_aggregation(self, sign: str, name: str) -> None:
         allowed = BRANCHES[name].aggregations
-        if self.aggregation not in AGGREGATIONS:
-            raise UserError(
-                f"aggregation: {self.aggregation!r} given; allowed: {', '.join(AGGREGATIONS)}"
-            )
+        check_name("aggregation", self.aggregation, AGGREGATIONS)
         if self.aggregation not in allowed:
+            goes = [n for n, b in BRANCHES.items() if self.aggregation in b.aggregations]
             raise UserError(
                 f"aggregation: {self.aggregation!r} given; allowed with {sign} {name!r}: "
-                f"{', '.join(allowed)}"
+                f"{', '.join(allowed)} (and with {self.aggregation!r}: {', '.join(goes)})"
             )
         if self.aggregation == "seq-mean-token-sum-norm" and self.token_sum_norm is None:
             raise UserError(
@@ -96,6 +130,19 @@ class PolicyLossConfig:
             "power_negative": (-math.inf, math.inf),
             "router_shift_floor": (1e-6, 1),
             "off_policy_limit": (-math.inf, math.inf),
+            "vespo_k_positive": (0, math.inf),
+            "vespo_lambda_positive": (1e-4, math.inf),
+            "vespo_k_negative": (0, math.inf),
+            "vespo_lambda_negative": (1e-4, math.inf),
+            "dro_beta": (1e-6, math.inf),
+            "kl_tau": (0, math.inf),
+            "influence_range": (0, math.inf),
+            "influence_safety": (1, math.inf),
+            "covariance_share": (1e-9, 1),
+            "covariance_kl": (0, math.inf),
+            "positive_nll": (0, math.inf),
+            "real_tau": (1e-6, math.inf),
+            "top_entropy": (1e-6, 1),
             "token_sum_norm": (1e-6, math.inf),
         }
         for name, (low, high) in ranges.items():
@@ -108,6 +155,24 @@ class PolicyLossConfig:
                 f"lower bound 1 - clip_low = {self.lower}, or None for no dual clip"
             )
 
+        low, high = self.covariance_range
+        if not low < high:
+            raise UserError(f"covariance_range: {self.covariance_range} given; allowed: low < high")
+
+    def _check_refused(self) -> None:
+        """UserError where a factor is put on a loss whose formula has no place for it."""
+        used = {name: getattr(self, name) is not None for name in FACTORS}
+        used["correction"] = self.correction.active
+        for sign in ("positive", "negative"):
+            name = getattr(self, sign)
+            for field_name in BRANCHES[name].refuses:
+                if used[field_name]:
+                    open_to = [n for n, b in BRANCHES.items() if field_name not in b.refuses]
+                    raise UserError(
+                        f"{field_name}: {getattr(self, field_name)} given with {sign} {name!r}, "
+                        f"which takes none; allowed with {', '.join(open_to)}"
+                    )
+
     def _corrects_coupled(self) -> bool:
         sides = {"positive": self.positive, "negative": self.negative}
         return any(getattr(self.correction, s) and BRANCHES[n].coupled for s, n in sides.items())
@@ -119,12 +184,18 @@ class PolicyLossConfig:
 
     @property
     def arguments(self) -> frozenset[str]:
-        """The optional arguments of `policy_loss` that this config makes use of."""
+        """The optional arguments of `policy_loss`, and fields of its context, that this config
+        makes use of. `statistics` can be left out where a micro-batch is the whole batch."""
         names = {*BRANCHES[self.positive].arguments, *BRANCHES[self.negative].arguments}
         if self.correction.active or self.off_policy_limit is not None:
             names.add("rollout_log_probs")
         if self.router_shift_floor is not None:
             names.add("router_log_probs")
+        if self.top_entropy is not None:
+            names |= {"entropy", "statistics"}
+        of_branches = (BRANCHES[self.positive].statistics, BRANCHES[self.negative].statistics)
+        if self.correction.m2 is not None or of_branches != (None, None):
+            names.add("statistics")
         return frozenset(names)
 
     @property
@@ -166,10 +237,7 @@ class PolicyLossConfig:
         Raises:
             UserError: unknown name; the message lists the known ones.
         """
-        if name not in PRESETS:
-            raise UserError(
-                f"preset: {name!r} given; allowed: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
-            )
+        check_name("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
 
 
@@ -198,12 +266,29 @@ BASELINES: dict[str, PolicyLossConfig] = {
     "dppo-kl": _whole("dppo-kl", divergence_limit=0.05),
     "aspo": _whole("aspo"),
     "sapo": _whole("sapo"),
+    "vespo": _whole("vespo"),
+    "luspo": _whole("luspo", clip_low=3e-4, clip_high=4e-4),
+    "dro": _whole("dro"),
+    "ipo": _whole("ipo"),
+    "fipo": _whole("fipo", clip_high=0.28, dual_clip=10.0),
+    "clip-cov": _whole("clip-cov", dual_clip=None),
+    "kl-cov": _whole("kl-cov"),
+    "copg": _whole("copg"),
+    "hinge-ratio": _whole("hinge-ratio"),
+    "hinge-probability": _whole("hinge-probability"),
+    "hinge-log": _whole("hinge-log"),
+    "hinge-root": _whole("hinge-root"),
+    "ppo-early-stop": _whole("ppo", clip_low=None, clip_high=None, dual_clip=None),
+    "vapo": _whole("vapo", clip_high=0.28),
+    "real": _whole("real"),
+    "gtpo": _whole("gtpo"),
 }
 
 # UP-X is X with the positive branch replaced; the aggregation and every number stay X's.
 PRESETS: dict[str, PolicyLossConfig] = BASELINES | {
     "up-" + name.replace("-grpo", ""): replace(config, positive="log-likelihood")
     for name, config in BASELINES.items()
+    if BRANCHES[config.negative].up
 }
 PRESETS |= {
     "pro-grpo": PRESETS["up-grpo"],

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.classic_branches import binary_kl
 from moe_upgrpo.losses.kl import k3
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.tokens import Tokens, guarded_exp
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ def mask_out(rho: Tensor, low: float, high: float) -> Tensor:
     return torch.where((rho >= low) & (rho <= high), rho, 0.0)
 
 
+def keep_within(rho: Tensor, low: float, high: float) -> Tensor:
+    """1[low ≤ ρ ≤ high]: a mask without a weight."""
+    return ((rho >= low) & (rho <= high)).to(rho.dtype)
+
+
 @dataclass(frozen=True)
 class Weight:
     """level: ρ_t of each token, or ∏_t ρ_t of the sequence; low and high: default bounds."""
@@ -52,6 +59,8 @@ WEIGHTS: dict[str, Weight] = {
     "token-mis": Weight("token", mask_out, low=0.5, high=2.0),
     "sequence-mis": Weight("sequence", mask_out, low=0.5, high=2.0),
     "icepop": Weight("token", mask_out, low=0.5, high=5.0),
+    "token-mask": Weight("token", keep_within, low=0.5, high=2.0),
+    "sequence-mask": Weight("sequence", keep_within, low=0.5, high=2.0),
 }
 
 
@@ -64,7 +73,8 @@ class RolloutCorrection:
     """
 
     weight: str = "none"
-    """none, decoupled, token-tis, sequence-tis, token-mis, sequence-mis or icepop."""
+    """none, decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop, token-mask or
+    sequence-mask."""
     low: float | None = None
     """Lower bound of the weight; None: the rule's own (mis .5, icepop .5)."""
     high: float | None = None
@@ -75,16 +85,21 @@ class RolloutCorrection:
     """Keep sequences with mean(ρ − log ρ − 1) at most this (usual: .01); None: keep all."""
     veto: float | None = None
     """Drop sequences that have a token with ρ below this (usual: 1e-4); None: keep all."""
+    outlier: float | None = None
+    """Drop sequences that have a token with ρ above this (usual: 100); None: keep all."""
+    m2: float | None = None
+    """M2PO: drop the batch's tokens of largest (log ρ)² until the mean of the rest is below this
+    (usual: .04); None: keep all."""
+    binary_kl: float | None = None
+    """KPop: drop tokens whose binary KL between π_old and μ, either way round, is above this; None:
+    keep all."""
     positive: bool = False
     """Apply to tokens with A > 0."""
     negative: bool = True
     """Apply to tokens with A < 0."""
 
     def __post_init__(self):
-        if self.weight != "none" and self.weight not in WEIGHTS:
-            raise UserError(
-                f"correction.weight: {self.weight!r} given; allowed: none, {', '.join(WEIGHTS)}"
-            )
+        check_name("correction.weight", self.weight, ("none", *WEIGHTS))
         low, high = self.bounds
         if (low is not None and low < 0) or (high is not None and high < (low or 0.0)):
             raise UserError(
@@ -94,7 +109,7 @@ class RolloutCorrection:
             raise UserError(
                 f"correction.geometric: {self.geometric} given; allowed: 0 < low <= high"
             )
-        for name in ("k3", "veto"):
+        for name in ("k3", "veto", "outlier", "m2", "binary_kl"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"correction.{name}: {value} given; allowed: a number > 0, or None")
@@ -107,12 +122,18 @@ class RolloutCorrection:
 
     @property
     def active(self) -> bool:
-        rejects = (self.geometric, self.k3, self.veto) != (None, None, None)
+        rejections = (self.geometric, self.k3, self.veto, self.outlier, self.m2, self.binary_kl)
+        rejects = any(bound is not None for bound in rejections)
         return (self.weight != "none" or rejects) and (self.positive or self.negative)
 
     @property
-    def token_level(self) -> bool:
-        return self.weight != "none" and WEIGHTS[self.weight].level == "token"
+    def of_tokens(self) -> str | None:
+        """The first of the rules here that tells the tokens of a sequence apart."""
+        for name in ("m2", "binary_kl"):
+            if getattr(self, name) is not None:
+                return name
+        of_token = self.weight != "none" and WEIGHTS[self.weight].level == "token"
+        return "weight" if of_token else None
 
 
 def correction_weights(t: Tokens, correction: RolloutCorrection) -> tuple[Tensor, Tensor]:
@@ -133,8 +154,44 @@ def correction_weights(t: Tokens, correction: RolloutCorrection) -> tuple[Tensor
         keep_B1 = keep_B1 & (t.mean_B1(k3_BT) <= correction.k3)
     if correction.veto is not None:
         keep_B1 = keep_B1 & ~(guarded_exp(log_rho_BT) < correction.veto).any(-1, keepdim=True)
+    if correction.outlier is not None:
+        keep_B1 = keep_B1 & ~(guarded_exp(log_rho_BT) > correction.outlier).any(-1, keepdim=True)
+    keep = keep_B1
+    if correction.m2 is not None:
+        keep = keep & (log_rho_BT.square() < t.statistics["m2_limit"])
+    if correction.binary_kl is not None:
+        p, q = (
+            x_BT.clamp(max=0).exp()
+            for x_BT in (t.old_log_probs_BT, t.old_log_probs_BT - log_rho_BT)
+        )
+        keep = keep & (torch.maximum(binary_kl(p, q), binary_kl(q, p)) <= correction.binary_kl)
     masked_out = weight == 0 if correction.bounds[0] is not None else torch.zeros_like(keep_B1)
-    return weight * keep_B1, masked_out | ~keep_B1
+    return weight * keep, masked_out | ~keep
+
+
+def m2_limit(t: Tokens, mean: float) -> Tensor:
+    """M2PO's threshold on (log ρ)² (arXiv 2510.01161; AReaL): tokens below it stay.
+
+    Tokens are dropped from the largest on, those of equal value together, until the mean of the
+    rest is below `mean`. No token is dropped where that holds from the start.
+    """
+    m2 = t.log_rho_BT.square()[t.mask_BT].sort().values
+    if not len(m2):
+        return torch.full_like(t.lengths_B1.sum(), math.inf)
+    counts = torch.arange(1, len(m2) + 1, device=m2.device, dtype=m2.dtype)
+    kept = int((m2.cumsum(0) / counts < mean).sum())  # the mean of the k smallest grows with k
+    return m2[kept] if kept < len(m2) else torch.full_like(m2[0], math.inf)
+
+
+def entropy_limit(t: Tokens, share: float) -> Tensor:
+    """The quantile 1 − share of the tokens' entropy, between neighbours as in torch.quantile."""
+    entropy = t.entropy_BT[t.mask_BT].sort().values
+    if not len(entropy):
+        return torch.zeros_like(t.lengths_B1.sum())
+    place = (1 - share) * (len(entropy) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(entropy) - 1)
+    return torch.lerp(entropy[low], entropy[high], place - low)
 
 
 def off_policy_sequences(t: Tokens, limit: float) -> Tensor:

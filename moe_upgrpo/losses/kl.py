@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, without_autocast
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 @without_autocast
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> Tensor:
     """The estimator of that name, elementwise; UserError for an unknown one or other shapes."""
-    if kind not in KL_ESTIMATORS:
-        raise UserError(f"kind: {kind!r} given; allowed: {', '.join(KL_ESTIMATORS)}")
+    check_name("kind", kind, KL_ESTIMATORS)
     if log_probs.shape != ref_log_probs.shape:
         raise UserError(
             f"ref_log_probs: shape {tuple(ref_log_probs.shape)} given; allowed: "

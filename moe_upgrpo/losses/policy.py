@@ -8,11 +8,25 @@ from typing import TYPE_CHECKING
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
-from moe_upgrpo.losses.branches import BRANCHES, Side
+from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.config import PolicyLossConfig
-from moe_upgrpo.losses.correction import correction_weights, log_router_shift, off_policy_sequences
+from moe_upgrpo.losses.correction import (
+    correction_weights,
+    entropy_limit,
+    log_router_shift,
+    m2_limit,
+    off_policy_sequences,
+)
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.tokens import Tokens, check_shapes, guarded_exp, without_autocast
+from moe_upgrpo.losses.side import Side
+from moe_upgrpo.losses.tokens import (
+    OF_TOKENS,
+    Context,
+    Tokens,
+    check_shapes,
+    guarded_exp,
+    without_autocast,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +62,12 @@ def policy_loss(
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None = None,
     router_log_probs: tuple[Tensor, Tensor] | None = None,
+    context: Context | None = None,
     global_tokens: float | None = None,
     global_sequences: float | None = None,
 ) -> PolicyLoss:
-    """loss = Σ_b w_b Σ_t −A_bt·f_bt, with f the positive branch's where A > 0, else the negative's.
+    """loss = Σ_b w_b Σ_t (−A_bt·f_bt + e_bt), f and e the positive branch's where A > 0, else the
+    negative's. Most losses have no e.
 
     Args:
         log_probs: `[B, T]` log π_θ of the response tokens, the only differentiable input.
@@ -64,6 +80,7 @@ def policy_loss(
             None: old_log_probs stands for it (bypass mode).
         router_log_probs: (current, old), two `[B, T, L, K]`: the router's log-probs of the old
             policy's experts; needed when `router_shift_floor` is set.
+        context: what only some losses look at; see `Context`.
         global_tokens, global_sequences: denominators over all micro-batches and ranks; None: the
             local counts (of tokens, of non-empty sequences). With them, the losses of the
             micro-batches add up to the loss of the batch, and one without tokens (`[0, T]`,
@@ -79,7 +96,14 @@ def policy_loss(
             advantages of single tokens for a loss of whole sequences.
     """
     t = _tokens(
-        log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        config,
+        rollout_log_probs,
+        router_log_probs,
+        context,
     )
     weights_B = aggregation_weights(
         t.lengths_B1.squeeze(-1),
@@ -91,12 +115,14 @@ def policy_loss(
     sides = _sides(t, config)
     # Both sides are finite for every token (padding is 0, exp is guarded), so the 0 in A⁺ or A⁻
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
-    per_token_BT = -(sides[0].objective(t, config) + sides[1].objective(t, config))
+    per_token_BT = -_objective(t, config, *sides)
+    for side in sides:
+        if side.side.extra is not None:
+            per_token_BT = per_token_BT + side.beside(t, side.side.extra(t, config))
     loss = (per_token_BT.sum(-1) * weights_B).sum()
     with torch.no_grad():
-        clipped_BT, metrics = _measure(t, config, sides, weights_B)
-        pull_BT = sum(side.amount_BT * side.coefficient(t, config) for side in sides)
-        gradient_weight_BT = (pull_BT * weights_B[:, None]).abs()
+        gradient_weight_BT, shares = _pulls(t, config, sides, weights_B)
+        clipped_BT, metrics = _measure(t, config, sides, shares)
     return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
 
@@ -110,42 +136,97 @@ def gradient_coefficients(
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None = None,
     router_log_probs: tuple[Tensor, Tensor] | None = None,
+    context: Context | None = None,
 ) -> Tensor:
     """The oracle: c `[B, T]` with ∂loss/∂log π_θ(t) = −w_b·A_t·c_t, w_b from `aggregation_weights`.
 
-    c = slope·1[not clipped]·correction weight; 0 at padding and where A = 0. Arguments and errors
-    as in `policy_loss`.
+    c = (slope·1[not clipped] − extra_slope/A)·correction weight; 0 at padding and where A = 0 (an
+    extra term acts there too: `PolicyLoss.gradient_weight`). Arguments and errors as in
+    `policy_loss`.
     """
     with torch.no_grad():
         t = _tokens(
-            log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            config,
+            rollout_log_probs,
+            router_log_probs,
+            context,
         )
-        positive, negative = _sides(t, config)
-        c_BT = torch.where(t.gain_BT > 0, positive.coefficient(t, config), 0.0)
-        return torch.where(t.pain_BT < 0, negative.coefficient(t, config), c_BT)
+        c_BT = torch.zeros_like(t.advantages_BT)
+        for side, here_BT in zip(_sides(t, config), (t.gain_BT > 0, t.pain_BT < 0), strict=True):
+            c = side.coefficient(t, config)
+            if side.side.extra_slope is not None:
+                slope_BT = side.beside(t, side.side.extra_slope(t, config))
+                c = c - slope_BT / torch.where(here_BT, t.advantages_BT, 1.0)
+            c_BT = torch.where(here_BT, c, c_BT)
+        return c_BT
+
+
+@without_autocast
+def batch_statistics(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    config: PolicyLossConfig,
+    rollout_log_probs: Tensor | None = None,
+    router_log_probs: tuple[Tensor, Tensor] | None = None,
+    context: Context | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of a batch that `config` has a use for, to be given to each of its micro-batches.
+
+    Arguments are those of `policy_loss`, of the whole batch: gather them over the ranks first,
+    thresholds are no sums. Empty for a loss that looks at no more than its own tokens. The
+    log-probs are the current ones: with those of an earlier forward the thresholds are that
+    forward's.
+    """
+    with torch.no_grad():
+        t = _tokens(
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            config,
+            rollout_log_probs,
+            router_log_probs,
+            context,
+        )
+        return _statistics(t, config)
 
 
 @dataclass(frozen=True)
 class _AppliedSide:
     """A side of the loss on this batch: its tokens' advantages, what its rules cut, its weight.
 
+    here: the tokens of this side, A > 0 or A <= 0; None without an extra term.
     below, above: cut by a bound of the loss; dropped: by the correction or the off-policy mask;
     factor: detached weight. All `[B, T]`, `[B, 1]` or None.
     """
 
     side: Side
+    here_BT: Tensor | None
     amount_BT: Tensor
     below: Tensor | None
     above: Tensor | None
     factor: Tensor | None
     dropped: Tensor | None
 
-    def objective(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
-        objective_BT = self.amount_BT * self.side.surrogate(t, config)
-        return objective_BT if self.factor is None else objective_BT * self.factor
+    @property
+    def weighted_BT(self) -> Tensor:
+        """The advantages of this side with its factor."""
+        return self.amount_BT if self.factor is None else self.amount_BT * self.factor
+
+    def beside(self, t: Tokens, extra: Tensor) -> Tensor:
+        """The extra term, or its slope, at the tokens of this side, with the side's factor."""
+        extra_BT = torch.where(self.here_BT, extra, 0.0)
+        return extra_BT if self.factor is None else extra_BT * self.factor
 
     def coefficient(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
-        """c, `[B, T]` or `[B, 1]`."""
+        """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
         cut = _union(self.below, self.above, self.dropped)
         c = self.side.slope(t, config)
         if self.factor is not None:
@@ -153,13 +234,46 @@ class _AppliedSide:
         return c if cut is None else torch.where(cut, 0.0, c)
 
 
+def _pulls(
+    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
+    pull_BT, shares = torch.zeros_like(t.advantages_BT), []
+    for side in sides:
+        side_BT = side.amount_BT * side.coefficient(t, config)
+        shares.append((side_BT.sum(-1) * weights_B).sum().abs())
+        pull_BT += side_BT
+        if side.side.extra_slope is not None:
+            pull_BT -= side.beside(t, side.side.extra_slope(t, config))
+    return pull_BT.mul_(weights_B[:, None]).abs_(), shares
+
+
+def _objective(
+    t: Tokens, config: PolicyLossConfig, positive: _AppliedSide, negative: _AppliedSide
+) -> Tensor:
+    """A·f of each token; f once where it is one function for both signs."""
+    if positive.side.surrogate is not negative.side.surrogate:
+        f_p, f_n = (side.side.surrogate(t, config) for side in (positive, negative))
+        return positive.weighted_BT * f_p + negative.weighted_BT * f_n
+    if positive.factor is None and negative.factor is None:
+        return t.advantages_BT * positive.side.surrogate(t, config)
+    both_BT = positive.weighted_BT + negative.weighted_BT
+    return both_BT * positive.side.surrogate(t, config)
+
+
 def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
     factors = {"positive": (None, None), "negative": (None, None)}
+    if config.top_entropy is not None:
+        low_BT = t.entropy_BT < t.statistics["entropy_limit"]
+        keep_BT = (~low_BT).to(t.advantages_BT.dtype)
+        factors = {sign: (keep_BT, low_BT) for sign in factors}
     if config.correction.active:
-        weight_and_dropped = correction_weights(t, config.correction)
+        weight, dropped = correction_weights(t, config.correction)
         for sign in factors:
             if getattr(config.correction, sign):
-                factors[sign] = weight_and_dropped
+                before, without = factors[sign]
+                both = weight if before is None else weight * before
+                factors[sign] = both, _union(dropped, without)
     if config.off_policy_limit is not None:
         weight, dropped = factors["negative"]
         off_B1 = off_policy_sequences(t, config.off_policy_limit)
@@ -167,16 +281,61 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedS
         weight = on_B1 if weight is None else weight * on_B1
         factors["negative"] = weight, _union(dropped, off_B1)
     positive, negative = config.sides
+    here_p = here_n = None
+    if positive.extra is not None or negative.extra is not None:
+        here_p = t.advantages_BT > 0
+        here_n = t.mask_BT & ~here_p
     return (
-        _AppliedSide(positive, t.gain_BT, *positive.clip(t, config), *factors["positive"]),
-        _AppliedSide(negative, t.pain_BT, *negative.clip(t, config), *factors["negative"]),
+        _AppliedSide(positive, here_p, t.gain_BT, *positive.clip(t, config), *factors["positive"]),
+        _AppliedSide(negative, here_n, t.pain_BT, *negative.clip(t, config), *factors["negative"]),
     )
 
 
+def _statistics(t: Tokens, config: PolicyLossConfig) -> dict[str, Tensor]:
+    """Those of the branches and of the factors of `config`, over the tokens of `t`."""
+    found: dict[str, Tensor] = {}
+    for branch in dict.fromkeys((config.positive, config.negative)):
+        if BRANCHES[branch].statistics is not None:
+            found |= BRANCHES[branch].statistics(t, config)
+    if config.top_entropy is not None:
+        found["entropy_limit"] = entropy_limit(t, config.top_entropy)
+    if config.correction.active and config.correction.m2 is not None:
+        found["m2_limit"] = m2_limit(t, config.correction.m2)
+    return found
+
+
+def _check_context(context: Context | None, config: PolicyLossConfig, rows: int) -> None:
+    """UserError for a field of the context that the config needs and is None."""
+    for name in (*OF_TOKENS, "groups"):
+        if name in config.arguments and (context is None or getattr(context, name) is None):
+            needing = [
+                n for n in (config.positive, config.negative) if name in BRANCHES[n].arguments
+            ]
+            wanted = f"{needing[0]!r}" if needing else f"top_entropy = {config.top_entropy}"
+            shape = "[B], one integer for each prompt" if name == "groups" else "[B, T]"
+            raise UserError(
+                f"context.{name}: None given, and {wanted} needs it; allowed: {shape} (see Context)"
+            )
+    groups = None if context is None else context.groups
+    if "groups" in config.arguments and tuple(groups.shape) != (rows,):
+        raise UserError(
+            f"context.groups: shape {tuple(groups.shape)} given; allowed: ({rows},), one for each "
+            "sequence"
+        )
+
+
 def _tokens(
-    log_probs, old_log_probs, advantages, mask, config, rollout_log_probs, router_log_probs
+    log_probs,
+    old_log_probs,
+    advantages,
+    mask,
+    config,
+    rollout_log_probs,
+    router_log_probs,
+    context,
 ) -> Tokens:
     check_shapes({"log_probs": log_probs, "rollout_log_probs": rollout_log_probs})
+    _check_context(context, config, len(log_probs))
     log_shift_BT = None
     if "router_log_probs" in config.arguments:
         if router_log_probs is None:
@@ -192,7 +351,12 @@ def _tokens(
         mask,
         rollout_log_probs=rollout_log_probs if "rollout_log_probs" in config.arguments else None,
         log_router_shift=log_shift_BT,
+        context=context,
+        reads=config.arguments,
     )
+    given = None if context is None else context.statistics
+    # Not under no_grad: what they look at is kept in `t`, where the losses look for its graph.
+    t.statistics = _statistics(t, config) if given is None else dict(given)
     for sign, amount_BT in (("positive", t.gain_BT), ("negative", t.pain_BT)):
         if BRANCHES[getattr(config, sign)].coupled:
             _check_of_sequence(t, amount_BT, sign, getattr(config, sign))
@@ -234,9 +398,13 @@ def _union(*hits: Tensor | None) -> Tensor | None:
 
 
 def _measure(
-    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
+    t: Tokens,
+    config: PolicyLossConfig,
+    sides: tuple[_AppliedSide, _AppliedSide],
+    shares: list[Tensor],
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`."""
+    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`. shares: |Σ w·A·c| of
+    each side."""
     positive, negative = sides
     here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
     here_p_B1, here_n_B1 = _counts_by_sign(t)
@@ -257,10 +425,6 @@ def _measure(
     counterpart = BRANCHES[config.negative].positive
     is_own = counterpart is positive.side
     beyond = positive.above if is_own else counterpart.clip(t, config)[1]
-    pull_p, pull_n = (
-        (_dot(side.amount_BT, side.coefficient(t, config)).squeeze(-1) * weights_B).sum().abs()
-        for side in sides
-    )
     raw_ratio_BT = t.ratio_BT if t.log_shift_BT is None else guarded_exp(t.raw_log_ratio_BT)
     ratio_size = _sample_size(t.masked(raw_ratio_BT), tokens)
     metrics = {
@@ -277,7 +441,7 @@ def _measure(
         "clip_fraction_negative_upper": of_negatives(negative.above),
         "clip_fraction_negative_lower": of_negatives(negative.below),
         "positive_beyond_upper_fraction": of_positives(beyond),
-        "gradient_share_positive": Metric(pull_p, pull_p + pull_n),
+        "gradient_share_positive": Metric(shares[0], shares[0] + shares[1]),
     }
     if "dual_clip" in BRANCHES[config.negative].fields and config.dual_clip is not None:
         beyond_dual = t.ratio_BT > config.dual if negative.above is None else negative.above

@@ -5,23 +5,26 @@ from dataclasses import fields, replace
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
-from moe_upgrpo.losses.branches import BRANCHES, Branch
-from moe_upgrpo.losses.config import PRESETS, PolicyLossConfig
+from moe_upgrpo.losses.branches import BRANCHES
+from moe_upgrpo.losses.config import FACTORS, PRESETS, PolicyLossConfig
+from moe_upgrpo.losses.side import Branch, Side
+from moe_upgrpo.losses.tokens import CONTEXT
 
-ARGUMENTS = ("rollout_log_probs", "router_log_probs")
+# Statistics are no argument that a branch names: it has them where its `statistics` computes them.
+ARGUMENTS = ("rollout_log_probs", *(name for name in CONTEXT if name != "statistics"))
 
 
 def register_loss(name: str, branch: Branch, **numbers) -> None:
     """Make a branch a loss: the presets NAME, for both signs, and up-NAME, with UP's positive side.
 
-    As `positive` or `negative` of a config it goes with every other branch that has its
-    aggregation. numbers: fields of `PolicyLossConfig` in which the presets differ from its
-    defaults. The same branch may be registered again.
+    There is no up-NAME where `branch.up` is False. As `positive` or `negative` of a config it goes
+    with every other branch that has its aggregation. numbers: fields of `PolicyLossConfig` in which
+    the presets differ from its defaults. The same branch may be registered again.
 
     Raises:
         UserError: a name that is taken or no word; a branch that is none, without an aggregation,
-            or with a field, an argument or an aggregation that there is not; numbers that cannot
-            be.
+            with a field, an argument, a factor or an aggregation that there is not, or with half
+            of an extra term; numbers that cannot be.
     """
     if BRANCHES.get(name) is branch:
         return
@@ -31,19 +34,7 @@ def register_loss(name: str, branch: Branch, **numbers) -> None:
             f"register_loss: {name!r} given; allowed: small letters, digits, - and ., and no name "
             f"that is taken ({', '.join(sorted(taken)) or 'this is none'})"
         )
-    if not isinstance(branch, Branch):
-        raise UserError(f"register_loss({name!r}): {branch!r} given; allowed: a Branch")
-    known = {
-        "aggregations": tuple(AGGREGATIONS),
-        "fields": tuple(field.name for field in fields(PolicyLossConfig)),
-        "arguments": ARGUMENTS,
-    }
-    for kind, allowed in known.items():
-        given = getattr(branch, kind)
-        if {*given} - {*allowed} or (kind == "aggregations" and not given):
-            raise UserError(
-                f"register_loss({name!r}): {kind} {given!r} given; allowed: {', '.join(allowed)}"
-            )
+    _check(name, branch)
     BRANCHES[name] = branch
     try:
         whole = PolicyLossConfig(
@@ -51,8 +42,37 @@ def register_loss(name: str, branch: Branch, **numbers) -> None:
             negative=name,
             **{"aggregation": branch.aggregations[0], **numbers},
         )
+        presets = {name: whole}
+        if branch.up:
+            presets[f"up-{name}"] = replace(whole, positive="log-likelihood")
     except (UserError, TypeError) as error:
         del BRANCHES[name]
         raise UserError(f"register_loss({name!r}): {error}") from None
-    PRESETS[name] = whole
-    PRESETS[f"up-{name}"] = replace(whole, positive="log-likelihood")
+    PRESETS.update(presets)
+
+
+def _check(name: str, branch: Branch) -> None:
+    """UserError for a branch that no loss could be made of."""
+    if not isinstance(branch, Branch):
+        raise UserError(f"register_loss({name!r}): {branch!r} given; allowed: a Branch")
+    known = {
+        "aggregations": tuple(AGGREGATIONS),
+        "fields": tuple(field.name for field in fields(PolicyLossConfig)),
+        "arguments": ARGUMENTS,
+        "refuses": FACTORS,
+    }
+    for kind, allowed in known.items():
+        given = getattr(branch, kind)
+        if {*given} - {*allowed} or (kind == "aggregations" and not given):
+            raise UserError(
+                f"register_loss({name!r}): {kind} {given!r} given; allowed: {', '.join(allowed)}"
+            )
+    for sign in ("positive", "negative"):
+        side = getattr(branch, sign)
+        if not isinstance(side, Side):
+            raise UserError(f"register_loss({name!r}): {sign} {side!r} given; allowed: a Side")
+        if (side.extra is None) != (side.extra_slope is None):
+            raise UserError(
+                f"register_loss({name!r}): {sign} with extra {side.extra!r} and extra_slope "
+                f"{side.extra_slope!r} given; allowed: both, or none"
+            )

@@ -8,9 +8,10 @@ rollout = μ (the engine's).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 # exp() of anything above this is cut, and its gradient with it: e^20 ≈ 4.9e8 leaves room for
 # squares in float32, and no loss is meant to work there. Below there is nothing to guard: exp → 0.
 MAX_LOG_RATIO = 20.0
+
+
+# Fields of `Context` with a number for each token.
+OF_TOKENS = ("entropy", "draws", "token_weights")
 
 
 def guarded_exp(log_x: Tensor) -> Tensor:
@@ -46,13 +51,38 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Inputs that only some losses look at; `PolicyLossConfig.arguments` names those of a config.
+
+    groups: `[B]` integers, equal for the responses to one prompt. A group has to be in one
+        micro-batch as a whole.
+    entropy: `[B, T]` entropy of the policy at each token, in nats.
+    draws: `[B, T]` a random number in [0, 1) for each token: `token_draws`.
+    token_weights: `[B, T]` weights that a loss is defined with: `gtpo_weights`.
+    statistics: numbers over all micro-batches and ranks, from `batch_statistics`; None: those of
+        this micro-batch, as with the denominators.
+    """
+
+    groups: Tensor | None = None
+    entropy: Tensor | None = None
+    draws: Tensor | None = None
+    token_weights: Tensor | None = None
+    statistics: Mapping[str, Tensor | float] | None = None
+
+
+# As `PolicyLossConfig.arguments` names them.
+CONTEXT = tuple(field.name for field in fields(Context))
+
+
 class Tokens:
     """The inputs of one micro-batch with everything behind the mask replaced by 0.
 
     The replacement is done by `where` before any exp or product, so padding may hold NaN or ±inf
     and neither value nor gradient sees it; padded tokens have log-ratio 0 and advantage 0.
 
-    Args (all `[B, T]`): see `policy_loss`. `log_router_shift_BT` is log γ ≤ 0 of RSPO.
+    Args (all `[B, T]`): see `policy_loss`. `log_router_shift_BT` is log γ ≤ 0 of RSPO. Of
+    `context` the fields named in `reads` are read.
 
     Raises:
         UserError: shapes differ, the mask is not 0/1, or an unmasked value is not finite.
@@ -67,13 +97,18 @@ class Tokens:
         *,
         rollout_log_probs: Tensor | None = None,
         log_router_shift: Tensor | None = None,
+        context: Context | None = None,
+        reads: Collection[str] = (),
     ):
+        self._context = context or Context()
+        beside = {n: getattr(self._context, n) for n in OF_TOKENS if n in reads}
         named = {
             "log_probs": log_probs,
             "old_log_probs": old_log_probs,
             "advantages": advantages,
             "rollout_log_probs": rollout_log_probs,
             "router_log_probs": log_router_shift,
+            **beside,
         }
         check_shapes({**named, "mask": mask})
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
@@ -90,9 +125,35 @@ class Tokens:
         if log_router_shift is not None:
             self.log_shift_BT = self.masked(log_router_shift.detach().to(dtype))
 
+        self._beside = {n: self.masked(x.detach().to(dtype)) for n, x in beside.items()}
+        self.statistics: dict[str, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
         seen = (self.raw_log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
+        seen += tuple(self._beside.values())
         if not sum(x.detach().sum() for x in seen if x is not None).isfinite():
             check_finite(named, self.mask_BT)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes, at the first call: both sides of a loss and its oracle ask."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def groups_B(self) -> Tensor:
+        return self._context.groups
+
+    @property
+    def entropy_BT(self) -> Tensor:
+        return self._beside["entropy"]
+
+    @property
+    def draws_BT(self) -> Tensor:
+        return self._beside["draws"]
+
+    @property
+    def weights_BT(self) -> Tensor:
+        return self._beside["token_weights"]
 
     def masked(self, x_BT: Tensor) -> Tensor:
         return torch.where(self.mask_BT, x_BT, 0.0)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,7 +22,7 @@ from megatron.core.utils import get_model_config
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
-from moe_upgrpo.losses import Metric, PolicyLossConfig, merge_metrics, policy_loss
+from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig, merge_metrics
 from moe_upgrpo.megatron import groups, passthrough, tap
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.experts import gather_before
@@ -32,6 +31,7 @@ from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
+from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
 from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
@@ -74,6 +74,9 @@ class Update:
     loss: float  # this rank's share; the sum over data-parallel ranks is the loss
     metrics: dict[str, Metric]  # of moe_upgrpo.losses, this rank's sums
     grad_norm: float  # over all ranks, before clipping
+    # Terms beside the policy loss by name, this rank's shares, as `loss`; sums of what they are of.
+    terms: dict[str, float] = field(default_factory=dict)
+    term_metrics: dict[str, Metric] = field(default_factory=dict)
     scored: list[Scored] | None = None  # the training forward as `score` has it, where asked for
     # (token, layer) pairs whose router, run again in the backward, would have chosen other experts
     # than in the forward; it was held to those of the forward. 0 where kernels are deterministic.
@@ -236,6 +239,7 @@ class MegatronActor:
         train: bool,
         record: Collection[str],
         entropy: bool = True,
+        entropy_gradient: bool = False,
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
 
@@ -260,6 +264,7 @@ class MegatronActor:
                 mask_BS=batch.mask_BS,
                 temperature=self.temperature,
                 entropy=entropy,
+                entropy_gradient=entropy_gradient,
             )
             with visit:
                 output = chunk(batch.tokens_BS, batch.positions_BS, None, wanted=wanted)
@@ -358,70 +363,48 @@ class MegatronActor:
         return found
 
     def update(
-        self, samples: Sequence[Sample], loss: PolicyLossConfig, *, record: Collection[str] = ()
+        self,
+        samples: Sequence[Sample],
+        loss: PolicyLossConfig,
+        *,
+        terms: LossTerms = NO_TERMS,
+        record: Collection[str] = (),
+        at: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
     ) -> Update:
         """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
-        Every rank gives the same number of samples. record: as of `score`; with any, what this
-        forward saw is handed over as `score` would. Raises
-        NumericalFailure on every rank: before any weight changes, where a log-prob or the loss is
-        not finite; after it, where the gradient is not.
+        Every rank gives the same number of samples. terms: added to the loss. record: as of
+        `score`; with any, what this forward saw is handed over as `score` would. at: weights of
+        `weights_now` that the gradient is taken at, and with it all that is recorded; None: those
+        that the step changes. seed: of what the loss draws at random. Raises NumericalFailure on
+        every rank: before any weight changes, where a log-prob or the loss is not finite; after it,
+        where the gradient is not.
         """
+        statistics = None
+        if "statistics" in loss.arguments:
+            with self._at(at):
+                scored = self.score(samples, record=())
+            statistics = statistics_of(samples, scored, loss, seed)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         size = self.micro_batch_size
         batches = self._micro_batches(samples, size)
-        dp_group = parallel_state.get_data_parallel_group()
-        counts = torch.tensor(
-            [sum(int(b.mask_BS.sum()) for b in batches), len(samples)],
-            dtype=torch.float64,
-            device=device(),
+        objective = Objective.over(
+            batches, len(samples), loss=loss, terms=terms, seed=seed, statistics=statistics
         )
-        dist.all_reduce(counts, group=dp_group)
-        # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule by
-        # the micro-batches; the loss has the global denominators already.
-        undo_means = dp_group.size() * len(batches)
-
-        def on_output(batch: Batch, output_BSx: torch.Tensor):
-            log_probs_BS, *entropy_BS = output_BSx.unbind(-1)
-            bad = ~log_probs_BS.isfinite() & batch.mask_BS
-            if bad.any():
-                b, row = bad.nonzero()[0].tolist()
-                return log_probs_BS.sum() * 0, _Seen(
-                    problem=f"The trainer's log-prob of token {batch.targets_BS[b, row]} at "
-                    f"position {row + 1} of a sequence is {log_probs_BS[b, row]}: the weights have "
-                    "diverged or are broken. Lower the learning rate or clip the gradient; the "
-                    "weights were not changed by this step."
-                )
-            old_BS = batch.old_log_probs_BS
-            result = policy_loss(
-                log_probs_BS,
-                log_probs_BS.detach() if old_BS is None else old_BS,
-                batch.advantages_BS,
-                batch.mask_BS,
-                config=loss,
-                rollout_log_probs=batch.rollout_log_probs_BS,
-                global_tokens=counts[0],
-                global_sequences=counts[1],
+        has_entropy = terms.entropy_coef > 0 or "entropy" in loss.arguments
+        with self._at(at):
+            seen, traces, flips = self._run(
+                batches,
+                objective,
+                train=True,
+                record=record,
+                entropy=bool(record) or has_entropy,
+                entropy_gradient=terms.entropy_coef > 0,
             )
-            value = float(result.loss.detach())
-            if not math.isfinite(value):
-                return log_probs_BS.sum() * 0, _Seen(
-                    problem=f"The loss of a micro-batch is {value}, of finite log-probs: ratios or "
-                    "advantages overflow. The weights were not changed by this step."
-                )
-            arrays_BS = [log_probs_BS, result.clipped, result.gradient_weight, *entropy_BS]
-            return result.loss * undo_means, _Seen(
-                arrays=tuple(tensor.detach().cpu().numpy() for tensor in arrays_BS),
-                loss=value,
-                metrics=merge_metrics([result.metrics]),  # as plain numbers
-            )
-
-        seen, traces, flips = self._run(
-            batches, on_output, train=True, record=record, entropy=bool(record)
-        )
         problems = groups.gather_everywhere([one.problem for one in seen if one.problem])
         if problems:
             raise NumericalFailure(problems[0])
@@ -449,19 +432,43 @@ class MegatronActor:
             gradient_weight=gradient_weight,
             loss=sum(one.loss for one in seen),
             metrics=merge_metrics([one.metrics for one in seen]),
+            terms={name: sum(one.terms[name] for one in seen) for name in seen[0].terms},
+            term_metrics=merge_metrics([one.term_metrics for one in seen]),
             grad_norm=float(grad_norm),
             scored=scored,
             recompute_flips=flips,
         )
 
     @torch.no_grad()
+    def weights_now(self) -> list[torch.Tensor]:
+        """A copy of this rank's part of the weights. A collective."""
+        self.make_whole()
+        return [p.detach().clone() for chunk in self.chunks for p in chunk.parameters()]
+
+    @contextmanager
+    def _at(self, weights: Sequence[torch.Tensor] | None) -> Iterator[None]:
+        """Inside, the model computes with these weights; afterwards it has its own again."""
+        if weights is None:
+            yield
+            return
+        own = self.weights_now()
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[torch.Tensor]) -> None:
+        parameters = (p for chunk in self.chunks for p in chunk.parameters())
+        for parameter, values in zip(parameters, weights, strict=True):
+            parameter.copy_(values)
+
+    @torch.no_grad()
     def take_weights(self, other: MegatronActor) -> None:
         """Copy another actor's weights, of the same model in the same layout. A collective."""
         other.make_whole()
-        for mine, theirs in zip(self.chunks, other.chunks, strict=True):
-            pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
-            for target, source in pairs:
-                target.copy_(source)
+        self._put([p for chunk in other.chunks for p in chunk.parameters()])
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on every rank, for an engine."""
@@ -482,14 +489,3 @@ class MegatronActor:
         No collective; for the rank that writes, before anything is trained.
         """
         try_export(self.hf, self._side_files, folder)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Seen:
-    """Result of the loss for one micro-batch."""
-
-    # [B, S]: log-probs, clipped, gradient weight and, where anything is recorded, entropy
-    arrays: tuple[np.ndarray, ...] = ()
-    loss: float = 0.0
-    metrics: dict[str, Metric] | None = None
-    problem: str | None = None

@@ -25,7 +25,9 @@ class Sample:
     # [T] float32; this and the next for updates only. None: those of the update's own forward.
     old_log_probs: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None  # [T] float32
+    reference_log_probs: np.ndarray | None = None  # [T] float32, for the KL term
     advantage: float = 0.0
+    number: int = 0  # its own among the sequences of the batch, on all ranks
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
     sampled: np.ndarray | None = None  # [T] bool: response tokens that count; None: all
 
@@ -47,8 +49,10 @@ class Batch:
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
     mask_BS: torch.Tensor  # bool: rows whose target is a response token that counts
-    old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next two; None: not given
+    old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next three; None: not given
     rollout_log_probs_BS: torch.Tensor
+    reference_log_probs_BS: torch.Tensor
+    numbers_B: torch.Tensor
     advantages_BS: torch.Tensor
     routes_BSLK: torch.Tensor | None  # int16, NO_ROUTE where the router chooses; None: native
 
@@ -74,7 +78,8 @@ def make_batch(
     shape = max(shape[0], len(samples)), -(-longest // multiple_of) * multiple_of
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
-    old, rollout, advantages = (torch.zeros(shape) for _ in range(3))
+    old, rollout, reference, advantages = (torch.zeros(shape) for _ in range(4))
+    numbers = torch.zeros(shape[0], dtype=torch.int64)
     routes = None
     for sample in samples:
         if sample.routes is not None:
@@ -89,6 +94,7 @@ def make_batch(
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
         mask[b, rows] = True if sample.sampled is None else torch.from_numpy(sample.sampled)
         advantages[b, rows] = sample.advantage
+        numbers[b] = sample.number
         if sample.routes is not None:
             _check_routes(sample.routes)
             given = torch.from_numpy(sample.routes.astype(np.int16))
@@ -96,6 +102,7 @@ def make_batch(
         for target, values in (
             (old, sample.old_log_probs),
             (rollout, sample.rollout_log_probs),
+            (reference, sample.reference_log_probs),
         ):
             if values is not None:
                 target[b, rows] = torch.from_numpy(values)
@@ -105,6 +112,8 @@ def make_batch(
         mask_BS=mask,
         old_log_probs_BS=old if True in given_old else None,
         rollout_log_probs_BS=rollout,
+        reference_log_probs_BS=reference,
+        numbers_B=numbers,
         advantages_BS=advantages,
         routes_BSLK=routes,
     )

@@ -80,8 +80,13 @@ class _Writer(TorchDistSaveShardedStrategy):
         )
 
 
-def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None = None) -> None:
-    """Write an actor's weights, optimizer and schedule, and a frozen one's weights.
+def save_state(
+    folder: Path,
+    actor: MegatronActor,
+    frozen: MegatronActor | None = None,
+    reference: MegatronActor | None = None,
+) -> None:
+    """Write an actor's weights, optimizer and schedule, and the weights of those that are frozen.
 
     Into an empty folder that every rank sees; a collective, after at least one optimizer step.
     Raises OSError where a file cannot be written.
@@ -92,7 +97,8 @@ def save_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
         "model": model,
         "optimizer": _optimizer_state(actor.optimizer, model, is_loading=False),
         "scheduler": actor.scheduler.state_dict(),
-        "frozen": _frozen_state(frozen),
+        "frozen": _frozen_state(frozen, "frozen"),
+        "reference": _frozen_state(reference, "reference"),
     }
     try:
         dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
@@ -109,7 +115,12 @@ def _told(error: BaseException) -> BaseException:
     return error
 
 
-def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None = None) -> None:
+def load_state(
+    folder: Path,
+    actor: MegatronActor,
+    frozen: MegatronActor | None = None,
+    reference: MegatronActor | None = None,
+) -> None:
     """Read what `save_state` wrote, in this or another layout, bit for bit. A collective.
 
     Raises UserError where the folder holds another model's state, not all that is asked for, or
@@ -125,7 +136,8 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
         state = {
             "model": model,
             "optimizer": _optimizer_state(actor.optimizer, model, is_loading=True),
-            "frozen": _frozen_state(frozen),
+            "frozen": _frozen_state(frozen, "frozen"),
+            "reference": _frozen_state(reference, "reference"),
         }
         with warnings.catch_warnings():  # of what torch will one day do otherwise
             warnings.simplefilter("ignore", FutureWarning)
@@ -134,7 +146,7 @@ def load_state(folder: Path, actor: MegatronActor, frozen: MegatronActor | None 
         raise UserError(
             f"{folder} does not hold this model's training state: {str(error)[:500]}"
         ) from error
-    for one, name in ((actor, "model"), (frozen, "frozen")):
+    for one, name in ((actor, "model"), (frozen, "frozen"), (reference, "reference")):
         for i, chunk in enumerate(unwrap_model(list(one.chunks)) if one else ()):
             chunk.load_state_dict(loaded[name][str(i)])
     for i, part in enumerate(_parts(actor.optimizer)):
@@ -192,9 +204,9 @@ def _check_objects(folder: Path) -> None:
         ) from error
 
 
-def _frozen_state(actor: MegatronActor | None) -> dict:
+def _frozen_state(actor: MegatronActor | None, name: str) -> dict:
     state = _model_state(actor) if actor else {}
-    add_prefix_for_sharding(state, "frozen.")
+    add_prefix_for_sharding(state, f"{name}.")
     return state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -121,6 +121,11 @@ def gather_over_pipeline(items: list) -> list:
     return _gather(items, parallel_state.get_pipeline_model_parallel_group())
 
 
+def gather_over_data_parallel(items: list) -> list:
+    """Concatenate the items of the data-parallel ranks, in their order, on each of them."""
+    return _gather(items, parallel_state.get_data_parallel_group())
+
+
 def gather_everywhere(items: list) -> list:
     """The items of all ranks, in rank order, on each of them."""
     return _gather(items, dist.group.WORLD)
@@ -153,6 +158,11 @@ def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
         name: Metric(*pair)
         for name, pair in zip(metrics, zip(flat[::2], flat[1::2], strict=True), strict=True)
     }
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """Each value's sum over the data-parallel ranks."""
+    return _over_data_parallel(list(values), dist.ReduceOp.SUM)
 
 
 def largest(values: dict[str, float]) -> dict[str, float]:

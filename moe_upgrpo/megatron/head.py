@@ -27,13 +27,14 @@ class Wanted:
     mask_BS: torch.Tensor  # the rows to compute; the others are 0
     temperature: float
     entropy: bool
+    entropy_gradient: bool = False
 
 
 class ScoringModel(GPTModel):
     """GPTModel whose output is [B, S, 1 or 2] in fp32: what the call's `wanted` asks for.
 
-    Log-probs, with gradient, and entropy, without. A stage that is not the last one gives its
-    hidden states, as GPTModel does.
+    Log-probs, with gradient, and entropy, with one where it is asked for. A stage that is not the
+    last one gives its hidden states, as GPTModel does.
     """
 
     def __init__(self, *args, **kwargs):
@@ -78,6 +79,7 @@ class _Head(ColumnParallelLinear):
             temperature=wanted.temperature,
             group=self.tp_group,
             entropy=wanted.entropy,
+            entropy_gradient=wanted.entropy_gradient,
         )
         parts_SB = [part.view(hidden_SBH.shape[:2]) for part in found if part is not None]
         return torch.stack(parts_SB, dim=-1), None

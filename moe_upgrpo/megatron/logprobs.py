@@ -34,17 +34,26 @@ def log_probs_and_entropy(
     temperature: float,
     group: dist.ProcessGroup,
     entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log p(target) and −Σ p log p in nats, p = softmax(logits / temperature): both [N] in fp32.
 
-    0 outside `mask_N`, whose rows are left out. The log-probs have a gradient, the entropy none
-    (None where it is not asked for). group: over which the vocabulary is split; each rank gives the
-    same hidden states and gets its part of their gradient, to be summed. Where the weight has a
-    `main_grad` (Megatron-Core's buffer of summed gradients), its gradient is added to that.
+    0 outside `mask_N`, whose rows are left out. The log-probs have a gradient, the entropy has one
+    where `entropy_gradient` says so (it is None without `entropy`). group: over which the
+    vocabulary is split; each rank gives the same hidden states and gets its part of their gradient,
+    to be summed. Where the weight has a `main_grad` (Megatron-Core's buffer of summed gradients),
+    its gradient is added to that.
     """
     index_M = mask_N.nonzero()[:, 0]
     log_probs_N, entropy_N = _FromHidden.apply(
-        hidden_NH, weight_vH, targets_N[index_M], index_M, temperature, group, entropy
+        hidden_NH,
+        weight_vH,
+        targets_N[index_M],
+        index_M,
+        temperature,
+        group,
+        entropy,
+        entropy_gradient,
     )
     return log_probs_N, entropy_N if entropy else None
 
@@ -89,11 +98,22 @@ class _Rows:
 class _FromHidden(torch.autograd.Function):
     """With m the largest logit, z = Σ exp(l − m), w = Σ (l − m) exp(l − m):
 
-    log p(y) = l_y − m − log z, entropy = log z − w / z, ∂ log p(y) / ∂ l_i = [i = y] − p_i.
+    log p(y) = l_y − m − log z, entropy = log z − w / z, ∂ log p(y) / ∂ l_i = [i = y] − p_i,
+    ∂ entropy / ∂ l_i = −p_i (log p_i + entropy).
     """
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_vH, targets_M, index_M, temperature, group, entropy):
+    def forward(
+        ctx,
+        hidden_NH,
+        weight_vH,
+        targets_M,
+        index_M,
+        temperature,
+        group,
+        entropy,
+        entropy_gradient,
+    ):
         rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
         largest_M = hidden_NH.new_empty(len(index_M), dtype=torch.float32)
         sums_3M = largest_M.new_zeros(3, len(index_M))  # z, w, l_y: of this rank's vocabulary
@@ -115,24 +135,30 @@ class _FromHidden(torch.autograd.Function):
             sums_3M[:2] *= below_M.exp()
             dist.all_reduce(sums_3M, group=group)
         log_z_M = sums_3M[0].log()
-        ctx.save_for_backward(hidden_NH, weight_vH, targets_M, index_M, largest_M + log_z_M)
-        ctx.given = temperature, group
+        log_sum_M = largest_M + log_z_M
+        ctx.given = temperature, group, entropy_gradient
         ctx.main_grad = getattr(weight_vH, "main_grad", None)
         log_probs_N, entropy_N = (largest_M.new_zeros(len(hidden_NH)) for _ in range(2))
         log_probs_N[index_M] = sums_3M[2] - largest_M - log_z_M
         if entropy:
             entropy_N[index_M] = log_z_M - sums_3M[1] / sums_3M[0]
-        ctx.mark_non_differentiable(entropy_N)
+        entropy_M = entropy_N[index_M] if entropy_gradient else None
+        ctx.save_for_backward(hidden_NH, weight_vH, targets_M, index_M, log_sum_M, entropy_M)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_N)
         return log_probs_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_N, _):
-        hidden_NH, weight_vH, targets_M, index_M, log_sum_M = ctx.saved_tensors
-        temperature, group = ctx.given
+    def backward(ctx, gradient_N, of_entropy_N):
+        hidden_NH, weight_vH, targets_M, index_M, log_sum_M, entropy_M = ctx.saved_tensors
+        temperature, group, entropy_gradient = ctx.given
         rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
         scaled_M = gradient_N[index_M] / temperature
         of_targets_M = scaled_M.where(rows.mine_M, 0)
+        if entropy_gradient:
+            of_entropy_M = of_entropy_N[index_M] / temperature
+            factors_Cv = torch.empty_like(rows.logits_Cv)
         of_hidden_NH = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
         of_weight_vH = None
         if ctx.needs_input_grad[1]:
@@ -140,7 +166,13 @@ class _FromHidden(torch.autograd.Function):
             if of_weight_vH is None:
                 of_weight_vH = torch.zeros_like(weight_vH, dtype=torch.float32)
         for part, rows_CH, logits_Cv in rows:
-            of_logits_Cv = logits_Cv.sub_(log_sum_M[part, None]).exp_().mul_(-scaled_M[part, None])
+            of_logits_Cv = logits_Cv.sub_(log_sum_M[part, None])
+            if entropy_gradient:
+                factor_Cv = factors_Cv[: len(logits_Cv)].copy_(of_logits_Cv)
+                factor_Cv.add_(entropy_M[part, None]).mul_(-of_entropy_M[part, None])
+                of_logits_Cv.exp_().mul_(factor_Cv.sub_(scaled_M[part, None]))
+            else:
+                of_logits_Cv.exp_().mul_(-scaled_M[part, None])
             of_logits_Cv.scatter_add_(1, rows.local_M1[part], of_targets_M[part, None])
             of_logits_Cv = rows.in_models_dtype(of_logits_Cv)
             if of_hidden_NH is not None:
@@ -158,4 +190,4 @@ class _FromHidden(torch.autograd.Function):
                 of_weight_vH = weight_vH.new_empty(weight_vH.shape, layout=torch.sparse_coo)
             else:
                 of_weight_vH = of_weight_vH.to(weight_vH.dtype)
-        return of_hidden_NH, of_weight_vH, None, None, None, None, None
+        return of_hidden_NH, of_weight_vH, None, None, None, None, None, None

@@ -222,7 +222,8 @@ def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose
 
     n·((8h + 4)/t + h·c)  the norm, and its output gathered from the ranks
     r·v·(4 + e + b)       logits of r rows at a time (moe_upgrpo/megatron/logprobs.py); e = 4 for
-                          the entropy in a "score" and a "recorded update", b = 2 in bf16
+                          the entropy in a "score", a "recorded update" and, in its backward too,
+                          an "update with entropy", b = 2 in bf16
     n·h·c + v·h·b         in an update's backward: the gradient of the hidden states and, in bf16,
                           of the head before it is added to the fp32 gradients
     """
@@ -233,7 +234,8 @@ def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose
     forward = rows * v * (4 + 4 * (purpose != "update") + cast)
     backward = 0.0
     if purpose != "score":
-        backward = rows * v * (4 + cast) + n * h * c + v * h * cast
+        of_entropy = 4 * (purpose == "update with entropy")
+        backward = rows * v * (4 + of_entropy + cast) + n * h * c + v * h * cast
     return n * ((8 * h + 4) / layout.tp + h * c) + max(forward, backward)
 
 

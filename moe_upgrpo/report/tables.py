@@ -58,7 +58,8 @@ def about(runs: list[Run]) -> list[dict[str, Any]]:
         return git and git["commit"][:12] + (" with changes" if git["changed"] else "")
 
     rows: list[tuple[str, Callable[[Run], Any]]] = [
-        ("Loss", lambda run: run.config.get("loss")),
+        # Older runs, and those of other trainers, have the preset's name alone.
+        ("Loss", lambda run: run.config.get("loss_in_words") or run.config.get("loss")),
         ("Model", model),
         ("Routing", moe),
         ("Layout", layout),

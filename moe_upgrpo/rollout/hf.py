@@ -229,10 +229,40 @@ class HFEngine:
             found += [r[-n:-1] for r, n in zip(routes_NWLK, lengths, strict=True)]
         return found
 
+    @torch.inference_mode()
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        *,
+        temperature: float = 1.0,
+        at_once: int | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probs `[S-1]` of the tokens of whole sequences `[S]`, and their routes `[S-1, L, K]`.
+
+        As `routes`, each sequence in one pass and nothing from a cache. at_once: sequences of a
+        batch, at most `max_sequences`.
+        """
+        check_sequences(sequences)
+        found, size = [], min(at_once or self.max_sequences, self.max_sequences)
+        for start in range(0, len(sequences), size):
+            batch = sequences[start : start + size]
+            cache = DynamicCache(config=self.config)
+            with torch._C.DisableTorchFunction():  # as in `generate`
+                logits_NWV, routes_NWLK, _, _ = self._prefill(batch, cache, keep=0)
+            for logits_WV, routes_WLK, tokens in zip(logits_NWV, routes_NWLK, batch, strict=True):
+                logp_XV = (logits_WV[-len(tokens) : -1].float() / temperature).log_softmax(dim=-1)
+                targets_X1 = torch.from_numpy(np.asarray(tokens[1:], np.int64))[:, None]
+                logp_X = logp_XV.gather(1, targets_X1.to(logp_XV.device))[:, 0]
+                found.append((logp_X.cpu().numpy(), routes_WLK[-len(tokens) : -1]))
+        return found
+
     def _prefill(
-        self, sequences: Sequence[np.ndarray], cache: DynamicCache
+        self, sequences: Sequence[np.ndarray], cache: DynamicCache, keep: int = 1
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """`_forward` of whole sequences padded on the left; their lengths and attention mask."""
+        """`_forward` of whole sequences padded on the left; their lengths and attention mask.
+
+        keep: 0 for the logits of all positions, `[N, W, V]`.
+        """
         lengths = np.array([len(sequence) for sequence in sequences])
         width = int(lengths.max())
         real_NW = np.arange(width) >= width - lengths[:, None]
@@ -240,8 +270,8 @@ class HFEngine:
         ids_NW[real_NW] = np.concatenate(sequences)
         # Without padding the mask is left out: transformers' causal path is then faster.
         mask = None if real_NW.all() else torch.from_numpy(real_NW).to(self.device).long()
-        logits_NV, routes_NWLK = self._forward(torch.from_numpy(ids_NW), mask, cache)
-        return logits_NV, routes_NWLK, lengths, mask
+        logits, routes_NWLK = self._forward(torch.from_numpy(ids_NW), mask, cache, keep)
+        return logits, routes_NWLK, lengths, mask
 
     def _choose(
         self,
@@ -263,11 +293,12 @@ class HFEngine:
         return torch.multinomial(logp_AV.exp(), 1, generator=generator)[:, 0]
 
     def _forward(
-        self, ids_AX: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache
+        self, ids_AX: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache, keep: int = 1
     ) -> tuple[torch.Tensor, np.ndarray]:
         """Logits of the last position `[A, V]` and the routes of every token fed in `[A, X, L, K]`.
 
-        `mask` covers the cached positions and the X new ones.
+        `mask` covers the cached positions and the X new ones. keep=0: the logits `[A, X, V]` of all
+        positions.
         """
         for tap in self._taps.values():
             tap.clear()
@@ -280,10 +311,10 @@ class HFEngine:
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             **{self._cache_argument: cache},
         ).logits
-        return logits[:, -1], self._read_taps(*ids_AX.shape)
+        return logits[:, -1] if keep else logits, self._read_taps(*ids_AX.shape)
 
     def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
         """Give what the taps hold after one forward, as `[sequences, tokens, L, K]`."""

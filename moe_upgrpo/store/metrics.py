@@ -85,8 +85,33 @@ METRICS: dict[str, Metric] = {
         _TOKENS,
         "nats",
     ),
+    "kl/reference": Metric(
+        "the KL term's estimate (k1, k2 or k3) of KL(π ‖ π_reference), on sampled tokens: in the "
+        "loss at the weights of each visit, in the reward at the old ones",
+        f"{_VISITS}; in the reward {_TOKENS}",
+        "nats",
+    ),
+    "kl/reward_penalty": Metric(
+        "mean of β·Σ_t k, what the KL term took off a response's reward; reward/mean is without it",
+        _SEQUENCES,
+        "reward",
+    ),
+    "entropy/visits": Metric(
+        "mean of −Σ_v π(v) log π(v) where the entropy bonus is in the loss", _VISITS, "nats"
+    ),
+    "entropy/coef": Metric("α of the entropy bonus in this step", "none", "coefficient"),
     "loss/policy": Metric(
         "the policy loss, mean over the step's optimizer steps", "set by the loss", "loss"
+    ),
+    "loss/kl": Metric(
+        "β·KL as added to the policy loss, mean over the step's optimizer steps",
+        "as loss/policy",
+        "loss",
+    ),
+    "loss/entropy": Metric(
+        "−α·H as added to the policy loss, mean over the step's optimizer steps",
+        "as loss/policy",
+        "loss",
     ),
     "grad_norm": Metric(
         "global L2 norm of the gradient before clipping, mean over optimizer steps",

@@ -198,8 +198,10 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
     )
     held["optimizer"] *= 1 - _offloaded(config)
     copy = memory.DTYPE_BYTES[trainer.dtype] * stage.parameters
-    if config.log.reference_kl:
+    if config.has_reference:
         held["reference model"] = copy
+    if config.terms.gradient_at == "old":
+        held["old weights, and the policy's while they are used"] = 2 * copy
     if rollouts.overlap and config.log.analyse_every:
         held["policy one step behind"] = copy
     if _in_process(config):
@@ -263,7 +265,7 @@ def _moments(
         micro_batches=-(-sequences // config.batch.minibatches // update.sequences),
         imbalance=config.imbalance,
         **given,
-    ) | computing(update, "recorded update" if _old_from_update(config) else "update")
+    ) | computing(update, _purpose(config))
     if stage.moe_layers:
         # Pickled, and over NCCL: what is sent, and that of every rank of the copy.
         each = memory.traces(model, layout, tokens=sequences * length, layers=stage.moe_layers)
@@ -281,6 +283,13 @@ def _moments(
     return moments
 
 
+def _purpose(config: PlanConfig) -> str:
+    """The head's work in the update, as `memory.head` knows it."""
+    if config.terms.has_entropy_bonus:
+        return "update with entropy"
+    return "recorded update" if _old_from_update(config) else "update"
+
+
 def _old_from_update(config: PlanConfig) -> bool:
     """Whether the update's only forward is the old policy's too, as `Learner` has it."""
     return config.objective.replay == "none" and config.batch.optimizer_steps == 1
@@ -289,8 +298,9 @@ def _old_from_update(config: PlanConfig) -> bool:
 def _passes(config: PlanConfig) -> tuple[int, int]:
     """Forward and backward passes of each token in a step; without the analyses."""
     held = config.objective.replay == "R3"
-    before = (not _old_from_update(config)) + held + config.log.reference_kl
+    before = (not _old_from_update(config)) + held + config.has_reference
     again = 2 if config.trainer.recompute == "full" else 1
+    again += "statistics" in config.objective.policy_loss().arguments
     return before + again * config.batch.epochs, config.batch.epochs
 
 
@@ -412,7 +422,7 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
         found["--recompute full"] = {"recompute": "full"}
     if config.trainer.micro_batch > 1:
         found["--micro-batch 1"] = {"micro_batch": 1}
-    if config.log.reference_kl:
+    if config.log.reference_kl and not config.terms.kl_coef:
         found["--no-reference-kl"] = {"reference_kl": False}
     if _in_process(config):
         engine = ENGINES[config.rollouts.engine]

@@ -11,19 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary, read_tokenizer
+from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
-from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.record import StepRecord, Sums, alarms, measured, routing_sums
 from moe_upgrpo.report import load_runs, opening, write_page
-from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.rollout.engines import make_engine
+from moe_upgrpo.rollout.base import Engine
 from moe_upgrpo.routing import RoutingDivergence, compare_routes
 from moe_upgrpo.stats import MIN_PROMPTS, Rate, rates
 from moe_upgrpo.store import RunFolder, TokenLayout, TokenLogWriter, read_tokens
 from moe_upgrpo.store.questions import rate
+from moe_upgrpo.tools import pair
 from moe_upgrpo.tools.probe_options import ProbeConfig
 from moe_upgrpo.tools.route_dumps import read_routes
 from moe_upgrpo.train import analysis
@@ -96,24 +95,9 @@ def _intervals_of_dumps(counts: RoutingDivergence, group: int | None) -> dict[st
 
 
 def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
-    actor = MegatronActor(
-        config.model,
-        Layout(),
-        dtype=config.dtype,
-        temperature=config.temperature,
-        micro_batch_size=config.micro_batch,
-    )
-    prompts = _read_prompts(config, actor)
-    engine = make_engine(
-        config.engine,
-        config.model,
-        dtype=config.engine_dtype,
-        device=groups.device(),
-        max_tokens=max(map(len, prompts)) + config.max_new_tokens,
-        seed=config.seed,
-        url=config.engine_url,
-        server_log=run.path / "engine.log",
-    )
+    actor = pair.start_actor(config)
+    prompts = pair.read_prompts(config, actor)
+    engine = pair.start_engine(config, prompts, server_log=run.path / "engine.log")
     with closing(engine):
         step, noise = _step(config, prompts, actor, engine)
     RunFolder.create(
@@ -149,41 +133,11 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
     }
 
 
-def _read_prompts(config: ProbeConfig, actor: MegatronActor) -> list[np.ndarray]:
-    """The token ids of each line, checked against the model's positions."""
-    try:
-        lines = [line for line in config.prompts.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {config.prompts}: {error}") from None
-    if not lines:
-        raise UserError(f"{config.prompts} holds no prompt: one a line is needed.")
-    tokenizer = read_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    prompts = [np.array(tokenizer(line).input_ids) for line in lines]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    try:
-        actor.check_length(len(prompts[longest]) + config.max_new_tokens)
-    except UserError as error:
-        raise UserError(
-            f"{config.prompts}, prompt {longest + 1} ({len(prompts[longest])} tokens) with "
-            f"max_new_tokens={config.max_new_tokens}: {error}"
-        ) from None
-    return prompts
-
-
 def _step(
     config: ProbeConfig, prompts: Sequence[np.ndarray], actor: MegatronActor, engine: Engine
 ) -> tuple[StepRecord, Sums]:
     """The record that a step of training would make, without its update, and the noise floors."""
-    sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    rollouts = engine.generate(
-        prompts, sampling, samples_per_prompt=config.samples, seed=config.seed
-    )
-    samples = [
-        Sample(
-            tokens=np.concatenate([r.prompt_ids, r.response_ids]), prompt_length=len(r.prompt_ids)
-        )
-        for r in rollouts
-    ]
+    rollouts, samples = pair.sampled(config, prompts, engine)
     native = actor.score(samples, record=("routes", "margins", "gates"))
     old = analysis.OldScores(native=native, held=None)
     noise = analysis.trainer_noise_floor(actor, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Self
 from tyro.conf import arg
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import ADVANTAGES
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.train.parts import (
     BatchOptions,
@@ -21,6 +23,7 @@ from moe_upgrpo.train.parts import (
     RolloutOptions,
     RunOptions,
     StartOptions,
+    TermOptions,
     TrainerOptions,
 )
 
@@ -33,6 +36,7 @@ class TrainConfig:
 
     run: Annotated[RunOptions, _FLAT] = field(default_factory=RunOptions)
     objective: Annotated[ObjectiveOptions, _FLAT] = field(default_factory=ObjectiveOptions)
+    terms: Annotated[TermOptions, _FLAT] = field(default_factory=TermOptions)
     start: Annotated[StartOptions, _FLAT] = field(default_factory=StartOptions)
     problems: Annotated[ProblemOptions, _FLAT] = field(default_factory=ProblemOptions)
     rollouts: Annotated[RolloutOptions, _FLAT] = field(default_factory=RolloutOptions)
@@ -60,13 +64,17 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """All options by the same names, as config.json has them."""
         return {
-            name: value for part in _PARTS for name, value in asdict(getattr(self, part)).items()
+            name: _kept(value)
+            for part in _PARTS
+            for name, value in asdict(getattr(self, part)).items()
         }
 
     def __post_init__(self):
         self._check_data()
         self._check_engine_every()
         self._check_refills()
+        self._check_epochs()
+        self._check_rewards()
         if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -105,6 +113,37 @@ class TrainConfig:
                     "evaluates, and is resumed, with the newest weights."
                 )
 
+    def _check_epochs(self) -> None:
+        terms, batch = self.terms, self.batch
+        if terms.stop_ratio not in (None, math.inf) and batch.epochs == 1:
+            raise UserError(
+                f"stop_ratio={terms.stop_ratio:g} with epochs=1: there is no epoch to leave out. "
+                "Give --epochs."
+            )
+        if terms.gradient_at == "old" and batch.optimizer_steps == 1:
+            raise UserError(
+                "gradient_at=old with one optimizer step in a step: its gradient is at the old "
+                "weights as it is. Give --minibatches or --epochs above 1."
+            )
+        if terms.gradient_at == "old" and self.stop_ratio is not None:
+            raise UserError(
+                "gradient_at=old with stop_ratio: every ratio is 1 at the old weights. Leave one "
+                "out."
+            )
+
+    def _check_rewards(self) -> None:
+        """That the kind of advantage is defined for every reward that there may be."""
+        kind, reward = self.objective.advantage, self.rewarding
+        low, high = ADVANTAGES[kind].allowed
+        least = reward.reward_wrong - reward.overlong_penalty * bool(reward.overlong_buffer)
+        in_reward = self.terms.kl_coef > 0 and self.terms.kl_in == "reward"
+        if least < low or (in_reward and (low, high) != (-math.inf, math.inf)):
+            raise UserError(
+                f"advantage={kind!r} is defined for rewards from {low:g} to {high:g}; reward_wrong="
+                f"{reward.reward_wrong:g}, overlong_buffer={reward.overlong_buffer} and kl_in="
+                f"{self.terms.kl_in} give others."
+            )
+
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills
         if self.rewarding.false_positives and max_refills:
@@ -128,6 +167,19 @@ class TrainConfig:
                 f"overlong_buffer={self.rewarding.overlong_buffer}: more than the longest "
                 f"response's {longest} tokens."
             )
+
+    @property
+    def stop_ratio(self) -> float | None:
+        """How far from 1 the ratios of an epoch may be for another one; None: any."""
+        asked = self.terms.stop_ratio
+        if asked is None and self.objective.loss.endswith("ppo-early-stop"):
+            return 0.25
+        return None if asked == math.inf else asked
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a second copy of the model scores each batch."""
+        return self.log.reference_kl or self.terms.kl_coef > 0
 
     def layout(self, world_size: int) -> Layout:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
@@ -153,6 +205,13 @@ def _is_dense(model: Path) -> bool:
     except UserError:
         return False
     return described is not None and described.experts is None
+
+
+def _kept(value: Any) -> Any:
+    """A value as JSON can keep it: an infinite number as its word, which the options read."""
+    if isinstance(value, dict):
+        return {name: _kept(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 _PARTS = {part.name: fields(part.default_factory) for part in fields(TrainConfig)}

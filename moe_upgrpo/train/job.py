@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
@@ -20,6 +21,7 @@ from moe_upgrpo.train.recorder import Evaluation, Recorder
 from moe_upgrpo.train.rollouts import Rollouts
 from moe_upgrpo.train.states import States
 from moe_upgrpo.train.stopping import Stopping
+from moe_upgrpo.train.terms import ENTROPY, Terms
 from moe_upgrpo.train.tracking import Tracking
 
 
@@ -89,6 +91,7 @@ def make_job(
             reference=reference,
             behind=behind,
             loss=config.objective.policy_loss(),
+            terms=_terms(config, reference, run, done),
             place=place,
             seed=config.run.seed,
             minibatches=config.batch.minibatches,
@@ -96,6 +99,8 @@ def make_job(
             replay=config.objective.replay,
             old_log_probs=config.objective.old_log_probs,
             analyse_every=config.log.analyse_every,
+            gradient_at=config.terms.gradient_at,
+            stop_ratio=config.stop_ratio,
         ),
         recorder=Recorder(
             run=run,
@@ -123,7 +128,6 @@ def make_job(
             ),
             place=place,
             steps=config.run.steps,
-            epochs=config.batch.epochs,
             eval_every=config.evaluation.eval_every,
             report=config.log.report,
         ),
@@ -131,6 +135,7 @@ def make_job(
             run=run,
             actor=actor,
             behind=behind,
+            reference=reference if config.terms.reference_every else None,
             rollouts=rollouts,
             stopping=stopping,
             steps=config.run.steps,
@@ -139,3 +144,24 @@ def make_job(
         ),
         done=done,
     )
+
+
+def _terms(
+    config: TrainConfig, reference: MegatronActor | None, run: RunFolder, done: int
+) -> Terms:
+    """The KL and entropy terms, in a resumed run as after its last step."""
+    options = config.terms
+    terms = Terms(
+        reference=reference if options.kl_coef else None,
+        reference_every=options.reference_every,
+        kl_coef=options.kl_coef,
+        kl_in=options.kl_in,
+        kl_estimator=options.kl_estimator,
+        entropy_coef=options.entropy_coef,
+        control=options.control(),
+    )
+    if done and terms.control is not None:
+        rows = [row for row in read_metrics(run.path) if row["step"]] if groups.rank() == 0 else []
+        for row in groups.from_rank_0([{ENTROPY: row.get(ENTROPY)} for row in rows]):
+            terms.end_step(row)
+    return terms

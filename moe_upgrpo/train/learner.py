@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import PolicyLossConfig, ratio_deviation
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor, Scored
 from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.record import Sums
 from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.train import analysis
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
-from moe_upgrpo.train.place import SHUFFLING, Place, seed_of
+from moe_upgrpo.train.place import DRAWS, SHUFFLING, Place, seed_of
 from moe_upgrpo.train.record import LastVisit, Updated
+from moe_upgrpo.train.terms import Terms, term_sums
 
 OLD_RECORDS = ("routes", "margins")  # what is recorded of the old policy's routing
 
@@ -26,13 +29,16 @@ OLD_RECORDS = ("routes", "margins")  # what is recorded of the old policy's rout
 class Learner:
     """Scores and trains this data-parallel rank's samples; its methods are collectives.
 
-    reference: the start model. behind: at the weights that sampled the batch, where they are older.
+    reference: of the KL divergence. behind: at the weights that sampled the batch, where they are
+    older. gradient_at: "old" takes the gradient of every optimizer step of a batch at the weights
+    before the first. stop_ratio: no epoch follows one whose tokens' mean |ratio − 1| is above it.
     """
 
     actor: MegatronActor
     reference: MegatronActor | None
     behind: MegatronActor | None
     loss: PolicyLossConfig
+    terms: Terms
     place: Place
     seed: int
     minibatches: int
@@ -40,6 +46,8 @@ class Learner:
     replay: str = "none"
     old_log_probs: str = "trainer"
     analyse_every: int = 0
+    gradient_at: str = "current"
+    stop_ratio: float | None = None
 
     @property
     def old_from_update(self) -> bool:
@@ -58,7 +66,8 @@ class Learner:
     ) -> OldScores | None:
         """The trainer's scores at the old weights: native, and under R3 held to the rollout's
         routes too. None: the step's only optimizer step makes the same forward, see `update`."""
-        if self.old_from_update and not self.analyses(step):
+        needed = self.terms.needs_old or self.analyses(step)
+        if self.old_from_update and not needed:
             return None
         gates = ("gates",) if self.analyses(step) else ()
         native = self.actor.score(samples, record=(*OLD_RECORDS, *gates))
@@ -68,8 +77,23 @@ class Learner:
         return OldScores(native=native, held=held)
 
     def score_reference(self, samples: Sequence[Sample]) -> list[Scored] | None:
-        """The start model's scores, where it is kept."""
+        """The reference's scores, where there is one."""
         return self.reference and self.reference.score(samples, record=())
+
+    def penalised(
+        self,
+        rewards_B: np.ndarray,
+        samples: Sequence[Sample],
+        old: OldScores | None,
+        reference: Sequence[Scored] | None,
+    ) -> tuple[np.ndarray, Sums]:
+        """The rewards that advantages are made of, and sums of what the KL term took off."""
+        policy = old and old.policy(self.replay)
+        return self.terms.penalised(rewards_B, samples, policy, reference)
+
+    def of_start_model(self, reference: Sequence[Scored] | None) -> Sequence[Scored] | None:
+        """The reference's scores where it is the start model still."""
+        return None if self.terms.reference_every else reference
 
     def analyse(
         self,
@@ -136,28 +160,61 @@ class Learner:
                 for sample, scored in zip(samples, old.policy(self.replay), strict=True)
             ]
         record = () if old else OLD_RECORDS
+        terms = self.terms.of_loss()
+        at = self.actor.weights_now() if self.gradient_at == "old" else None
         shuffle = np.random.default_rng(seed_of(self.seed, SHUFFLING, step, self.place.dp_rank))
         before = fingerprint(self.actor.chunks)
+        draws = seed_of(self.seed, DRAWS, step, 0)  # one for all ranks: each token has its number
         updates, last = [], {name: [None] * len(samples) for name in _OF_LAST_VISIT}
-        for epoch in range(self.epochs):
+        for epoch in range(1, self.epochs + 1):
             for indices in np.split(shuffle.permutation(len(samples)), self.minibatches):
                 batch = [samples[i] for i in indices]
-                if old and old.counterpart is not None and epoch == self.epochs - 1:
+                # Of the last visit, which is any epoch's where epochs may be left out.
+                may_be_last = epoch == self.epochs or self.stop_ratio is not None
+                if old and old.counterpart is not None and may_be_last:
                     self._score_counterpart(batch, indices, old)
-                update = self.actor.update(batch, self.loss, record=record)
+                update = self.actor.update(
+                    batch, self.loss, terms=terms, record=record, at=at, seed=draws + len(updates)
+                )
                 updates.append(update)
                 for name, column in _OF_LAST_VISIT.items():
                     for i, values in zip(indices, getattr(update, column), strict=True):
                         last[name][i] = values
+            if self._stops(samples, last["logp_train"]):
+                break
+        self.terms.refresh(self.actor, step)
         if old is None:
             native = [update.scored[i] for i in np.argsort(indices)]
             old = OldScores(native=native, held=None)
         return Updated(
             old=old,
             updates=updates,
+            epochs=epoch,
             last=LastVisit(**last),
+            terms=term_sums(
+                terms,
+                updates,
+                counted=self.place.dp_rank == 0,
+                controlled=self.terms.control is not None,
+            ),
             weights=changed(before, fingerprint(self.actor.chunks)),
         )
+
+    def _stops(self, samples: Sequence[Sample], visited: Sequence[np.ndarray]) -> bool:
+        """Whether the policy is too far from the old one for another epoch (arXiv 2202.00079).
+
+        visited: log-probs of the epoch that ends. As `losses.stops_early`, over all ranks' tokens.
+        """
+        if self.stop_ratio is None:
+            return False
+        pairs = zip(samples, visited, strict=True)
+        now, old = zip(
+            *((now[s.counted], s.old_log_probs[s.counted]) for s, now in pairs), strict=True
+        )
+        now, old = (torch.from_numpy(np.concatenate(x))[None] for x in (now, old))
+        share = ratio_deviation(now, old, torch.ones_like(now))
+        numerator, denominator = groups.sum_metrics({"off": share})["off"]
+        return numerator / denominator > self.stop_ratio
 
     def _score_counterpart(
         self, batch: Sequence[Sample], indices: np.ndarray, old: OldScores
@@ -186,15 +243,33 @@ def _held(samples: Sequence[Sample], routed: Sequence[Rollout | Scored]) -> list
     return [replace(s, routes=r.routes) for s, r in zip(samples, routed, strict=True)]
 
 
-def samples_of(rollouts: Sequence[Rollout], advantages: np.ndarray) -> list[Sample]:
-    """The rollouts as the actor takes them, one advantage for each."""
+def samples_of(rollouts: Sequence[Rollout]) -> list[Sample]:
+    """The rollouts as the actor scores them."""
     return [
         Sample(
             tokens=np.concatenate([r.prompt_ids, r.response_ids]),
             prompt_length=len(r.prompt_ids),
             rollout_log_probs=r.logp_rollout,
-            advantage=float(advantage),
             sampled=r.sampled,
         )
-        for r, advantage in zip(rollouts, advantages, strict=True)
+        for r in rollouts
+    ]
+
+
+def for_update(
+    samples: Sequence[Sample],
+    advantages: np.ndarray,
+    reference: Sequence[Scored] | None,
+    first_sequence: int,
+) -> list[Sample]:
+    """The samples as the actor learns from them: one advantage for each, the reference's scores.
+
+    first_sequence: index, over all ranks, of the first.
+    """
+    scores = [one.log_probs for one in reference] if reference else [None] * len(samples)
+    return [
+        replace(sample, advantage=float(advantage), reference_log_probs=log_probs, number=number)
+        for number, (sample, advantage, log_probs) in enumerate(
+            zip(samples, advantages, scores, strict=True), first_sequence
+        )
     ]

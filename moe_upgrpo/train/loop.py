@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from moe_upgrpo.losses import group_advantages
+from moe_upgrpo.train.advantages import advantages_of
 from moe_upgrpo.train.config import TrainConfig
-from moe_upgrpo.train.learner import samples_of
+from moe_upgrpo.train.learner import for_update, samples_of
 from moe_upgrpo.train.place import seed_global_generators
 from moe_upgrpo.train.record import record_step
 from moe_upgrpo.train.start import start
@@ -32,14 +30,14 @@ def train(config: TrainConfig) -> Path:
                 states.leave_if_asked(step - 1, in_step=True)
                 first = sampler.first_sequence
                 rewards = job.rewarding.rewards(batch, step, first_prompt=first // group)
-                advantages = group_advantages(
-                    torch.from_numpy(rewards), group, objective.advantage
-                ).numpy()
             with clock("old_log_probs"):
                 rollouts = batch.rollouts
-                samples = samples_of(rollouts, advantages)
+                samples = samples_of(rollouts)
                 old = learner.score_old(step, samples, rollouts)
                 reference = learner.score_reference(samples)
+                shaped, penalty = learner.penalised(rewards, samples, old, reference)
+                advantages = advantages_of(shaped, rollouts, group=group, kind=objective.advantage)
+                samples = for_update(samples, advantages, reference, first)
             with clock("analysis"):
                 noise = learner.analyse(
                     step,
@@ -60,7 +58,8 @@ def train(config: TrainConfig) -> Path:
                     rewards=rewards,
                     advantages=advantages,
                     updated=updated,
-                    reference=reference,
+                    reference=learner.of_start_model(reference),
+                    penalty=penalty,
                     noise=noise,
                     first_sequence=first,
                     group=group,
@@ -70,7 +69,7 @@ def train(config: TrainConfig) -> Path:
                     counts_updates=sampler.place.dp_rank == 0,
                 )
                 recorder.log_tokens(step, trained)
-            recorder.log_step(step, trained, clock)
+            learner.terms.end_step(recorder.log_step(step, trained, clock))
             states.save_if_due(step)
             states.leave_if_asked(step)
         learner.actor.save(states.run.checkpoints / f"step-{run.steps:06d}")

@@ -146,10 +146,12 @@ def run_arguments(path: Path) -> list[str]:
     """The settings of a run folder as the command line would have them; see `file_arguments`."""
     from moe_upgrpo.store import read_config  # here: it brings pyarrow
 
+    default = dict(_settings(TrainConfig().flat()))
     return [
         word
         for name, value in _settings(read_config(path))
-        if value is not None  # the default of every setting that can be None
+        # None is the default of most settings that can be None; of the others it is a value.
+        if value is not None or default.get(name) is not None
         for word in _option(name, value)
     ]
 
@@ -272,7 +274,7 @@ def _option(name: str, value: Any) -> list[str]:
     if name.startswith("megatron."):
         return as_words(name.partition(".")[2], value)
     *outer, last = name.replace("_", "-").split(".")
-    if isinstance(value, bool):
+    if isinstance(value, bool) and outer != ["policy"]:  # whose options all have a value
         return ["--" + ".".join([*outer, last if value else f"no-{last}"])]
     option = "--" + ".".join([*outer, last])
     # With "=" a value may begin with a dash.

@@ -10,16 +10,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_upgrpo.errors import UserError, nearest
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection
-from moe_upgrpo.losses.advantages import ADVANTAGES
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import (
+    ADVANTAGES,
+    PRESETS,
+    EntropyControl,
+    LossTerms,
+    PolicyLossConfig,
+    RolloutCorrection,
+)
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rewards import read_rewards
 from moe_upgrpo.rollout.engines import EngineWeights, VLLMSettings, check_engine
+from moe_upgrpo.train.policy_options import PolicyOptions, asked, resolved
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
+
+# Optional arguments of `policy_loss` that the actor hands over.
+_SERVED = {"rollout_log_probs", "entropy", "draws", "statistics"}
 
 
 def at_least(part: Any, least: int, *names: str) -> None:
@@ -75,27 +86,32 @@ class ObjectiveOptions:
 
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    """Choices and numbers of the loss over those of its preset: docs/loss-options.md."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
     (bypass): the ratio then has the mismatch in it."""
     advantage: str = "grpo"
-    """grpo, dr-grpo, rloo, or one that a plug-in has registered."""
+    """How rewards of a group become advantages: grpo, dr-grpo, rloo, ..., or one that a plug-in has
+    registered. An unknown name lists them all."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
 
     def __post_init__(self):
-        if self.advantage not in ADVANTAGES:
+        check_name("advantage", self.advantage, ADVANTAGES)
+        if ADVANTAGES[self.advantage].several:
+            single = [name for name, kind in ADVANTAGES.items() if not kind.several]
             raise UserError(
-                f"advantage={self.advantage!r}: allowed are {', '.join(ADVANTAGES)}"
-                f"{nearest(self.advantage, ADVANTAGES)}."
+                f"advantage={self.advantage!r} takes several rewards of a response, and the "
+                f"trainer has one; it serves {', '.join(single)}."
             )
-        if "router_log_probs" in self.policy_loss().arguments:
-            served = [n for n, c in PRESETS.items() if "router_log_probs" not in c.arguments]
+        if lacking := self.policy_loss().arguments - _SERVED:
+            served = [name for name, preset in PRESETS.items() if preset.arguments <= _SERVED]
             raise UserError(
-                f"loss={self.loss!r} needs the router's log-probs, which the trainer does not "
-                f"record; it serves {', '.join(served)}."
+                f"loss={self.loss_in_words!r} needs {', '.join(sorted(lacking))}, which the "
+                f"trainer does not record; it serves {', '.join(served)}."
             )
         if self.correction.active and self.old_log_probs == "rollout":
             raise UserError(
@@ -104,14 +120,88 @@ class ObjectiveOptions:
             )
 
     def policy_loss(self) -> PolicyLossConfig:
-        """The preset, with this run's rollout correction."""
-        if self.loss not in PRESETS:
+        """The preset, with what this run asks of it."""
+        return resolved(self.loss, self.policy, self.correction)
+
+    @property
+    def loss_in_words(self) -> str:
+        """The preset's name, and what is changed of it."""
+        changed = [f"{n} {'none' if v is None else v}" for n, v in asked(self.policy).items()]
+        return f"{self.loss} with {', '.join(changed)}" if changed else self.loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermOptions:
+    """Terms beside the policy loss, and what else of an update is not the loss's own."""
+
+    kl_coef: float = 0.0
+    """β of the KL divergence from the reference: the start model; 0: none. docs/loss-options.md."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Added to the loss, or taken off the rewards before advantages are made of them."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated from the sampled tokens; in the loss k2's gradient is that of the KL."""
+    reference_every: int = 0
+    """Steps after which the reference becomes the policy as it is then; 0: it stays."""
+    entropy_coef: float = 0.0
+    """α of the entropy bonus; with entropy_target that of the first step."""
+    entropy_target: float | None = None
+    """Nats: each step below raises α by entropy_delta, any other lowers it, and the bonus is given
+    after steps below only, as Skywork-OR1 does. None: α stays."""
+    entropy_delta: float = 1e-4
+    """The change of α in a step, with entropy_target."""
+    entropy_coef_range: tuple[float, float] = (0.0, 5e-3)
+    """The least and the largest α, with entropy_target."""
+    gradient_at: Literal["current", "old"] = "current"
+    """Weights at which each optimizer step's gradient is taken: those that it changes, or those at
+    which the RL step began, for all its optimizer steps (a fixed old policy)."""
+    stop_ratio: float | None = None
+    """No further epoch after one whose tokens' mean |ratio − 1| is above this; inf: all epochs.
+    None: .25 with the losses ppo-early-stop and up-ppo-early-stop, all epochs with any other."""
+
+    def __post_init__(self):
+        terms = LossTerms(
+            kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, entropy_coef=self.entropy_coef
+        )
+        at_least(self, 0, "reference_every")
+        if self.reference_every and not terms.kl_coef:
             raise UserError(
-                f"loss={self.loss!r}: allowed are {', '.join(PRESETS)}"
-                f"{nearest(self.loss, PRESETS)}."
+                f"reference_every={self.reference_every} without kl_coef: nothing is measured "
+                "against the reference but the start model's KL. Give --kl-coef too."
             )
-        changed = {"correction": self.correction} if self.correction.active else {}
-        return PolicyLossConfig.preset(self.loss, **changed)
+        for name in ("kl_in", "kl_estimator"):
+            if not terms.kl_coef and getattr(self, name) != getattr(TermOptions, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} without kl_coef: there is no KL term. Give "
+                    "--kl-coef too."
+                )
+        control = self.control()
+        for name in ("entropy_delta", "entropy_coef_range"):
+            if control is None and getattr(self, name) != getattr(TermOptions, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} without entropy_target: nothing is controlled. "
+                    "Give --entropy-target too."
+                )
+        if control is not None and not control.least <= self.entropy_coef <= control.most:
+            raise UserError(
+                f"entropy_coef={self.entropy_coef} is outside of entropy_coef_range="
+                f"{control.least:g} {control.most:g}."
+            )
+        if self.stop_ratio is not None and not self.stop_ratio > 0:
+            raise UserError(f"stop_ratio={self.stop_ratio}: a number above 0 is needed.")
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether any step's loss may have the entropy in it."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    def control(self) -> EntropyControl | None:
+        """The rule that changes α from step to step."""
+        if self.entropy_target is None:
+            return None
+        least, most = self.entropy_coef_range
+        return EntropyControl(
+            target=self.entropy_target, delta=self.entropy_delta, least=least, most=most
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +479,8 @@ class LogOptions:
     analyse_every: int = 20
     """Steps between analyses: the log-prob gap taken apart, and the noise floors; 0: never."""
     reference_kl: bool = True
-    """Log the KL divergence from the start model: a second copy of it, and a forward each step."""
+    """Log the KL divergence from the start model: a second copy of it, and a forward each step.
+    Not logged with reference_every, which gives that copy other weights."""
     token_log: Literal["full", "sampled", "aggregate"] = "full"
     """Token rows of every sequence, of a share of the sequences, or none."""
     token_log_share: float = 1.0

@@ -12,7 +12,7 @@ import torch
 from moe_upgrpo.megatron import groups
 
 # What a stream of random numbers is for; the step and the rank complete its seed.
-SAMPLING, SHUFFLING, EVALUATION, GLOBAL, VERDICTS = range(5)
+SAMPLING, SHUFFLING, EVALUATION, GLOBAL, VERDICTS, DRAWS = range(6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Updated:
     old: OldScores
     updates: list[Update]
     last: LastVisit
+    epochs: int = 1  # passes over the samples
+    terms: Sums = field(default_factory=dict)  # beside the policy loss
     weights: Metric | None = None  # tensors that changed, of all
 
 
@@ -107,6 +109,8 @@ class TrainedStep:
     updates: Sequence[Update]
     updates_counted: int  # optimizer steps on the first data-parallel rank, 0 on the others
     noise: NoiseFloor  # empty where this step does not measure it
+    epochs: int = 1  # passes over the sequences
+    terms: Sums = field(default_factory=dict)  # of the KL and entropy terms
     sampled: Sampled | None = None  # None: nothing was sampled for training
     weights: Metric | None = None  # parameter tensors that the updates changed, of all
 
@@ -118,7 +122,7 @@ class TrainedStep:
         """Every other mean of the step, this rank's share."""
         # The ranks' losses add up to the loss: it has global denominators already.
         sums = {"loss/policy": Metric(sum(u.loss for u in self.updates), self.updates_counted)}
-        sums |= self.record.sums()
+        sums |= self.record.sums() | self.terms
         if self.sampled is not None:
             sums |= {name: Metric(*pair) for name, pair in self.sampled.shares().items()}
         if self.weights is not None:
@@ -134,11 +138,13 @@ def record_step(
     num_experts: int,
     counts_updates: bool,
     first_sequence: int,
+    penalty: Sums | None = None,
     **of_sequences,
 ) -> TrainedStep:
     """The record of a step of training.
 
     counts_updates: on the first data-parallel rank, since every one makes the same optimizer steps.
+    penalty: sums of what was taken off the rewards for the KL divergence, if anything was.
     of_sequences: see `sequence_records`.
     """
     sequences = sequence_records(
@@ -159,6 +165,8 @@ def record_step(
         updates=updated.updates,
         updates_counted=len(updated.updates) if counts_updates else 0,
         noise=noise,
+        epochs=updated.epochs,
+        terms=updated.terms | (penalty or {}),
         sampled=batch.sampled,
         weights=updated.weights,
     )

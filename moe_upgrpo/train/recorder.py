@@ -67,7 +67,6 @@ class Recorder:
     evaluation: Evaluation
     place: Place
     steps: int
-    epochs: int
     eval_every: int
     report: bool
     watch: Watch
@@ -78,8 +77,8 @@ class Recorder:
             self.token_log.write_prompts(step, trained.record.prompts())
             self.token_log.write(step, trained.record.token_rows())
 
-    def log_step(self, step: int, trained: TrainedStep, clock) -> None:
-        """Sum the step's metrics over the ranks, evaluate where it is due, write a row."""
+    def log_step(self, step: int, trained: TrainedStep, clock) -> dict:
+        """Sum the step's metrics over the ranks, evaluate where it is due, write and give a row."""
         begin = clock.total()
         heap.give_back()
         metrics = finish(
@@ -87,7 +86,7 @@ class Recorder:
             groups.sum_metrics(trained.loss_metrics()),
             groups.largest(trained.record.maxima()),
         )
-        metrics["tokens/visited"] = metrics["tokens/sampled"] * self.epochs
+        metrics["tokens/visited"] = metrics["tokens/sampled"] * trained.epochs
         metrics["grad_norm"] = float(np.mean([update.grad_norm for update in trained.updates]))
         seconds = clock.seconds
         seconds["logging"] += clock.total() - begin
@@ -103,6 +102,7 @@ class Recorder:
         self._append(row)
         if self.place.rank == 0:
             self.display.step(row, raised)
+        return row
 
     def log_evaluation(self, step: int) -> None:
         """Write a row of its own for the model before the first step."""

@@ -26,7 +26,12 @@ from moe_upgrpo.train.found import ROLLOUTS, Checkpoint
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
 
 
-def load(found: Checkpoint, actor: MegatronActor, behind: MegatronActor | None) -> None:
+def load(
+    found: Checkpoint,
+    actor: MegatronActor,
+    behind: MegatronActor | None,
+    reference: MegatronActor | None = None,
+) -> None:
     """Put a checkpoint's state into the actors, once it is known to be whole and of this model.
 
     A collective. Raises UserError on every rank: files damaged, another model.
@@ -43,7 +48,7 @@ def load(found: Checkpoint, actor: MegatronActor, behind: MegatronActor | None) 
     files = found.manifest["files"]
     if wrong := groups.gather_everywhere(faults(found.path, _part(files))):
         raise UserError(wrong[0])
-    load_state(found.path, actor, behind)
+    load_state(found.path, actor, behind, reference)
 
 
 def save(
@@ -52,17 +57,19 @@ def save(
     *,
     actor: MegatronActor,
     behind: MegatronActor | None,
+    reference: MegatronActor | None,
     ahead: Sequence[Rollout] | None,
     keep: int,
 ) -> None:
     """Keep the state after `step`, then prune. A collective.
 
-    ahead: this data-parallel rank's rollouts of the next step, on one rank of each model copy.
+    reference: where it is not the start model for good. ahead: this data-parallel rank's rollouts
+    of the next step, on one rank of each model copy.
     """
     checkpoints = Checkpoints(run.checkpoints)
     first = groups.rank() == 0
     part = groups.from_rank_0(checkpoints.begin(step) if first else None)
-    save_state(part, actor, behind)
+    save_state(part, actor, behind, reference)
     if ahead is not None:
         save_rollouts(part / ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
     groups.from_rank_0(None)  # every rank's files are there

@@ -58,7 +58,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
         actor, reference, behind = _actors(config, model_dir, ranks.layout)
         if ranks.rank == 0:
             actor.try_saving(run.path)
-        resume.load(found, actor, behind)
+        resume.load(found, actor, behind, reference if config.terms.reference_every else None)
         most = config.rollouts.max_new_tokens or task.max_response_tokens
         if most is None:
             raise UserError(
@@ -170,7 +170,7 @@ def _found(
 def _actors(
     config: TrainConfig, model_dir: Path, layout: Layout
 ) -> tuple[MegatronActor, MegatronActor | None, MegatronActor | None]:
-    """The policy; the start model, where it is measured against; the policy one step behind."""
+    """The policy; the reference, where there is one; the policy one step behind."""
     trainer = config.trainer
     settings = {
         "dtype": trainer.dtype,
@@ -180,7 +180,7 @@ def _actors(
         "megatron": trainer.megatron,
     }
     actor = MegatronActor(model_dir, layout, optimizer=trainer.optimizer, **settings)
-    reference = MegatronActor(model_dir, layout, **settings) if config.log.reference_kl else None
+    reference = MegatronActor(model_dir, layout, **settings) if config.has_reference else None
     needs_behind = config.rollouts.overlap and config.log.analyse_every > 0
     behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
     return actor, reference, behind
@@ -198,13 +198,15 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "parameters": actor.parameter_count(),
         "plugins": plugins.load(),
         "alarms": alarms.texts(config.log.alarm),
+        "loss_in_words": config.objective.loss_in_words,
+        # What the options come to.
         "policy_loss": asdict(config.objective.policy_loss()),
     }
 
 
 def _first_line(about: dict[str, Any], actor: MegatronActor, run: RunFolder) -> str:
     return (
-        f"{about['loss']} on {about['layout']}, {about['world_size']} rank(s), "
+        f"{about['loss_in_words']} on {about['layout']}, {about['world_size']} rank(s), "
         f"{about['parameters'] / 1e6:.2f}M parameters, {routing(actor)}; run: {run.path}"
     )
 

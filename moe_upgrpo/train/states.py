@@ -20,6 +20,7 @@ class States:
     run: RunFolder
     actor: MegatronActor
     behind: MegatronActor | None
+    reference: MegatronActor | None  # where it has not the start model's weights for good
     rollouts: Rollouts
     stopping: Stopping
     steps: int
@@ -61,6 +62,7 @@ class States:
             step,
             actor=self.actor,
             behind=self.behind,
+            reference=self.reference,
             ahead=self.rollouts.ahead_of(step),
             keep=self.keep,
         )

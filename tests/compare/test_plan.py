@@ -89,7 +89,7 @@ def test_seeds_are_whole_before_the_next():
         ({"learning_rates": RATES | {"values": ["low", "high"]}}, "a field has the wrong form"),
         ({"arms": {"a": {"loss": "grpo"}, "up": {"los": 1}}, "contrasts": [["a", "up"]]}, "'los'"),
         ({"arms": {"a": {"loss": "grpo"}, "up": {"loss": "gpo"}}, "contrasts": [["a", "up"]]},
-         "arm up: preset: 'gpo' given; allowed: grpo, dapo"),
+         "arm up: loss: 'gpo' given; allowed: grpo, dapo"),
         ({"base": {"seed": 3}}, "seed is set by the comparison"),
         ({"base": {"prompts": "many"}}, "arm grpo:"),
         ({"base": {"prompts": 7, "minibatches": 3}}, "cannot be split into 3 mini-batches"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.hugging_face.folder import Weights, check_folder
+from moe_upgrpo.hugging_face.folder import Weights, check_folder, downloaded
 from moe_upgrpo.hugging_face.tokenizer import read_tokenizer
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
@@ -284,6 +284,22 @@ def test_a_folder_that_is_not_there_is_said_without_the_network(
         with pytest.raises(UserError, match=f"{re.escape(name.removeprefix('./'))} does not exist"):
             READERS[reader](name)
     assert time.monotonic() - begin < 20
+
+
+def test_a_download_of_the_hub_is_found_without_the_network(no_network, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--org--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    there = model / "snapshots" / ("0" * 40)
+    there.mkdir(parents=True)
+    (there / "config.json").write_text("{}")
+    assert downloaded("org/tiny") == there
+    assert downloaded(there) == there
+    with pytest.raises(UserError, match="hf download org/other"):
+        downloaded("org/other")
 
 
 def test_a_name_of_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ from tests.integrations.megatron_lm_models import (
     summed_gradients,
     whole_names,
 )
+from tests.integrations.tried import TRIED
 from tests.ranks import run_ranks
 
 TOKENIZER = SimpleNamespace(
@@ -194,7 +195,7 @@ def losses(folder: Path) -> None:
     hooks.install()
     model, found = Bigrams(), []
     preset = PolicyLossConfig.preset
-    configs = {n: p for n, p in PRESETS.items() if p.arguments <= {"rollout_log_probs"}}
+    configs = {name: PRESETS[name] for name in TRIED}
     correction = RolloutCorrection(weight="sequence-tis", positive=True)
     configs["gspo, corrected"] = preset("gspo", correction=correction)
     configs["upstream's"] = None
@@ -359,16 +360,15 @@ def gradients(folder: Path) -> None:
         for key, parameter in whole_names(model).items():  # away from the old log-probs
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + 1)
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    for preset, config in PRESETS.items():
-        if config.arguments <= {"rollout_log_probs"}:
-            hooks.config = config
-            args.rl_inference_logprobs_is_correction = bool(config.arguments)
-            one_pass(train_rl, model, iterator)
-            found[preset] = {
-                key: parameter.grad.numpy().copy()
-                for key, parameter in whole_names(model).items()
-                if parameter.grad is not None
-            }
+    for preset in TRIED:
+        hooks.config = config = PRESETS[preset]
+        args.rl_inference_logprobs_is_correction = bool(config.arguments)
+        one_pass(train_rl, model, iterator)
+        found[preset] = {
+            key: parameter.grad.numpy().copy()
+            for key, parameter in whole_names(model).items()
+            if parameter.grad is not None
+        }
     (folder / f"{name}-{dist.get_rank()}.pkl").write_bytes(pickle.dumps(found))
 
 

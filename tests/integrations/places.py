@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 MILES_WHEEL = Path(__file__).parents[2] / ".venv-miles"  # with nothing else in it: `make test`
+SWIFT_WHEELS = Path(__file__).parents[2] / ".venv-swift"  # with mcore-bridge and an older TRL
 # Stack → the release that `make test` has a wheel of.
-WHEELS = {"verl": "0.9.1", "miles": "0.0.2"}
+WHEELS = {"verl": "0.9.1", "miles": "0.0.2", "ms-swift": "4.6.0"}
 # Stack → the variable that names a checkout of it, and the revisions at which one was run.
 CHECKOUTS = {
     "verl": ("MOE_UPGRPO_VERL", "1dda039"),

@@ -11,7 +11,7 @@ from torch import nn
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, presets, routers
 from moe_upgrpo.integrations.kit.presets import Flag
-from moe_upgrpo.integrations.kit.run_log import RunLog, Step, reported
+from moe_upgrpo.integrations.kit.run_log import RunLog, Step, keep_texts, reported
 from moe_upgrpo.integrations.kit.second_look import clipped_tokens, second_look
 from moe_upgrpo.losses import PRESETS, Metric
 from moe_upgrpo.megatron import groups
@@ -21,6 +21,8 @@ from moe_upgrpo.record import SequenceRecord, StepRecord, known_rows
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.store import TokenLogWriter, read_config, read_metrics, read_tokens
 from moe_upgrpo.store.questions import rate
+from moe_upgrpo.store.texts import read_vocabulary
+from moe_upgrpo.tasks.arithmetic import encode, save_tokenizer
 from tests.megatron.conftest import checkpoints  # noqa: F401
 from tests.megatron.measured import make_samples
 from tests.ranks import run_ranks
@@ -198,6 +200,15 @@ def test_the_environment(monkeypatch):
         monkeypatch.setenv(environment.TOKENS, given)
         with pytest.raises(UserError, match=f"MOE_UPGRPO_TOKENS: '{given}' given; allowed"):
             environment.token_share()
+    monkeypatch.delenv(environment.SETTINGS, raising=False)
+    assert environment.loss_settings() == {}
+    for given, means in {"": {}, '{"clip_low": 0.1}': {"clip_low": 0.1}, "null": None}.items():
+        monkeypatch.setenv(environment.SETTINGS, given)
+        assert environment.loss_settings() == means
+    monkeypatch.setenv(environment.SETTINGS, "clip_low=0.1")
+    said = "MOE_UPGRPO_LOSS_SETTINGS: 'clip_low=0.1' given .* allowed: a JSON object of positive"
+    with pytest.raises(UserError, match=said):
+        environment.loss_settings()
     environment.refuse({"a": False, "b": None})
     with pytest.raises(UserError, match="does not cover b; unset it"):
         environment.refuse({"a": False, "b": True})
@@ -285,6 +296,32 @@ def test_the_run_log_has_every_column_that_the_trainers_has(tmp_path):
     assert metrics["clip/positive"] == 3 / 8 and metrics["tokens/visited"] == 8
     assert metrics["loss/policy"] == 0.25  # two ranks' shares of two optimizer steps
     assert metrics["alarms"] == [] and read_config(run)["alarms"]
+
+
+def named(folder) -> None:
+    with groups.process_groups(Layout()):
+        RunLog(
+            folder / "run", {}, group=None, layer_ids=[1], top_k=2, num_experts=4,
+            tokenizer=str(folder / "model"),
+        )  # fmt: skip
+
+
+def test_a_run_keeps_the_texts_of_its_stack_s_tokenizer(tmp_path):
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    run_ranks(1, named, tmp_path)
+    found = read_vocabulary(tmp_path / "run", range(100))
+    assert [found[i] for i in encode("12+7=")] == [b"1", b"2", b"+", b"7", b"="]
+
+
+@pytest.mark.parametrize("tokenizer", [None, "org/of-the-hub", "absent"])
+def test_a_run_without_a_tokenizer_says_how_texts_are_had(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # not asked, and not reached if it were
+    keep_texts(tmp_path, tokenizer)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert f"moe-upgrpo report {tmp_path} --tokenizer FOLDER" in said
+    assert (tokenizer or "no tokenizer is named") in said
+    assert not list(tmp_path.iterdir())
 
 
 def broken(folder) -> str:

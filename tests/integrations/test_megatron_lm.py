@@ -30,6 +30,7 @@ from moe_upgrpo.patching.command import PatchCommand, run
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations import megatron_lm_scripts
+from tests.integrations.tried import TRIED
 from tests.integrations.whole import assert_whole
 
 REPOSITORY = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def called(jobs):
     return found
 
 
-USABLE = [n for n, p in PRESETS.items() if p.arguments <= {"rollout_log_probs"}]
+USABLE = TRIED
 CORRECTED = PolicyLossConfig.preset(
     "gspo", correction=RolloutCorrection(weight="sequence-tis", positive=True)
 )

@@ -93,7 +93,10 @@ def test_every_preset_gives_the_librarys_value_and_gradient(name):
 
 def test_presets_that_need_more_than_verl_hands_over_are_not_registered():
     missing = {f"moe_upgrpo/{name}" for name in PRESETS} - LOSSES.keys()
-    needy = ("topr", "deepseek-v3.2", "up-deepseek-v3.2", "rspo", "up-rspo")
+    needy = (
+        *("topr", "deepseek-v3.2", "up-deepseek-v3.2", "vespo", "up-vespo", "rspo", "up-rspo"),
+        *("clip-cov", "up-clip-cov", "kl-cov", "up-kl-cov", "vapo", "real", "gtpo"),
+    )
     assert missing == {f"moe_upgrpo/{name}" for name in needy}
 
 

@@ -5,14 +5,30 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig
+from moe_upgrpo.losses import BRANCHES, PRESETS, Context, PolicyLossConfig, batch_statistics
 
 EVERY_PRESET = [name for name in PRESETS if name != "pro-grpo"]
 
 
+def has_extra(config: PolicyLossConfig) -> bool:
+    """Whether a term of the loss is not a multiple of the advantage."""
+    return any(side.extra is not None for side in config.sides)
+
+
+# Each sequence has its loss whatever the others are.
+ALONE = [
+    name
+    for name in EVERY_PRESET
+    if not has_extra(PRESETS[name]) and BRANCHES[PRESETS[name].negative].statistics is None
+]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one `policy_loss` call: router log-probs `[B, T, L, K]`, the rest `[B, T]`."""
+    """The tensors of one `policy_loss` call: router log-probs `[B, T, L, K]`, the rest `[B, T]`.
+
+    groups: the same number along a row.
+    """
 
     log_probs: Tensor
     old_log_probs: Tensor
@@ -21,6 +37,24 @@ class Batch:
     rollout_log_probs: Tensor
     router_current: Tensor
     router_old: Tensor
+    entropy: Tensor
+    draws: Tensor
+    token_weights: Tensor
+    groups: Tensor
+
+    def context(self, statistics: dict | None = None) -> Context:
+        width = self.groups.shape[1]
+        return Context(
+            groups=self.groups[:, 0] if width else torch.zeros(len(self.groups)),
+            entropy=self.entropy,
+            draws=self.draws,
+            token_weights=self.token_weights,
+            statistics=statistics,
+        )
+
+    def statistics(self, config: PolicyLossConfig) -> dict[str, Tensor]:
+        """Statistics of this batch, for the micro-batches that it is split into."""
+        return batch_statistics(**self.arguments(config))
 
     def rows(self, index) -> "Batch":
         return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -28,7 +62,7 @@ class Batch:
     def with_grad(self) -> "Batch":
         return replace(self, log_probs=self.log_probs.detach().clone().requires_grad_())
 
-    def arguments(self, config: PolicyLossConfig) -> dict:
+    def arguments(self, config: PolicyLossConfig, statistics: dict | None = None) -> dict:
         """Keyword arguments for `policy_loss` and `gradient_coefficients`."""
         router = (self.router_current, self.router_old)
         return {
@@ -39,6 +73,7 @@ class Batch:
             "config": config,
             "rollout_log_probs": self.rollout_log_probs,
             "router_log_probs": router if "router_log_probs" in config.arguments else None,
+            "context": self.context(statistics),
         }
 
 
@@ -49,7 +84,10 @@ def random_batch(
     spread: float = 0.3,
     dtype: torch.dtype = torch.float64,
 ) -> Batch:
-    """Advantages constant in a sequence, both signs; log-ratios of standard deviation `spread`."""
+    """Advantages constant in a sequence, both signs; log-ratios of standard deviation `spread`.
+
+    Groups of two: the rows 0 and 1, 2 and 3, and so on.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -66,5 +104,9 @@ def random_batch(
         old + 0.05 * normal(rows, width),
         -normal(rows, width, 2, 3).abs(),
         -normal(rows, width, 2, 3).abs(),
+        normal(rows, width).abs(),
+        torch.rand(rows, width, generator=g, dtype=torch.float64),
+        torch.randint(0, 3, (rows, width), generator=g).double(),
+        (torch.arange(rows) // 2)[:, None].expand(rows, width).double().clone(),
     )
     return Batch(*(x.to(dtype) for x in tensors))

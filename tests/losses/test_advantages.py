@@ -1,6 +1,7 @@
 """Advantages, dynamic sampling, overlong shaping by hand; KL estimators against the exact KL."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import (
+    ADVANTAGES,
+    advantage_sums,
     dynamic_sampling,
     group_advantages,
     informative_groups,
@@ -45,6 +48,111 @@ def test_integer_rewards():
     assert group_advantages(torch.tensor([1, 0]), 2, "rloo").tolist() == [1.0, -1.0]
 
 
+# Two groups of 4, with token counts; p = .25 and .75
+BINARY = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1], dtype=torch.float64)
+LENGTHS = torch.tensor([3, 1, 2, 2, 4, 1, 1, 2])
+
+
+def beta_density(x: float, a: float, b: float) -> float:
+    return math.gamma(a + b) / (math.gamma(a) * math.gamma(b)) * x ** (a - 1) * (1 - x) ** (b - 1)
+
+
+# p̄ = .5, v = 2·.25² = .125 (P−1 = 1): a = b = (.25/.125 − 1)·.5 = .5, α = β = 7/6
+INVERSE = 1 / beta_density(0.25, 7 / 6, 7 / 6)
+# 16 tokens, Σ = 3 + 4 + 1 + 2 = 10: mean .625; var 10·.375²+6·.625² = 3.75, /15 = .25
+WHITE = 1 / math.sqrt(0.25 + 1e-8)
+# R − group mean: .75·3 − .25·5 | .25·7 − .75 = 2: mean .125; Σx² = 9/16·4 + 1/16·12 = 3
+SIGMA = 1 / math.sqrt((3 - 16 * 0.125**2) / 15 + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("maxrl", [3, -1, -1, -1, 1 / 3, 1 / 3, -1, 1 / 3]),
+        ("pass-at-k", [1 / 0.5, *[0] * 7]),  # the second group has three best
+        # baselines 3/8 and 7/8
+        ("opo", [0.625, *[-0.375] * 3, 0.125, 0.125, -0.875, 0.125]),
+        # 8 responses of which 4 have a reward: α = 2
+        ("gpg", [1.5, *[-0.5] * 3, 0.5, 0.5, -1.5, 0.5]),
+        ("bnpo", [x * INVERSE for x in (0.75, -0.25, -0.25, -0.25, 0.25, 0.25, -0.75, 0.25)]),
+        ("reinforce++", [x * WHITE for x in (0.375, *[-0.625] * 3, 0.375, 0.375, -0.625, 0.375)]),
+        (
+            "reinforce++-baseline",
+            [(x - 0.125) * SIGMA for x in (0.75, *[-0.25] * 3, 0.25, 0.25, -0.75, 0.25)],
+        ),
+    ],
+)
+def test_the_stacks_estimators(kind, expected):
+    found = group_advantages(BINARY, 4, kind, lengths=LENGTHS)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gdpo_weighs_each_reward_in_its_group():
+    """Group 0: both rewards have std .5, the sum of the first and −2 times the second."""
+    second = torch.tensor([0.0, 1, 0, 0, 5, 5, 5, 5], dtype=torch.float64)  # the last says nothing
+    found = group_advantages(
+        torch.stack([BINARY, second]), 4, "gdpo", lengths=LENGTHS, reward_weights=(1, -2)
+    )
+    unit = 1 / 0.500001
+    raw = [(0.75 + 0.5) * unit, (-0.25 - 1.5) * unit, *[0.25 * unit] * 2]
+    raw += [0.25 * unit, 0.25 * unit, -0.75 * unit, 0.25 * unit]
+    tokens = [x for x, n in zip(raw, LENGTHS.tolist(), strict=True) for _ in range(n)]
+    mean, std = statistics.mean(tokens), statistics.stdev(tokens)
+    assert found.tolist() == pytest.approx([(x - mean) / std for x in raw], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [name for name, one in ADVANTAGES.items() if one.sums])
+def test_the_ranks_share_of_the_batch(kind):
+    """Each rank's advantages are the batch's, with the sums added up; without them they are not."""
+    g = torch.Generator().manual_seed(3)
+    rewards = torch.randint(0, 2, (2, 24), generator=g).double() * torch.tensor([[1.0], [0.5]])
+    rewards = rewards if ADVANTAGES[kind].several else rewards[0]
+    lengths = torch.randint(0, 9, (24,), generator=g)
+    whole = group_advantages(rewards, 4, kind, lengths=lengths)
+    shares = [(rewards[..., a:b], lengths[a:b]) for a, b in ((0, 8), (8, 24))]
+    total = sum(advantage_sums(r, 4, kind, lengths=n) for r, n in shares)
+    joined = torch.cat(
+        [group_advantages(r, 4, kind, lengths=n, batch_sums=total) for r, n in shares]
+    )
+    torch.testing.assert_close(joined, whole, rtol=1e-12, atol=1e-12)
+    alone = torch.cat([group_advantages(r, 4, kind, lengths=n) for r, n in shares])
+    assert not torch.allclose(alone, whole)
+
+
+def test_kinds_that_look_at_a_group_have_no_sums():
+    assert advantage_sums(BINARY, 4, "rloo") is None
+
+
+def test_bnpo_of_one_prompt_or_of_equal_rates_is_the_centred_reward():
+    assert group_advantages(BINARY[:4], 4, "bnpo").tolist() == [0.75, -0.25, -0.25, -0.25]
+    twice = torch.cat([BINARY[:4], BINARY[:4]])
+    assert group_advantages(twice, 4, "bnpo")[:4].tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("opo", dict(lengths=None), "lengths: None given, and kind 'opo' needs the tokens"),
+        ("opo", dict(lengths=torch.ones(4)), r"lengths: shape \(4,\) given; allowed: \(8,\)"),
+        ("opo", dict(lengths=-torch.ones(8)), "0 or more"),
+        ("gdpo", {}, r"rewards: shape \(8,\) given with kind 'gdpo'; allowed: \[K, N\]"),
+        ("grpo", dict(rewards=torch.zeros(2, 8)), r"allowed: \[N\] \(several .* gdpo\)"),
+        (
+            "gdpo",
+            dict(rewards=torch.zeros(2, 8), reward_weights=(1.0,)),
+            "reward_weights: 1 given for 2 kinds of reward",
+        ),
+        ("bnpo", dict(rewards=BINARY * 2), "rewards: from 0 to 2 given .* allowed: from 0 to 1"),
+        ("maxrl", dict(rewards=BINARY - 1), "allowed: from 0 to inf"),
+        ("rlo", {}, r"kind: 'rlo' given; .*\(nearest: rloo"),
+    ],
+)
+def test_what_an_estimator_needs(kind, changes, says):
+    arguments = {"rewards": BINARY, "lengths": LENGTHS, **changes}
+    with pytest.raises(UserError, match=says):
+        group_advantages(group_size=4, kind=kind, **arguments)
+
+
 @pytest.mark.parametrize(
     ("rewards", "size", "kind", "says"),
     [
@@ -52,6 +160,7 @@ def test_integer_rewards():
         (torch.zeros(4), 1, "grpo", "group_size 1"),
         (torch.zeros(0), 2, "grpo", "N > 0"),
         (torch.zeros(2, 2), 2, "grpo", r"shape \(2, 2\)"),
+        (torch.zeros(1, 1, 2), 2, "gdpo", r"shape \(1, 1, 2\)"),
         (torch.tensor([1.0, math.nan]), 2, "grpo", "rewards: NaN"),
         (torch.zeros(4), 2, "gae", "'gae' given; allowed: grpo, dr-grpo, rloo"),
     ],

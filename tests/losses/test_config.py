@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from moe_upgrpo.losses import AGGREGATIONS, BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
-from moe_upgrpo.losses.branches import ANY
+from moe_upgrpo.losses.side import ANY
 
 PROMISED = [
     *("grpo", "dapo", "gspo", "tic-grpo", "up-grpo", "pro-grpo", "up-dapo", "up-gspo", "up-tic"),

@@ -7,6 +7,7 @@ import torch
 
 from moe_upgrpo.losses import (
     PRESETS,
+    Context,
     PolicyLossConfig,
     RolloutCorrection,
     aggregation_weights,
@@ -39,6 +40,26 @@ CONFIGS = {name: PRESETS[name] for name in EVERY_PRESET} | {
         "up-grpo",
         off_policy_limit=0.02,
         correction=RolloutCorrection(weight="icepop", geometric=(0.98, 1.02)),
+    ),
+    "luspo, wide": PolicyLossConfig.preset("luspo", clip_low=0.2, clip_high=0.2),
+    "clip-cov, many": PolicyLossConfig.preset(
+        "clip-cov", covariance_share=0.3, covariance_range=(-0.2, 5.0)
+    ),
+    "kl-cov, many": PolicyLossConfig.preset("kl-cov", covariance_share=0.3),
+    "dro and clip-cov": PolicyLossConfig(
+        positive="dro", negative="clip-cov", covariance_range=(-0.2, 5.0)
+    ),
+    "dro, corrected": PolicyLossConfig.preset(
+        "dro", correction=RolloutCorrection(weight="token-tis", high=1.02, positive=True)
+    ),
+    "grpo, top entropy": PolicyLossConfig.preset(
+        "grpo", top_entropy=0.5, correction=RolloutCorrection(weight="token-tis", high=1.02)
+    ),
+    "grpo, m2 and kpop": PolicyLossConfig.preset(
+        "grpo",
+        correction=RolloutCorrection(
+            weight="token-mask", low=0.9, high=1.1, m2=2e-3, binary_kl=2e-3, outlier=1.12
+        ),
     ),
 }
 
@@ -157,16 +178,48 @@ PAPERS = {
     ),
 }
 PAPERS |= {
+    "vespo": (
+        lambda r: math.exp(3 + 2 * math.log(r) - 3 * r),
+        lambda r: math.exp(2 + 3 * math.log(r) - 2 * r),
+    ),
+    "luspo": PAPERS["gspo"],
+    "dro": (lambda r: 1 - math.log(r), lambda r: 1 + math.log(r)),  # β = |A| = 1
+    "ipo": (
+        lambda r: kept((r - 1) * P_OLD <= 0.2, r) - 2e-3 * math.log(r),
+        lambda r: kept((r - 1) * P_OLD >= -0.2, r) + 2e-3 * math.log(r),
+    ),
+    # the token is its own future; r > 10 leaves the sum, r > 4 is held to [.8, 1] where A < 0
+    "fipo": (
+        lambda r: kept(r <= 1.28, r * min(max(r, 1), 1.2)),
+        lambda r: kept(0.8 <= r <= 10, r * (1 if r > 4 else min(max(r, 1), 1.2))),
+    ),
+    # 101 tokens of one advantage have no covariance: clip-cov draws none, kl-cov a few at random
+    "clip-cov": (lambda r: kept(r <= 1.2, r), lambda r: kept(r >= 0.8, r)),
+    "copg": (lambda r: kept(r <= 1.2, 1), lambda r: kept(r >= 0.8, 1)),
+    "hinge-ratio": (lambda r: kept(r - 1 < 0.2, r), lambda r: kept(1 - r < 0.2, r)),
+    "hinge-probability": (
+        lambda r: kept((r - 1) * P_OLD < 0.2, r * P_OLD),
+        lambda r: kept((1 - r) * P_OLD < 0.2, r * P_OLD),
+    ),
+    "hinge-log": (lambda r: kept(math.log(r) < 0.2, 1), lambda r: kept(-math.log(r) < 0.2, 1)),
+    "hinge-root": (
+        lambda r: kept(r**0.5 - 1 < 0.2, r**0.5 / 2),
+        lambda r: kept(1 - r**0.5 < 0.2, r**0.5 / 2),
+    ),
+    "ppo-early-stop": (lambda r: r, lambda r: r),
+}
+PAPERS |= {
     "up-" + name.replace("-grpo", ""): (lambda r: 1.0, negative)
     for name, (_, negative) in PAPERS.items()
     if "up-" + name.replace("-grpo", "") in PRESETS
 }
-# γ needs the router: test_hand.py has it
-NEEDS_ROUTER = {"rspo", "up-rspo"}
+# They are no function of r alone: test_hand.py and test_batch_losses.py have them.
+ELSEWHERE = {"rspo", "up-rspo", "kl-cov", "up-kl-cov", "vapo", "real", "gtpo"}
 
 
 def test_the_papers_cover_every_preset():
-    assert set(PAPERS) | NEEDS_ROUTER == set(EVERY_PRESET)
+    assert set(PAPERS) | ELSEWHERE == set(EVERY_PRESET)
+    assert not set(PAPERS) & ELSEWHERE
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -177,6 +230,7 @@ def test_oracle_is_the_papers_coefficient(name):
     lp = old + ratios.log()[:, None]
     ones = torch.ones_like(lp)
     for sign, paper in zip((1.0, -1.0), PAPERS[name], strict=True):
-        c = gradient_coefficients(lp, old, sign * ones, ones, config=PRESETS[name])
+        context = Context(draws=torch.zeros_like(lp))
+        c = gradient_coefficients(lp, old, sign * ones, ones, config=PRESETS[name], context=context)
         expected = torch.tensor([paper(r) for r in ratios.tolist()], dtype=torch.float64)
         torch.testing.assert_close(c[:, 0], expected, rtol=1e-9, atol=1e-12)

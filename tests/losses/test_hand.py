@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moe_upgrpo.losses import PolicyLossConfig, branches, gradient_coefficients, policy_loss
+from moe_upgrpo.losses import BRANCHES, PolicyLossConfig, gradient_coefficients, policy_loss
+from moe_upgrpo.losses import classic_branches as branches
 from moe_upgrpo.losses.tokens import Tokens
 
 ROWS = (2, 3, 1)
@@ -72,6 +73,9 @@ def gate(tau: float, r: float) -> tuple[float, float]:
     s = sigma(tau * (r - 1))
     return 4 / tau * s, 4 * s * (1 - s) * r
 
+
+VESPO = 0.125**3 * math.exp(1.75)
+LOG = math.log
 
 # GMPO, bounds ±.4 in log space. Row 0: (.4 + ln 1.125)/2 = .258892, ρ = 1.295494.
 # Row 1: (−.4 − .4 + 0)/3 = −.266667, ρ = .765928. Row 2: not bounded above, ρ = 4.
@@ -273,6 +277,84 @@ CASES = [
         cut=[[1, 0], [1, 1, 0], [1]],
         rollout=[[0.3, 0.3], [0.1, 0.25, 0.4], [0.1]],
     ),
+    Case(
+        # ∏π/μ in bypass mode 2.25, .125 and 4: φ₊ = e^(3 + 2 ln 2.25 − 6.75) = 5.0625·e^−3.75 and
+        # φ₋ = e^(2 + 3 ln w − 2w): .125³·e^1.75, 64·e^−6
+        "vespo",
+        preset("vespo"),
+        f=times_log_pi([[5.0625 * math.exp(-3.75)] * 2, [VESPO] * 3, [64 * math.exp(-6)]]),
+        c=[[5.0625 * math.exp(-3.75)] * 2, [VESPO] * 3, [64 * math.exp(-6)]],
+        cut=NONE,
+    ),
+    Case(
+        # π/μ = .5 1 1 has the product .5: φ₋ = e^2·.125·e^−1; the others have 1: φ = 1
+        "vespo with the engine's log-probs",
+        preset("vespo"),
+        f=times_log_pi([[1, 1], [0.125 * math.e] * 3, [1]]),
+        c=[[1, 1], [0.125 * math.e] * 3, [1]],
+        cut=NONE,
+        rollout=[[0.4, 0.45], [0.2, 0.2, 0.4], [0.4]],
+    ),
+    Case(
+        "luspo",  # gspo's f at each token, summed: times the length
+        preset("luspo"),
+        f=[[1.0004] * 2, [0.9997] * 3, [4]],
+        c=[[0, 0], [0, 0, 0], [4]],
+        cut=[[1, 1], [1, 1, 1], [0]],
+    ),
+    Case(
+        "copg",  # log(.2·1.2) for .4; log(.4·.8) for .1 and .2
+        preset("copg"),
+        f=[[LOG(0.24), LOG(0.45)], [LOG(0.32), LOG(0.32), LOG(0.4)], [LOG(0.4)]],
+        c=[[0, 1], [0, 0, 1], [1]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case(
+        "hinge-ratio",  # A > 0: min(r−1, .2) − .2; A < 0: max(r−1, −.2) + .2
+        preset("hinge-ratio"),
+        f=[[0, -0.075], [0, 0, 0.2], [3.2]],
+        c=[[0, 1.125], [0, 0, 1], [4]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case(
+        "hinge-probability",  # π−π_old = .2 .05 | −.3 −.2 0 | .3, ε = .15
+        preset("hinge-probability", clip_low=0.15, clip_high=0.15),
+        f=[[0, -0.1], [0, 0, 0.15], [0.45]],
+        c=[[0, 0.45], [0, 0, 0.4], [0.4]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case(
+        "hinge-log",  # ln 2 > .2, ln 1.125 = .117783; ln 4 = 1.386294
+        preset("hinge-log"),
+        f=[[0, LOG(1.125) - 0.2], [0, 0, 0.2], [LOG(4) + 0.2]],
+        c=[[0, 1], [0, 0, 1], [1]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case(
+        "hinge-root",  # √2−1 > .2, √1.125−1 = .06066; −.5 and −.29289 < −.2; √4−1 = 1
+        preset("hinge-root"),
+        f=[[0, 1.125**0.5 - 1.2], [0, 0, 0.2], [1.2]],
+        c=[[0, 1.125**0.5 / 2], [0, 0, 0.5], [1]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case("ppo-early-stop", preset("ppo-early-stop"), f=R_TOKEN, c=R_TOKEN, cut=NONE),
+    Case(
+        # future of row 0: ln 2 + γ ln 1.125 = .8084 > ln 1.2: 1.2, and ln 1.125 = .1178: 1.125;
+        # row 1 looks down: 1; row 2 has r = 4, not above the limits 4 and 10: 1.2
+        "fipo",
+        preset("fipo"),
+        f=[[1.2 * 1.28, 1.125 * 1.125], [0.8, 0.8, 1], [1.2 * 4]],
+        c=[[0, 1.125 * 1.125], [0, 0, 1], [1.2 * 4]],
+        cut=[[1, 0], [1, 1, 0], [0]],
+    ),
+    Case(
+        # r = 4 is above the dual clip 3: out of the sum, and the weight is 1; and 2 is not
+        "fipo with a dual clip of 3",
+        preset("fipo", dual_clip=3.0, influence_safety=3.0),
+        f=[[1.2 * 1.28, 1.125 * 1.125], [0.8, 0.8, 1], [3]],
+        c=[[0, 1.125 * 1.125], [0, 0, 1], [0]],
+        cut=[[1, 0], [1, 1, 0], [1]],
+    ),
 ]
 
 
@@ -309,7 +391,7 @@ def test_the_intermediates_of_single_losses():
     assert column(weights) == pytest.approx([1, 0.125, 1], rel=1e-12)
 
     # SAPO: 4·σ(1) = 4·.7310586 and 4·σ(.125) = 4·.5312094; 4/1.05·σ(3.15) = 3.8095238·.9589087
-    sapo, config = branches.BRANCHES["sapo"], PolicyLossConfig.preset("sapo")
+    sapo, config = BRANCHES["sapo"], PolicyLossConfig.preset("sapo")
     positive = sapo.positive.surrogate(t, config)[0, :2].tolist()
     assert positive == pytest.approx([2.9242343, 2.1248375], abs=1e-6)
     assert column(sapo.negative.surrogate(t, config))[2] == pytest.approx(3.6529856, abs=1e-6)

@@ -1,15 +1,25 @@
 """Identities between losses, exact ones."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig, RolloutCorrection, policy_loss
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import (
+    BRANCHES,
+    PRESETS,
+    PolicyLossConfig,
+    RolloutCorrection,
+    aggregation_weights,
+    gradient_coefficients,
+    policy_loss,
+)
 from moe_upgrpo.losses.config import BASELINES
-from tests.losses.batches import EVERY_PRESET, Batch, random_batch
+from tests.losses.batches import ALONE, Batch, random_batch
 
-UP_OF = {name: "up-" + name.replace("-grpo", "") for name in BASELINES}
+UP_OF = {name: up for name in BASELINES if (up := "up-" + name.replace("-grpo", "")) in PRESETS}
 
 
 def run(config: PolicyLossConfig, batch: Batch, **denominators):
@@ -82,7 +92,64 @@ def test_on_policy_up_grpo_dapo_and_gspo_token_agree_token_by_token():
         torch.testing.assert_close(token_gradient(name, batch), grpo, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+def test_which_losses_may_serve_under_up_is_data():
+    """At r = 1 their negative side has c = 1; the others' has not, or is UP's own or PPO's."""
+    assert BASELINES.keys() - UP_OF.keys() == {
+        *("hinge-probability", "hinge-root"),  # π_old and 1/2 at r = 1
+        *("vapo", "real", "gtpo"),
+    }
+    batch = on_policy(random_batch(seed=6))
+    negative = (batch.advantages < 0) & batch.mask.bool()
+    for name, branch in BRANCHES.items():
+        config = PolicyLossConfig(positive=name, negative=name, aggregation=branch.aggregations[0])
+        c = gradient_coefficients(**batch.arguments(config))[negative]
+        # clip-cov takes the gradient of a few, at random
+        balanced = bool(torch.isclose(c, torch.ones_like(c)).sum() >= len(c) - 1)
+        same_as_another = name in ("log-likelihood", "self-ratio", "topr", "vapo")
+        assert branch.up == (balanced and not same_as_another), name
+
+
+def test_every_pair_of_branches_is_its_two_sides():
+    """c of a pair is that of the positive's own loss where A > 0 and the negative's where A < 0;
+    a pair without a common aggregation is refused by name."""
+    batch = random_batch(seed=12, spread=0.5)
+    own = {}
+    for name, branch in BRANCHES.items():
+        config = PolicyLossConfig(positive=name, negative=name, aggregation=branch.aggregations[0])
+        own[name] = gradient_coefficients(**batch.arguments(config))
+    for (positive, one), (negative, other) in itertools.product(BRANCHES.items(), repeat=2):
+        shared = [a for a in one.aggregations if a in other.aggregations]
+        if not shared:
+            with pytest.raises(UserError, match=f"with negative '{negative}'"):
+                PolicyLossConfig(
+                    positive=positive, negative=negative, aggregation=one.aggregations[0]
+                )
+            continue
+        norm = 9.0 if shared[0].endswith("norm") else None
+        config = PolicyLossConfig(
+            positive=positive, negative=negative, aggregation=shared[0], token_sum_norm=norm
+        )
+        expected = torch.where(batch.advantages > 0, own[positive], own[negative])
+        c = gradient_coefficients(**batch.arguments(config))
+        torch.testing.assert_close(c, expected, rtol=1e-12, atol=0)
+
+
+def test_up_clip_cov_is_clip_cov_but_for_the_positives_that_it_draws():
+    """A third of the tokens may be drawn, so that some of both signs are."""
+    batch = on_policy(random_batch(seed=6))
+    changes = dict(covariance_share=0.3, covariance_range=(-0.2, 5.0))
+    x, up_x = (
+        run(PolicyLossConfig.preset(name, **changes), batch) for name in ("clip-cov", "up-clip-cov")
+    )
+    drawn = x[0].clipped
+    positive = batch.advantages > 0
+    assert drawn[positive].any() and drawn[~positive].any() and drawn.sum() == 6  # int(.3·22)
+    assert torch.equal(up_x[0].clipped, drawn & ~positive)
+    kept = ~(drawn & positive)
+    torch.testing.assert_close(up_x[1][kept], x[1][kept], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in UP_OF if name != "clip-cov"])
 def test_on_policy_up_x_is_x_across_signs_and_lengths(name):
     """One gradient of the aggregated loss: same scale for both signs and for every length."""
     batch = on_policy(random_batch(seed=6))
@@ -91,14 +158,15 @@ def test_on_policy_up_x_is_x_across_signs_and_lengths(name):
     torch.testing.assert_close(up_x, x, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", UP_OF)
 def test_off_policy_up_x_keeps_the_negatives_of_x_and_gives_positives_weight_one(name):
     batch = random_batch(seed=7)
     x, up_x = (run(PRESETS[n], batch)[1] for n in (name, UP_OF[name]))
-    on, _ = run(PRESETS[name], on_policy(batch))[1], None
+    w_B = aggregation_weights(batch.mask.sum(-1), PRESETS[name].aggregation)
+    weight_one = -w_B[:, None] * batch.advantages * batch.mask
     negative = batch.advantages < 0
     torch.testing.assert_close(up_x[negative], x[negative], rtol=0, atol=0)
-    torch.testing.assert_close(up_x[~negative], on[~negative], rtol=1e-13, atol=0)
+    torch.testing.assert_close(up_x[~negative], weight_one[~negative], rtol=1e-13, atol=0)
     assert not torch.equal(up_x[~negative], x[~negative])
 
 
@@ -120,7 +188,7 @@ def test_gamma_zero_is_up_and_gamma_one_is_unclipped_grpo():
     torch.testing.assert_close(reshaped(0.0, 0.0), reinforce, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", EVERY_PRESET)
+@pytest.mark.parametrize("name", ALONE)
 def test_zero_advantage_contributes_nothing(name):
     """Rows with A = 0 have no loss, gradient or clip, and do not change what the others have."""
     batch = random_batch(seed=9, spread=1.0)

@@ -11,23 +11,28 @@ from tests.losses.batches import EVERY_PRESET, Batch, random_batch
 POISON = [1e4, -1e4, float("inf"), float("-inf"), float("nan")]
 
 
-def run(name: str, batch: Batch, **denominators):
+def run(name: str, batch: Batch, statistics: dict | None = None, **denominators):
     batch = batch.with_grad()
-    result = policy_loss(**batch.arguments(PRESETS[name]), **denominators)
+    result = policy_loss(**batch.arguments(PRESETS[name], statistics), **denominators)
     result.loss.backward()
     return result, batch.log_probs.grad
 
 
-@pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("name", EVERY_PRESET)
-def test_padding_may_hold_anything(name, poison):
+def test_padding_may_hold_anything(name):
     batch = random_batch(seed=20, spread=1.0)
+    clean, gradient = run(name, batch)
+    for poison in POISON:
+        _check_poisoned(name, batch, clean, gradient, poison)
+
+
+def _check_poisoned(name, batch, clean, gradient, poison):
     padding = batch.mask == 0
     fields = {field.name: getattr(batch, field.name).clone() for field in dataclasses.fields(batch)}
     for field in fields.keys() - {"mask"}:
         fields[field][padding] = poison
     poisoned = Batch(**fields)
-    (clean, gradient), (dirty, dirty_gradient) = run(name, batch), run(name, poisoned)
+    dirty, dirty_gradient = run(name, poisoned)
     torch.testing.assert_close(dirty_gradient, gradient, rtol=0, atol=0)
     torch.testing.assert_close(dirty.loss, clean.loss, rtol=0, atol=0)
     torch.testing.assert_close(dirty.per_token, clean.per_token, rtol=0, atol=0)
@@ -52,19 +57,21 @@ def test_wider_padding_changes_nothing(name):
     torch.testing.assert_close(wider.loss, narrow.loss, rtol=1e-13, atol=0)
 
 
-# two ranks of two micro-batches each; the second micro-batch holds only the empty response
-SPLIT = [[[0, 4], [2]], [[1, 3], [5]]]
+# two ranks of two micro-batches each; the second micro-batch holds only the empty response; the
+# rows 0 and 1, and 4 and 5, are groups
+SPLIT = [[[0, 1], [2]], [[4, 5], [3]]]
 
 
 @pytest.mark.parametrize("name", EVERY_PRESET)
 def test_micro_batches_and_ranks_add_up(name):
-    """With the global denominators, losses, gradients and metrics of the parts sum to the whole's.
+    """With the global denominators and statistics, losses, gradients and metrics of the parts sum
+    to the whole's.
 
     Ranks are simulated by summing; the collective that would do it is not part of this library.
     """
     batch = random_batch(seed=23, spread=1.0)
     whole, gradient = run(name, batch)
-    counts = dict(global_tokens=22, global_sequences=5)
+    counts = dict(global_tokens=22, global_sequences=5, statistics=batch.statistics(PRESETS[name]))
     loss, parts, metrics = 0.0, torch.zeros_like(gradient), []
     for rank in SPLIT:
         rank_metrics = []
@@ -86,6 +93,17 @@ def test_without_global_denominators_the_split_shows():
     _, gradient = run("grpo", batch)
     _, first = run("grpo", batch.rows(torch.tensor([0, 1])))
     assert not torch.allclose(first, gradient[:2])
+
+
+@pytest.mark.parametrize("name", ["clip-cov", "kl-cov", "up-kl-cov", "vapo", "real"])
+def test_without_the_batchs_statistics_the_split_shows(name):
+    batch = random_batch(seed=23, spread=1.0)
+    _, gradient = run(name, batch)
+    counts = dict(global_tokens=22, global_sequences=5)
+    parts = torch.zeros_like(gradient)
+    for rows in (rows for rank in SPLIT for rows in rank):
+        _, parts[rows] = run(name, batch.rows(torch.tensor(rows)), **counts)
+    assert not torch.allclose(parts, gradient)
 
 
 @pytest.mark.parametrize("name", EVERY_PRESET)

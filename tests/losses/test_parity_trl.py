@@ -7,7 +7,9 @@ The trainer's `_compute_loss` runs with its forward pass replaced by our log-pro
 
 Without them this file fails rather than skips. Where TRL differs:
 
-- `luspo` (sequence ratio with token sums) and `vespo` (gamma weights) are not built.
+- TRL's `vespo` takes the ratio of a rollout correction, cut by its rule; here it is ρ itself.
+- TRL's `delta` cuts r for both signs; for A > 0 the bound 1 + ε_high lies below it, so that it is
+  the dual clip here.
 - TRL's sequence means divide by all rows, empty ones included: `global_sequences` says so here.
 - TRL's `cispo` has the bound itself in ε_high; verl has 1 + ε_high, and so has this library.
 - TRL's `sapo` keeps its temperatures in float32, so agreement is to 1e-6.
@@ -79,6 +81,26 @@ AGREE = {
         dict(delta=3.0),
         ours("deepseek-v3.2", off_policy_limit=0.05, **SEQUENCES),
     ),
+    "luspo": (
+        dict(
+            loss_type="luspo",
+            importance_sampling_level="sequence",
+            epsilon_low=0.05,
+            epsilon_high=0.08,
+        ),
+        dict(delta=None),
+        ours("luspo", clip_low=0.05, clip_high=0.08),
+    ),
+    "vespo": (
+        dict(loss_type="vespo"),
+        dict(vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0),
+        ours("vespo"),
+    ),
+    "top_entropy_quantile": (
+        dict(loss_type="grpo", epsilon_low=0.2, epsilon_high=0.2, top_entropy_quantile=0.3),
+        dict(delta=3.0),
+        ours("grpo", top_entropy=0.3, **SEQUENCES),
+    ),
 }
 
 
@@ -93,13 +115,16 @@ class OneProcess:
     def reduce(self, x, reduction):
         return x
 
+    def pad_across_processes(self, x, dim, pad_index):
+        return x
+
 
 def trl_loss(trainer_class, batch, attributes: dict, arguments: dict) -> torch.Tensor:
     empty = torch.zeros(len(batch.mask), 0, dtype=torch.long)
     trainer = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
             batch.log_probs,
-            torch.zeros_like(batch.mask),
+            batch.entropy,
             None,
         ),
         _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
@@ -109,17 +134,21 @@ def trl_loss(trainer_class, batch, attributes: dict, arguments: dict) -> torch.T
         beta=0.0,
         current_gradient_accumulation_steps=1,
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         model=types.SimpleNamespace(training=True),
         use_vllm=False,
         _entropy_bonus_enabled=False,
-        top_entropy_quantile=1.0,
         **{
+            "top_entropy_quantile": 1.0,
             "importance_sampling_level": "token",
             "off_policy_mask_threshold": None,
             **attributes,
         },
     )
+    trainer.get_high_entropy_mask = types.MethodType(GRPOTrainer.get_high_entropy_mask, trainer)
+    rho = (batch.old_log_probs - batch.rollout_log_probs).exp()
     inputs = {
+        "importance_sampling_ratio": torch.where(batch.mask.bool(), rho, 1.0),
         "prompt_ids": empty,
         "prompt_mask": empty,
         "completion_ids": batch.mask.long(),
@@ -147,7 +176,8 @@ def compare(trainer_class, attributes, arguments, config, rel=1e-12):
 
 @pytest.mark.parametrize("name", AGREE)
 def test_loss_and_gradient(name):
-    compare(GRPOTrainer, *AGREE[name], rel=1e-6 if name == "sapo" else 1e-12)
+    # TRL keeps SAPO's and VESPO's numbers in float32
+    compare(GRPOTrainer, *AGREE[name], rel=1e-6 if name in ("sapo", "vespo") else 1e-12)
 
 
 def test_gmpo():

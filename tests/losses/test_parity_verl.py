@@ -12,6 +12,7 @@ library's guard against overflow has a part.
 import importlib
 import inspect
 import re
+import types
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tests.losses.batches import random_batch
 try:
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     ActorConfig = importlib.import_module("verl.workers.config").ActorConfig
+    PolicyLossOptions = importlib.import_module("verl.workers.config.actor").PolicyLossConfig
     corrections = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the head of {__file__} says what to install") from error
@@ -68,18 +70,31 @@ AGREE = {
     ),
     "sapo": (dict(tau_pos=1.0, tau_neg=1.05), ours("sapo")),
     "gpg": ({}, ours("reinforce")),
+    # All of the range are drawn: verl's choice among them is random.
+    "clip_cov": (
+        dict(
+            clip_ratio_low=0.2,
+            clip_ratio_high=0.28,
+            policy_loss=dict(clip_cov_ratio=1.0, clip_cov_lb=0.1, clip_cov_ub=0.9),
+        ),
+        ours("clip-cov", clip_high=0.28, covariance_share=1.0, covariance_range=(0.1, 0.9)),
+    ),
+    "kl_cov": (
+        dict(policy_loss=dict(kl_cov_ratio=0.1, ppo_kl_coef=0.7)),
+        ours("kl-cov", covariance_share=0.1, covariance_kl=0.7),
+    ),
+    "dro": (dict(policy_loss=dict(dro_beta=0.3)), ours("dro", dro_beta=0.3)),
 }
 
 # Registered in verl and not compared: one line each.
 DIFFER = {
-    "clip_cov": "not built: drops a random share of tokens by advantage-log-prob covariance",
-    "kl_cov": "not built: adds an |log r| penalty on the tokens of largest covariance",
-    "dro": "not built: adds a quadratic penalty on log r to REINFORCE",
     "bypass_mode": "no loss of its own: sets π_old := μ and calls vanilla or REINFORCE",
 }
 
 
-def actor_config(**fields) -> ActorConfig:
+def actor_config(policy_loss=None, **fields) -> ActorConfig:
+    if policy_loss is not None:
+        fields["policy_loss"] = PolicyLossOptions(**policy_loss)
     return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **fields)
 
 
@@ -125,6 +140,23 @@ def test_loss_and_gradient(name, mode):
     result.loss.backward()
     assert theirs.log_probs.grad.count_nonzero() > 3
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-8)
+    torch.testing.assert_close(mine.log_probs.grad, theirs.log_probs.grad, rtol=1e-7, atol=1e-15)
+
+
+def test_the_tokens_that_clip_cov_draws(monkeypatch):
+    """verl takes the first of a permutation of the eligible tokens, here those of smallest draw."""
+    fields, config = AGREE["clip_cov"]
+    fields = dict(fields, policy_loss=dict(fields["policy_loss"], clip_cov_ratio=0.05))
+    config = PolicyLossConfig(**{**vars(config), "covariance_share": 0.05})
+    theirs, mine = batch_for("clip_cov").with_grad(), batch_for("clip_cov").with_grad()
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+    expected, _ = verl_loss("clip_cov", theirs, "token-mean", config=fields)
+    expected.backward()
+    mine.draws.copy_(torch.linspace(0.9, 0.1, mine.draws.numel()).view_as(mine.draws))
+    result = policy_loss(**mine.arguments(config))
+    result.loss.backward()
+    drawn = result.clipped & (theirs.log_probs.grad == 0) & mine.mask.bool()
+    assert drawn.sum() > 4 == int(0.05 * mine.mask.sum())
     torch.testing.assert_close(mine.log_probs.grad, theirs.log_probs.grad, rtol=1e-7, atol=1e-15)
 
 
@@ -238,6 +270,59 @@ def test_advantages(kind):
     torch.testing.assert_close(
         group_advantages(rewards, 4, kind), theirs[:, 0], rtol=1e-12, atol=1e-15
     )
+
+
+VERL_ADVANTAGES = {
+    "opo": ("opo", {}),
+    "gpg": ("gpg", {}),
+    "pass-at-k": ("grpo_passk", dict(config={"norm_adv_by_std_in_grpo": True})),
+    "reinforce++": ("reinforce_plus_plus", dict(config=types.SimpleNamespace(gamma=1.0))),
+    "reinforce++-baseline": ("reinforce_plus_plus_baseline", {}),
+}
+
+
+@pytest.mark.parametrize("kind", VERL_ADVANTAGES)
+def test_advantages_of_responses_of_some_length(kind):
+    """The reward is at the last token, as verl has it."""
+    rewards = torch.tensor([1.0, 0, 0.5, 0, 0, 1, 0.25, 0], dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 5, 4, 1, 1, 2])
+    mask = (torch.arange(5) < lengths[:, None]).double()
+    scores = torch.zeros_like(mask).scatter(1, lengths[:, None] - 1, rewards[:, None])
+    name, fields = VERL_ADVANTAGES[kind]
+    estimator = core_algos.get_adv_estimator_fn(name)
+    theirs, _ = estimator(scores, mask, index=np.repeat([0, 1], 4), **fields)
+    mine = group_advantages(rewards, 4, kind, lengths=lengths)
+    torch.testing.assert_close(mine[:, None] * mask, theirs, rtol=1e-7, atol=1e-12)
+
+
+def test_gdpo():
+    g = torch.Generator().manual_seed(4)
+    rewards = torch.rand(2, 8, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 5, 4, 1, 1, 2])
+    mask = (torch.arange(5) < lengths[:, None]).double()
+    theirs, _ = core_algos.compute_gdpo_outcome_advantage(
+        mask,
+        mask,
+        np.repeat([0, 1], 4),
+        config={"gdpo_reward_keys": ["a", "b"], "gdpo_reward_weights": [1.0, 0.5]},
+        non_tensor_batch={"a": rewards[0].numpy(), "b": rewards[1].numpy()},
+        batch={"prompts": torch.zeros(8, 0), "attention_mask": mask.long()},
+    )
+    mine = group_advantages(rewards, 4, "gdpo", lengths=lengths, reward_weights=(1.0, 0.5))
+    torch.testing.assert_close(mine[:, None] * mask, theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_every_outcome_estimator_is_compared_or_accounted_for():
+    ours = {"grpo", "rloo", "gdpo", "optimal_token_baseline"}
+    ours |= {name for name, _ in VERL_ADVANTAGES.values()}
+    differ = {
+        "gae": "needs a critic",
+        "remax": "needs a greedy response to each prompt",
+        "grpo_vectorized": "grpo",
+        "rloo_vectorized": "rloo",
+        "tir_optimal_token_baseline": "optimal_token_baseline over several turns",
+    }
+    assert core_algos.ADV_ESTIMATOR_REGISTRY.keys() == ours | differ.keys()
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

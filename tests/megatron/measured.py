@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import LossTerms, PolicyLossConfig
 from moe_upgrpo.megatron import groups, releases
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
@@ -111,6 +111,14 @@ def with_routes(samples, scored, change):
     ]
 
 
+def with_reference(samples, scored):
+    """A reference whose log-probs lie to either side of the policy's."""
+    return [
+        replace(s, reference_log_probs=one.log_probs + np.float32(0.5) * np.cos(one.log_probs))
+        for s, one in zip(samples, scored, strict=True)
+    ]
+
+
 def uneven(native: list, planted: list, dp_rank: int) -> list:
     """One sequence on even ranks, two on odd ones, the last of them with routes to replay."""
     odd = dp_rank % 2
@@ -174,6 +182,14 @@ def measure(layout: Layout, checkpoint, dtype: str = "float32") -> dict:
                         batch, PolicyLossConfig.preset(loss), record=RECORDS
                     )
                     result["gradient"][key] = gradients_by_name(trained)
+        if dtype == "float32":
+            trained = actor(NO_STEP)
+            update = trained.update(
+                with_reference(mine, native),
+                PolicyLossConfig.preset("up-grpo"),
+                terms=LossTerms(kl_coef=0.3, kl_estimator="k2", entropy_coef=0.2),
+            )
+            result["terms"] = (update, gradients_by_name(trained))
         result["sgd"] = after_step(SGD)
         result["distributed"] = after_step(ADAM_AS_SGD)
         return result

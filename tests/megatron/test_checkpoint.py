@@ -62,7 +62,7 @@ def job(layout, checkpoint, dtype, algorithm, source, target) -> dict:
         settings = OptimizerSettings(algorithm=algorithm, lr=1e-2, warmup_steps=4)
         options = {"dtype": dtype, "micro_batch_size": 3}
         actor = MegatronActor(checkpoint, layout, optimizer=settings, **options)
-        behind = MegatronActor(checkpoint, layout, **options)
+        behind, reference = (MegatronActor(checkpoint, layout, **options) for _ in range(2))
         dp_rank, dp_size = groups.data_parallel()
         share = len(make_samples()) // dp_size
         mine = make_samples()[dp_rank * share : (dp_rank + 1) * share]
@@ -70,10 +70,12 @@ def job(layout, checkpoint, dtype, algorithm, source, target) -> dict:
             actor.update(mine, LOSS)
             behind.take_weights(actor)
             actor.update(mine, LOSS)
+            reference.take_weights(actor)
         else:
-            load_state(source, actor, behind)
-        save_state(target, actor, behind)
-        before = {"actor": exported(actor), "behind": exported(behind)}
+            load_state(source, actor, behind, reference)
+        save_state(target, actor, behind, reference)
+        models = {"actor": actor, "behind": behind, "reference": reference}
+        before = {name: exported(one) for name, one in models.items()}
         update = actor.update(mine, LOSS)
         return before | {
             "after": exported(actor),
@@ -129,11 +131,13 @@ def test_what_is_written_is_the_same_in_every_layout(chain):
     assert expected["num_steps"] == 2
     moved = [n for n, w in first[0]["actor"].items() if not torch.equal(w, first[0]["behind"][n])]
     assert len(moved) > 0.5 * len(first[0]["actor"])
+    assert_same(first[0]["reference"], first[0]["actor"])
     for tensors, (results, _) in zip(found, others, strict=True):
         assert_same(tensors, expected)
         for rank in results:
             assert_same(rank["actor"], first[0]["actor"])
             assert_same(rank["behind"], first[0]["behind"])
+            assert_same(rank["reference"], first[0]["reference"])
 
 
 @pytest.mark.bits

@@ -116,6 +116,24 @@ def test_the_gradient_equals_one_process(loss, recompute, ranks, one_process):
         assert rank["update"]["native", recompute, loss].grad_norm == pytest.approx(norm, rel=1e-5)
 
 
+def test_kl_and_entropy_terms_equal_one_process(ranks, one_process):
+    """Their values, summed over the data-parallel ranks, and the gradient of the whole loss."""
+    expected, gradient = one_process["terms"]
+    assert {*expected.terms} == {"kl", "entropy"} and expected.terms["kl"] > 1e-3
+    without = one_process["gradient"]["native", "none", "up-grpo"]
+    assert cosine(flat(gradient), flat(without)) < 0.999
+    for name, value in expected.terms.items():
+        shares = {rank["dp_rank"]: rank["terms"][0] for rank in ranks}.values()
+        assert sum(share.terms[name] for share in shares) == pytest.approx(value, rel=1e-5)
+        counted = [share.term_metrics[name] for share in shares]
+        assert sum(one.numerator for one in counted) == pytest.approx(
+            expected.term_metrics[name].numerator, rel=1e-5
+        )
+        assert sum(c.denominator for c in counted) == expected.term_metrics[name].denominator
+    for rank in ranks:
+        assert_close(rank["terms"][1], gradient)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "distributed"])
 def test_the_weights_after_one_step_equal_one_process(optimizer, ranks, one_process):
     for rank in ranks:

@@ -44,15 +44,18 @@ def computed(case: str, buffer_bytes: int, ranks: int) -> dict[str, np.ndarray]:
             weight_vH.requires_grad_(False)
         log_probs_N, entropy_N = logprobs.log_probs_and_entropy(
             hidden_NH, weight_vH, targets_N, mask_N, temperature=TEMPERATURE,
-            group=dist.group.WORLD,
+            group=dist.group.WORLD, entropy_gradient=case == "entropy",
         )  # fmt: skip
-        (log_probs_N * along_N).sum().backward()
+        found = (log_probs_N * along_N).sum()
+        if case == "entropy":
+            found = found + (entropy_N * along_N.cos()).sum()
+        found.backward()
         alone_N, none = logprobs.log_probs_and_entropy(
             hidden_NH, weight_vH, targets_N, mask_N, temperature=TEMPERATURE,
             group=dist.group.WORLD, entropy=False,
         )  # fmt: skip
         assert none is None and torch.equal(alone_N, log_probs_N)
-        assert not entropy_N.requires_grad
+        assert entropy_N.requires_grad == (case == "entropy")
         of_hidden_NH = hidden_NH.grad.float()
         dist.all_reduce(of_hidden_NH)
         of_weight_vH = weight_vH.grad
@@ -74,7 +77,10 @@ def expected(case: str) -> dict[str, np.ndarray]:
     all_NV = (hidden_NH @ weight_VH.t() / TEMPERATURE).log_softmax(-1)
     log_probs_N = all_NV.gather(1, targets_N[:, None])[:, 0].where(mask_N, 0)
     entropy_N = -(all_NV.exp() * all_NV).sum(-1).where(mask_N, 0)
-    (log_probs_N * along_N).sum().backward()
+    loss = (log_probs_N * along_N).sum()
+    if case == "entropy":
+        loss = loss + (entropy_N * along_N.cos()).sum()
+    loss.backward()
     found = {"log_probs": log_probs_N, "entropy": entropy_N, "hidden": hidden_NH.grad}
     if case != "frozen head":
         found["weight"] = weight_VH.grad
@@ -83,7 +89,9 @@ def expected(case: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("rows", [7, 1, 1000])
-@pytest.mark.parametrize("case", ["plain", "main_grad", "frozen head", "nothing asked for", "bf16"])
+@pytest.mark.parametrize(
+    "case", ["plain", "main_grad", "frozen head", "nothing asked for", "bf16", "entropy"]
+)
 def test_values_and_gradients(case, rows, ranks):
     """7 rows at a time leave a last part of fewer."""
     found = run_ranks(ranks, computed, case, rows * 4 * (V // ranks), ranks)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import PolicyLossConfig
+from moe_upgrpo.losses import LossTerms, PolicyLossConfig
 from moe_upgrpo.megatron import groups, memory, plan
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
@@ -21,6 +21,7 @@ from moe_upgrpo.megatron.settings import OptimizerSettings
 from tests.megatron.live import Live
 from tests.ranks import run_ranks
 
+BONUS = LossTerms(entropy_coef=0.01)
 LOSS = PolicyLossConfig.preset("up-grpo")
 SIZES = dict(
     vocab_size=96,
@@ -152,6 +153,7 @@ def peaks(folder, dtype: str, recompute: str, batch: MicroBatch) -> tuple[dict, 
         for purpose, call in (
             ("update", lambda: actor.update(given, LOSS)),
             ("recorded update", lambda: actor.update(given, LOSS, record=("routes", "margins"))),
+            ("update with entropy", lambda: actor.update(given, LOSS, terms=BONUS)),
             ("score", lambda: actor.score(given)),
         ):
             with Live(set(found)) as live:

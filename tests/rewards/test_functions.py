@@ -106,7 +106,7 @@ def test_words_of_rewards():
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("gsm8", "allowed are math, exact, .* Nearest: gsm8k"),
+        ("gsm8", "allowed are math, exact, .*nearest: gsm8k"),
         ("1.2.3*math", "the weight '1.2.3' is no number"),
         ("regex", "regex:TEXT is needed"),
         ("regex:(", "is no regular expression"),
@@ -143,7 +143,7 @@ def test_verls_data_sets_choose_their_reward():
     names = ("openai/gsm8k", "lighteval/MATH", "aime2024", "codecontests", "mine", None)
     found = [by_source({"data_source": name}, otherwise="exact") for name in names]
     assert found == ["gsm8k", "math", "math", "code", "exact", "exact"]
-    with pytest.raises(UserError, match=r"data_source is 'openai/gsm8'.*Nearest: openai/gsm8k"):
+    with pytest.raises(UserError, match=r"data_source is 'openai/gsm8'.*nearest: openai/gsm8k"):
         by_source({"data_source": "openai/gsm8"}, otherwise=None)
     with pytest.raises(UserError, match="for a reward model to judge"):
         by_source({"data_source": "math", "reward_model": {"style": "model"}}, otherwise="math")

@@ -17,7 +17,7 @@ from moe_upgrpo.tasks import Problem
 from moe_upgrpo.tasks.arithmetic import EOS_ID, ArithmeticTask, encode
 from moe_upgrpo.tasks.rewarded import RewardedTask
 from moe_upgrpo.train.batch import Batch, Group, Rewarding
-from moe_upgrpo.train.learner import samples_of
+from moe_upgrpo.train.learner import for_update, samples_of
 from tests.rollout.test_cache import rollout, same
 
 RESULT = np.array([7, 8, 9])
@@ -99,7 +99,7 @@ def test_one_turn_is_the_engine_s_own(engine):
 
 def test_results_are_no_part_of_loss_lengths_and_files(talks, tmp_path):
     talk = next(r for r in talks if len(turns(r)) == 2)
-    (sample,) = samples_of([talk], np.array([0.5]))
+    (sample,) = for_update(samples_of([talk]), np.array([0.5]), None, 0)
     batch = make_batch([sample])
     first = len(talk.prompt_ids) - 1
     assert batch.mask_BS[0, first : first + len(talk.sampled)].tolist() == talk.sampled.tolist()

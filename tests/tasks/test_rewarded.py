@@ -113,7 +113,7 @@ def test_a_task_of_ones_own_is_held_to_its_time_and_to_numbers(tmp_path, capfd):
         (
             "mine2",
             "{}",
-            "module:Class or FILE.py:Class is needed; known names: mine. Nearest: mine",
+            "module:Class or FILE.py:Class is needed; known names: mine \\(nearest: mine",
         ),
         ("tests.tasks.test_rewarded:Own", "[]", "a JSON object is needed"),
         ("tests.tasks.test_rewarded:Own", '{"digit": 1}', "unexpected keyword argument 'digit'"),

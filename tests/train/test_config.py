@@ -80,12 +80,14 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
         ("--tiny.layers 0", "tiny.layers=0: at least 1 is needed"),
         ("--optimizer.lr -1", "optimizer: lr=-1.0: a number of at least 0 is needed"),
         ("--correction.weight x", "correction.weight: 'x' given; allowed: none, "
-         "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop"),
+         "decoupled, token-tis, sequence-tis, token-mis, sequence-mis, icepop, token-mask, "
+         "sequence-mask"),
         ("--eval-samples x", "--eval-samples: invalid literal for int() with base 10: 'x'; "
          "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
          "4)"),
         ("--vllm.sequences 0", "vllm.sequences=0: at least 1 is needed"),
-        ("--alarm.entropy-left nan", "alarm.entropy_left=nan: 0 or more is needed"),
+        ("--alarm.entropy-left nan",
+         "alarm.entropy_left=nan: a finite number, 0 or more, is needed"),
         ("--engine-url http://h:1", "engine_url=http://h:1 with engine=hf: only vllm and sglang "
          "have servers. Name one, or leave engine_url out"),
         ("--engine sglang --engine-weights fp8",
@@ -228,6 +230,20 @@ def test_the_recipes_that_are_shipped():
     config.layout(8)
 
 
+def test_the_recipe_of_the_post_has_groups_of_64_and_a_kl_penalty():
+    recipe = Path(__file__).parents[2] / "examples/configs/pro-grpo.yaml"
+    needed = ["--model", "model", "--data", "a.jsonl"]
+    config = tyro.cli(TrainConfig, args=[*file_arguments(recipe), *needed])
+    assert config.objective.policy_loss() == PolicyLossConfig.preset("pro-grpo")
+    # GRPO's: DeepSeekMath, section 4.2.
+    terms, batch, optimizer = config.terms, config.batch, config.trainer.optimizer
+    assert (terms.kl_coef, terms.kl_in, terms.kl_estimator) == (0.04, "loss", "k3")
+    assert terms.reference_every == 0
+    assert (batch.group, batch.sequences, optimizer.lr) == (64, 1024, 1e-6)
+    assert config.rollouts.max_new_tokens == 1024
+    config.layout(8)
+
+
 DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
 
 
@@ -239,7 +255,7 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"group": 1}, "at least 2 responses"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"eval_problems": 0}, "eval_problems=0"),
-        ({"loss": "rspo"}, "needs the router's log-probs.*up-gspo"),
+        ({"loss": "rspo"}, "needs router_log_probs, which the trainer.*up-gspo"),
         ({"seed": -1}, "seed=-1"),
         ({"digits": 9}, "digits is 9"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -255,12 +271,12 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"task": "mine"}, "task='mine': module:Class"),
         ({"task_options": '{"a": 1}'}, "task_options='{\"a\": 1}' without task"),
         ({"task": "my:Task", "task_options": "1"}, "task_options='1': a JSON object is needed"),
-        ({"reward": ("mth",)}, "reward='mth': allowed are math, .* Nearest: math"),
+        ({"reward": ("mth",)}, "reward='mth': allowed are math, .*nearest: math"),
         ({"reward_timeout": 0}, "reward_timeout=0: seconds above 0"),
         ({"reward_workers": 0}, "reward_workers=0"),
-        ({"advantage": "rlo"}, "advantage='rlo': allowed are grpo, dr-grpo, rloo.* Nearest: rloo"),
-        ({"loss": "up-gspoo"}, r"loss='up-gspoo': .* Nearest: up-gspo"),
-        ({"loss": "ppo"}, "loss='ppo': allowed are grpo, dapo, .*up-grpo"),
+        ({"advantage": "rlo"}, "advantage: 'rlo' given; allowed: grpo, dr-.*nearest: rloo"),
+        ({"loss": "up-gspoo"}, "loss: 'up-gspoo' given; .*nearest: up-gspo"),
+        ({"loss": "ppo"}, "loss: 'ppo' given; allowed: grpo, dapo, .*up-grpo"),
         ({"engine": "hff"}, "engine='hff': allowed are hf, vllm, sglang"),
         ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf: only vllm and sgl"),
         ({"engine": "vllm", "engine_weights": "fp8"}, "engine=vllm: allowed with engine=hf"),

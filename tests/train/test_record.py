@@ -18,6 +18,7 @@ from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.learner import Learner
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.record import LastVisit, TrainedStep, sequence_records
+from moe_upgrpo.train.terms import Terms
 
 
 def f32(*values: float) -> np.ndarray:
@@ -377,7 +378,7 @@ class FakeActor:
     def __init__(self):
         self.seen: list[list[int]] = []
 
-    def update(self, samples, loss, *, record) -> Update:
+    def update(self, samples, loss, *, record, terms, at, seed) -> Update:
         self.seen.append([int(s.tokens[0]) for s in samples])
         visit = len(self.seen)
         return Update(
@@ -396,6 +397,7 @@ def test_every_epoch_visits_each_sequence_once_and_the_last_visit_counts():
         reference=None,
         behind=None,
         loss=None,
+        terms=Terms(),
         place=Place(),
         seed=0,
         minibatches=2,

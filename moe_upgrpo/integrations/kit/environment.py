@@ -1,18 +1,22 @@
-"""The variables by which a job of another stack says what it wants of the routing log."""
+"""The variables by which a job of another stack says what it wants: of the log, of a loss."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import PRESETS
 from moe_upgrpo.record.limits import AlarmLimits
 
 RUN = "MOE_UPGRPO_RUN"  # a new folder for the routing log; unset: none
 ALARMS = "MOE_UPGRPO_ALARMS"  # limits of alarms, as mismatch=0.2,reward_drop=0.3
 TOKENS = "MOE_UPGRPO_TOKENS"  # share of the sequences whose token rows are kept; unset: all
+SETTINGS = "MOE_UPGRPO_LOSS_SETTINGS"  # JSON, fields of a loss; unset: the preset's
 
 
 def run_folder() -> Path | None:
@@ -31,6 +35,21 @@ def token_share() -> float:
     if not 0 < share <= 1:
         raise UserError(f"{TOKENS}: {given!r} given; allowed: a share of the sequences, 0 < x <= 1")
     return share
+
+
+def loss_settings() -> Any:
+    """The fields of a loss that MOE_UPGRPO_LOSS_SETTINGS sets, for `presets.resolve`; unset: none.
+
+    Raises UserError: no JSON.
+    """
+    given = os.environ.get(SETTINGS) or "{}"
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{SETTINGS}: {given!r} given ({error}); allowed: a JSON object of "
+            f"{', '.join(vars(PRESETS['grpo']))}"
+        ) from error
 
 
 def alarm_limits() -> AlarmLimits:

@@ -1,10 +1,41 @@
-"""Attributes of a stack's modules and objects, replaced for a while."""
+"""Wrappers around the methods of a stack's class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+
+def wrap(owner: type, name: str, around: Callable) -> None:
+    """Have `around(original, self, ...)` called for the method; `original` is bound to self."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        return around(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def delegate(owner: type, attribute: str, names: Sequence[str]) -> None:
+    """Have the object at `attribute`, where it is not None, stand around the owner's methods.
+
+    By its methods of the same names, which take `original` first.
+    """
+
+    def through(name: str) -> Callable:
+        def around(original, self, *args, **kwargs):
+            other = getattr(self, attribute)
+            if other is None:
+                return original(*args, **kwargs)
+            return getattr(other, name)(original, *args, **kwargs)
+
+        return around
+
+    for name in names:
+        wrap(owner, name, through(name))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ MODULES = {
     "miles": ("miles", "miles-rl"),
     "nemo-rl": ("nemo_rl", "nemo-rl"),
     "megatron-lm": ("megatron.rl", "megatron-core"),
+    "ms-swift": ("swift", "ms-swift"),
 }
 
 Part = Literal["loss", "log", "health"]

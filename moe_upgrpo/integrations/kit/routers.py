@@ -11,7 +11,7 @@ K experts each, X = K + 1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -193,6 +193,24 @@ def whole_sequence_parallel(table_NLX: Tensor, sequence_parallel: bool) -> Tenso
     return gather_from_sequence_parallel_region(
         table_NLX.contiguous(), tensor_parallel_output_grad=False
     )
+
+
+def whole_context_parallel(table: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+    """`[B, T, L, X]` of all context-parallel ranks, by a stack's function that joins `[B, T]`."""
+    columns = [join(column[..., 0]) for column in table.flatten(2).split(1, dim=2)]
+    return torch.stack(columns, dim=2).unflatten(2, table.shape[2:])
+
+
+def by_sequence(
+    table: Tensor, rows: Sequence[int], lengths: Sequence[int] | None
+) -> dict[int, Tensor]:
+    """Row of a batch → its `[T, L, X]` of a table `[B, T, L, X]`, or packed `[1, ΣT, L, X]`.
+
+    lengths: of the packed sequences in their order, of which there may be more (padding).
+    """
+    if lengths is None:
+        return dict(zip(rows, table, strict=True))
+    return dict(zip(rows, table[0].split([*lengths])[: len(rows)], strict=True))
 
 
 def by_layer(numbers: Sequence[int], table_RLX: Tensor) -> Layers:

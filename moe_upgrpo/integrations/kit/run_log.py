@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face.folder import downloaded
+from moe_upgrpo.hugging_face.tokenizer import keep_vocabulary
 from moe_upgrpo.losses import Metric, finalize_metrics, merge_metrics
 from moe_upgrpo.record import SequenceRecord, StepRecord, alarms, gap_terms, measured
 from moe_upgrpo.record.limits import AlarmLimits
@@ -101,6 +103,23 @@ def check_free(path: Path) -> None:
         )
 
 
+def keep_texts(run: Path, tokenizer: str | Path | None) -> None:
+    """Write the texts of tokens into a run folder, or say how they come into its report later.
+
+    A job does not end for them: its log is whole without.
+    """
+    try:
+        if tokenizer is None:
+            raise UserError("no tokenizer is named")
+        keep_vocabulary(run, downloaded(tokenizer))
+    except UserError as error:
+        print(
+            f"moe_upgrpo: the report of {run} shows token ids in place of texts, unless it is made "
+            f"with moe-upgrpo report {run} --tokenizer FOLDER: {error}",
+            flush=True,
+        )
+
+
 class RunLog:
     """Writes the steps of one data-parallel rank into a run folder that all ranks share."""
 
@@ -116,10 +135,12 @@ class RunLog:
         share: float = 1.0,
         modules: Sequence[nn.Module] = (),
         limits: AlarmLimits | None = None,
+        tokenizer: str | Path | None = None,
     ):
         """group: the data-parallel ranks. share: of the sequences whose rows are kept.
 
         modules: the trained model, where it can be looked at whether a step changed its weights.
+        tokenizer: the folder or name of the model whose tokenizer gives tokens their texts.
         """
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -153,6 +174,8 @@ class RunLog:
         # As long as the process lives: who follows the run sees its end by it.
         self._lock = self.run.locked() if self.rank == 0 else nullcontext()
         self._lock.__enter__()
+        if self.rank == 0:
+            keep_texts(path, tokenizer)
         self.writer = TokenLogWriter(
             self.run.tokens,
             rank=self.rank,

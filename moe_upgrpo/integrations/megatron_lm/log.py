@@ -366,6 +366,7 @@ class CollectionLog:
                 share=self.share,
                 limits=self.limits,
                 modules=self.model,
+                tokenizer=getattr(args, "tokenizer_model", None),
             )
         self.step += 1
         self.gathered.sequences = [self.logged[i] for i in sorted(self.logged)]

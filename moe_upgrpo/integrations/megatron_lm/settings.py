@@ -8,20 +8,19 @@
 imported for it.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.integrations.kit.environment import RUN
+from moe_upgrpo.integrations.kit.environment import RUN, SETTINGS, loss_settings
 from moe_upgrpo.integrations.kit.presets import coupled, resolve
-from moe_upgrpo.losses import PRESETS, PolicyLossConfig
+from moe_upgrpo.losses import CONTEXT, PolicyLossConfig
 
-LOSS, SETTINGS = "MOE_UPGRPO_LOSS", "MOE_UPGRPO_LOSS_SETTINGS"
+LOSS = "MOE_UPGRPO_LOSS"
 CLAMP_DEFAULT = 0.01  # of --grpo-clamp-eps-lower and -upper (arguments.py:2740)
-NOT_HANDED_OVER = ("router_log_probs",)
+NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -119,18 +118,12 @@ def asked() -> tuple[PolicyLossConfig | None, set[str]]:
     Raises:
         UserError: a preset or settings that cannot be.
     """
-    name, given = os.environ.get(LOSS), os.environ.get(SETTINGS)
+    name = os.environ.get(LOSS)
     if not name:
-        if given:
+        if os.environ.get(SETTINGS):
             raise UserError(f"{SETTINGS} is set, {LOSS} is not: name a preset")
         return None, set()
-    try:
-        settings = json.loads(given or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{SETTINGS}: {given!r} given ({error}); allowed: a JSON object of "
-            f"{', '.join(vars(PRESETS['grpo']))}"
-        ) from error
+    settings = loss_settings()
     config = resolve(
         name,
         settings,

@@ -455,6 +455,7 @@ class WorkerLog:
             share=self.share,
             limits=self.limits,
             modules=[self.worker.model],
+            tokenizer=(cfg.get("tokenizer") or {}).get("name") or cfg["model_name"],
         )
 
     def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
 from moe_upgrpo.integrations.nemo_rl import start
 from moe_upgrpo.losses import (
+    CONTEXT,
     GLOSSARY,
     PolicyLoss,
     PolicyLossConfig,
@@ -27,7 +28,7 @@ from moe_upgrpo.losses import (
     policy_loss,
 )
 
-NOT_HANDED_OVER = ("router_log_probs",)
+NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
 LOSSES = served(NOT_HANDED_OVER)
 
 # NeMo-RL's field -> (its default, our field).

@@ -485,4 +485,5 @@ class TrainLog:
             share=self.share,
             limits=self.limits,
             modules=self.model,
+            tokenizer=args.hf_checkpoint,
         )

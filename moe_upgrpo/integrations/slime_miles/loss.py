@@ -24,9 +24,9 @@ from moe_upgrpo.integrations.kit.hooking import replaced
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve
 from moe_upgrpo.integrations.slime_miles.layout import reducer_of, split_places
 from moe_upgrpo.integrations.slime_miles.revisions import need
-from moe_upgrpo.losses import Metric, PolicyLossConfig, policy_loss
+from moe_upgrpo.losses import CONTEXT, Metric, PolicyLossConfig, policy_loss
 
-NOT_HANDED_OVER = ("router_log_probs",)
+NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
 # The stack's flag -> (its default, our field).
 CLIPS = {
     "eps_clip": (0.2, "clip_low"),

@@ -255,6 +255,7 @@ class EngineLog:
             share=self.share,
             limits=self.limits,
             modules=unwrap_model(engine.module),
+            tokenizer=engine.model_config.local_tokenizer_path,
         )
 
     # --- update

@@ -28,6 +28,7 @@ from moe_upgrpo.integrations.kit import environment, revisions
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
 from moe_upgrpo.integrations.verl import install
 from moe_upgrpo.losses import (
+    CONTEXT,
     GLOSSARY,
     PolicyLoss,
     PolicyLossConfig,
@@ -36,7 +37,7 @@ from moe_upgrpo.losses import (
 )
 
 PREFIX = "moe_upgrpo/"
-NOT_HANDED_OVER = ("rollout_log_probs", "router_log_probs")
+NOT_HANDED_OVER = ("rollout_log_probs", "router_log_probs", *CONTEXT)
 
 # verl's actor field -> (its default, our field).
 CLIPS = {

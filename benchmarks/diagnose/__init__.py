@@ -1,0 +1,1 @@
+"""Injected faults and clean pairs: how often `moe-upgrpo diagnose` names the right cause."""

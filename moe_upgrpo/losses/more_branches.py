@@ -1,0 +1,301 @@
+"""Losses that the stacks have added since, and those of the seeds' related work, per token.
+
+The contract is `side.py`; the table of all losses is `branches.py`.
+r, s: see `tokens.py`; Δ = log π − log π_old, sg: stop-gradient; εl, εh: `clip_low`, `clip_high`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.classic_branches import (
+    CLASSIC_BRANCHES,
+    moved_down_tv,
+    moved_up_tv,
+    ppo_negative,
+    ppo_negative_clip,
+    ppo_positive,
+    ppo_positive_clip,
+)
+from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
+from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_upgrpo.losses.config import PolicyLossConfig as Config
+    from moe_upgrpo.losses.side import Bounds, TensorFn
+
+
+# --- VESPO (TRL `vespo`): REINFORCE under a smooth weight φ of the whole sequence's ratio to μ
+
+MIN_LOG_WEIGHT = math.log(1e-8)
+
+
+def vespo_side(sign: str) -> Side:
+    @kept
+    def weight(t: Tokens, cfg: Config) -> Tensor:
+        """φ(w) = exp(λ + k·log w − λ·w), w = ∏ π/μ; φ(1) = 1."""
+        k, rate = getattr(cfg, f"vespo_k_{sign}"), getattr(cfg, f"vespo_lambda_{sign}")
+        moved_BT = t.log_ratio_BT.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        mismatch_BT = t.log_rho_BT.clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+        log_w_B1 = (moved_BT + mismatch_BT).sum(-1, keepdim=True)
+        log_w_B1 = log_w_B1.clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+        return (rate + k * log_w_B1 - rate * log_w_B1.exp()).exp()
+
+    def surrogate(t: Tokens, cfg: Config) -> Tensor:
+        return weight(t, cfg) * t.log_probs_BT
+
+    return Side(surrogate, weight)
+
+
+# --- DRO (verl `dro`): REINFORCE with a quadratic penalty on Δ
+
+
+def dro_penalty(t: Tokens, cfg: Config) -> Tensor:
+    return t.raw_log_ratio_BT.square() * (cfg.dro_beta / 2)
+
+
+def dro_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
+    return t.raw_log_ratio_BT * cfg.dro_beta
+
+
+# --- Hinge family (arXiv 2110.13799): |A|·max(0, ε − sign(A)·f) with four classifiers f
+
+
+def hinge_branch(
+    classifier: Callable[[Tokens], Tensor],
+    slope: TensorFn,
+    *,
+    c: str,
+    f: str,
+    guard: float = math.inf,
+) -> Branch:
+    """guard: log r beyond which the classifier's exp is cut, and its gradient with it."""
+
+    @kept
+    def value(t: Tokens, cfg: Config) -> Tensor:
+        return classifier(t)
+
+    def positive(t: Tokens, cfg: Config) -> Tensor:
+        """min(f, εh) − εh: A times it is −|A|·max(0, εh − f)."""
+        bound = cfg.log_space_upper
+        return value(t, cfg).clamp(max=bound) - (bound if bound < math.inf else 0.0)
+
+    def positive_clip(t: Tokens, cfg: Config) -> Bounds:
+        bound = cfg.log_space_upper
+        return None, value(t, cfg) > bound if bound < math.inf else t.log_ratio_BT > guard
+
+    def negative(t: Tokens, cfg: Config) -> Tensor:
+        """max(f, −εl) + εl: A times it is −|A|·max(0, εl + f)."""
+        bound = cfg.log_space_lower
+        return value(t, cfg).clamp(min=bound) - (bound if bound > -math.inf else 0.0)
+
+    def negative_clip(t: Tokens, cfg: Config) -> Bounds:
+        bound = cfg.log_space_lower
+        below = value(t, cfg) < bound if bound > -math.inf else None
+        return below, t.log_ratio_BT > guard if guard < math.inf else None
+
+    return Branch(
+        positive=Side(positive, slope, positive_clip),
+        negative=Side(negative, slope, negative_clip),
+        c=(f"{c}·1[{f} ≤ εh]", f"{c}·1[{f} ≥ −εl]"),
+        fields=("clip_low", "clip_high"),
+        up=c in ("r", "1"),  # at r = 1 the others weigh a token by π_old and by 1/2
+        source="arXiv 2110.13799",
+    )
+
+
+def probability(t: Tokens, cfg: Config) -> Tensor:
+    """π"""
+    return guarded_exp(t.log_probs_BT)
+
+
+def half_root(t: Tokens, cfg: Config) -> Tensor:
+    """√r/2"""
+    return guarded_exp(t.log_ratio_BT / 2) / 2
+
+
+# --- COPG (arXiv 2311.05846, rebuilt from its abstract): log π under PPO's clip
+# min(A·log π, A·clip(log π, log π_old + log(1−ε), log π_old + log(1+ε)))
+
+
+def copg_positive(t: Tokens, cfg: Config) -> Tensor:
+    return t.old_log_probs_BT + t.log_ratio_BT.clamp(max=cfg.log_of_upper)
+
+
+def copg_positive_clip(t: Tokens, cfg: Config) -> Bounds:
+    return None, t.log_ratio_BT > cfg.log_of_upper
+
+
+def copg_negative(t: Tokens, cfg: Config) -> Tensor:
+    return t.old_log_probs_BT + t.log_ratio_BT.clamp(min=cfg.log_of_lower)
+
+
+def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
+    return t.log_ratio_BT < cfg.log_of_lower, None
+
+
+# --- IPO (prime-rl's default): DPPO's TV mask on the ratio itself, and kl_tau·(log r)² everywhere
+
+
+def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
+    def surrogate(t: Tokens, cfg: Config) -> Tensor:
+        return t.ratio_BT * ~dropped(t, cfg)
+
+    def clip(t: Tokens, cfg: Config) -> Bounds:
+        cut, beyond = dropped(t, cfg), above(t.ratio_BT, t.log_ratio_BT, math.inf)
+        return (None, cut | beyond) if upwards else (cut, beyond)
+
+    return Side(surrogate, token_ratio, clip, ipo_penalty, ipo_penalty_slope)
+
+
+def ipo_penalty(t: Tokens, cfg: Config) -> Tensor:
+    return t.raw_log_ratio_BT.square() * cfg.kl_tau
+
+
+def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
+    return t.raw_log_ratio_BT * (2 * cfg.kl_tau)
+
+
+# --- FIPO (arXiv 2603.19835; ms-swift `fipo`): PPO's loss times the influence of the token's future
+
+# ms-swift's: decay of the future per token, and the range that a suspect negative is held to.
+FUTURE_DECAY = 2 ** (-1 / 32)
+SAFE_RANGE = (0.8, 1.0)
+
+
+def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
+    """y_t = Σ_{k≥t} decay^(k−t)·x_k.
+
+    In log T steps: y ← y + decay^n·(y shifted by n), n doubling.
+    """
+    y_BT, n, width = x_BT.clone(), 1, x_BT.shape[-1]
+    while n < width:
+        y_BT[:, : width - n] += decay**n * y_BT[:, n:].clone()
+        n *= 2
+    return y_BT
+
+
+def influence(t: Tokens, cfg: Config) -> Tensor:
+    """exp(Σ_{k≥t} γ^(k−t)·Δ_k) within [1, 1 + influence_range], detached.
+
+    Tokens with r above the dual clip leave the sum. A negative token with r > 4 is held to [.8, 1].
+    """
+    log_ratio_BT = t.log_ratio_BT.detach()
+    if cfg.dual < math.inf:
+        log_ratio_BT = torch.where(log_ratio_BT > math.log(cfg.dual), 0.0, log_ratio_BT)
+    future_BT = discounted_future(log_ratio_BT, FUTURE_DECAY)
+    weight_BT = future_BT.clamp(0.0, math.log1p(cfg.influence_range)).exp()
+    suspect_BT = (t.advantages_BT < 0) & (t.log_ratio_BT.detach() > math.log(cfg.influence_safety))
+    return torch.where(suspect_BT, weight_BT.clamp(*SAFE_RANGE), weight_BT)
+
+
+def influenced(surrogate: TensorFn, clip: Callable) -> Side:
+    def weight(t: Tokens, cfg: Config) -> Tensor:
+        return t.once("influence", lambda: influence(t, cfg))
+
+    return Side(
+        lambda t, cfg: weight(t, cfg) * surrogate(t, cfg),
+        lambda t, cfg: weight(t, cfg) * t.ratio_BT,
+        clip,
+    )
+
+
+# --- GTPO (arXiv 2508.03772): REINFORCE as a self-ratio under the weights of `gtpo_weights`
+
+
+def token_weights(t: Tokens, cfg: Config) -> Tensor:
+    return t.weights_BT
+
+
+def weighted_self_ratio(t: Tokens, cfg: Config) -> Tensor:
+    return t.weights_BT * t.self_ratio_BT
+
+
+GSPO = CLASSIC_BRANCHES["gspo"]
+DRO = Side(lambda t, cfg: t.log_probs_BT, one, extra=dro_penalty, extra_slope=dro_penalty_slope)
+GTPO = Side(weighted_self_ratio, token_weights)
+
+MORE_BRANCHES: dict[str, Branch] = {
+    "vespo": Branch(
+        positive=vespo_side("positive"),
+        negative=vespo_side("negative"),
+        c=("φ₊(∏π/μ)", "φ₋(∏π/μ)"),
+        fields=(
+            "vespo_k_positive",
+            "vespo_lambda_positive",
+            "vespo_k_negative",
+            "vespo_lambda_negative",
+        ),
+        arguments=("rollout_log_probs",),
+        refuses=("correction",),  # its own weight has ρ in it
+        source="TRL vespo",
+    ),
+    "luspo": Branch(
+        positive=GSPO.positive,
+        negative=GSPO.negative,
+        c=GSPO.c,
+        aggregations=("seq-mean-token-sum",),
+        fields=GSPO.fields,
+        coupled=True,
+        source="TRL luspo: GSPO times the length",
+    ),
+    "dro": Branch(
+        positive=DRO,
+        negative=DRO,
+        c=("1 − βΔ/A", "1 − βΔ/A"),
+        fields=("dro_beta",),
+        source="verl dro",
+    ),
+    "hinge-ratio": hinge_branch(
+        lambda t: t.ratio_BT - 1, token_ratio, c="r", f="r−1", guard=MAX_LOG_RATIO
+    ),
+    "hinge-probability": hinge_branch(
+        lambda t: guarded_exp(t.log_probs_BT) - guarded_exp(t.old_log_probs_BT),
+        probability,
+        c="π",
+        f="π−π_old",
+    ),
+    "hinge-log": hinge_branch(lambda t: t.log_ratio_BT, one, c="1", f="log r"),
+    "hinge-root": hinge_branch(
+        lambda t: guarded_exp(t.log_ratio_BT / 2) - 1,
+        half_root,
+        c="√r/2",
+        f="√r−1",
+        guard=2 * MAX_LOG_RATIO,
+    ),
+    "copg": Branch(
+        positive=Side(copg_positive, one, copg_positive_clip),
+        negative=Side(copg_negative, one, copg_negative_clip),
+        c=("1[r ≤ 1+εh]", "1[r ≥ 1−εl]"),
+        fields=("clip_low", "clip_high"),
+        source="our reading of the abstract of arXiv 2311.05846",
+    ),
+    "ipo": Branch(
+        positive=ipo_side(moved_up_tv, upwards=True),
+        negative=ipo_side(moved_down_tv, upwards=False),
+        c=("r·1[π−π_old ≤ δ] − 2τΔ/A", "r·1[π−π_old ≥ −δ] − 2τΔ/A"),
+        fields=("divergence_limit", "kl_tau"),
+        source="prime-rl, default loss (DPPO-TV and kl_tau)",
+    ),
+    "fipo": Branch(
+        positive=influenced(ppo_positive, ppo_positive_clip),
+        negative=influenced(ppo_negative, ppo_negative_clip),
+        c=("w·r·1[r ≤ 1+εh]", "w·r·1[1−εl ≤ r ≤ C]"),
+        fields=("clip_low", "clip_high", "dual_clip", "influence_range", "influence_safety"),
+        source="arXiv 2603.19835; ms-swift fipo",
+    ),
+    "gtpo": Branch(
+        positive=GTPO,
+        negative=GTPO,
+        c=("δ", "δ"),
+        aggregations=starting_with("seq-mean-token-mean"),
+        arguments=("token_weights",),
+        up=False,
+        source="arXiv 2508.03772v5; winstonsmith1897/GTPO",
+    ),
+}

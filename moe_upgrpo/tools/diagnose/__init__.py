@@ -1,0 +1,1 @@
+"""Why an engine and a trainer differ on the same tokens, and whether that is too much."""

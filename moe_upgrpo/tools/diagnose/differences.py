@@ -1,0 +1,150 @@
+"""How far two sides are from each other on the same tokens, by prompt, and what a change removed.
+
+Shape suffixes: P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from moe_upgrpo.routing import ComparisonKind, compare_routes
+from moe_upgrpo.stats import jackknifed, sign_flip_test
+
+Measure = Literal["routers", "gap"]
+UNITS: dict[Measure, str] = {"routers": "of routers differ", "gap": "mean |gap|"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One side's view of some sequences, at their response tokens alone; None: not known."""
+
+    routes: list[np.ndarray] | None  # B × [T, L, K]
+    log_probs: list[np.ndarray] | None  # B × [T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Sums by prompt: routers that differ of those compared, |gap| of the tokens."""
+
+    routers_P: np.ndarray | None
+    pairs_P: np.ndarray
+    gap_P: np.ndarray | None
+    tokens_P: np.ndarray
+    by_layer: np.ndarray | None = None  # [L], the share of routers that differ
+
+    def has(self, measure: Measure) -> bool:
+        """Whether it was measured."""
+        return (self.routers_P if measure == "routers" else self.gap_P) is not None
+
+    def sums(self, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+        """Numerators and denominators [P]."""
+        if measure == "routers":
+            return self.routers_P, self.pairs_P
+        return self.gap_P, self.tokens_P
+
+    def rate(self, measure: Measure) -> float | None:
+        """The share of routers, or the mean |gap| in nats."""
+        if not self.has(measure):
+            return None
+        numerators_P, denominators_P = self.sums(measure)
+        return float(numerators_P.sum() / denominators_P.sum())
+
+    def text(self, measure: Measure) -> str:
+        """The rate as it stands in a sentence."""
+        rate = self.rate(measure)
+        if rate is None:
+            return "not known"
+        return f"{rate:.2%}" if measure == "routers" else f"{rate:.2e}"
+
+
+def differences(
+    first: Seen, second: Seen, *, prompt: Sequence[int], num_experts: int
+) -> Differences:
+    """Two sides' differences, summed over the sequences of each prompt.
+
+    Raises:
+        UserError: nothing to compare, or routes that cannot be those of the same tokens.
+    """
+    known = first.log_probs if first.log_probs is not None else first.routes
+    lengths = np.array([len(of_sequence) for of_sequence in known])
+    _, prompt_B = np.unique(np.asarray(prompt), return_inverse=True)
+    prompt_N = np.repeat(prompt_B, lengths)
+    prompts = int(prompt_B.max()) + 1
+
+    def summed(values_N: np.ndarray) -> np.ndarray:
+        return np.bincount(prompt_N, weights=values_N, minlength=prompts)
+
+    routers_P = by_layer = gap_P = None
+    layers = 0
+    if first.routes is not None and second.routes is not None and first.routes[0].shape[1]:
+        counts = compare_routes(
+            *(torch.from_numpy(np.concatenate(side.routes)) for side in (first, second)),
+            num_experts=num_experts,
+            kind=ComparisonKind.FREE_RUNNING,
+        )
+        layers = counts.num_layers
+        routers_P = summed(counts.routers_per_token.numpy())
+        by_layer = counts.router_mismatch_by_layer.numpy()
+    if first.log_probs is not None and second.log_probs is not None:
+        gaps = np.concatenate(first.log_probs).astype(np.float64) - np.concatenate(second.log_probs)
+        gap_P = summed(np.abs(gaps))
+    tokens_P = summed(np.ones(len(prompt_N)))
+    return Differences(
+        routers_P=routers_P,
+        pairs_P=tokens_P * max(layers, 1),
+        gap_P=gap_P,
+        tokens_P=tokens_P,
+        by_layer=by_layer,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """The part of a difference that a change took away: 1 − after / before, and its interval by
+    prompt; below 0 where it made more. p: of nothing taken away, one-sided, signs by prompt."""
+
+    measure: Measure
+    before: float
+    after: float
+    share: float | None  # None: there was nothing before
+    low: float | None  # None, as high: too few prompts for an interval
+    high: float | None
+    p: float
+
+    def __str__(self) -> str:
+        form = ".2%" if self.measure == "routers" else ".2e"
+        return f"{self.before:{form}} → {self.after:{form}} {UNITS[self.measure]}"
+
+
+def removed(
+    before: Differences, after: Differences, measure: Measure, *, floor_P: np.ndarray | None = None
+) -> Removed:
+    """The part of a measure that a change took away; the same tokens before and after.
+
+    floor_P: what the same side differs by without any change, which counts as nothing.
+    """
+    before_P, size_P = before.sums(measure)
+    after_P, _ = after.sums(measure)
+    fell_P = before_P - after_P
+    share = low = high = None
+    if before_P.sum() > 0:
+        share, low, high = jackknifed(
+            lambda sums: 1 - sums[..., 1] / sums[..., 0],
+            np.stack([before_P, after_P], axis=1),
+            scale="signed",
+        )
+        low, high = (None if np.isnan(end) else float(end) for end in (low, high))
+    return Removed(
+        measure=measure,
+        before=float(before_P.sum() / size_P.sum()),
+        after=float(after_P.sum() / size_P.sum()),
+        share=share,
+        low=low,
+        high=high,
+        p=sign_flip_test(fell_P - (0 if floor_P is None else np.abs(floor_P))),
+    )

@@ -1,0 +1,160 @@
+"""`--policy.NAME VALUE`: every field of `PolicyLossConfig` as an option over the preset's value.
+
+The options are made of the config's own fields: what a loss adds there is an option at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import Field, asdict, field, fields, is_dataclass, make_dataclass, replace
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses.names import check_name
+
+PRESET = "preset"
+"""The value of an option that is left to the preset. None is a value: no bound, or off."""
+_NO_LOSSES = {
+    "fixed-old-policy": "give --loss reinforce --gradient-at old (docs/loss-options.md)",
+}
+_METAVARS = {str: "NAME", float: "FLOAT", int: "INT", bool: "{true,false}"}
+_NONE = ("none", "null")
+
+_shown_loss: ContextVar[str | None] = ContextVar("shown_loss", default=None)
+
+
+@contextmanager
+def help_for(loss: str) -> Iterator[None]:
+    """Inside, `--help` says what the options come to with that preset."""
+    token = _shown_loss.set(loss)
+    try:
+        yield
+    finally:
+        _shown_loss.reset(token)
+
+
+def _reader(hint: Any) -> PrimitiveConstructorSpec | None:
+    """How a word becomes a value of one of the simple kinds, None among them."""
+    kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    if len(kinds - {NoneType}) > 1 or not kinds - {NoneType} <= _METAVARS.keys():
+        return None
+    (kind,) = kinds - {NoneType}
+    metavar = _METAVARS[kind] + ("|none" if NoneType in kinds else "")
+
+    def read(words: list[str]) -> Any:
+        (word,) = words
+        if word == PRESET:
+            return PRESET
+        if word.lower() in _NONE and NoneType in kinds:
+            return None
+        try:
+            return {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+        except (KeyError, ValueError):
+            raise UserError(f"{word!r} given; allowed: {metavar}, or {PRESET}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _option(one: Field, hint: Any, doc: str) -> tuple[str, Any, Any]:
+    """The option of a field of the loss, as `make_dataclass` takes it."""
+
+    def default(_: str) -> str:
+        preset = PRESETS.get(_shown_loss.get())
+        if preset is None:
+            return "(default: the preset's)"
+        value = getattr(preset, one.name)
+        return f"(default: the preset's, {'none' if value is None else value})"
+
+    shown, reader = arg(help=doc, help_behavior_hint=default), _reader(hint)
+    # Of other kinds, pairs of numbers say, tyro reads the words.
+    kind = Annotated[Any, reader] if reader else hint | Literal[PRESET]
+    return one.name, Annotated[kind, shown], field(default=PRESET)
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """The text below each field in the source of a class."""
+    (found,) = ast.parse(inspect.getsource(cls)).body
+    return {
+        declared.target.id: " ".join(text.value.value.split())
+        for declared, text in pairwise(found.body)
+        if isinstance(declared, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _options(cls: type) -> type:
+    """A class of options, one for each field of `cls` but those that are groups of their own."""
+    hints, docs = get_type_hints(cls), _docs(cls)
+    own = (one for one in fields(cls) if not is_dataclass(hints[one.name]))
+    return make_dataclass(
+        "PolicyOptions",
+        [_option(one, hints[one.name], docs[one.name]) for one in own],
+        frozen=True,
+        kw_only=True,
+        namespace={
+            "__doc__": "Choices and numbers of the policy loss over those of its preset.",
+            "__module__": __name__,
+        },
+    )
+
+
+PolicyOptions = _options(PolicyLossConfig)
+
+
+def asked(options: PolicyOptions) -> dict[str, Any]:
+    """The options that are not left to the preset."""
+    return {name: value for name, value in asdict(options).items() if value != PRESET}
+
+
+def resolved(loss: str, options: PolicyOptions, correction: RolloutCorrection) -> PolicyLossConfig:
+    """The preset `loss` with what is asked of it.
+
+    Raises UserError that names the option: no such name, a value that cannot be, or one that this
+    loss would not read.
+    """
+    if loss in _NO_LOSSES:
+        raise UserError(f"loss: {loss!r} given, which is no loss of its own: {_NO_LOSSES[loss]}")
+    check_name("loss", loss, PRESETS)
+    changes = asked(options)
+    try:
+        config = replace(
+            PRESETS[loss],
+            **changes,
+            **({"correction": correction} if correction.active else {}),
+        )
+    except UserError as error:
+        named = str(error).partition(":")[0]
+        prefix = "policy." if hasattr(options, named) else ""
+        raise UserError(f"{prefix}{error}") from None
+    _check_read(loss, config, changes)
+    return config
+
+
+def _check_read(loss: str, config: PolicyLossConfig, changes: dict[str, Any]) -> None:
+    """Raise UserError for an option that the loss would ignore."""
+    read = {*BRANCHES[config.positive].fields, *BRANCHES[config.negative].fields}
+    if config.aggregation == "seq-mean-token-sum-norm":
+        read.add("token_sum_norm")
+    of_some = {"token_sum_norm", *(name for branch in BRANCHES.values() for name in branch.fields)}
+    for name, value in changes.items():
+        if name in of_some - read:
+            raise UserError(
+                f"policy.{name}: {value} given; loss {loss!r} with positive {config.positive!r}, "
+                f"negative {config.negative!r} and aggregation {config.aggregation!r} does not "
+                f"read it. It reads {', '.join(sorted(read)) or 'no number'}"
+            )
