@@ -43,9 +43,10 @@ _X = (
     *("grpo", "dapo", "deepseek-v3.2", "gspo", "gspo-token", "tic-grpo", "tic-grpo-min", "gmpo"),
     *("rspo", "cispo", "dppo-tv", "dppo-kl", "aspo", "sapo"),
 )
+UP_OF = {"up-" + name.replace("-grpo", ""): name for name in _X}
 STUDIED = (
     *_X,
-    *("up-" + name.replace("-grpo", "") for name in _X),
+    *UP_OF,
     *("topr", "reinforce", "is-reshape", "no-upper-clip", "symmetric-ratio"),
 )
 

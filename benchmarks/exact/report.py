@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks.exact.estimators import UP_OF
 from benchmarks.exact.made import said
 from benchmarks.exact.study import NONE
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses.config import BASELINES
 from moe_upgrpo.stats import compare_paired
 
 TARGETS = ("train", "deployed")
@@ -35,7 +35,6 @@ PAIRS = (
     ("up-grpo", "sequence-is"),
     ("grpo", "sequence-is"),
 )
-UP_OF = {"up-" + name.replace("-grpo", ""): name for name in BASELINES}
 SECTIONS = (
     "run",
     "checks",
