@@ -19,7 +19,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from moe_upgrpo import __version__, ending, extras, kernels
+from moe_upgrpo import __version__, ending, extras, kernels, plugins
 from moe_upgrpo.errors import (
     LOST_RANK,
     MachineFault,
@@ -32,6 +32,7 @@ from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.console import Console
 
 COMPUTE = ("train", "probe", "diagnose", "compare", "doctor")  # doctor: what the others would do
+WITH_PLUGINS = ("train", "launch", "plan", "compare", "probe", "diagnose")
 RANK_0_SPEAKS_S = 20  # imports included, on a busy machine
 
 USAGE = """usage: moe-upgrpo COMMAND [OPTIONS]
@@ -101,6 +102,8 @@ def _run(arguments: list[str]) -> None:
     else:
         if arguments[0] in COMPUTE:
             kernels.pin()  # before torch computes
+        if arguments[0] in WITH_PLUGINS:
+            plugins.load()
         commands[arguments[0]](arguments[1:])
 
 
@@ -126,7 +129,13 @@ def _call(function, arguments: list[str], prog: str) -> None:
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
     """The options of a resumed run and of config files, and over them the command line's."""
-    from moe_upgrpo.train.options import check_supported, file_arguments, named, run_arguments
+    from moe_upgrpo.train.options import (
+        check_own_code,
+        check_supported,
+        file_arguments,
+        named,
+        run_arguments,
+    )
     from moe_upgrpo.train.parts import ObjectiveOptions
     from moe_upgrpo.train.passed_words import folded
     from moe_upgrpo.train.policy_options import help_for
@@ -134,6 +143,8 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
     check_supported(arguments)
     from_run = [word for run in named("--resume", arguments) for word in run_arguments(run)]
     from_files = [word for file in named("--config", arguments) for word in file_arguments(file)]
+    for run in named("--resume", arguments):
+        check_own_code(run, [*from_files, *arguments])
     words = folded([*from_run, *from_files, *arguments])
     loss = str((named("--loss", words) or [ObjectiveOptions.loss])[-1])
     try:

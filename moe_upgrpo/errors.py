@@ -11,7 +11,14 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """The end of a message that lists the known names: those nearest to the one given."""
+    near = get_close_matches(str(given), list(known), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else ""
 
 
 class UserError(ValueError):

@@ -37,3 +37,22 @@ def save_tiny(path):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The tables that plug-ins add to, put back after the test."""
+    from moe_upgrpo import losses, plugins, rewards
+    from moe_upgrpo.losses.advantages import ADVANTAGES
+    from moe_upgrpo.megatron.families import FAMILIES
+    from moe_upgrpo.rollout.engines import ENGINES
+    from moe_upgrpo.tasks.named import TASKS
+
+    of_losses = (losses.BRANCHES, losses.PRESETS, ADVANTAGES)
+    tables = (*of_losses, rewards.REWARDS, TASKS, ENGINES, FAMILIES)
+    before = [dict(table) for table in tables]
+    monkeypatch.setattr(plugins, "_loaded", {})
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)

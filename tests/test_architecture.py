@@ -23,6 +23,8 @@ ORDER = (
     "ending",
     "kernels",
     "patching",
+    "plugins",
+    "rewards",
     "losses",
     "routing",
     "stats",
@@ -174,6 +176,7 @@ CODE_FROM_FILES = {"pickle.load", "pickle.loads", "dill.load", "joblib.load", "s
 SAFELY = {
     # The file's calls, with what makes them safe.
     "megatron/checkpoint.py": "weights_only=True",
+    "rewards/sandbox.py": "compile(job[",  # a program to be judged, in a process that is shut in
     "rollout/vllm_server.py": "allow_pickle=False",
     "train/options.py": "_Loader",  # a yaml.SafeLoader
     "tools/route_dumps.py": ("allow_pickle=False", "weights_only=True"),

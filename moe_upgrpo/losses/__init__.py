@@ -5,11 +5,13 @@ Pure PyTorch. Start with `policy_loss` and `PolicyLossConfig.preset`; tables: `d
 
 from moe_upgrpo.losses.advantages import (
     ADVANTAGES,
+    Advantage,
     advantage_sums,
     dynamic_sampling,
     group_advantages,
     informative_groups,
     overlong_penalty,
+    register_advantage,
 )
 from moe_upgrpo.losses.aggregation import AGGREGATIONS, aggregation_weights
 from moe_upgrpo.losses.branches import BRANCHES
@@ -33,6 +35,8 @@ from moe_upgrpo.losses.policy import (
     gradient_coefficients,
     policy_loss,
 )
+from moe_upgrpo.losses.register import register_loss
+from moe_upgrpo.losses.side import Branch, Side
 from moe_upgrpo.losses.terms import EntropyControl, LossTerms, loss_terms
 from moe_upgrpo.losses.tokens import CONTEXT, Context
 
@@ -43,6 +47,8 @@ __all__ = [
     "CONTEXT",
     "GLOSSARY",
     "PRESETS",
+    "Advantage",
+    "Branch",
     "Context",
     "EntropyControl",
     "Gtpo",
@@ -51,6 +57,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossConfig",
     "RolloutCorrection",
+    "Side",
     "advantage_sums",
     "aggregation_weights",
     "batch_statistics",
@@ -69,6 +76,8 @@ __all__ = [
     "overlong_penalty",
     "policy_loss",
     "ratio_deviation",
+    "register_advantage",
+    "register_loss",
     "stops_early",
     "token_draws",
 ]

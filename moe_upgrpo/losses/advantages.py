@@ -62,7 +62,8 @@ class Advantage:
     """An advantage estimator as data.
 
     formula: as the docs print it; means and std are the group's unless they say otherwise.
-    of_group: rewards `[P, G]` (and lengths `[P, G]`, where `lengths`) -> advantages `[P, G]`.
+    of_group: rewards `[P, G]` (and lengths `[P, G]`, where `lengths` and no `sums`, which get them)
+        -> advantages `[P, G]`.
     sums: what it needs of the whole batch, as sums over prompts or responses that add up over the
         ranks; of_batch: (`of_group`'s result, rewards, the sums) -> advantages.
     several: rewards come as `[K, N]`, K kinds of them.
@@ -195,6 +196,32 @@ ADVANTAGES: dict[str, Advantage] = {
 }
 
 
+def register_advantage(name: str, estimator: Advantage | Callable[[Tensor], Tensor]) -> None:
+    """Give advantages of one's own a name.
+
+    estimator: a function of rewards `[P, G]`, a row for each prompt, or an `Advantage` of one that
+        looks at more. The same may be registered again.
+
+    Raises:
+        UserError: a name that is another's, what is neither function nor `Advantage`, or an
+            `Advantage` with sums and nothing made of them, or the other way round.
+    """
+    if not isinstance(estimator, Advantage):
+        estimator = Advantage(estimator, "its own", "register_advantage")
+    if not callable(estimator.of_group) or (estimator.sums is None) != (estimator.of_batch is None):
+        raise UserError(
+            f"register_advantage({name!r}): {estimator.of_group!r} given with sums "
+            f"{estimator.sums!r} and of_batch {estimator.of_batch!r}; allowed: a function, and "
+            "beside it both of the others or none"
+        )
+    if ADVANTAGES.get(name, estimator) != estimator:
+        raise UserError(
+            f"register_advantage: {name!r} given; allowed: a name that is not taken, as are "
+            f"{', '.join(ADVANTAGES)}"
+        )
+    ADVANTAGES[name] = estimator
+
+
 def group_advantages(
     rewards: Tensor,
     group_size: int,
@@ -223,7 +250,8 @@ def group_advantages(
 
     Raises:
         UserError: unknown kind, N not a multiple of G, G < 2, rewards that are not finite, lengths
-            or several rewards missing where they are needed.
+            or several rewards missing where they are needed, advantages that are not finite or not
+            one for each response.
     """
     estimator, x_PG, rewards_PG, lengths_PG = _estimated(
         rewards, group_size, kind, lengths, reward_weights
@@ -232,6 +260,7 @@ def group_advantages(
         if batch_sums is None:
             batch_sums = estimator.sums(x_PG, rewards_PG, lengths_PG)
         x_PG = estimator.of_batch(x_PG, rewards_PG, batch_sums.to(x_PG.device))
+        x_PG = _checked(kind, x_PG, rewards_PG)
     if estimator.whole_batch:
         return x_PG.flatten()
     return torch.where(_informative(rewards_PG)[:, None], x_PG, 0.0).flatten()
@@ -303,11 +332,22 @@ def _estimated(
     extra = (lengths_PG,) if estimator.lengths and not estimator.sums else ()
     x_PG = torch.zeros_like(rewards_KPG[0])
     for weight, rewards_PG in zip(weights, rewards_KPG, strict=True):
-        advantages_PG = estimator.of_group(rewards_PG, *extra)
+        advantages_PG = _checked(kind, estimator.of_group(rewards_PG, *extra), rewards_PG)
         if estimator.several:  # as for one reward: equal ones give 0, not their rounding
             advantages_PG = torch.where(_informative(rewards_PG)[:, None], advantages_PG, 0.0)
         x_PG = x_PG + weight * advantages_PG
     return estimator, x_PG, rewards_KPG[0], lengths_PG
+
+
+def _checked(kind: str, advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
+    """The advantages. UserError where a function of one's own gave what cannot be used."""
+    shape = tuple(getattr(advantages_PG, "shape", ()))
+    if shape != tuple(rewards_PG.shape) or not advantages_PG.isfinite().all():
+        raise UserError(
+            f"advantages {kind!r} of rewards {tuple(rewards_PG.shape)} (prompts, responses) gave "
+            f"{shape or type(advantages_PG).__name__}; finite ones of the same shape are needed"
+        )
+    return advantages_PG
 
 
 def informative_groups(rewards: Tensor, group_size: int) -> Tensor:

@@ -11,6 +11,10 @@ from moe_upgrpo.losses.correction import RolloutCorrection
 from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.side import Side
 
+# Fields that put a factor on a loss; `Branch.refuses` names those that its formula has no place
+# for.
+FACTORS = ("correction", "off_policy_limit", "top_entropy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
@@ -158,11 +162,8 @@ class PolicyLossConfig:
 
     def _check_refused(self) -> None:
         """UserError where a factor is put on a loss whose formula has no place for it."""
-        used = {
-            "correction": self.correction.active,
-            "off_policy_limit": self.off_policy_limit is not None,
-            "top_entropy": self.top_entropy is not None,
-        }
+        used = {name: getattr(self, name) is not None for name in FACTORS}
+        used["correction"] = self.correction.active
         for sign in ("positive", "negative"):
             name = getattr(self, sign)
             for field_name in BRANCHES[name].refuses:

@@ -29,11 +29,17 @@ class Sample:
     advantage: float = 0.0
     number: int = 0  # its own among the sequences of the batch, on all ranks
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
+    sampled: np.ndarray | None = None  # [T] bool: response tokens that count; None: all
 
     @property
     def response_rows(self) -> slice:
         """The rows whose outputs are the response's log-probs."""
         return slice(self.prompt_length - 1, len(self.tokens) - 1)
+
+    @property
+    def counted(self) -> np.ndarray | slice:
+        """Response tokens that count, as an index of what there is for each of them."""
+        return slice(None) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +48,7 @@ class Batch:
 
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
-    mask_BS: torch.Tensor  # bool: rows whose target is a response token
+    mask_BS: torch.Tensor  # bool: rows whose target is a response token that counts
     old_log_probs_BS: torch.Tensor | None  # 0 outside the mask, as the next three; None: not given
     rollout_log_probs_BS: torch.Tensor
     reference_log_probs_BS: torch.Tensor
@@ -86,7 +92,7 @@ def make_batch(
     for b, sample in enumerate(samples):
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
-        mask[b, rows] = True
+        mask[b, rows] = True if sample.sampled is None else torch.from_numpy(sample.sampled)
         advantages[b, rows] = sample.advantage
         numbers[b] = sample.number
         if sample.routes is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.hugging_face.config import is_tied, read_config, read_raw_config
 from moe_upgrpo.hugging_face.folder import HEAD, Weights, has_weights
 from moe_upgrpo.megatron import rules
@@ -276,6 +276,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Models that Megatron-Core cannot hold exactly, and why.
+NOT_EXACT = {
+    "olmoe": "its norms of queries and keys are over all heads together "
+    "(transformers, modeling_olmoe.py: q_norm, k_norm), Megatron-Core's over one head "
+    "(attention.py:1280)",
+}
+
+
+def register_family(model_type: str, description: Family) -> None:
+    """Describe a model of one's own, by the `model_type` of its config.json.
+
+    Raises UserError where there is another description of it.
+    """
+    if FAMILIES.get(model_type, description) is not description:
+        raise UserError(
+            f"register_family: {model_type!r} given; allowed: a model_type that is not described, "
+            f"as are {', '.join(FAMILIES)}"
+        )
+    FAMILIES[model_type] = description
+
+
 def family(hf: PretrainedConfig) -> Family:
     return FAMILIES[hf.model_type]
 
@@ -302,10 +323,15 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
     """
     model_dir = Path(model_dir)
     model_type = read_raw_config(model_dir).get("model_type")
+    if model_type in NOT_EXACT and model_type not in FAMILIES:
+        raise UserError(
+            f"{model_dir} is a {model_type!r} model, which cannot be trained exactly: "
+            f"{NOT_EXACT[model_type]}. The trainer supports model_type {', '.join(FAMILIES)}."
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"{model_dir} is a {model_type!r} model; the trainer supports model_type "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}."
         )
     hf = read_config(model_dir)
     # One after the other: a field that is no number would trip the limits behind it.

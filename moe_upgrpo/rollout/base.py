@@ -33,6 +33,8 @@ class Rollout:
             (`routes_dtype`); expert sets in the engine's own order; L counts MoE layers only.
         weight_version: the version of the weights that sampled it.
         finished: whether it ended with EOS (False: cut at `max_new_tokens`).
+        sampled: `[T]` bool, False for tokens of the response that the policy did not sample, such
+            as the result of a tool, whose log-prob is 0 here. None: all were sampled.
 
     Raises UserError naming the sequence if a shape, a type or the number of rows is wrong or a
     log-prob is not finite. Expert ids and duplicates are checked where routes are compared.
@@ -44,6 +46,7 @@ class Rollout:
     routes: np.ndarray
     weight_version: int
     finished: bool
+    sampled: np.ndarray | None = None
 
     def __post_init__(self):
         for name in ("prompt_ids", "response_ids"):
@@ -65,6 +68,13 @@ class Rollout:
                 f"position {position}. Finite log-probs are needed: look for non-finite weights "
                 f"(weight version {self.weight_version})."
             )
+        if self.sampled is not None and (
+            self.sampled.shape != (tokens,) or self.sampled.dtype != bool or not self.sampled[0]
+        ):
+            raise UserError(
+                f"sampled of {self._named} is {self.sampled.dtype} {self.sampled.shape}; bool "
+                f"({tokens},) is needed, and that the first token of the response was sampled."
+            )
         if self.routes.ndim != 3 or self.routes.dtype.kind != "u":
             raise UserError(
                 f"routes of {self._named} are {self.routes.dtype} {self.routes.shape}; "
@@ -76,6 +86,11 @@ class Rollout:
                 f"routes of {self._named} have {len(self.routes)} rows; P+T-1 = {rows} are needed: "
                 "one for each token that was fed in, none for the last sampled token."
             )
+
+    @property
+    def sampled_or_all(self) -> np.ndarray:
+        """Whether each token of the response was sampled, `[T]`."""
+        return np.ones(len(self.response_ids), bool) if self.sampled is None else self.sampled
 
     @property
     def _named(self) -> str:

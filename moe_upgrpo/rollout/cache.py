@@ -21,6 +21,7 @@ from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
+_WITH_RESULTS = 2  # and a column more: which tokens were sampled, where not all were
 # Zeros stand before a short number only: one step has one name.
 _FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 _SCHEMA = pa.schema(
@@ -33,6 +34,10 @@ _SCHEMA = pa.schema(
         "finished": pa.bool_(),
     }
 )
+_SCHEMAS = {
+    _VERSION: _SCHEMA,
+    _WITH_RESULTS: _SCHEMA.append(pa.field("sampled", pa.list_(pa.bool_()))),
+}
 
 
 def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[Rollout]) -> Path:
@@ -50,11 +55,13 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
     if file.exists():
         raise UserError(f"{file} exists already: choose another folder for the rollouts")
     ((dtype, layers, top_k),) = kinds
-    about = {"version": _VERSION, "dtype": dtype, "layers": layers, "top_k": top_k}
-    rows = [{name: getattr(r, name) for name in _SCHEMA.names} for r in rollouts]
+    version = _VERSION if all(r.sampled is None for r in rollouts) else _WITH_RESULTS
+    schema = _SCHEMAS[version]
+    about = {"version": version, "dtype": dtype, "layers": layers, "top_k": top_k}
+    rows = [{name: getattr(r, name) for name in schema.names} for r in rollouts]
     for row in rows:
         row["routes"] = row["routes"].tobytes()
-    table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_KEY: json.dumps(about)}))
+    table = pa.Table.from_pylist(rows, schema.with_metadata({_KEY: json.dumps(about)}))
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.tmp")
     write_checked(table, part)
@@ -99,8 +106,10 @@ def _read(file: Path) -> list[Rollout]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is truncated or not a Parquet file: {error}") from None
     about = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"), f"{file}: its metadata")
-    if about.get("version") != _VERSION or not table.schema.equals(_SCHEMA):
-        raise UserError(f"{file} does not hold rollouts of version {_VERSION}, as saved by a run")
+    schema = _SCHEMAS.get(about.get("version"))
+    if schema is None or not table.schema.equals(schema):
+        known = " or ".join(map(str, _SCHEMAS))
+        raise UserError(f"{file} does not hold rollouts of version {known}, as saved by a run")
     dtype, shape = np.dtype(about["dtype"]), (about["layers"], about["top_k"])
     rows = table.to_pylist()
     return [_rollout(row, dtype, shape, f"{file}, row {i}") for i, row in enumerate(rows)]
@@ -122,6 +131,7 @@ def _rollout(row: dict, dtype: np.dtype, shape: tuple[int, int], where: str) -> 
             routes=routes.reshape(rows, *shape),
             weight_version=row["weight_version"],
             finished=row["finished"],
+            sampled=None if row.get("sampled") is None else np.array(row["sampled"], bool),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def _look_for_sglang(*_, **__) -> Found:
     return sglang_process.look()
 
 
-ENGINES: dict[EngineName, EngineRecord] = {
+ENGINES: dict[str, EngineRecord] = {
     "hf": EngineRecord(
         title="transformers",
         make=_make_hf,
@@ -184,19 +184,31 @@ ENGINES: dict[EngineName, EngineRecord] = {
 }
 
 
-def with_servers() -> list[EngineName]:
+def register_engine(name: str, record: EngineRecord) -> None:
+    """Give an engine of one's own a name for `--engine`. Raises UserError where it is another's."""
+    if ENGINES.get(name, record) != record:
+        raise UserError(
+            f"register_engine: {name!r} given; allowed: a name that is not taken, as are "
+            f"{', '.join(ENGINES)}."
+        )
+    ENGINES[name] = record
+
+
+def with_servers() -> list[str]:
     """The engines that can be a server which runs already."""
     return [name for name, record in ENGINES.items() if record.takes_url]
 
 
 def check_engine(
-    name: EngineName, *, weights: EngineWeights = "as-trained", url: str | None = None
+    name: str, *, weights: EngineWeights = "as-trained", url: str | None = None
 ) -> EngineRecord:
     """The record of an engine. Raises UserError where it does not go with the form of the weights
     or with a URL."""
     record = ENGINES.get(name)
     if record is None:
-        raise UserError(f"engine={name!r}: allowed are {', '.join(ENGINES)}.")
+        raise UserError(
+            f"engine={name!r}: allowed are {', '.join(ENGINES)}{nearest(name, ENGINES)}."
+        )
     if weights not in record.weights:
         able = " or ".join(n for n, other in ENGINES.items() if weights in other.weights)
         raise UserError(
@@ -212,7 +224,7 @@ def check_engine(
 
 
 def make_engine(
-    name: EngineName,
+    name: str,
     model_dir: str | Path,
     *,
     dtype: str,

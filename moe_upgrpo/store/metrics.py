@@ -35,9 +35,20 @@ METRICS: dict[str, Metric] = {
         "responses sampled for the step",
         "share",
     ),
+    "reward/failed_rate": Metric(
+        "share of responses for which the reward raised, hung or gave no finite number; they earn "
+        "0 and count as wrong",
+        "responses sampled for the step",
+        "share",
+    ),
+    "reward/of/NAME": Metric(
+        "mean of one of several rewards, by its name, before its weight",
+        "responses sampled for the step that it judged",
+        "reward",
+    ),
     "groups/mixed_rate": Metric(
-        "share of groups with right and wrong responses: any other has advantages of 0, unless "
-        "its rewards differ by length",
+        "share of groups with right and wrong responses, or with any rewards that differ before "
+        "their lengths count: any other has advantages of 0, unless its rewards differ by length",
         "groups sampled for the step",
         "share",
     ),
@@ -303,6 +314,7 @@ _FAMILIES = {
     r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",
     r"^alarms/(?!raised$)[\w-]+$": "alarms/NAME",
     r"^loss/(?!policy$)\w+$": "loss/NAME",
+    r"^reward/of/.+$": "reward/of/NAME",
     r"^logp_gap/p\d[\d_]*$": "logp_gap/pQ",
     r"^(logp_gap|ratio)/beyond_\d+$": r"\1/beyond_F",
 }

@@ -1,7 +1,8 @@
 """Tasks: problems with prompt ids, and verifiers."""
 
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
-from moe_upgrpo.tasks.base import Problem, Task
+from moe_upgrpo.tasks.base import Problem, Task, Verdict, judged
 from moe_upgrpo.tasks.math_task import MathTask
+from moe_upgrpo.tasks.named import register_task
 
-__all__ = ["ArithmeticTask", "MathTask", "Problem", "Task"]
+__all__ = ["ArithmeticTask", "MathTask", "Problem", "Task", "Verdict", "judged", "register_task"]

@@ -1,21 +1,50 @@
 """The protocol of a task: problems with prompt ids, and a verifier."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+
+from moe_upgrpo.errors import UserError
 
 Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One question with its reference answer; both also as text, for logs."""
+    """One question with its reference answer; both also as text, for logs. row: all that its data
+    says of it, for rewards."""
 
     prompt: str
     prompt_ids: np.ndarray
     answer: str
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A response judged.
+
+    Fields:
+        reward: what it earns, before what training takes off for its length.
+        correct: whether it counts as right, 1 or 0.
+        parts: named rewards behind it, for the metrics reward/of/NAME.
+        failed: why there is no reward, which is 0 then; empty where there is one.
+        killed: times that it took the verifier too long.
+    """
+
+    reward: float
+    correct: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    failed: str = ""
+    killed: int = 0
+
+    @classmethod
+    def of(cls, reward: float, **more: Any) -> "Verdict":
+        """The verdict of a single number: right from 1 on."""
+        return cls(reward=reward, correct=float(reward >= 1), **more)
 
 
 class Task(Protocol):
@@ -44,7 +73,9 @@ class Task(Protocol):
         """The problems never trained on, always the same and in the same order; may be none."""
 
     def reward(self, problem: Problem, response_ids: Tokens) -> float:
-        """1.0 if the response answers the problem, else 0.0."""
+        """The response's reward: 1.0 if it answers the problem, 0.0 if it does not, or any other
+        finite number; it counts as right from 1 on. A task may have `judge` besides: see `judged`.
+        """
 
     def answer_classes(self, responses: Sequence[Tokens]) -> list[int | None]:
         """For each of the responses to one problem, which answer it gives: equal numbers for equal
@@ -56,6 +87,40 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Free what the verifier holds; the task is not used afterwards."""
+
+    # A task of several turns has, besides:
+    #
+    # max_turns: int, above 1: how many times the model speaks.
+    # max_observation_tokens: int: the longest result of a tool.
+    # observe(problem, response_ids) -> token ids, or None where the conversation has ended: the
+    #     result after a response so far, earlier results among its tokens. The ids are put behind
+    #     it, and the model speaks again.
+
+
+def judged(
+    task: Task,
+    problems: Sequence[Problem],
+    responses: Sequence[Tokens],
+    sampled: Sequence[np.ndarray | None] | None = None,
+) -> list[Verdict]:
+    """A verdict for each response to the problem at its place. sampled: as `Rollout` has it.
+
+    By `task.judge`, with the same arguments, where the task has it: all responses of a step at a
+    time. Else by `task.reward`, one after the other.
+    """
+    if judge := getattr(task, "judge", None):
+        return judge(problems, responses, sampled)
+    verdicts = []
+    for problem, ids in zip(problems, responses, strict=True):
+        before = task.killed
+        reward = float(task.reward(problem, ids))
+        if not math.isfinite(reward):
+            raise UserError(
+                f"The verifier gave {reward} to a response to {problem.prompt!r}: a finite number "
+                "is needed."
+            )
+        verdicts.append(Verdict.of(reward, killed=task.killed - before))
+    return verdicts
 
 
 def refill_indices(

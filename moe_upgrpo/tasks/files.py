@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moe_upgrpo.errors import UserError
 
@@ -14,6 +15,8 @@ from moe_upgrpo.errors import UserError
 PROMPT_FIELDS = ("prompt", "question", "problem")
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "ground_truth", "label", "solution")
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+# The fields by which verl's data sets choose a reward; of any row they are kept.
+REWARD_FIELDS = ("data_source", "reward_model")
 _SHOWN = 5  # unusable rows in one error
 # What JavaScript, JSON writers and Python's str() make of a number that is not there. Not among
 # them: `infinity` and `\infty`, the answers of many a limit, which math-verify reads as ∞.
@@ -30,11 +33,13 @@ Message = tuple[str, str]  # role, content
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A question as text or as the messages of a chat, its answer, and where it was read."""
+    """A question as text or as the messages of a chat, its answer, where it was read, and what
+    else is kept of what stands there."""
 
     prompt: str | tuple[Message, ...]
     answer: str
     where: str
+    data: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(kw_only=True)
@@ -70,14 +75,19 @@ class DataFile:
 
 
 def read_problems(
-    file: Path, *, prompt_field: str | None = None, answer_field: str | None = None
+    file: Path,
+    *,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    whole_rows: bool = False,
 ) -> DataFile:
     """The problems of a .jsonl (.ndjson) or .parquet file in its order.
 
     A prompt is a text or a list of chat messages `{role, content}` of which the last is not the
     assistant's and only a system message may be empty; an answer is a text or a number. Repeated
     rows, rows without an answer (empty, null, NaN, infinite) and questions with several answers are
-    left out and counted: the published DAPO-Math-17k has each problem a hundred times.
+    left out and counted: the published DAPO-Math-17k has each problem a hundred times. Of each row
+    `data_source` and `reward_model` are kept beside, or all of it (`whole_rows`).
 
     Raises:
         UserError: the file cannot be read, no field holds prompts or answers, rows that are broken
@@ -87,7 +97,7 @@ def read_problems(
     answers = (answer_field,) if answer_field else ANSWER_FIELDS
     data, broken = DataFile(), []
     by_prompt: dict[str | tuple[Message, ...], Row | None] = {}
-    for where, row in _rows(file, prompts, answers):
+    for where, row in _rows(file, prompts, answers, whole_rows):
         try:
             if isinstance(row, UserError):
                 raise row
@@ -99,7 +109,9 @@ def read_problems(
         if not answer:
             data.unanswered.append(where)
         elif prompt not in by_prompt:
-            by_prompt[prompt] = Row(prompt=prompt, answer=answer, where=f"{file}, {where}")
+            by_prompt[prompt] = Row(
+                prompt=prompt, answer=answer, where=f"{file}, {where}", data=_kept(row, whole_rows)
+            )
         elif by_prompt[prompt] and by_prompt[prompt].answer == answer:
             data.repeated += 1
         else:
@@ -118,15 +130,19 @@ def read_problems(
     return data
 
 
+def _kept(row: dict, whole: bool) -> dict:
+    return row if whole else {name: row[name] for name in REWARD_FIELDS if name in row}
+
+
 def _rows(
-    file: Path, prompts: tuple[str, ...], answers: tuple[str, ...]
+    file: Path, prompts: tuple[str, ...], answers: tuple[str, ...], whole: bool
 ) -> Iterator[tuple[str, dict | UserError]]:
     """Where each row stands and the row, or what is wrong with it."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"{file}: data files end with {', '.join(SUFFIXES)}.")
     try:
         if file.suffix == ".parquet":
-            yield from _parquet_rows(file, prompts, answers)
+            yield from _parquet_rows(file, prompts, answers, whole)
         else:
             yield from _json_rows(file)
     except OSError as error:
@@ -152,7 +168,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict | UserError]]:
 
 
 def _parquet_rows(
-    file: Path, prompts: tuple[str, ...], answers: tuple[str, ...]
+    file: Path, prompts: tuple[str, ...], answers: tuple[str, ...], whole: bool
 ) -> Iterator[tuple[str, dict]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -167,7 +183,8 @@ def _parquet_rows(
             for names in (prompts, answers)
         ]
         # Where a kind has no column all are read, for the error to name them.
-        columns = sorted(set.union(*kinds)) if all(kinds) else None
+        columns = sorted(set.union(*kinds, {*REWARD_FIELDS} & {*known})) if all(kinds) else None
+        columns = None if whole else columns
         number = 0
         for batch in parquet.iter_batches(columns=columns):
             for row in batch.to_pylist():

@@ -31,6 +31,8 @@ class MathTask:
             problem is an error: figures of different runs would be over different problems. None:
             no limit.
         trust_remote_code: run code of `model_dir` that its tokenizer needs.
+        whole_rows: keep with each problem all that its row says, for rewards of your own.
+        verifier: False where others judge, and math-verify is not needed.
 
     `notes` are lines for the screen: what was read, what was left out, and where the chat template
     ends answers with no end token.
@@ -55,13 +57,19 @@ class MathTask:
         instruction: str = "",
         max_prompt_tokens: int | None = None,
         trust_remote_code: bool = False,
+        whole_rows: bool = False,
+        verifier: bool = True,
     ):
-        self._verifier = MathVerifier()
+        self._verifier = MathVerifier() if verifier else None
         self._write = PromptWriter(
             model_dir, chat_template, chat_template_kwargs, instruction, trust_remote_code
         )
         self.notes = list(self._write.notes)
-        fields = {"prompt_field": prompt_field, "answer_field": answer_field}
+        fields = {
+            "prompt_field": prompt_field,
+            "answer_field": answer_field,
+            "whole_rows": whole_rows,
+        }
         self._training = self._problems("--data", data, fields)
         self._heldout = self._problems("--eval-data", eval_data, fields)
         if max_prompt_tokens is not None:
@@ -134,6 +142,10 @@ class MathTask:
     def heldout_problems(self) -> list[Problem]:
         return self._heldout
 
+    @property
+    def all_training_problems(self) -> list[Problem]:
+        return self._training
+
     def reward(self, problem: Problem, response_ids: Tokens) -> float:
         """1.0 if the response's last answer equals the problem's under math-verify, else 0.0."""
         return float(self._verifier.right(problem.answer, self._write.text(response_ids)))
@@ -145,10 +157,15 @@ class MathTask:
     @property
     def killed(self) -> int:
         """Responses so far that took the verifier too long; they count as wrong."""
-        return self._verifier.killed
+        return self._verifier.killed if self._verifier else 0
+
+    def text(self, response_ids: Tokens) -> str:
+        """A response as rewards read it, without special tokens."""
+        return self._write.text(response_ids)
 
     def close(self) -> None:
-        self._verifier.close()
+        if self._verifier is not None:
+            self._verifier.close()
 
 
 class PromptWriter:
@@ -230,7 +247,12 @@ class PromptWriter:
         for row, text, prompt_ids in zip(rows, texts, ids, strict=True):
             self._check_ids(row, text, prompt_ids)
             problems.append(
-                Problem(prompt=text, prompt_ids=np.array(prompt_ids, np.int64), answer=row.answer)
+                Problem(
+                    prompt=text,
+                    prompt_ids=np.array(prompt_ids, np.int64),
+                    answer=row.answer,
+                    row=row.data,
+                )
             )
         return problems
 

@@ -10,7 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.engines import EngineName, check_engine
+from moe_upgrpo.rollout.engines import check_engine
 from moe_upgrpo.train.parts import at_least
 
 _WAYS = (
@@ -37,8 +37,8 @@ class DiagnoseConfig:
     max_new_tokens: int = 32
     temperature: float = 1.0
     seed: int = 0
-    engine: EngineName = "hf"
-    """Rollout engine: docs/engines.md. hf is transformers."""
+    engine: str = "hf"
+    """Rollout engine: hf (transformers), vllm, sglang, or a plug-in's: docs/engines.md."""
     engine_url: str | None = None
     """A running server of the engine, http://HOST:PORT. None: started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -15,7 +15,7 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
-from moe_upgrpo.rollout.engines import EngineName, EngineWeights, make_engine
+from moe_upgrpo.rollout.engines import EngineWeights, make_engine
 
 
 class PairOptions(Protocol):
@@ -28,7 +28,7 @@ class PairOptions(Protocol):
     max_new_tokens: int
     temperature: float
     seed: int
-    engine: EngineName
+    engine: str
     engine_url: str | None
     engine_dtype: str
     dtype: str

@@ -9,7 +9,7 @@ from typing import Literal
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.record.limits import AlarmLimits
-from moe_upgrpo.rollout.engines import EngineName, check_engine
+from moe_upgrpo.rollout.engines import check_engine
 from moe_upgrpo.train.parts import at_least
 
 
@@ -28,8 +28,9 @@ class ProbeConfig:
     max_new_tokens: int = 32
     temperature: float = 1.0
     seed: int = 0
-    engine: EngineName = "hf"
-    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
+    engine: str = "hf"
+    """Rollout engine, in every rank or a server: hf (transformers), vllm, sglang, or a plug-in's:
+    docs/engines.md."""
     engine_url: str | None = None
     """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"

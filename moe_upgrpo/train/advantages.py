@@ -16,7 +16,7 @@ def advantages_of(
     rewards_B: np.ndarray, rollouts: Sequence[Rollout], *, group: int, kind: str
 ) -> np.ndarray:
     """`[B]` float32, of this data-parallel rank's responses. A collective."""
-    given = {"lengths": torch.tensor([len(rollout.response_ids) for rollout in rollouts])}
+    given = {"lengths": torch.tensor([int(one.sampled_or_all.sum()) for one in rollouts])}
     rewards = torch.from_numpy(rewards_B)
     sums = advantage_sums(rewards, group, kind, **given)
     if sums is not None:

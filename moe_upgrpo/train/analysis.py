@@ -72,10 +72,12 @@ def compare_responses(
     num_experts: int,
     kind: ComparisonKind,
 ) -> RoutingDivergence:
-    """Two sides' whole-sequence routes `[P+T-1, L, K]`, compared on the response tokens."""
+    """Two sides' whole-sequence routes `[P+T-1, L, K]`, on the tokens that count."""
     sides_NLK = [
         torch.from_numpy(
-            np.concatenate([r[s.response_rows] for r, s in zip(side, samples, strict=True)])
+            np.concatenate(
+                [r[s.response_rows][s.counted] for r, s in zip(side, samples, strict=True)]
+            )
         )
         for side in (first, second)
     ]
@@ -105,7 +107,9 @@ def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> Nois
             counts = compare_responses(*routes, samples, num_experts=actor.num_experts, kind=kind)
             floor |= NoiseFloor.of("trainer", counts)
         a_N, b_N = (
-            torch.from_numpy(np.concatenate([p.log_probs for p in side])).double()
+            torch.from_numpy(
+                np.concatenate([p.log_probs[s.counted] for p, s in zip(side, samples, strict=True)])
+            ).double()
             for side in (first, second)
         )
         of_log_probs = {

@@ -7,8 +7,9 @@ problem adjacent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,21 +17,32 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import dynamic_sampling, overlong_penalty
 from moe_upgrpo.rollout.base import Rollout
+from moe_upgrpo.tasks import Verdict
 from moe_upgrpo.train.place import VERDICTS, seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The responses to one problem and whether each is right `[G]`."""
+    """The responses to one problem with their verdicts."""
 
     rollouts: Sequence[Rollout]
-    correct_G: np.ndarray
+    verdicts: Sequence[Verdict]
+
+    @property
+    def rewards_G(self) -> np.ndarray:
+        """Rewards, before what is taken off for the lengths."""
+        return np.array([verdict.reward for verdict in self.verdicts])
+
+    @property
+    def correct_G(self) -> np.ndarray:
+        """Whether each is right, 1 or 0."""
+        return np.array([verdict.correct for verdict in self.verdicts], np.float32)
 
     @property
     def mixed(self) -> bool:
-        """Whether there are right and wrong ones. Any other group has advantages of 0, unless its
-        rewards differ by length."""
-        return bool(self.correct_G.max() > self.correct_G.min())
+        """Whether their rewards differ. Any other group has advantages of 0, unless its rewards
+        differ by length."""
+        return bool(self.rewards_G.max() > self.rewards_G.min())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +55,14 @@ class Sampled:
     responses: int
     correct: int
     killed: int  # responses that took the verifier too long
+    failed: int = 0  # responses that no reward could be given
+    parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # sums of named rewards
 
-    def shares(self) -> dict[str, tuple[int, int]]:
+    def shares(self) -> dict[str, tuple[float, int]]:
         """Numerators and denominators, by the metric's name."""
-        return {
+        return {f"reward/of/{name}": pair for name, pair in self.parts.items()} | {
             "reward/correct_rate": (self.correct, self.responses),
+            "reward/failed_rate": (self.failed, self.responses),
             "verifier/killed_rate": (self.killed, self.responses),
             "groups/mixed_rate": (self.mixed, self.groups),
             "groups/kept": (self.kept, self.groups),
@@ -69,12 +84,13 @@ class Batch:
     def correct_B(self) -> np.ndarray:
         return np.concatenate([group.correct_G for group in self.groups])
 
+    @property
+    def earned_B(self) -> np.ndarray:
+        return np.concatenate([group.rewards_G for group in self.groups])
 
-def collect(
-    sample: Callable[[int], tuple[Sequence[Group], int]], *, groups: int, max_refills: int
-) -> Batch:
-    """The batch of `groups` groups from generation batches: `sample(r)` makes batch r and says how
-    many of its responses took the verifier too long.
+
+def collect(sample: Callable[[int], Sequence[Group]], *, groups: int, max_refills: int) -> Batch:
+    """The batch of `groups` groups from generation batches: `sample(r)` makes batch r.
 
     Without refills the first batch is it. With them DAPO's dynamic sampling (arXiv 2503.14476,
     eq. 11): only mixed groups are kept, and batches 1 to `max_refills` are sampled until there
@@ -82,49 +98,47 @@ def collect(
 
     Raises UserError if `max_refills` refills do not give enough.
     """
-    refill, counts = itertools.count(), []
+    refill, batches = itertools.count(), []
 
     def generate() -> list[tuple[Group, np.ndarray]]:
-        batch, killed = sample(next(refill))
-        counts.append(
-            (
-                len(batch),
-                sum(group.mixed for group in batch),
-                sum(len(group.correct_G) for group in batch),
-                int(sum(group.correct_G.sum() for group in batch)),
-                killed,
-            )
-        )
-        return [(group, group.correct_G) for group in batch]
+        batches.append(sample(next(refill)))
+        return [(group, group.rewards_G) for group in batches[-1]]
 
     try:
         pairs = dynamic_sampling(generate, groups, 1 + max_refills) if max_refills else generate()
     except UserError:
-        if len(counts) <= max_refills:
+        if len(batches) <= max_refills:
             raise  # of a batch itself
-        sampled, mixed, *_ = np.sum(counts, axis=0)
-        last = " All problems were tried." if not counts[-1][0] else ""
+        sampled = [group for batch in batches for group in batch]
+        mixed = sum(group.mixed for group in sampled)
+        last = " All problems were tried." if not batches[-1] else ""
         raise UserError(
-            f"max_refills={max_refills}: {sampled} groups were sampled, {mixed} of them have right "
-            f"and wrong responses; {groups} are needed.{last} Allow more refills, give larger "
-            "groups or fewer prompts, or problems that the model solves now and then."
+            f"max_refills={max_refills}: {len(sampled)} groups were sampled, {mixed} of them have "
+            f"right and wrong responses; {groups} are needed.{last} Allow more refills, give "
+            "larger groups or fewer prompts, or problems that the model solves now and then."
         ) from None
-    of_all, mixed, responses, correct, killed = np.sum(counts, axis=0).tolist()
-    return Batch(
-        groups=[group for group, _ in pairs],
-        sampled=Sampled(
-            groups=of_all,
-            mixed=mixed,
-            kept=len(pairs),
-            responses=responses,
-            correct=correct,
-            killed=killed,
-        ),
+    sampled = [group for batch in batches for group in batch]
+    return Batch(groups=[group for group, _ in pairs], sampled=_counted(sampled, len(pairs)))
+
+
+def _counted(sampled: Sequence[Group], kept: int) -> Sampled:
+    verdicts = [verdict for group in sampled for verdict in group.verdicts]
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
+    of_name = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
+    return Sampled(
+        groups=len(sampled),
+        mixed=sum(group.mixed for group in sampled),
+        kept=kept,
+        responses=len(verdicts),
+        correct=int(sum(verdict.correct for verdict in verdicts)),
+        killed=sum(verdict.killed for verdict in verdicts),
+        failed=sum(bool(verdict.failed) for verdict in verdicts),
+        parts={name: (math.fsum(values), len(values)) for name, values in of_name.items()},
     )
 
 
 def shaped_rewards(
-    correct_B: np.ndarray,
+    earned_B: np.ndarray,
     lengths_B: np.ndarray,
     *,
     wrong: float = 0.0,
@@ -132,10 +146,10 @@ def shaped_rewards(
     overlong_buffer: int = 0,
     overlong_factor: float = 1.0,
 ) -> np.ndarray:
-    """The rewards `[B]` float32: 1 for a right response, `wrong` for another, and with a buffer
-    DAPO's penalty for overlong ones added (`overlong_penalty`), right or wrong.
+    """The rewards `[B]` float32: 1 where 1 was earned, `wrong` where 0 was, between in proportion,
+    and with a buffer DAPO's penalty for overlong ones added (`overlong_penalty`), right or wrong.
     """
-    rewards_B = np.where(correct_B == 1, 1.0, wrong)
+    rewards_B = np.where(earned_B == 1, 1.0, wrong + (1 - wrong) * earned_B)
     if overlong_buffer:
         lengths = torch.from_numpy(lengths_B)
         rewards_B += overlong_penalty(lengths, max_length, overlong_buffer, overlong_factor).numpy()
@@ -171,8 +185,8 @@ class Rewarding:
         ]
         mistaken_B = np.concatenate(draws) < self.false_positives
         return shaped_rewards(
-            np.where(mistaken_B, 1, batch.correct_B),
-            np.array([len(rollout.response_ids) for rollout in batch.rollouts]),
+            np.where(mistaken_B & (batch.correct_B != 1), 1, batch.earned_B),
+            np.array([int(rollout.sampled_or_all.sum()) for rollout in batch.rollouts]),
             wrong=self.wrong,
             max_length=self.max_length,
             overlong_buffer=self.overlong_buffer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from tyro.conf import arg
@@ -42,7 +43,7 @@ class TrainConfig:
     trainer: Annotated[TrainerOptions, _FLAT] = field(default_factory=TrainerOptions)
     parallel: Annotated[ParallelOptions, _FLAT] = field(default_factory=ParallelOptions)
     batch: Annotated[BatchOptions, _FLAT] = field(default_factory=BatchOptions)
-    reward: Annotated[RewardOptions, _FLAT] = field(default_factory=RewardOptions)
+    rewarding: Annotated[RewardOptions, _FLAT] = field(default_factory=RewardOptions)
     evaluation: Annotated[EvaluationOptions, _FLAT] = field(default_factory=EvaluationOptions)
     log: Annotated[LogOptions, _FLAT] = field(default_factory=LogOptions)
 
@@ -74,7 +75,7 @@ class TrainConfig:
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
-        if self.reward.overlong_buffer:
+        if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
     def _check_data(self) -> None:
@@ -132,7 +133,7 @@ class TrainConfig:
 
     def _check_rewards(self) -> None:
         """That the kind of advantage is defined for every reward that there may be."""
-        kind, reward = self.objective.advantage, self.reward
+        kind, reward = self.objective.advantage, self.rewarding
         low, high = ADVANTAGES[kind].allowed
         least = reward.reward_wrong - reward.overlong_penalty * bool(reward.overlong_buffer)
         in_reward = self.terms.kl_coef > 0 and self.terms.kl_in == "reward"
@@ -145,7 +146,7 @@ class TrainConfig:
 
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills
-        if self.reward.false_positives and max_refills:
+        if self.rewarding.false_positives and max_refills:
             raise UserError(
                 "false_positives with max_refills: groups are kept or dropped by the true "
                 "verdicts. Leave one out."
@@ -161,10 +162,10 @@ class TrainConfig:
 
         of_sums = ArithmeticTask(self.problems.digits).max_response_tokens
         longest = self.rollouts.max_new_tokens or of_sums
-        if self.reward.overlong_buffer > longest:
+        if self.rewarding.overlong_buffer > longest:
             raise UserError(
-                f"overlong_buffer={self.reward.overlong_buffer}: more than the longest response's "
-                f"{longest} tokens."
+                f"overlong_buffer={self.rewarding.overlong_buffer}: more than the longest "
+                f"response's {longest} tokens."
             )
 
     @property
@@ -184,10 +185,26 @@ class TrainConfig:
         """The layout on `world_size` ranks, with all checked that can be before the start."""
         # Where a run is resumed, its config.json names the model.
         tiny = self.start.model is None or self.run.resume is not None
-        dense = tiny and self.start.tiny.dense
+        model = self.start.model
+        dense = (tiny and self.start.tiny.dense) or (model is not None and _is_dense(model))
         layout = self.parallel.layout(world_size, dense=dense)
         self.batch.check_ranks(world_size, layout.data_parallel(world_size))
         return layout
+
+
+def _is_dense(model: Path) -> bool:
+    """Whether the config.json of a model folder says that it has no experts.
+
+    What is wrong with the folder is said where the model is read.
+    """
+    from moe_upgrpo.hugging_face.config import read_raw_config  # here: they bring transformers
+    from moe_upgrpo.megatron.families import FAMILIES
+
+    try:
+        described = FAMILIES.get(read_raw_config(model).get("model_type"))
+    except UserError:
+        return False
+    return described is not None and described.experts is None
 
 
 def _kept(value: Any) -> Any:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.tasks.base import Problem, Task
+from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.turns import converse
+from moe_upgrpo.tasks.base import Problem, Task, judged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,23 +42,26 @@ def count_correct(
     if not problems:
         nothing = np.zeros(0)
         return EvalCounts(greedy_N=nothing, correct_N=nothing, majority_N=nothing, samples=samples)
-    prompts = [problem.prompt_ids for problem in problems]
 
-    def responses(config: SamplingConfig, each: int) -> list[list[np.ndarray]]:
+    def responses(config: SamplingConfig, each: int) -> list[list[Rollout]]:
         """By problem."""
-        rollouts = engine.generate(prompts, config, samples_per_prompt=each, seed=seed)
-        ids = [rollout.response_ids for rollout in rollouts]
-        return [ids[start : start + each] for start in range(0, len(ids), each)]
+        rollouts = converse(engine, task, problems, config, samples_per_prompt=each, seed=seed)
+        return [rollouts[start : start + each] for start in range(0, len(rollouts), each)]
 
-    greedy, correct, majority = [], [], []
-    for problem, (response,) in zip(
-        problems, responses(replace(sampling, temperature=0.0), 1), strict=True
-    ):
-        greedy.append(task.reward(problem, response) == 1.0)
-    for problem, of_problem in zip(problems, responses(sampling, samples), strict=True):
-        right = [task.reward(problem, response) == 1.0 for response in of_problem]
+    def right_ones(of_problems: list[list[Rollout]]) -> list[list[bool]]:
+        asked = [p for p, of in zip(problems, of_problems, strict=True) for _ in of]
+        given = [rollout for of in of_problems for rollout in of]
+        ids, sampled = ([getattr(r, name) for r in given] for name in ("response_ids", "sampled"))
+        verdicts = iter(judged(task, asked, ids, sampled))
+        return [[next(verdicts).correct == 1 for _ in of] for of in of_problems]
+
+    greedy = [right for (right,) in right_ones(responses(replace(sampling, temperature=0.0), 1))]
+    correct, majority = [], []
+    of_problems = responses(sampling, samples)
+    for of_problem, right in zip(of_problems, right_ones(of_problems), strict=True):
         correct.append(sum(right))
-        majority.append(majority_vote(right, task.answer_classes(of_problem)))
+        classes = task.answer_classes([rollout.response_ids for rollout in of_problem])
+        majority.append(majority_vote(right, classes))
     return EvalCounts(
         greedy_N=np.array(greedy, dtype=np.int64),
         correct_N=np.array(correct),

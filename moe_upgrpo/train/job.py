@@ -9,6 +9,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.turns import turns_of
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks import Task
 from moe_upgrpo.train.batch import Rewarding
@@ -79,11 +80,11 @@ def make_job(
         rollouts=rollouts,
         rewarding=Rewarding(
             seed=config.run.seed,
-            max_length=sampling.max_new_tokens,
-            wrong=config.reward.reward_wrong,
-            false_positives=config.reward.false_positives,
-            overlong_buffer=config.reward.overlong_buffer,
-            overlong_factor=config.reward.overlong_penalty,
+            max_length=sampling.max_new_tokens * turns_of(task),
+            wrong=config.rewarding.reward_wrong,
+            false_positives=config.rewarding.false_positives,
+            overlong_buffer=config.rewarding.overlong_buffer,
+            overlong_factor=config.rewarding.overlong_penalty,
         ),
         learner=Learner(
             actor=actor,

@@ -83,11 +83,13 @@ class Learner:
     def penalised(
         self,
         rewards_B: np.ndarray,
+        samples: Sequence[Sample],
         old: OldScores | None,
         reference: Sequence[Scored] | None,
     ) -> tuple[np.ndarray, Sums]:
         """The rewards that advantages are made of, and sums of what the KL term took off."""
-        return self.terms.penalised(rewards_B, old and old.policy(self.replay), reference)
+        policy = old and old.policy(self.replay)
+        return self.terms.penalised(rewards_B, samples, policy, reference)
 
     def of_start_model(self, reference: Sequence[Scored] | None) -> Sequence[Scored] | None:
         """The reference's scores where it is the start model still."""
@@ -205,8 +207,11 @@ class Learner:
         """
         if self.stop_ratio is None:
             return False
-        old_BT = [sample.old_log_probs for sample in samples]
-        now, old = (torch.from_numpy(np.concatenate(x))[None] for x in (visited, old_BT))
+        pairs = zip(samples, visited, strict=True)
+        now, old = zip(
+            *((now[s.counted], s.old_log_probs[s.counted]) for s, now in pairs), strict=True
+        )
+        now, old = (torch.from_numpy(np.concatenate(x))[None] for x in (now, old))
         share = ratio_deviation(now, old, torch.ones_like(now))
         numerator, denominator = groups.sum_metrics({"off": share})["off"]
         return numerator / denominator > self.stop_ratio
@@ -245,6 +250,7 @@ def samples_of(rollouts: Sequence[Rollout]) -> list[Sample]:
             tokens=np.concatenate([r.prompt_ids, r.response_ids]),
             prompt_length=len(r.prompt_ids),
             rollout_log_probs=r.logp_rollout,
+            sampled=r.sampled,
         )
         for r in rollouts
     ]

@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> Path:
                 samples = samples_of(rollouts)
                 old = learner.score_old(step, samples, rollouts)
                 reference = learner.score_reference(samples)
-                shaped, penalty = learner.penalised(rewards, old, reference)
+                shaped, penalty = learner.penalised(rewards, samples, old, reference)
                 advantages = advantages_of(shaped, rollouts, group=group, kind=objective.advantage)
                 samples = for_update(samples, advantages, reference, first)
             with clock("analysis"):

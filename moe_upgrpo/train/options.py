@@ -16,6 +16,7 @@ import yaml
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import passed_fields
+from moe_upgrpo.rewards.named import is_own_code
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
 from moe_upgrpo.train.passed_words import as_words
 
@@ -38,6 +39,8 @@ MAY_CHANGE = {
     "engine_url": "where the engine is; which engine it is may not change",
     "cache_dir": "not used any more: the start model is there",
     "max_refills": "how long a step looks for groups",
+    "reward_timeout": "how long a reward may take",
+    "reward_workers": "how many processes judge",
     "eval_data": "evaluation",
     "eval_every": "evaluation",
     "eval_samples": "evaluation",
@@ -151,6 +154,28 @@ def run_arguments(path: Path) -> list[str]:
         if value is not None or default.get(name) is not None
         for word in _option(name, value)
     ]
+
+
+def check_own_code(run: Path, words: Sequence[str]) -> None:
+    """Raise UserError where a run that is resumed names code, and the words do not name it again.
+
+    A run folder may be somebody else's; its settings are followed, and none of its code is run.
+    """
+    from moe_upgrpo.store import read_config
+
+    stored = read_config(run)
+    rewards = [str(word) for word in stored.get("reward") or ()]
+    own = {
+        "reward": rewards if any(is_own_code(word) for word in rewards) else [],
+        "task": [str(stored["task"])] if ":" in str(stored.get("task") or "") else [],
+    }
+    given = {word.partition("=")[0] for word in words}
+    for option, values in own.items():
+        if values and f"--{option}" not in given:
+            raise UserError(
+                f"--resume {run}: its {option} is code, {' '.join(values)}, and code that a run "
+                f"folder names is not run unasked. Give --{option} {' '.join(values)} again."
+            )
 
 
 def mapping_arguments(values: dict[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
-from moe_upgrpo.rollout.engines import EngineName, EngineWeights, VLLMSettings, check_engine
+from moe_upgrpo.rewards import read_rewards
+from moe_upgrpo.rollout.engines import EngineWeights, VLLMSettings, check_engine
 from moe_upgrpo.train.policy_options import PolicyOptions, asked, resolved
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
@@ -92,8 +93,8 @@ class ObjectiveOptions:
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
     (bypass): the ratio then has the mismatch in it."""
     advantage: str = "grpo"
-    """How rewards of a group become advantages: grpo, dr-grpo, rloo, ... An unknown name lists them
-    all."""
+    """How rewards of a group become advantages: grpo, dr-grpo, rloo, ..., or one that a plug-in has
+    registered. An unknown name lists them all."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
@@ -223,7 +224,8 @@ class ProblemOptions:
     """The problems: sums, or those of files, and how a prompt is made of one."""
 
     digits: int = 2
-    """The task where there is no --data: addition of two numbers of this many digits."""
+    """The task where there is no --data and no --task: addition of two numbers of this many digits,
+    which is also what the tiny model is warm-started on."""
     data: tuple[Path, ...] = ()
     """Files of problems to train on, .jsonl or .parquet: docs/data.md."""
     eval_data: tuple[Path, ...] = ()
@@ -241,8 +243,27 @@ class ProblemOptions:
     """Text after each question."""
     max_prompt_tokens: int | None = None
     """Longer training problems are left out; a longer held-out one is an error. None: no limit."""
+    reward: tuple[str, ...] = ()
+    """Judges of responses: math, exact, choice, gsm8k, regex:PATTERN, code, format, length:N,
+    data-source, or your own as module:function; several are added, each as WEIGHT*REWARD, and the
+    first says what is right: docs/rewards.md. None: what the data's data_source means, or math."""
+    task: str | None = None
+    """A task of your own, module:Class: docs/extending.md. None: --data, or sums."""
+    task_options: str = "{}"
+    """JSON of what it takes, {"turns": 3} for instance."""
 
     def __post_init__(self):
+        read_rewards(self.reward)
+        if self.task is not None:
+            from moe_upgrpo.tasks.named import check_task  # here: it brings numpy
+
+            check_task(self.task, self.task_options)
+            if self.data:
+                raise UserError(
+                    f"task={self.task} with data: it has its own problems. Leave one out."
+                )
+        elif self.task_options != "{}":
+            raise UserError(f"task_options={self.task_options!r} without task.")
         if self.digits not in (1, 2, 3):
             raise UserError(f"digits is {self.digits}; 1, 2 or 3 are allowed.")
         if self.data:
@@ -264,8 +285,9 @@ class ProblemOptions:
 class RolloutOptions:
     """The engine, how it samples, and when."""
 
-    engine: EngineName = "hf"
-    """Rollout engine, in every rank or a server: docs/engines.md. hf is transformers."""
+    engine: str = "hf"
+    """Rollout engine, in every rank or a server: hf (transformers), vllm, sglang, or a plug-in's:
+    docs/engines.md."""
     engine_url: str | None = None
     """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
@@ -398,7 +420,7 @@ class RewardOptions:
     """Rewards: for the verifier's verdict, and for the length."""
 
     reward_wrong: float = 0.0
-    """Reward of a wrong response; a right one's is 1."""
+    """Reward in place of 0; 1 stays, and what lies between is shifted in proportion."""
     false_positives: float = 0.0
     """Share of the wrong responses that are rewarded as right in training, drawn at random: a
     verifier that errs."""
@@ -406,9 +428,20 @@ class RewardOptions:
     """DAPO: the last so many tokens before max_new_tokens cost reward, linearly; 0: off."""
     overlong_penalty: float = 1.0
     """Taken off at max_new_tokens."""
+    reward_timeout: float = 30.0
+    """Seconds of one call of a --reward, or of the reward of a --task; then it has failed."""
+    reward_workers: int | None = None
+    """Processes in each rank for each --reward. None: this machine's cores over its ranks, up to
+    8."""
+    reward_failures: Literal["count", "end"] = "count"
+    """A reward that raises, hangs or gives no finite number: count such responses, with a reward of
+    0, or end the run."""
 
     def __post_init__(self):
         at_least(self, 0, "overlong_buffer")
+        at_least(self, 1, "reward_workers")
+        if not 0 < self.reward_timeout < math.inf:
+            raise UserError(f"reward_timeout={self.reward_timeout:g}: seconds above 0 are needed.")
         if not 0 <= self.false_positives < 1:
             raise UserError(f"false_positives={self.false_positives}: 0 or more and below 1.")
         if not -math.inf < self.reward_wrong < 1:

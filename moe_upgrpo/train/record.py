@@ -58,7 +58,7 @@ def sequence_records(
     for i, rollout in enumerate(rollouts):
         native, held = old.native[i], old.held and old.held[i]
         policy = old.policy(replay)[i]
-        prompt, tokens = len(rollout.prompt_ids), len(rollout.response_ids)
+        counts = np.flatnonzero(rollout.sampled_or_all)  # N of the T response tokens
         gap = None
         if old.analysed:
             gap = gap_terms(
@@ -70,24 +70,25 @@ def sequence_records(
                 train=last.logp_train[i],
                 behind=old.behind and old.behind[i],
             )
+            gap = {name: values[counts] for name, values in gap.items()}
         records.append(
             SequenceRecord(
                 prompt=(first_sequence + i) // group,
                 token_ids=np.concatenate([rollout.prompt_ids, rollout.response_ids]),
-                positions=prompt + np.arange(tokens),
+                positions=len(rollout.prompt_ids) + counts,
                 reward=rewards[i],
-                advantage=np.repeat(advantages[i], tokens),
-                logp_rollout=rollout.logp_rollout,
-                logp_old=policy.log_probs,
-                logp_train=last.logp_train[i],
-                clipped=last.clipped[i],
-                gradient_weight=last.gradient_weight[i],
+                advantage=np.repeat(advantages[i], len(counts)),
+                logp_rollout=rollout.logp_rollout[counts],
+                logp_old=policy.log_probs[counts],
+                logp_train=last.logp_train[i][counts],
+                clipped=last.clipped[i][counts],
+                gradient_weight=last.gradient_weight[i][counts],
                 rollout_routes=rollout.routes,
                 train_routes=native.routes,
                 own_routes=held and held.own_routes,
                 margins=native.margins,
-                entropy=policy.entropy,
-                logp_reference=reference and reference[i].log_probs,
+                entropy=policy.entropy[counts],
+                logp_reference=reference and reference[i].log_probs[counts],
                 gap=gap,
                 staleness=weight_version - rollout.weight_version,
                 finished=rollout.finished,

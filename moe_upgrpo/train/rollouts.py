@@ -7,14 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
-from moe_upgrpo.tasks import Problem, Task
+from moe_upgrpo.rollout.turns import converse
+from moe_upgrpo.tasks import Problem, Task, judged
 from moe_upgrpo.train.batch import Batch, Group, collect
 from moe_upgrpo.train.place import SAMPLING, Place, seed_of
 from moe_upgrpo.train.stopping import GivenUp, Stopping
@@ -84,10 +83,10 @@ class Rollouts:
                 max_refills=0,
             )
 
-        def sample(refill: int) -> tuple[list[Group], int]:
+        def sample(refill: int) -> list[Group]:
             problems = self.problems(step, refill)
             if not problems:
-                return [], 0  # every problem has been sampled
+                return []  # every problem has been sampled
             return self._judged(problems, self._generated(problems, step, refill))
 
         try:
@@ -98,34 +97,33 @@ class Rollouts:
             save_rollouts(self.save_in, step, self.place.dp_rank, batch.rollouts)
         return batch
 
-    def _judged(
-        self, problems: Sequence[Problem], rollouts: Sequence[Rollout]
-    ) -> tuple[list[Group], int]:
-        """The rollouts in groups with the verifier's verdicts, and how many took it too long.
+    def _judged(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Group]:
+        """The rollouts in groups with the verifier's verdicts.
 
         Each rank of a model copy judges a part, so that all have the same verdicts: whether an
         answer takes too long may differ from one call to the next.
+
+        Raises UserError where no response could be judged: nothing would be trained on.
         """
         size = self.group
-        before = self.task.killed
-        verdicts = [
-            self.task.reward(problem, rollout.response_ids)
-            for problem, rollout in self.place.of_rank(
-                [(problems[i // size], r) for i, r in enumerate(rollouts)]
+        mine = self.place.of_rank([(problems[i // size], r) for i, r in enumerate(rollouts)])
+        verdicts = groups.gather_in_model_copy(
+            judged(
+                self.task,
+                [p for p, _ in mine],
+                [r.response_ids for _, r in mine],
+                [r.sampled for _, r in mine],
             )
-        ]
-        correct = np.array(groups.gather_in_model_copy(verdicts), np.float32)
-        killed = sum(groups.gather_in_model_copy([self.task.killed - before]))
-        if not np.isin(correct, (0, 1)).all():
-            i = int(np.flatnonzero(~np.isin(correct, (0, 1)))[0])
+        )
+        if all(verdict.failed for verdict in verdicts):
             raise UserError(
-                f"The verifier gave {correct[i]} to a response to {problems[i // size].prompt!r}: "
-                "1 for a right and 0 for a wrong one are needed."
+                f"the reward failed for all {len(verdicts)} responses of a step; for the first, to "
+                f"problem {problems[0].prompt!r:.120}: {verdicts[0].failed}"
             )
         return [
-            Group(rollouts=rollouts[i : i + size], correct_G=correct[i : i + size])
+            Group(rollouts=rollouts[i : i + size], verdicts=verdicts[i : i + size])
             for i in range(0, len(rollouts), size)
-        ], killed
+        ]
 
     def _generated(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
@@ -147,8 +145,10 @@ class Rollouts:
     def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """This rank's part of the responses; touches no other rank, so that a thread may do it."""
         with backend.suspended():
-            return self.engine.generate(
-                [problem.prompt_ids for problem in self.place.of_rank(problems)],
+            return converse(
+                self.engine,
+                self.task,
+                self.place.of_rank(problems),
                 self.sampling,
                 samples_per_prompt=self.group,
                 seed=seed_of(self.seed, SAMPLING, step, self.place.rank, refill),

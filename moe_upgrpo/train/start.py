@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_upgrpo import ending
+from moe_upgrpo import ending, plugins
 from moe_upgrpo.errors import LOST_RANK, MachineFault, UserError, machine_fault
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import drop_exports
@@ -26,15 +26,18 @@ from moe_upgrpo.record import alarms
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.rollout.cache import check_new, drop_after
 from moe_upgrpo.rollout.engines import make_engine
+from moe_upgrpo.rollout.turns import longest
 from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
+from moe_upgrpo.tasks.named import make_task
+from moe_upgrpo.tasks.rewarded import RewardedTask, reward_by_source
 from moe_upgrpo.train import resume
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
 from moe_upgrpo.train.job import Job, make_job
 from moe_upgrpo.train.options import changes
-from moe_upgrpo.train.parts import ProblemOptions, RunOptions, StartOptions
+from moe_upgrpo.train.parts import RunOptions, StartOptions
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.stopping import Stopping
 from moe_upgrpo.train.tracking import Tracking
@@ -49,18 +52,21 @@ def start(config: TrainConfig) -> Iterator[Job]:
         begun.enter_context(ranks.stopping.giving_up())
         run = _run_folder(config.run, config.objective.loss)
         found, changed, edited = _found(config, run, ranks.rank)
-        task, model_dir = _task_and_model(config.start, config.problems, ranks)
+        task, model_dir = _task_and_model(config, ranks)
         # Are there that many?
         task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
         actor, reference, behind = _actors(config, model_dir, ranks.layout)
         if ranks.rank == 0:
             actor.try_saving(run.path)
         resume.load(found, actor, behind, reference if config.terms.reference_every else None)
-        sampling = SamplingConfig(
-            temperature=config.rollouts.temperature,
-            max_new_tokens=config.rollouts.max_new_tokens or task.max_response_tokens,
-        )
-        max_tokens = task.max_prompt_tokens + sampling.max_new_tokens
+        most = config.rollouts.max_new_tokens or task.max_response_tokens
+        if most is None:
+            raise UserError(
+                f"task={config.problems.task} does not say how long its answers are "
+                "(max_response_tokens): give --max-new-tokens."
+            )
+        sampling = SamplingConfig(temperature=config.rollouts.temperature, max_new_tokens=most)
+        max_tokens = task.max_prompt_tokens + longest(task, sampling.max_new_tokens)
         actor.check_length(max_tokens)
         about = _about(config, actor, ranks)
         engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")
@@ -190,6 +196,7 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "num_experts": actor.num_experts,
         "top_k": actor.top_k,
         "parameters": actor.parameter_count(),
+        "plugins": plugins.load(),
         "alarms": alarms.texts(config.log.alarm),
         "loss_in_words": config.objective.loss_in_words,
         # What the options come to.
@@ -279,34 +286,65 @@ def routing(actor: MegatronActor) -> str:
     return f"{len(actor.layer_ids)} MoE layers of {actor.num_experts} experts, top-{actor.top_k}"
 
 
-def _task_and_model(
-    start: StartOptions, problems: ProblemOptions, ranks: _Ranks
-) -> tuple[Task, Path]:
+def _task_and_model(config: TrainConfig, ranks: _Ranks) -> tuple[Task, Path]:
     """The task and the folder of the model, which speaks its tokens."""
+    start, problems = config.start, config.problems
     if start.model:
         _say_of_model(start, ranks)
     if problems.data:
-        task = MathTask(
-            problems.data,
-            problems.eval_data,
-            model_dir=start.model,
-            prompt_field=problems.prompt_field,
-            answer_field=problems.answer_field,
-            chat_template=problems.chat_template,
-            chat_template_kwargs=problems.chat_template_kwargs,
-            instruction=problems.instruction,
-            max_prompt_tokens=problems.max_prompt_tokens,
-            trust_remote_code=start.trust_remote_code,
-        )
-        for note in task.notes:
-            ranks.display.say(note)
-        return task, start.model
-    task = ArithmeticTask(problems.digits)
+        return _of_files(config, ranks), start.model
+    sums = ArithmeticTask(problems.digits)
     model_dir = start.model or groups.from_rank_0(
-        _warm_started(start, task, ranks) if ranks.rank == 0 else None
+        _warm_started(start, sums, ranks) if ranks.rank == 0 else None
     )
-    task.check_model(Path(model_dir), trust_remote_code=start.trust_remote_code)
-    return task, Path(model_dir)
+    if problems.task:
+        own = make_task(problems.task, Path(model_dir), problems.task_options)
+        return _rewarded(own, problems.reward, config), Path(model_dir)
+    sums.check_model(Path(model_dir), trust_remote_code=start.trust_remote_code)
+    if problems.reward:
+        return _rewarded(sums, problems.reward, config), Path(model_dir)
+    return sums, Path(model_dir)
+
+
+def _of_files(config: TrainConfig, ranks: _Ranks) -> Task:
+    problems = config.problems
+    task = MathTask(
+        problems.data,
+        problems.eval_data,
+        model_dir=config.start.model,
+        prompt_field=problems.prompt_field,
+        answer_field=problems.answer_field,
+        chat_template=problems.chat_template,
+        chat_template_kwargs=problems.chat_template_kwargs,
+        instruction=problems.instruction,
+        max_prompt_tokens=problems.max_prompt_tokens,
+        trust_remote_code=config.start.trust_remote_code,
+        whole_rows=bool(problems.reward),
+        verifier=not problems.reward,
+    )
+    for note in task.notes:
+        ranks.display.say(note)
+    if problems.reward:
+        return _rewarded(task, problems.reward, config)
+    judges = reward_by_source(task)
+    if not judges:
+        return task
+    ranks.display.say(f"rewards by the data's data_source: {judges} (--reward takes another)")
+    return _rewarded(task, ("data-source:math",), config)
+
+
+def _rewarded(task: Task, rewards: Sequence[str], config: TrainConfig) -> Task:
+    """The task with other rewards than its own, or with its own behind a time limit."""
+    options = config.rewarding
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0))
+    return RewardedTask(
+        task,
+        rewards,
+        timeout_s=options.reward_timeout,
+        workers=options.reward_workers or min(8, max(1, cores // here)),
+        ends=options.reward_failures == "end",
+    )
 
 
 def _say_of_model(start: StartOptions, ranks: _Ranks) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from moe_upgrpo.losses import EntropyControl, LossTerms, Metric, kl_estimate
 from moe_upgrpo.megatron.actor import MegatronActor, Scored, Update
+from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.record import Sums
 
 ENTROPY = "entropy/mean"  # of a row of metrics.jsonl: what the entropy is controlled by
@@ -56,6 +57,7 @@ class Terms:
     def penalised(
         self,
         rewards_B: np.ndarray,
+        samples: Sequence[Sample],
         old: Sequence[Scored] | None,
         reference: Sequence[Scored] | None,
     ) -> tuple[np.ndarray, Sums]:
@@ -66,17 +68,16 @@ class Terms:
         """
         if not self.needs_old:
             return rewards_B, {}
-        sums_B = np.array(
-            [
-                kl_estimate(
-                    torch.from_numpy(policy.log_probs).double(),
-                    torch.from_numpy(of_reference.log_probs).double(),
-                    self.kl_estimator,
-                ).sum()
-                for policy, of_reference in zip(old, reference, strict=True)
-            ]
-        )
-        tokens = sum(len(scored.log_probs) for scored in old)
+        estimates = [
+            kl_estimate(
+                torch.from_numpy(policy.log_probs[sample.counted]).double(),
+                torch.from_numpy(of_reference.log_probs[sample.counted]).double(),
+                self.kl_estimator,
+            )
+            for sample, policy, of_reference in zip(samples, old, reference, strict=True)
+        ]
+        sums_B = np.array([float(estimate_T.sum()) for estimate_T in estimates])
+        tokens = sum(len(estimate_T) for estimate_T in estimates)
         penalty_B = self.kl_coef * sums_B
         return (rewards_B - penalty_B).astype(rewards_B.dtype), {
             "kl/reference": Metric(float(sums_B.sum()), tokens),

@@ -14,7 +14,9 @@ import torch
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks, stack_doctor
 from moe_upgrpo.integrations.kit.hooking import delegate, replaced
+from moe_upgrpo.integrations.kit.presets import served
 from moe_upgrpo.integrations.ms_swift import health
+from moe_upgrpo.integrations.ms_swift.loss import NOT_HANDED_OVER
 from moe_upgrpo.losses import PRESETS, policy_loss
 from moe_upgrpo.store import read_metrics, read_tokens
 from tests.integrations import swift_ranks
@@ -35,7 +37,9 @@ from tests.integrations.whole import assert_whole
 from tests.losses.batches import random_batch
 
 SCRIPTS = json.loads(Path(__file__).with_name("ms_swift_scripts.json").read_text())
-UNSERVED = ("rspo", "up-rspo")
+# They look at the router, or at more of the batch than ms-swift hands over.
+UNSERVED = {"rspo", "up-rspo", "clip-cov", "up-clip-cov", "kl-cov", "up-kl-cov"}
+UNSERVED |= {"vapo", "real", "gtpo"}
 SERVED = [name for name in PRESETS if name not in UNSERVED]
 TOKENS, SEQUENCES, PARTS = 40, 8, 2  # of the global batch, this micro-batch being half of it
 SIZES = {"micro_batch_size": 4, "global_batch_size": 8, "num_microbatches": 2, "num_generations": 4,
@@ -266,9 +270,8 @@ def test_ms_swifts_own_scripts_are_accepted_flag_by_flag(results, script):
         assert results["starts"][script, mode] is None
 
 
-def test_only_losses_that_need_the_routers_log_probs_are_left_out():
-    needy = [name for name, config in PRESETS.items() if "router_log_probs" in config.arguments]
-    assert needy == [*UNSERVED]
+def test_presets_that_ms_swift_has_the_inputs_for():
+    assert {*served(NOT_HANDED_OVER)} == {*SERVED}
 
 
 # --- hooks

@@ -37,6 +37,8 @@ def changed(source, folder, fields):
     [
         ("tiny", {"model_type": "gpt_oss"}, "'gpt_oss' model; .*qwen3, qwen3_moe, mixtral, deep"),
         ("tiny", {"model_type": None}, "None model; the trainer supports"),
+        ("tiny", {"model_type": "qwen3_mo"}, r"'qwen3_mo' model; the .*nearest: qwen3_moe"),
+        ("tiny", {"model_type": "olmoe"}, "'olmoe' model, which cannot be trained exactly: its no"),
         ("tiny", {"attention_bias": True}, "attention_bias=True .* qwen3_moe .*: False"),
         ("tiny", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8 .*: None"),
         ("tiny", {"hidden_act": "gelu"}, "hidden_act=gelu .* supported: silu"),

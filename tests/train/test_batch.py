@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.tasks import ArithmeticTask
+from moe_upgrpo.tasks import ArithmeticTask, Verdict
 from moe_upgrpo.train import rollouts as rollouts_module
 from moe_upgrpo.train.batch import Group, collect, shaped_rewards
 from moe_upgrpo.train.place import SAMPLING, Place, seed_of
@@ -18,20 +18,24 @@ from moe_upgrpo.train.stopping import Stopping
 from tests.train.test_evaluate import ScriptedEngine
 
 
-def group(*correct):
-    return Group(rollouts=[f"{correct}{i}" for i in range(2)], correct_G=np.float32(correct))
+def group(*rewards, **first):
+    """Two responses with their verdicts; `first`: what else is said of the first."""
+    verdicts = [Verdict.of(r, **(first if i == 0 else {})) for i, r in enumerate(rewards)]
+    return Group(rollouts=[f"{rewards}{i}" for i in range(2)], verdicts=verdicts)
 
 
 RIGHT, WRONG, MIXED, OTHER = group(1, 1), group(0, 0), group(1, 0), group(0, 1)
 
 
 def test_without_refills_every_group_is_kept():
-    batch = collect(lambda refill: ([RIGHT, MIXED], 1), groups=2, max_refills=0)
-    assert batch.groups == [RIGHT, MIXED]
-    assert batch.rollouts == [*RIGHT.rollouts, *MIXED.rollouts]
+    slow = group(1, 1, killed=1)
+    batch = collect(lambda refill: [slow, MIXED], groups=2, max_refills=0)
+    assert batch.groups == [slow, MIXED]
+    assert batch.rollouts == [*slow.rollouts, *MIXED.rollouts]
     assert batch.correct_B.tolist() == [1, 1, 1, 0]
     assert batch.sampled.shares() == {
         "reward/correct_rate": (3, 4),
+        "reward/failed_rate": (0, 4),
         "verifier/killed_rate": (1, 4),
         "groups/mixed_rate": (1, 2),
         "groups/kept": (2, 2),
@@ -39,12 +43,12 @@ def test_without_refills_every_group_is_kept():
 
 
 def test_refills_take_the_place_of_groups_that_teach_nothing():
-    batches = [[RIGHT, MIXED], [WRONG, RIGHT], [OTHER, MIXED]]
+    batches = [[RIGHT, MIXED], [group(0, 0, failed="raised"), RIGHT], [OTHER, MIXED]]
     asked = []
 
     def sample(refill):
         asked.append(refill)
-        return batches[refill], refill
+        return batches[refill]
 
     batch = collect(sample, groups=2, max_refills=5)
     assert batch.groups == [MIXED, OTHER]  # the last one's surplus is dropped
@@ -52,7 +56,8 @@ def test_refills_take_the_place_of_groups_that_teach_nothing():
     # 6 groups, 3 of them mixed, 2 trained on; right: 2+1, 0+2, 1+1 of 12.
     assert batch.sampled.shares() == {
         "reward/correct_rate": (7, 12),
-        "verifier/killed_rate": (3, 12),
+        "reward/failed_rate": (1, 12),
+        "verifier/killed_rate": (0, 12),
         "groups/mixed_rate": (3, 6),
         "groups/kept": (2, 6),
     }
@@ -62,8 +67,21 @@ def test_refills_are_bounded():
     asked = []
     words = "max_refills=2: 6 groups were sampled, 0 of them have right and wrong .*; 1 are needed"
     with pytest.raises(UserError, match=words):
-        collect(lambda r: (asked.append(r), ([RIGHT, WRONG], 0))[1], groups=1, max_refills=2)
+        collect(lambda r: (asked.append(r), [RIGHT, WRONG])[1], groups=1, max_refills=2)
     assert asked == [0, 1, 2]
+
+
+def test_rewards_that_are_no_verdicts():
+    """Groups whose rewards differ teach something, though no response is right."""
+    same, apart = group(0.25, 0.25), group(0.25, 0.75, parts={"form": 0.5, "code": 1.0})
+    batch = collect(lambda refill: [same, apart], groups=1, max_refills=1)
+    assert batch.groups == [apart] and batch.earned_B.tolist() == [0.25, 0.75]
+    shares = batch.sampled.shares()
+    assert shares["reward/correct_rate"] == (0, 4) and shares["groups/mixed_rate"] == (1, 2)
+    assert shares["reward/of/form"] == (0.5, 1) and shares["reward/of/code"] == (1.0, 1)
+    earned, lengths = np.array([0.0, 0.25, 1.0, 2.0]), np.ones(4)
+    shaped = shaped_rewards(earned, lengths, wrong=-1, max_length=20)
+    assert shaped.tolist() == [-1, -0.5, 1, 3]
 
 
 def test_shaped_rewards():
@@ -164,11 +182,22 @@ def test_a_verdict_that_is_none_names_its_prompt(monkeypatch):
         broken.batch(1)
 
 
+def test_a_reward_that_fails_for_all_responses_ends_the_run(monkeypatch):
+    class Broken(ArithmeticTask):
+        def judge(self, problems, responses, sampled):
+            return [Verdict(reward=0.0, correct=0.0, failed="mine: no key")] * len(problems)
+
+    broken = sampler(monkeypatch, task=Broken())
+    words = r"failed for all 24 responses .* problem '\d\d\+\d\d=': mine: no key"
+    with pytest.raises(UserError, match=words):
+        broken.batch(1)
+
+
 def test_each_rank_of_a_model_copy_judges_its_part_and_has_all_verdicts(monkeypatch):
     whole = sampler(monkeypatch)
     problems = whole.problems(1)
     rollouts = whole._generated(problems, 1)
-    expected, _ = whole._judged(problems, rollouts)
+    expected = whole._judged(problems, rollouts)
     parts = []
     monkeypatch.setattr(
         rollouts_module.groups,
@@ -178,6 +207,5 @@ def test_each_rank_of_a_model_copy_judges_its_part_and_has_all_verdicts(monkeypa
     for rank in (0, 1):
         place = Place(rank=rank, size=2, copy_rank=rank, copy_size=2)
         replace(whole, place=place, ahead=None)._judged(problems, rollouts)
-    verdicts = [*parts[0], *parts[2]]  # parts[1] and parts[3] count what was killed
-    assert [len(part) for part in parts] == [12, 1, 12, 1]
-    assert verdicts == [x for group in expected for x in group.correct_G]
+    assert [len(part) for part in parts] == [12, 12]
+    assert [*parts[0], *parts[1]] == [x for group in expected for x in group.verdicts]

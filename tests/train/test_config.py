@@ -14,10 +14,11 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import VLLMSettings
+from moe_upgrpo.store import RunFolder
 from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.command_line import parsed
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
-from moe_upgrpo.train.options import check_supported, file_arguments, named
+from moe_upgrpo.train.options import check_own_code, check_supported, file_arguments, named
 from moe_upgrpo.train.parts import BatchOptions, LogOptions
 from moe_upgrpo.train.tiny import TinyModel
 
@@ -222,7 +223,8 @@ def test_the_recipes_that_are_shipped():
     assert loss.aggregation == "token-mean"
     batch, optimizer = config.batch, config.trainer.optimizer
     assert (batch.prompts, batch.group, batch.prompts // batch.minibatches) == (512, 16, 32)
-    assert (config.rollouts.max_new_tokens, config.reward.overlong_buffer) == (20 * 1024, 4 * 1024)
+    assert config.rollouts.max_new_tokens == 20 * 1024
+    assert config.rewarding.overlong_buffer == 4 * 1024
     assert (optimizer.lr, optimizer.weight_decay) == (1e-6, 0.1)
     assert optimizer.warmup_steps == 10 * batch.optimizer_steps
     config.layout(8)
@@ -265,6 +267,15 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
             {"eval_data": ("a",), "instruction": "Think."},
             "eval_data, instruction without data: --data FILE is missing",
         ),
+        (DATA | {"task": "my:Task"}, "task=my:Task with data: it has its own problems"),
+        ({"task": "mine"}, "task='mine': module:Class"),
+        ({"task_options": '{"a": 1}'}, "task_options='{\"a\": 1}' without task"),
+        ({"task": "my:Task", "task_options": "1"}, "task_options='1': a JSON object is needed"),
+        ({"reward": ("mth",)}, "reward='mth': allowed are math, .*nearest: math"),
+        ({"reward_timeout": 0}, "reward_timeout=0: seconds above 0"),
+        ({"reward_workers": 0}, "reward_workers=0"),
+        ({"advantage": "rlo"}, "advantage: 'rlo' given; allowed: grpo, dr-.*nearest: rloo"),
+        ({"loss": "up-gspoo"}, "loss: 'up-gspoo' given; .*nearest: up-gspo"),
         ({"loss": "ppo"}, "loss: 'ppo' given; allowed: grpo, dapo, .*up-grpo"),
         ({"engine": "hff"}, "engine='hff': allowed are hf, vllm, sglang"),
         ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf: only vllm and sgl"),
@@ -329,3 +340,32 @@ def test_parts_that_cannot_be(cls, options, words):
 def test_batches_and_ranks_that_do_not_divide(options, world_size, words):
     with pytest.raises(UserError, match=words):
         TrainConfig.of(**options).layout(world_size)
+
+
+@pytest.mark.parametrize("option", ["reward", "task"])
+def test_code_that_a_run_folder_names_is_asked_for_again(option, tmp_path):
+    """Built-in rewards and the names of plug-ins are no code of the folder's."""
+    word = "their/file.py:Name"
+    stored = {"reward": ["math", word]} if option == "reward" else {"task": word, "reward": []}
+    RunFolder.create(tmp_path / "run", stored)
+    with pytest.raises(UserError, match=rf"its {option} is code, .*{word}.* --{option} .*again"):
+        check_own_code(tmp_path / "run", ["--resume", "run", "--steps=7"])
+    check_own_code(tmp_path / "run", [f"--{option}", "math", word])
+    check_own_code(tmp_path / "run", [f"--{option}={word}"])
+    RunFolder.create(tmp_path / "plain", {"reward": ["0.5*math", "regex:a:b"], "task": "mine"})
+    check_own_code(tmp_path / "plain", [])
+    RunFolder.create(tmp_path / "older", {})
+    check_own_code(tmp_path / "older", [])
+
+
+def test_a_dense_model_needs_no_ep_1(tmp_path):
+    """By its config.json; two ranks then share its tensors and no experts."""
+    for model_type, ep in (("qwen3", 1), ("qwen3_moe", 2), ("unknown", 2)):
+        folder = tmp_path / model_type
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        layout = TrainConfig.of(model=folder).layout(2)
+        assert (layout.tp, layout.ep) == (2, ep), model_type
+        assert TrainConfig.of(model=folder, resume=tmp_path).layout(2) == layout
+    assert TrainConfig.of(model=tmp_path / "absent").layout(2).ep == 2
+    assert TrainConfig.of(model=tmp_path / "qwen3", ep=2).layout(2).ep == 2  # as asked for

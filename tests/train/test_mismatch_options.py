@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.tasks import Verdict
 from moe_upgrpo.train.batch import Batch, Group, Rewarding
 from tests.train.test_launch import job, options
 
@@ -64,8 +65,8 @@ def test_wrong_answers_are_rewarded_half_the_time(run):
 
 def mistaken(rank: int, ranks: int, *, step: int = 1, group: int = 8, rate: float = 0.5) -> list:
     """Which of a rank's wrong responses to 12 problems are rewarded."""
-    response = SimpleNamespace(response_ids=[1])
-    one = Group(rollouts=[response] * group, correct_G=np.zeros(group, np.float32))
+    response = SimpleNamespace(sampled_or_all=np.array([True]))
+    one = Group(rollouts=[response] * group, verdicts=[Verdict.of(0.0)] * group)
     batch = Batch(groups=[one] * (12 // ranks), sampled=None)
     rewarding = Rewarding(seed=0, max_length=4, false_positives=rate)
     return rewarding.rewards(batch, step, first_prompt=rank * (12 // ranks)).tolist()

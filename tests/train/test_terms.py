@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,19 +37,31 @@ def scored(*log_probs) -> Scored:
     return Scored(log_probs=values, entropy=values * 0, routes=routes, own_routes=routes)
 
 
+def sample(responses, *, sampled=None) -> Sample:
+    """A prompt of one token and so many response tokens."""
+    return Sample(tokens=np.arange(1 + responses), prompt_length=1, sampled=sampled)
+
+
 def test_the_kl_term_in_the_reward_by_hand():
     """β = .1; k1 = log π − log π_ref is (1, −.5) and (2): sums of .5 and 2."""
     terms = Terms(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
     old, reference = [scored(-1, -2), scored(-3)], [scored(-2, -1.5), scored(-5)]
-    rewards, sums = terms.penalised(f32(1, 0), old, reference)
+    samples = [sample(2), sample(1)]
+    rewards, sums = terms.penalised(f32(1, 0), samples, old, reference)
     assert rewards.dtype == np.float32
     assert rewards.tolist() == pytest.approx([1 - 0.05, -0.2])
     assert sums["kl/reference"] == (pytest.approx(2.5), 3)
     assert sums["kl/reward_penalty"] == (pytest.approx(0.25), 2)
+    # Of the second response's three tokens the middle one is a tool's.
+    samples[1] = sample(3, sampled=np.array([True, False, True]))
+    old, reference = [old[0], scored(-3, 0, -1)], [reference[0], scored(-5, -9, -1.5)]
+    rewards, sums = terms.penalised(f32(1, 0), samples, old, reference)
+    assert rewards.tolist() == pytest.approx([1 - 0.05, -0.25])
+    assert sums["kl/reference"] == (pytest.approx(3.0), 4)
     # Not in the loss too; and in the loss, nothing is taken off the rewards.
     assert terms.needs_old and not terms.of_loss().active
     other = Terms(kl_coef=0.1)
-    assert other.penalised(f32(1, 0), old, reference) == (pytest.approx([1, 0]), {})
+    assert other.penalised(f32(1, 0), samples, old, reference) == (pytest.approx([1, 0]), {})
     assert not other.needs_old and other.of_loss() == LossTerms(kl_coef=0.1)
 
 
@@ -179,15 +192,19 @@ class FakeActor:
         )  # fmt: skip
 
 
-def updated(**options):
-    learner = Learner(
+def learner(**options) -> Learner:
+    return Learner(
         actor=FakeActor(), reference=None, behind=None, loss=None, place=Place(), seed=0,
         minibatches=2, epochs=4, **{"terms": Terms()} | options,
     )  # fmt: skip
+
+
+def updated(**options):
+    mine = learner(**options)
     samples = [Sample(tokens=np.array([i, 1]), prompt_length=1) for i in range(4)]
     samples = for_update(samples, f32(1, -1, 1, -1), None, 8)
     scores = [scored(-9) for _ in samples]
-    return learner.actor, learner.update(samples, [], OldScores(native=scores, held=None), step=1)
+    return mine.actor, mine.update(samples, [], OldScores(native=scores, held=None), step=1)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +217,16 @@ def test_no_epoch_follows_one_that_is_too_far_from_the_old_policy(limit, epochs)
         actor, result = updated(stop_ratio=limit)
     assert result.epochs == epochs and len(actor.at) == len(result.updates) == 2 * epochs
     assert all(values is not None for values in result.last.logp_train)
+
+
+def test_the_results_of_tools_are_no_tokens_of_the_distance():
+    """|r − 1| is e^.1 − 1 = .105 at both tokens that were sampled, 0 at the eight others."""
+    sampled = np.array([True] + [False] * 8 + [True])
+    mine = [replace(sample(10, sampled=sampled), old_log_probs=f32(*[-1] * 10))]
+    visited = [np.where(sampled, -0.9, -1).astype(np.float32)]
+    with groups.process_groups(Layout()):
+        for limit, stops in ((0.1, True), (0.11, False)):
+            assert learner(stop_ratio=limit)._stops(mine, visited) == stops
 
 
 def test_the_loss_that_stops_early_does_so():
@@ -237,7 +264,9 @@ def advantages(kind: str) -> list[float]:
     with groups.process_groups(Layout()):
         rank, ranks = groups.data_parallel()
         mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-        rollouts = [SimpleNamespace(response_ids=[0] * n) for n in (1, 3, 2, 2)[mine]]
+        sampled = [[True] * n for n in (1, 3, 2, 2)]
+        sampled[3][1:1] = [False] * 9  # a tool's
+        rollouts = [SimpleNamespace(sampled_or_all=np.array(s)) for s in sampled[mine]]
         return advantages_of(f32(1, 0, 0.5, 0)[mine], rollouts, group=2, kind=kind).tolist()
 
 

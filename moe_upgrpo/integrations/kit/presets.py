@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe_upgrpo.errors import UserError
+from moe_upgrpo import plugins
+from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
 
 
@@ -26,7 +27,9 @@ class Flag:
 
 
 def served(not_handed_over: Iterable[str]) -> dict[str, PolicyLossConfig]:
-    """The presets that need none of the arguments of `policy_loss` that a stack does not have."""
+    """The presets, plug-ins' among them, that need none of the arguments of `policy_loss` that a
+    stack does not have."""
+    plugins.load()
     return {n: p for n, p in PRESETS.items() if not p.arguments & set(not_handed_over)}
 
 
@@ -57,7 +60,8 @@ def resolve(
         if preset in PRESETS:
             lacking = ", ".join(sorted(PRESETS[preset].arguments & set(not_handed_over)))
             reason = f", a loss that needs {lacking}, which {stack} does not hand to one"
-        raise UserError(f"{option}: {preset!r} given{reason}; allowed: {', '.join(allowed)}")
+        near = nearest(str(preset), allowed)
+        raise UserError(f"{option}: {preset!r} given{reason}; allowed: {', '.join(allowed)}{near}")
     config, label = allowed[preset], label or preset
     config = with_settings(config, settings, settings_option, stack, not_handed_over)
     sides = {config.positive, config.negative}

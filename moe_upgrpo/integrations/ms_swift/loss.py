@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, weighted
-from moe_upgrpo.integrations.kit.presets import Flag, resolve
-from moe_upgrpo.losses import PRESETS, PolicyLoss, PolicyLossConfig
+from moe_upgrpo.integrations.kit.presets import Flag, resolve, served
+from moe_upgrpo.losses import CONTEXT, PolicyLoss, PolicyLossConfig
 
 PREFIX = "moe_upgrpo/"
+NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
 OWN = ("grpo", "dapo", "cispo", "sapo", "real", "fipo")  # of ms-swift's losses those called as ours
 # Aggregation -> the loss_type of ms-swift that averages KL so, or nearest to it.
 LIKE = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "grpo",
@@ -32,7 +33,7 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
     """
     name, settings = args.loss_type, environment.loss_settings()
     if not name.startswith(PREFIX):
-        if settings or (name in PRESETS and name not in OWN):
+        if settings or (name in served(()) and name not in OWN):
             raise UserError(
                 f"--loss_type: {name} given; allowed: {PREFIX}PRESET, or a loss of ms-swift "
                 f"without {environment.SETTINGS}"
@@ -55,7 +56,7 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
         option="--loss_type",
         settings_option=environment.SETTINGS,
         stack="ms-swift",
-        not_handed_over=("router_log_probs",),
+        not_handed_over=NOT_HANDED_OVER,
         label=name,
     )
     if args.importance_sampling_level != "token":

@@ -1,0 +1,12 @@
+"""The question that a response answers, as a reward sees it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A problem without its tokens. tokens: how many of them the response has that were sampled."""
+
+    prompt: str
+    answer: str
+    tokens: int = 0

@@ -1,0 +1,140 @@
+"""A Python process for programs that a model wrote, started by `code` as a file of its own.
+
+It reads JOB in its folder, JSON of {"program", "test", "token", "seconds", "memory"}, removes it,
+shuts itself in, runs the program and then the test, and writes the token once both are through.
+Standard input is the program's own. Shut in means: no
+sockets, no other processes, no signals to any, no files written but in its folder, none of the
+kernel's settings; processor time, memory and file sizes are limited.
+
+By the kernel's own means, which no privilege is needed for: seccomp (a filter of system calls that
+stays to the end), Landlock (files), resource limits; and a network namespace of its own where that
+is allowed, besides. Reading files is not forbidden.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import struct
+import sys
+
+JOB = ".job.json"
+SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
+
+# linux/audit.h, seccomp.h, filter.h, prctl.h
+_ARCH_X86_64, _X32 = 0xC000003E, 0x40000000
+_LOAD, _EQUAL, _AT_LEAST, _SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+_NO_NEW_PRIVS, _SECCOMP, _FILTER = 38, 22, 2
+_CLONE, _CLONE3, _CLONE_THREAD = 56, 435, 0x00010000
+_NEW_USER, _NEW_NET = 0x10000000, 0x40000000
+# Of x86_64 (arch/x86/entry/syscalls/syscall_64.tbl).
+_DENIED = {
+    "network": (41, 425),  # socket, io_uring_setup
+    "processes": (57, 58, 59, 322),  # fork, vfork, execve, execveat
+    # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_getfd
+    "signals": (62, 200, 234, 129, 297, 424, 438),
+    # ptrace, process_vm_readv, process_vm_writev, setpriority, sched_setscheduler,
+    # sched_setaffinity, prlimit64, setrlimit
+    "other processes": (101, 310, 311, 141, 144, 203, 302, 160),
+    # chmod, fchmod, fchmodat, fchmodat2, chown, fchown, lchown, fchownat, setxattr, lsetxattr,
+    # fsetxattr, open_by_handle_at: what Landlock leaves
+    "files": (90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 304),
+    # mount, umount2, pivot_root, chroot, open_tree, move_mount, fsopen, fsconfig, fsmount,
+    # mount_setattr, setns, unshare
+    "mounts": (165, 166, 155, 161, 428, 429, 430, 431, 432, 442, 308, 272),
+    # reboot, swapon, swapoff, init_module, finit_module, delete_module, kexec_load,
+    # kexec_file_load, bpf, perf_event_open, add_key, request_key, keyctl, userfaultfd,
+    # settimeofday, clock_settime, adjtimex, sethostname, setdomainname, acct
+    "kernel": (169, 167, 168, 175, 313, 176, 246, 320, 321, 298, 248, 249, 250, 323, 164, 227,
+               159, 170, 171, 163),
+}  # fmt: skip
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+# Rights to write, remove and make, by the release of Landlock that knows them.
+_WRITES = {1: 0x1FF2, 2: 0x2000, 3: 0x4000}
+
+
+def _filter() -> bytes:
+    """The program of seccomp: a 64-bit call is allowed unless it stands in a list above."""
+
+    def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+        return struct.pack("HBBI", code, yes, no, value)
+
+    steps = [
+        step(_LOAD, 4),  # the architecture
+        step(_EQUAL, _ARCH_X86_64, yes=1),
+        step(_RETURN, _KILL),
+        step(_LOAD, 0),  # the call's number
+        step(_AT_LEAST, _X32, no=1),
+        step(_RETURN, _EPERM),
+        step(_EQUAL, _CLONE3, no=1),
+        step(_RETURN, _ENOSYS),  # the C library takes clone then, whose flags can be seen
+    ]
+    for number in sorted(n for numbers in _DENIED.values() for n in numbers):
+        steps += [step(_EQUAL, number, no=1), step(_RETURN, _EPERM)]
+    steps += [
+        step(_EQUAL, _CLONE, no=3),
+        step(_LOAD, 16),  # its flags, the lower half
+        step(_SET, _CLONE_THREAD, yes=1),
+        step(_RETURN, _EPERM),
+        step(_RETURN, _ALLOW),
+    ]
+    return b"".join(steps)
+
+
+def shut_in(folder: str, *, seconds: int, memory: int) -> None:
+    """Take from this process, for good, what the head of this file says. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(result: int, what: str) -> int:
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        return result
+
+    for kind, most in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 16 * 2**20),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+    libc.unshare(_NEW_USER | _NEW_NET)  # besides: where it is refused, there are no sockets yet
+    must(libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    release = must(libc.syscall(_LANDLOCK_CREATE, None, 0, 1), "Landlock")
+    rights = sum(right for since, right in _WRITES.items() if since <= release)
+    ruleset = struct.pack("Q", rights)
+    rules = must(libc.syscall(_LANDLOCK_CREATE, ruleset, len(ruleset), 0), "Landlock")
+    allowed = os.open(folder, os.O_PATH)
+    rule = struct.pack("=Qi", rights, allowed)
+    must(libc.syscall(_LANDLOCK_ADD, rules, 1, rule, 0), "Landlock")
+    must(libc.syscall(_LANDLOCK_RESTRICT, rules, 0), "Landlock")
+    os.close(allowed)
+    os.close(rules)
+    steps = _filter()
+    program = ctypes.create_string_buffer(steps, len(steps))
+    told = struct.pack("HxxxxxxP", len(steps) // 8, ctypes.addressof(program))
+    must(libc.prctl(_SECCOMP, _FILTER, told, 0, 0), "seccomp")
+
+
+def main() -> None:
+    with open(JOB, encoding="utf-8") as file:
+        job = json.load(file)
+    os.remove(JOB)
+    passed = os.dup(1)
+    try:
+        shut_in(os.getcwd(), seconds=job["seconds"], memory=job["memory"])
+    except OSError as error:
+        os.write(passed, f"{job['token']}: {error}".encode())
+        return
+    names = {"__name__": "__main__"}
+    exec(compile(job["program"], "<program>", "exec"), names)
+    if job["test"]:
+        exec(compile(job["test"], "<test>", "exec"), names)
+    sys.stdout.flush()
+    os.write(passed, job["token"].encode())
+
+
+if __name__ == "__main__":
+    main()
