@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses.aggregation import AGGREGATIONS
@@ -14,7 +15,7 @@ from moe_upgrpo.losses.tokens import CONTEXT
 ARGUMENTS = ("rollout_log_probs", *(name for name in CONTEXT if name != "statistics"))
 
 
-def register_loss(name: str, branch: Branch, **numbers) -> None:
+def register_loss(name: str, branch: Branch, **numbers: Any) -> None:
     """Make a branch a loss: the presets NAME, for both signs, and up-NAME, with UP's positive side.
 
     There is no up-NAME where `branch.up` is False. As `positive` or `negative` of a config it goes

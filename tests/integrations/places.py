@@ -13,7 +13,7 @@ WHEELS = {"verl": "0.9.1", "miles": "0.0.2", "ms-swift": "4.6.0"}
 CHECKOUTS = {
     "verl": ("MOE_UPGRPO_VERL", "1dda039"),
     "slime": ("MOE_UPGRPO_SLIME", "624b824a8", "v0.3.1", "v0.3.0", "v0.2.4"),
-    "miles": ("MOE_UPGRPO_MILES", "31f1ca961"),
+    "miles": ("MOE_UPGRPO_MILES", "31f1ca961", "v0.1.0"),
     "nemo-rl": ("MOE_UPGRPO_NEMO_RL", "7ea279a", "v0.7.0"),
     "megatron-lm": ("MOE_UPGRPO_MEGATRON_LM", "d98e8a6"),
 }
