@@ -127,10 +127,11 @@ def _compiled(distribution: Distribution) -> bool:
 
 
 def _required(distribution: Distribution) -> list[str]:
-    """Names of what it requires without an extra, as far as it is installed here."""
+    """Names of what it requires to train, as far as it is installed here; others without extra."""
+    extra = "train" if _canonical(distribution.name) == _canonical(PACKAGE) else ""
     names = []
     for requirement in map(Requirement, distribution.requires or ()):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         try:
             importlib.metadata.distribution(requirement.name)
