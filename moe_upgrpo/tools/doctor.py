@@ -149,6 +149,7 @@ def _base(installed: Installed, problems: list[str]) -> list[Item]:
     for requirement in map(Requirement, requires):
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
+        requirement.marker = None  # it is met, and pip would be told of an extra that it is not of
         version = installed.version(requirement.name)
         right = version is not None and requirement.specifier.contains(version, prereleases=True)
         items.append(
