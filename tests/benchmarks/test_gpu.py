@@ -51,9 +51,9 @@ def test_all_checks_pass_on_a_cpu(tmp_path):
     patient = [replace(check, budget_s=200) for check in CHECKS]  # other tests run beside
     found = results_of(tmp_path, patient)
     results = found["checks"]
-    assert {name: one["state"] for name, one in results.items()} == {
-        check.name: "ok" for check in CHECKS
-    }, results
+    assert results.keys() == {check.name for check in CHECKS}
+    wrong = {name: one for name, one in results.items() if one["state"] != "ok"}
+    assert not wrong, json.dumps(wrong, indent=1)
     assert all(one["line"] and one["figures"] for one in results.values())
     assert len(found["said"]) == len(CHECKS)
     # The same device: the reference is met to the last bit.
