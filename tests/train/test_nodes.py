@@ -121,7 +121,9 @@ def test_a_link_that_is_cut_ends_both_hosts_with_names(two_hosts, cache, tmp_pat
     assert [job.returncode for job in jobs] == [4, 4], said
     last = [text.splitlines()[-1] for text in said]
     assert last[0].startswith("error: rank 1 (host "), said
-    assert last[1].startswith("error: rank 1 (host ") and "10.77.0.1:29500" in last[1], said
+    # The other host misses the store at rank 0's address or rank 0's sign of life, whichever first.
+    store = last[1].startswith("error: rank 1 (host ") and "10.77.0.1:29500" in last[1]
+    assert store or last[1].startswith("error: rank 0 (host "), said
     for text, line in zip(said, last, strict=True):
         assert line.endswith(f"--resume {folder}") and "Traceback" not in text, said
 
