@@ -213,6 +213,40 @@ def test_what_a_correction_keeps(fields, kept):
     assert c.tolist() == kept
 
 
+# A token keeps ρ where its entropy is 3 or more, the median; mean(log μ − log π) of the sequences
+# is −ln(.75)/3 = .096 and −ln 2.
+@pytest.mark.parametrize(
+    ("limit", "expected", "clipped"),
+    [
+        (None, [[0, 1, 3], [0, 2, 0]], [[1, 0, 0], [1, 0, 0]]),
+        (0.09, [[0, 0, 0], [0, 2, 0]], [[1, 1, 1], [1, 0, 0]]),
+        (0.1, [[0, 1, 3], [0, 2, 0]], [[1, 0, 0], [1, 0, 0]]),
+    ],
+)
+def test_factors_together_are_their_product(limit, expected, clipped):
+    old = torch.full((2, 3), ln(0.2), dtype=torch.float64)
+    arguments = dict(
+        log_probs=old.clone().requires_grad_(),
+        old_log_probs=old,
+        advantages=-torch.ones_like(old),
+        mask=TOKENS,
+        rollout_log_probs=old - RHO.log(),
+        context=Context(entropy=torch.tensor([[1, 5, 3], [2, 4, 9]]).double()),
+        config=preset(
+            "reinforce",
+            top_entropy=0.5,
+            off_policy_limit=limit,
+            correction=RolloutCorrection(weight="decoupled"),
+        ),
+    )
+    result = policy_loss(**arguments)
+    result.loss.backward()
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(gradient_coefficients(**arguments), wanted)
+    torch.testing.assert_close(arguments["log_probs"].grad, wanted / 5)
+    assert result.clipped.int().tolist() == clipped
+
+
 def test_sequence_mask_tis_is_the_weight_with_geometric_bounds():
     """NeMo-RL's seq-mask-tis: ρ untruncated, exp(mean log ρ) within bounds."""
     old = torch.full((2, 3), -1.0, dtype=torch.float64)
