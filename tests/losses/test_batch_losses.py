@@ -113,6 +113,16 @@ def test_real(groups, loss, pull):
     torch.testing.assert_close(current.grad, padded(pull))
 
 
+def test_an_empty_response_is_none_of_reals_group():
+    """The loss of the first case above, with a fourth row that has no token in it."""
+    current, *rows = (torch.cat([x, x[:1]]) for x in (log_probs().detach(), *INPUTS.values()))
+    given = dict(zip(INPUTS, rows, strict=True))
+    given["mask"][3] = False
+    context = Context(groups=torch.zeros(4, dtype=torch.int64))
+    loss = policy_loss(current, **given, config=preset("real"), context=context).loss
+    assert loss.item() == pytest.approx(ln(13 / 9) + ln(17.25), rel=1e-12)
+
+
 def test_real_is_the_stacks_formula():
     """An independent transcription of ms-swift's, on equal groups: logsumexp with a zero."""
     g = torch.Generator().manual_seed(5)
