@@ -365,11 +365,23 @@ def _tokens(
         t.statistics = _statistics(t, config)
     else:
         device = t.advantages_BT.device
-        t.statistics = {name: torch.as_tensor(x, device=device) for name, x in given.items()}
+        t.statistics = _Given(
+            (name, torch.as_tensor(x, device=device)) for name, x in given.items()
+        )
     for sign, amount_BT in (("positive", t.gain_BT), ("negative", t.pain_BT)):
         if BRANCHES[getattr(config, sign)].coupled:
             _check_of_sequence(t, amount_BT, sign, getattr(config, sign))
     return t
+
+
+class _Given(dict):
+    """The statistics that were given. UserError for one that the loss reads and is not there."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise UserError(
+            f"context.statistics: {', '.join(self) or 'none'} given, and the loss reads {name}; "
+            "allowed: what batch_statistics returns for the same config (or statistics=None)"
+        )
 
 
 # Of the largest in the sequence: rounding, not advantages of single tokens.

@@ -22,6 +22,7 @@ from moe_upgrpo.losses.aggregation import aggregation_weights
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.kl import KL_ESTIMATORS, kl_estimate
 from moe_upgrpo.losses.metrics import Metric
+from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.tokens import check_shapes, mask_and_lengths, without_autocast
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ class LossTerms:
         for name in ("kl_coef", "entropy_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: {getattr(self, name)} given; allowed: 0 or more")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise UserError(
-                f"kl_estimator: {self.kl_estimator!r} given; allowed: {', '.join(KL_ESTIMATORS)}"
-            )
+        check_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
 
     @property
     def active(self) -> bool:

@@ -129,6 +129,18 @@ def test_bnpo_of_one_prompt_or_of_equal_rates_is_the_centred_reward():
     assert group_advantages(twice, 4, "bnpo")[:4].tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
+def test_bnpo_of_prompts_that_are_all_wrong_or_all_right():
+    """p = 0, 1 and four times .5: p̄ = .5, v = .5/5, α = β = 1 + 1.5·.5/3; f is 0 at 0 and 1."""
+    rewards = torch.tensor([0.0, 0, 1, 1, *[1, 0] * 4], dtype=torch.float64)
+    found = group_advantages(rewards, 2, "bnpo").tolist()
+    scaled = 0.5 / beta_density(0.5, 1.25, 1.25)
+    assert found == pytest.approx([0, 0, 0, 0, *[scaled, -scaled] * 4], rel=1e-6)
+
+
+def test_gpg_of_no_reward_is_nothing():
+    assert group_advantages(torch.zeros(8), 4, "gpg").tolist() == [0] * 8
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [

@@ -23,7 +23,7 @@ from moe_upgrpo.losses import (
     gradient_coefficients,
     policy_loss,
 )
-from tests.losses.test_hand import INPUTS, LOG_PI, MASK, R_TOKEN, A, log_probs, padded
+from tests.losses.test_hand import INPUTS, LOG_PI, A, log_probs, padded
 
 ln = math.log
 
@@ -111,6 +111,16 @@ def test_real(groups, loss, pull):
     result.loss.backward()
     assert result.loss.item() == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(current.grad, padded(pull))
+
+
+def test_an_empty_response_is_none_of_reals_group():
+    """The loss of the first case above, with a fourth row that has no token in it."""
+    current, *rows = (torch.cat([x, x[:1]]) for x in (log_probs().detach(), *INPUTS.values()))
+    given = dict(zip(INPUTS, rows, strict=True))
+    given["mask"][3] = False
+    context = Context(groups=torch.zeros(4, dtype=torch.int64))
+    loss = policy_loss(current, **given, config=preset("real"), context=context).loss
+    assert loss.item() == pytest.approx(ln(13 / 9) + ln(17.25), rel=1e-12)
 
 
 def test_real_is_the_stacks_formula():
@@ -213,6 +223,40 @@ def test_what_a_correction_keeps(fields, kept):
     assert c.tolist() == kept
 
 
+# A token keeps ρ where its entropy is 3 or more, the median; mean(log μ − log π) of the sequences
+# is −ln(.75)/3 = .096 and −ln 2.
+@pytest.mark.parametrize(
+    ("limit", "expected", "clipped"),
+    [
+        (None, [[0, 1, 3], [0, 2, 0]], [[1, 0, 0], [1, 0, 0]]),
+        (0.09, [[0, 0, 0], [0, 2, 0]], [[1, 1, 1], [1, 0, 0]]),
+        (0.1, [[0, 1, 3], [0, 2, 0]], [[1, 0, 0], [1, 0, 0]]),
+    ],
+)
+def test_factors_together_are_their_product(limit, expected, clipped):
+    old = torch.full((2, 3), ln(0.2), dtype=torch.float64)
+    arguments = dict(
+        log_probs=old.clone().requires_grad_(),
+        old_log_probs=old,
+        advantages=-torch.ones_like(old),
+        mask=TOKENS,
+        rollout_log_probs=old - RHO.log(),
+        context=Context(entropy=torch.tensor([[1, 5, 3], [2, 4, 9]]).double()),
+        config=preset(
+            "reinforce",
+            top_entropy=0.5,
+            off_policy_limit=limit,
+            correction=RolloutCorrection(weight="decoupled"),
+        ),
+    )
+    result = policy_loss(**arguments)
+    result.loss.backward()
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(gradient_coefficients(**arguments), wanted)
+    torch.testing.assert_close(arguments["log_probs"].grad, wanted / 5)
+    assert result.clipped.int().tolist() == clipped
+
+
 def test_sequence_mask_tis_is_the_weight_with_geometric_bounds():
     """NeMo-RL's seq-mask-tis: ρ untruncated, exp(mean log ρ) within bounds."""
     old = torch.full((2, 3), -1.0, dtype=torch.float64)
@@ -245,7 +289,6 @@ def test_statistics_are_those_that_the_config_reads():
         == pytest.approx(-1.243234, abs=1e-6)
     )
     assert found["covariance_limit"].item() == pytest.approx(1.059351, abs=1e-6)
-    assert padded(R_TOKEN)[MASK].numel() == 6
 
 
 NEEDS = {
@@ -278,6 +321,10 @@ def test_the_context_is_checked():
     with pytest.raises(UserError, match=r"context.groups: shape \(2,\) given; allowed: \(3,\)"):
         context = Context(groups=torch.zeros(2))
         policy_loss(log_probs(), **INPUTS, config=preset("real"), context=context)
+    for other in (preset("kl-cov"), preset("vapo"), config):
+        with pytest.raises(UserError, match=r"statistics: m2_limit given, and the loss reads .*"):
+            context = Context(entropy=torch.zeros(3, 3), statistics={"m2_limit": 1.0})
+            policy_loss(log_probs(), **INPUTS, config=other, context=context)
     # What the loss does not look at is not read.
     policy_loss(log_probs(), **INPUTS, config=preset("grpo"), context=Context(entropy=None))
 

@@ -457,3 +457,21 @@ def test_aspo_caps_the_weight_of_a_stale_positive():
     result.loss.backward()
     assert lp.grad.item() == pytest.approx(-3)
     assert not result.clipped.any()
+
+
+def test_vespo_cuts_each_token_before_the_sequence():
+    """log r = 25 and −21 within ±20; log ρ = −30 and 17 within [ln 1e-8, 20]: as TRL does."""
+    old = torch.tensor([[-30.0, -3.0]], dtype=torch.float64)
+    lp = old + torch.tensor([[25.0, -21.0]])
+    log_w = 20 - 20 + math.log(1e-8) + 17
+    for sign, (k, rate) in ((1, (2, 3)), (-1, (3, 2))):
+        c = gradient_coefficients(
+            lp,
+            old,
+            torch.full_like(old, sign),
+            torch.ones_like(old),
+            config=PolicyLossConfig.preset("vespo"),
+            rollout_log_probs=old - torch.tensor([[-30.0, 17.0]]),
+        )
+        phi = math.exp(rate + k * log_w - rate * math.exp(log_w))
+        assert c[0].tolist() == pytest.approx([phi, phi], rel=1e-12)

@@ -5,15 +5,32 @@ import dataclasses
 import pytest
 import torch
 
-from moe_upgrpo.losses import PRESETS, finalize_metrics, merge_metrics, policy_loss
+from moe_upgrpo.losses import (
+    PRESETS,
+    PolicyLossConfig,
+    RolloutCorrection,
+    finalize_metrics,
+    merge_metrics,
+    policy_loss,
+)
 from tests.losses.batches import EVERY_PRESET, Batch, random_batch
 
 POISON = [1e4, -1e4, float("inf"), float("-inf"), float("nan")]
 
 
+# The presets, and the factors whose threshold is of the batch.
+THRESHOLDS = {
+    "up-grpo, top entropy": PolicyLossConfig.preset("up-grpo", top_entropy=0.4),
+    "grpo, m2": PolicyLossConfig.preset(
+        "grpo", correction=RolloutCorrection(m2=1e-3, positive=True)
+    ),
+}
+CONFIGS = {name: PRESETS[name] for name in EVERY_PRESET} | THRESHOLDS
+
+
 def run(name: str, batch: Batch, statistics: dict | None = None, **denominators):
     batch = batch.with_grad()
-    result = policy_loss(**batch.arguments(PRESETS[name], statistics), **denominators)
+    result = policy_loss(**batch.arguments(CONFIGS[name], statistics), **denominators)
     result.loss.backward()
     return result, batch.log_probs.grad
 
@@ -62,7 +79,7 @@ def test_wider_padding_changes_nothing(name):
 SPLIT = [[[0, 1], [2]], [[4, 5], [3]]]
 
 
-@pytest.mark.parametrize("name", EVERY_PRESET)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_micro_batches_and_ranks_add_up(name):
     """With the global denominators and statistics, losses, gradients and metrics of the parts sum
     to the whole's.
@@ -71,7 +88,7 @@ def test_micro_batches_and_ranks_add_up(name):
     """
     batch = random_batch(seed=23, spread=1.0)
     whole, gradient = run(name, batch)
-    counts = dict(global_tokens=22, global_sequences=5, statistics=batch.statistics(PRESETS[name]))
+    counts = dict(global_tokens=22, global_sequences=5, statistics=batch.statistics(CONFIGS[name]))
     loss, parts, metrics = 0.0, torch.zeros_like(gradient), []
     for rank in SPLIT:
         rank_metrics = []
@@ -95,7 +112,7 @@ def test_without_global_denominators_the_split_shows():
     assert not torch.allclose(first, gradient[:2])
 
 
-@pytest.mark.parametrize("name", ["clip-cov", "kl-cov", "up-kl-cov", "vapo", "real"])
+@pytest.mark.parametrize("name", ["clip-cov", "kl-cov", "up-kl-cov", "vapo", "real", *THRESHOLDS])
 def test_without_the_batchs_statistics_the_split_shows(name):
     batch = random_batch(seed=23, spread=1.0)
     _, gradient = run(name, batch)

@@ -55,14 +55,13 @@ def weighted_loss(
     config: PolicyLossConfig,
     rollout_log_probs: Tensor | None,
     global_tokens: float | None,
-    global_sequences: float,
+    global_sequences: float | None,
 ) -> tuple[Tensor, PolicyLoss]:
     """Σ of the tokens' losses with `weights` [B, T], by the denominators of the unweighted loss.
 
     Raises UserError: a loss that needs the rollout's log-probs, and there are none.
     """
     reads = "rollout_log_probs" in config.arguments
-    log_probs = log_probs.float()
     # Without any token the sum is 0, whatever it is divided by.
     totals = {"global_tokens": global_tokens or None, "global_sequences": global_sequences}
     result = policy_loss(
@@ -75,7 +74,7 @@ def weighted_loss(
         **totals,
     )
     per_sequence_B = aggregation_weights(
-        mask.sum(-1).to(log_probs.dtype),
+        mask.sum(-1).to(result.per_token.dtype),
         config.aggregation,
         token_sum_norm=config.token_sum_norm,
         **totals,
