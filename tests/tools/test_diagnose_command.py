@@ -33,6 +33,7 @@ def dumps(folder, evidence, *names) -> dict:
 
 
 ROUTES = ("rollout_routes", "train_routes")
+LOG_PROBS = ("rollout_logp", "train_logp")
 
 
 def test_two_dumps_in_a_command_and_what_a_remedy_removed(tmp_path):
@@ -95,9 +96,7 @@ def test_axes_of_a_whole_batch(order, tmp_path):
 def test_log_probs_alone(tmp_path):
     """No routes: the questions to log-probs are answered, and the others are said not to be."""
     evidence = injected("log-probs of temperature 0.7")
-    found, printed = diagnosed(
-        **dumps(tmp_path, evidence, "rollout_logp", "train_logp"), output_dir=tmp_path
-    )
+    found, printed = diagnosed(**dumps(tmp_path, evidence, *LOG_PROBS), output_dir=tmp_path)
     assert found.first.cause == "other-temperature"
     assert "at a temperature 0.69" in found.first.shown_by
     assert found.sentences[0].startswith("No routes are compared, and a token's log-prob differs")
@@ -219,7 +218,7 @@ def test_what_cannot_be_diagnosed_says_what_still_can(tmp_path):
     flat = paths | {"train_routes": tmp_path / "flat.npy"}
     np.save(flat["train_routes"], fewer[0])
     refused("one is a batch of sequences and the other a row", num_experts=16, **flat)
-    logps = dumps(tmp_path / "b", make_pair().evidence, "rollout_logp", "train_logp")
+    logps = dumps(tmp_path / "b", make_pair().evidence, *LOG_PROBS)
     np.save(logps["train_logp"], -np.load(logps["train_logp"]))
     refused("log-probs are above 0", **logps)
     paths = dumps(tmp_path / "c", make_pair().evidence)
@@ -230,6 +229,8 @@ def test_what_cannot_be_diagnosed_says_what_still_can(tmp_path):
     np.save(paths["train_logp"], np.full_like(right, np.nan))
     refused("no token has a log-prob on both sides (numbers: rollout", num_experts=16, **paths)
     (tmp_path / "no.json").write_text("{}")
+    taken, logps = tmp_path / "no.json", dumps(tmp_path / "d", make_pair().evidence, *LOG_PROBS)
+    refused(f"--output-dir {taken}: File exists", **logps, output_dir=taken)
     refused("is no diagnosis.json", run=run, before=tmp_path / "no.json")
     refused("--before", run=run, before=tmp_path / "absent.json")
 
