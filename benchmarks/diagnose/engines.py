@@ -200,10 +200,20 @@ def main(arguments: Arguments) -> None:
             if arguments.figure:
                 draw(found, arguments.figure)
         if "faults" in wants:
+            totals = []
             heads = ["put into the engine", "named first", "right", "explained, by model"]
             print(f"\nModels: {'; '.join(SHAPES)}.\n\n{table(heads, [])}")
-            for row in rows_of_faults(folder, prompts, ENGINE_FAULTS | CLEAN):
-                print(table_row(row), flush=True)
+            for what, faults in (
+                ("are named first", ENGINE_FAULTS),
+                ("pairs without a fault are said to have none", CLEAN),
+            ):
+                counts = []
+                for row in rows_of_faults(folder, prompts, faults):
+                    print(table_row(row), flush=True)
+                    counts.append([int(n) for n in row[2].split(" of ")])
+                right, of = np.sum(counts, axis=0)
+                totals.append(f"{right} of {of} {what}")
+            print(f"\n{', and '.join(totals)}.")
 
 
 if __name__ == "__main__":

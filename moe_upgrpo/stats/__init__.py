@@ -7,6 +7,7 @@ from moe_upgrpo.stats.clusters import (
     jackknifed,
     rates,
     ratio_interval,
+    unseen_bound,
 )
 from moe_upgrpo.stats.paired import (
     Comparison,
@@ -51,4 +52,5 @@ __all__ = [
     "ratio_interval",
     "ratio_tails",
     "sign_flip_test",
+    "unseen_bound",
 ]

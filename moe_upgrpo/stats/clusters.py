@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
+from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import t as student_t
 
@@ -30,6 +31,10 @@ from moe_upgrpo.errors import UserError
 
 MIN_PROMPTS = 8
 """With fewer there is no interval: the spread of so few says too little of the others."""
+
+UNSEEN_SPREAD = 2.0
+"""The standard deviation of prompts' shares, by their mean, where nothing was seen that would tell
+it: the widest that docs/intervals.md tries."""
 
 Scale = Literal["share", "magnitude", "signed"]
 """A figure between 0 and 1, one above 0, one of either sign."""
@@ -154,6 +159,30 @@ def ratio_interval(
 
     e_P = on_scale(count, total) - on_scale(count - n_P, total - d_P)
     return rate, *_ends(rate, e_P, scale, confidence)
+
+
+def unseen_bound(denominators_P: np.ndarray, *, confidence: float = 0.95) -> float:
+    """The upper end of the interval of a share of which nothing was seen; the lower one is 0.
+
+    Prompts' shares are taken to spread by `UNSEEN_SPREAD` times their mean r, as a gamma
+    distribution does. None is then seen of d_p with probability (1 + c² r d_p)^(−1/c²), which of
+    all prompts is (1 − confidence) / 2 at the bound: 3.7 / Σ d_p for many, and more for few.
+
+    Raises:
+        UserError: no prompt, or a denominator that is not above 0.
+    """
+    _check(confidence)
+    d_P = np.asarray(denominators_P, dtype=np.float64)
+    if d_P.ndim != 1 or not len(d_P) or not (d_P > 0).all():
+        raise UserError(
+            f"a bound by prompt takes one sum of each, above 0, got shape {list(d_P.shape)}"
+        )
+    c2, enough = UNSEEN_SPREAD**2, -math.log((1 - confidence) / 2)
+
+    def beyond(share: float) -> float:
+        return float(np.log1p(c2 * share * d_P).sum() / c2 - enough)
+
+    return 1.0 if beyond(1.0) <= 0 else float(brentq(beyond, 0.0, 1.0, xtol=1e-15))
 
 
 def jackknifed(

@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from benchmarks.coverage import Case, coverage
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.stats import jackknifed, rates, ratio_interval
+from moe_upgrpo.stats import jackknifed, rates, ratio_interval, unseen_bound
 
 
 def test_a_rate_is_a_ratio_of_sums_and_no_mean_of_means():
@@ -116,3 +116,19 @@ def test_a_nan_stays_in_its_group():
 def test_bad_input(num, den, options, message):
     with pytest.raises(UserError, match=message):
         rates(num, den, groups=["g"], **options)
+
+
+def test_the_bound_of_what_was_never_seen():
+    """(1 + 4 r d)^(−P / 4) = .025 solved for r by hand; many prompts: the rule of 3.7; one prompt
+    says next to nothing."""
+    for prompts in (8, 20):
+        by_hand = (0.025 ** (-4 / prompts) - 1) / (4 * 100)
+        assert unseen_bound(np.full(prompts, 100.0)) == pytest.approx(by_hand)
+    many = unseen_bound(np.ones(200_000))
+    assert many == pytest.approx(-math.log(0.025) / 200_000, rel=1e-3)
+    assert unseen_bound(np.array([1000.0])) == 1
+    # As much of one prompt more says less than the same of many.
+    assert unseen_bound(np.array([930.0, *[10.0] * 7])) > unseen_bound(np.full(8, 125.0))
+    for wrong in (np.zeros(3), np.array([])):
+        with pytest.raises(UserError, match="a bound by prompt"):
+            unseen_bound(wrong)

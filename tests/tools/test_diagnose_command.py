@@ -13,7 +13,7 @@ from benchmarks.diagnose.pairs import make_pair
 from benchmarks.diagnose.records import write_dumps, write_run
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store import RunFolder
-from moe_upgrpo.tools.diagnose import expected
+from moe_upgrpo.tools.diagnose import expected, verdict
 from moe_upgrpo.tools.diagnose.command import diagnose
 from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
 from tests.ranks import run_command
@@ -33,6 +33,7 @@ def dumps(folder, evidence, *names) -> dict:
 
 
 ROUTES = ("rollout_routes", "train_routes")
+LOG_PROBS = ("rollout_logp", "train_logp")
 
 
 def test_two_dumps_in_a_command_and_what_a_remedy_removed(tmp_path):
@@ -95,9 +96,7 @@ def test_axes_of_a_whole_batch(order, tmp_path):
 def test_log_probs_alone(tmp_path):
     """No routes: the questions to log-probs are answered, and the others are said not to be."""
     evidence = injected("log-probs of temperature 0.7")
-    found, printed = diagnosed(
-        **dumps(tmp_path, evidence, "rollout_logp", "train_logp"), output_dir=tmp_path
-    )
+    found, printed = diagnosed(**dumps(tmp_path, evidence, *LOG_PROBS), output_dir=tmp_path)
     assert found.first.cause == "other-temperature"
     assert "at a temperature 0.69" in found.first.shown_by
     assert found.sentences[0].startswith("No routes are compared, and a token's log-prob differs")
@@ -160,6 +159,34 @@ def test_nothing_differs(tmp_path):
     assert found.sentences[1].endswith("and nothing is left to explain.")
 
 
+def test_that_nothing_was_seen_is_below_what_is_expected_only_of_much(tmp_path):
+    """None of 10 prompts' n routers: at most 10 (40^.4 − 1) / 4 n, 8.4 of n. Of 960 that is .87%,
+    more than the .2% that is expected at least; of 96,000 it is less."""
+    one = np.load(dumps(tmp_path, make_pair().evidence, *ROUTES)["rollout_routes"])[:, :8]
+
+    def of(times, *, samples=2):
+        paths = {name: tmp_path / f"{name}.npy" for name in ROUTES}
+        for path in paths.values():
+            np.save(path, np.tile(one, (1, times, 1, 1)))
+        found, _ = diagnosed(**paths, num_experts=16, dump_samples=samples, output_dir=tmp_path)
+        return found.measured.routers, found.sentences[2]
+
+    few, said = of(1)
+    bound = (0.025 ** (-4 / 10) - 1) / (4 * 96)
+    assert few.value == 0 and (few.low, few.high) == (0, pytest.approx(bound))
+    assert said.startswith(
+        f"That, 0% (0% to {100 * bound:.3g}%) of routers, is not to be told from"
+    )
+    all_P = verdict._figure(make_pair().evidence, "all", [48] * 20, [48] * 20, "share")
+    assert (all_P.low, all_P.high) == (pytest.approx(1 - bound), 1)
+    many, said = of(100)
+    assert many.high == pytest.approx(bound / 100) and " is below the " in said
+    assert said.endswith("--precision).")
+    few, said = of(1, samples=None)  # one prompt, so to say: no interval, and that is said
+    assert few.low is None and " is below the " in said
+    assert said.endswith("of fewer than 8 prompts told apart, which may be chance.")
+
+
 def refused(says: str, **options):
     with pytest.raises(UserError) as error:
         diagnosed(**options)
@@ -191,10 +218,19 @@ def test_what_cannot_be_diagnosed_says_what_still_can(tmp_path):
     flat = paths | {"train_routes": tmp_path / "flat.npy"}
     np.save(flat["train_routes"], fewer[0])
     refused("one is a batch of sequences and the other a row", num_experts=16, **flat)
-    logps = dumps(tmp_path / "b", make_pair().evidence, "rollout_logp", "train_logp")
+    logps = dumps(tmp_path / "b", make_pair().evidence, *LOG_PROBS)
     np.save(logps["train_logp"], -np.load(logps["train_logp"]))
     refused("log-probs are above 0", **logps)
+    paths = dumps(tmp_path / "c", make_pair().evidence)
+    refused("both sides' routes have ids up to 15 or more: a layer has 16", num_experts=8, **paths)
+    right = np.load(paths["train_logp"])
+    np.save(paths["train_logp"], right[:, :-5])
+    refused(f"of {right.shape[1]} tokens a sequence and the trainer's of", num_experts=16, **paths)
+    np.save(paths["train_logp"], np.full_like(right, np.nan))
+    refused("no token has a log-prob on both sides (numbers: rollout", num_experts=16, **paths)
     (tmp_path / "no.json").write_text("{}")
+    taken, logps = tmp_path / "no.json", dumps(tmp_path / "d", make_pair().evidence, *LOG_PROBS)
+    refused(f"--output-dir {taken}: File exists", **logps, output_dir=taken)
     refused("is no diagnosis.json", run=run, before=tmp_path / "no.json")
     refused("--before", run=run, before=tmp_path / "absent.json")
 

@@ -54,6 +54,10 @@ def test_the_rule_is_found_again_with_its_error():
     assert exact.error() < 1e-6 and len(exact.misses) == 30
     noisy = fit(rows_of_a_rule(0.2), with_margin=False)
     assert 0.15 < noisy.error() < 0.35  # 0.2, and what 60 rows leave open of 8 coefficients
+    # Rows that do not say it take no part, but for the margins.
+    silent = [*rows_of_a_rule(0), ROW | {"trained": None, "model": "silent"}]
+    np.testing.assert_array_equal(fit(silent, with_margin=False).coefficients, exact.coefficients)
+    assert fit(silent, with_margin=True).rows == 61
     with pytest.raises(UserError, match="too few"):
         fit(rows_of_a_rule(0)[:8], with_margin=False)
 
@@ -100,7 +104,11 @@ def test_what_is_not_known_makes_it_wider():
     by_margins = expected_rate(64, 8, 4, "bf16", margins=0.01)
     assert "margins" in by_margins.source and by_margins.source != unknown.source
     far = expected_rate(512, 8, 61, "bf16", trained=True)
-    assert "extrapolated: 512 experts beyond" in far.source and "61 layers" in far.source
+    assert "61 layers beyond 4 of trained routers" in far.source
+    assert "extrapolated: 512 experts beyond 8–64, " in far.source
+    random = expected_rate(128, 8, 48, "bf16", trained=False).source
+    assert "extrapolated" not in random  # of random routers as large are in the table
+    assert "128 experts beyond 8–64" in expected_rate(128, 8, 48, "bf16").source
 
 
 @pytest.mark.parametrize(
@@ -120,12 +128,13 @@ def test_a_row_is_contributed(tmp_path):
     file = tmp_path / "row.jsonl"
     contribute(file, ROW | {"prompts": "never written"})
     contribute(file, ROW)
+    contribute(file, ROW | {"trained": None})
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert lines == [ROW, ROW]
+    assert lines == [ROW, ROW, ROW | {"trained": None}]
     for wrong, words in (
         ({"layers": None}, "layers: int"),
         ({"differ": 2000}, "2000 of 1000"),
-        ({"trained": "yes"}, "trained: bool"),
+        ({"trained": "yes"}, "trained: bool or null; got 'yes'"),
     ):
         with pytest.raises(UserError, match=words):
             contribute(file, ROW | wrong)

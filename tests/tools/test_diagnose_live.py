@@ -4,6 +4,8 @@ The full list in three models: `python -m benchmarks.diagnose.engines`.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +21,10 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout.base import SamplingConfig
 from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded
 from moe_upgrpo.tools.diagnose import bisection, live_faults, models, tensors
+from moe_upgrpo.tools.diagnose import knobs as all_knobs
 from moe_upgrpo.tools.diagnose.differences import Seen, differences, removed
 from moe_upgrpo.tools.diagnose.examine import examine
-from moe_upgrpo.tools.diagnose.knobs import KNOBS, order
+from moe_upgrpo.tools.diagnose.knobs import KNOBS, Knob, order
 from moe_upgrpo.tools.diagnose.live import opened
 
 QUICK = dict(samples=4, max_new_tokens=12)
@@ -76,6 +79,19 @@ def test_a_pair_without_a_fault_has_none(name, shape, tmp_path):
     assert found.bisection is not None and found.row["pairs"] > 0
 
 
+def raising(error: Exception | str):
+    def fails(_):
+        raise error if isinstance(error, Exception) else ValueError(error)
+
+    return fails
+
+
+def refused_knob(error: Exception) -> Knob:
+    """A knob that transformers refuses to turn."""
+    turned = partial(all_knobs._twin_with, prepare=raising(error))
+    return Knob(name="refused", does="what is refused", cost=1.0, turned=turned)
+
+
 def test_the_bisection_of_an_engine_in_bf16(checkpoint, tmp_path):
     """bf16 against fp32: float32 takes all of it away, and nothing else does; budget and machine
     say why what is left out is."""
@@ -87,6 +103,12 @@ def test_the_bisection_of_an_engine_in_bf16(checkpoint, tmp_path):
         assert live_faults.temperature(live) is None and live_faults.router_dtype(live) is None
         found = bisection.bisect(live, knobs=knobs)
         hurried = bisection.bisect(live, minutes=1e-9, knobs=knobs)
+        refusal = refused_knob(NotImplementedError("no such experts\nmore"))
+        assert bisection.bisect(live, knobs=(refusal,)).not_tried == {
+            "refused": "transformers: no such experts"
+        }
+        with pytest.raises(ValueError, match="a fault of ours"):  # no reason not to have tried
+            bisection.bisect(live, knobs=(replace(refusal, turned=raising("a fault of ours")),))
     (cause,) = found.findings
     assert (cause.cause, cause.kind, cause.measure) == ("engine-dtype", "numerics", "routers")
     assert cause.share > 0.99 and cause.low > 0.9

@@ -70,7 +70,7 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     """The diagnosis of a checkpoint with an engine."""
     from moe_upgrpo.tools.diagnose.examine import examine  # and with it Megatron
 
-    config.folder.mkdir(parents=True, exist_ok=True)
+    show.make_folder(config.folder)
     examined = examine(
         config,
         server_log=config.folder / "engine.log",

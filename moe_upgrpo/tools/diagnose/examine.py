@@ -117,8 +117,9 @@ def _settled(findings: Sequence[Finding]) -> bool:
     )
 
 
-def row_of(live: Live, *, trained: bool = True) -> dict | None:
-    """The pair as a row of the calibration table; None for a dense model. trained: the routers."""
+def row_of(live: Live) -> dict | None:
+    """The pair as a row of the calibration table; None for a dense model. Whether its routers are
+    trained a checkpoint does not say."""
     if not live.actor.layer_ids:
         return None
     base, hf = live.base, live.actor.hf
@@ -136,7 +137,7 @@ def row_of(live: Live, *, trained: bool = True) -> dict | None:
         "layers": sizes[0],
         "experts": sizes[2],
         "top_k": sizes[3],
-        "trained": trained,
+        "trained": None,
         "margin": float(np.median(np.concatenate(smallest))),
         "differ": int(routers_P.sum()),
         "pairs": int(pairs_P.sum()),

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import numpy as np
 from scipy import stats
@@ -43,7 +44,7 @@ FIELDS = {
     "layers": int,
     "experts": int,
     "top_k": int,
-    "trained": bool,
+    "trained": bool | None,
     "margin": float,
     "differ": int,
     "pairs": int,
@@ -51,7 +52,8 @@ FIELDS = {
     "model": str,
     "source": str,
 }
-"""The columns of a row. trained: whether the routers were. differ of pairs (token, MoE layer)
+"""The columns of a row. trained: whether the routers were; None: not known, and the
+rule without margins leaves the row out. differ of pairs (token, MoE layer)
 pairs had other experts. gap: mean |log-prob gap|. model: rows of one value are of one model."""
 
 
@@ -118,6 +120,7 @@ def fit(rows: Sequence[Mapping[str, Any]], *, with_margin: bool) -> Rule:
         UserError: too few models to fit and to leave one out.
     """
     rows = [r for r in rows if not _is_exact(r["precision"], r["trainer"]) and r["margin"] > 0]
+    rows = [r for r in rows if with_margin or r["trained"] is not None]
     x_RF = np.array([_features(row, with_margin) for row in rows])
     y_R = np.array([_log_rate(row) for row in rows])
     models = sorted({row["model"] for row in rows})
@@ -192,7 +195,7 @@ def expected_rate(
             low=min(one.low for one in both),
             middle=math.sqrt(both[0].middle * both[1].middle),
             high=max(one.high for one in both),
-            source=f"{both[0].source}; trained routers or not",
+            source=f"{both[1].source}; trained routers or not",
         )
     row = {
         "experts": num_experts,
@@ -227,13 +230,19 @@ def _of_fp32() -> Expected:
 
 
 def _source(of: Rule, row: Mapping[str, Any]) -> str:
-    """How many rows and models, the error, and what of the row lies outside of them."""
+    """How many rows and models, the error, and what of the row lies outside of those whose routers
+    are trained as its are."""
     outside = []
+    alike = [r for r in table() if row["trained"] in (None, r["trained"])]
     for name in ("experts", "top_k", "layers"):
-        seen = [r[name] for r in table()]
-        if not min(seen) <= row[name] <= max(seen):
-            outside.append(f"{row[name]} {name.replace('_', '-')} beyond {min(seen)}–{max(seen)}")
-    beyond = f"; extrapolated: {', '.join(outside)}" if outside else ""
+        low, high = (end(r[name] for r in alike) for end in (min, max))
+        if not low <= row[name] <= high:
+            seen = f"{low}–{high}" if low < high else f"{low}"
+            outside.append(f"{row[name]} {name.replace('_', '-')} beyond {seen}")
+    kind = (
+        "" if row["trained"] is None else f" of {'trained' if row['trained'] else 'random'} routers"
+    )
+    beyond = f"; extrapolated: {', '.join(outside)}{kind}" if outside else ""
     margins = " with margins" if of.with_margin else ""
     return (
         f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which misses a "
@@ -254,6 +263,10 @@ def expected_of(row: Mapping[str, Any], *, trained: bool | None = None) -> Expec
     )
 
 
+def _types(kind: type | UnionType) -> tuple[type, ...]:
+    return get_args(kind) or (kind,)
+
+
 def contribute(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row as a line of JSON, to be sent to the project; nothing of prompts is in it.
 
@@ -262,11 +275,10 @@ def contribute(path: Path, row: Mapping[str, Any]) -> None:
     """
     for name, kind in FIELDS.items():
         value = row.get(name)
-        good = isinstance(value, (int, float)) if kind is float else type(value) is kind
+        good = isinstance(value, (int, float)) if kind is float else type(value) in _types(kind)
         if not good:
-            raise UserError(
-                f"a row of the calibration table has {name}: {kind.__name__}; {value!r} is none."
-            )
+            shown = " or ".join("null" if t is NoneType else t.__name__ for t in _types(kind))
+            raise UserError(f"a row of the calibration table has {name}: {shown}; got {value!r}.")
     if not 0 <= row["differ"] <= row["pairs"] or row["pairs"] == 0:
         raise UserError(f"{row['differ']} of {row['pairs']} routers differ: nothing to contribute.")
     try:

@@ -139,5 +139,8 @@ def not_asked(evidence: Evidence) -> dict[str, str]:
     if evidence.margins is None and "margin_min" not in evidence.columns:
         lacking["near ties"] = "the trainer's top-k margins are not known"
     if len(np.unique(evidence.prompt)) < 8:
-        lacking["intervals"] = "they are by prompt, and fewer than 8 are told apart"
+        lacking["intervals"] = (
+            "they are by prompt, and fewer than 8 are told apart; of a dumped batch "
+            "--dump-samples G says how many sequences answer one"
+        )
     return lacking

@@ -60,6 +60,13 @@ def from_dumps(
     if rollout_routes is not None and train_routes is not None:
         pair = [route_dumps.read_routes(x) for x in (rollout_routes, train_routes)]
         routes, named = _arranged(*pair)
+        least = min(int(x.max()) for x in routes)
+        if num_experts is not None and least >= num_experts:
+            raise UserError(
+                f"--num-experts {num_experts}, and both sides' routes have ids up to {least} or "
+                f"more: a layer has {least + 1} experts at least. Give the number in the model's "
+                "config; rows of padding are 0 or below."
+            )
     if rollout_logp is not None and train_logp is not None:
         logps = [route_dumps.read_log_probs(x) for x in (rollout_logp, train_logp)]
         logps = [x[None] if x.ndim == 1 else x for x in logps]
@@ -179,8 +186,25 @@ def _take_log_probs(evidence: Evidence, logps: list[np.ndarray]) -> None:
         setattr(evidence, side, [np.asarray(x, np.float64) for x in values])
     if not evidence.response:
         evidence.response = [slice(0, len(x)) for x in evidence.logp_rollout]
-    if not any(np.isfinite(x).any() for x in (*evidence.logp_rollout, *evidence.logp_train)):
-        raise UserError("the log-prob dumps hold no number: every token is NaN.")
+    widths = [x.shape[1] for x in logps]
+    longer = ("rollout", "train")[int(np.argmax(widths))]
+    if np.isfinite(logps[int(np.argmax(widths))][:, min(widths) :]).any():
+        raise UserError(
+            f"the rollout's log-probs are of {widths[0]} tokens a sequence and the trainer's of "
+            f"{widths[1]}: which belong together is not known. Cut the {longer} side to the same "
+            "tokens, or put NaN where the other has none."
+        )
+    both = zip(evidence.logp_rollout, evidence.logp_train, strict=True)
+    if not any(np.isfinite(a[: len(b)] + b[: len(a)]).any() for a, b in both):
+        numbers = ", ".join(
+            f"{name} {int(np.isfinite(x).sum()):,} of {x.size:,} tokens"
+            for name, x in zip(("rollout", "train"), logps, strict=True)
+        )
+        raise UserError(
+            f"no token has a log-prob on both sides (numbers: {numbers}; the rest is NaN or "
+            "infinite): there is nothing to compare. Dump the log-probs of the same tokens; the "
+            "routes can still be compared without --rollout-logp and --train-logp."
+        )
 
 
 _COLUMNS = (

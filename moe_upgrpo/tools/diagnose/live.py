@@ -125,7 +125,7 @@ class Live:
     ) -> Iterator[HFEngine]:
         """The engine of transformers on the trainer's checkpoint. prepare: changes its model.
 
-        Raises UserError where transformers has no such model.
+        Raises UserError where transformers has no such model, or refuses the change.
         """
         engine = HFEngine(
             self.options.model,
@@ -135,7 +135,11 @@ class Live:
         )
         with closing(engine):
             if prepare is not None:
-                prepare(engine.model)
+                try:
+                    prepare(engine.model)
+                except (ValueError, NotImplementedError, ImportError) as error:
+                    # transformers refuses what a model or this machine has not
+                    raise UserError(f"transformers: {str(error).splitlines()[0]}") from error
             yield engine
 
     def twin_seen(self, at_once: int | None = None, **changes) -> Seen:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_upgrpo import __version__, report
+from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import percent, sentence
 from moe_upgrpo.store.files import write_text
 from moe_upgrpo.store.text import printable
@@ -73,9 +74,24 @@ def _to_mend(findings: list[Finding]) -> list[Finding]:
     return faults or findings[:1]
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a diagnosis; before work of minutes is done that goes into it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder}: {error.strerror or error}; a folder that can be written is "
+            "needed."
+        ) from None
+
+
 def write(diagnosis: Diagnosis, folder: Path) -> Path:
-    """Write diagnosis.json and diagnosis.html; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write diagnosis.json and diagnosis.html ; returns the page."""
+    make_folder(folder)
     write_text(folder / "diagnosis.json", as_text(diagnosis))
     page = folder / "diagnosis.html"
     write_text(page, printable(_html(diagnosis)))

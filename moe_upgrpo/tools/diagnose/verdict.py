@@ -18,7 +18,7 @@ import numpy as np
 from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import number, percent, plural
-from moe_upgrpo.stats import ratio_interval
+from moe_upgrpo.stats import MIN_PROMPTS, ratio_interval, unseen_bound
 from moe_upgrpo.store.files import parse_json
 from moe_upgrpo.tools.diagnose import faults, logps, matching, signs
 from moe_upgrpo.tools.diagnose.causes import CAUSES
@@ -167,6 +167,9 @@ def _figure(evidence, name, parts, wholes, scale, of="(token, layer) pairs") -> 
     part_P, whole_P = (matching.by_prompt(evidence, x) for x in (parts, wholes))
     known = whole_P > 0
     value, low, high = ratio_interval(part_P[known], whole_P[known], scale=scale)
+    if scale == "share" and value in (0, 1) and known.sum() >= MIN_PROMPTS:
+        bound = unseen_bound(whole_P[known])
+        low, high = (0.0, bound) if value == 0 else (1 - bound, 1.0)
     ends = [None if math.isnan(x) else x for x in (low, high)]
     return Figure(name=name, value=value, low=ends[0], high=ends[1], of=f"{sum(wholes):,.0f} {of}")
 
@@ -271,14 +274,17 @@ def _within(
         return f"Whether {what} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
     place = _place(rate, expected)
+    chance = rate.low is None and place in ("below", "above")
+    doubt = f"; of fewer than {MIN_PROMPTS} prompts told apart, which may be chance" * chance
     return (
         f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
-        f"expected of this model's shape and precision ({expected.source})"
+        f"expected of this model's shape and precision ({expected.source}){doubt}"
     )
 
 
 def _place(rate: Figure, expected: Expected) -> str:
-    """Where a rate lies beside what is expected; its own interval has to leave the range."""
+    """Where a rate lies beside what is expected; its own interval, where it has one, has to leave
+    the range."""
     low, high = (rate.value if end is None else end for end in (rate.low, rate.high))
     if expected.low <= rate.value <= expected.high:
         return "within"
