@@ -145,6 +145,7 @@ def passes(program: str, case: Case) -> bool:
                 cwd=folder,
                 env={"PATH": "/usr/bin:/bin", "HOME": folder, "OMP_NUM_THREADS": "1"},
                 timeout=WALL_S,
+                start_new_session=True,  # no terminal: /dev/tty is not there
             )
         except subprocess.TimeoutExpired:
             return False

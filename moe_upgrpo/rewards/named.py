@@ -139,12 +139,12 @@ def by_source(row: Any, otherwise: str | None) -> str:
             "reward_model.style is 'model': the answers are for a reward model to judge. Give "
             "--reward, for instance module:function that asks yours."
         )
-    source = row.get("data_source")
-    name = SOURCES.get(source, "math" if str(source).startswith("aime") else otherwise)
+    source = str(row.get("data_source"))  # a list or an object in some files: not known
+    name = SOURCES.get(source, "math" if source.startswith("aime") else otherwise)
     if name is None:
         raise UserError(
-            f"data_source is {source!r}; allowed with the reward data-source: "
-            f"{', '.join(SOURCES)}, aime…{nearest(str(source), SOURCES)}"
+            f"data_source is {row.get('data_source')!r}; allowed with the reward data-source: "
+            f"{', '.join(SOURCES)}, aime…{nearest(source, SOURCES)}"
         )
     return name
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -116,13 +117,17 @@ class _Worker:
 
     def _start(self) -> None:
         self._ended_by_us = False
+        # Its temporary files go with it, also where it is killed amid them.
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="moe_upgrpo_reward_", ignore_cleanup_errors=True
+        )
         paths = dict.fromkeys([os.getcwd(), *filter(None, sys.path)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_upgrpo.rewards.worker", self._place, str(self._timeout_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": self._folder.name},
         )
         with self._killed_after(START_S):
             line = self._process.stdout.readline()
@@ -173,3 +178,4 @@ class _Worker:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._folder.cleanup()

@@ -73,6 +73,40 @@ libc = ctypes.CDLL(None)
 assert libc.syscall(41, 2, 1, 0) == -1 and libc.syscall(425, 1, None) == -1
 assert libc.syscall(41 | 0x40000000, 2, 1, 0) == -1
 """
+# Ways round what is refused above; each must raise or give -1.
+WAYS_ROUND = """
+import ctypes, fcntl, os, struct
+libc = ctypes.CDLL(None)
+attempts = {
+    "a signal by a pipe's owner": lambda: fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getppid()),
+    "any signal so": lambda: fcntl.fcntl(pipe, 10, 9),
+    "typing into the terminal": lambda: fcntl.ioctl(pipe, 0x5412, b"x"),
+    "attributes": lambda: fcntl.ioctl(os.open(FILE, 0), 0x40086602, struct.pack("l", 0x40)),
+    "the terminal": lambda: os.open("/dev/tty", os.O_RDONLY),
+    "times": lambda: os.utime(FILE, (5, 5)),
+    "emptied as it is read": lambda: os.open(FILE, os.O_RDONLY | os.O_TRUNC),
+    "emptied as it is opened for nothing": lambda: os.open(FILE, os.O_TRUNC | 3),
+    "emptied by its name": lambda: os.truncate(FILE, 0),
+    "emptied by openat2": lambda: libc.syscall(437, -100, FILE.encode(), HOW, 24),
+    "shared memory": lambda: libc.shmget(0x6D6F65, 4096, 0o1600),
+    "a message queue": lambda: libc.msgget(0x6D6F65, 0o1600),
+    "semaphores": lambda: libc.semget(0x6D6F65, 1, 0o1600),
+    "its parent's scheduling": lambda: libc.syscall(314, os.getppid(), IDLE, 0),
+    "its parent's disk": lambda: libc.syscall(251, 1, os.getppid(), 3 << 13),
+    "to outlive its parent": lambda: libc.prctl(1, 0, 0, 0, 0),
+}
+HOW = struct.pack("QQQ", os.O_TRUNC, 0, 0)
+IDLE = struct.pack("IIQiIQQQ", 48, 5, 0, 0, 0, 0, 0, 0)
+pipe = os.pipe()[0]
+done = []
+for name, attempt in attempts.items():
+    try:
+        if attempt() != -1:
+            done.append(name)
+    except OSError:
+        pass
+print(done)
+"""
 ALLOWED = """
 import asyncio, threading
 thread = threading.Thread(target=len, args=("",))
@@ -91,6 +125,21 @@ def test_what_a_program_may_and_may_not(tmp_path):
     file.write_text("kept")
     assert passes(f"FILE = {str(file)!r}\n{REFUSED}\n{ALLOWED}", Case())
     assert file.read_text() == "kept" and file.stat().st_mode & 0o400
+
+
+@linux
+def test_ways_round_are_refused_with_an_older_landlock_too(tmp_path, monkeypatch):
+    file = tmp_path / "kept"
+    file.write_text("kept")
+    times = file.stat().st_mtime_ns
+    nothing = Case(printed="[]")
+    assert passes(f"FILE = {str(file)!r}\n{WAYS_ROUND}", nothing)
+    text, since_6_2 = code_module._SANDBOX.read_text(), ", 3: 0x4000"
+    assert since_6_2 in text
+    (tmp_path / "sandbox.py").write_text(text.replace(since_6_2, ""))
+    monkeypatch.setattr(code_module, "_SANDBOX", tmp_path / "sandbox.py")
+    assert passes(f"FILE = {str(file)!r}\n{WAYS_ROUND}", nothing)
+    assert file.read_text() == "kept" and file.stat().st_mtime_ns == times
 
 
 @linux

@@ -143,6 +143,10 @@ def test_verls_data_sets_choose_their_reward():
     names = ("openai/gsm8k", "lighteval/MATH", "aime2024", "codecontests", "mine", None)
     found = [by_source({"data_source": name}, otherwise="exact") for name in names]
     assert found == ["gsm8k", "math", "math", "code", "exact", "exact"]
+    for odd in (["openai/gsm8k"], {"name": "math"}, 7):
+        assert by_source({"data_source": odd}, otherwise="exact") == "exact"
+        with pytest.raises(UserError, match="data_source is .*allowed"):
+            by_source({"data_source": odd}, otherwise=None)
     with pytest.raises(UserError, match=r"data_source is 'openai/gsm8'.*nearest: openai/gsm8k"):
         by_source({"data_source": "openai/gsm8"}, otherwise=None)
     with pytest.raises(UserError, match="for a reward model to judge"):

@@ -1,11 +1,16 @@
 """Rewards of a user's own in processes: what they give, and what is said where they fail."""
 
+import os
+import tempfile
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rewards import Question, Workers
+from tests.rewards.test_code import linux
 
 OWN = "tests.rewards.own"
 
@@ -72,6 +77,35 @@ def test_a_file_without_a_package(tmp_path):
     (tmp_path / "mine.py").write_text("def one(problem, response, row): return len(response)\n")
     (outcome,) = ask(f"{tmp_path}/mine.py:one", "four")
     assert outcome.value == 4
+
+
+@linux
+def test_nothing_is_left_of_a_program_whose_worker_was_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runs = Question(prompt="", answer="assert True")
+    workers = Workers("moe_upgrpo.rewards.code:code", timeout_s=1.0, count=1)
+    try:
+        sleeps = "open('begun', 'w').close()\nimport time\ntime.sleep(60)"
+        (outcome,) = workers([(runs, sleeps, {}, None)])
+        assert outcome.late
+        (only,) = tmp_path.iterdir()  # of the worker that was started instead
+        assert not list(only.iterdir())
+        ends = time.monotonic() + 5
+        while (running := programs_in(tmp_path)) and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert not running
+    finally:
+        workers.close()
+    assert not list(tmp_path.iterdir())
+
+
+def programs_in(folder):
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.readlink(process / "cwd").startswith(str(folder)):
+                found.append(process.name)
+    return found
 
 
 @pytest.mark.parametrize(
