@@ -236,10 +236,16 @@ if not hasattr(worker_module, "logged"):  # the checkout is not patched
 
 
 def config_of(
-    sizes: dict, replay: dict, packed: bool, count: int, stand_ins: list[str], updates: int
+    checkpoint: str,
+    sizes: dict,
+    replay: dict,
+    packed: bool,
+    count: int,
+    stand_ins: list[str],
+    updates: int,
 ) -> dict:
     return {
-        "model_name": "tiny",
+        "model_name": checkpoint,
         "stand_ins": stand_ins,
         "router_replay": replay,
         "generation": {"backend": "vllm"},
@@ -447,7 +453,7 @@ def train(
         torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
         updates = 2 if way == "two updates" else 1
-        config = config_of(sizes, replay, packed, len(sequences), stand_ins, updates)
+        config = config_of(checkpoint, sizes, replay, packed, len(sequences), stand_ins, updates)
         # As it comes out of Ray's pickle in a worker's process: the methods with their own globals.
         actor = ray.remote(worker_module.MegatronPolicyWorkerImpl).__ray_metadata__.modified_class
         worker = ray.cloudpickle.loads(ray.cloudpickle.dumps(actor))(config, checkpoint)

@@ -198,7 +198,7 @@ def args_of(**flags) -> Args:
         check_for_nan_in_loss_and_grad=True,
         profile_target=(),
         log_reward_category=None,
-        hf_checkpoint="tiny",
+        hf_checkpoint=None,
         num_layers=2,
         num_experts=8,
         rollout_batch_size=2,
@@ -424,7 +424,7 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
         "MOE_UPGRPO_RUN": str(folder),
         "ENABLE_ROUTING_REPLAY": str(int(bool(flags.get("use_rollout_routing_replay")))),
     }
-    args = args_of(**flags)
+    args = args_of(hf_checkpoint=checkpoint, **flags)
     set_up(args)
     slime_attention.set_layout(args.allgather_cp and args.context_parallel_size > 1)
     reported = []

@@ -144,6 +144,7 @@ def engine_of(checkpoint, mode: str, packed: bool, **settings) -> MegatronEngine
         use_remove_padding=packed,
     )
     model_config.tokenizer = types.SimpleNamespace(pad_token_id=0)
+    model_config.local_tokenizer_path = str(checkpoint)
     engine_config = McoreEngineConfig(
         vanilla_mbridge=True,
         use_remove_padding=packed,
