@@ -52,10 +52,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron import backend, model
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from tests.integrations import nemo_rl_stand_ins
+from tests.integrations.local_gpt import loaded
 from tests.ranks import run_ranks
 
 nemo_rl_stand_ins.install()
@@ -194,20 +195,8 @@ def constructed(self, config, checkpoint: str) -> None:
     settings.calculate_per_token_loss = True  # as megatron/setup.py: gradients are added up
     settings.context_parallel_size = sizes["context_parallel_size"]
     self.model_slices_context_parallel_inputs = "slices" in config["stand_ins"]
-    spec = model.block_spec(settings, None)
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = Attention
-    chunk = (SlicingModel if "slices" in config["stand_ins"] else GPTModel)(
-        settings,
-        spec,
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    weights.load_weights([chunk], hf, Path(checkpoint))
+    kind = SlicingModel if "slices" in config["stand_ins"] else GPTModel
+    chunk = loaded(settings, hf, checkpoint, Attention, kind)
     self.draft_model = None
     if "draft" in config["stand_ins"]:
         chunk.draft_model = self.draft_model = Draft(settings)
