@@ -26,13 +26,13 @@ from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, revisions
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
+from moe_upgrpo.integrations.kit.weighted import weighted_sum
 from moe_upgrpo.integrations.verl import install
 from moe_upgrpo.losses import (
     CONTEXT,
     GLOSSARY,
     PolicyLoss,
     PolicyLossConfig,
-    aggregation_weights,
     policy_loss,
 )
 
@@ -139,14 +139,7 @@ class VerlLoss:
             return result.loss, result
         mask = response_mask.bool()
         self._check_weights(ours, rollout_is_weights, mask)
-        weights_B = aggregation_weights(
-            mask.sum(-1).to(log_prob.dtype),
-            ours.aggregation,
-            **totals,
-            token_sum_norm=ours.token_sum_norm,
-        )
-        weighted_BT = result.per_token * torch.where(mask, rollout_is_weights, 0.0)
-        return (weighted_BT.sum(-1) * weights_B).sum(), result
+        return weighted_sum(result, mask, rollout_is_weights, ours, **totals), result
 
     def _check_weights(self, ours: PolicyLossConfig, weights_BT: Tensor, mask: Tensor) -> None:
         if not coupled(ours):
