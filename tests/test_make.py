@@ -92,6 +92,7 @@ def test_ci_runs_the_newest_megatron_core_or_says_that_it_did_not(there, tmp_pat
     expected = ["make test", "make test-older-cpu", "make test-slow", *newest, "make test-engines"]
     assert lines == expected
     assert ("after 0.16 were NOT tested" in ran.stdout) == (not there)
+    assert "were NOT looked at in one" in ran.stdout  # without an environment there is no browser
 
 
 def test_the_workflows_call_make_targets_that_there_are():

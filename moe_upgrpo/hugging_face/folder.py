@@ -8,6 +8,7 @@ of model.safetensors. Every other file is ignored.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -62,11 +63,12 @@ def downloaded(name: str | Path) -> Path:
 
     Raises UserError, without asking the network: neither is here.
     """
-    if not Path(name).is_dir() and HUB_NAME.fullmatch(str(name)):
+    if HUB_NAME.fullmatch(str(name)) and not os.path.isdir(name):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-        with suppress(LocalEntryNotFoundError):
+        # The hub's own rule for names is narrower: no "--", no "." at an end.
+        with suppress(LocalEntryNotFoundError, HFValidationError):
             return Path(snapshot_download(str(name), local_files_only=True))
     return check_folder(name)
 

@@ -160,9 +160,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
 
 
 def keep_vocabulary(run: str | Path, model: str | Path, *, trust_remote_code: bool = False) -> None:
-    """Write the texts of a model's tokens into a run folder, where its report reads them."""
+    """Write the texts of a model's tokens into a run folder, where its report reads them.
+
+    Raises UserError: there is no tokenizer, or one that does not tell its tokens' texts.
+    """
     tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code)
-    write_vocabulary(run, token_bytes(tokenizer))
+    try:
+        texts = token_bytes(tokenizer)
+    except Exception as error:  # as where it is loaded
+        lines = str(error).splitlines() or ["no reason given"]
+        raise UserError(
+            f"{model}: its tokenizer does not tell the texts of its tokens: "
+            f"{type(error).__name__}: {lines[0]}"
+        ) from None
+    write_vocabulary(run, texts)
 
 
 def _bytes_of_signs() -> dict[str, int]:

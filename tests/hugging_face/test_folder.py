@@ -300,6 +300,10 @@ def test_a_download_of_the_hub_is_found_without_the_network(no_network, tmp_path
     assert downloaded(there) == there
     with pytest.raises(UserError, match="hf download org/other"):
         downloaded("org/other")
+    # Names that the hub itself would refuse, or that no folder can have.
+    for name in ("a--b/c", "org/x..y", "org/" + "a" * 120, "a" * 300 + "/b"):
+        with pytest.raises(UserError, match=r"does not exist|cannot be read"):
+            downloaded(name)
 
 
 def test_a_name_of_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):

@@ -166,26 +166,17 @@ def forward_backward(names, model, data_iterator, post_processing_fn, forward_on
 
 
 def make_worker(names, self, config, weights_path, **_):
-    from megatron.core.models.gpt import GPTModel
-
-    from moe_upgrpo.megatron import model, weights
+    from moe_upgrpo.megatron import model
     from moe_upgrpo.megatron.families import read_model_config
     from moe_upgrpo.megatron.layout import Layout
+    from tests.integrations.local_gpt import loaded
 
     self.cfg, self.dp_size = config, 1
     self._router_replay_enabled = bool((config.get("router_replay") or {}).get("enabled"))
     self.delegate_pack_to_model, self.draft_model = "packs" in config, None
     hf = read_model_config(Path(weights_path))
     settings = model.transformer_config(hf, Layout(), torch.float32)
-    self.model = GPTModel(
-        settings,
-        model.block_spec(settings, None),
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    weights.load_weights([self.model], hf, Path(weights_path))
+    self.model = loaded(settings, hf, weights_path)
     self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
 
 

@@ -52,10 +52,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron import backend, model
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from tests.integrations import nemo_rl_stand_ins
+from tests.integrations.local_gpt import loaded
 from tests.ranks import run_ranks
 
 nemo_rl_stand_ins.install()
@@ -194,20 +195,8 @@ def constructed(self, config, checkpoint: str) -> None:
     settings.calculate_per_token_loss = True  # as megatron/setup.py: gradients are added up
     settings.context_parallel_size = sizes["context_parallel_size"]
     self.model_slices_context_parallel_inputs = "slices" in config["stand_ins"]
-    spec = model.block_spec(settings, None)
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = Attention
-    chunk = (SlicingModel if "slices" in config["stand_ins"] else GPTModel)(
-        settings,
-        spec,
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    weights.load_weights([chunk], hf, Path(checkpoint))
+    kind = SlicingModel if "slices" in config["stand_ins"] else GPTModel
+    chunk = loaded(settings, hf, checkpoint, Attention, kind)
     self.draft_model = None
     if "draft" in config["stand_ins"]:
         chunk.draft_model = self.draft_model = Draft(settings)
@@ -236,10 +225,16 @@ if not hasattr(worker_module, "logged"):  # the checkout is not patched
 
 
 def config_of(
-    sizes: dict, replay: dict, packed: bool, count: int, stand_ins: list[str], updates: int
+    checkpoint: str,
+    sizes: dict,
+    replay: dict,
+    packed: bool,
+    count: int,
+    stand_ins: list[str],
+    updates: int,
 ) -> dict:
     return {
-        "model_name": "tiny",
+        "model_name": checkpoint,
         "stand_ins": stand_ins,
         "router_replay": replay,
         "generation": {"backend": "vllm"},
@@ -447,7 +442,7 @@ def train(
         torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
         megatron_random._set_cuda_rng_state = lambda *_, **__: None
         updates = 2 if way == "two updates" else 1
-        config = config_of(sizes, replay, packed, len(sequences), stand_ins, updates)
+        config = config_of(checkpoint, sizes, replay, packed, len(sequences), stand_ins, updates)
         # As it comes out of Ray's pickle in a worker's process: the methods with their own globals.
         actor = ray.remote(worker_module.MegatronPolicyWorkerImpl).__ray_metadata__.modified_class
         worker = ray.cloudpickle.loads(ray.cloudpickle.dumps(actor))(config, checkpoint)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_upgrpo.integrations import hooks
 from moe_upgrpo.losses import (
     BRANCHES,
     GLOSSARY,
@@ -23,7 +24,7 @@ from moe_upgrpo.losses import (
 )
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
-from tests.integrations.places import MILES_WHEEL
+from tests.integrations.places import CHECKOUTS, MILES_WHEEL
 from tests.integrations.slime_wide import OBSERVE, ROUTES, UP, WideChecks
 from tests.integrations.test_verl import CHANGED, K, L, rows_of, sequences
 from tests.integrations.tried import TRIED
@@ -246,6 +247,8 @@ class StackChecks(WideChecks):
         if checkout == MILES_WHEEL:
             pytest.skip(f"the wheel of miles does not hold its tests: {own_tests}")
         if not (checkout / own_tests.split()[0]).exists():
+            newest = CHECKOUTS[self.stack][1]  # the list is of its tests
+            assert hooks.difference(self.stack, checkout, newest), f"{newest} has {own_tests}"
             pytest.skip(f"this revision of {self.stack} has no {own_tests}")
         done = subprocess.run(
             [

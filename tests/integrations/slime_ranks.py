@@ -87,16 +87,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
 from moe_upgrpo.integrations.slime_miles.revisions import first_module, taken
-from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron import backend, model
 from moe_upgrpo.megatron.layout import Layout
 from tests.integrations import slime_attention, slime_schedule
+from tests.integrations.local_gpt import loaded
 
 NAMES.append("triton")  # not for Megatron and torch, which can do without it
 if STACK == "slime":
@@ -198,7 +198,7 @@ def args_of(**flags) -> Args:
         check_for_nan_in_loss_and_grad=True,
         profile_target=(),
         log_reward_category=None,
-        hf_checkpoint="tiny",
+        hf_checkpoint=None,
         num_layers=2,
         num_experts=8,
         rollout_batch_size=2,
@@ -304,24 +304,10 @@ def chunk_of(args: Args, checkpoint: str):
     config.context_parallel_size = args.context_parallel_size
     config.sequence_parallel = args.sequence_parallel
     config.variable_seq_lengths = True
-    spec = model.block_spec(config, None)
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = slime_attention.Attention
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
+    gpt = loaded(config, hf, checkpoint, slime_attention.Attention)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     gpt_module = gpt if args.fp32 else Float16Module(config, gpt)
-    chunk = DistributedDataParallel(config, ddp, gpt_module)
-    weights.load_weights([gpt], hf, Path(checkpoint))
-    return chunk
+    return DistributedDataParallel(config, ddp, gpt_module)
 
 
 def actor_of(args: Args, checkpoint: str):
@@ -424,7 +410,7 @@ def train(checkpoint: str, folder: Path, sequences: list[dict], flags: dict, ste
         "MOE_UPGRPO_RUN": str(folder),
         "ENABLE_ROUTING_REPLAY": str(int(bool(flags.get("use_rollout_routing_replay")))),
     }
-    args = args_of(**flags)
+    args = args_of(hf_checkpoint=checkpoint, **flags)
     set_up(args)
     slime_attention.set_layout(args.allgather_cp and args.context_parallel_size > 1)
     reported = []

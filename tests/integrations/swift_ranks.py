@@ -201,13 +201,13 @@ def context_parallel(packed: bool, mode: str) -> list[bool]:
 
 def trainer_class(module, checkpoint: str, generated: list[dict]):
     """MegatronGRPOTrainer with the stand-ins for its model, engine, reward and encoding."""
-    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from swift.megatron.utils import wrap_model
     from transformers import AutoConfig
 
-    from moe_upgrpo.megatron import model, weights
+    from moe_upgrpo.megatron import model
     from moe_upgrpo.megatron.layout import Layout
+    from tests.integrations.local_gpt import loaded
     from tests.integrations.slime_attention import Attention
 
     class Model(GPTModel):
@@ -232,20 +232,7 @@ def trainer_class(module, checkpoint: str, generated: list[dict]):
             self.config.moe_enable_routing_replay = args.router_replay_mode != "disabled"
             self.config.variable_seq_lengths = True
             self.config.context_parallel_size = args.context_parallel_size
-            spec = model.block_spec(self.config, None)
-            for layer in spec.layer_specs:
-                layer.submodules.self_attention.submodules.core_attention = Attention
-            chunk = Model(
-                config=self.config,
-                transformer_layer_spec=spec,
-                vocab_size=hf.vocab_size,
-                max_sequence_length=hf.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(),
-                post_process=parallel_state.is_pipeline_last_stage(),
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
-            )
-            weights.load_weights([chunk], hf, Path(checkpoint))
+            chunk = loaded(self.config, hf, checkpoint, Attention, Model)
             self.unwrapped_models = self.peft_models = self.ref_models = [chunk]
             self.wrapped_models = wrap_model(args, self.unwrapped_models)
 

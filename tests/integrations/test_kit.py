@@ -324,6 +324,28 @@ def test_a_run_without_a_tokenizer_says_how_texts_are_had(tokenizer, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error", [KeyError("▁"), RuntimeError("a library's\ntwo lines"), OSError()]
+)
+def test_a_tokenizer_that_breaks_does_not_end_the_job(error, tmp_path, capsys, monkeypatch):
+    """Its rank would leave the others waiting. Whatever is raised, and wherever."""
+    (tmp_path / "run").mkdir()
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_moe"}')
+
+    def breaks(*_, **__):
+        raise error
+
+    for place in ("token_bytes", "read_tokenizer"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"moe_upgrpo.hugging_face.tokenizer.{place}", breaks)
+            keep_texts(tmp_path / "run", tmp_path / "model")
+        (said,) = capsys.readouterr().out.splitlines()
+        assert type(error).__name__ in said and "--tokenizer FOLDER" in said
+    keep_texts(tmp_path / "run", tmp_path / "model")
+    assert read_vocabulary(tmp_path / "run", range(100)) and not capsys.readouterr().out
+
+
 def broken(folder) -> str:
     with groups.process_groups(Layout()):
         log = RunLog(folder / "run", {}, group=None, layer_ids=[1, 3], top_k=2, num_experts=4)

@@ -485,7 +485,7 @@ def jobs(patched, tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_record_is_whole(jobs, name):
-    assert_whole(jobs / name)
+    assert_whole(jobs / name, texts=False)  # its tokenizer is a stand-in without a folder
 
 
 @pytest.mark.parametrize("name", RUNS)

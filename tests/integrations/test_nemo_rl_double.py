@@ -249,7 +249,9 @@ def steps(revision: str, checkpoint, folder: Path, way: str) -> dict:
         from moe_upgrpo.integrations.nemo_rl.log import logged
         from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn
 
-        config = nemo_rl_recipe.policy(revision) | {"model_name": "tiny"}
+        # As Hydra resolves the recipe's ${policy.model_name}.
+        named = {"model_name": str(checkpoint), "tokenizer": {"name": str(checkpoint)}}
+        config = nemo_rl_recipe.policy(revision) | named
         config["router_replay"] = {"enabled": True, "observe_only": True}
         made = logged(MegatronPolicyWorkerImpl)(
             config, None, weights_path=checkpoint, worker_sharding_annotations=None

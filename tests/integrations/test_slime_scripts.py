@@ -14,7 +14,7 @@ import pytest
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
 from tests.integrations import slime_scripts
-from tests.integrations.places import with_checkout
+from tests.integrations.places import CHECKOUTS, with_checkout
 from tests.integrations.stand_ins import installed
 from tests.integrations.test_slime_stand_ins import Manager, args_of, installed_miles
 
@@ -55,6 +55,7 @@ def verdict(ours, settings: list[dict], **flags) -> str:
 def test_each_setting_of_a_published_replay_script(stack, run):
     script = slime_scripts.read()[stack]
     settings, revision = script["settings"], script["revision"]
+    assert revision == CHECKOUTS[stack][1]  # else the next test would be skipped for every checkout
     flags = {one["flag"] for one in settings}
     assert len(flags) > 60 and {"--use-rollout-routing-replay", "--context-parallel-size"} <= flags
     managers = Manager("routing", ""), Manager("indexer", "")

@@ -32,7 +32,7 @@ from moe_upgrpo.losses import PRESETS, PolicyLossConfig, finalize_metrics, polic
 from moe_upgrpo.report import write_report
 from moe_upgrpo.store import read_config, read_metrics, read_routes, read_tokens
 from tests.integrations import verl_settings
-from tests.integrations.places import with_checkout
+from tests.integrations.places import CHECKOUTS, with_checkout
 from tests.integrations.whole import assert_whole
 from tests.losses.batches import random_batch
 
@@ -205,6 +205,7 @@ def test_verls_own_replay_example_is_accepted_setting_by_setting():
     assert len(given) > 70
     config = verl_settings.composed([*verl_settings.as_verl_takes_them(given), *verl_settings.OURS])
     found = verl_settings.verdicts(given, config)
+    assert kept["revision"] == CHECKOUTS["verl"][1]  # else no checkout is held to it below
     assert found == [setting[:3] for setting in kept["settings"]]
     refused = {name: verdict for name, _, verdict in found if verdict != "accepted"}
     assert list(refused) == list(verl_settings.INSTEAD)

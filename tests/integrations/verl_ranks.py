@@ -30,15 +30,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import Float16Module
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import set_platform
 
-from moe_upgrpo.megatron import backend, model, weights
+from moe_upgrpo.megatron import backend, model
 from moe_upgrpo.megatron.layout import Layout
 from tests.integrations import verl_stand_ins
+from tests.integrations.local_gpt import loaded
 from tests.ranks import run_ranks
 
 
@@ -93,20 +93,7 @@ class Bridge:
                 setattr(config, name, value)
 
     def get_model(self, *, wrap_with_ddp, ddp_config, **kwargs):
-        spec = model.block_spec(self.config, None)
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = verl_stand_ins.Attention
-        chunk = GPTModel(
-            config=self.config,
-            transformer_layer_spec=spec,
-            vocab_size=self.hf.vocab_size,
-            max_sequence_length=self.hf.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
-        )
-        weights.load_weights([chunk], self.hf, self.folder)
+        chunk = loaded(self.config, self.hf, self.folder, verl_stand_ins.Attention)
         if self.adapters:
             self.adapters(chunk)
         if self.config.bf16:
@@ -144,6 +131,7 @@ def engine_of(checkpoint, mode: str, packed: bool, **settings) -> MegatronEngine
         use_remove_padding=packed,
     )
     model_config.tokenizer = types.SimpleNamespace(pad_token_id=0)
+    model_config.local_tokenizer_path = str(checkpoint)
     engine_config = McoreEngineConfig(
         vanilla_mbridge=True,
         use_remove_padding=packed,

@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
+from moe_upgrpo.store.texts import read_vocabulary
+from moe_upgrpo.tasks.arithmetic import VOCABULARY
 
 # Null in a stack that cannot know it, never invented.
 COLUMNS = {"prefix_mismatched", "margin_min", "gradient_weight", "rollout_experts", "train_experts"}
@@ -24,9 +26,15 @@ METRICS = {
 }
 
 
-def assert_whole(run: Path) -> None:
-    """Check the columns, metrics and alarms that all integrations share, by their values."""
+def assert_whole(run: Path, *, texts: bool = True) -> None:
+    """Check the columns, metrics and alarms that all integrations share, by their values.
+
+    texts: whether the stack's model has the tokenizer of conftest.py.
+    """
     config, rows = read_config(run), read_metrics(run)
+    if texts:
+        ids = range(len(VOCABULARY))
+        assert read_vocabulary(run, ids) == dict(enumerate(map(str.encode, VOCABULARY)))
     assert config["alarms"] == {name: alarm.means for name, alarm in ALARMS.items()}
     assert {"stack", "model", "layout", "loss", "replay", "engine", "token_log"} <= config.keys()
     assert rows

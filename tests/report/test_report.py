@@ -99,6 +99,7 @@ def test_figures_use_names_of_the_glossary(tmp_path):
 
 def test_one_file_that_asks_for_nothing_from_outside(full):
     _, html, _ = full
+    assert len(html.encode()) < 500_000  # that of `make train` is a tenth larger
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
         assert attribute.startswith(("data:", "#"))
     assert "@import" not in html and not re.search(r"url\((?!#)", html) and "<script" not in html

@@ -106,16 +106,18 @@ def check_free(path: Path) -> None:
 def keep_texts(run: Path, tokenizer: str | Path | None) -> None:
     """Write the texts of tokens into a run folder, or say how they come into its report later.
 
-    A job does not end for them: its log is whole without.
+    A job does not end for them, whatever a tokenizer's library raises: its log is whole without.
     """
     try:
         if tokenizer is None:
             raise UserError("no tokenizer is named")
         keep_vocabulary(run, downloaded(tokenizer))
-    except UserError as error:
+    except Exception as error:  # where the disk is full, the log's own next write says so
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        why = (str(error).splitlines() or ["no reason given"])[0]
         print(
             f"moe_upgrpo: the report of {run} shows token ids in place of texts, unless it is made "
-            f"with moe-upgrpo report {run} --tokenizer FOLDER: {error}",
+            f"with moe-upgrpo report {run} --tokenizer FOLDER: {kind}{why}",
             flush=True,
         )
 

@@ -205,11 +205,12 @@ class SequenceLog:
             num_layers=self.config.num_layers,
         )
 
-    def write(self, args: Any, **about: str) -> dict[str, float]:
+    def write(self, args: Any, *, tokenizer: str | Path, **about: str) -> dict[str, float]:
         """Write the step: a collective of the last pipeline stage.
 
-        args: Megatron's arguments, for the layout. about: entries of the run's config that the
-        stack knows. Returns what goes to the stack's own trackers, on every rank of the stage.
+        args: Megatron's arguments, for the layout. tokenizer: the folder or name of the model that
+        has it. about: entries of the run's config that the stack knows. Returns what goes to the
+        stack's own trackers, on every rank of the stage.
         """
         shared: list[Any] = [None]
         if self.writes:
@@ -225,6 +226,7 @@ class SequenceLog:
                     share=self.share,
                     limits=self.limits,
                     modules=[self.model],
+                    tokenizer=tokenizer,
                 )
             shared = [reported(self.log.write_step(self.step, self.gathered))]
         stage = parallel_state.get_tensor_and_context_parallel_group()

@@ -73,6 +73,20 @@ def weighted_loss(
         rollout_log_probs=required(rollout_log_probs, "the loss") if reads else None,
         **totals,
     )
+    return weighted_sum(result, mask, weights, config, **totals), result
+
+
+def weighted_sum(
+    result: PolicyLoss,
+    mask: Tensor,
+    weights: Tensor,
+    config: PolicyLossConfig,
+    **totals: float | None,
+) -> Tensor:
+    """Σ of the tokens' losses with `weights`, by the denominators of the unweighted loss.
+
+    mask: boolean [B, T]. totals: `global_tokens` and `global_sequences`, as of the loss itself.
+    """
     per_sequence_B = aggregation_weights(
         mask.sum(-1).to(result.per_token.dtype),
         config.aggregation,
@@ -80,7 +94,7 @@ def weighted_loss(
         **totals,
     )
     weighted_BT = result.per_token * torch.where(mask, weights, 0.0)
-    return (weighted_BT.sum(-1) * per_sequence_B).sum(), result
+    return (weighted_BT.sum(-1) * per_sequence_B).sum()
 
 
 def summed_means(result: PolicyLoss, group: dist.ProcessGroup) -> dict[str, Tensor]:

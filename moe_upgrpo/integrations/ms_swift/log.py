@@ -159,7 +159,13 @@ class TrainerLog(SequenceLog):
         if health.ends_generation(self.trainer):
             self.step += 1
             if self.last_stage:
-                about = {"stack": f"ms-swift {swift.__version__}", "loss": self.args.loss_type}
-                found = self.write(self.args, engine="vLLM", model=str(self.args.model), **about)
+                found = self.write(
+                    self.args,
+                    tokenizer=self.args.model_info.model_dir,  # where ms-swift has it on this disk
+                    stack=f"ms-swift {swift.__version__}",
+                    loss=self.args.loss_type,
+                    engine="vLLM",
+                    model=str(self.args.model),
+                )
                 health.add(self.trainer, metrics, found)
         return metrics, *rest

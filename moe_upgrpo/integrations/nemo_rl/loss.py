@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
+from moe_upgrpo.integrations.kit.weighted import weighted_sum
 from moe_upgrpo.integrations.nemo_rl import start
 from moe_upgrpo.losses import (
     CONTEXT,
     GLOSSARY,
     PolicyLoss,
     PolicyLossConfig,
-    aggregation_weights,
     policy_loss,
 )
 
@@ -149,14 +149,7 @@ class PolicyLossFn(ClippedPGLossFn):
         )
         if self.use_importance_sampling_correction:
             weights_BT = weights_BT * self._rollout_weights(old, rollout, mask_BT)
-        weights_B = aggregation_weights(
-            mask_BT.sum(-1).to(current.dtype),
-            self.config.aggregation,
-            token_sum_norm=self.config.token_sum_norm,
-            **totals,
-        )
-        weights_BT = torch.where(mask_BT, weights_BT, 0.0)
-        return ((result.per_token * weights_BT).sum(-1) * weights_B).sum(), result
+        return weighted_sum(result, mask_BT, weights_BT, self.config, **totals), result
 
     def _rollout_weights(self, old: Tensor, rollout: Tensor, mask_BT: Tensor) -> Tensor:
         """π_old/μ, cut or masked as loss_functions.py:564 does it; `[B, T]` or `[B, 1]`."""

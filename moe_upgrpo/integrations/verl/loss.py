@@ -26,7 +26,7 @@ from verl.workers.config.actor import PolicyLossConfig as VerlLossConfig
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations.kit import environment, revisions
 from moe_upgrpo.integrations.kit.presets import Flag, coupled, resolve, served
-from moe_upgrpo.integrations.kit.weighted import weighted_loss
+from moe_upgrpo.integrations.kit.weighted import weighted_sum
 from moe_upgrpo.integrations.verl import install
 from moe_upgrpo.losses import (
     CONTEXT,
@@ -132,15 +132,14 @@ class VerlLoss:
             "global_tokens": None if tokens is None else tokens / dp_size,
             "global_sequences": None if sequences is None else sequences / dp_size,
         }
-        inputs = (log_prob, old_log_prob, advantages, response_mask)
+        result = policy_loss(
+            log_prob, old_log_prob, advantages, response_mask, config=ours, **totals
+        )
         if rollout_is_weights is None:
-            result = policy_loss(*inputs, config=ours, **totals)
             return result.loss, result
         mask = response_mask.bool()
         self._check_weights(ours, rollout_is_weights, mask)
-        return weighted_loss(
-            *inputs[:3], mask, rollout_is_weights, config=ours, rollout_log_probs=None, **totals
-        )
+        return weighted_sum(result, mask, rollout_is_weights, ours, **totals), result
 
     def _check_weights(self, ours: PolicyLossConfig, weights_BT: Tensor, mask: Tensor) -> None:
         if not coupled(ours):
