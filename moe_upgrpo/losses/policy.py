@@ -374,7 +374,7 @@ def _tokens(
     return t
 
 
-class _Given(dict):
+class _Given(dict[str, "Tensor"]):
     """The statistics that were given. UserError for one that the loss reads and is not there."""
 
     def __missing__(self, name: str) -> Tensor:

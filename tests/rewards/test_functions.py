@@ -145,7 +145,7 @@ def test_verls_data_sets_choose_their_reward():
     assert found == ["gsm8k", "math", "math", "code", "exact", "exact"]
     for odd in (["openai/gsm8k"], {"name": "math"}, 7):
         assert by_source({"data_source": odd}, otherwise="exact") == "exact"
-        with pytest.raises(UserError, match="data_source is .*allowed"):
+        with pytest.raises(UserError, match=r"data_source is .*allowed"):
             by_source({"data_source": odd}, otherwise=None)
     with pytest.raises(UserError, match=r"data_source is 'openai/gsm8'.*nearest: openai/gsm8k"):
         by_source({"data_source": "openai/gsm8"}, otherwise=None)
