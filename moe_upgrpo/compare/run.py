@@ -7,6 +7,7 @@ moment, the same command goes on.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import shutil
@@ -38,6 +39,8 @@ from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.warm_start import warm_start
 
+_LIBC = ctypes.CDLL(None)
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 TRIES = 3  # of a run that its machine fails
 PAUSE_S = 30  # before the next try
 
@@ -283,7 +286,12 @@ def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict)
     """The job of a run, to its end; its log has that of all tries."""
     with log.open("a", encoding="utf-8") as out:
         before = out.tell()
-        child = subprocess.Popen(_command(nproc, what), stdout=out, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            _command(nproc, what),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         children[run] = child
         status = child.wait()
         del children[run]
@@ -291,6 +299,15 @@ def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict)
         written.seek(before)
         said = written.read().decode(errors="replace")
     return outcome(status, said)
+
+
+def _end_with_parent() -> None:
+    """Have this process told to stop (SIGTERM) when the thread that started it is gone.
+
+    A comparison that is killed could not tell its jobs; they would train on, unseen, while the same
+    command starts them again.
+    """
+    _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
 def is_trained(folder: Path, run: Run) -> bool:

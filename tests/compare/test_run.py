@@ -1,6 +1,7 @@
 """Which runs are made, resumed, kept and counted. The jobs here are stand-ins that leave a run
 folder in no time; `test_a_whole_comparison` (slow) trains."""
 
+import contextlib
 import json
 import os
 import signal
@@ -224,6 +225,34 @@ def test_a_sigterm_stops_the_runs_and_the_same_command_goes_on(jobs, tmp_path, m
     with pytest.raises(ProcessLookupError):
         os.kill(int((folder / "runs/pid").read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setenv("MODE", "")
+    do(folder)
+    assert len(data.read_all(folder)) == 4
+
+
+@pytest.mark.fault(
+    "Comparisons",
+    "a comparison is killed (SIGKILL)",
+    "its runs end too; the same command goes on",
+)
+def test_the_runs_of_a_comparison_that_is_killed_end_too(jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODE", "hangs")
+    folder = tmp_path / "out"
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            do(folder)
+        os._exit(1)
+    noted = folder / "runs/pid"
+    while not noted.exists() or not noted.read_text():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    job, until = Path("/proc", noted.read_text(), "stat"), time.monotonic() + 20
+    while job.exists() and ") Z " not in job.read_text():
+        assert time.monotonic() < until, "the job goes on"
+        time.sleep(0.05)
     monkeypatch.setenv("MODE", "")
     do(folder)
     assert len(data.read_all(folder)) == 4
