@@ -20,6 +20,14 @@ def test_an_interpreter_of_its_own(arguments):
     assert result.returncode == 0 and all(name in result.stdout for name in COMMANDS)
 
 
+@pytest.fixture(scope="module")
+def seconds_of_torch():
+    """Processor seconds of importing torch, here and now: a loaded machine takes several times."""
+    code = "import os, torch; t = os.times(); print(t.user + t.system)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -37,7 +45,7 @@ def test_an_interpreter_of_its_own(arguments):
     ],
     ids=" ".join,
 )
-def test_help_and_wrong_options_wait_for_no_slow_import(words):
+def test_help_and_wrong_options_wait_for_no_slow_import(words, seconds_of_torch):
     """Half a second of processor time; twice that is allowed here, where others compute too."""
     code = (
         "import os, resource, sys\n"
@@ -56,7 +64,7 @@ def test_help_and_wrong_options_wait_for_no_slow_import(words):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == (2 if "grop" in words else 0), result.stderr
     seconds, *slow = result.stderr.split("\n")[-2].split()
-    assert not slow and float(seconds) < 1.0, result.stderr
+    assert not slow and float(seconds) < 2 / 3 * seconds_of_torch, result.stderr
 
 
 def test_an_unknown_command_names_the_known():
