@@ -285,9 +285,16 @@ class MegatronActor:
             )
         if not tapped:
             visits = []
-        return self._share(outputs, visits, recomputations)
+        runs = tap.together([b.tokens_BS.numel() for b in batches], len(self.layer_ids))
+        return self._share(outputs, visits, recomputations, runs if record and visits else ())
 
-    def _share(self, outputs: list, visits: list[list[Visit]], recomputations: int):
+    def _share(
+        self,
+        outputs: list,
+        visits: list[list[Visit]],
+        recomputations: int,
+        runs: Sequence[slice],
+    ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
@@ -296,15 +303,16 @@ class MegatronActor:
             "outputs": outputs if tp_rank == 0 else [],  # of the last stage; elsewhere none
             "problems": [problem for problem in problems if problem],
             "flips": sum(tap.flips(of_chunk) for of_chunk in visits),
-            "traces": [],
         }
-        if not part["problems"]:
-            part["traces"] = [tap.local_arrays(of_chunk) for of_chunk in visits]
         parts = groups.gather_in_model_copy([part])
         for problem in (problem for part in parts for problem in part["problems"]):
             raise RuntimeError(problem)
         outputs = [output for part in parts for output in part["outputs"]]
-        traces = tap.join([(part["tp_rank"], part["traces"]) for part in parts], len(outputs))
+        traces = [] if runs else [{} for _ in outputs]
+        for run in runs:
+            mine = [tap.hand_over(of_chunk[run], self.tap.num_experts) for of_chunk in visits]
+            shares = groups.gather_in_model_copy([(tp_rank, mine)])
+            traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()

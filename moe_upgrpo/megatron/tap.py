@@ -29,9 +29,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups, releases
 from moe_upgrpo.routing.margins import of_best_groups, top_k_margins
+from moe_upgrpo.routing.sets import ascending
 
 NO_ROUTE = -1  # in place of an expert id: the router chooses for itself
 RECORDS = ("routes", "margins", "gates")
+Arrays = dict[str, np.ndarray]
+# (token, layer) pairs whose records are on their way at once, 12 bytes each with top-8: so that no
+# rank holds a second copy of a whole step's.
+_TOGETHER = 1 << 22
 
 
 @dataclass(slots=True)
@@ -87,21 +92,18 @@ class _Trace:
         if "gates" in self.record:
             self.gates_NK = probs_NE.detach().gather(1, ids_NK).float()
 
-    def arrays(self, batch: int) -> dict[str, np.ndarray]:
-        """[s, B, ...] of what was recorded, expert ids ascending in each row."""
+    def seen(self) -> dict[str, torch.Tensor]:
+        """[N, ...] of what was recorded, expert ids in the order of the router's top-k."""
         found = {}
         if "routes" in self.record:
-            found["routes"] = _sets(self.used_NK)
+            found["routes"] = self.used_NK
             if self.used_NK is not self.own_NK:
-                found["own_routes"] = _sets(self.own_NK)
+                found["own_routes"] = self.own_NK
         if "margins" in self.record:
             found["margins"] = self.margins_N
         if "gates" in self.record:
             found["gates"] = self.gates_NK
-        return {
-            name: tensor.cpu().reshape(-1, batch, *tensor.shape[1:]).numpy()
-            for name, tensor in found.items()
-        }
+        return found
 
 
 def _sets(ids_NK: torch.Tensor) -> torch.Tensor:
@@ -157,6 +159,8 @@ class RouterTap:
             self.routers |= {router.layer_number: router for router in routers}
             self._by_chunk.append([router.layer_number for router in routers])
             numbers += self._by_chunk[-1]
+        of_config = (router.config.num_moe_experts for router in self.routers.values())
+        self.num_experts = max(of_config, default=0)
         numbers = sorted(groups.gather_over_pipeline(numbers))
         for number, routers in Counter(numbers).items():
             if routers > 1:
@@ -267,32 +271,65 @@ def flips(visits: Sequence[Visit]) -> int:
     return sum(int(trace.flips) for visit in visits for trace in visit.traces.values())
 
 
-def local_arrays(visits: Sequence[Visit]) -> list[dict[int, dict[str, np.ndarray]]]:
-    """Give what this rank recorded: for each visit, layer number -> name -> [s, B, ...]."""
-    return [{n: t.arrays(visit.batch) for n, t in visit.traces.items()} for visit in visits]
+def together(tokens: Sequence[int], num_layers: int) -> list[slice]:
+    """Runs of micro-batches, by their tokens, whose records are joined at a time.
+
+    On every rank of a copy the same, so that each joins as often. At least one run.
+    """
+    runs, first, held = [], 0, 0
+    for index, more in enumerate(tokens):
+        if index > first and (held + more) * num_layers > _TOGETHER:
+            runs.append(slice(first, index))
+            first, held = index, 0
+        held += more
+    return [*runs, slice(first, len(tokens))]
 
 
-def join(parts: Sequence[tuple[int, list]], visits: int) -> list[dict[str, np.ndarray]]:
+def hand_over(visits: Sequence[Visit], num_experts: int) -> list[tuple[list[int], Arrays]]:
+    """Take from each visit what this rank recorded: layer numbers, and name -> [s, B, l, ...].
+
+    Ids of experts come in ascending order, and in one byte each where that holds them. The visits
+    keep nothing of it.
+    """
+    return [_taken(visit, num_experts) for visit in visits]
+
+
+def _taken(visit: Visit, num_experts: int) -> tuple[list[int], Arrays]:
+    traces, visit.traces = visit.traces, {}
+    by_layer = [trace.seen() for trace in traces.values()]
+    narrow = torch.uint8 if num_experts <= 256 else torch.int16
+    arrays = {}
+    for name in list(by_layer[0]) if by_layer else ():
+        layers = [found.pop(name) for found in by_layer]
+        if name in ("routes", "own_routes"):
+            arrays[name] = ascending(torch.stack([x.to(narrow) for x in layers], 1).cpu().numpy())
+        else:
+            arrays[name] = torch.stack(layers, 1).cpu().numpy()
+        arrays[name] = arrays[name].reshape(-1, visit.batch, *arrays[name].shape[1:])
+    return list(traces), arrays
+
+
+def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
     """Name -> [B, S, L, ...] for each micro-batch, layers ascending, from the ranks of a copy.
 
-    parts: for each rank its tensor-parallel rank and the `local_arrays` of each of its chunks.
+    parts: for each rank its tensor-parallel rank and what each of its chunks handed over.
     """
-    joined = []
-    for index in range(visits):
-        shards: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # name, layer number, tp rank
-        for tp_rank, chunks in parts:
-            for chunk in chunks:
-                for number, arrays in chunk[index].items():
-                    for name, array in arrays.items():
-                        by_rank = shards.setdefault(name, {}).setdefault(number, {})
-                        by_rank[tp_rank] = array
-        joined.append({name: _whole(by_layer) for name, by_layer in shards.items()})
-    return joined
-
-
-def _whole(by_layer: dict[int, dict[int, np.ndarray]]) -> np.ndarray:
-    layers = [
-        np.concatenate([by_rank[tp_rank] for tp_rank in sorted(by_rank)])
-        for _, by_rank in sorted(by_layer.items())
+    return [
+        _whole([(tp_rank, *chunk[index]) for tp_rank, chunks in parts for chunk in chunks])
+        for index in range(visits)
     ]
-    return np.stack(layers, axis=2).swapaxes(0, 1)
+
+
+def _whole(shares: Sequence[tuple[int, list[int], Arrays]]) -> Arrays:
+    """One micro-batch of all shares: a tensor-parallel rank, its layers, its arrays of them."""
+    place = {number: i for i, number in enumerate(sorted({n for _, ls, _ in shares for n in ls}))}
+    tp = 1 + max((tp_rank for tp_rank, _, _ in shares), default=0)
+    whole: Arrays = {}
+    for tp_rank, numbers, arrays in shares:
+        layers = [place[number] for number in numbers]
+        for name, array_sBl in arrays.items():
+            s, B, _, *rest = array_sBl.shape
+            kind = np.float32 if array_sBl.dtype == np.float32 else np.int16
+            out = whole.setdefault(name, np.empty((B, tp * s, len(place), *rest), kind))
+            out[:, tp_rank * s : (tp_rank + 1) * s, layers] = array_sBl.swapaxes(0, 1)
+    return whole

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_upgrpo.routing.sets import ascending, repeated
+
 
 @dataclass(kw_only=True)
 class SequenceRecord:
@@ -63,8 +65,7 @@ def known_rows(*routes: np.ndarray, num_experts: int) -> np.ndarray:
     """
     known = np.ones(len(routes[0]), bool)
     for ids_SLK in routes:
-        ascending = np.sort(ids_SLK, axis=2)
-        inside = (ascending[..., 0] >= 0) & (ascending[..., -1] < num_experts)
-        different = (ascending[..., 1:] != ascending[..., :-1]).all(axis=2)
-        known &= (inside & different).all(axis=1)
+        sets_SLK = ascending(ids_SLK)
+        inside = (sets_SLK[..., 0] >= 0) & (sets_SLK[..., -1] < num_experts)
+        known &= (inside & ~repeated(sets_SLK)).all(axis=1)
     return known

@@ -14,12 +14,14 @@ E is the number of experts.
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from math import comb
 
 import numpy as np
 from numpy import ndarray
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.routing.sets import ascending, not_in, repeated, unequal
 
 # Rows handled at once: one byte for every bit is held, 64 for each rank.
 _ROWS = 1 << 14
@@ -166,13 +168,12 @@ def _encode_block(
 ) -> tuple[ndarray, ndarray]:
     n, L, K = rollout_nLK.shape
     bytes_n = np.zeros(n, dtype=np.int64)
-    mask_nL = (rollout_nLK != train_nLK).any(axis=-1)
+    mask_nL = unequal(rollout_nLK, train_nLK)
     differing_D = mask_nL.any(axis=1).nonzero()[0]
     if not len(differing_D):
         return np.zeros(0, dtype=np.uint8), bytes_n
     rollout_RK, train_RK = rollout_nLK[mask_nL], train_nLK[mask_nL]
-    leaves_RK = ~(rollout_RK[:, :, None] == train_RK[:, None, :]).any(axis=2)
-    comes_RK = ~(train_RK[:, :, None] == rollout_RK[:, None, :]).any(axis=2)
+    leaves_RK, comes_RK = not_in(rollout_RK, train_RK), not_in(train_RK, rollout_RK)
     swaps_R = leaves_RK.sum(axis=1)
 
     mask_DL = mask_nL[differing_D]
@@ -192,7 +193,7 @@ def _encode_block(
         left_Rm = leaves_RK[rows].nonzero()[1].reshape(-1, m)
         came_Rm = train_RK[rows][comes_RK[rows]].reshape(-1, m).astype(np.int64)
         # The index of an expert among those outside S: its id less the members of S below it.
-        came_Rm -= (rollout_RK[rows][:, None, :] < came_Rm[:, :, None]).sum(axis=2)
+        came_Rm -= _members_below(rollout_RK[rows], came_Rm)
         payload_RW = np.concatenate(
             [_subset_bits(left_Rm, K), _subset_bits(came_Rm, num_experts - K)], axis=1
         )
@@ -259,12 +260,20 @@ def _decode_block(
         refuse_rows(bad_R, f"not the number of any exchange of {m} experts: damaged")
         # Undo the index among the others: S_i − i of them lie below the i-th member of S (from 0).
         others_below_RK = rollout_RK[rows].astype(np.int64) - np.arange(K)
-        came_Rm += (others_below_RK[:, None, :] <= came_Rm[:, :, None]).sum(axis=2)
+        came_Rm = came_Rm + _members_below(others_below_RK, came_Rm + 1)
         changed_RK = train_RK[rows]
         np.put_along_axis(changed_RK, left_Rm, came_Rm.astype(changed_RK.dtype), axis=1)
-        train_RK[rows] = np.sort(changed_RK, axis=1)
+        train_RK[rows] = ascending(changed_RK)
     train_nLK[differing_D[token_R], layer_R] = train_RK
     return train_nLK
+
+
+def _members_below(members_RK: ndarray, ids_Rm: ndarray) -> ndarray:
+    """How many members of its row are below each id: int64 ``[R, m]``."""
+    below_Rm = np.zeros(ids_Rm.shape, dtype=np.int64)
+    for member_R in members_RK.T:
+        below_Rm += member_R[:, None] < ids_Rm
+    return below_Rm
 
 
 def _row_positions(
@@ -333,7 +342,7 @@ def _subset_bits(subsets_RK: ndarray, universe: int) -> ndarray:
         binomials = _binomials(length, universe)
         rank_R = np.zeros(len(subsets_RK), dtype=np.int64)
         for i in range(length):
-            rank_R += binomials[i][subsets_RK[:, start + i]]
+            rank_R += binomials[i].take(subsets_RK[:, start + i])
         bits.append(_to_bits(rank_R, _rank_width(length, universe)))
         start += length
     return np.concatenate(bits, axis=1)
@@ -341,7 +350,7 @@ def _subset_bits(subsets_RK: ndarray, universe: int) -> ndarray:
 
 def _subsets(bits_RW: ndarray, size: int, universe: int) -> tuple[ndarray, ndarray]:
     """Undo `_subset_bits`: int64 ``[R, size]``, and which rows hold no subset (bool ``[R]``)."""
-    subsets_RK = np.empty((len(bits_RW), size), dtype=np.int64)
+    subsets_KR = np.empty((size, len(bits_RW)), dtype=np.int64)
     bad_R = np.zeros(len(bits_RW), dtype=bool)
     start = first_bit = 0
     for length in _runs(size, universe):
@@ -350,13 +359,48 @@ def _subsets(bits_RW: ndarray, size: int, universe: int) -> tuple[ndarray, ndarr
         bad_R |= rank_R >= comb(universe, length)
         binomials = _binomials(length, universe)
         for i in reversed(range(length)):
-            # The largest c with C(c, i + 1) ≤ what is left of the rank.
-            member_R = binomials[i].searchsorted(rank_R, side="right") - 1
-            rank_R -= binomials[i][member_R]
-            subsets_RK[:, start + i] = member_R
+            member_R = _largest(rank_R, i, length, universe)
+            rank_R -= binomials[i].take(member_R)
+            subsets_KR[start + i] = member_R
         start, first_bit = start + length, first_bit + width
-    bad_R |= (subsets_RK[:, 1:] <= subsets_RK[:, :-1]).any(axis=1)
-    return subsets_RK, bad_R
+    for lower_R, upper_R in pairwise(subsets_KR):
+        bad_R |= upper_R <= lower_R
+    return subsets_KR.T, bad_R
+
+
+def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
+    """The largest c with C(c, i + 1) ≤ each rank.
+
+    A rank's leading bits say it but for one: no two binomials near each other share them.
+    """
+    if i == 0:
+        return np.minimum(rank_R, universe - 1)
+    binomials = _binomials(size, universe)[i]
+    guess = _guesses(i, size, universe)
+    if guess is None:
+        return binomials.searchsorted(rank_R, side="right") - 1
+    below_R = guess.take(_leading_bits(rank_R), mode="clip")  # beyond them: no rank of a set
+    above_R = below_R + 1
+    return below_R + (binomials.take(above_R, mode="clip") <= rank_R) * (above_R < universe)
+
+
+@cache
+def _guesses(i: int, size: int, universe: int) -> ndarray | None:
+    """For all leading bits the largest c whose C(c, i + 1) has lower ones.
+
+    None where two binomials share them, so that one step up may not reach the right c.
+    """
+    binomials = _binomials(size, universe)[i]
+    bits = _leading_bits(binomials)
+    first = int((binomials > 0).argmax())  # C(c, i + 1) is 0 for c ≤ i
+    if (np.diff(bits[first:]) == 0).any():
+        return None
+    return np.maximum(bits.searchsorted(np.arange(bits[-1] + 2), side="left") - 1, first - 1)
+
+
+def _leading_bits(values_R: ndarray) -> ndarray:
+    """The exponent and the first 7 bits behind it, of numbers from 0 to 2^63: ascending as they."""
+    return values_R.astype(np.float32).view(np.int32) >> 16
 
 
 def _to_bits(values_R: ndarray, width: int) -> ndarray:
@@ -429,10 +473,10 @@ def _ascending(name: str, routes_nLK: ndarray, first_token: int, num_experts: in
         outside_nL = ((routes_nLK < 0) | (routes_nLK >= num_experts)).any(axis=-1)
         where = _where(name, routes_nLK, np.asarray(outside_nL), first_token)
         raise UserError(f"{where}: expected ids in 0..{num_experts - 1}")
-    sets_nLK: ndarray = np.sort(routes_nLK.astype(_id_type(num_experts)), axis=-1)
-    twice_nLK = sets_nLK[..., 1:] == sets_nLK[..., :-1]
-    if twice_nLK.any():
-        where = _where(name, routes_nLK, twice_nLK.any(axis=-1), first_token)
+    sets_nLK = ascending(routes_nLK.astype(_id_type(num_experts)))
+    twice_nL = repeated(sets_nLK)
+    if twice_nL.any():
+        where = _where(name, routes_nLK, twice_nL, first_token)
         raise UserError(f"{where}: expected {sets_nLK.shape[-1]} different experts, got one twice")
     return sets_nLK
 

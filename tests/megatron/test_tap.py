@@ -116,10 +116,31 @@ def test_rows_without_a_route_are_routed_natively(model):
     visit = recorder.visit(0, 1, routes_BSLK, ("routes",))
     with recorder.installed(), visit:
         forward(model)
-    for arrays in tap.local_arrays([visit])[0].values():
-        assert (arrays["routes"][:4] == [6, 7]).all()
-        assert (arrays["routes"][4:] == arrays["own_routes"][4:]).all()
-        assert not (arrays["own_routes"][:4] == [6, 7]).all()
+    ((layers, arrays),) = tap.hand_over([visit], recorder.num_experts)
+    assert layers == [1, 2] and not visit.traces
+    assert (arrays["routes"][:4] == [6, 7]).all()
+    assert (arrays["routes"][4:] == arrays["own_routes"][4:]).all()
+    assert not (arrays["own_routes"][:4] == [6, 7]).all(axis=(0, 1, 3)).any()
+
+
+def test_records_are_joined_in_runs_of_at_most_so_many_tokens():
+    limit = tap._TOGETHER // 48
+    assert tap.together([limit, 1, limit - 1, 1], 48) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert tap.together([2 * limit, limit], 48) == [slice(0, 1), slice(1, 2)]
+    assert tap.together([], 48) == [slice(0, 0)] and tap.together([9, 9], 0) == [slice(0, 2)]
+
+
+def test_parts_of_ranks_and_chunks_join_by_tensor_rank_and_layer():
+    """Tokens 0 to 3 in two shards, layer 1 on one stage and layers 2 and 5 on another."""
+    whole_BSL = np.arange(24).reshape(2, 4, 3)
+    parts = []
+    for numbers, layers in (([1], [0]), ([5, 2], [2, 1])):
+        for tp_rank in (1, 0):
+            mine_BsL = whole_BSL[:, 2 * tp_rank : 2 * tp_rank + 2, layers]
+            share = (numbers, {"routes": mine_BsL.swapaxes(0, 1).astype(np.uint8)})
+            parts.append((tp_rank, [[share], [([], {})]]))
+    (joined,) = tap.join(parts, 1)
+    assert joined["routes"].dtype == np.int16 and (joined["routes"] == whole_BSL).all()
 
 
 def gradient(model) -> dict[str, torch.Tensor]:
@@ -210,6 +231,6 @@ def test_the_hooks_are_gone_after_recording(model):
     with recorder.installed(), visit:
         forward(model)
         assert all(router.router_replay is not None for router in routers(model))
-    assert tap.local_arrays([visit])[0][2]["routes"].shape == (6, 1, 2)
+    assert tap.hand_over([visit], 8)[0][1]["routes"].shape == (6, 1, 2, 2)
     assert [router.router_replay for router in routers(model)] == before == [None, None]
     assert not any(router._forward_hooks for router in routers(model))

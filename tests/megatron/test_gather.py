@@ -1,0 +1,38 @@
+"""What ranks hand each other arrives as it was sent, from ranks that send different amounts."""
+
+import numpy as np
+import torch
+
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.layout import Layout
+from tests.ranks import run_ranks
+
+
+def sent(rank: int) -> list:
+    big = np.arange(1000 * rank, dtype=np.int16).reshape(-1, 10)
+    return [rank, {"text": "é" * rank, "none": None}, big, big[:, ::2], torch.ones(rank)][
+        : 4 + rank
+    ]
+
+
+def gather() -> None:
+    with groups.process_groups(Layout()):
+        _gather()
+
+
+def _gather() -> None:
+    found = groups.gather_everywhere(sent(groups.rank()))
+    expected = [item for each in range(3) for item in sent(each)]
+    assert len(found) == len(expected) == 4 + 5 + 5
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, np.ndarray | torch.Tensor):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert bool((one == other).all())
+        else:
+            assert one == other
+    assert groups.gather_everywhere([]) == []
+    found[2 + 4][:] = 7  # its own memory, which may be written
+
+
+def test_items_of_three_ranks():
+    run_ranks(3, gather)
