@@ -171,8 +171,8 @@ class TrainConfig:
         if given := [name for name, is_given in changed.items() if is_given]:
             raise UserError(
                 f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
-                "reward, and this takes each of several. Leave it out; for the length there is --reward "
-                "length:TOKENS, for the KL --kl-in loss."
+                "reward, and this takes each of several. Leave it out; for the length there is "
+                "--reward length:TOKENS, for the KL --kl-in loss."
             )
 
     def _check_whole_groups(self) -> None:
