@@ -187,8 +187,8 @@ class Tokens:
 
     def by_sign(self, positive: float, negative: float) -> Tensor:
         """The one number where A > 0, the other elsewhere."""
-        numbers = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
-        return torch.where(self.positive_BT, *numbers)
+        high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
+        return torch.where(self.positive_BT, high, low)
 
     @cached_property
     def log_probs_BT(self) -> Tensor:
