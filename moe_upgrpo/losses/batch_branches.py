@@ -78,7 +78,7 @@ def drawn(t: Tokens, cfg: Config) -> Tensor:
 
 
 def clip_cov_positive(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_positive(t, cfg) * ~drawn(t, cfg)
+    return ppo_positive(t, cfg).masked_fill(drawn(t, cfg), 0.0)
 
 
 def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -87,7 +87,7 @@ def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_negative(t, cfg) * ~drawn(t, cfg)
+    return ppo_negative(t, cfg).masked_fill(drawn(t, cfg), 0.0)
 
 
 def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -108,9 +108,12 @@ def kl_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
 
 
 def penalised(t: Tokens, cfg: Config) -> Tensor:
+    """The penalty's coefficient at each token"""
+
     def choose() -> Tensor:
         cov_BT = covariance(t, t.statistics)
-        return (cov_BT >= t.statistics["covariance_limit"]) & t.mask_BT
+        chosen_BT = (cov_BT >= t.statistics["covariance_limit"]) & t.mask_BT
+        return chosen_BT.to(cov_BT.dtype) * cfg.covariance_kl
 
     return t.once("penalised", choose)
 
@@ -120,11 +123,11 @@ def free_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def kl_cov_penalty(t: Tokens, cfg: Config) -> Tensor:
-    return t.raw_log_ratio_BT.abs() * (penalised(t, cfg) * cfg.covariance_kl)
+    return t.raw_log_ratio_BT.abs() * penalised(t, cfg)
 
 
 def kl_cov_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
-    return t.raw_log_ratio_BT.sign() * (penalised(t, cfg) * cfg.covariance_kl)
+    return t.raw_log_ratio_BT.sign() * penalised(t, cfg)
 
 
 # --- VAPO's positive-example term (arXiv 2504.05118, eq. 10; NeMo-RL): PPO, and the mean negative

@@ -24,6 +24,8 @@ from moe_upgrpo.losses.side import (
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_upgrpo.losses.config import PolicyLossConfig as Config
@@ -216,12 +218,26 @@ def moved_down_kl(t: Tokens, cfg: Config) -> Tensor:
 
 def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return dppo_weight(t, cfg) * ~dropped(t, cfg) * t.log_probs_BT
+        return dppo_weight(t, cfg).masked_fill(dropped(t, cfg), 0.0) * t.log_probs_BT
 
     def clip(t: Tokens, cfg: Config) -> Bounds:
         return (None, dropped(t, cfg)) if upwards else (dropped(t, cfg), None)
 
     return Side(surrogate, dppo_weight, clip)
+
+
+def by_sign(upwards: TensorFn, downwards: TensorFn) -> TensorFn:
+    """Where the one holds for A > 0, the other elsewhere."""
+
+    def dropped(t: Tokens, cfg: Config) -> Tensor:
+        up_BT, down_BT = upwards(t, cfg), downwards(t, cfg)
+        return (up_BT & t.positive_BT) | (down_BT & ~t.positive_BT)
+
+    return dropped
+
+
+def dppo_both(upwards: TensorFn, downwards: TensorFn) -> Side:
+    return dppo_side(by_sign(upwards, downwards), upwards=True)
 
 
 # --- TOPR (arXiv 2503.14286): negatives weighted by clip(∏ π/μ, 0, 1), μ the rollout policy
@@ -273,14 +289,14 @@ def aspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 # --- SAPO (arXiv 2511.20347; verl `sapo`): a sigmoid gate of width 1/τ instead of a clip
 
 
-def sapo_side(temperature: str) -> Side:
+def sapo_side(temperature: Callable[[Tokens, Config], Tensor | float]) -> Side:
     @kept
     def gate(t: Tokens, cfg: Config) -> Tensor:
-        return torch.sigmoid(getattr(cfg, temperature) * (t.ratio_BT - 1))
+        return torch.sigmoid((t.ratio_BT - 1) * temperature(t, cfg))
 
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
         """4/τ·σ(τ(r−1))"""
-        return gate(t, cfg) * (4 / getattr(cfg, temperature))
+        return gate(t, cfg) * (4 / temperature(t, cfg))
 
     def slope(t: Tokens, cfg: Config) -> Tensor:
         """4σ(1−σ)·r"""
@@ -288,6 +304,12 @@ def sapo_side(temperature: str) -> Side:
         return 4 * sigma_BT * (1 - sigma_BT) * t.ratio_BT
 
     return Side(surrogate, slope)
+
+
+@kept
+def sapo_temperature(t: Tokens, cfg: Config) -> Tensor:
+    """τ of each token"""
+    return t.by_sign(cfg.sapo_tau_positive, cfg.sapo_tau_negative)
 
 
 # --- r^γ: γ = 1 unclipped GRPO, γ = 0 REINFORCE; γ₊ = 0 is UP's positive branch
@@ -387,6 +409,7 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
     "dppo-tv": Branch(
         positive=dppo_side(moved_up_tv, upwards=True),
         negative=dppo_side(moved_down_tv, upwards=False),
+        both=dppo_both(moved_up_tv, moved_down_tv),
         c=("min(r, cap)·1[π−π_old ≤ δ]", "min(r, cap)·1[π−π_old ≥ −δ]"),
         fields=("divergence_limit", "ratio_cap"),
         source="arXiv 2602.04879; verl dppo_tv",
@@ -394,6 +417,7 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
     "dppo-kl": Branch(
         positive=dppo_side(moved_up_kl, upwards=True),
         negative=dppo_side(moved_down_kl, upwards=False),
+        both=dppo_both(moved_up_kl, moved_down_kl),
         c=("min(r, cap)·1[kl ≤ δ or π ≤ π_old]", "min(r, cap)·1[kl ≤ δ or π ≥ π_old]"),
         fields=("divergence_limit", "ratio_cap"),
         source="arXiv 2602.04879; verl dppo_kl",
@@ -415,8 +439,9 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
         source="arXiv 2510.06062; wizard-III/Archer2.0",
     ),
     "sapo": Branch(
-        positive=sapo_side("sapo_tau_positive"),
-        negative=sapo_side("sapo_tau_negative"),
+        positive=sapo_side(lambda t, cfg: cfg.sapo_tau_positive),
+        negative=sapo_side(lambda t, cfg: cfg.sapo_tau_negative),
+        both=sapo_side(sapo_temperature),
         c=("4σ(1−σ)·r, σ = σ(τ₊(r−1))", "4σ(1−σ)·r, σ = σ(τ₋(r−1))"),
         aggregations=starting_with("seq-mean-token-mean"),
         fields=("sapo_tau_positive", "sapo_tau_negative"),

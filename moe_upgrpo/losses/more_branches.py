@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.classic_branches import (
     CLASSIC_BRANCHES,
+    by_sign,
     moved_down_tv,
     moved_up_tv,
     ppo_negative,
@@ -144,7 +145,7 @@ def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return t.ratio_BT * ~dropped(t, cfg)
+        return t.ratio_BT.masked_fill(dropped(t, cfg), 0.0)
 
     def clip(t: Tokens, cfg: Config) -> Bounds:
         cut, beyond = dropped(t, cfg), above(t.ratio_BT, t.log_ratio_BT, math.inf)
@@ -278,6 +279,7 @@ MORE_BRANCHES: dict[str, Branch] = {
     "ipo": Branch(
         positive=ipo_side(moved_up_tv, upwards=True),
         negative=ipo_side(moved_down_tv, upwards=False),
+        both=ipo_side(by_sign(moved_up_tv, moved_down_tv), upwards=True),
         c=("r·1[π−π_old ≤ δ] − 2τΔ/A", "r·1[π−π_old ≥ −δ] − 2τΔ/A"),
         fields=("divergence_limit", "kl_tau"),
         source="prime-rl, default loss (DPPO-TV and kl_tau)",

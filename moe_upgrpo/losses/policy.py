@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
+from moe_upgrpo.losses.applied import AppliedSide, measure, union
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import (
@@ -18,18 +19,18 @@ from moe_upgrpo.losses.correction import (
     off_policy_sequences,
 )
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.side import Side
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
     Context,
     Tokens,
     check_shapes,
-    guarded_exp,
     without_autocast,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_upgrpo.losses.side import TensorFn
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,20 @@ def policy_loss(
     sides = _sides(t, config)
     # Both sides are finite for every token (padding is 0, exp is guarded), so the 0 in A⁺ or A⁻
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
-    per_token_BT = -_objective(t, config, *sides)
-    for side in sides:
-        if side.side.extra is not None:
-            per_token_BT = per_token_BT + side.beside(t, side.side.extra(t, config))
-    loss = (per_token_BT.sum(-1) * weights_B).sum()
+    objective_BT = _objective(t, config, *sides)
+    extra_BT = _extra(t, config, *sides)
+    if extra_BT is None:
+        # Not made of `per_token`: the backward would have a pass for its sign.
+        loss = (objective_BT.sum(-1) * -weights_B).sum()
+        per_token_BT = -objective_BT
+    else:
+        per_token_BT = extra_BT - objective_BT
+        loss = (per_token_BT.sum(-1) * weights_B).sum()
+    del objective_BT, extra_BT
     with torch.no_grad():
-        gradient_weight_BT, shares = _pulls(t, config, sides, weights_B)
-        clipped_BT, metrics = _measure(t, config, sides, shares)
+        clipped_BT, metrics = measure(t, config, *sides)
+        gradient_weight_BT, shares = _pulls(t, config, *sides, weights_B, clipped_BT)
+    metrics["gradient_share_positive"] = Metric(shares[0], shares[0] + shares[1])
     return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
 
 
@@ -156,7 +163,8 @@ def gradient_coefficients(
             context,
         )
         c_BT = torch.zeros_like(t.advantages_BT)
-        for side, here_BT in zip(_sides(t, config), (t.gain_BT > 0, t.pain_BT < 0), strict=True):
+        here = t.positive_BT, t.negative_BT
+        for side, here_BT in zip(_sides(t, config), here, strict=True):
             c = side.coefficient(t, config)
             if side.side.extra_slope is not None:
                 slope_BT = side.beside(t, side.side.extra_slope(t, config))
@@ -198,72 +206,79 @@ def batch_statistics(
         return _statistics(t, config)
 
 
-@dataclass(frozen=True)
-class _AppliedSide:
-    """A side of the loss on this batch: its tokens' advantages, what its rules cut, its weight.
-
-    here: the tokens of this side, A > 0 or A <= 0; None without an extra term.
-    below, above: cut by a bound of the loss; dropped: by the correction or the off-policy mask;
-    factor: detached weight. All `[B, T]`, `[B, 1]` or None.
-    """
-
-    side: Side
-    here_BT: Tensor | None
-    amount_BT: Tensor
-    below: Tensor | None
-    above: Tensor | None
-    factor: Tensor | None
-    dropped: Tensor | None
-
-    @property
-    def weighted_BT(self) -> Tensor:
-        """The advantages of this side with its factor."""
-        return self.amount_BT if self.factor is None else self.amount_BT * self.factor
-
-    def beside(self, t: Tokens, extra: Tensor) -> Tensor:
-        """The extra term, or its slope, at the tokens of this side, with the side's factor."""
-        if self.here_BT is None:
-            raise ValueError("here_BT: None given for a side with an extra term")
-        extra_BT = torch.where(self.here_BT, extra, 0.0)
-        return extra_BT if self.factor is None else extra_BT * self.factor
-
-    def coefficient(self, t: Tokens, config: PolicyLossConfig) -> Tensor:
-        """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
-        cut = _union(self.below, self.above, self.dropped)
-        c = self.side.slope(t, config)
-        if self.factor is not None:
-            c = c * self.factor
-        return c if cut is None else torch.where(cut, 0.0, c)
+def _of_both(config: PolicyLossConfig, name: str) -> TensorFn | None:
+    """The function of that name of a side, where one does for both signs."""
+    branch = BRANCHES[config.positive]
+    if config.positive == config.negative and branch.both is not None:
+        found: TensorFn | None = getattr(branch.both, name)
+        return found
+    positive, negative = (getattr(side, name) for side in config.sides)
+    return positive if positive is negative else None
 
 
 def _pulls(
-    t: Tokens, config: PolicyLossConfig, sides: tuple[_AppliedSide, _AppliedSide], weights_B: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+    t: Tokens,
+    config: PolicyLossConfig,
+    positive: AppliedSide,
+    negative: AppliedSide,
+    weights_B: Tensor,
+    clipped_BT: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
-    pull_BT, shares = torch.zeros_like(t.advantages_BT), []
-    for side in sides:
-        side_BT = side.amount_BT * side.coefficient(t, config)
-        shares.append((side_BT.sum(-1) * weights_B).sum().abs())
-        pull_BT += side_BT
-        if side.side.extra_slope is not None:
-            pull_BT -= side.beside(t, side.side.extra_slope(t, config))
-    return pull_BT.mul_(weights_B[:, None]).abs_(), shares
+    slope = _of_both(config, "slope")
+    if slope is not None and positive.factor is None and negative.factor is None:
+        pull_BT = t.advantages_BT * slope(t, config)
+    else:
+        slopes = [side.side.slope(t, config) for side in (positive, negative)]
+        pull_BT = positive.weighted(t) * slopes[0]
+        pull_BT.addcmul_(negative.weighted(t), slopes[1])
+    if positive.cuts or negative.cuts:
+        pull_BT.masked_fill_(clipped_BT, 0.0)
+    both_B = pull_BT.sum(-1)
+    positive_B = torch.where(t.positive_BT, pull_BT, 0.0).sum(-1)
+    shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
+    extra_BT = _extra(t, config, positive, negative, slope=True)
+    if extra_BT is not None:
+        pull_BT -= extra_BT
+    return pull_BT.mul_(weights_B[:, None]).abs_(), (shares[0], shares[1])
 
 
 def _objective(
-    t: Tokens, config: PolicyLossConfig, positive: _AppliedSide, negative: _AppliedSide
+    t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
 ) -> Tensor:
     """A·f of each token; f once where it is one function for both signs."""
-    if positive.side.surrogate is not negative.side.surrogate:
+    f = _of_both(config, "surrogate")
+    if f is None:
         f_p, f_n = (side.side.surrogate(t, config) for side in (positive, negative))
-        return positive.weighted_BT * f_p + negative.weighted_BT * f_n
+        return (positive.weighted(t) * f_p).add_(negative.weighted(t) * f_n)
     if positive.factor is None and negative.factor is None:
-        return t.advantages_BT * positive.side.surrogate(t, config)
-    both_BT = positive.weighted_BT + negative.weighted_BT
-    return both_BT * positive.side.surrogate(t, config)
+        return t.advantages_BT * f(t, config)
+    return (positive.weighted(t) + negative.weighted(t)) * f(t, config)
 
 
-def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedSide]:
+def _extra(
+    t: Tokens,
+    config: PolicyLossConfig,
+    positive: AppliedSide,
+    negative: AppliedSide,
+    slope: bool = False,
+) -> Tensor | None:
+    """The term beside A·f of each token, or its slope; None without one."""
+    name = "extra_slope" if slope else "extra"
+    if positive.side.extra is None and negative.side.extra is None:
+        return None
+    e = _of_both(config, name)
+    if e is not None and positive.factor is None and negative.factor is None:
+        return t.masked(e(t, config))
+    found = [
+        side.beside(t, function(t, config))
+        for side in (positive, negative)
+        if (function := getattr(side.side, name)) is not None
+    ]
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[AppliedSide, AppliedSide]:
     factors: dict[str, tuple[Tensor | None, Tensor | None]]
     factors = {"positive": (None, None), "negative": (None, None)}
     if config.top_entropy is not None:
@@ -276,21 +291,17 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[_AppliedSide, _AppliedS
             if getattr(config.correction, sign):
                 before, without = factors[sign]
                 both = weight if before is None else weight * before
-                factors[sign] = both, _union(dropped, without)
+                factors[sign] = both, union(dropped, without)
     if config.off_policy_limit is not None:
         before, without = factors["negative"]
         off_B1 = off_policy_sequences(t, config.off_policy_limit)
         on_B1 = (~off_B1).to(t.advantages_BT.dtype)
         both = on_B1 if before is None else before * on_B1
-        factors["negative"] = both, _union(without, off_B1)
+        factors["negative"] = both, union(without, off_B1)
     positive, negative = config.sides
-    here_p = here_n = None
-    if positive.extra is not None or negative.extra is not None:
-        here_p = t.advantages_BT > 0
-        here_n = t.mask_BT & ~here_p
     return (
-        _AppliedSide(positive, here_p, t.gain_BT, *positive.clip(t, config), *factors["positive"]),
-        _AppliedSide(negative, here_n, t.pain_BT, *negative.clip(t, config), *factors["negative"]),
+        AppliedSide(positive, True, *positive.clip(t, config), *factors["positive"]),
+        AppliedSide(negative, False, *negative.clip(t, config), *factors["negative"]),
     )
 
 
@@ -368,9 +379,10 @@ def _tokens(
         t.statistics = _Given(
             (name, torch.as_tensor(x, device=device)) for name, x in given.items()
         )
-    for sign, amount_BT in (("positive", t.gain_BT), ("negative", t.pain_BT)):
-        if BRANCHES[getattr(config, sign)].coupled:
-            _check_of_sequence(t, amount_BT, sign, getattr(config, sign))
+    if BRANCHES[config.positive].coupled:
+        _check_of_sequence(t, t.gain_BT, "positive", config.positive)
+    if BRANCHES[config.negative].coupled:
+        _check_of_sequence(t, t.pain_BT, "negative", config.negative)
     return t
 
 
@@ -408,115 +420,3 @@ def _check_of_sequence(t: Tokens, amount_BT: Tensor, sign: str, branch: str) -> 
         f"{branch!r}; allowed with losses of whole sequences: one advantage for all tokens of a "
         "sequence (or take a loss of single tokens: 'gspo-token' for 'gspo')"
     )
-
-
-def _union(*hits: Tensor | None) -> Tensor | None:
-    """Where any of these holds; None if all are None."""
-    union = None
-    for hit in hits:
-        union = hit if union is None else union if hit is None else union | hit
-    return union
-
-
-def _measure(
-    t: Tokens,
-    config: PolicyLossConfig,
-    sides: tuple[_AppliedSide, _AppliedSide],
-    shares: list[Tensor],
-) -> tuple[Tensor, dict[str, Metric]]:
-    """`PolicyLoss.clipped` and the metrics; formulas in `metrics.GLOSSARY`. shares: |Σ w·A·c| of
-    each side."""
-    positive, negative = sides
-    here_p_BT, here_n_BT = t.gain_BT > 0, t.pain_BT < 0
-    here_p_B1, here_n_B1 = _counts_by_sign(t)
-    tokens, positives, negatives = map(_sum, (t.lengths_B1, here_p_B1, here_n_B1))
-
-    clipped_BT = torch.zeros_like(t.mask_BT)
-    for side, here_BT in ((positive, here_p_BT), (negative, here_n_BT)):
-        for cut in (side.below, side.above, side.dropped):
-            if cut is not None:
-                clipped_BT |= here_BT & cut
-
-    def of_positives(hit: Tensor | None) -> Metric:
-        return Metric(_count(hit, here_p_BT, here_p_B1), positives)
-
-    def of_negatives(hit: Tensor | None) -> Metric:
-        return Metric(_count(hit, here_n_BT, here_n_B1), negatives)
-
-    counterpart = BRANCHES[config.negative].positive
-    is_own = counterpart is positive.side
-    beyond = positive.above if is_own else counterpart.clip(t, config)[1]
-    raw_ratio_BT = t.ratio_BT if t.log_shift_BT is None else guarded_exp(t.raw_log_ratio_BT)
-    ratio_size = _sample_size(t.masked(raw_ratio_BT), tokens)
-    metrics = {
-        "ppo_kl": Metric(-_sum(t.raw_log_ratio_BT), tokens),
-        "ratio_mean": Metric(ratio_size.numerator, tokens),
-        "ratio_effective_sample_size": ratio_size,
-        "positive_fraction": Metric(positives, tokens),
-        "negative_fraction": Metric(negatives, tokens),
-        "clip_fraction": Metric(clipped_BT.count_nonzero(), tokens),
-        "clip_fraction_positive": of_positives(clipped_BT),
-        "clip_fraction_negative": of_negatives(clipped_BT),
-        "clip_fraction_positive_upper": of_positives(positive.above),
-        "clip_fraction_positive_lower": of_positives(positive.below),
-        "clip_fraction_negative_upper": of_negatives(negative.above),
-        "clip_fraction_negative_lower": of_negatives(negative.below),
-        "positive_beyond_upper_fraction": of_positives(beyond),
-        "gradient_share_positive": Metric(shares[0], shares[0] + shares[1]),
-    }
-    if "dual_clip" in BRANCHES[config.negative].fields and config.dual_clip is not None:
-        beyond_dual = t.ratio_BT > config.dual if negative.above is None else negative.above
-        metrics["dual_clip_fraction"] = of_negatives(beyond_dual)
-    if config.off_policy_limit is not None:
-        off_B1 = off_policy_sequences(t, config.off_policy_limit)
-        metrics["off_policy_mask_fraction"] = of_negatives(off_B1)
-    if t.log_shift_BT is not None:
-        metrics["router_shift_mean"] = Metric(_sum(t.masked(t.log_shift_BT.exp())), tokens)
-    if config.correction.active:
-        on_p, on_n = config.correction.positive, config.correction.negative
-        applies_BT = (here_p_BT & on_p) | (here_n_BT & on_n)
-        weight, dropped = correction_weights(t, config.correction)
-        weight_BT = (weight * applies_BT).expand_as(t.advantages_BT)
-        applied, size = _sum(applies_BT), _sample_size(weight_BT, _sum(applies_BT))
-        metrics["correction_weight_mean"] = Metric(size.numerator, applied)
-        metrics["correction_zero_fraction"] = Metric(_sum(dropped & applies_BT), applied)
-        metrics["correction_effective_sample_size"] = size
-    return clipped_BT, metrics
-
-
-def _counts_by_sign(t: Tokens) -> tuple[Tensor, Tensor]:
-    """Tokens with A > 0 and with A < 0 of each sequence, `[B, 1]`."""
-    sign_BT = t.advantages_BT.sign()
-    surplus_B1, signed_B1 = sign_BT.sum(-1, keepdim=True), _dot(sign_BT, sign_BT)
-    return (signed_B1 + surplus_B1) / 2, (signed_B1 - surplus_B1) / 2
-
-
-def _sum(x_BT: Tensor) -> Tensor:
-    """Σ, of the rows' sums in float64: whole numbers stay whole beyond the 2^24 of float32."""
-    return x_BT.sum(-1).sum(dtype=torch.float64)
-
-
-def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
-    """(Σw, Σw²) of `count` weights, the others 0.
-
-    Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
-    worth more than N.
-    """
-    sum_w, sum_w2 = _sum(weight_BT), _sum(_dot(weight_BT, weight_BT))
-    return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))
-
-
-def _dot(x_BT: Tensor, y: Tensor) -> Tensor:
-    """Σ_t x·y, `[B, 1]`, of `[B, T]` with `[B, T]` or `[B, 1]`."""
-    if y.shape[-1] == 1:
-        return x_BT.sum(-1, keepdim=True) * y
-    return torch.linalg.vecdot(x_BT, y)[:, None]
-
-
-def _count(hit: Tensor | None, here_BT: Tensor, here_B1: Tensor) -> Tensor:
-    """Tokens of one sign where `hit`, `[B, T]` or `[B, 1]`, holds."""
-    if hit is None:
-        return here_B1.new_zeros((), dtype=torch.float64)
-    if hit.shape[-1] == 1:
-        return _sum(hit * here_B1)
-    return (hit & here_BT).count_nonzero()

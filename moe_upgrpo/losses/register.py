@@ -68,7 +68,7 @@ def _check(name: str, branch: Branch) -> None:
             raise UserError(
                 f"register_loss({name!r}): {kind} {given!r} given; allowed: {', '.join(allowed)}"
             )
-    for sign in ("positive", "negative"):
+    for sign in ("positive", "negative", *(["both"] if branch.both is not None else [])):
         side = getattr(branch, sign)
         if not isinstance(side, Side):
             raise UserError(f"register_loss({name!r}): {sign} {side!r} given; allowed: a Side")

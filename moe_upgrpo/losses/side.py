@@ -75,6 +75,9 @@ class Branch:
     refuses: config fields that may not be used with it: factors that it has itself, or that its
         formula has no place for.
     statistics: name -> scalar over the whole batch, from all its tokens.
+    both: the functions of both sides as one, by the sign of A at each token: what `policy_loss`
+        calls, for fewer passes over the batch, where the branch serves both signs. Its `clip` is
+        not asked.
     """
 
     positive: Side
@@ -87,6 +90,7 @@ class Branch:
     up: bool = True
     refuses: tuple[str, ...] = ()
     statistics: Callable[[Tokens, Config], dict[str, Tensor]] | None = None
+    both: Side | None = None
     source: str
 
 

@@ -176,6 +176,21 @@ class Tokens:
         return self.advantages_BT.clamp(max=0)
 
     @cached_property
+    def positive_BT(self) -> Tensor:
+        """A > 0"""
+        return self.advantages_BT > 0
+
+    @cached_property
+    def negative_BT(self) -> Tensor:
+        """A < 0"""
+        return self.advantages_BT < 0
+
+    def by_sign(self, positive: float, negative: float) -> Tensor:
+        """The one number where A > 0, the other elsewhere."""
+        high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
+        return torch.where(self.positive_BT, high, low)
+
+    @cached_property
     def log_probs_BT(self) -> Tensor:
         return self.masked(self._current_BT)
 
@@ -205,6 +220,11 @@ class Tokens:
     def ratio_BT(self) -> Tensor:
         """r_t"""
         return guarded_exp(self.log_ratio_BT)
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether `ratio_BT` has been made."""
+        return "ratio_BT" in self.__dict__
 
     @cached_property
     def log_sequence_ratio_B1(self) -> Tensor:

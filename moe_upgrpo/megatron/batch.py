@@ -26,8 +26,10 @@ class Sample:
     old_log_probs: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     reference_log_probs: np.ndarray | None = None  # [T] float32, for the KL term
-    advantage: float = 0.0
+    advantage: float | np.ndarray = 0.0  # or [T] float32
     number: int = 0  # its own among the sequences of the batch, on all ranks
+    group: int = 0  # equal for the responses to one prompt
+    token_weights: np.ndarray | None = None  # [T] float32, of a loss that has them
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
     sampled: np.ndarray | None = None  # [T] bool: response tokens that count; None: all
 
@@ -53,6 +55,8 @@ class Batch:
     rollout_log_probs_BS: torch.Tensor
     reference_log_probs_BS: torch.Tensor
     numbers_B: torch.Tensor
+    groups_B: torch.Tensor
+    token_weights_BS: torch.Tensor | None  # 0 outside the mask; None: not given
     advantages_BS: torch.Tensor
     routes_BSLK: torch.Tensor | None  # int16, NO_ROUTE where the router chooses; None: native
 
@@ -79,7 +83,11 @@ def make_batch(
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     old, rollout, reference, advantages = (torch.zeros(shape) for _ in range(4))
-    numbers = torch.zeros(shape[0], dtype=torch.int64)
+    numbers, groups = (torch.zeros(shape[0], dtype=torch.int64) for _ in range(2))
+    without = sum(sample.token_weights is None for sample in samples)
+    if 0 < without < len(samples):
+        raise ValueError("Some samples have token weights and others have none.")
+    weights = None if without else torch.zeros(shape)
     routes = None
     for sample in samples:
         if sample.routes is not None:
@@ -93,8 +101,8 @@ def make_batch(
         rows = sample.response_rows
         tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
         mask[b, rows] = True if sample.sampled is None else torch.from_numpy(sample.sampled)
-        advantages[b, rows] = sample.advantage
-        numbers[b] = sample.number
+        advantages[b, rows] = torch.as_tensor(sample.advantage, dtype=torch.float32)
+        numbers[b], groups[b] = sample.number, sample.group
         if sample.routes is not None:
             _check_routes(sample.routes)
             given = torch.from_numpy(sample.routes.astype(np.int16))
@@ -103,6 +111,7 @@ def make_batch(
             (old, sample.old_log_probs),
             (rollout, sample.rollout_log_probs),
             (reference, sample.reference_log_probs),
+            (weights, sample.token_weights),
         ):
             if values is not None:
                 target[b, rows] = torch.from_numpy(values)
@@ -114,6 +123,8 @@ def make_batch(
         rollout_log_probs_BS=rollout,
         reference_log_probs_BS=reference,
         numbers_B=numbers,
+        groups_B=groups,
+        token_weights_BS=weights,
         advantages_BS=advantages,
         routes_BSLK=routes,
     )

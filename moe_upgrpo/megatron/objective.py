@@ -145,6 +145,8 @@ def _context(
     return Context(
         entropy=entropy_BS[0].detach() if entropy_BS else None,
         draws=draws_BS,
+        groups=batch.groups_B,
+        token_weights=batch.token_weights_BS,
         statistics=statistics,
     )
 

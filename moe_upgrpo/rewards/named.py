@@ -49,6 +49,11 @@ class Reward:
     weight: float = 1.0
     text: str | None = None
 
+    @property
+    def is_one_number(self) -> bool:
+        """Whether it is known to give no names; your own, and a plug-in's, may."""
+        return self.place is None or self.place.startswith("moe_upgrpo.rewards.")
+
 
 def register_reward(name: str, function: Callable) -> None:
     """Give a reward a name for `--reward`. Worker processes import it by its module and name."""

@@ -10,6 +10,7 @@ import numpy as np
 from moe_upgrpo.errors import UserError
 
 Tokens = Sequence[int] | np.ndarray
+Terms = Mapping[str, tuple[float, float]]  # name -> (weight, value) of rewards that add up to one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class Verdict:
         reward: what it earns, before what training takes off for its length.
         correct: whether it counts as right, 1 or 0.
         parts: named rewards behind it, for the metrics reward/of/NAME.
+        terms: the rewards that add up to it, where they are several: Σ weight·value is `reward`.
         failed: why there is no reward, which is 0 then; empty where there is one.
         killed: times that it took the verifier too long.
     """
@@ -38,6 +40,7 @@ class Verdict:
     reward: float
     correct: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    terms: Terms = field(default_factory=dict)
     failed: str = ""
     killed: int = 0
 

@@ -195,16 +195,21 @@ class RewardedTask:
         killed = sum(outcome.late for outcome in outcomes)
         if failed := "; ".join(o.why for o in outcomes if o.value is None):
             return Verdict(reward=0.0, correct=0.0, failed=failed, killed=killed)
-        parts, sums = {}, []
+        parts, sums = {}, {}
         for reward, outcome in zip(self._rewards, outcomes, strict=True):
             value, named = value_of(outcome.value)
             parts |= {f"{reward.label}.{name}": v for name, v in named.items()}
             if len(self._rewards) > 1:
                 parts[reward.label] = value
-            sums.append((reward.weight, value))
+            sums[reward.label] = reward.weight, value
+        terms = sums
+        if len(self._rewards) == 1:
+            (reward,), (outcome,) = self._rewards, outcomes
+            named = terms_of(outcome.value)
+            terms = {f"{reward.label}.{name}": (reward.weight, v) for name, v in named.items()}
         return Verdict(
-            reward=weighted_sum(sums), correct=is_right(outcomes[0].value), parts=parts,
-            killed=killed,
+            reward=weighted_sum([*sums.values()]), correct=is_right(outcomes[0].value),
+            parts=parts, terms=terms, killed=killed,
         )  # fmt: skip
 
     def _own(self, problem: Problem, response_ids: Tokens) -> Verdict:
@@ -216,7 +221,8 @@ class RewardedTask:
             why = f"{type(self._task).__name__}.reward: {why}"
             return Verdict(reward=0.0, correct=0.0, failed=why, killed=int(late))
         value, parts = value_of(given)
-        return Verdict(reward=value, correct=is_right(given), parts=parts)
+        terms = {name: (1.0, v) for name, v in terms_of(given).items()}
+        return Verdict(reward=value, correct=is_right(given), parts=parts, terms=terms)
 
     def _with_failed_tools(
         self, problem: Problem, response_ids: Tokens, verdict: Verdict
@@ -292,7 +298,14 @@ def value_of(given: float | Mapping[str, float]) -> tuple[float, dict[str, float
         return given, {}
     if SCORE in given:
         return given[SCORE], {name: v for name, v in given.items() if name != SCORE}
-    return math.fsum(v for name, v in given.items() if name != RIGHT), dict(given)
+    return math.fsum(terms_of(given).values()), dict(given)
+
+
+def terms_of(given: float | Mapping[str, float]) -> dict[str, float]:
+    """The named rewards that add up to the reward; none where it is a number of its own."""
+    if not isinstance(given, Mapping) or SCORE in given:
+        return {}
+    return {name: v for name, v in given.items() if name != RIGHT}
 
 
 def is_right(given: float | Mapping[str, float]) -> float:

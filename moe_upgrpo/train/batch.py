@@ -18,6 +18,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import dynamic_sampling, overlong_penalty
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.tasks import Verdict
+from moe_upgrpo.tasks.base import Terms
 from moe_upgrpo.train.place import VERDICTS, seed_of
 
 
@@ -87,6 +88,11 @@ class Batch:
     @property
     def earned_B(self) -> np.ndarray:
         return np.concatenate([group.rewards_G for group in self.groups])
+
+    @property
+    def terms_B(self) -> list[Terms]:
+        """The rewards that add up to each response's, where they are several."""
+        return [verdict.terms for group in self.groups for verdict in group.verdicts]
 
 
 def collect(sample: Callable[[int], Sequence[Group]], *, groups: int, max_refills: int) -> Batch:

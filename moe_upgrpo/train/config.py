@@ -12,6 +12,7 @@ from tyro.conf import arg
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import ADVANTAGES
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.rewards import read_rewards
 from moe_upgrpo.train.parts import (
     BatchOptions,
     EvaluationOptions,
@@ -75,6 +76,8 @@ class TrainConfig:
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
+        self._check_several_rewards()
+        self._check_whole_groups()
         if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -144,6 +147,53 @@ class TrainConfig:
                 f"{self.terms.kl_in} give others."
             )
 
+    def _check_several_rewards(self) -> None:
+        """That there are several rewards for a kind of advantage that takes several, and no more is
+        made of their sum."""
+        kind = self.objective.advantage
+        if not ADVANTAGES[kind].several:
+            return
+        problems, rewarding = self.problems, self.rewarding
+        words = read_rewards(problems.reward)
+        if not problems.task and (not words or (len(words) == 1 and words[0].is_one_number)):
+            single = [name for name, other in ADVANTAGES.items() if not other.several]
+            raise UserError(
+                f"advantage={kind!r} takes several rewards of a response, and there is one. Give "
+                "--reward several words, each as WEIGHT*REWARD, or a function of your own that "
+                f"returns a mapping; with one reward take {', '.join(single)}."
+            )
+        changed = {
+            "reward_wrong": rewarding.reward_wrong != 0,
+            "false_positives": rewarding.false_positives != 0,
+            "overlong_buffer": rewarding.overlong_buffer != 0,
+            "kl_in=reward": self.terms.kl_coef > 0 and self.terms.kl_in == "reward",
+        }
+        if given := [name for name, is_given in changed.items() if is_given]:
+            raise UserError(
+                f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
+                "reward, and this takes each of several. Leave it out; for the length there is "
+                "--reward length:TOKENS, for the KL --kl-in loss."
+            )
+
+    def _check_whole_groups(self) -> None:
+        """That a micro-batch can be made of whole groups, where the loss compares within them."""
+        if self.compares_groups and not self.micro_batch:
+            raise UserError(
+                f"micro_batch={self.trainer.micro_batch} with loss={self.objective.loss!r}, which "
+                f"needs whole groups in a micro-batch: at least group={self.batch.group} is needed."
+            )
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the loss needs all responses to a prompt in one micro-batch."""
+        return "groups" in self.objective.policy_loss().arguments
+
+    @property
+    def micro_batch(self) -> int:
+        """Most sequences in one forward of a rank: of whole groups, where the loss needs them."""
+        most = self.trainer.micro_batch
+        return most - most % self.batch.group if self.compares_groups else most
+
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills
         if self.rewarding.false_positives and max_refills:
@@ -188,7 +238,15 @@ class TrainConfig:
         model = self.start.model
         dense = (tiny and self.start.tiny.dense) or (model is not None and _is_dense(model))
         layout = self.parallel.layout(world_size, dense=dense)
-        self.batch.check_ranks(world_size, layout.data_parallel(world_size))
+        data_parallel = layout.data_parallel(world_size)
+        self.batch.check_ranks(world_size, data_parallel)
+        parts = data_parallel * self.batch.minibatches
+        if self.compares_groups and self.batch.prompts % parts:
+            raise UserError(
+                f"prompts={self.batch.prompts} with loss={self.objective.loss!r}, which needs "
+                f"whole groups in a mini-batch: with {self.batch.minibatches} mini-batches on "
+                f"{data_parallel} data-parallel rank(s) a multiple of {parts} is needed."
+            )
         return layout
 
 

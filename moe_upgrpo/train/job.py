@@ -95,6 +95,7 @@ def make_job(
             place=place,
             seed=config.run.seed,
             minibatches=config.batch.minibatches,
+            group=config.batch.group,
             epochs=config.batch.epochs,
             replay=config.objective.replay,
             old_log_probs=config.objective.old_log_probs,

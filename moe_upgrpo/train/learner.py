@@ -17,6 +17,7 @@ from moe_upgrpo.record import Sums
 from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.train import analysis
+from moe_upgrpo.train.advantages import with_token_weights
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.place import DRAWS, SHUFFLING, Place, seed_of
 from moe_upgrpo.train.record import LastVisit, Updated
@@ -32,6 +33,7 @@ class Learner:
     reference: of the KL divergence. behind: at the weights that sampled the batch, where they are
     older. gradient_at: "old" takes the gradient of every optimizer step of a batch at the weights
     before the first. stop_ratio: no epoch follows one whose tokens' mean |ratio − 1| is above it.
+    group: responses to a prompt, adjacent samples.
     """
 
     actor: MegatronActor
@@ -42,6 +44,7 @@ class Learner:
     place: Place
     seed: int
     minibatches: int
+    group: int = 1
     epochs: int = 1
     replay: str = "none"
     old_log_probs: str = "trainer"
@@ -66,7 +69,8 @@ class Learner:
     ) -> OldScores | None:
         """The trainer's scores at the old weights: native, and under R3 held to the rollout's
         routes too. None: the step's only optimizer step makes the same forward, see `update`."""
-        needed = self.terms.needs_old or self.analyses(step)
+        weighs = "token_weights" in self.loss.arguments
+        needed = weighs or self.terms.needs_old or self.analyses(step)
         if self.old_from_update and not needed:
             return None
         gates = ("gates",) if self.analyses(step) else ()
@@ -90,6 +94,12 @@ class Learner:
         """The rewards that advantages are made of, and sums of what the KL term took off."""
         policy = old and old.policy(self.replay)
         return self.terms.penalised(rewards_B, samples, policy, reference)
+
+    def weighed(self, samples: Sequence[Sample], old: OldScores | None) -> Sequence[Sample]:
+        """The samples with the token weights that the loss is defined with, where it has such."""
+        if "token_weights" not in self.loss.arguments:
+            return samples
+        return with_token_weights(samples, old.policy(self.replay), group=self.group)
 
     def of_start_model(self, reference: Sequence[Scored] | None) -> Sequence[Scored] | None:
         """The reference's scores where it is the start model still."""
@@ -167,7 +177,7 @@ class Learner:
         draws = seed_of(self.seed, DRAWS, step, 0)  # one for all ranks: each token has its number
         updates, last = [], {name: [None] * len(samples) for name in _OF_LAST_VISIT}
         for epoch in range(1, self.epochs + 1):
-            for indices in np.split(shuffle.permutation(len(samples)), self.minibatches):
+            for indices in self._mini_batches(shuffle, len(samples)):
                 batch = [samples[i] for i in indices]
                 # Of the last visit, which is any epoch's where epochs may be left out.
                 may_be_last = epoch == self.epochs or self.stop_ratio is not None
@@ -199,6 +209,12 @@ class Learner:
             ),
             weights=changed(before, fingerprint(self.actor.chunks)),
         )
+
+    def _mini_batches(self, shuffle: np.random.Generator, samples: int) -> list[np.ndarray]:
+        """Samples of each mini-batch, at random; groups as a whole where the loss compares them."""
+        size = self.group if "groups" in self.loss.arguments else 1
+        order_P1 = shuffle.permutation(samples // size)[:, None]
+        return np.split((order_P1 * size + np.arange(size)).ravel(), self.minibatches)
 
     def _stops(self, samples: Sequence[Sample], visited: Sequence[np.ndarray]) -> bool:
         """Whether the policy is too far from the old one for another epoch (arXiv 2202.00079).
@@ -261,14 +277,21 @@ def for_update(
     advantages: np.ndarray,
     reference: Sequence[Scored] | None,
     first_sequence: int,
+    group: int = 1,
 ) -> list[Sample]:
     """The samples as the actor learns from them: one advantage for each, the reference's scores.
 
-    first_sequence: index, over all ranks, of the first.
+    first_sequence: index, over all ranks, of the first. group: responses to a prompt.
     """
     scores = [one.log_probs for one in reference] if reference else [None] * len(samples)
     return [
-        replace(sample, advantage=float(advantage), reference_log_probs=log_probs, number=number)
+        replace(
+            sample,
+            advantage=float(advantage),
+            reference_log_probs=log_probs,
+            number=number,
+            group=number // group,
+        )
         for number, (sample, advantage, log_probs) in enumerate(
             zip(samples, advantages, scores, strict=True), first_sequence
         )

@@ -36,8 +36,12 @@ def train(config: TrainConfig) -> Path:
                 old = learner.score_old(step, samples, rollouts)
                 reference = learner.score_reference(samples)
                 shaped, penalty = learner.penalised(rewards, samples, old, reference)
-                advantages = advantages_of(shaped, rollouts, group=group, kind=objective.advantage)
-                samples = for_update(samples, advantages, reference, first)
+                kind = objective.advantage
+                advantages = advantages_of(
+                    shaped, rollouts, group=group, kind=kind, terms_B=batch.terms_B
+                )
+                samples = for_update(samples, advantages, reference, first, group)
+                samples = learner.weighed(samples, old)
             with clock("analysis"):
                 noise = learner.analyse(
                     step,
@@ -56,7 +60,7 @@ def train(config: TrainConfig) -> Path:
                 trained = record_step(
                     batch=batch,
                     rewards=rewards,
-                    advantages=advantages,
+                    advantages=[sample.advantage for sample in samples],
                     updated=updated,
                     reference=learner.of_start_model(reference),
                     penalty=penalty,

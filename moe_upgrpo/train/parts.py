@@ -30,7 +30,7 @@ from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
 # Optional arguments of `policy_loss` that the actor hands over.
-_SERVED = {"rollout_log_probs", "entropy", "draws", "statistics"}
+_SERVED = {"rollout_log_probs", "entropy", "draws", "statistics", "groups", "token_weights"}
 
 
 def at_least(part: Any, least: int, *names: str) -> None:
@@ -101,12 +101,6 @@ class ObjectiveOptions:
 
     def __post_init__(self):
         check_name("advantage", self.advantage, ADVANTAGES)
-        if ADVANTAGES[self.advantage].several:
-            single = [name for name, kind in ADVANTAGES.items() if not kind.several]
-            raise UserError(
-                f"advantage={self.advantage!r} takes several rewards of a response, and the "
-                f"trainer has one; it serves {', '.join(single)}."
-            )
         if lacking := self.policy_loss().arguments - _SERVED:
             served = [name for name, preset in PRESETS.items() if preset.arguments <= _SERVED]
             raise UserError(

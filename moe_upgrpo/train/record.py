@@ -44,7 +44,7 @@ def sequence_records(
     weight_version: int,
     rollouts: Sequence[Rollout],
     rewards: np.ndarray,
-    advantages: np.ndarray,
+    advantages: Sequence[float | np.ndarray],
     old: OldScores,
     reference: Sequence[Scored] | None,
     last: LastVisit,
@@ -52,7 +52,8 @@ def sequence_records(
     """This data-parallel rank's sequences.
 
     first_sequence: index, over all ranks, of the first. group: responses to each prompt.
-    weight_version: the trainer's, before the step's first update.
+    weight_version: the trainer's, before the step's first update. advantages: of a response, or of
+    each of its tokens.
     """
     records = []
     for i, rollout in enumerate(rollouts):
@@ -77,7 +78,7 @@ def sequence_records(
                 token_ids=np.concatenate([rollout.prompt_ids, rollout.response_ids]),
                 positions=len(rollout.prompt_ids) + counts,
                 reward=rewards[i],
-                advantage=np.repeat(advantages[i], len(counts)),
+                advantage=np.broadcast_to(advantages[i], policy.log_probs.shape)[counts],
                 logp_rollout=rollout.logp_rollout[counts],
                 logp_old=policy.log_probs[counts],
                 logp_train=last.logp_train[i][counts],

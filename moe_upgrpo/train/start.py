@@ -175,7 +175,7 @@ def _actors(
     settings = {
         "dtype": trainer.dtype,
         "temperature": config.rollouts.temperature,
-        "micro_batch_size": trainer.micro_batch,
+        "micro_batch_size": config.micro_batch,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }

@@ -1,5 +1,6 @@
 """Words that a comparison's config may have, and the options that each of its runs gets."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,19 @@ def test_mistakes(changed, says):
 def test_the_comparisons_that_are_shipped(path):
     plan = read_plan(path)
     assert plan.name == path.stem and len(plan.seeds) >= 2
+
+
+def test_up_dapo_differs_from_dapo_in_the_positive_branch_alone():
+    plan = read_plan(Path("examples/compare/up-dapo.yaml"))
+    configs = {arm: plan.config(Run(arm=arm, seed=0)) for arm in plan.arms}
+    for ours, theirs in plan.contrasts:
+        up, dapo = (configs[arm].objective.policy_loss() for arm in (ours, theirs))
+        assert (dapo.positive, dapo.negative, up.positive) == ("ppo", "ppo", "log-likelihood")
+        assert replace(up, positive="ppo") == dapo
+        assert (dapo.dual_clip, dapo.clip_low, dapo.clip_high) == (10, 0.2, 0.28)
+        assert configs[ours].terms == configs[theirs].terms
+    kl = {arm: config.terms.kl_coef for arm, config in configs.items()}
+    assert kl == {"dapo": 0.04, "up-dapo": 0.04, "dapo-no-kl": 0, "up-dapo-no-kl": 0}
 
 
 def test_file(tmp_path):

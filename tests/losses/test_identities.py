@@ -134,6 +134,23 @@ def test_every_pair_of_branches_is_its_two_sides():
         torch.testing.assert_close(c, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name", [name for name, b in BRANCHES.items() if b.both is not None])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_function_of_both_signs_is_that_of_each(name, corrected, monkeypatch):
+    """With a correction too, which has weights on the negative side alone."""
+    batch, branch = random_batch(seed=12, spread=0.5), BRANCHES[name]
+    correction = RolloutCorrection(weight="token-tis" if corrected else "none")
+    config = PolicyLossConfig.preset(name, correction=correction)
+    (together, gradient) = run(config, batch)
+    monkeypatch.setitem(BRANCHES, name, dataclasses.replace(branch, both=None))
+    (apart, of_each) = run(config, batch)
+    torch.testing.assert_close(gradient, of_each, rtol=1e-13, atol=0)
+    for of in ("loss", "per_token", "clipped", "gradient_weight"):
+        a, b = getattr(together, of), getattr(apart, of)
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+    assert of_each.count_nonzero() > 8
+
+
 def test_up_clip_cov_is_clip_cov_but_for_the_positives_that_it_draws():
     """A third of the tokens may be drawn, so that some of both signs are."""
     batch = on_policy(random_batch(seed=6))

@@ -12,7 +12,7 @@ import torch
 from moe_upgrpo.losses import Context, LossTerms, PolicyLossConfig, policy_loss, token_draws
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
-from moe_upgrpo.megatron.batch import make_batch
+from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from tests.megatron.measured import gradients_by_name, make_samples, with_reference, with_routes
@@ -115,6 +115,20 @@ def test_after_an_update_at_other_weights_the_policy_goes_on_from_its_own(dtype,
     assert update.grad_norm != native.grad_norm
 
 
+def numbered() -> list[Sample]:
+    """Samples in groups of two, one of them of either sign, with weights of their tokens."""
+    return [
+        replace(
+            sample,
+            number=i,
+            group=i // 2,
+            advantage=abs(sample.advantage) * (-1 if i in (1, 2, 6, 7) else 1),
+            token_weights=np.cos(sample.old_log_probs) ** 2,
+        )
+        for i, sample in enumerate(make_samples())
+    ]
+
+
 def batch_losses(checkpoint, micro_batch_size: int) -> list:
     """Tokens that updates clip, their weights and scores, on this data-parallel rank."""
     with groups.process_groups(Layout()):
@@ -124,7 +138,7 @@ def batch_losses(checkpoint, micro_batch_size: int) -> list:
         actor = MegatronActor(
             checkpoint, Layout(), micro_batch_size=micro_batch_size, optimizer=settings
         )
-        samples = [replace(sample, number=i) for i, sample in enumerate(make_samples())]
+        samples = numbered()
         found = []
         for loss in BATCH_LOSSES:
             update = actor.update(samples[mine], loss, seed=5)
@@ -142,14 +156,16 @@ BATCH_LOSSES = [
     preset("clip-cov", covariance_range=(0.0, 99.0), covariance_share=0.2, clip_high=None),
     preset("up-kl-cov", covariance_share=0.3),
     preset("grpo", top_entropy=0.5, clip_low=None, dual_clip=None),
+    preset("real"),
+    preset("gtpo"),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 3), (2, 3)])
+@pytest.mark.parametrize(("ranks", "size"), [(1, 6), (2, 2)])
 def test_what_looks_at_the_whole_batch_does_in_every_split(ranks, size, tiny_checkpoint):
     """Against `policy_loss` of the batch as one, in padded tensors of the test's own."""
     parts = run_ranks(ranks, batch_losses, tiny_checkpoint, size)
-    samples = [replace(sample, number=i) for i, sample in enumerate(make_samples())]
+    samples = numbered()
     batch = make_batch(samples)
     for i, loss in enumerate(BATCH_LOSSES):
         clipped, weight, scored = (
@@ -167,7 +183,10 @@ def test_what_looks_at_the_whole_batch_does_in_every_split(ranks, size, tiny_che
             config=loss,
             rollout_log_probs=batch.rollout_log_probs_BS,
             context=Context(
-                entropy=entropy, draws=token_draws(5, torch.arange(8), len(entropy[0]))
+                entropy=entropy,
+                draws=token_draws(5, torch.arange(8), len(entropy[0])),
+                groups=torch.arange(8) // 2,
+                token_weights=batch.token_weights_BS,
             ),
         )
         cut = 0
@@ -177,4 +196,5 @@ def test_what_looks_at_the_whole_batch_does_in_every_split(ranks, size, tiny_che
             expected = whole.gradient_weight[b, sample.response_rows].numpy()
             np.testing.assert_allclose(weight[b], expected, rtol=1e-3, atol=1e-7)
             cut += rows.sum()
-        assert (loss.negative == "kl-cov") or 0 < cut < batch.mask_BS.sum()
+        assert whole.gradient_weight.count_nonzero() > 8
+        assert loss.negative in ("kl-cov", "real", "gtpo") or 0 < cut < batch.mask_BS.sum()

@@ -40,6 +40,7 @@ def test_several_rewards_are_weighted_and_added_and_the_first_says_what_is_right
     assert right.parts == {
         **{"exact": 1, "length": 0.5, "named": 4, "named.acc": 1, "named.length": 3}
     }
+    assert right.terms == {"exact": (1, 1), "length": (0.25, 0.5), "named": (2, 4)}
     assert wrong.reward == 0 + 0.25 * 1 + 2 * 2 and wrong.correct == 0
     assert task.answer_classes([said("46"), said("4"), said("46")]) == [0, 1, 0]
 

@@ -171,7 +171,6 @@ def test_an_arm_may_set_any_of_them():
         ("--policy.router-shift-floor .8", "'up-grpo with router_shift_floor 0.8' needs "
          "router_log_probs, which the trainer does not record; it serves grpo"),
         ("--loss gspo --correction.weight token-tis", "correction.weight: 'token-tis' given"),
-        ("--advantage gdpo", "advantage='gdpo' takes several rewards .*; it serves grpo, dr-grpo"),
         ("--advantage grp", "advantage: 'grp' given; allowed: grpo, .*nearest: grpo"),
         ("--loss dappo", "loss: 'dappo' given; allowed: .*nearest: .*dapo"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import LossTerms, Metric
+from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
@@ -194,8 +194,8 @@ class FakeActor:
 
 def learner(**options) -> Learner:
     return Learner(
-        actor=FakeActor(), reference=None, behind=None, loss=None, place=Place(), seed=0,
-        minibatches=2, epochs=4, **{"terms": Terms()} | options,
+        actor=FakeActor(), reference=None, behind=None, place=Place(), seed=0, epochs=4,
+        **{"terms": Terms(), "loss": PolicyLossConfig(), "minibatches": 2} | options,
     )  # fmt: skip
 
 
@@ -259,6 +259,11 @@ def test_the_reference_is_refreshed_after_the_steps_where_it_is_due():
     assert taken == [3, 6]
 
 
+# The last response's failed, and so has none.
+KINDS = [dict(a=1.0, b=0.0), dict(a=0.0, b=1.0), dict(b=0.0, a=0.5), {}]
+WEIGHTS = dict(a=1.0, b=0.5)
+
+
 def advantages(kind: str) -> list[float]:
     """Those of 2 prompts × 2 responses over the data-parallel ranks, in their order."""
     with groups.process_groups(Layout()):
@@ -267,7 +272,9 @@ def advantages(kind: str) -> list[float]:
         sampled = [[True] * n for n in (1, 3, 2, 2)]
         sampled[3][1:1] = [False] * 9  # a tool's
         rollouts = [SimpleNamespace(sampled_or_all=np.array(s)) for s in sampled[mine]]
-        return advantages_of(f32(1, 0, 0.5, 0)[mine], rollouts, group=2, kind=kind).tolist()
+        terms = [{n: (WEIGHTS[n], v) for n, v in one.items()} for one in KINDS[mine]]
+        given = dict(group=2, kind=kind, terms_B=terms)
+        return advantages_of(f32(1, 0, 0.5, 0)[mine], rollouts, **given).tolist()
 
 
 # By hand. opo: baselines 1·1/4 and .5·2/4. gpg: R − mean, times 4 responses over the 2 rewarded.
@@ -276,6 +283,12 @@ BY_HAND = {
     "opo": [0.75, -0.25, 0.25, -0.25],
     "gpg": [1.0, -1.0, 0.5, -0.5],
     "reinforce++": [(r - 0.25) * math.sqrt(7) for r in (1, 0, 0.5, 0)],
+    # gdpo: two rewards that differ are at ±√.5, two equal ones at 0. a + b/2 is √.5 times ½, −½,
+    # 1, −1, which over 1, 3, 2 and 2 tokens sums to −√.5 and, squared, to 2.5.
+    "gdpo": [
+        (math.sqrt(0.5) * x + math.sqrt(0.5) / 8) / math.sqrt((2.5 - 0.5 / 8) / 7)
+        for x in (0.5, -0.5, 1, -1)
+    ],
 }
 
 
@@ -286,12 +299,84 @@ def test_advantages_that_need_lengths_or_the_whole_batch(kind, ranks):
     assert found == pytest.approx(BY_HAND[kind], rel=1e-5)
 
 
+@pytest.mark.parametrize("terms", [{}, {"format": (1.0, 0.5)}])
+def test_gdpo_of_one_reward_is_refused(terms):
+    found = ", ".join(terms) or "one number"
+    with groups.process_groups(Layout()), pytest.raises(UserError, match=f"have {found} alone"):
+        rollouts = [SimpleNamespace(sampled_or_all=np.array([True]))] * 2
+        advantages_of(f32(1, 0), rollouts, group=2, kind="gdpo", terms_B=[terms] * 2)
+
+
+def test_gtpos_weights_and_advantages_are_made_of_the_groups_responses():
+    """Both begin with 5, a conflict token, and end differently. Entropies .2 and .9 in the mean:
+    1 − .1·.2, and above .7 none. The second prompt's responses share nothing."""
+    made = [
+        ([1, 5, 6, 7], 1, 1.0, (0.1, 0.2, 0.3), [2, 1, 1], 0.98),
+        ([1, 5, 8], 1, -1.0, (0.9, 0.9), [0, 1], 0.0),
+        ([1, 2, 5], 2, 1.0, (0.5,), [1], 0.95),
+        ([1, 2, 8], 2, -1.0, (0.5,), [1], -1.05),
+    ]
+    samples = [
+        Sample(tokens=np.array(ids), prompt_length=prompt, advantage=a)
+        for ids, prompt, a, *_ in made
+    ]
+    scores = [SimpleNamespace(entropy=f32(*entropy)) for *_, entropy, _, _ in made]
+    mine = learner(loss=PolicyLossConfig.preset("gtpo"), group=2)
+    found = mine.weighed(samples, OldScores(native=scores, held=None))
+    for one, (*_, weights, advantage) in zip(found, made, strict=True):
+        assert one.token_weights.tolist() == weights
+        assert one.advantage == pytest.approx(advantage, abs=1e-7)
+    assert learner().weighed(samples, None) is samples
+
+
+@pytest.mark.parametrize(("loss", "whole"), [("real", True), ("grpo", False)])
+def test_a_loss_of_groups_gets_whole_groups_in_its_mini_batches(loss, whole):
+    mine = learner(loss=PolicyLossConfig.preset(loss), group=4, minibatches=3)
+    parts = mine._mini_batches(np.random.default_rng(0), 24)
+    assert [len(part) for part in parts] == [8] * 3
+    assert sorted(np.concatenate(parts)) == [*range(24)]
+    blocks = np.concatenate(parts).reshape(6, 4)
+    assert (np.ptp(blocks // 4, axis=1) == 0).all() == whole
+    assert blocks[:, 0].tolist() != [*range(0, 24, 4)]  # shuffled
+    config = TrainConfig.of(loss=loss, group=5, micro_batch=128)
+    assert config.micro_batch == (125 if whole else 128)
+
+
+NEEDY = {
+    "real": (("--loss", "real", "--micro-batch", "13"), None),
+    "gtpo": (("--loss", "gtpo", "--analyse-every", "0"), None),
+    "gdpo": (("--advantage", "gdpo", "--reward", "exact", "0.5*length:4"), "reward/of/length"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDY)
+def test_runs_with_what_needs_more(name, cache, tmp_path):
+    run, (more, said) = tmp_path / "run", NEEDY[name]
+    result = job(2, *options(run, cache, "--save-every", "0", *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(run)[1:]
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    assert said is None or all(said in row for row in rows)
+
+
+TWO = {"advantage": "gdpo", "reward": ("exact", "length:4")}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"advantage": "bnpo", "reward_wrong": -1.0}, "'bnpo' is defined for rewards from 0 to 1"),
         ({"advantage": "maxrl", "overlong_buffer": 1}, "'maxrl' is defined for rewards from 0 to"),
         ({"advantage": "bnpo", "kl_coef": 0.1, "kl_in": "reward"}, "kl_in=reward give others"),
+        ({"advantage": "gdpo"}, "'gdpo' takes several rewards .* --reward several words"),
+        ({"advantage": "gdpo", "reward": ("exact",)}, "with one reward take grpo, dr-grpo"),
+        (TWO | {"reward_wrong": -1.0}, "reward_wrong with advantage='gdpo'"),
+        (
+            TWO | {"overlong_buffer": 1, "kl_coef": 1.0, "kl_in": "reward"},
+            "overlong_buffer, kl_in=reward with advantage='gdpo'.*--kl-in loss",
+        ),
+        ({"loss": "real", "micro_batch": 7}, "whole groups in a micro-batch: at least group=8"),
         ({"kl_coef": -0.1}, "kl_coef: -0.1 given; allowed: 0 or more"),
         ({"kl_in": "reward"}, "kl_in='reward' without kl_coef: .* Give --kl-coef too"),
         ({"kl_estimator": "k1"}, "kl_estimator='k1' without kl_coef"),

@@ -1,0 +1,172 @@
+"""A side of the loss on a batch, and what the loss did to its tokens: its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.branches import BRANCHES
+from moe_upgrpo.losses.correction import correction_weights, off_policy_sequences
+from moe_upgrpo.losses.metrics import Metric
+from moe_upgrpo.losses.side import Side
+from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_upgrpo.losses.config import PolicyLossConfig as Config
+
+
+@dataclass(frozen=True)
+class AppliedSide:
+    """A side of the loss on this batch: what its rules cut, and its weight.
+
+    positive: A > 0, else A <= 0. below, above: cut by a bound of the loss; dropped: by the
+    correction or the off-policy mask; factor: detached weight. All `[B, T]`, `[B, 1]` or None.
+    """
+
+    side: Side
+    positive: bool
+    below: Tensor | None
+    above: Tensor | None
+    factor: Tensor | None
+    dropped: Tensor | None
+
+    @property
+    def cuts(self) -> list[Tensor]:
+        return [cut for cut in (self.below, self.above, self.dropped) if cut is not None]
+
+    def weighted(self, t: Tokens) -> Tensor:
+        """The advantages of this side, 0 at other tokens, with its factor."""
+        amount_BT = t.gain_BT if self.positive else t.pain_BT
+        return amount_BT if self.factor is None else amount_BT * self.factor
+
+    def beside(self, t: Tokens, extra: Tensor) -> Tensor:
+        """The extra term, or its slope, at the tokens of this side, with the side's factor."""
+        here_BT = t.positive_BT if self.positive else t.mask_BT & ~t.positive_BT
+        extra_BT = torch.where(here_BT, extra, 0.0)
+        return extra_BT if self.factor is None else extra_BT * self.factor
+
+    def coefficient(self, t: Tokens, config: Config) -> Tensor:
+        """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
+        c = self.side.slope(t, config)
+        if self.factor is not None:
+            c = c * self.factor
+        cut = union(*self.cuts)
+        return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def union(*hits: Tensor | None) -> Tensor | None:
+    """Where any of these holds; None if all are None."""
+    found = None
+    for hit in hits:
+        found = hit if found is None else found if hit is None else found | hit
+    return found
+
+
+class _OfSign:
+    """The tokens of one sign, and those of them that a rule hits, each rule counted once."""
+
+    def __init__(self, here_BT: Tensor):
+        self.here_BT = here_BT
+        self.count = here_BT.count_nonzero().double()
+        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # with the rule, which keeps it
+
+    def hit(self, rule: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the rule, `[B, T]` or `[B, 1]`, hits, and how often."""
+        if id(rule) not in self._seen:
+            hit_BT = self.here_BT & rule
+            self._seen[id(rule)] = rule, hit_BT, hit_BT.count_nonzero()
+        _, hit_BT, count = self._seen[id(rule)]
+        return hit_BT, count
+
+    def share(self, rule: Tensor | None) -> Metric:
+        return Metric(
+            torch.zeros_like(self.count) if rule is None else self.hit(rule)[1], self.count
+        )
+
+    def cut(self, side: AppliedSide) -> tuple[Tensor | None, Tensor]:
+        """Where any of the side's rules hits, and how often."""
+        hits = [self.hit(cut) for cut in side.cuts]
+        where_BT = union(*(hit_BT for hit_BT, _ in hits))
+        if where_BT is None:
+            return None, torch.zeros_like(self.count)
+        return where_BT, hits[0][1] if len(hits) == 1 else where_BT.count_nonzero()
+
+
+def measure(
+    t: Tokens, config: Config, positive: AppliedSide, negative: AppliedSide
+) -> tuple[Tensor, dict[str, Metric]]:
+    """`PolicyLoss.clipped` and the metrics but for the gradient's; formulas in
+    `metrics.GLOSSARY`."""
+    tokens = _sum(t.lengths_B1)
+    of_p, of_n = _OfSign(t.positive_BT), _OfSign(t.negative_BT)
+    (cut_p, count_p), (cut_n, count_n) = of_p.cut(positive), of_n.cut(negative)
+    clipped_BT = union(cut_p, cut_n)
+    if clipped_BT is None:
+        clipped_BT = torch.zeros_like(t.mask_BT)
+    counterpart = BRANCHES[config.negative].positive
+    is_own = counterpart is positive.side
+    beyond = positive.above if is_own else counterpart.clip(t, config)[1]
+    ratio_size = _sample_size(_masked_ratio(t), tokens)
+    metrics = {
+        "ppo_kl": Metric(-_sum(t.raw_log_ratio_BT), tokens),
+        "ratio_mean": Metric(ratio_size.numerator, tokens),
+        "ratio_effective_sample_size": ratio_size,
+        "positive_fraction": Metric(of_p.count, tokens),
+        "negative_fraction": Metric(of_n.count, tokens),
+        "clip_fraction": Metric(count_p + count_n, tokens),
+        "clip_fraction_positive": Metric(count_p, of_p.count),
+        "clip_fraction_negative": Metric(count_n, of_n.count),
+        "clip_fraction_positive_upper": of_p.share(positive.above),
+        "clip_fraction_positive_lower": of_p.share(positive.below),
+        "clip_fraction_negative_upper": of_n.share(negative.above),
+        "clip_fraction_negative_lower": of_n.share(negative.below),
+        "positive_beyond_upper_fraction": of_p.share(beyond),
+    }
+    if "dual_clip" in BRANCHES[config.negative].fields and config.dual_clip is not None:
+        beyond_dual = t.ratio_BT > config.dual if negative.above is None else negative.above
+        metrics["dual_clip_fraction"] = of_n.share(beyond_dual)
+    if config.off_policy_limit is not None:
+        metrics["off_policy_mask_fraction"] = of_n.share(
+            off_policy_sequences(t, config.off_policy_limit)
+        )
+    if t.log_shift_BT is not None:
+        metrics["router_shift_mean"] = Metric(_sum(t.masked(t.log_shift_BT.exp())), tokens)
+    if config.correction.active:
+        on_p, on_n = config.correction.positive, config.correction.negative
+        applies_BT = (t.positive_BT & on_p) | (t.negative_BT & on_n)
+        weight, dropped = correction_weights(t, config.correction)
+        weight_BT = torch.where(applies_BT, weight, 0.0)
+        applied = applies_BT.count_nonzero().double()
+        size = _sample_size(weight_BT, applied)
+        metrics["correction_weight_mean"] = Metric(size.numerator, applied)
+        metrics["correction_zero_fraction"] = Metric(
+            (dropped & applies_BT).count_nonzero(), applied
+        )
+        metrics["correction_effective_sample_size"] = size
+    return clipped_BT, metrics
+
+
+def _masked_ratio(t: Tokens) -> Tensor:
+    """r without RSPO's γ, 0 at padding."""
+    if t.log_shift_BT is None and t.has_ratio:
+        return t.masked(t.ratio_BT)
+    ratio_BT = t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_()
+    return ratio_BT.masked_fill_(~t.mask_BT, 0.0)
+
+
+def _sum(x_BT: Tensor) -> Tensor:
+    """Σ, of the rows' sums in float64: whole numbers stay whole beyond the 2^24 of float32."""
+    return x_BT.sum(-1).sum(dtype=torch.float64)
+
+
+def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
+    """(Σw, Σw²) of `count` weights, the others 0.
+
+    Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
+    worth more than N.
+    """
+    sum_w, sum_w2 = _sum(weight_BT), _sum(torch.linalg.vecdot(weight_BT, weight_BT)[:, None])
+    return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))
