@@ -170,8 +170,8 @@ FAMILIES: dict[str, Family] = {
 
 # Models that people ask for and that are not taken, and why.
 NOT_TAKEN = {
-    "qwen3_next": "three quarters of its layers are gated delta nets, which Megatron-Core builds "
-    "with the kernels of fla alone (ssm/gated_delta_net.py:103), on a GPU: whether they compute "
+    "qwen3_next": "three quarters of its layers are gated delta nets, which Megatron-Core 0.16 "
+    "builds with fla's kernels alone (ssm/gated_delta_net.py:103), on a GPU: whether they compute "
     "what transformers does was not tested",
     "gpt_oss": "its attention has sinks, and windows in every second layer, and its experts have "
     "biases and a clamped activation: the layers that stand in for Transformer Engine's "

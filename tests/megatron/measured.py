@@ -60,8 +60,8 @@ LAYOUTS = {
 }
 if releases.reduces_expert_gradients():  # else refused; tests/patches shows why
     LAYOUTS["TP2·ETP1"] = ("tiny", 2, Layout(tp=2, etp=1))
-# On 4 processes, and parts of layouts that are measured anyway.
-SLOW = ("TP2·DP2", "EP2·DP2", "TP2·PP2", "EP2·PP2")
+# On 4 processes or of one more family, and parts of layouts that are measured anyway.
+SLOW = ("TP2·DP2", "EP2·DP2", "TP2·PP2", "EP2·PP2", "qwen2 TP2·EP2")
 
 
 def as_parameters(names) -> list:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import LossTerms, PolicyLossConfig
@@ -40,6 +46,13 @@ MOE = dict(
     mlp_only_layers=[1],
 )  # fmt: skip
 BATCH = MicroBatch(sequences=4, length=32)
+WITHOUT_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
+OTHERS = {
+    "qwen2": Qwen2MoeConfig(**WITHOUT_HEAD_DIM | MOE, shared_expert_intermediate_size=128),
+    "olmoe": OlmoeConfig(
+        **WITHOUT_HEAD_DIM | dict(num_experts=8, num_experts_per_tok=2, intermediate_size=96)
+    ),
+}
 
 
 def config(**changes) -> Qwen3MoeConfig:
@@ -110,6 +123,17 @@ def test_what_autograd_keeps(dtype, tmp_path):
     hf = config()
     measured = kept_bytes(checkpoint(hf, tmp_path), Layout(), dtype)
     assert measured == pytest.approx(expected_kept(hf, Layout(), dtype), rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_autograd_keeps_in_other_families(family, dtype, tmp_path):
+    """QKV biases and a shared expert with its gate; norms over all heads."""
+    hf = OTHERS[family]
+    measured = kept_bytes(checkpoint(hf, tmp_path), Layout(), dtype)
+    assert measured == pytest.approx(expected_kept(hf, Layout(), dtype), rel=0.005)
+    (stage,) = plan.stages(hf, Layout(), 1)
+    assert stage.parameters == memory.model_parameters(memory.Sizes.of(hf))
 
 
 def test_what_autograd_keeps_of_a_shard(tmp_path):

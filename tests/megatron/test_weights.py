@@ -69,7 +69,7 @@ def test_round_trip_is_exact_to_the_bit(name, checkpoints, tmp_path):
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("checkpoint", ["tiny", "mixtral", "moonlight", "qwen2", "olmoe"])
+@pytest.mark.parametrize("checkpoint", ["tiny", "mixtral", "moonlight"])
 def test_what_is_written_loads_in_transformers(checkpoint, checkpoints, tmp_path):
     run_ranks(2, round_trip, Layout(tp=2, ep=2), checkpoints[checkpoint], tmp_path)
     tokens = torch.arange(20).reshape(2, 10)
