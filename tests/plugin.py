@@ -1,7 +1,14 @@
 """A plug-in package as somebody else would write it, installed into a folder of its own."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs/extending.md"
+_TEXT = PAGE.read_text(encoding="utf-8")
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", _TEXT, re.DOTALL))
+"""The package of the page, by the names of its blocks."""
+(ENTRY_POINT,) = re.findall(r"```toml\n(.*?)```", _TEXT, re.DOTALL)
 
 MODULE = '''
 
@@ -64,4 +71,17 @@ def install(
     (info / "entry_points.txt").write_text(
         f"[moe_upgrpo.plugins]\n{name} = {value or name}\n", encoding="utf-8"
     )
+    return folder
+
+
+def project(folder: Path) -> Path:
+    """Write the page's package as a folder that pip installs."""
+    (folder / "my_moe").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
+        f'[project]\nname = "my_moe"\nversion = "1.2"\n\n{ENTRY_POINT}',
+        encoding="utf-8",
+    )
+    for file, text in FILES.items():
+        (folder / "my_moe" / file).write_text(text, encoding="utf-8")
     return folder

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +16,10 @@ from moe_upgrpo.rollout.engines import make_engine
 from moe_upgrpo.store import read_config, read_metrics, read_tokens
 from moe_upgrpo.tasks.arithmetic import EOS_ID, encode
 from moe_upgrpo.tasks.named import make_task
-from tests.plugin import install
+from tests.plugin import FILES, PAGE, install
 from tests.ranks import run_command
 from tests.test_plugins import AtPath
 from tests.train.test_launch import options
-
-PAGE = Path(__file__).parents[1] / "docs/extending.md"
-FILES = dict(
-    re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-)
 
 
 def test_every_block_is_short():

@@ -8,8 +8,6 @@ how to add one. Imports no Megatron.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,44 +15,14 @@ from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.hugging_face.config import is_tied, read_config, read_raw_config
 from moe_upgrpo.hugging_face.folder import HEAD, Weights, has_weights
 from moe_upgrpo.megatron import rules
+from moe_upgrpo.megatron.deepseek import DEEPSEEK_V3
+from moe_upgrpo.megatron.description import ALWAYS_1, HEADS_AND_VOCABULARY, Family, Limit
 from moe_upgrpo.megatron.rules import Rule, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = ("F32", "F16", "BF16")  # of a checkpoint's tensors, as safetensors has them
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limit:
-    """A demand that a family makes of a field of its config."""
-
-    field: str
-    value: Any
-    supported: str
-    ok: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """One architecture of transformers.
-
-    rules: where its weights go. settings: fields of Megatron's TransformerConfig beside those that
-    all families share (MLATransformerConfig's where multi_latent_attention is among them).
-    tp_sizes: fields that tensor parallelism divides. experts, expert_size: the fields with the
-    number of experts and their intermediate size. moe_layers: the layers that hold experts.
-    counts: further fields that must be whole numbers. limits: what of the config is supported.
-    """
-
-    rules: Callable[[PretrainedConfig], tuple[Rule, ...]]
-    settings: Callable[[PretrainedConfig], dict[str, Any]]
-    tp_sizes: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "vocab_size")
-    experts: str | None = None
-    expert_size: str = "moe_intermediate_size"
-    moe_layers: Callable[[PretrainedConfig], list[int]] = lambda hf: []
-    rope_types: tuple[str, ...] = ("default",)
-    counts: tuple[str, ...] = ()
-    limits: Callable[[PretrainedConfig], list[Limit]] = lambda hf: []
 
 
 def _grouped_query_attention(hf: PretrainedConfig, *, qk_norm: bool) -> dict[str, Any]:
@@ -68,12 +36,16 @@ def _qwen3(hf: PretrainedConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe(hf: PretrainedConfig) -> dict[str, Any]:
+    return _qwen3(hf) | _softmax_gates(hf)
+
+
+def _softmax_gates(hf: PretrainedConfig) -> dict[str, Any]:
     # With norm_topk_prob the softmax is over the chosen experts, else over all of them.
-    return _qwen3(hf) | dict(moe_router_pre_softmax=not hf.norm_topk_prob)
+    return dict(moe_router_pre_softmax=not hf.norm_topk_prob)
 
 
-def _qwen3_moe_layers(hf: PretrainedConfig) -> list[int]:
-    """As in transformers, modeling_qwen3_moe.py:308."""
+def _qwen_moe_layers(hf: PretrainedConfig) -> list[int]:
+    """As in transformers, modeling_qwen3_moe.py:308 and modeling_qwen2_moe.py:370."""
     return [
         layer
         for layer in range(hf.num_hidden_layers if hf.num_experts else 0)
@@ -81,19 +53,46 @@ def _qwen3_moe_layers(hf: PretrainedConfig) -> list[int]:
     ]
 
 
-def _qwen3_moe_limits(hf: PretrainedConfig) -> list[Limit]:
+def _softmax_gates_limits(hf: PretrainedConfig) -> list[Limit]:
     return [
         Limit(
             field="norm_topk_prob",
             value=hf.norm_topk_prob,
-            supported=f"False with num_experts_per_tok=1: {_ALWAYS_1}",
+            supported=f"False with num_experts_per_tok=1: {ALWAYS_1}",
             ok=hf.num_experts_per_tok > 1 or not hf.norm_topk_prob,
         )
     ]
 
 
-# Megatron-Core refuses it too (transformer_config.py:1633).
-_ALWAYS_1 = "a gate that is divided by itself is 1, and no gradient reaches the router"
+def _qwen2_moe(hf: PretrainedConfig) -> dict[str, Any]:
+    return (
+        _grouped_query_attention(hf, qk_norm=False)
+        | _softmax_gates(hf)
+        | dict(
+            add_qkv_bias=hf.qkv_bias,
+            moe_shared_expert_intermediate_size=hf.shared_expert_intermediate_size,
+            moe_shared_expert_gate=True,
+        )
+    )
+
+
+def _qwen2_moe_rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
+    return (
+        *rules.ENDS,
+        *rules.NORMS,
+        *rules.GROUPED_QUERY_ATTENTION,
+        *(rules.QKV_BIAS if hf.qkv_bias else ()),
+        *rules.ROUTER,
+        *rules.EXPERTS,
+        *rules.mlp("mlp.shared_experts.", "mlp.shared_expert."),
+        *rules.SHARED_EXPERT_GATE,
+        *rules.DENSE_MLP,
+    )
+
+
+def _olmoe_limits(hf: PretrainedConfig) -> list[Limit]:
+    clip = Limit(field="clip_qkv", value=hf.clip_qkv, supported="None", ok=hf.clip_qkv is None)
+    return [clip, *_softmax_gates_limits(hf)]
 
 
 def _mixtral(hf: PretrainedConfig) -> dict[str, Any]:
@@ -105,118 +104,10 @@ def _mixtral_limits(hf: PretrainedConfig) -> list[Limit]:
         Limit(
             field="num_experts_per_tok",
             value=hf.num_experts_per_tok,
-            supported=f"2 or more: Mixtral renormalises its gates, and {_ALWAYS_1}",
+            supported=f"2 or more: Mixtral renormalises its gates, and {ALWAYS_1}",
             ok=hf.num_experts_per_tok > 1,
         )
     ]
-
-
-def _deepseek_v3(hf: PretrainedConfig) -> dict[str, Any]:
-    rope = hf.rope_parameters
-    settings = dict(
-        multi_latent_attention=True,
-        qk_layernorm=True,  # of the latents
-        q_lora_rank=hf.q_lora_rank,
-        kv_lora_rank=hf.kv_lora_rank,
-        qk_head_dim=hf.qk_nope_head_dim,
-        qk_pos_emb_head_dim=hf.qk_rope_head_dim,
-        v_head_dim=hf.v_head_dim,
-        kv_channels=hf.v_head_dim,  # what DotProductAttention takes the width of its output from
-        rope_type="rope",
-        rotary_base=rope["rope_theta"],
-        moe_shared_expert_intermediate_size=hf.n_shared_experts * hf.moe_intermediate_size,
-        moe_router_score_function="sigmoid",
-        moe_router_topk_scaling_factor=hf.routed_scaling_factor,
-        # The bias is added for the choice only. It stays as the checkpoint has it: nothing in RL
-        # balances the experts.
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,
-    )
-    if rope["rope_type"] == "yarn":
-        settings |= dict(
-            rope_type="yarn",
-            rotary_scaling_factor=rope["factor"],
-            original_max_position_embeddings=rope["original_max_position_embeddings"],
-            beta_fast=rope.get("beta_fast") or 32,
-            beta_slow=rope.get("beta_slow") or 1,
-            mscale=rope["mscale"],
-            mscale_all_dim=rope["mscale_all_dim"],
-        )
-    if _limits_groups(hf):
-        settings |= dict(moe_router_num_groups=hf.n_group, moe_router_group_topk=hf.topk_group)
-    return settings
-
-
-def _limits_groups(hf: PretrainedConfig) -> bool:
-    return hf.topk_group < hf.n_group
-
-
-def _deepseek_v3_limits(hf: PretrainedConfig) -> list[Limit]:
-    rope, top_k, shared = hf.rope_parameters, hf.num_experts_per_tok, hf.n_shared_experts
-    dense, layers = hf.first_k_dense_replace, hf.num_hidden_layers
-    fixed = {
-        "rope_interleave": True,
-        # Of the published config.json files; transformers reads none of them.
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": 1,
-    }
-    limits = [
-        Limit(field=f, value=getattr(hf, f, v), supported=str(v), ok=getattr(hf, f, v) == v)
-        for f, v in fixed.items()
-    ]
-    limits += [
-        Limit(field="n_shared_experts", value=shared, supported="1 or more", ok=bool(shared)),
-        Limit(
-            field="first_k_dense_replace",
-            value=dense,
-            supported=f"0 to num_hidden_layers - 1 = {layers - 1}",
-            ok=0 <= dense < layers,
-        ),
-        Limit(
-            field="norm_topk_prob",
-            value=hf.norm_topk_prob,
-            supported="True with num_experts_per_tok > 1, False with 1",
-            ok=hf.norm_topk_prob == (top_k > 1),
-        ),
-        Limit(
-            field="topk_group",
-            value=hf.topk_group,
-            # transformers adds the best two scores of a group to choose groups, Megatron-Core the
-            # best top-k / topk_group (moe_utils.py:554).
-            supported="half of num_experts_per_tok, or n_group",
-            ok=not _limits_groups(hf) or top_k // hf.topk_group == 2,
-        ),
-    ]
-    if rope["rope_type"] == "yarn":
-        mscale = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
-        limits.append(
-            Limit(
-                field="rope_parameters",
-                value=mscale,
-                supported="both given and above 0 with rope_type=yarn",
-                ok=all(mscale.values()),
-            )
-        )
-    return limits
-
-
-def _deepseek_v3_rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
-    return (
-        *rules.ENDS,
-        *rules.NORMS,
-        *(rules.WHOLE_QUERY if hf.q_lora_rank is None else rules.LATENT_QUERY),
-        *rules.LATENT_ATTENTION,
-        *rules.ROUTER,
-        Rule(
-            "decoder.layers.{layer}.mlp.router.expert_bias",
-            ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
-            rules.WHOLE,
-        ),
-        *rules.EXPERTS,
-        *rules.mlp("mlp.shared_experts.", "mlp.shared_experts."),
-        *rules.DENSE_MLP,
-    )
 
 
 _QWEN3 = (
@@ -226,6 +117,7 @@ _QWEN3 = (
     *rules.QK_NORM,
     *rules.DENSE_MLP,
 )
+_QWEN3_MOE = (*_QWEN3, *rules.ROUTER, *rules.EXPERTS)
 _MIXTRAL = (
     *rules.ENDS,
     *rules.NORMS,
@@ -241,11 +133,28 @@ _MIXTRAL = (
 FAMILIES: dict[str, Family] = {
     "qwen3": Family(rules=lambda hf: _QWEN3, settings=_qwen3),
     "qwen3_moe": Family(
-        rules=lambda hf: (*_QWEN3, *rules.ROUTER, *rules.EXPERTS),
+        rules=lambda hf: _QWEN3_MOE,
         settings=_qwen3_moe,
         experts="num_experts",
-        moe_layers=_qwen3_moe_layers,
-        limits=_qwen3_moe_limits,
+        moe_layers=_qwen_moe_layers,
+        limits=_softmax_gates_limits,
+    ),
+    "qwen2_moe": Family(
+        rules=_qwen2_moe_rules,
+        settings=_qwen2_moe,
+        tp_sizes=(*HEADS_AND_VOCABULARY, "shared_expert_intermediate_size"),
+        experts="num_experts",
+        moe_layers=_qwen_moe_layers,
+        limits=_softmax_gates_limits,
+    ),
+    "olmoe": Family(
+        rules=lambda hf: _QWEN3_MOE,
+        settings=_qwen3_moe,
+        experts="num_experts",
+        expert_size="intermediate_size",
+        moe_layers=lambda hf: list(range(hf.num_hidden_layers)),
+        limits=_olmoe_limits,
+        norms_all_heads=True,
     ),
     "mixtral": Family(
         rules=lambda hf: _MIXTRAL,
@@ -255,32 +164,18 @@ FAMILIES: dict[str, Family] = {
         moe_layers=lambda hf: list(range(hf.num_hidden_layers)),
         limits=_mixtral_limits,
     ),
-    "deepseek_v3": Family(
-        rules=_deepseek_v3_rules,
-        settings=_deepseek_v3,
-        tp_sizes=("num_attention_heads", "vocab_size", "moe_intermediate_size"),
-        experts="n_routed_experts",
-        moe_layers=lambda hf: list(range(hf.first_k_dense_replace, hf.num_hidden_layers)),
-        rope_types=("default", "yarn"),
-        counts=(
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "n_group",
-            "topk_group",
-            "first_k_dense_replace",
-        ),
-        limits=_deepseek_v3_limits,
-    ),
+    "deepseek_v3": DEEPSEEK_V3,
 }
 
 
-# Models that Megatron-Core cannot hold exactly, and why.
-NOT_EXACT = {
-    "olmoe": "its norms of queries and keys are over all heads together "
-    "(transformers, modeling_olmoe.py: q_norm, k_norm), Megatron-Core's over one head "
-    "(attention.py:1280)",
+# Models that people ask for and that are not taken, and why.
+NOT_TAKEN = {
+    "qwen3_next": "three quarters of its layers are gated delta nets, which Megatron-Core 0.16 "
+    "builds with fla's kernels alone (ssm/gated_delta_net.py:103), on a GPU: whether they compute "
+    "what transformers does was not tested",
+    "gpt_oss": "its attention has sinks, and windows in every second layer, and its experts have "
+    "biases and a clamped activation: the layers that stand in for Transformer Engine's "
+    "(megatron/attention.py, megatron/experts.py) have none of these",
 }
 
 
@@ -323,10 +218,10 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
     """
     model_dir = Path(model_dir)
     model_type = read_raw_config(model_dir).get("model_type")
-    if model_type in NOT_EXACT and model_type not in FAMILIES:
+    if model_type in NOT_TAKEN and model_type not in FAMILIES:
         raise UserError(
-            f"{model_dir} is a {model_type!r} model, which cannot be trained exactly: "
-            f"{NOT_EXACT[model_type]}. The trainer supports model_type {', '.join(FAMILIES)}."
+            f"{model_dir} is a {model_type!r} model, which is not supported: "
+            f"{NOT_TAKEN[model_type]}. The trainer supports model_type {', '.join(FAMILIES)}."
         )
     if model_type not in FAMILIES:
         raise UserError(

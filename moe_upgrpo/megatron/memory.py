@@ -2,9 +2,9 @@
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
 layers (without Transformer Engine), in the manner of Korthikanti et al. 2022 (arXiv:2205.05198),
-sections 4.1 and 4.2, with RMSNorm, SwiGLU, grouped queries, QK-norm and routed experts in the place
-of GPT's layers, attention that keeps no scores, and no dropout. tests/megatron/test_plan.py
-compares the sums with what autograd keeps.
+sections 4.1 and 4.2, with RMSNorm, SwiGLU, grouped queries, QK-norm, routed and shared experts in
+the place of GPT's layers, attention that keeps no scores, and no dropout.
+tests/megatron/test_plan.py compares the sums with what autograd keeps.
 
 n tokens of a micro-batch = sequences x padded length S; h hidden size, D head dimension, c bytes of
 a number in the trainer's dtype, V vocabulary, E experts, K of them per token, I the inner size of
@@ -36,23 +36,27 @@ class Sizes:
     kv_heads: int
     head: int
     qk_norm: bool
+    norms_all_heads: bool
+    qkv_bias: bool
     inner: int  # of a dense layer's MLP
     moe_layers: int
     experts: int
     top_k: int
     expert_inner: int
+    shared_inner: int  # of the expert of every token; 0: none
+    shared_gate: bool
 
     @classmethod
     def of(cls, hf) -> Sizes:
         """Raises UserError for a family whose layers are not counted here."""
         kind = family(hf)
         settings = kind.settings(hf)
-        other = {"multi_latent_attention", "moe_shared_expert_intermediate_size"} & set(settings)
-        if other:
+        if settings.get("multi_latent_attention"):
             raise UserError(
-                f"A {hf.model_type!r} model ({', '.join(sorted(other))}): its activations are not "
-                "counted here. plan takes models of grouped queries without shared experts."
+                f"A {hf.model_type!r} model (multi_latent_attention): its activations are not "
+                "counted here. plan takes models of grouped queries."
             )
+        shared = moe_layers(hf) and settings.get("moe_shared_expert_intermediate_size")
         return cls(
             hidden=hf.hidden_size,
             vocab=hf.vocab_size,
@@ -62,11 +66,15 @@ class Sizes:
             kv_heads=hf.num_key_value_heads,
             head=head_dim(hf),
             qk_norm=settings["qk_layernorm"],
+            norms_all_heads=kind.norms_all_heads,
+            qkv_bias=settings.get("add_qkv_bias", False),
             inner=hf.intermediate_size,
             moe_layers=len(moe_layers(hf)),
             experts=num_experts(hf),
             top_k=top_k(hf),
             expert_inner=getattr(hf, kind.expert_size) if moe_layers(hf) else 0,
+            shared_inner=shared or 0,
+            shared_gate=bool(shared) and settings.get("moe_shared_expert_gate", False),
         )
 
 
@@ -144,13 +152,15 @@ def layer_activations(
     """Bytes that autograd keeps of one layer and micro-batch, for one rank.
 
     norms     2·(8h + 4)/t: input and normalised input in fp32, of both
-    qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc
+    qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc.
+              A norm over all heads: (4 + c)·D for each head, and 8 for the two norms
     attention queries, keys, the fused projection (v is a part of it), the output, c each, and the
               logarithm of each query head's sum, 4, /t
     router    h·c/t input; 8E + 24K for the maps, /t (5E before Megatron-Core 0.19)
     experts   (K·x/t)·(h·c·etp + 5·I·c): x the imbalance; input, gate and up, silu, product, product
               with the router's weight
     mlp       (dense layers) h·c/t input and 5·I·c/t: gate and up, gate, silu, product
+    shared    (a shared expert) 5·I·c/t, its input is the router's; with a gate (h + 1)·c/t more
     """
     c, t = DTYPE_BYTES[dtype], layout.tp
     n, length = batch.tokens, batch.length
@@ -159,7 +169,10 @@ def layer_activations(
     fused = (heads + 2 * kv_heads) * head
     # The key's norm keeps its input in fp32: in bf16 a copy, else a part of the fused projection.
     key_in = 4 * kv_heads * head if c == 2 else 0
-    qk_norm = heads * (8 * head + 4) + key_in + 4 * kv_heads * (head + 1)
+    if model.norms_all_heads:
+        qk_norm = heads * (4 + c) * head + key_in + kv_heads * c * head + 8
+    else:
+        qk_norm = heads * (8 * head + 4) + key_in + 4 * kv_heads * (head + 1)
     kept = {
         "norms": 2 * n * (8 * h + 4) / t,
         "qkv": n * (h * c / t + qk_norm * model.qk_norm) + 4 * length * head * c,
@@ -171,6 +184,8 @@ def layer_activations(
         kept["router"] = n * (h * c + 8 * model.experts + 24 * K) / t
         # With etp the tokens of all its ranks are gathered, and each computes a part of I.
         kept["experts"] = n * K / t * imbalance * c * (h * etp + 5 * model.expert_inner)
+        if model.shared_inner:
+            kept["shared"] = n * c / t * (5 * model.shared_inner + (h + 1) * model.shared_gate)
     else:
         kept["mlp"] = n * c / t * (h + 5 * model.inner)
     return kept
@@ -249,7 +264,7 @@ def working_space(
     experts    (K·x/t)·n·(2·h·etp + 4·I)·c: input as it came and by expert; gate and up, silu,
                product. While gate and up are made, in the place of the other two the weights of the
                rank's first linear layers in one tensor, c·(E/ep)·2·h·I/etp
-    mlp        (dense layers) n·(h + 4·I/t)·c
+    mlp        (dense layers, shared experts) n·(h + 4·I/t)·c
 
     and the layer's own four of n·h·c/t; with tp > 1 Megatron's buffer for what is gathered, n·h·c.
     """
@@ -261,8 +276,9 @@ def working_space(
         sent = n * model.top_k / t * imbalance * c
         stacked = c * model.experts / layout.ep * 2 * h * inner / etp
         spaces.append(sent * (2 * h * etp + 2 * inner) + max(sent * 2 * inner, stacked))
-    if model.moe_layers < model.layers:
-        spaces.append(n * (h + 4 * model.inner / t) * c)
+    inner = max(model.inner * (model.moe_layers < model.layers), model.shared_inner)
+    if inner:
+        spaces.append(n * (h + 4 * inner / t) * c)
     return max(spaces) + 4 * n * h * c / t + n * h * c * (t > 1)
 
 
@@ -275,7 +291,7 @@ def gathered_layer(model: Sizes, *, dtype: str) -> float:
     """The largest that is made whole at once when the weights leave for an engine: a layer's
     experts (or its MLP), or the embedding, once gathered and once joined."""
     h, c = model.hidden, DTYPE_BYTES[dtype]
-    inner = max(model.inner, model.experts * model.expert_inner)
+    inner = max(model.inner, model.experts * model.expert_inner, model.shared_inner)
     return 2 * c * h * max(2 * inner, model.vocab)
 
 
@@ -283,9 +299,11 @@ def model_parameters(model: Sizes) -> int:
     """Parameters of the whole model, written out by hand from its sizes."""
     h, head = model.hidden, model.head
     q, kv = model.heads * head, model.kv_heads * head
-    attention = h * (q + 2 * kv) + q * h + 2 * head * model.qk_norm + 2 * h  # with two norms
+    of_norms = (q + kv if model.norms_all_heads else 2 * head) * model.qk_norm
+    attention = (h + model.qkv_bias) * (q + 2 * kv) + q * h + of_norms + 2 * h  # with two norms
     dense = (model.layers - model.moe_layers) * 3 * h * model.inner
     moe = model.moe_layers * model.experts * (3 * h * model.expert_inner + h)  # with the router
+    moe += model.moe_layers * (3 * h * model.shared_inner + h * model.shared_gate)
     embeddings = model.vocab * h * (1 if model.tied else 2)
     return model.layers * attention + dense + moe + embeddings + h
 
@@ -311,7 +329,8 @@ def communication(
     """Bytes that a rank of `stage` sends in an RL step whose copy of the model passes `tokens`.
 
     tensor-parallel   for each layer and forward n·h·c·(t − 1)/t for each of two gathers and two
-                      reductions (attention, and a dense MLP); half as much again in a backward
+                      reductions (attention, and a dense MLP or shared expert); half as much again
+                      in a backward
     expert-parallel   dispatch and combine, each and in the backward too: alltoall n·K/t·h·c·(ep −
                       1)/ep, and (etp − 1) times n·K/t·h·c; allgather n/t·h·c·(ep·etp − 1)
     pipeline          n·h·c/t to the next part of the model, and its gradient back
@@ -322,7 +341,8 @@ def communication(
     c, t = DTYPE_BYTES[dtype], layout.tp
     hidden = tokens * model.hidden * c
     passes = forwards + 1.5 * backwards
-    sharded = 2 * stage.layers + 2 * (stage.layers - stage.moe_layers)
+    unshared = 0 if model.shared_inner else stage.moe_layers
+    sharded = 2 * stage.layers + 2 * (stage.layers - unshared)
     sent: Bytes = {"tensor-parallel": passes * sharded * hidden * (t - 1) / t}
     if stage.moe_layers:
         etp = layout.expert_tp

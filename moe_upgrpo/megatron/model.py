@@ -13,7 +13,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -47,6 +47,49 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """RMSNorm over all heads together, those that other tensor-parallel ranks hold among them.
+
+    In the place of a norm over each head (attention.py:1280), which gets [S, B, A, D], A heads of
+    this rank. Every rank has the whole weight, as of all norms, and takes its heads' part of it.
+    heads: the config's field with the heads of all ranks.
+    """
+
+    heads: str
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.shape, self.eps = (getattr(config, self.heads), hidden_size), eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(self.shape[0] * self.shape[1], dtype=config.params_dtype)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, heads_SBAD: torch.Tensor) -> torch.Tensor:
+        inputs_SBAD = heads_SBAD.float()
+        squares_SB11 = inputs_SBAD.square().sum((-2, -1), keepdim=True)
+        # One sum over the ranks forward, one of its gradients backward.
+        squares_SB11 = mappings.copy_to_tensor_model_parallel_region(
+            mappings.reduce_from_tensor_model_parallel_region(squares_SB11)
+        )
+        normed_SBAD = inputs_SBAD * (squares_SB11 / self.weight.numel() + self.eps).rsqrt()
+        first = parallel_state.get_tensor_model_parallel_rank() * heads_SBAD.shape[-2]
+        weight_AD = self.weight.view(self.shape)[first : first + heads_SBAD.shape[-2]]
+        return normed_SBAD.to(heads_SBAD.dtype) * weight_AD
+
+
+class AllQueriesNorm(AllHeadsNorm):
+    """The norm of OLMoE's queries."""
+
+    heads = "num_attention_heads"
+
+
+class AllKeysNorm(AllHeadsNorm):
+    """The norm of OLMoE's keys."""
+
+    heads = "num_query_groups"
 
 
 LATENT_EPS = 1e-6  # of MLA's latents: transformers takes it whatever rms_norm_eps is
@@ -197,8 +240,13 @@ def transformer_config(
     return (MLATransformerConfig if latent else TransformerConfig)(**(own | dict(passed or {})))
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron-Core's own layers; without Transformer Engine, with the norm of this module."""
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, *, norms_all_heads: bool = False
+) -> TransformerBlockSubmodules:
+    """Megatron-Core's own layers; without Transformer Engine, with the norm of this module.
+
+    norms_all_heads: as a `Family` says.
+    """
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=uses_transformer_engine(),
@@ -208,8 +256,17 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     if config.multi_latent_attention:
         for spec in block.layer_specs:
             spec.submodules.self_attention.module = LatentSelfAttention
-    if uses_transformer_engine():
-        return block
+    if not uses_transformer_engine():
+        _use_torch(config, block)
+    if norms_all_heads:
+        for spec in block.layer_specs:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm, attention.k_layernorm = AllQueriesNorm, AllKeysNorm
+    return block
+
+
+def _use_torch(config: TransformerConfig, block: TransformerBlockSubmodules) -> None:
+    """Put torch's norm, attention and grouped products in the place of Megatron-Core's own."""
     block.layer_norm = RMSNorm
     for spec in block.layer_specs:
         layer, attention = spec.submodules, spec.submodules.self_attention.submodules
@@ -226,7 +283,6 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         if takes_grouped_experts(config):
             releases.replace_experts(layer.mlp, GroupedExperts)
-    return block
 
 
 def build_model(
@@ -251,7 +307,7 @@ def build_model(
         chunks.append(
             ScoringModel(
                 config,
-                block_spec(config, vp_stage),
+                block_spec(config, vp_stage, norms_all_heads=family(hf).norms_all_heads),
                 vocab_size=hf.vocab_size,
                 max_sequence_length=hf.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(**where),

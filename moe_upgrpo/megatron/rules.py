@@ -78,6 +78,12 @@ QKV = Form(
     0,
     lambda shard, hf: (-1, _rows_q(hf) + 2 * head_dim(hf), shard.shape[-1]),
 )
+QKV_BIASES = Form(  # as QKV, one number a row
+    lambda qkv, hf: _fuse_qkv([t[:, None] for t in qkv], hf).flatten(),
+    lambda full, hf: [t[:, 0] for t in _split_qkv(full.view(hf.num_key_value_heads, -1, 1), hf)],
+    0,
+    _same_shape,
+)
 GATE_UP = Form(  # each rank holds its rows of the gate above its rows of the up projection
     lambda tensors, hf: torch.stack(tensors),  # [2, I, H]
     lambda full, hf: list(full),
@@ -151,6 +157,13 @@ GROUPED_QUERY_ATTENTION = in_layer(
     "self_attn.",
     {"linear_qkv": (("q_proj", "k_proj", "v_proj"), QKV), "linear_proj": ("o_proj", COLUMNS)},
 )
+QKV_BIAS = (
+    Rule(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        tuple(f"model.layers.{{layer}}.self_attn.{name}_proj.bias" for name in "qkv"),
+        QKV_BIASES,
+    ),
+)
 QK_NORM = in_layer(
     "self_attention.",
     "self_attn.",
@@ -179,3 +192,10 @@ LATENT_QUERY = in_layer(
 DENSE_MLP = mlp("mlp.", "mlp.")
 ROUTER = in_layer("mlp.", "mlp.", {"router": ("gate", WHOLE)})
 EXPERTS = mlp("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.")
+SHARED_EXPERT_GATE = (
+    Rule(
+        "decoder.layers.{layer}.mlp.shared_experts.gate_weight",
+        ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
+        WHOLE,
+    ),
+)

@@ -348,8 +348,9 @@ class HFEngine:
         self.model = None
 
 
-# Kept by published FP8 recipes: the router, the embedding, the head and the norms' vectors.
-_KEPT = ("embed_tokens", "lm_head", "mlp.gate.weight", "norm")
+# Kept by published FP8 recipes: the router, a shared expert's gate, the embedding, the head and the
+# norms' vectors.
+_KEPT = ("embed_tokens", "lm_head", "mlp.gate.weight", "shared_expert_gate", "norm")
 
 
 def is_rounded(name: str, weight: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ the response's, and are not `sampled`: neither loss nor log counts them, and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.tasks import Problem, Task
+from moe_upgrpo.tasks.base import TOOLS_AT_ONCE, Tokens
 
 _TURN = 0x7E57  # the seed of a later turn is drawn of this, the first one's and its number
 
@@ -52,13 +54,15 @@ def converse(
     )
     going = range(len(rollouts))
     for turn in range(1, turns_of(task)):
-        results: dict[int, np.ndarray] = {}
-        for i in going:
-            if rollouts[i].finished:
-                problem = problems[i // samples_per_prompt]
-                result = task.observe(problem, rollouts[i].response_ids)
-                if result is not None:
-                    results[i] = np.asarray(result, dtype=np.int64)
+        ended = [i for i in going if rollouts[i].finished]
+        found = _observed(
+            task, [(problems[i // samples_per_prompt], rollouts[i].response_ids) for i in ended]
+        )
+        results = {
+            i: np.asarray(result, dtype=np.int64)
+            for i, result in zip(ended, found, strict=True)
+            if result is not None
+        }
         if not results:
             break
         replies = engine.generate(
@@ -74,6 +78,19 @@ def converse(
             rollouts[i] = joined(rollouts[i], result, reply)
         going = list(results)
     return rollouts
+
+
+def _observed(task: Task, asked: Sequence[tuple[Problem, Tokens]]) -> list[Tokens | None]:
+    """What the task's tool says to each of these, in their order; several are asked at a time."""
+    at_once = min(len(asked), getattr(task, "tools_at_once", TOOLS_AT_ONCE))
+    if at_once <= 1:
+        return [task.observe(*one) for one in asked]
+    pool = ThreadPoolExecutor(at_once, "tool")
+    try:
+        return list(pool.map(lambda one: task.observe(*one), asked))
+    finally:
+        # Without waiting: what ends generation may come while a tool hangs.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def joined(before: Rollout, result: np.ndarray, reply: Rollout) -> Rollout:

@@ -11,6 +11,7 @@ from moe_upgrpo.errors import UserError
 
 Tokens = Sequence[int] | np.ndarray
 Terms = Mapping[str, tuple[float, float]]  # name -> (weight, value) of rewards that add up to one
+TOOLS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,9 @@ class Task(Protocol):
     # max_observation_tokens: int: the longest result of a tool.
     # observe(problem, response_ids) -> token ids, or None where the conversation has ended: the
     #     result after a response so far, earlier results among its tokens. The ids are put behind
-    #     it, and the model speaks again.
+    #     it, and the model speaks again. It may be a coroutine.
+    # tools_at_once: int, TOOLS_AT_ONCE without it: calls of `observe` that run at the same time, in
+    #     threads, for the responses of a batch; 1: one after the other, in their order.
 
 
 def judged(

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.rewards.worker import load, said
-from moe_upgrpo.tasks.base import Task
+from moe_upgrpo.tasks.base import TOOLS_AT_ONCE, Task
 
 TASKS: dict[str, Callable[..., Task]] = {}
 NEEDED = (
@@ -69,5 +69,11 @@ def make_task(word: str, model_dir: Path, options: str) -> Task:
         raise UserError(
             f"task={word!r}: {type(task).__name__} has max_turns={turns} and no "
             f"{' and no '.join(lacking)}; moe_upgrpo/tasks/base.py says what a task has"
+        )
+    at_once = getattr(task, "tools_at_once", TOOLS_AT_ONCE)
+    if not isinstance(at_once, int) or at_once < 1:
+        raise UserError(
+            f"task={word!r}: {type(task).__name__} has tools_at_once={at_once!r}; allowed: a whole "
+            "number of at least 1, 1 for tools that are asked one after the other"
         )
     return task

@@ -5,6 +5,8 @@ Either way a reward that raises, hangs or gives no number is 0, is named on the 
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import os
 import sys
@@ -101,11 +103,16 @@ class RewardedTask:
         return self.judge([problem], [response_ids])[0].reward
 
     def observe(self, problem: Problem, response_ids: Tokens) -> np.ndarray | None:
-        """The task's `observe`, whose failures end the conversation and are those of a reward."""
+        """The task's `observe`, whose failures end the conversation and are those of a reward.
+
+        May be called in several threads at a time, each with its own limit.
+        """
         most = self._task.max_observation_tokens
 
         def result() -> np.ndarray | None:
             ids = self._task.observe(problem, response_ids)
+            if inspect.iscoroutine(ids):
+                ids = asyncio.run(ids)
             if ids is None:
                 return None
             ids = np.asarray(ids)

@@ -423,7 +423,7 @@ class RewardOptions:
     overlong_penalty: float = 1.0
     """Taken off at max_new_tokens."""
     reward_timeout: float = 30.0
-    """Seconds of one call of a --reward, or of the reward of a --task; then it has failed."""
+    """Seconds of one call of a --reward, or of a --task's reward or tool; then it has failed."""
     reward_workers: int | None = None
     """Processes in each rank for each --reward. None: this machine's cores over its ranks, up to
     8."""

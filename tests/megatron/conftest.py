@@ -4,6 +4,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -29,7 +31,8 @@ SIZES = dict(
 )
 
 
-LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+WITHOUT_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
+LATENT = WITHOUT_HEAD_DIM | dict(
     num_key_value_heads=4,
     kv_lora_rank=24,
     qk_nope_head_dim=12,
@@ -70,6 +73,17 @@ FAMILIES = {
         rms_norm_eps=1e-2,
     ),
     "mixtral": MixtralConfig(**(SIZES | dict(num_hidden_layers=2)), num_local_experts=8),
+    "qwen2": Qwen2MoeConfig(
+        **(WITHOUT_HEAD_DIM | dict(num_hidden_layers=3)),
+        mlp_only_layers=[1],
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+    ),
+    "olmoe": OlmoeConfig(
+        **(WITHOUT_HEAD_DIM | dict(num_hidden_layers=2)), num_experts=8, num_experts_per_tok=2
+    ),
 }
 
 
@@ -77,6 +91,8 @@ def save_random(model, path):
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is skipped or swapped
             torch.nn.init.uniform_(weight, 0.5, 1.5)
+        elif name.endswith(".bias"):  # as zeros would a bias
+            torch.nn.init.normal_(weight, std=0.2)
     for name, bias in model.named_buffers():
         if "e_score_correction_bias" in name:
             torch.nn.init.normal_(bias, std=0.2)

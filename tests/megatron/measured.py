@@ -49,6 +49,8 @@ LAYOUTS = {
     "TP2·EP2 allgather": ("tiny", 2, Layout(tp=2, ep=2, dispatcher="allgather")),
     "TP2·EP2·ETP2 allgather": ("tiny", 4, Layout(tp=2, ep=2, etp=2, dispatcher="allgather")),
     "mixtral TP2·EP2": ("mixtral", 2, Layout(tp=2, ep=2)),
+    "qwen2 TP2·EP2": ("qwen2", 2, Layout(tp=2, ep=2)),
+    "olmoe TP2·EP2": ("olmoe", 2, Layout(tp=2, ep=2)),
     "deepseek EP2 allgather": ("deepseek", 2, Layout(ep=2, dispatcher="allgather")),
     "deepseek TP2·EP2·PP2·VPP2": ("deepseek", 4, Layout(tp=2, ep=2, pp=2, vpp=2)),
     "moonlight TP2·EP2": ("moonlight", 2, Layout(tp=2, ep=2)),
@@ -58,8 +60,8 @@ LAYOUTS = {
 }
 if releases.reduces_expert_gradients():  # else refused; tests/patches shows why
     LAYOUTS["TP2·ETP1"] = ("tiny", 2, Layout(tp=2, etp=1))
-# On 4 processes, and parts of layouts that are measured anyway.
-SLOW = ("TP2·DP2", "EP2·DP2", "TP2·PP2", "EP2·PP2")
+# On 4 processes or of one more family, and parts of layouts that are measured anyway.
+SLOW = ("TP2·DP2", "EP2·DP2", "TP2·PP2", "EP2·PP2", "qwen2 TP2·EP2")
 
 
 def as_parameters(names) -> list:

@@ -10,9 +10,11 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import families, model, weights
+from moe_upgrpo.megatron.attention import CausalAttention
 from moe_upgrpo.megatron.groups import process_groups
 from moe_upgrpo.megatron.layout import Layout
 
@@ -35,10 +37,11 @@ def changed(source, folder, fields):
 @pytest.mark.parametrize(
     ("checkpoint", "fields", "words"),
     [
-        ("tiny", {"model_type": "gpt_oss"}, "'gpt_oss' model; .*qwen3, qwen3_moe, mixtral, deep"),
+        ("tiny", {"model_type": "gpt2"}, "'gpt2' model; .*qwen3, qwen3_moe, qwen2_moe, olmoe, mix"),
+        ("tiny", {"model_type": "gpt_oss"}, "'gpt_oss' .*not supported: its attention has sinks"),
+        ("tiny", {"model_type": "qwen3_next"}, "'qwen3_next' .*: three quarters .* gated delta"),
         ("tiny", {"model_type": None}, "None model; the trainer supports"),
         ("tiny", {"model_type": "qwen3_mo"}, r"'qwen3_mo' model; the .*nearest: qwen3_moe"),
-        ("tiny", {"model_type": "olmoe"}, "'olmoe' model, which cannot be trained exactly: its no"),
         ("tiny", {"attention_bias": True}, "attention_bias=True .* qwen3_moe .*: False"),
         ("tiny", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8 .*: None"),
         ("tiny", {"hidden_act": "gelu"}, "hidden_act=gelu .* supported: silu"),
@@ -73,11 +76,71 @@ def changed(source, folder, fields):
         ("tiny", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 .*: 1 to num_experts=8"),
         ("tiny", {"num_local_experts": None}, "num_experts=None"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 .*: 2 or more"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 .* olmoe .*: None"),
+        ("olmoe", {"attention_bias": True}, "attention_bias=True"),
+        (
+            "olmoe",
+            {"norm_topk_prob": True, "num_experts_per_tok": 1},
+            "norm_topk_prob=True .*: False with num_experts_per",
+        ),
+        (
+            "qwen2",
+            {"norm_topk_prob": True, "num_experts_per_tok": 1},
+            "norm_topk_prob=True .*: False with num_experts_per",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": None},
+            "sliding_window=8 .*: None",
+        ),
+        ("qwen2", {"shared_expert_intermediate_size": 0}, "shared_expert_.*=0 .* at least 1"),
+        ("qwen2", {"qkv_bias": False}, r"tensor\(s\) are not of this model, .*k_proj.bias"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act=gelu .* supported: silu"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(checkpoint, fields, words, checkpoints, tmp_path):
     with pytest.raises(UserError, match=words):
         families.read_model_config(changed(checkpoints[checkpoint], tmp_path / "c", fields))
+
+
+def test_a_layout_that_does_not_divide_a_shared_expert_or_key_heads(checkpoints):
+    """Each rank holds whole heads and a part of the shared expert."""
+    for name, field in (("qwen2", "num_key_value_heads=2"), ("olmoe", "num_key_value_heads=2")):
+        hf = families.read_model_config(checkpoints[name])
+        with pytest.raises(UserError, match=field):
+            Layout(tp=4).check_model(hf)
+    hf = families.read_model_config(checkpoints["qwen2"])
+    hf.shared_expert_intermediate_size = 49
+    with pytest.raises(UserError, match="shared_expert_intermediate_size=49"):
+        Layout(tp=2, ep=2).check_model(hf)
+
+
+def test_why_qwen3_next_is_not_taken(monkeypatch):
+    delta_nets = Qwen3NextConfig().layer_types.count("linear_attention")
+    assert delta_nets / len(Qwen3NextConfig().layer_types) == 3 / 4
+    nets = pytest.importorskip("megatron.core.ssm.gated_delta_net")  # 0.16
+    monkeypatch.setattr(nets, "HAVE_FLA", False)
+    with pytest.raises(ImportError, match="FLA"):
+        nets.GatedDeltaNet(None, None)
+
+
+def test_why_gpt_oss_is_not_taken():
+    windows = GptOssConfig().layer_types
+    assert windows[::2] == ["sliding_attention"] * (len(windows) // 2)
+    assert windows[1::2] == ["full_attention"] * (len(windows) // 2)
+    sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads))
+    names = set(dict(built.named_parameters()))
+    assert {
+        f"model.layers.0.{n}" for n in ("self_attn.sinks", "mlp.experts.down_proj_bias")
+    } < names
+    plain = dict(num_layers=1, hidden_size=64, num_attention_heads=4, attention_dropout=0.0)
+    for name, value in (("softmax_type", "learnable"), ("window_size", (8, 0))):
+        config = model.TransformerConfig(**plain, **{name: value})
+        with pytest.raises(UserError, match=name):
+            CausalAttention(config, 1, None, "self")
 
 
 def test_multi_token_prediction_layers_are_refused_by_name(checkpoints, tmp_path):

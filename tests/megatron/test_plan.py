@@ -3,18 +3,26 @@
 Not covered: a GPU, whose allocator and kernels need more; NCCL.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import LossTerms, PolicyLossConfig
 from moe_upgrpo.megatron import groups, memory, plan
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
+from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import MicroBatch
 from moe_upgrpo.megatron.settings import OptimizerSettings
@@ -40,6 +48,13 @@ MOE = dict(
     mlp_only_layers=[1],
 )  # fmt: skip
 BATCH = MicroBatch(sequences=4, length=32)
+WITHOUT_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
+OTHERS = {
+    "qwen2": Qwen2MoeConfig(**WITHOUT_HEAD_DIM | MOE, shared_expert_intermediate_size=128),
+    "olmoe": OlmoeConfig(
+        **WITHOUT_HEAD_DIM | dict(num_experts=8, num_experts_per_tok=2, intermediate_size=96)
+    ),
+}
 
 
 def config(**changes) -> Qwen3MoeConfig:
@@ -110,6 +125,17 @@ def test_what_autograd_keeps(dtype, tmp_path):
     hf = config()
     measured = kept_bytes(checkpoint(hf, tmp_path), Layout(), dtype)
     assert measured == pytest.approx(expected_kept(hf, Layout(), dtype), rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_autograd_keeps_in_other_families(family, dtype, tmp_path):
+    """QKV biases and a shared expert with its gate; norms over all heads."""
+    hf = OTHERS[family]
+    measured = kept_bytes(checkpoint(hf, tmp_path), Layout(), dtype)
+    assert measured == pytest.approx(expected_kept(hf, Layout(), dtype), rel=0.005)
+    (stage,) = plan.stages(hf, Layout(), 1)
+    assert stage.parameters == memory.model_parameters(memory.Sizes.of(hf))
 
 
 def test_what_autograd_keeps_of_a_shard(tmp_path):
@@ -257,3 +283,40 @@ def test_latent_attention_is_refused_by_name():
 
     with pytest.raises(UserError, match=r"deepseek_v3.*grouped queries"):
         memory.Sizes.of(DeepseekV3Config())
+
+
+PUBLISHED = {  # fields of config.json, parameters of a token in their names or papers
+    "Qwen1.5-MoE-A2.7B": (
+        dict(
+            model_type="qwen2_moe", hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+            num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=8192,
+            max_window_layers=21, sliding_window=32768, use_sliding_window=False,
+            rope_theta=1000000.0, rms_norm_eps=1e-06, tie_word_embeddings=False, vocab_size=151936,
+            decoder_sparse_step=1, moe_intermediate_size=1408, norm_topk_prob=False,
+            shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4,
+        ),
+        2.7e9,
+    ),
+    "OLMoE-1B-7B-0924": (
+        dict(
+            model_type="olmoe", attention_bias=False, clip_qkv=None, hidden_size=2048,
+            intermediate_size=1024, max_position_embeddings=4096, norm_topk_prob=False,
+            num_attention_heads=16, num_experts=64, num_experts_per_tok=8, num_hidden_layers=16,
+            num_key_value_heads=16, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0,
+            tie_word_embeddings=False, vocab_size=50304,
+        ),
+        1.3e9,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_read_and_counted(name, tmp_path):
+    fields, active = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    hf = read_model_config(tmp_path)
+    with torch.device("meta"):
+        total = AutoModelForCausalLM.from_config(hf).num_parameters()
+    model = memory.Sizes.of(hf)
+    assert memory.model_parameters(model) == total
+    assert memory.active_parameters(model) == pytest.approx(active, rel=0.02)

@@ -1,8 +1,8 @@
 """One process computes what transformers computes, and records what its routers did.
 
 For the checkpoints of measured.py: Qwen3-MoE, also with a dense layer and gates that are not
-renormalised, dense Qwen3 with tied embeddings, Mixtral, DeepSeek-V3 with and without groups of
-experts, latent queries and YaRN.
+renormalised, dense Qwen3 with tied embeddings, Mixtral, Qwen2-MoE, OLMoE, DeepSeek-V3 with and
+without groups of experts, latent queries and YaRN.
 """
 
 import numpy as np
@@ -19,7 +19,8 @@ from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.megatron.compare import assert_close
 from tests.megatron.measured import LOSSES, TEMPERATURE, make_samples
 
-CHECKPOINTS = ("tiny", "mixed", "dense", "mixtral", "deepseek", "moonlight")
+CHECKPOINTS = ("tiny", "mixed", "dense", "mixtral", "qwen2", "olmoe", "deepseek", "moonlight")
+UNNORMALISED = ("mixed", "qwen2", "olmoe")
 BIASED = ("deepseek", "moonlight")
 BIAS = "e_score_correction_bias"
 
@@ -118,7 +119,7 @@ def selection_scores(checkpoint, logits_TLE, biases_LE) -> np.ndarray:
     """Scores that the top-k is taken over, in float64."""
     if checkpoint in ("tiny", "mixtral"):  # their gates are renormalised: logits will do
         return logits_TLE
-    if checkpoint == "mixed":
+    if checkpoint in UNNORMALISED:
         weights_TLE = np.exp(logits_TLE)
         return weights_TLE / weights_TLE.sum(axis=-1, keepdims=True)
     scores_TLE = 1 / (1 + np.exp(-logits_TLE)) + biases_LE
@@ -138,13 +139,15 @@ def all_gates(checkpoint, logits_TLE, routes_TLK) -> np.ndarray:
     weights_TLE = np.exp(logits_TLE)
     weights_TLE /= weights_TLE.sum(axis=-1, keepdims=True)
     gates_TLK = np.take_along_axis(weights_TLE, routes_TLK, axis=-1)
-    return gates_TLK if checkpoint == "mixed" else gates_TLK / gates_TLK.sum(-1, keepdims=True)
+    return gates_TLK if checkpoint in UNNORMALISED else gates_TLK / gates_TLK.sum(-1, keepdims=True)
 
 
 ABOUT = {
     "tiny": ([0, 1], 2, 8),
     "mixed": ([0, 2, 3], 2, 8),
     "mixtral": ([0, 1], 2, 8),
+    "qwen2": ([0, 2], 3, 6),
+    "olmoe": ([0, 1], 2, 8),
     "deepseek": ([1, 2, 3], 4, 16),
     "moonlight": ([1], 4, 8),
 }

@@ -25,6 +25,8 @@ LAYOUTS = {
     "PP2·VPP2": ("mixed", 2, Layout(pp=2, vpp=2)),
     "TP2·EP2·PP2": ("mixed", 4, Layout(tp=2, ep=2, pp=2)),
     "mixtral TP2·EP2": ("mixtral", 2, Layout(tp=2, ep=2)),
+    "qwen2 TP2·EP2": ("qwen2", 2, Layout(tp=2, ep=2)),
+    "olmoe TP2·EP2": ("olmoe", 2, Layout(tp=2, ep=2)),
     "deepseek TP2·EP2·PP2": ("deepseek", 4, Layout(tp=2, ep=2, pp=2)),
     "moonlight TP2·EP2": ("moonlight", 2, Layout(tp=2, ep=2)),
     "dense PP2": ("dense", 2, Layout(pp=2)),

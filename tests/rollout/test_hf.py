@@ -16,6 +16,8 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -23,7 +25,7 @@ from transformers import (
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import SamplingConfig
-from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded
+from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded, is_rounded
 
 EOS = 1
 VOCABULARY = 16
@@ -47,7 +49,8 @@ MOE = SIZES | dict(
 )
 
 
-LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+WITHOUT_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
+LATENT = WITHOUT_HEAD_DIM | dict(
     num_key_value_heads=2,
     num_hidden_layers=3,
     first_k_dense_replace=1,
@@ -65,6 +68,16 @@ LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | di
 FAMILIES = {
     "mixtral": MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=8),
     "deepseek_v3": DeepseekV3Config(**LATENT),
+    "qwen2_moe": Qwen2MoeConfig(**MOE, mlp_only_layers=[1], shared_expert_intermediate_size=48),
+    "olmoe": OlmoeConfig(
+        **WITHOUT_HEAD_DIM, num_hidden_layers=2, num_experts=8, num_experts_per_tok=3
+    ),
+}
+ABOUT = {  # layers with experts, experts of a token, experts
+    "mixtral": ((0, 1), 2, 8),
+    "deepseek_v3": ((1, 2), 4, 16),
+    "qwen2_moe": ((0, 2), 2, 8),
+    "olmoe": ((0, 1), 3, 8),
 }
 
 
@@ -74,6 +87,8 @@ def saved(folder, config, seed):
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is not updated
             torch.nn.init.uniform_(weight, 0.5, 1.5)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(weight, std=0.2)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(bias, std=0.2)
@@ -390,7 +405,7 @@ def test_other_families(family, tmp_path):
     """After an update too: weights of their names on disk, the routers' selection bias in fp32."""
     folders = [saved(tmp_path / str(seed), FAMILIES[family], seed) for seed in (0, 1)]
     engine = HFEngine(folders[0], "float32", "cpu")
-    layers, top_k, experts = {"mixtral": ((0, 1), 2, 8), "deepseek_v3": ((1, 2), 4, 16)}[family]
+    layers, top_k, experts = ABOUT[family]
     assert (engine.moe_layer_ids, engine.num_experts) == (layers, experts)
     for version, folder in enumerate(folders):
         if version:
@@ -482,6 +497,9 @@ def test_fp8_rounding_by_hand():
     assert torch.equal(both, torch.stack([expected, expected / 4]))
     assert torch.equal(fp8_rounded(torch.zeros(2, 2)), torch.zeros(2, 2))
     assert fp8_rounded(given.bfloat16()).dtype == torch.bfloat16
+    gates = ("gate", "shared_expert_gate")  # of experts: kept
+    assert not any(is_rounded(f"model.layers.0.mlp.{g}.weight", given) for g in gates)
+    assert is_rounded("model.layers.0.mlp.shared_expert.gate_proj.weight", given)
 
 
 @pytest.mark.bits

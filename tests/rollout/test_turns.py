@@ -1,5 +1,9 @@
 """Conversations of several turns, on the engine that is transformers, and what counts of them."""
 
+import asyncio
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,3 +146,101 @@ def test_a_tool_that_fails_ends_its_conversation_and_counts():
     for verdict, words in zip(verdicts[2:], (r"(3,)", "<U4", "KeyError: '5'"), strict=True):
         assert words in verdict.failed
     assert not task.judge([problem], [responses[2]])[0].failed  # told once
+
+
+class Instant:
+    """An engine whose responses end at once, and say where they stand in their batch."""
+
+    def generate(self, prompts, sampling, *, samples_per_prompt, seed):
+        return [
+            replace(
+                rollout(len(prompt), 2),
+                prompt_ids=np.asarray(prompt),
+                response_ids=np.array([i, EOS_ID]),
+                finished=True,
+            )
+            for prompt in prompts
+            for i in range(samples_per_prompt)
+        ]
+
+
+class Tool(ArithmeticTask):
+    """A tool that answers with what the response begins with, by a way of its own."""
+
+    max_turns, max_observation_tokens = 2, 2
+
+    def __init__(self, says, **more):
+        super().__init__()
+        self.says = says
+        vars(self).update(more)
+
+    def observe(self, problem, response_ids):
+        return self.says(int(response_ids[0]))
+
+
+def talked(tool, **options):
+    task = RewardedTask(tool, **options)
+    found = converse(
+        Instant(),
+        task,
+        problems([3]),
+        SamplingConfig(max_new_tokens=2),
+        samples_per_prompt=4,
+        seed=1,
+    )
+    return task, found
+
+
+def test_tools_of_a_batch_are_asked_at_the_same_time_and_answer_in_its_order():
+    met = threading.Barrier(4)
+
+    def says(first):
+        met.wait(timeout=20)  # broken unless all four are here
+        time.sleep((3 - first) / 20)  # the last one answers first
+        return np.array([20 + first])
+
+    _, found = talked(Tool(says))
+    assert [r.response_ids[2] for r in found] == [20, 21, 22, 23]
+
+    async def waits(first):
+        await asyncio.sleep(0)
+        return [30 + first]
+
+    _, found = talked(Tool(waits))
+    assert [r.response_ids[2] for r in found] == [30, 31, 32, 33]
+
+
+def test_tools_that_are_not_for_threads_are_asked_one_after_the_other():
+    inside, most = [], []
+
+    def says(first):
+        inside.append(first)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(first)
+        return [20 + first]
+
+    _, found = talked(Tool(says, tools_at_once=1))
+    assert most == [1] * 4 and [r.response_ids[2] for r in found] == [20, 21, 22, 23]
+
+
+def test_one_tool_that_hangs_or_raises_or_says_nothing_is_the_only_one_that_failed():
+    """Each call has the limit from its own start: the hanging one holds one of two places."""
+    hung = threading.Event()
+
+    def says(first):
+        if first == 0:
+            hung.wait(20)
+        if first == 1:
+            raise OSError("no such host")
+        return np.array([]) if first == 2 else [20]
+
+    task, found = talked(Tool(says, tools_at_once=2), timeout_s=0.5)
+    hung.set()
+    assert [len(r.response_ids) for r in found] == [2, 2, 2, 5]
+    verdicts = task.judge(problems([3]) * 4, [r.response_ids for r in found])
+    for verdict, words in zip(
+        verdicts, ("no answer in 0.5 s", "no such host", "(0,)", ""), strict=True
+    ):
+        assert words in verdict.failed and bool(verdict.failed) == bool(words)
+    assert [v.killed for v in verdicts] == [1, 0, 0, 0] and task.killed == 1

@@ -88,6 +88,10 @@ class Own:
         return {"4": 0.5, "46": {"score": 3, "kept": 2}, "0": float("nan"), "7": [1, 2]}[text]
 
 
+class Hurried(Own):
+    tools_at_once = 0
+
+
 def test_a_task_of_ones_own_is_held_to_its_time_and_to_numbers(tmp_path, capfd):
     own = make_task("tests.tasks.test_rewarded:Own", tmp_path, '{"digits": 1}')
     assert own.sums.digits == 1
@@ -120,6 +124,7 @@ def test_a_task_of_ones_own_is_held_to_its_time_and_to_numbers(tmp_path, capfd):
         ("tests.tasks.test_rewarded:Own", '{"digit": 1}', "unexpected keyword argument 'digit'"),
         ("tests.tasks.test_rewarded:Absent", "{}", "no attribute 'Absent'"),
         ("absent_module:Own", "{}", "No module named 'absent_module'"),
+        ("tests.tasks.test_rewarded:Hurried", "{}", "tools_at_once=0; allowed: a whole number"),
         ("pathlib:Path", "{}", "has no max_prompt_tokens, max_response_tokens, training_problems"),
     ],
 )
