@@ -175,7 +175,8 @@ def _actors(
     settings = {
         "dtype": trainer.dtype,
         "temperature": config.rollouts.temperature,
-        "micro_batch_size": trainer.micro_batch,
+        "micro_batch_size": trainer.micro_batches.sequences,
+        "micro_batch_tokens": trainer.micro_batches.tokens,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }
