@@ -41,7 +41,7 @@ from moe_upgrpo.megatron.weights import (
     mark_split_weights,
     write_checkpoint,
 )
-from moe_upgrpo.megatron.work import Work, check_samples, make_work
+from moe_upgrpo.megatron.work import Work, check_samples, make_work, tells_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,9 @@ class MegatronActor:
             self.chunks = build_model(
                 self.hf, layout, getattr(torch, dtype), recompute, self._passed.transformer
             )
+        if tells_shapes(self.limit, layout):
+            for chunk in self.chunks:
+                get_model_config(chunk).variable_seq_lengths = True
         self.tap = RouterTap(self.chunks)
         if self.tap.layer_ids != moe_layers(self.hf):
             raise RuntimeError(

@@ -49,7 +49,8 @@ def make_work(
     By a number of sequences, in the order given and on the rank that has them. By a budget of
     tokens, sorted by length and shared out over the data-parallel ranks by cost.
     """
-    # Pipeline stages exchange tensors of one shape; with allgather, so do data-parallel ranks.
+    # With allgather, the data-parallel ranks that share experts exchange tensors of one shape; so
+    # do pipeline stages, unless they tell each other the shapes first (`tells_shapes`).
     gathers = layout.ep > 1 and layout.dispatcher == "allgather"
     moved, shape = None, (1, 1)
     if limit.tokens is None:
@@ -63,7 +64,7 @@ def make_work(
         if gathers or layout.pp > 1:
             shape = int(widest["B"]), int(widest["S"])
     else:
-        one_shape = gathers or layout.pp > 1
+        one_shape = gathers or (layout.pp > 1 and not tells_shapes(limit, layout))
         parts, moved, shape = _by_tokens(samples, limit, cost, one_shape, multiple_of)
         computed = [sample for part in parts for sample in part]
     places = [(m, b) for m, part in enumerate(parts) for b in range(len(part))]
@@ -81,6 +82,17 @@ def make_work(
         ],
         _moved=moved,
     )
+
+
+def tells_shapes(limit: Limit, layout: Layout) -> bool:
+    """Whether pipeline stages send the shape of each tensor before it, Megatron-Core's
+    variable_seq_lengths.
+
+    Not between interleaved stages, whose messages overlap, nor with allgather, which Megatron-Core
+    refuses (transformer_config.py:1828).
+    """
+    staged = layout.pp > 1 and layout.vpp == 1
+    return limit.tokens is not None and staged and layout.dispatcher != "allgather"
 
 
 def _by_tokens(

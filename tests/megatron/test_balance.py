@@ -91,7 +91,7 @@ def test_the_cost_is_of_tokens_and_of_pairs_of_tokens():
 def test_a_budget_below_a_sequence_says_what_is_allowed():
     Limit(sequences=1, tokens=64).check(64)
     Limit(sequences=1).check(10**9)
-    with pytest.raises(UserError, match="micro_batch_tokens=64: .* 65 .*--micro-batch-tokens 65"):
+    with pytest.raises(UserError, match=r"micro_batch_tokens=64: .* 65 .*--micro-batch-tokens 65"):
         Limit(sequences=1, tokens=64).check(65)
     assert Limit(sequences=7).rows(9) == 7 and Limit(sequences=7, tokens=64).rows(9) == 7
     assert Limit(sequences=1, tokens=64).rows(10) == 6
