@@ -24,10 +24,10 @@ from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig, merge_metrics
 from moe_upgrpo.megatron import groups, passthrough, tap
-from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
+from moe_upgrpo.megatron.balance import Cost, Limit
+from moe_upgrpo.megatron.batch import Batch, Sample
 from moe_upgrpo.megatron.experts import gather_before
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
-from moe_upgrpo.megatron.groups import device
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
@@ -41,6 +41,7 @@ from moe_upgrpo.megatron.weights import (
     mark_split_weights,
     write_checkpoint,
 )
+from moe_upgrpo.megatron.work import Work, check_samples, make_work, tells_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +89,8 @@ class MegatronActor:
 
     All ranks of one copy of the model (its pipeline stages and tensor-parallel ranks) give the same
     samples and get the same results. Without `optimizer` the model is frozen: a reference policy.
+    micro_batch_tokens: a budget of each micro-batch in the place of micro_batch_size; sequences
+    are then computed on whichever data-parallel rank balances them, see `moe_upgrpo.megatron.work`.
     recompute: "full" keeps each layer's input only and runs the layer again in the backward.
     megatron: options of Megatron-Core's own, name -> value as text (`passthrough`).
     """
@@ -100,6 +103,7 @@ class MegatronActor:
         dtype: str = "float32",
         temperature: float = 1.0,
         micro_batch_size: int = 64,
+        micro_batch_tokens: int | None = None,
         optimizer: OptimizerSettings | None = None,
         recompute: str = "none",
         megatron: Mapping[str, str] | None = None,
@@ -109,18 +113,22 @@ class MegatronActor:
         self.model_dir = Path(model_dir)
         self.layout = layout
         self.temperature = temperature
-        self.micro_batch_size = micro_batch_size
+        self.limit = Limit(sequences=micro_batch_size, tokens=micro_batch_tokens)
         self.recompute = recompute
         self._given = dict(megatron or {})
         self._passed = passthrough.read(self._given)
         self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
+        self._cost = Cost.of(self.hf)
         # Read now: what cannot be copied is known before anything is trained.
         self._side_files = side_files(self.model_dir) if optimizer and groups.rank() == 0 else {}
         with passthrough.told(self._given):
             self.chunks = build_model(
                 self.hf, layout, getattr(torch, dtype), recompute, self._passed.transformer
             )
+        if tells_shapes(self.limit, layout):
+            for chunk in self.chunks:
+                get_model_config(chunk).variable_seq_lengths = True
         self.tap = RouterTap(self.chunks)
         if self.tap.layer_ids != moe_layers(self.hf):
             raise RuntimeError(
@@ -185,7 +193,12 @@ class MegatronActor:
         return num_experts(self.hf)
 
     def check_length(self, tokens: int) -> None:
-        """Raise UserError where the model has fewer positions than a sequence has tokens."""
+        """Raise UserError where a sequence has more tokens than the model has positions, or than a
+        micro-batch may have."""
+        self._check_positions(tokens)
+        self.limit.check(-(-tokens // self._multiple_of) * self._multiple_of)
+
+    def _check_positions(self, tokens: int) -> None:
         limit = self.hf.max_position_embeddings
         if tokens > limit:
             raise UserError(
@@ -197,39 +210,18 @@ class MegatronActor:
         """Parameters of the whole model."""
         return sum(tensor.numel() for _, tensor in self.export_weights())
 
-    def _micro_batches(self, samples: Sequence[Sample], size: int) -> list[Batch]:
-        """Padded micro-batches, as many on every rank, those that are missing without a sample."""
-        if not samples:
-            raise UserError("No samples for the actor on this rank: nothing to compute.")
-        self.check_length(max(len(sample.tokens) for sample in samples))
-        for sample in samples:
-            expected = (len(sample.tokens) - 1, len(self.layer_ids), self.top_k)
-            if sample.routes is not None and sample.routes.shape != expected:
-                raise UserError(
-                    f"Routes of shape {sample.routes.shape} to replay in a sequence of "
-                    f"{len(sample.tokens)} tokens: this model takes {expected} (tokens − 1, MoE "
-                    "layers, experts per token)."
-                )
-        parts = [samples[i : i + size] for i in range(0, len(samples), size)]
-        # The experts are shared by data-parallel ranks: all have to run as many forwards.
-        count = int(groups.largest({"micro-batches": len(parts)})["micro-batches"])
-        if self.layout.vpp > 1:  # schedules.py:1007 interleaves groups of pp micro-batches
-            count = -(-count // self.layout.pp) * self.layout.pp
-        parts += [[]] * (count - len(parts))
-        shape = (1, 1)
-        if self.layout.pp > 1:  # the stages exchange tensors of one shape
-            shape = min(size, len(samples)), max(len(s.tokens) for s in samples)
-        if self.layout.ep > 1 and self.layout.dispatcher == "allgather":
-            # So do the data-parallel ranks that share experts.
-            widest = {"B": min(size, len(samples)), "S": max(len(s.tokens) for s in samples)}
-            shape = tuple(map(int, groups.largest(widest).values()))
+    def _work(self, samples: Sequence[Sample], limit: Limit) -> Work:
+        """The samples as micro-batches, within `limit`. A collective."""
+        check_samples(samples, len(self.layer_ids), self.top_k)
+        self._check_positions(max(len(sample.tokens) for sample in samples))
+        return make_work(samples, limit, self.layout, self._cost, multiple_of=self._multiple_of)
+
+    @property
+    def _multiple_of(self) -> int:
+        """What padded lengths are multiples of."""
         # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
         config = get_model_config(self.chunks[0])
-        block = 32 if config.fp8 or config.fp4 else 1
-        return [
-            make_batch(part, multiple_of=self.layout.tp * block, shape=shape).to(device())
-            for part in parts
-        ]
+        return self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
 
     def _run(
         self,
@@ -335,23 +327,21 @@ class MegatronActor:
         def on_output(batch: Batch, output_BS2: torch.Tensor, non_loss_data: bool):
             return tuple(part_BS.numpy() for part_BS in output_BS2.cpu().unbind(-1))
 
-        size = micro_batch_size or self.micro_batch_size
-        batches = self._micro_batches(samples, size)
-        outputs, traces, _ = self._run(batches, on_output, train=False, record=record)
-        return self._scored(samples, size, outputs, traces, record)
+        limit = Limit(sequences=micro_batch_size) if micro_batch_size else self.limit
+        work = self._work(samples, limit)
+        outputs, traces, _ = self._run(work.batches, on_output, train=False, record=record)
+        return work.back(self._scored(work, outputs, traces, record))
 
     def _scored(
         self,
-        samples: Sequence[Sample],
-        size: int,
+        work: Work,
         outputs: Sequence[tuple[np.ndarray, np.ndarray]],
         traces: Sequence[dict[str, np.ndarray]],
         record: Collection[str],
     ) -> list[Scored]:
         """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches."""
         scored = []
-        for i, sample in enumerate(samples):
-            m, b = divmod(i, size)
+        for sample, (m, b) in zip(work.samples, work.places, strict=True):
             log_probs, entropy = (array[b][sample.response_rows] for array in outputs[m])
             routing = self._routing(traces[m], b, sample, record)
             scored.append(Scored(log_probs=log_probs, entropy=entropy, **routing))
@@ -398,15 +388,14 @@ class MegatronActor:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        size = self.micro_batch_size
-        batches = self._micro_batches(samples, size)
+        work = self._work(samples, self.limit)
         objective = Objective.over(
-            batches, len(samples), loss=loss, terms=terms, seed=seed, statistics=statistics
+            work.batches, len(samples), loss=loss, terms=terms, seed=seed, statistics=statistics
         )
         has_entropy = terms.entropy_coef > 0 or "entropy" in loss.arguments
         with self._at(at):
             seen, traces, flips = self._run(
-                batches,
+                work.batches,
                 objective,
                 train=True,
                 record=record,
@@ -424,16 +413,15 @@ class MegatronActor:
                 "lost with this step. Lower the learning rate, and go on from the last checkpoint."
             )
         self._split = self._passed.overlaps_gather
-        # Each sample with its micro-batch and its row there.
-        rows = [(sample, *divmod(i, size)) for i, sample in enumerate(samples)]
-        log_probs, clipped, gradient_weight = (
-            [seen[m].arrays[kind][b][sample.response_rows] for sample, m, b in rows]
-            for kind in range(3)
-        )
+        of_samples = [
+            [seen[m].arrays[kind][b][sample.response_rows] for kind in range(3)]
+            for sample, (m, b) in zip(work.samples, work.places, strict=True)
+        ]
+        log_probs, clipped, gradient_weight = map(list, zip(*work.back(of_samples), strict=True))
         scored = None
         if record:
             outputs = [(one.arrays[0], one.arrays[3]) for one in seen]
-            scored = self._scored(samples, size, outputs, traces, record)
+            scored = work.back(self._scored(work, outputs, traces, record))
         return Update(
             log_probs=log_probs,
             clipped=clipped,

@@ -107,8 +107,10 @@ def make_plan(config: PlanConfig) -> Plan:
         )
     sequences = _sequences(config, layout)
     in_update = sequences // config.batch.minibatches
-    update = MicroBatch(sequences=min(trainer.micro_batch, in_update), length=length)
-    score = MicroBatch(sequences=min(trainer.micro_batch, sequences), length=length)
+    trainer.micro_batches.check(length)
+    most = trainer.micro_batches.rows(length)
+    update = MicroBatch(sequences=min(most, in_update), length=length)
+    score = MicroBatch(sequences=min(most, sequences), length=length)
     _check_place(config)
     of_stage = config.ranks // layout.pp
     made = [
@@ -418,7 +420,7 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
         found["--dtype bfloat16"] = {"dtype": "bfloat16"}
     if config.trainer.recompute == "none":
         found["--recompute full"] = {"recompute": "full"}
-    if config.trainer.micro_batch > 1:
+    if config.trainer.micro_batch_tokens is None and config.trainer.micro_batches.sequences > 1:
         found["--micro-batch 1"] = {"micro_batch": 1}
     if config.log.reference_kl and not config.terms.kl_coef:
         found["--no-reference-kl"] = {"reference_kl": False}

@@ -92,8 +92,10 @@ def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> Nois
     """
     first = actor.score(samples, record=("routes",))
     # In reverse order and in halves: other neighbours, other padding, other sizes of every product.
-    size = min(len(samples), actor.micro_batch_size)
-    other = size // 2 if size > 1 else 2
+    # A budget of tokens holds for the longest; where it takes no more than one at a time, so does
+    # this pass, without the shorter ones that were beside it.
+    size = min(len(samples), actor.limit.rows(max(len(sample.tokens) for sample in samples)))
+    other = size // 2 if size > 1 else (2 if actor.limit.tokens is None else 1)
     reshaped = actor.score(samples[::-1], record=("routes",), micro_batch_size=other)[::-1]
     passes = {
         ComparisonKind.REPEAT: actor.score(samples, record=("routes",)),

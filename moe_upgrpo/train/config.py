@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import ADVANTAGES
+from moe_upgrpo.megatron.balance import Limit
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rewards import read_rewards
 from moe_upgrpo.train.parts import (
@@ -177,9 +178,18 @@ class TrainConfig:
 
     def _check_whole_groups(self) -> None:
         """That a micro-batch can be made of whole groups, where the loss compares within them."""
-        if self.compares_groups and not self.micro_batch:
+        if not self.compares_groups:
+            return
+        trainer, loss = self.trainer, self.objective.loss
+        if trainer.micro_batch_tokens is not None:
             raise UserError(
-                f"micro_batch={self.trainer.micro_batch} with loss={self.objective.loss!r}, which "
+                f"micro_batch_tokens={trainer.micro_batch_tokens} with loss={loss!r}, which needs "
+                "whole groups in a micro-batch, where a budget sorts sequences by length. Give "
+                "--micro-batch instead."
+            )
+        if not self.micro_batches.sequences:
+            raise UserError(
+                f"micro_batch={trainer.micro_batches.sequences} with loss={loss!r}, which "
                 f"needs whole groups in a micro-batch: at least group={self.batch.group} is needed."
             )
 
@@ -189,10 +199,12 @@ class TrainConfig:
         return "groups" in self.objective.policy_loss().arguments
 
     @property
-    def micro_batch(self) -> int:
-        """Most sequences in one forward of a rank: of whole groups, where the loss needs them."""
-        most = self.trainer.micro_batch
-        return most - most % self.batch.group if self.compares_groups else most
+    def micro_batches(self) -> Limit:
+        """What one forward of a rank may hold: whole groups, where the loss needs them."""
+        limit = self.trainer.micro_batches
+        if not self.compares_groups:
+            return limit
+        return replace(limit, sequences=limit.sequences - limit.sequences % self.batch.group)
 
     def _check_refills(self) -> None:
         max_refills = self.batch.max_refills

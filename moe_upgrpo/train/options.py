@@ -35,6 +35,7 @@ MAY_CHANGE = {
     "recompute": "memory",
     "megatron": "of its options those about memory and communication: [scale.md](scale.md)",
     "micro_batch": "memory",
+    "micro_batch_tokens": "memory, and how evenly ranks work",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
     "cache_dir": "not used any more: the start model is there",
@@ -111,7 +112,7 @@ _CONTEXT = (
 )
 _PACKED = (
     "packed sequences are not supported: sequences are padded to the longest of their micro-batch. "
-    "A smaller micro_batch pads less."
+    "micro_batch_tokens sorts them by length, which pads little."
 )
 # By the names that Megatron-LM, verl, slime and NeMo-RL give them.
 NOT_SUPPORTED = {

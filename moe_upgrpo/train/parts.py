@@ -20,6 +20,7 @@ from moe_upgrpo.losses import (
     RolloutCorrection,
 )
 from moe_upgrpo.losses.names import check_name
+from moe_upgrpo.megatron.balance import Limit
 from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
@@ -315,8 +316,11 @@ class TrainerOptions:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
-    micro_batch: int = 128
-    """Most sequences in one forward of a rank."""
+    micro_batch: int | None = None
+    """Most sequences in one forward of a rank. None: 128, or what micro_batch_tokens allows."""
+    micro_batch_tokens: int | None = None
+    """Most tokens in one forward of a rank, padding included, instead: sequences are sorted by
+    length and shared out over the data-parallel ranks by cost. Give one of the two."""
     recompute: Literal["none", "full"] = "none"
     """full: keep no activations of a layer, run it again in the backward pass."""
     deterministic: bool = False
@@ -327,7 +331,18 @@ class TrainerOptions:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self):
-        at_least(self, 1, "micro_batch")
+        at_least(self, 1, "micro_batch", "micro_batch_tokens")
+        if self.micro_batch is not None and self.micro_batch_tokens is not None:
+            raise UserError(
+                f"micro_batch={self.micro_batch} with micro_batch_tokens={self.micro_batch_tokens}"
+                ": sequences or tokens are counted. Leave one out; over a file or a run that gives "
+                "the other, say --micro-batch None or --micro-batch-tokens None."
+            )
+
+    @property
+    def micro_batches(self) -> Limit:
+        """What one micro-batch may hold."""
+        return Limit(sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,8 @@ def _actors(
     settings = {
         "dtype": trainer.dtype,
         "temperature": config.rollouts.temperature,
-        "micro_batch_size": config.micro_batch,
+        "micro_batch_size": config.micro_batches.sequences,
+        "micro_batch_tokens": config.micro_batches.tokens,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }

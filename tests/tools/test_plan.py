@@ -200,6 +200,17 @@ def test_pipeline_stages_are_planned_one_by_one(monkeypatch):
     assert "stage 1, rank 4 to 7" in shown(plan)
 
 
+def test_a_budget_of_tokens_is_planned_as_the_longest_sequences_that_fit_it(monkeypatch):
+    """1,024 + 8,192 tokens each: one of them in a budget below two, two in one of two."""
+    base = planned("--config", MOE, monkeypatch=monkeypatch)
+    inputs = {
+        tokens: make_plan(base.but(micro_batch=None, micro_batch_tokens=tokens))
+        .fullest.moments["update"]["layer inputs"]
+        for tokens in (2 * 9216 - 1, 2 * 9216)
+    }  # fmt: skip
+    assert inputs == {2 * 9216 - 1: 48 * 4608 * 2048 * 2, 2 * 9216: 48 * 9216 * 2048 * 2}
+
+
 def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
     base = planned("--config", MOE, monkeypatch=monkeypatch)
     for change, words in (
@@ -207,6 +218,10 @@ def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):
         ({"engine": "sglang", "engine_url": None}, "give --engine-url"),
         ({"max_new_tokens": 50_000}, "max_position_embeddings=40960"),
         ({"tp": 8}, "num_key_value_heads=4"),
+        (
+            {"micro_batch": None, "micro_batch_tokens": 9215},
+            "micro_batch_tokens=9215: .*--micro-batch-tokens 9216 or more",
+        ),
         ({"model": tmp_path}, "holds no config.json"),
     ):
         with pytest.raises(UserError, match=words):

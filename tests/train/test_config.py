@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.megatron.balance import Limit
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.rollout.engines import VLLMSettings
 from moe_upgrpo.store import RunFolder
@@ -86,6 +87,11 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
          "--eval-samples INT Samples of each held-out problem, for pass@1 and pass@k. (default: "
          "4)"),
         ("--vllm.sequences 0", "vllm.sequences=0: at least 1 is needed"),
+        ("--micro-batch-tokens 0", "micro_batch_tokens=0: at least 1 is needed"),
+        ("--micro-batch 8 --micro-batch-tokens 64",
+         "micro_batch=8 with micro_batch_tokens=64: sequences or tokens are counted. Leave one "
+         "out; over a file or a run that gives the other, say --micro-batch None or "
+         "--micro-batch-tokens None"),
         ("--alarm.entropy-left nan",
          "alarm.entropy_left=nan: a finite number, 0 or more, is needed"),
         ("--engine-url http://h:1", "engine_url=http://h:1 with engine=hf: only vllm and sglang "
@@ -99,6 +105,20 @@ def test_a_mistake_on_the_command_line_is_named_as_it_is_typed(cls, words, said)
     with pytest.raises(UserError) as error:
         parsed(cls, words.split(), "prog")
     assert str(error.value) == f"{said}. All options: prog --help"
+
+
+def test_what_a_micro_batch_holds_is_counted_in_sequences_or_in_tokens(tmp_path):
+    """The count is the default, and the command line may take the other than a file has."""
+    counted = Limit(sequences=128)
+    assert TrainConfig().trainer.micro_batches == counted
+    assert TrainConfig.of(micro_batch=1).trainer.micro_batches == Limit(sequences=1)
+    file = tmp_path / "config.yaml"
+    file.write_text("micro_batch: 1")
+    words = [*file_arguments(file), "--micro-batch", "None", "--micro-batch-tokens", "64"]
+    assert parsed(TrainConfig, words, "prog").trainer.micro_batches.tokens == 64
+    file.write_text("micro_batch_tokens: 64")
+    words = [*file_arguments(file), "--micro-batch-tokens", "None"]
+    assert parsed(TrainConfig, words, "prog").trainer.micro_batches == counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +216,7 @@ def test_a_field_that_cannot_be_names_the_file_and_the_nearest(text, words, tmp_
     [
         ("--cp", "--cp: context parallelism is not supported.* tp "),
         ("--context-parallel-size=2", "--context-parallel-size=2: context parallelism"),
-        ("--use-remove-padding", "packed sequences are not supported.* micro_batch"),
+        ("--use-remove-padding", "packed sequences are not supported.* micro_batch_tokens"),
     ],
 )
 def test_what_other_stacks_have_and_this_one_has_not_is_refused_by_name(option, words):

@@ -295,6 +295,40 @@ def test_more_steps_after_an_overlapped_run_begin_on_policy(overlapped, tmp_path
     assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1, 0, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.bits
+def test_a_run_with_a_budget_of_tokens_is_resumed_and_logs_the_rows_of_one_without(cache, tmp_path):
+    """On two data-parallel ranks that exchange sequences, in every step an analysis. Its log has
+    the sequences of a run without a budget, on the same rollouts, in the same order."""
+    rollouts, ranks = tmp_path / "rollouts", ("--tp", "1", "--ep", "2")
+    budget = (*ranks, "--micro-batch-tokens", "32")
+    expected = whole_run(
+        tmp_path / "whole", cache, *budget, "--save-rollouts", str(rollouts), "--replay", "R3"
+    )
+    run = tmp_path / "run"
+    more = (*budget, "--save-rollouts", str(tmp_path / "others"), "--replay", "R3")
+    place = "moe_upgrpo.megatron.actor:MegatronActor.update"
+    killed(place, 6, 1, *options(run, cache, *MORE, *more))
+    result = job(2, "--resume", str(run))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, expected)
+
+    counted = whole_run(
+        tmp_path / "counted", cache, *ranks, "--load-rollouts", str(rollouts), "--replay", "R3"
+    )
+    found, fixed = read_tokens(run), read_tokens(counted)
+    assert len(found) == len(fixed) > 100
+    for name in ("step", "sequence", "position", "token_id", "reward", "logp_rollout", "overlap"):
+        first = found["step"].to_numpy() == 1
+        a, b = (table[name].to_pylist() for table in (found, fixed))
+        if name == "overlap":  # from step 2 on routes may flip by rounding
+            a, b = ([x for x, of in zip(values, first, strict=True) if of] for values in (a, b))
+        assert a == b, name
+    for name in ("logp_old", "logp_train"):
+        a, b = (table[name].to_numpy() for table in (found, fixed))
+        assert np.abs(a - b).max() < 1e-2 and np.abs(a - b).mean() < 1e-4, name
+
+
 def as_of_step_2(whole: Path, folder: Path, **settings) -> Path:
     """A copy of the run as if it had been killed in step 3, and started with `settings`."""
     run = shutil.copytree(whole, folder)

@@ -1,0 +1,177 @@
+"""Sequences of mixed lengths shared out to data-parallel ranks and micro-batches. No Megatron.
+
+All of it is a function of the lengths: every rank computes the same shares, and so does a run that
+is resumed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron.families import family, head_dim, moe_layers, top_k
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# One more micro-batch of each rank has to save this share of the busiest rank's work: its kernels
+# are smaller, and it has its own time to start them.
+_WORTH = 0.02
+_MORE = 4  # numbers of micro-batches that are compared, from the least
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """What one micro-batch may hold: so many sequences, or so many tokens, padding included."""
+
+    sequences: int
+    tokens: int | None = None
+
+    def rows(self, length: int) -> int:
+        """Sequences of that length that one micro-batch may hold."""
+        return self.sequences if self.tokens is None else max(1, self.tokens // length)
+
+    def check(self, length: int) -> None:
+        """Raise UserError where a sequence of that padded length is more than the budget."""
+        if self.tokens is not None and length > self.tokens:
+            raise UserError(
+                f"micro_batch_tokens={self.tokens}: a sequence may have {length} tokens, prompt, "
+                "response and padding together, and each is computed whole. Give "
+                f"--micro-batch-tokens {length} or more, shorten the prompts or max_new_tokens, or "
+                "count sequences instead (--micro-batch)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Work of a model on a sequence, in multiplications a layer."""
+
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def __call__(self, tokens: int) -> float:
+        """`tokens · linear + tokens² · quadratic`: weights see each token, attention each pair."""
+        return tokens * self.linear + tokens**2 * self.quadratic
+
+    @classmethod
+    def of(cls, hf: PretrainedConfig) -> Cost:
+        """Make that of a model; its sizes are close enough for latent attention, shared experts.
+
+        linear: q, k, v and output projections, the chosen experts or the MLP with their gates, the
+        head's share. quadratic: scores and weighted values, of which a causal mask leaves half.
+        """
+        h, layers, sparse = hf.hidden_size, hf.num_hidden_layers, len(moe_layers(hf))
+        queries = hf.num_attention_heads * head_dim(hf)
+        both = queries + hf.num_key_value_heads * head_dim(hf)
+        inner = (layers - sparse) * hf.intermediate_size
+        if sparse:
+            inner += sparse * top_k(hf) * getattr(hf, family(hf).expert_size)
+        return cls(
+            linear=h * (2 * both + (3 * inner + hf.vocab_size) / layers), quadratic=float(queries)
+        )
+
+
+Share = list[list[int]]  # of one rank: the sequences of each of its micro-batches
+
+
+def shares(
+    lengths: Sequence[int], *, ranks: int, tokens: int, multiple_of: int = 1, cost: Cost
+) -> list[Share]:
+    """Micro-batches of at most `tokens` tokens each (rows × longest) for each of `ranks` ranks.
+
+    Sorted by length, the sequences are cut into pieces of like cost, which are dealt out so that
+    the ranks' costs are close. Each rank's are in falling order of cost: ranks that share experts
+    wait for each other in every micro-batch, and the first takes the most memory. Ranks may have
+    different numbers of them, at most one apart of what all could have. lengths: of the sequences
+    of all ranks; each is padded to a multiple of `multiple_of`, and none is above `tokens`.
+    """
+    padded = [-(-length // multiple_of) * multiple_of for length in lengths]
+    order = sorted(range(len(padded)), key=lambda i: (-padded[i], i))
+    falling = [padded[i] for i in order]
+    least = -(-len(_pieces(falling, tokens, cost, float("inf"))) // ranks)
+    best, best_value = None, float("inf")
+    for more in range(_MORE):
+        cuts = _even(falling, tokens, cost, ranks * (least + more))
+        dealt, busiest = _deal(cuts, [cost(falling[i]) for i, _ in cuts], ranks, least + more)
+        value = busiest * (1 + _WORTH * more)
+        if value < best_value:
+            best, best_value = dealt, value
+    return [[order[i:j] for i, j in of_rank] for of_rank in best]
+
+
+def equal_shares(
+    lengths: Sequence[int], *, ranks: int, tokens: int, multiple_of: int = 1
+) -> tuple[list[Share], tuple[int, int]]:
+    """The same where all micro-batches have one shape, which is given too: (rows, length).
+
+    Every sequence costs what the longest does, and the ranks get like numbers of them.
+    """
+    length = -(-max(lengths) // multiple_of) * multiple_of
+    most = max(1, tokens // length)
+    each = -(-len(lengths) // ranks)  # sequences of a rank
+    rows = -(-each // -(-each // most))  # no emptier a last micro-batch than it must be
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    dealt = [order[r::ranks] for r in range(ranks)]
+    return [[d[i : i + rows] for i in range(0, len(d), rows)] for d in dealt], (rows, length)
+
+
+def useful_share(lengths: Sequence[int], of_ranks: Sequence[Share], cost: Cost) -> float:
+    """Share of the ranks' time that goes into sequences, and not into padding or waiting.
+
+    The sequences' cost over the number of ranks times the padded cost of the slowest.
+    """
+    slowest = max(
+        sum(len(batch) * cost(max(lengths[i] for i in batch)) for batch in share if batch)
+        for share in of_ranks
+    )
+    return sum(map(cost, lengths)) / (len(of_ranks) * slowest)
+
+
+def _pieces(falling: list[int], tokens: int, cost: Cost, most: float) -> list[tuple[int, int]]:
+    """Cuts of the sorted lengths, each as long as the budget and a cost of `most` allow."""
+    cuts, start = [], 0
+    while start < len(falling):
+        length = falling[start]  # the longest of the piece
+        rows = max(1, int(min(tokens // length, most / cost(length))))
+        cuts.append((start, min(start + rows, len(falling))))
+        start += rows
+    return cuts
+
+
+def _even(falling: list[int], tokens: int, cost: Cost, count: int) -> list[tuple[int, int]]:
+    """At most `count` cuts of the sorted lengths, of which the costliest is cheap, to .2%."""
+    low = max(cost(falling[0]), sum(map(cost, falling)) / count)
+    high = low
+    while len(cuts := _pieces(falling, tokens, cost, high)) > count:
+        low, high = high, 2 * high
+    while high > 1.002 * low:
+        middle = (low + high) / 2
+        tried = _pieces(falling, tokens, cost, middle)
+        if len(tried) <= count:
+            cuts, high = tried, middle
+        else:
+            low = middle
+    return cuts
+
+
+def _deal(
+    cuts: list[tuple[int, int]], of_one: list[float], ranks: int, most: int
+) -> tuple[list[list[tuple[int, int]]], float]:
+    """The cuts dealt out, the costliest first and each to the rank that has the least so far.
+
+    of_one: cost of one row of each. most: cuts of a rank. Also the cost of the busiest rank.
+    """
+    costs = [(end - start) * one for (start, end), one in zip(cuts, of_one, strict=True)]
+    dealt: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    free = [(0.0, rank) for rank in range(ranks)]
+    busiest = 0.0
+    for index in sorted(range(len(cuts)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(free)
+        dealt[rank].append(cuts[index])
+        busiest = max(busiest, load + costs[index])
+        if len(dealt[rank]) < most:
+            heapq.heappush(free, (load + costs[index], rank))
+    return dealt, busiest

@@ -1,0 +1,147 @@
+"""The sequences of one call of the actor as padded micro-batches, and their results handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TypeVar
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron.balance import Cost, Limit, equal_shares, shares
+from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
+from moe_upgrpo.megatron.layout import Layout
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Moved:
+    """Which sequences went from this data-parallel rank to which, and which came from where."""
+
+    sent: list[list[int]]  # by the rank that computes them: indices of what this rank was given
+    came: list[list[int]]  # by the rank that was given them: indices of what this rank computes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What this rank computes in one call, micro-batch after micro-batch."""
+
+    samples: list[Sample]
+    places: list[tuple[int, int]]  # of each sample: its micro-batch, and its row there
+    batches: list[Batch]  # as many on every rank, those that are missing without a sample
+    _moved: _Moved | None = field(default=None)
+
+    def back(self, values: list[T]) -> list[T]:
+        """One value of each of `samples`, as those of the samples that this rank was given, in
+        their order. A collective of the data-parallel ranks."""
+        if self._moved is None:
+            return values
+        return _exchange(values, self._moved.came, self._moved.sent)
+
+
+def make_work(
+    samples: Sequence[Sample], limit: Limit, layout: Layout, cost: Cost, *, multiple_of: int
+) -> Work:
+    """Make micro-batches of this rank's samples; a collective of the data-parallel ranks.
+
+    By a number of sequences, in the order given and on the rank that has them. By a budget of
+    tokens, sorted by length and shared out over the data-parallel ranks by cost.
+    """
+    # With allgather, the data-parallel ranks that share experts exchange tensors of one shape; so
+    # do pipeline stages, unless they tell each other the shapes first (`tells_shapes`).
+    gathers = layout.ep > 1 and layout.dispatcher == "allgather"
+    moved, shape = None, (1, 1)
+    if limit.tokens is None:
+        computed = list(samples)
+        parts = [
+            computed[i : i + limit.sequences] for i in range(0, len(computed), limit.sequences)
+        ]
+        widest = {"B": len(parts[0]), "S": max(len(sample.tokens) for sample in computed)}
+        if gathers:
+            widest = groups.largest(widest)
+        if gathers or layout.pp > 1:
+            shape = int(widest["B"]), int(widest["S"])
+    else:
+        one_shape = gathers or (layout.pp > 1 and not tells_shapes(limit, layout))
+        parts, moved, shape = _by_tokens(samples, limit, cost, one_shape, multiple_of)
+        computed = [sample for part in parts for sample in part]
+    places = [(m, b) for m, part in enumerate(parts) for b in range(len(part))]
+    # The experts are shared by data-parallel ranks: all have to run as many forwards.
+    count = int(groups.largest({"micro-batches": len(parts)})["micro-batches"])
+    if layout.vpp > 1:  # schedules.py:1007 interleaves groups of pp micro-batches
+        count = -(-count // layout.pp) * layout.pp
+    parts += [[]] * (count - len(parts))
+    return Work(
+        samples=computed,
+        places=places,
+        batches=[
+            make_batch(part, multiple_of=multiple_of, shape=shape).to(groups.device())
+            for part in parts
+        ],
+        _moved=moved,
+    )
+
+
+def tells_shapes(limit: Limit, layout: Layout) -> bool:
+    """Whether pipeline stages send the shape of each tensor before it, Megatron-Core's
+    variable_seq_lengths.
+
+    Not between interleaved stages, whose messages overlap, nor with allgather, which Megatron-Core
+    refuses (transformer_config.py:1828).
+    """
+    staged = layout.pp > 1 and layout.vpp == 1
+    return limit.tokens is not None and staged and layout.dispatcher != "allgather"
+
+
+def _by_tokens(
+    samples: Sequence[Sample], limit: Limit, cost: Cost, one_shape: bool, multiple_of: int
+) -> tuple[list[list[Sample]], _Moved | None, tuple[int, int]]:
+    """The samples of each of this rank's micro-batches, where they came from, the least shape."""
+    rank, ranks = groups.data_parallel()
+    own = [len(sample.tokens) for sample in samples]
+    of_ranks = groups.gather_over_data_parallel([own]) if ranks > 1 else [own]
+    lengths = [length for given in of_ranks for length in given]
+    limit.check(-(-max(lengths) // multiple_of) * multiple_of)
+    budget = {"ranks": ranks, "tokens": limit.tokens, "multiple_of": multiple_of}
+    if one_shape:
+        dealt, shape = equal_shares(lengths, **budget)
+    else:
+        dealt, shape = shares(lengths, **budget, cost=cost), (1, 1)
+    ends = list(accumulate(map(len, of_ranks)))
+    given_to = [r for r, given in enumerate(of_ranks) for _ in given]
+    first = ends[rank] - len(own)
+    mine = [index for batch in dealt[rank] for index in batch]
+    moved = _Moved(
+        sent=[
+            [i - first for batch in share for i in batch if given_to[i] == rank] for share in dealt
+        ],
+        came=[[n for n, i in enumerate(mine) if given_to[i] == r] for r in range(ranks)],
+    )
+    computed = iter(_exchange(samples, moved.sent, moved.came))
+    return [[next(computed) for _ in batch] for batch in dealt[rank]], moved, shape
+
+
+def _exchange(values: Sequence[T], sent: list[list[int]], came: list[list[int]]) -> list[T]:
+    """The values that come to this rank, each at the index that `came` has for its sender."""
+    parts = groups.exchange_over_data_parallel([[values[i] for i in of_rank] for of_rank in sent])
+    found: list = [None] * sum(map(len, came))
+    for indices, part in zip(came, parts, strict=True):
+        for index, value in zip(indices, part, strict=True):
+            found[index] = value
+    return found
+
+
+def check_samples(samples: Sequence[Sample], moe_layers: int, top_k: int) -> None:
+    """Raise UserError where there is nothing to compute, or routes do not fit the model."""
+    if not samples:
+        raise UserError("No samples for the actor on this rank: nothing to compute.")
+    for sample in samples:
+        expected = (len(sample.tokens) - 1, moe_layers, top_k)
+        if sample.routes is not None and sample.routes.shape != expected:
+            raise UserError(
+                f"Routes of shape {sample.routes.shape} to replay in a sequence of "
+                f"{len(sample.tokens)} tokens: this model takes {expected} (tokens − 1, MoE "
+                "layers, experts per token)."
+            )
