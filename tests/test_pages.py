@@ -135,3 +135,13 @@ def test_the_page_of_options_has_every_option_by_its_name_on_the_command_line():
     assert {word[2:] for word in words[::2]} <= set(named)
     config = parsed(TrainConfig, words, "train")
     assert config.trainer.optimizer.lr == 2e-4 and config.start.tiny.top_k == 1
+
+
+def test_contributing_names_files_and_names_that_there_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for place, name in named:
+        files = [top / place for top in (ROOT, ROOT / "moe_upgrpo")]
+        (file,) = (file for file in files if file.is_file())
+        assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), (place, name)
