@@ -43,10 +43,9 @@ def _rows(cls: type, prefix: str = "") -> Iterator[list[str]]:
             yield from _rows(hint, f"{prefix}{one.name}.")
             continue
         name = f"`--{prefix}{one.name}`".replace("_", "-")
-        values = "as the loss takes" if cls is PolicyOptions else _values(hint)
         if one.name not in texts:
             raise ValueError(f"{cls.__name__}.{one.name} has no text below it: write one")
-        yield [name, values, _default(one), _PAGE.sub(r"[\1](\1.md)", texts[one.name])]
+        yield [name, _values(hint), _default(one), _PAGE.sub(r"[\1](\1.md)", texts[one.name])]
 
 
 def _values(hint: Any) -> str:
