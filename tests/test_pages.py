@@ -73,6 +73,12 @@ def test_the_picture_is_of_the_kept_data():
         assert line in text
 
 
+def test_make_docs_installs_what_the_extra_names():
+    extra = re.search(r'"docs": \[(.*)\]', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    make = re.search(r"^DOCS_NEEDS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert re.findall(r'"(.+?)"', extra) == re.findall(r"'(.+?)'", make)
+
+
 def test_every_page_is_in_the_sites_navigation_once():
     def pages(entries):
         for entry in entries:
