@@ -24,6 +24,10 @@ MILES := .venv-miles
 SWIFT := .venv-swift
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+# The extra `docs` of setup.py, without the package and its torch.
+DOCS_NEEDS = 'mkdocs<2' 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.30,<2'
 
 # A release of Megatron-Core other than the newest that pip finds for the Python: 0.17.1, say.
 MEGATRON ?=
@@ -32,7 +36,7 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check lint types setup clean
+.PHONY: train test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check docs lint types setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +49,7 @@ help:
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make gpu-check [ARGS='--only replay']           what one GPU says of this code, in eight minutes"
 	@echo "make test-stacks STACKS=DIR                     integrations with checkouts of slime, miles, ..."
+	@echo "make docs                                       the pages as a site in site/, with search and the API"
 	@echo "make setup                                      only make $(VENV)"
 	@echo "Each takes PYTHON=python3.12 or 3.13, and then the newest Megatron-Core that is supported."
 
@@ -106,6 +111,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The code is read, not imported: an environment without torch will do.
+$(DOCS_STAMP): setup.py
+	@test -x $(DOCS_VENV)/bin/python || "$$(.ci/python '$(PYTHON)')" -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet $(DOCS_NEEDS)
+	@touch $@
+
+# Not --quiet, which would hide the warnings from --strict.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --site-dir site
+	@echo "site/index.html"
+
 # Reads all of torch: 20 s at first; what it found then is kept in .mypy_cache.
 types: $(STAMP)
 	$(BIN)/mypy
@@ -165,4 +181,4 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed $(SWIFT)/.installed
 	  $(BIN)/python -m pytest tests/integrations tests/patches/test_health_patches.py -m 'slow or not slow'
 
 clean:
-	rm -rf .venv .venv-3.* $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) $(SWIFT) build *.egg-info
+	rm -rf .venv .venv-3.* site $(DOCS_VENV) $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) $(SWIFT) build *.egg-info

@@ -78,6 +78,8 @@ setup(
         # Problems from files: 0.8 is the first whose timeouts can be left to its caller.
         "math": ["math-verify>=0.8", "jinja2"],
         "report": ["matplotlib", "jinja2"],
+        # The site of docs/: make docs.
+        "docs": ["mkdocs<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "dev": [
             "pytest",
             "pytest-timeout",

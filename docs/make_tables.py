@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import page as gpu_page
-from docs import marked_faults, stack_revisions
+from docs import marked_faults, stack_revisions, train_options
 from docs.sections import filled
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.record.alarms import ALARMS
@@ -101,6 +101,7 @@ PAGES = {
             ],
         ),
     },
+    "options.md": {"options": train_options.markdown()},
     "patches.md": {"faults": faults.markdown_table()},
     "reliability.md": {"faults": marked_faults.markdown()},
     "scale.md": {

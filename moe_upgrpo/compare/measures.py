@@ -41,7 +41,7 @@ class Measure:
 
 
 def evaluation_metrics(runs: Sequence[RunData]) -> list[str]:
-    """Those measured: greedy, pass@K and maj@K by K. avg@K is pass@1 and best@K is pass@K."""
+    """Accuracies measured: greedy, pass@K and maj@K by K. avg@K is pass@1, best@K is pass@K."""
     names = {name for run in runs for row in run.rows for name, x in row.items() if x is not None}
     found = ["eval/greedy"] if "eval/greedy" in names else []
     for kind in ("pass", "maj"):

@@ -124,7 +124,7 @@ class Comparison:
                     self._check_measured(name, config.evaluation.eval_samples)
 
     def _check_measured(self, arm: str, samples: int) -> None:
-        """That the arm's evaluations give the primary metric."""
+        """Raise UserError where the arm's evaluations do not give the primary metric."""
         known = {"greedy", "pass@1", *(f"{kind}@{samples}" for kind in _OF_SAMPLES)}
         if self.primary.metric.removeprefix("eval/") not in known:
             raise UserError(

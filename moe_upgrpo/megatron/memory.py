@@ -309,7 +309,7 @@ def model_parameters(model: Sizes) -> int:
 
 
 def active_parameters(model: Sizes) -> int:
-    """Those that one token uses: all but the experts that are not among its K."""
+    """Parameters that one token uses: all but the experts that are not among its K."""
     idle = model.moe_layers * (model.experts - model.top_k)
     return model_parameters(model) - idle * 3 * model.hidden * model.expert_inner
 

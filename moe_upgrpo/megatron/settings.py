@@ -13,23 +13,26 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSettings:
-    """Megatron's optimizer: AdamW, its state split over the data-parallel ranks.
-
-    algorithm: adam, or sgd (then without the split state: Megatron-Core splits Adam's only).
-    warmup_steps: optimizer steps over which lr rises linearly to its value, and then stays.
-    clip_grad: largest gradient norm; 0 means no clipping.
-    frozen: weights that are not trained: nothing, or router, those of the MoE layers' routers.
-    """
+    """Megatron's optimizer: AdamW, its state split over the data-parallel ranks."""
 
     algorithm: str = "adam"
+    """adam, or sgd (then without the split state: Megatron-Core splits Adam's only)."""
     lr: float = 1e-4
+    """Learning rate."""
     beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
     beta2: float = 0.99
+    """Decay of Adam's mean of squared gradients."""
     eps: float = 1e-8
+    """Adam's ε."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     warmup_steps: int = 10
+    """Optimizer steps over which lr rises linearly to its value, where it stays."""
     clip_grad: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
     frozen: Literal["nothing", "router"] = "nothing"
+    """Weights that are not trained: nothing, or those of the MoE layers' routers."""
 
     def __post_init__(self):
         if self.algorithm not in ("adam", "sgd"):

@@ -92,7 +92,7 @@ def apply(content: bytes, hunks: list[Hunk]) -> bytes:
 
 
 def reversed_hunks(hunks: list[Hunk]) -> list[Hunk]:
-    """Those that undo `hunks`."""
+    """The hunks that undo `hunks`."""
     found, shift = [], 0
     for hunk in hunks:
         found.append(Hunk(hunk.start + shift, hunk.new, hunk.old))

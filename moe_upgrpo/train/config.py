@@ -136,7 +136,7 @@ class TrainConfig:
             )
 
     def _check_rewards(self) -> None:
-        """That the kind of advantage is defined for every reward that there may be."""
+        """Raise UserError where an advantage is not defined for every possible reward."""
         kind, reward = self.objective.advantage, self.rewarding
         low, high = ADVANTAGES[kind].allowed
         least = reward.reward_wrong - reward.overlong_penalty * bool(reward.overlong_buffer)

@@ -83,16 +83,16 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """The loss, and what its ratio, its advantages and the trainer's routes are taken from."""
+    """The loss: its ratio, its advantages, and replay of the engine's routes."""
 
     loss: str = "up-grpo"
     """Loss preset: grpo, gspo, up-grpo, up-gspo, ... An unknown name lists them all."""
     policy: PolicyOptions = field(default_factory=PolicyOptions)
-    """Choices and numbers of the loss over those of its preset: docs/loss-options.md."""
+    """Choices and numbers of the loss over those of its preset: docs/options.md."""
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the ratio: the trainer's log-probs at the old weights, or the rollout's
-    (bypass): the ratio then has the mismatch in it."""
+    (bypass), which puts the mismatch into the ratio."""
     advantage: str = "grpo"
     """How rewards of a group become advantages: grpo, dr-grpo, rloo, ..., or one that a plug-in has
     registered. An unknown name lists them all."""
@@ -127,10 +127,10 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TermOptions:
-    """Terms beside the policy loss, and what else of an update is not the loss's own."""
+    """Terms beside the policy loss: KL, entropy, old gradients, an early stop of the epochs."""
 
     kl_coef: float = 0.0
-    """β of the KL divergence from the reference: the start model; 0: none. docs/loss-options.md."""
+    """β of the KL divergence from the reference: the start model; 0: none. docs/options.md."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Added to the loss, or taken off the rewards before advantages are made of them."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -241,7 +241,7 @@ class ProblemOptions:
     reward: tuple[str, ...] = ()
     """Judges of responses: math, exact, choice, gsm8k, regex:PATTERN, code, format, length:N,
     data-source, or your own as module:function; several are added, each as WEIGHT*REWARD, and the
-    first says what is right: docs/rewards.md. None: what the data's data_source means, or math."""
+    first says what is right: docs/data.md. None: what the data's data_source means, or math."""
     task: str | None = None
     """A task of your own, module:Class: docs/extending.md. None: --data, or sums."""
     task_options: str = "{}"
@@ -287,6 +287,7 @@ class RolloutOptions:
     """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number type of the engine."""
     engine_weights: EngineWeights = "as-trained"
     """fp8: engine hf samples with weights rounded to e4m3, as an FP8 server would."""
     engine_every: int = 1
@@ -294,6 +295,7 @@ class RolloutOptions:
     overlap: bool = False
     """Generate the next batch while the update runs: one step off-policy."""
     temperature: float = 1.0
+    """Sampling temperature, which the trainer applies to its log-probs too."""
     max_new_tokens: int | None = None
     """Longest response. None: the longest sum; with --data it must be said."""
     save_rollouts: Path | None = None
@@ -360,7 +362,8 @@ class ParallelOptions:
     vpp: int = 1
     """Virtual pipeline: parts of the model that each stage holds in turn."""
     dispatcher: Dispatcher = "alltoall"
-    """How tokens get to their experts: each to its experts' ranks, or all to every such rank."""
+    """How tokens reach their experts. alltoall: each token is sent to the ranks that hold its
+    experts; allgather: every one of those ranks gets all tokens."""
 
     def layout(self, world_size: int, *, dense: bool) -> Layout:
         """The layout on `world_size` ranks, checked. dense: the model is known to be."""
@@ -436,7 +439,7 @@ class RewardOptions:
     overlong_buffer: int = 0
     """DAPO: the last so many tokens before max_new_tokens cost reward, linearly; 0: off."""
     overlong_penalty: float = 1.0
-    """Taken off at max_new_tokens."""
+    """Reward that a response of max_new_tokens loses."""
     reward_timeout: float = 30.0
     """Seconds of one call of a --reward, or of a --task's reward or tool; then it has failed."""
     reward_workers: int | None = None

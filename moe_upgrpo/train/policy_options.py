@@ -25,7 +25,7 @@ from moe_upgrpo.losses.names import check_name
 PRESET = "preset"
 """The value of an option that is left to the preset. None is a value: no bound, or off."""
 _NO_LOSSES = {
-    "fixed-old-policy": "give --loss reinforce --gradient-at old (docs/loss-options.md)",
+    "fixed-old-policy": "give --loss reinforce --gradient-at old (docs/options.md)",
 }
 _METAVARS = {str: "NAME", float: "FLOAT", int: "INT", bool: "{true,false}"}
 _NONE = ("none", "null")
@@ -87,7 +87,7 @@ def _option(one: Field, hint: Any, doc: str) -> tuple[str, Any, Any]:
     return one.name, Annotated[kind, shown], field(default=PRESET)
 
 
-def _docs(cls: type) -> dict[str, str]:
+def field_texts(cls: type) -> dict[str, str]:
     """The text below each field in the source of a class."""
     (found,) = ast.parse(inspect.getsource(cls)).body
     return {
@@ -99,7 +99,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 def _options(cls: type) -> type:
     """A class of options, one for each field of `cls` but those that are groups of their own."""
-    hints, docs = get_type_hints(cls), _docs(cls)
+    hints, docs = get_type_hints(cls), field_texts(cls)
     own = (one for one in fields(cls) if not is_dataclass(hints[one.name]))
     return make_dataclass(
         "PolicyOptions",

@@ -17,10 +17,15 @@ class TinyModel:
     """The Qwen3-MoE (dense Qwen3 with experts=0) that is made where no --model is given."""
 
     layers: int = 4
+    """Transformer layers, each with experts."""
     hidden: int = 128
+    """Width of the model, a multiple of 32."""
     experts: int = 8
+    """Experts in each layer; 0: a dense model."""
     top_k: int = 2
+    """Experts that each token uses."""
     expert_intermediate: int = 64
+    """Width of an expert, a multiple of 32."""
     like: Path | None = None
     """Model folder, or one with its config.json: take that architecture, of that many experts."""
 
@@ -65,16 +70,27 @@ class WarmStartConfig:
     """
 
     seed: int = 0
+    """Seed of the weights and of the problems."""
     target_pass_at_1: float = 0.35
+    """Accuracy at temperature 1 at which it stops."""
     probe_every: int = 10
+    """Steps between measurements of that accuracy."""
     probe_problems: int = 512
+    """Training problems that it is measured on."""
     max_steps: int = 3000
+    """Steps after which a warm start that has not reached its target fails."""
     batch_size: int = 64
+    """Problems in a step."""
     learning_rate: float = 2e-3
+    """Learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decays of AdamW's two means."""
     weight_decay: float = 0.01
+    """Decoupled weight decay."""
     warmup_steps: int = 50
+    """Steps over which the learning rate rises to its value."""
     clip_grad_norm: float = 1.0
+    """Largest gradient norm."""
     random_router: bool = False
     """Leave the routers as they were initialised. Trained ones of models this small decide with
     wide margins; random ones are as near to ties as those of large models."""

@@ -2,7 +2,7 @@
 
 The routers of a model are watched for good, by hooks that count on the device and wait for nothing;
 `Health.take` adds the counts up over all ranks, once for each step. They count only inside
-`counting`, which a stack puts around its update. Figures: `routing.health`, docs/health.md.
+`counting`, which a stack puts around its update. Figures: `routing.health`, docs/stacks.md.
 
 Where a stack replays with a RouterReplay on `router.router_replay` (Megatron-Core's class, verl's,
 NeMo-RL's change of the first), nothing more is needed; one that replaces the top-k itself (slime,

@@ -40,7 +40,7 @@ _REPORTED = (
 
 
 def reported(metrics: dict[str, Any]) -> dict[str, float]:
-    """Those of a step's metrics that go to the stack's own trackers too."""
+    """The metrics of a step that go to the stack's own trackers too."""
     return {
         name: value
         for name, value in metrics.items()

@@ -67,7 +67,7 @@ class Stack(Protocol):
         """Inside, `see` gets `[N, K]`: what the router at work would have chosen without replay."""
 
     def forward_arguments(self, rollout_id: int) -> dict[str, Any]:
-        """Those of forward_only, for the old log-probs, besides the first five."""
+        """Arguments of forward_only, for the old log-probs, besides the first five."""
 
     def loss_of(self, args: Namespace, batch: dict) -> tuple[Callable, Callable]:
         """The loss that args choose, and the reducer that it is called with."""

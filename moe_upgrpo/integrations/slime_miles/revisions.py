@@ -39,7 +39,7 @@ def need(module: ModuleType, *names: str) -> None:
 
 
 def taken(function: Callable, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the installed revision's function has a name for."""
+    """The arguments that the installed revision's function has a name for."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in names}
 
