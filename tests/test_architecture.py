@@ -176,6 +176,7 @@ CODE_FROM_FILES = {"pickle.load", "pickle.loads", "dill.load", "joblib.load", "s
 SAFELY = {
     # The file's calls, with what makes them safe.
     "megatron/checkpoint.py": "weights_only=True",
+    "megatron/groups.py": ("buffers=buffers", "piece"),  # of this job's other ranks, as in torch
     "rewards/sandbox.py": "compile(job[",  # a program to be judged, in a process that is shut in
     "rollout/vllm_server.py": "allow_pickle=False",
     "train/options.py": "_Loader",  # a yaml.SafeLoader

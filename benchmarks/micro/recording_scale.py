@@ -42,14 +42,18 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         before, begin = _memory("VmRSS"), time.process_time()
         yield
         self.found[name] = (time.process_time() - begin, _memory("VmHWM") - before)
 
 
 def _memory(name: str) -> int:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if name + ":" in x)
+    (line,) = (
+        x
+        for x in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if name + ":" in x
+    )
     return 1024 * int(line.split()[1])
 
 

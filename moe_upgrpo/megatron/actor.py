@@ -218,7 +218,7 @@ class MegatronActor:
 
     @property
     def _multiple_of(self) -> int:
-        """What padded lengths are multiples of."""
+        """The number that padded lengths are multiples of."""
         # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
         config = get_model_config(self.chunks[0])
         return self.layout.tp * (32 if config.fp8 or config.fp4 else 1)

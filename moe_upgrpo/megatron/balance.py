@@ -25,7 +25,7 @@ _MORE = 4  # numbers of micro-batches that are compared, from the least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What one micro-batch may hold: so many sequences, or so many tokens, padding included."""
+    """The most that one micro-batch may hold: so many sequences, or so many tokens with padding."""
 
     sequences: int
     tokens: int | None = None

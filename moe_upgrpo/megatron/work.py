@@ -26,7 +26,7 @@ class _Moved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What this rank computes in one call, micro-batch after micro-batch."""
+    """The work of this rank in one call, micro-batch after micro-batch."""
 
     samples: list[Sample]
     places: list[tuple[int, int]]  # of each sample: its micro-batch, and its row there

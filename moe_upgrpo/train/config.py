@@ -77,8 +77,8 @@ class TrainConfig:
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
-        self._check_several_rewards()
-        self._check_whole_groups()
+        _check_several_rewards(self)
+        _check_whole_groups(self)
         if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -148,51 +148,6 @@ class TrainConfig:
                 f"{self.terms.kl_in} give others."
             )
 
-    def _check_several_rewards(self) -> None:
-        """That there are several rewards for a kind of advantage that takes several, and no more is
-        made of their sum."""
-        kind = self.objective.advantage
-        if not ADVANTAGES[kind].several:
-            return
-        problems, rewarding = self.problems, self.rewarding
-        words = read_rewards(problems.reward)
-        if not problems.task and (not words or (len(words) == 1 and words[0].is_one_number)):
-            single = [name for name, other in ADVANTAGES.items() if not other.several]
-            raise UserError(
-                f"advantage={kind!r} takes several rewards of a response, and there is one. Give "
-                "--reward several words, each as WEIGHT*REWARD, or a function of your own that "
-                f"returns a mapping; with one reward take {', '.join(single)}."
-            )
-        changed = {
-            "reward_wrong": rewarding.reward_wrong != 0,
-            "false_positives": rewarding.false_positives != 0,
-            "overlong_buffer": rewarding.overlong_buffer != 0,
-            "kl_in=reward": self.terms.kl_coef > 0 and self.terms.kl_in == "reward",
-        }
-        if given := [name for name, is_given in changed.items() if is_given]:
-            raise UserError(
-                f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
-                "reward, and this takes each of several. Leave it out; for the length there is "
-                "--reward length:TOKENS, for the KL --kl-in loss."
-            )
-
-    def _check_whole_groups(self) -> None:
-        """That a micro-batch can be made of whole groups, where the loss compares within them."""
-        if not self.compares_groups:
-            return
-        trainer, loss = self.trainer, self.objective.loss
-        if trainer.micro_batch_tokens is not None:
-            raise UserError(
-                f"micro_batch_tokens={trainer.micro_batch_tokens} with loss={loss!r}, which needs "
-                "whole groups in a micro-batch, where a budget sorts sequences by length. Give "
-                "--micro-batch instead."
-            )
-        if not self.micro_batches.sequences:
-            raise UserError(
-                f"micro_batch={trainer.micro_batches.sequences} with loss={loss!r}, which "
-                f"needs whole groups in a micro-batch: at least group={self.batch.group} is needed."
-            )
-
     @property
     def compares_groups(self) -> bool:
         """Whether the loss needs all responses to a prompt in one micro-batch."""
@@ -200,7 +155,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> Limit:
-        """What one forward of a rank may hold: whole groups, where the loss needs them."""
+        """The most that one forward of a rank may hold: whole groups, where the loss needs them."""
         limit = self.trainer.micro_batches
         if not self.compares_groups:
             return limit
@@ -289,3 +244,50 @@ _PART_OF = {option.name: part for part, options in _PARTS.items() for option in 
 OPTIONS: dict[str, Field] = {
     option.name: option for options in _PARTS.values() for option in options
 }
+
+
+def _check_several_rewards(config: TrainConfig) -> None:
+    """Refuse a kind of advantage that takes several rewards where there is one, or their sum is
+    changed."""
+    kind = config.objective.advantage
+    if not ADVANTAGES[kind].several:
+        return
+    problems, rewarding = config.problems, config.rewarding
+    words = read_rewards(problems.reward)
+    if not problems.task and (not words or (len(words) == 1 and words[0].is_one_number)):
+        single = [name for name, other in ADVANTAGES.items() if not other.several]
+        raise UserError(
+            f"advantage={kind!r} takes several rewards of a response, and there is one. Give "
+            "--reward several words, each as WEIGHT*REWARD, or a function of your own that "
+            f"returns a mapping; with one reward take {', '.join(single)}."
+        )
+    changed = {
+        "reward_wrong": rewarding.reward_wrong != 0,
+        "false_positives": rewarding.false_positives != 0,
+        "overlong_buffer": rewarding.overlong_buffer != 0,
+        "kl_in=reward": config.terms.kl_coef > 0 and config.terms.kl_in == "reward",
+    }
+    if given := [name for name, is_given in changed.items() if is_given]:
+        raise UserError(
+            f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
+            "reward, and this takes each of several. Leave it out; for the length there is "
+            "--reward length:TOKENS, for the KL --kl-in loss."
+        )
+
+
+def _check_whole_groups(config: TrainConfig) -> None:
+    """Refuse micro-batches that hold no whole group, where the loss compares within them."""
+    if not config.compares_groups:
+        return
+    trainer, loss = config.trainer, config.objective.loss
+    if trainer.micro_batch_tokens is not None:
+        raise UserError(
+            f"micro_batch_tokens={trainer.micro_batch_tokens} with loss={loss!r}, which needs "
+            "whole groups in a micro-batch, where a budget sorts sequences by length. Give "
+            "--micro-batch instead."
+        )
+    if not config.micro_batches.sequences:
+        raise UserError(
+            f"micro_batch={trainer.micro_batches.sequences} with loss={loss!r}, which "
+            f"needs whole groups in a micro-batch: at least group={config.batch.group} is needed."
+        )

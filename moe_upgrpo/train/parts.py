@@ -343,7 +343,7 @@ class TrainerOptions:
 
     @property
     def micro_batches(self) -> Limit:
-        """What one micro-batch may hold."""
+        """The most that one micro-batch may hold."""
         return Limit(sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens)
 
 

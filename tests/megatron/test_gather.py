@@ -1,4 +1,4 @@
-"""What ranks hand each other arrives as it was sent, from ranks that send different amounts."""
+"""Items that ranks hand each other arrive as they were sent, also where amounts differ."""
 
 import numpy as np
 import torch
