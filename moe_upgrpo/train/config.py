@@ -76,8 +76,8 @@ class TrainConfig:
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
-        self._check_several_rewards()
-        self._check_whole_groups()
+        _check_several_rewards(self)
+        _check_whole_groups(self)
         if self.rewarding.overlong_buffer:
             self._check_overlong_buffer()
 
@@ -147,42 +147,6 @@ class TrainConfig:
                 f"{self.terms.kl_in} give others."
             )
 
-    def _check_several_rewards(self) -> None:
-        """That there are several rewards for a kind of advantage that takes several, and no more is
-        made of their sum."""
-        kind = self.objective.advantage
-        if not ADVANTAGES[kind].several:
-            return
-        problems, rewarding = self.problems, self.rewarding
-        words = read_rewards(problems.reward)
-        if not problems.task and (not words or (len(words) == 1 and words[0].is_one_number)):
-            single = [name for name, other in ADVANTAGES.items() if not other.several]
-            raise UserError(
-                f"advantage={kind!r} takes several rewards of a response, and there is one. Give "
-                "--reward several words, each as WEIGHT*REWARD, or a function of your own that "
-                f"returns a mapping; with one reward take {', '.join(single)}."
-            )
-        changed = {
-            "reward_wrong": rewarding.reward_wrong != 0,
-            "false_positives": rewarding.false_positives != 0,
-            "overlong_buffer": rewarding.overlong_buffer != 0,
-            "kl_in=reward": self.terms.kl_coef > 0 and self.terms.kl_in == "reward",
-        }
-        if given := [name for name, is_given in changed.items() if is_given]:
-            raise UserError(
-                f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
-                "reward, and this takes each of several. Leave it out; for the length there is "
-                "--reward length:TOKENS, for the KL --kl-in loss."
-            )
-
-    def _check_whole_groups(self) -> None:
-        """That a micro-batch can be made of whole groups, where the loss compares within them."""
-        if self.compares_groups and not self.micro_batch:
-            raise UserError(
-                f"micro_batch={self.trainer.micro_batch} with loss={self.objective.loss!r}, which "
-                f"needs whole groups in a micro-batch: at least group={self.batch.group} is needed."
-            )
-
     @property
     def compares_groups(self) -> bool:
         """Whether the loss needs all responses to a prompt in one micro-batch."""
@@ -248,6 +212,44 @@ class TrainConfig:
                 f"{data_parallel} data-parallel rank(s) a multiple of {parts} is needed."
             )
         return layout
+
+
+def _check_several_rewards(config: TrainConfig) -> None:
+    """That there are several rewards for a kind of advantage that takes several, and no more is
+    made of their sum."""
+    kind = config.objective.advantage
+    if not ADVANTAGES[kind].several:
+        return
+    problems, rewarding = config.problems, config.rewarding
+    words = read_rewards(problems.reward)
+    if not problems.task and (not words or (len(words) == 1 and words[0].is_one_number)):
+        single = [name for name, other in ADVANTAGES.items() if not other.several]
+        raise UserError(
+            f"advantage={kind!r} takes several rewards of a response, and there is one. Give "
+            "--reward several words, each as WEIGHT*REWARD, or a function of your own that "
+            f"returns a mapping; with one reward take {', '.join(single)}."
+        )
+    changed = {
+        "reward_wrong": rewarding.reward_wrong != 0,
+        "false_positives": rewarding.false_positives != 0,
+        "overlong_buffer": rewarding.overlong_buffer != 0,
+        "kl_in=reward": config.terms.kl_coef > 0 and config.terms.kl_in == "reward",
+    }
+    if given := [name for name, is_given in changed.items() if is_given]:
+        raise UserError(
+            f"{', '.join(given)} with advantage={kind!r}: it is of a response's one "
+            "reward, and this takes each of several. Leave it out; for the length there is "
+            "--reward length:TOKENS, for the KL --kl-in loss."
+        )
+
+
+def _check_whole_groups(config: TrainConfig) -> None:
+    """That a micro-batch can be made of whole groups, where the loss compares within them."""
+    if config.compares_groups and not config.micro_batch:
+        raise UserError(
+            f"micro_batch={config.trainer.micro_batch} with loss={config.objective.loss!r}, which "
+            f"needs whole groups in a micro-batch: at least group={config.batch.group} is needed."
+        )
 
 
 def _is_dense(model: Path) -> bool:
