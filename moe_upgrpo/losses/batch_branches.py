@@ -42,7 +42,7 @@ def means(t: Tokens) -> dict[str, Tensor]:
 def covariance(t: Tokens, mean: dict[str, Tensor]) -> Tensor:
     """(A − mean A)·(log π − mean log π) of each token."""
     log_prob_BT = t.log_probs_BT.detach() - mean["mean_log_prob"]
-    return (t.advantages_BT - mean["mean_advantage"]) * log_prob_BT
+    return log_prob_BT.mul_(t.advantages_BT - mean["mean_advantage"])
 
 
 def share_of_tokens(t: Tokens, share: float) -> int:
@@ -54,11 +54,17 @@ def share_of_tokens(t: Tokens, share: float) -> int:
 
 
 def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tensor:
-    low, high = cfg.covariance_range
-    cov_BT = covariance(t, mean)
-    r_BT, a_BT = t.ratio_BT.detach(), t.advantages_BT
-    clipped_BT = ((a_BT > 0) & (r_BT > cfg.upper)) | ((a_BT < 0) & (r_BT < cfg.lower))
-    return (cov_BT > low) & (cov_BT < high) & ~clipped_BT & t.mask_BT
+    """Unclipped tokens with a covariance in the range. mean: that of `t.statistics`, which may be
+    about to be made."""
+
+    def compute() -> Tensor:
+        low, high = cfg.covariance_range
+        cov_BT = covariance(t, mean)
+        r_BT = t.ratio_BT.detach()
+        above_BT, below_BT = t.positive_BT & (r_BT > cfg.upper), t.negative_BT & (r_BT < cfg.lower)
+        return (cov_BT > low) & (cov_BT < high) & ~(above_BT | below_BT) & t.mask_BT
+
+    return t.once("covariance range", compute)
 
 
 def clip_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:

@@ -301,7 +301,7 @@ def sapo_side(temperature: Callable[[Tokens, Config], Tensor | float]) -> Side:
     def slope(t: Tokens, cfg: Config) -> Tensor:
         """4σ(1−σ)·r"""
         sigma_BT = gate(t, cfg)
-        return 4 * sigma_BT * (1 - sigma_BT) * t.ratio_BT
+        return torch.addcmul(sigma_BT, sigma_BT, sigma_BT, value=-1).mul_(t.ratio_BT).mul_(4)
 
     return Side(surrogate, slope)
 

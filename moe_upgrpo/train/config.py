@@ -217,35 +217,6 @@ class TrainConfig:
         return layout
 
 
-def _is_dense(model: Path) -> bool:
-    """Whether the config.json of a model folder says that it has no experts.
-
-    What is wrong with the folder is said where the model is read.
-    """
-    from moe_upgrpo.hugging_face.config import read_raw_config  # here: they bring transformers
-    from moe_upgrpo.megatron.families import FAMILIES
-
-    try:
-        described = FAMILIES.get(read_raw_config(model).get("model_type"))
-    except UserError:
-        return False
-    return described is not None and described.experts is None
-
-
-def _kept(value: Any) -> Any:
-    """A value as JSON can keep it: an infinite number as its word, which the options read."""
-    if isinstance(value, dict):
-        return {name: _kept(inner) for name, inner in value.items()}
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
-
-
-_PARTS = {part.name: fields(part.default_factory) for part in fields(TrainConfig)}
-_PART_OF = {option.name: part for part, options in _PARTS.items() for option in options}
-OPTIONS: dict[str, Field] = {
-    option.name: option for options in _PARTS.values() for option in options
-}
-
-
 def _check_several_rewards(config: TrainConfig) -> None:
     """Refuse a kind of advantage that takes several rewards where there is one, or their sum is
     changed."""
@@ -291,3 +262,32 @@ def _check_whole_groups(config: TrainConfig) -> None:
             f"micro_batch={trainer.micro_batches.sequences} with loss={loss!r}, which "
             f"needs whole groups in a micro-batch: at least group={config.batch.group} is needed."
         )
+
+
+def _is_dense(model: Path) -> bool:
+    """Whether the config.json of a model folder says that it has no experts.
+
+    What is wrong with the folder is said where the model is read.
+    """
+    from moe_upgrpo.hugging_face.config import read_raw_config  # here: they bring transformers
+    from moe_upgrpo.megatron.families import FAMILIES
+
+    try:
+        described = FAMILIES.get(read_raw_config(model).get("model_type"))
+    except UserError:
+        return False
+    return described is not None and described.experts is None
+
+
+def _kept(value: Any) -> Any:
+    """A value as JSON can keep it: an infinite number as its word, which the options read."""
+    if isinstance(value, dict):
+        return {name: _kept(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+_PARTS = {part.name: fields(part.default_factory) for part in fields(TrainConfig)}
+_PART_OF = {option.name: part for part, options in _PARTS.items() for option in options}
+OPTIONS: dict[str, Field] = {
+    option.name: option for options in _PARTS.values() for option in options
+}
