@@ -41,7 +41,7 @@ def test_one_version_everywhere():
 
 
 def run(*command: object, cwd: Path, site: Path | None = None, plugin: Path | None = None) -> str:
-    """What a command prints with these folders of installed packages before this Python's own."""
+    """Give what a command prints with these folders of packages before this Python's own."""
     path = os.pathsep.join(str(folder) for folder in (site, plugin) if folder)
     environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run(
