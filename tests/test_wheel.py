@@ -41,7 +41,7 @@ def test_one_version_everywhere():
 
 
 def run(*command: object, cwd: Path, site: Path | None = None, plugin: Path | None = None) -> str:
-    """Output of a command with these folders of installed packages before this Python's own."""
+    """Give what a command prints with these folders of packages before this Python's own."""
     path = os.pathsep.join(str(folder) for folder in (site, plugin) if folder)
     environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run(
@@ -172,7 +172,7 @@ def test_a_plugin_package_trains_from_another_folder(site, plugin, tmp_path):
         "--advantage", "centred-ranks", "--engine", "timed", "--engine-dtype", "float32",
         cwd=tmp_path, site=site, plugin=plugin)  # fmt: skip
     config, rows = read_config(tmp_path / "one"), read_metrics(tmp_path / "one")
-    assert config["plugins"] == ["my_moe (my_moe 1.2)"]
+    assert [name.replace("-", "_") for name in config["plugins"]] == ["my_moe (my_moe 1.2)"]
     loss = config["policy_loss"]
     assert (loss["positive"], loss["negative"]) == ("log-likelihood", "capped")
     steps = [row for row in rows if "reward/of/close" in row]
@@ -183,8 +183,9 @@ def test_a_plugin_package_trains_from_another_folder(site, plugin, tmp_path):
         c = of_step.ratio.clip(upper=2).where(of_step.advantage < 0, 1)
         weighed = (of_step.advantage.abs() * c).where(of_step.advantage != 0)
         w = (of_step.gradient_weight / weighed).dropna()
-        # A w for each of two minibatches.
-        assert len(w) > 20 and len({round(float(x) * 1e4) for x in w}) <= 2, step
+        w = w.sort_values()
+        # One w for each of two minibatches.
+        assert len(w) > 20 and (w / w.shift() > 1.001).sum() <= 1, step
     assert {*tokens.advantage} > {0} and (tokens.ratio != 1).any()
     # Of conversations of two turns the tool's token has no row.
     of_sequence = tokens.groupby(["step", "sequence"]).position

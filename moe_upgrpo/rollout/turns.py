@@ -81,7 +81,7 @@ def converse(
 
 
 def _observed(task: Task, asked: Sequence[tuple[Problem, Tokens]]) -> list[Tokens | None]:
-    """Answers of the task's tool to each of these, in their order; several are asked at a time."""
+    """The tool's results for each of these, in their order; several are asked at a time."""
     at_once = min(len(asked), getattr(task, "tools_at_once", TOOLS_AT_ONCE))
     if at_once <= 1:
         return [task.observe(*one) for one in asked]
