@@ -47,7 +47,9 @@ def test_the_readmes_verdicts_are_those_of_the_page():
         if len(cells) == 5:
             claim = cells[0] or claim
             rows.setdefault(claim, []).append(line)
-    section = re.search(r"<!-- begin verdicts -->\n(.*)\n<!-- end verdicts", README, re.DOTALL)[1]
+    section = re.search(
+        r"<!-- begin three-verdicts -->\n(.*)\n<!-- end three-verdicts", README, re.DOTALL
+    )[1]
     sentences = section.splitlines()
     assert len(sentences) == 3
     for sentence in sentences:
