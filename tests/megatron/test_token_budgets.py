@@ -179,6 +179,38 @@ def test_the_same_sequences_give_the_same_bits_again_and_another_shape_is_tried(
     assert budgeted["sizes"] == [None, 1, None]  # the longest twice are a budget
 
 
+def one_long_among_short(layout: Layout, checkpoint, **limit) -> dict:
+    """On a rank: an update of four sequences, of which all but one are short."""
+    with groups.process_groups(layout):
+        dp_rank, dp_size = groups.data_parallel()
+        made = sorted(make_samples(), key=lambda sample: -len(sample.tokens))
+        mine = [made[0], *made[-3:]][dp_rank::dp_size]
+        actor = MegatronActor(checkpoint, layout, optimizer=NO_STEP, **limit)
+        work = actor._work(mine, actor.limit)
+        update = actor.update(mine, PolicyLossConfig.preset("up-grpo"), record=RECORDS)
+        return {"computed": len(work.samples), "update": update} | {
+            "gradient": gradients_by_name(actor)
+        }
+
+
+def few_with_budget(layout: Layout, checkpoint) -> dict:
+    return one_long_among_short(layout, checkpoint, micro_batch_tokens=BUDGET)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_left_without_sequences_joins_in(checkpoints):
+    """The short ones together cost less than the long one: two of the four ranks have none."""
+    expected = one_long_among_short(Layout(), checkpoints["tiny"], micro_batch_size=1)
+    ranks = run_ranks(4, few_with_budget, Layout(ep=2), checkpoints["tiny"], timeout_s=240)
+    assert sorted(rank["computed"] for rank in ranks) == [0, 0, 1, 3]
+    for rank, log_probs in zip(ranks, expected["update"].log_probs, strict=True):
+        (own,) = rank["update"].log_probs
+        np.testing.assert_allclose(own, log_probs, rtol=1e-4, atol=1e-5)
+        assert len(rank["update"].scored) == 1
+        assert_close(rank["gradient"], expected["gradient"])
+        assert rank["update"].metrics.keys() == expected["update"].metrics.keys()
+
+
 def exchanged_and_over_budget(checkpoint) -> tuple[list, str]:
     with groups.process_groups(Layout()):
         dp_rank, size = groups.data_parallel()
