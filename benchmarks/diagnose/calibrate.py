@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from benchmarks import routing_mismatch
-from benchmarks.routing_mismatch import BF16, FP8, FP32, Model, Study
+from benchmarks.studies import routing_mismatch
+from benchmarks.studies.routing_mismatch import BF16, FP8, FP32, Model, Study
 from moe_upgrpo import __version__, kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.errors import UserError

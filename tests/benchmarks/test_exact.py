@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.exact import __main__ as command
-from benchmarks.exact.estimators import (
+from benchmarks.studies.exact import __main__ as command
+from benchmarks.studies.exact.estimators import (
     ESTIMATORS,
     Samples,
     Scheme,
@@ -26,10 +26,10 @@ from benchmarks.exact.estimators import (
     moments,
     targets,
 )
-from benchmarks.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
-from benchmarks.exact.report import SECTIONS, Report, checks, crossing, with_errors
-from benchmarks.exact.stress_report import Report as StressReport
-from benchmarks.exact.study import gradient, mismatch_rate
+from benchmarks.studies.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
+from benchmarks.studies.exact.report import SECTIONS, Report, checks, crossing, with_errors
+from benchmarks.studies.exact.study import gradient, mismatch_rate
+from benchmarks.studies.stress.report import Report as StressReport
 from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages, policy_loss

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import routing_mismatch as bench
-from benchmarks.routing_mismatch_report import SECTIONS, Report, figure
+from benchmarks.studies import routing_mismatch as bench
+from benchmarks.studies.routing_mismatch_report import SECTIONS, Report, figure
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.exact import stress as command
-from benchmarks.exact.estimators import (
+from benchmarks.studies.exact.estimators import (
     Samples,
     Scheme,
     Tangent,
@@ -21,10 +20,11 @@ from benchmarks.exact.estimators import (
     estimates,
     moments,
 )
-from benchmarks.exact.policy import DTYPE, Mismatch, Sizes
-from benchmarks.exact.stress_fallen import fallen, half_of_right, weight_on_positive
-from benchmarks.exact.stress_report import SECTIONS, at_matched, counted, runs_of, wilson
-from benchmarks.exact.stress_runs import (
+from benchmarks.studies.exact.policy import DTYPE, Mismatch, Sizes
+from benchmarks.studies.stress import __main__ as command
+from benchmarks.studies.stress.fallen import fallen, half_of_right, weight_on_positive
+from benchmarks.studies.stress.report import SECTIONS, at_matched, counted, runs_of, wilson
+from benchmarks.studies.stress.runs import (
     Adam,
     Model,
     Plan,

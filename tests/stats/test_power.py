@@ -1,6 +1,6 @@
 """Power of a comparison: hand-worked numbers, independent references, simulated comparisons.
 
-Not covered: that the spreads assumed in benchmarks/power.py are those of any model.
+Not covered: that the spreads assumed in benchmarks/studies/power.py are those of any model.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import power as command
+from benchmarks.studies import power as command
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import power
 from moe_upgrpo.stats.power import Design, Spread
@@ -215,7 +215,7 @@ def test_the_page_has_the_commands_tables():
         section = re.search(rf"<!-- begin {name} -->\n(.*?)\n<!-- end {name} -->", page, re.DOTALL)
         assert section, name
         if name not in ("metrics", "simulation"):
-            assert section[1] == make(), f"{name}: python benchmarks/power.py --page docs/power.md"
+            assert section[1] == make(), f"{name}: make results"
 
 
 def test_the_command_reads_runs(tmp_path, capsys):
