@@ -22,7 +22,7 @@ import tyro
 from scipy.stats import fisher_exact
 
 from benchmarks.studies.exact.report import table
-from docs.sections import filled
+from docs.sections import fill
 from moe_upgrpo.stats import ratio_interval, sign_flip_test
 
 EFFECT = 0.7
@@ -149,7 +149,7 @@ def main(sets: int = 4000, page: Path | None = None) -> None:
         print(f"## {name}\n\n{made}\n")
     if page:
         makers = {name: lambda made=made: made for name, made in sections.items()}
-        page.write_text(filled(page.read_text(encoding="utf-8"), makers), encoding="utf-8")
+        fill(page, makers)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 from scipy.stats import binomtest
 
 from benchmarks.studies.stress.report import Report
@@ -253,10 +251,7 @@ def untested(what: str) -> Evidence:
 
 def swept(arm: str, other: str) -> Evidence:
     """Collapses over the whole sweep of learning rates, the same for both, seed by seed."""
-    folder = ROOT / "benchmarks/results/stress"
-    curves, fallen = (pd.read_parquet(folder / f"{name}.parquet") for name in ("curves", "fallen"))
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    runs = Report(curves, fallen, meta).sweep
+    runs = Report.read(ROOT / "benchmarks/results/stress").sweep
     runs = runs[runs["loss"].isin([arm, other])]
     shares = 100.0 * runs.groupby(["loss", "seed"])["collapsed"].mean().unstack("loss")
     results = {name: shares[name].to_dict() for name in (arm, other)}

@@ -25,7 +25,8 @@ from scipy.special import expit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, wherever this is started
 
-from docs.sections import filled
+from benchmarks.studies.made import as_page, marked
+from docs.sections import fill
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import power
 from moe_upgrpo.stats.power import Design, Spread
@@ -438,6 +439,10 @@ SECTIONS = {
 }
 
 
+def fill_page(page: Path) -> None:
+    fill(page, marked(SECTIONS, "python -m benchmarks.studies.power"))
+
+
 @dataclass
 class Arguments:
     runs: tuple[Path, ...] = ()
@@ -456,14 +461,9 @@ def main(arguments: Arguments) -> None:
         return
     if arguments.second or arguments.save:
         raise UserError("--second and --save go with --runs.")
-    found = {name: make() for name, make in SECTIONS.items()}
-    for name, text in found.items():
-        print(f"\n## {name}\n\n{text}")
+    print(as_page(SECTIONS))
     if arguments.page:
-        page = arguments.page.read_text(encoding="utf-8")
-        arguments.page.write_text(
-            filled(page, {n: lambda t=t: t for n, t in found.items()}), encoding="utf-8"
-        )
+        fill_page(arguments.page)
 
 
 if __name__ == "__main__":

@@ -671,7 +671,7 @@ def _stale(actor: MegatronActor, first: Played, scored: tuple) -> Measured:
 
 @dataclass
 class Arguments:
-    output_dir: Path = Path("benchmarks/results/routing-mismatch")
+    output_dir: Path = Path("runs/routing-mismatch")
     cache_dir: Path = Path("runs/cache")
     """Where warm starts are kept."""
     axes: tuple[Axis, ...] = get_args(Axis)

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.studies.exact.report import table
-from benchmarks.studies.routing_mismatch import MODULE, studies
-from docs.sections import filled
+from benchmarks.studies.made import draw_all, marked, subplots, write_small
+from benchmarks.studies.routing_mismatch import MODULE, TABLES, studies
+from docs.sections import fill
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import Rate, rates
+from moe_upgrpo.store.files import write_text
 
 # name of a figure -> its numerator and its denominator in sequences.parquet
 MEASURES = {
@@ -109,19 +111,26 @@ class Report:
     def read(cls, folder: Path) -> "Report":
         """Rows of all axes in an output folder; UserError where there is none."""
         parts = sorted(path.parent for path in folder.glob("*/about.json"))
-        if not parts:
+        kept = [folder] if (folder / "about.json").exists() else parts
+        if not kept:
             raise UserError(f"{folder} holds no axis: run {MODULE} first")
         frames = {
             name: pd.concat(
-                [pd.read_parquet(part / f"{name}.parquet") for part in parts], ignore_index=True
+                [pd.read_parquet(part / f"{name}.parquet") for part in kept], ignore_index=True
             )
-            for name in ("runs", "sequences", "positions", "layers")
+            for name in TABLES
         }
-        about = {
-            part.name: json.loads((part / "about.json").read_text(encoding="utf-8"))
-            for part in parts
-        }
-        return cls(**frames, about=about)
+        about = [json.loads((part / "about.json").read_text(encoding="utf-8")) for part in kept]
+        if kept != [folder]:
+            about = [{part.name: one for part, one in zip(parts, about, strict=True)}]
+        return cls(**frames, about=about[0])
+
+    def write(self, folder: Path) -> None:
+        """Write all axes into one file for each table; `read` reads these as well."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TABLES:
+            write_small(getattr(self, name), folder / f"{name}.parquet")
+        write_text(folder / "about.json", json.dumps(self.about, indent=1) + "\n")
 
     # --- selections
 
@@ -347,35 +356,26 @@ class Report:
     # --- figures
 
     def fill(self, page: Path) -> None:
-        """Fills the page's sections, and draws its figures into img/routing-mismatch beside."""
-        page.write_text(filled(page.read_text(encoding="utf-8"), self.sections()), encoding="utf-8")
+        """Fill the page's sections, and draw its figures into img/routing-mismatch beside it."""
+        every = self.sections()
+        fill(page, marked({name: every[name] for name in ON_PAGE}, f"python -m {MODULE}"))
         self.draw(page.parent / "img" / "routing-mismatch")
 
     def draw(self, folder: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("svg")
-        import matplotlib.pyplot as plt
-
-        plt.rcParams.update({"svg.hashsalt": "mismatch", "svg.fonttype": "none", "font.size": 8})
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in {
+        figures = {
             "axes": self._draw_axes,
             "layers": self._draw_layers,
             "staleness": self._draw_staleness,
-        }.items():
-            drawn = draw(plt)
-            drawn.tight_layout()
-            drawn.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-            plt.close(drawn)
+        }
+        draw_all(folder, "mismatch", figures)
 
     @cached_property
     def _colours(self) -> dict[str, str]:
         return {"bf16": "tab:blue", "FP8 weights": "tab:red", "fp32": "tab:grey"}
 
-    def _draw_axes(self, plt):
+    def _draw_axes(self):
         """Share of routers and of tokens against depth, experts, top-k and position."""
-        drawn, axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True)
+        drawn, axes = subplots(1, 4, figsize=(12, 3), sharey=True)
         for axis, name in zip(axes[:3], ("depth", "experts", "top-k"), strict=True):
             groups = self.groups(name)
             for rollout in dict.fromkeys(about["rollout"] for about, _ in groups):
@@ -414,9 +414,9 @@ class Report:
         colour = self._colours[rollout]
         axis.errorbar(x, y[:, 0], yerr=reach, fmt=style, ms=3, lw=1, color=colour, label=label)
 
-    def _draw_layers(self, plt):
+    def _draw_layers(self):
         """Each layer's share of routers in the deepest model, free-running and conditional."""
-        drawn, axis = plt.subplots(figsize=(5, 3))
+        drawn, axis = subplots(figsize=(5, 3))
         groups = [(a, r) for a, r in self.groups("depth") if a["setting"] == self._deepest]
         for about, runs in groups:
             chosen = self.layers[self.layers["run"].isin(set(runs["run"]))]
@@ -436,8 +436,8 @@ class Report:
         depths = self.runs.loc[self.runs["axis"] == "depth", "setting"].astype(int)
         return str(depths.max()) if len(depths) else ""
 
-    def _draw_staleness(self, plt):
-        drawn, axis = plt.subplots(figsize=(5, 3))
+    def _draw_staleness(self):
+        drawn, axis = subplots(figsize=(5, 3))
         groups = self.groups("staleness")
         settings = list(dict.fromkeys(about["setting"] for about, _ in groups))
         for setting, colour in zip(settings, ("tab:blue", "tab:orange"), strict=False):
@@ -563,3 +563,4 @@ PUBLISHED = (
         lambda report: "the section on the noise floor",
     ),
 )
+ON_PAGE = SECTIONS

@@ -36,7 +36,7 @@ from benchmarks.studies.evidence import (
     swept,
     untested,
 )
-from docs.sections import filled
+from docs.sections import fill
 from moe_upgrpo.compare.report import load
 
 
@@ -275,10 +275,7 @@ def main(
     print(table(found, below="docs/"))
     for page in pages:
         made = short(found) if page.name == "README.md" else table(found, below="")
-        page.write_text(
-            filled(page.read_text(encoding="utf-8"), {"verdicts": lambda made=made: made}),
-            encoding="utf-8",
-        )
+        fill(page, {"verdicts": made})
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ Results = dict[str, dict[int, float]]
 """arm → seed → figure."""
 
 
-def write_report(folder: Path) -> Path:
-    """Write report.html, report.json and figures/*.svg of a comparison's folder.
+def write_report(folder: Path, output_dir: Path | None = None) -> Path:
+    """Write report.html, report.json and figures/*.svg of a comparison, by default into its folder.
 
-    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet alone, and are
-    the same whenever they are made. The JSON is strict (null for what is not finite) and holds:
+    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet (or, where it
+    was kept for long, runs.parquet) alone, and are the same whenever they are made. The JSON is
+    strict (null for what is not finite) and holds:
 
     - ``plan``, ``learning_rates``: as they were written
     - ``progress``: runs done, planned and crashed; missing ones by name, and whether their
@@ -61,8 +62,9 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no comparison, no finished run, or a run that is not planned.
     """
-    folder = Path(folder)
-    loaded = load(folder)
+    loaded = load(Path(folder))
+    folder = Path(output_dir or folder)
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = figures.draw_all(
         loaded.shown,
         all_runs=loaded.by_arm,

@@ -23,7 +23,7 @@ from benchmarks.studies.exact.estimators import (
 from benchmarks.studies.exact.policy import DTYPE, Mismatch, Sizes
 from benchmarks.studies.stress import __main__ as command
 from benchmarks.studies.stress.fallen import fallen, half_of_right, weight_on_positive
-from benchmarks.studies.stress.report import SECTIONS, at_matched, counted, runs_of, wilson
+from benchmarks.studies.stress.report import at_matched, counted, runs_of, wilson
 from benchmarks.studies.stress.runs import (
     Adam,
     Model,
@@ -40,7 +40,6 @@ from benchmarks.studies.stress.runs import (
     train,
     uniform,
 )
-from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, group_advantages, policy_loss
 
@@ -380,15 +379,6 @@ def test_the_own_rate_is_that_of_the_largest_mean_with_clipping():
     ]
     sweep = pd.DataFrame(rows, columns=["loss", "learning_rate", "clipped", "update", "reward"])
     assert command.own_learning_rates(sweep) == {"grpo": 0.2, "gspo": 0.1}
-
-
-def test_the_page_has_every_section():
-    """That its numbers are those of the full run is not tested: that takes minutes."""
-    page = PAGE.read_text()
-    assert len(filled(page, dict.fromkeys(SECTIONS, str))) < len(page) / 2
-    for figure in ("collapse", "verifier", "data", "fallen"):
-        assert f"img/stress-{figure}.svg" in page
-        assert (PAGE.parent / "img" / f"stress-{figure}.svg").exists()
 
 
 def test_bad_input_is_refused():

@@ -11,7 +11,6 @@ that must hold exactly or to rounding.
 """
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -22,10 +21,10 @@ import tyro
 
 from benchmarks.studies.exact.report import Report
 from benchmarks.studies.exact.study import QUICK, Grid, run_policy
-from benchmarks.studies.made import Stopwatch
-from docs.sections import filled
+from benchmarks.studies.made import Stopwatch, write_small
 from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import write_text
 
 
 @dataclass
@@ -55,16 +54,7 @@ def computed(arguments: Arguments) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     cells, conditions = (
         pd.concat(frames, ignore_index=True) for frames in zip(*pairs, strict=True)
     )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    # Random mantissas: dictionaries only add to them.
-    small = dict(compression="zstd", compression_level=15, use_dictionary=False)
-    cells.to_parquet(arguments.output_dir / "cells.parquet", **small)
-    conditions.to_parquet(arguments.output_dir / "conditions.parquet")
-    meta = watch.made()
-    (arguments.output_dir / "meta.json").write_text(
-        json.dumps(meta, indent=1) + "\n", encoding="utf-8"
-    )
-    return cells, conditions, meta
+    return cells, conditions, watch.made()
 
 
 def main(arguments: Arguments) -> int:
@@ -73,25 +63,23 @@ def main(arguments: Arguments) -> int:
     kernels.pin()
     out = arguments.output_dir
     if arguments.read:
-        cells, conditions = (
-            pd.read_parquet(out / f"{name}.parquet") for name in ("cells", "conditions")
-        )
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        report = Report.read(out)
     else:
         cells, conditions, meta = computed(arguments)
-    report = Report(cells, conditions, meta)
-    report.crossings.to_parquet(out / "crossings.parquet")
-    (out / "summary.json").write_text(
-        json.dumps(report.summary(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    report.draw(out)
+        report = Report(cells, conditions, meta)
+        out.mkdir(parents=True, exist_ok=True)
+        report.draw(out)
+        write_small(cells, out / "cells.parquet")
+        write_small(report.shown(), out / "shown.parquet")
+        write_small(conditions, out / "conditions.parquet")
+        write_small(report.crossings, out / "crossings.parquet")
+        write_text(out / "meta.json", json.dumps(report.meta, indent=1) + "\n")
+        summary = json.dumps(report.summary(), indent=1, allow_nan=False)
+        write_text(out / "summary.json", summary + "\n")
     for name, make in report.sections().items():
         print(f"\n## {name}\n\n{make()}")
     if arguments.page:
-        page = arguments.page.read_text(encoding="utf-8")
-        arguments.page.write_text(filled(page, report.sections()), encoding="utf-8")
-        for figure in out.glob("exact-*.svg"):
-            shutil.copy(figure, arguments.page.parent / "img" / figure.name)
+        report.fill(arguments.page)
     failed = [name for name, check in report.checks.items() if not check["holds"]]
     for name in failed:
         print(f"FAILED: {name}: {report.checks[name]['value']:.3g}")

@@ -5,8 +5,10 @@ are relative to the length of the whole target, also those of one sign's part, a
 MSEs to its square: so the parts of both signs can be compared.
 """
 
+import json
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from scipy import stats
 
 from benchmarks.studies.exact.estimators import UP_OF
 from benchmarks.studies.exact.study import NONE
-from benchmarks.studies.made import said
+from benchmarks.studies.made import draw_all, marked, said, subplots
+from docs.sections import fill
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import compare_paired
 
 TARGETS = ("train", "deployed")
+MODES = ("recomputed", "bypass", "R2", "R3")
 SAMPLES = (64, 1024, 16384)
 ROUNDING = 1e-9
 PAIRS = (
@@ -49,6 +53,8 @@ SECTIONS = (
     "groups",
     "losses",
 )
+ON_PAGE = ("run", "checks", "conditions", "positives", "crossings", "up")
+COMMAND = "python -m benchmarks.studies.exact"
 DRAWN = {
     "grpo": "tab:blue",
     "up-grpo": "tab:orange",
@@ -68,9 +74,7 @@ def with_errors(cells: pd.DataFrame) -> pd.DataFrame:
     length is the sum of theirs, and the largest of the three.
     """
     columns = {}
-    place = ["policy", "mismatch", "inner_step", "mode", "advantages", "estimator"]
-    norms = cells.groupby(place, sort=False)[[f"norm_{t}" for t in (*TARGETS, "old")]]
-    norms = norms.transform("max")
+    norms = with_whole_norms(cells)
     for target in TARGETS:
         norm = norms[f"norm_{target}"]
         columns[f"relative_{target}"] = cells[f"bias_{target}"] / norm
@@ -80,6 +84,12 @@ def with_errors(cells: pd.DataFrame) -> pd.DataFrame:
     columns["relative_old"] = cells["bias_old"] / norms["norm_old"]
     columns["relative_variance"] = cells["variance"] / norms["norm_train"] ** 2
     return cells.assign(**columns)
+
+
+def with_whole_norms(cells: pd.DataFrame) -> pd.DataFrame:
+    place = ["policy", "mismatch", "inner_step", "mode", "advantages", "estimator"]
+    norms = cells.groupby(place, sort=False)[[f"norm_{t}" for t in (*TARGETS, "old")]]
+    return norms.transform("max")
 
 
 def select(cells: pd.DataFrame, **wanted) -> pd.DataFrame:
@@ -213,12 +223,17 @@ def names_in(frame: pd.DataFrame, column: str) -> list:
 
 
 class Report:
-    """Tables and figures of one run; `mismatch` and `step` are those looked at closest."""
+    """Tables and figures of one run; `mismatch` and `step` are those looked at closest.
+
+    Made of all cells, or of those that `shown` chose and the checks that `meta` has of all.
+    """
 
     def __init__(self, cells: pd.DataFrame, conditions: pd.DataFrame, meta: dict):
-        self.cells, self.conditions, self.meta = with_errors(cells), conditions, meta
-        self.crossings = crossings(self.cells)
-        self.checks = checks(self.cells)
+        self.cells, self.conditions = with_errors(cells), conditions
+        if "checks" not in meta:
+            meta = meta | {"cells": len(cells), "checks": checks(self.cells)}
+        self.meta, self.checks = meta, meta["checks"]
+        self._looked_at: set[int] = set()
         self.mismatches = names_in(conditions, "mismatch")
         self.steps = names_in(conditions, "inner_step")
         self.policies = conditions["policy"].nunique()
@@ -226,12 +241,35 @@ class Report:
         self.step = 16
         self.fixed = select(self.cells, advantages="fixed")
 
-    def _at(self, **wanted) -> pd.DataFrame:
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        """Read the cells that a page shows, of a folder that the command or `shown` filled."""
+        frames = (pd.read_parquet(folder / f"{name}.parquet") for name in ("shown", "conditions"))
+        return cls(*frames, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+
+    def shown(self) -> pd.DataFrame:
+        """The cells that a section or a figure looks at, a fiftieth of all.
+
+        Their norms are those of the whole target, which the other parts are not needed for then.
+        """
+        for make in (*self.sections().values(), self._draw_bias, self._draw_mse):
+            make()
+        norms = with_whole_norms(self.cells)
+        own = [name for name in self.cells if not name.startswith(("relative_", "mse_"))]
+        return self.cells.assign(**norms).loc[sorted(self._looked_at), own]
+
+    def _at(self, cells: pd.DataFrame | None = None, **wanted) -> pd.DataFrame:
         wanted = {"mode": "recomputed", "part": "all", "mismatch": self.mismatch} | wanted
-        return select(self.fixed, **wanted)
+        found = select(self.fixed if cells is None else cells, **wanted)
+        self._looked_at.update(found.index)
+        return found
+
+    @cached_property
+    def crossings(self) -> pd.DataFrame:
+        return crossings(self.cells)
 
     def run_table(self) -> str:
-        return f"{len(self.cells):,} cells, {self.policies} policies. {said(self.meta)}"
+        return f"{self.meta['cells']:,} cells, {self.policies} policies. {said(self.meta)}"
 
     def checks_table(self) -> str:
         rows = [
@@ -412,22 +450,15 @@ class Report:
 
     def crossings_table(self) -> str:
         blocks = []
+        names = sorted({name for pair in PAIRS for name in pair})
+        found = crossings(self._at(inner_step=self.steps, estimator=names))
         for target in TARGETS:
             rows = []
             for first, second in PAIRS:
                 row = [f"{code(first)} / {code(second)}"]
                 for step in self.steps:
-                    here = select(
-                        self.crossings,
-                        first=first,
-                        second=second,
-                        target=target,
-                        part="all",
-                        mismatch=self.mismatch,
-                        mode="recomputed",
-                        inner_step=step,
-                    )
-                    row.append(outcome(here))
+                    at = dict(first=first, second=second, target=target, inner_step=step)
+                    row.append(outcome(select(found, **at)))
                 rows.append(row)
             heads = ["pair", *(f"inner step {step}" for step in self.steps)]
             blocks.append(f"Against the {POLICY[target]}:\n\n" + table(heads, rows))
@@ -437,7 +468,7 @@ class Report:
         names = ("grpo", "up-grpo", "gspo", "up-gspo", "sequence-is")
         rows = []
         for name in names:
-            for mode in names_in(self.fixed, "mode"):
+            for mode in MODES:
                 row = [code(name), mode]
                 for step in (1, self.step):
                     one = self._at(estimator=name, mode=mode, inner_step=step)
@@ -468,15 +499,8 @@ class Report:
         for name in ("grpo", "up-grpo", "gspo", "sequence-is"):
             row = [code(name)]
             for scheme in names_in(self.cells, "advantages"):
-                one = select(
-                    self.cells,
-                    estimator=name,
-                    advantages=scheme,
-                    part="all",
-                    mode="recomputed",
-                    mismatch=self.mismatch,
-                    inner_step=self.step,
-                )
+                at = dict(estimator=name, advantages=scheme, inner_step=self.step)
+                one = self._at(self.cells, **at)
                 row += [
                     mean_interval(one["relative_train"]),
                     number(one["relative_variance"].median()),
@@ -510,26 +534,21 @@ class Report:
             "means": means.to_dict("records"),
         }
 
+    def fill(self, page: Path) -> None:
+        """Fill the page's sections, and draw its figures into img/ beside it."""
+        every = self.sections()
+        fill(page, marked({name: every[name] for name in ON_PAGE}, COMMAND))
+        self.draw(page.parent / "img")
+
     # --- figures
 
     def draw(self, folder: Path) -> None:
         """exact-bias.svg and exact-mse.svg."""
-        import matplotlib
+        draw_all(folder, "exact", {"exact-bias": self._draw_bias, "exact-mse": self._draw_mse})
 
-        matplotlib.use("svg")
-        import matplotlib.pyplot as plt
-
-        plt.rcParams.update({"svg.hashsalt": "exact", "svg.fonttype": "none", "font.size": 8})
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in {"exact-bias": self._draw_bias, "exact-mse": self._draw_mse}.items():
-            figure = draw(plt)
-            figure.tight_layout()
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-            plt.close(figure)
-
-    def _draw_bias(self, plt):
+    def _draw_bias(self):
         """Relative bias at inner step 1 against the measured mismatch; bias against inner step."""
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
+        figure, axes = subplots(1, 3, figsize=(11, 3.2), sharey=True)
         noisy = [m for m in self.mismatches if m.startswith("noise")]
         start = select(self.conditions, inner_step=1).groupby("mismatch")["router_mismatch"].mean()
         lines = {
@@ -573,9 +592,9 @@ class Report:
         axes[2].legend(fontsize=6.5, frameon=False)
         return figure
 
-    def _draw_mse(self, plt):
+    def _draw_mse(self):
         """MSE against the number of samples, a panel for each inner step."""
-        figure, axes = plt.subplots(1, len(self.steps), figsize=(11, 3), sharey=True, squeeze=False)
+        figure, axes = subplots(1, len(self.steps), figsize=(11, 3), sharey=True, squeeze=False)
         n = np.logspace(1, 7, 25)
         for axis, step in zip(axes[0], self.steps, strict=True):
             for name, colour in DRAWN.items():

@@ -23,7 +23,6 @@ to a cell, showed the learning rates at which anything happens and the size of a
 
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -34,13 +33,13 @@ import pandas as pd
 import tyro
 
 from benchmarks.studies.exact.policy import Sizes
-from benchmarks.studies.made import Stopwatch
+from benchmarks.studies.made import Stopwatch, write_small
 from benchmarks.studies.stress.fallen import DEPTHS, fallen
-from benchmarks.studies.stress.report import Report
+from benchmarks.studies.stress.report import Report, runs_of
 from benchmarks.studies.stress.runs import Model, Plan, Run, make_start, train
-from docs.sections import filled
 from moe_upgrpo import kernels
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.store.files import write_text
 
 MAX_NORM = 1.0
 PAIRED = ("grpo", "gspo", "tic-grpo", "up-grpo", "up-gspo", "up-tic", "reinforce")
@@ -192,30 +191,24 @@ def main(arguments: Arguments) -> int:
     kernels.pin()
     out = arguments.output_dir
     if arguments.read:
-        curves, down = (pd.read_parquet(out / f"{name}.parquet") for name in ("curves", "fallen"))
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        report = Report.read(out)
     else:
         studies = QUICK if arguments.quick else Studies()
         if arguments.seeds is not None:
             studies = replace(studies, seeds=arguments.seeds)
         curves, down, meta = computed(studies)
         out.mkdir(parents=True, exist_ok=True)
-        curves.to_parquet(out / "curves.parquet")
-        down.to_parquet(out / "fallen.parquet")
-        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    report = Report(curves, down, meta)
-    (out / "summary.json").write_text(
-        json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8"
-    )
-    report.draw(out)
+        report = Report(runs_of(curves), down, meta)
+        write_small(curves, out / "curves.parquet")
+        write_small(report.runs, out / "runs.parquet")
+        write_small(down, out / "fallen.parquet")
+        write_text(out / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_text(out / "summary.json", json.dumps(report.summary(), indent=1) + "\n")
+        report.draw(out)
     for name, make in report.sections().items():
         print(f"\n## {name}\n\n{make()}")
     if arguments.page:
-        arguments.page.write_text(
-            filled(arguments.page.read_text(encoding="utf-8"), report.sections()), encoding="utf-8"
-        )
-        for figure in out.glob("stress-*.svg"):
-            shutil.copy(figure, arguments.page.parent / "img" / figure.name)
+        report.fill(arguments.page)
     return 0
 
 

@@ -4,6 +4,7 @@
 the same seeds, with its 95% interval; "*" marks p < .05 after Holm's correction over its table.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.studies.exact.report import code, names_in, number, select, table
-from benchmarks.studies.made import said
+from benchmarks.studies.made import draw_all, marked, said, subplots
 from benchmarks.studies.stress.fallen import weight_on_positive
 from benchmarks.studies.stress.runs import collapsed, exploded
+from docs.sections import fill
 from moe_upgrpo.stats import compare_paired, holm
 
 PAIRS = (
@@ -115,9 +117,8 @@ def plus_minus(values: pd.Series, digits: int = 3) -> str:
 
 
 class Report:
-    def __init__(self, curves: pd.DataFrame, fallen: pd.DataFrame, meta: dict):
-        self.curves, self.fallen, self.meta = curves, fallen, meta
-        self.runs = runs_of(curves)
+    def __init__(self, runs: pd.DataFrame, fallen: pd.DataFrame, meta: dict):
+        self.runs, self.fallen, self.meta = runs, fallen, meta
         self.rates = meta["own_learning_rates"]
         self.depths = sorted(set(fallen["k"]))
         self.sweep = select(self.runs, study="collapse")
@@ -125,6 +126,11 @@ class Report:
         self.own = self.sweep[own & self.sweep["clipped"]]
         self.losses = names_in(self.sweep, "loss")
         self.learning_rates = sorted(set(self.sweep["learning_rate"]))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        runs, fallen = (pd.read_parquet(folder / f"{name}.parquet") for name in ("runs", "fallen"))
+        return cls(runs, fallen, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
 
     # --- tables
 
@@ -415,28 +421,23 @@ class Report:
             "fallen": by_loss.drop(columns="seed").reset_index().to_dict("records"),
         }
 
+    def fill(self, page: Path) -> None:
+        """Fill the page's sections, and draw its figures into img/ beside it."""
+        every = self.sections()
+        fill(page, marked({name: every[name] for name in ON_PAGE}, COMMAND))
+        self.draw(page.parent / "img")
+
     # --- figures
 
     def draw(self, folder: Path) -> None:
         """stress-collapse, stress-verifier, stress-data and stress-fallen, as svg."""
-        import matplotlib
-
-        matplotlib.use("svg")
-        import matplotlib.pyplot as plt
-
-        plt.rcParams.update({"svg.hashsalt": "stress", "svg.fonttype": "none", "font.size": 8})
         figures = {
             "collapse": self._draw_collapse,
             "verifier": self._draw_verifier,
             "data": self._draw_data,
             "fallen": self._draw_fallen,
         }
-        for name, draw in figures.items():
-            figure = draw(plt)
-            figure.tight_layout()
-            path = folder / f"stress-{name}.svg"
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
-            plt.close(figure)
+        draw_all(folder, "stress", {f"stress-{name}": draw for name, draw in figures.items()})
 
     def _lines(self, axis, runs: pd.DataFrame, x: str, column: str, *, log: bool = False) -> None:
         """Mean and t interval against x, a line for each loss, moved sideways a little."""
@@ -450,8 +451,8 @@ class Report:
         if log:
             axis.set_xscale("log")
 
-    def _draw_collapse(self, plt):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="row")
+    def _draw_collapse(self):
+        figure, axes = subplots(2, 2, figsize=(10, 6), sharex=True, sharey="row")
         losses = [loss for loss in COLOURS if loss in self.losses]
         seeds = self.sweep["seed"].nunique()
         for column, clipped in enumerate((False, True)):
@@ -475,9 +476,9 @@ class Report:
         axes[0][0].legend(fontsize=6.5, frameon=False)
         return figure
 
-    def _draw_verifier(self, plt):
+    def _draw_verifier(self):
         runs = select(self.runs, study="false positives")
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+        figure, axes = subplots(1, 3, figsize=(11, 3.2))
         for axis, kind in zip(axes, ("at random", "always the same"), strict=False):
             self._lines(axis, select(runs, kind=["none", kind]), "rate", "final")
             axis.set(title=f"wrong ones rewarded {kind}", ylabel="true P(right) at the end")
@@ -490,8 +491,8 @@ class Report:
         axes[0].legend(fontsize=6.5, frameon=False)
         return figure
 
-    def _draw_data(self, plt):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    def _draw_data(self):
+        figure, axes = subplots(1, 2, figsize=(9, 3.4))
         positives = select(self.runs, study="positives")
         self._lines(axes[0], positives, "share", "mean", log=True)
         axes[0].set(xlabel="P(right) at the start", ylabel="P(right), mean over updates")
@@ -504,8 +505,8 @@ class Report:
             axis.legend(fontsize=6.5, frameon=False)
         return figure
 
-    def _draw_fallen(self, plt):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    def _draw_fallen(self):
+        figure, axes = subplots(1, 3, figsize=(11, 3.2))
         for axis, (column, label) in zip(
             axes,
             {
@@ -550,3 +551,5 @@ SECTIONS = (
     "weights",
     "fallen",
 )
+ON_PAGE = ("run", "collapse-by-loss", "own", "pairs", "fallen")
+COMMAND = "python -m benchmarks.studies.stress"
