@@ -86,8 +86,15 @@ def draw_all(folder: Path, salt: str, figures: Mapping[str, Callable[[], Figure]
 def smaller(svg: str) -> str:
     """The same drawing in half the bytes: to a hundredth of a point, without what no one sees."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
+    svg = re.sub(r'="[^"]*"', lambda attribute: _NUMBER.sub(_shorter, attribute[0]), svg)
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+
+
+def _shorter(found: re.Match) -> str:
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def marked(sections: Mapping[str, Callable[[], str]], command: str) -> dict[str, str]:

@@ -563,4 +563,4 @@ PUBLISHED = (
         lambda report: "the section on the noise floor",
     ),
 )
-ON_PAGE = SECTIONS
+ON_PAGE = ("finding", "published", "engines", "staleness", "runs")

@@ -11,12 +11,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from scipy import stats
 
-import moe_upgrpo
 from moe_upgrpo import __version__
 from moe_upgrpo.compare import figures
 from moe_upgrpo.compare.data import RunData, read_all
@@ -34,6 +32,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import number, plural, sentence
 from moe_upgrpo.report.pictures import inline, themed
 from moe_upgrpo.report.plots import svg
+from moe_upgrpo.report.templates import render
 from moe_upgrpo.stats import Comparison, compare_pairs, mean_interval
 from moe_upgrpo.store.files import parse_json, write_text
 from moe_upgrpo.store.text import printable
@@ -598,16 +597,8 @@ def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) 
         return rows
 
     tested = [row["p"] for entry in data["exploratory"] for row in entry["contrasts"]]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(
-            [Path(__file__).parent, Path(moe_upgrpo.__file__).parent / "report"]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("comparison.html").render(
+    return render(
+        Path(__file__).with_name("comparison.html"),
         plan=plan,
         written=data["plan"]["written"].replace("T", " ").replace("+00:00", " UTC"),
         code=_commit(data["plan"].get("code")),

@@ -7,7 +7,6 @@ import itertools
 import json
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,6 @@ from benchmarks.studies.exact.study import gradient, mismatch_rate
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages, policy_loss
 
-PAGE = Path(__file__).parents[2] / "docs" / "exact.md"
 SIZES = Sizes(tokens=3, length=3, layers=2, experts=4, hidden=4, expert_width=2)
 
 

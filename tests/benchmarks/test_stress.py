@@ -6,7 +6,6 @@ Policies here are smaller than the studies'; what the full run finds is in docs/
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -43,7 +42,6 @@ from benchmarks.studies.stress.runs import (
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, group_advantages, policy_loss
 
-PAGE = Path(__file__).parents[2] / "docs" / "stress.md"
 SIZES = Sizes(tokens=3, length=3, layers=2, experts=4, hidden=4, expert_width=2)
 SMALL = Plan(updates=3, inner_steps=2, groups=2, group=4)
 

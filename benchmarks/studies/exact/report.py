@@ -53,7 +53,7 @@ SECTIONS = (
     "groups",
     "losses",
 )
-ON_PAGE = ("run", "checks", "conditions", "positives", "crossings", "up")
+ON_PAGE = ("run", "checks", "conditions", "positives", "steps-by-loss")
 COMMAND = "python -m benchmarks.studies.exact"
 DRAWN = {
     "grpo": "tab:blue",

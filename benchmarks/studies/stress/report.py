@@ -551,5 +551,5 @@ SECTIONS = (
     "weights",
     "fallen",
 )
-ON_PAGE = ("run", "collapse-by-loss", "own", "pairs", "fallen")
+ON_PAGE = ("run", "collapse-by-loss", "pairs")
 COMMAND = "python -m benchmarks.studies.stress"
