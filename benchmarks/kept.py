@@ -1,4 +1,4 @@
-"""What is made of the kept results: reports of the comparisons, and the studies' pages and figures.
+"""All that is made of the kept results: the comparisons' reports, the studies' pages and figures.
 
     make results                                   everything: two minutes of one core
     python -m benchmarks.kept --only compare/fp8 power     some of it
