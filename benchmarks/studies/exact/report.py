@@ -8,7 +8,7 @@ MSEs to its square: so the parts of both signs can be compared.
 import json
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +234,7 @@ class Report:
             meta = meta | {"cells": len(cells), "checks": checks(self.cells)}
         self.meta, self.checks = meta, meta["checks"]
         self._looked_at: set[int] = set()
+        self._made: dict[str, str] = {}
         self.mismatches = names_in(conditions, "mismatch")
         self.steps = names_in(conditions, "inner_step")
         self.policies = conditions["policy"].nunique()
@@ -512,7 +513,12 @@ class Report:
         return table(heads, rows)
 
     def sections(self) -> dict[str, Callable[[], str]]:
-        return {name: getattr(self, f"{name.replace('-', '_')}_table") for name in SECTIONS}
+        return {name: partial(self._section, name) for name in SECTIONS}
+
+    def _section(self, name: str) -> str:
+        if name not in self._made:
+            self._made[name] = getattr(self, f"{name.replace('-', '_')}_table")()
+        return self._made[name]
 
     def summary(self) -> dict:
         """Checks, and for every estimator and condition the means over policies."""
