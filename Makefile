@@ -36,7 +36,7 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check docs lint types setup clean
+.PHONY: train results test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check docs lint types setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
+	@echo "make results [ARGS='--only exact']               the studies' pages, of benchmarks/results"
 	@echo "make gpu-check [ARGS='--only replay']           what one GPU says of this code, in eight minutes"
 	@echo "make test-stacks STACKS=DIR                     integrations with checkouts of slime, miles, ..."
 	@echo "make docs                                       the pages as a site in site/, with search and the API"
@@ -102,6 +103,10 @@ $(SWIFT)/.installed: $(STAMP)
 
 train: $(STAMP)
 	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
+
+# Reports of the kept comparisons into runs/results, the studies' pages and their figures in docs/.
+results: $(STAMP)
+	$(BIN)/python -m benchmarks.kept $(ARGS)
 
 # Installs nothing: it says what is there and goes on with that (docs/gpu.md).
 gpu-check:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from docs.sections import filled
+from docs.sections import fill
 from moe_upgrpo.losses import (
     ADVANTAGES,
     AGGREGATIONS,
@@ -212,5 +212,5 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), SECTIONS), encoding="utf-8")
+    fill(PAGE, SECTIONS)
     draw()

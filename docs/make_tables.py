@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import page as gpu_page
 from docs import marked_faults, stack_revisions, train_options
-from docs.sections import filled
+from docs.sections import fill
 from moe_upgrpo.megatron import passed_fields
 from moe_upgrpo.record.alarms import ALARMS
 from moe_upgrpo.store import COLUMNS, LEVELS
@@ -128,4 +128,4 @@ PAGES = {
 if __name__ == "__main__":
     for name, sections in PAGES.items():
         page = DOCS / name
-        page.write_text(filled(page.read_text(encoding="utf-8"), sections), encoding="utf-8")
+        fill(page, sections)

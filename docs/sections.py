@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from moe_upgrpo.store.files import write_text
 
 
 def filled(page: str, sections: Mapping[str, str | Callable[[], str]]) -> str:
@@ -15,3 +18,8 @@ def filled(page: str, sections: Mapping[str, str | Callable[[], str]]) -> str:
         if count != 1:
             raise KeyError(f"section {name} appears {count} times in the page")
     return page
+
+
+def fill(page: Path, sections: Mapping[str, str | Callable[[], str]]) -> None:
+    """Make the generated sections of a page's file anew; KeyError if one of them is missing."""
+    write_text(page, filled(page.read_text(encoding="utf-8"), sections))

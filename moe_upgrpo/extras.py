@@ -34,7 +34,7 @@ def install(extra: str) -> str:
 def absent(error: BaseException) -> UserError | None:
     """The error for an import of what an extra that is not installed would bring; else None."""
     module = (getattr(error, "name", None) or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or module not in EXTRA_OF or _is_there(module):
+    if not isinstance(error, ModuleNotFoundError) or module not in EXTRA_OF or is_there(module):
         return None
     extra, name = EXTRA_OF[module], _NAMES.get(module, module)
     return UserError(
@@ -42,7 +42,8 @@ def absent(error: BaseException) -> UserError | None:
     )
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
     try:
         return find_spec(module) is not None
     except ValueError:  # None stands in its place in sys.modules

@@ -30,6 +30,12 @@ for part in {BASE}:
     __import__("moe_upgrpo." + part)
 from moe_upgrpo.cli import main
 os.dup2(1, 2)
+for part in ("actor", "plan"):
+    try:
+        __import__("moe_upgrpo.megatron." + part)
+    except ModuleNotFoundError as error:
+        print("imported:", part, error.name, error)
+import moe_upgrpo.megatron.releases, moe_upgrpo.megatron.settings
 for command in {[*COMMANDS]}:
     print("command:", command, flush=True)
     if os.fork() == 0:
@@ -49,7 +55,10 @@ def test_the_base_install_does_its_part_and_the_rest_names_its_extra(tmp_path):
         encoding="utf-8",
         timeout=120,
     )
-    said = result.stdout.split("command: ")[1:]
+    imported, *said = result.stdout.split("command: ")
+    line = "Megatron-Core is not installed; it comes with the extra `train`: pip install"
+    for part in ("actor", "plan"):
+        assert f"imported: {part} megatron.core {line} 'moe_upgrpo[train]'" in imported, imported
     assert len(said) == len(COMMANDS), result.stdout + result.stderr
     for extra, text in zip(COMMANDS.values(), said, strict=True):
         if extra is None:

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from benchmarks import routing_mismatch
-from benchmarks.routing_mismatch import BF16, FP8, FP32, Model, Study
+from benchmarks.studies import routing_mismatch
+from benchmarks.studies.routing_mismatch import BF16, FP8, FP32, Model, Study
 from moe_upgrpo import __version__, kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.errors import UserError
@@ -94,11 +94,11 @@ def measured(study: Study, cache_dir: Path) -> Iterator[dict]:
 def earlier() -> Iterator[dict]:
     """The rows of the routing mismatch study at weights that both sides share."""
     found = 0
-    for folder in sorted(RESULTS.iterdir()):
-        runs = pd.read_parquet(folder / "runs.parquet")
-        for row in runs[(runs["updates"] == 0) & (runs["axis"] != "staleness")].to_dict("records"):
-            found += 1
-            yield table_row(row, f"routing-mismatch/{folder.name}")
+    runs = pd.read_parquet(RESULTS / "runs.parquet")
+    for row in runs[runs["updates"] == 0].to_dict("records"):
+        found += 1
+        of_folder = {"engine": f"engine-{row['engine']}", "training step": "staleness"}
+        yield table_row(row, f"routing-mismatch/{of_folder.get(row['axis'], row['axis'])}")
     if not found:
         raise UserError(f"{RESULTS} holds no rows to reuse")
 

@@ -14,15 +14,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from benchmarks.diagnose.engine_faults import CLEAN, ENGINE_FAULTS, EngineFault, options
+from benchmarks.studies.made import draw_all, subplots
 from moe_upgrpo import kernels
 from moe_upgrpo.cli import silence_upstream
 from moe_upgrpo.rollout.hf import HFEngine, no_progress_bar
@@ -123,15 +126,9 @@ def bisections(folder: Path, prompts: Path) -> dict[str, Bisection]:
     return found
 
 
-def draw(found: dict[str, Bisection], file: Path) -> None:
+def drawing(found: dict[str, Bisection]) -> Figure:
     """The share of the mismatch, and of the gap, that each knob takes away, with its interval."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "diagnose", "svg.fonttype": "none", "font.size": 8})
-    drawn, axes = plt.subplots(1, len(found), figsize=(8, 2.9), sharex=True)
+    drawn, axes = subplots(1, len(found), figsize=(8, 2.9), sharex=True)
     colours: dict[Measure, str] = {"routers": "#1f5fa8", "gap": "#c8641e"}
     for axis, (name, of) in zip(axes, found.items(), strict=True):
         turned = sorted(of.turned, key=lambda one: max(e.share or 0 for e in one.effects.values()))
@@ -165,10 +162,7 @@ def draw(found: dict[str, Bisection], file: Path) -> None:
         axis.set_title(f"{name}\n{base}", fontsize=8)
         axis.set_xlabel("taken away, % (95% interval by prompt)")
     axes[0].legend(fontsize=7, loc="lower right")
-    drawn.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(file, metadata={"Date": None, "Creator": None})
-    plt.close(drawn)
+    return drawn
 
 
 def timed(folder: Path, prompts: Path) -> str:
@@ -198,7 +192,8 @@ def main(arguments: Arguments) -> None:
                 print(f"\n{name}. {shown['says']}\n")
                 print(table(shown["columns"], shown["rows"]), flush=True)
             if arguments.figure:
-                draw(found, arguments.figure)
+                file = arguments.figure
+                draw_all(file.parent, "diagnose", {file.stem: partial(drawing, found)})
         if "faults" in wants:
             totals = []
             heads = ["put into the engine", "named first", "right", "explained, by model"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exact.report import table
+from benchmarks.studies.exact.report import table
 from moe_upgrpo.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from benchmarks.compare_routes import EXPERTS, LAYERS, TOP_K, make_routes, naive_overlap
 from benchmarks.gpu.checks import Outcome
 from benchmarks.gpu.measure import compared, cost, device, relative, seconds
+from benchmarks.micro.compare_routes import EXPERTS, LAYERS, TOP_K, make_routes, naive_overlap
 from moe_upgrpo.losses import PolicyLossConfig, policy_loss
 from moe_upgrpo.megatron.logprobs import log_probs_and_entropy
 from moe_upgrpo.routing import compare_routes

@@ -1,22 +1,30 @@
-"""The Parquet file of each run: its metrics by step, and about the run as the file's metadata."""
+"""The Parquet file of each run: its metrics by step, and about the run as the file's metadata.
+
+A comparison that is kept for long has one file of all its runs, `runs.parquet`, a fortieth of the
+size: there a column says of each row which run it belongs to.
+"""
 
 from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store.files import parse_json
+from moe_upgrpo.store.files import parse_json, publish
 from moe_upgrpo.store.parquet import read_checked, write_checked
 from moe_upgrpo.store.text import printable
 
 _ABOUT = b"moe_upgrpo.compare"
+_RUN = "about"
+TOGETHER = "runs.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +59,40 @@ class RunData:
 
 
 def write(file: Path, run: RunData) -> None:
-    names = dict.fromkeys(name for row in run.rows for name in row)
+    about = {_ABOUT: json.dumps(asdict(run.about)).encode()}
+    _publish(pa.table(_columns(run.rows)).replace_schema_metadata(about), file)
+
+
+def write_together(file: Path, runs: Sequence[RunData]) -> None:
+    """Write all runs to one file, as small as it gets."""
+    rows = [run.rows or [{}] for run in runs]  # one that crashed at its start has none
+    columns = _columns([row for of_run in rows for row in of_run])
+    floats = [name for name, column in columns.items() if pa.types.is_floating(column.type)]
+    abouts = [json.dumps(asdict(run.about)) for run in runs]
+    columns[_RUN] = pa.array(np.repeat(abouts, [len(of_run) for of_run in rows]), pa.string())
+    _publish(
+        pa.table(columns),
+        file,
+        compression_level=19,
+        use_byte_stream_split=floats,
+        use_dictionary=[name for name in columns if name not in floats],
+    )
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, pa.Array]:
     columns = {}
-    for name in names:
-        values = [row.get(name) for row in run.rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
         if (kind := _kind([value for value in values if value is not None])) is not None:
             columns[name] = pa.array(values, kind)
-    about = {_ABOUT: json.dumps(asdict(run.about)).encode()}
+    return columns
+
+
+def _publish(table: pa.Table, file: Path, **options: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    write_checked(pa.table(columns).replace_schema_metadata(about), unfinished)
-    unfinished.replace(file)
+    write_checked(table, unfinished, **options)
+    publish(unfinished, file)
 
 
 def _kind(given: list) -> pa.DataType | None:
@@ -80,22 +111,45 @@ def _kind(given: list) -> pa.DataType | None:
 
 def read(file: Path) -> RunData:
     """Raises UserError where the file is none of these."""
-    try:
-        table = read_checked(file)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read: {str(error).strip().rstrip('.')}.") from None
+    table = _read(file)
     about = (table.schema.metadata or {}).get(_ABOUT)
     if about is None:
         raise UserError(f"{file} is not a run of a comparison.")
+    return RunData(about=_about(about, file), rows=printable(table.to_pylist()))
+
+
+def read_together(file: Path) -> list[RunData]:
+    """Read all runs of a file of `write_together`. Raises UserError where it is none."""
+    table = _read(file)
+    if _RUN not in table.column_names:
+        raise UserError(f"{file} holds no runs of a comparison: it has no column {_RUN!r}.")
+    abouts = table[_RUN].to_pylist()
+    rows: Iterable[dict[str, Any]] = table.drop_columns([_RUN]).to_pylist()
+    found = []
+    for about, of_run in groupby(zip(abouts, rows, strict=True), key=lambda pair: pair[0]):
+        kept = [row for _, row in of_run if row.get("step") is not None]
+        found.append(RunData(about=_about((about or "").encode(), file), rows=printable(kept)))
+    return found
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        return read_checked(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read: {str(error).strip().rstrip('.')}.") from None
+
+
+def _about(written: bytes, file: Path) -> About:
     # The log of a run that crashed has a terminal's colours.
-    kept = printable(parse_json(about, f"{file}: what it says of its run"))
-    return RunData(about=About(**kept), rows=printable(table.to_pylist()))
+    return About(**printable(parse_json(written, f"{file}: what it says of its run")))
 
 
 def read_all(folder: Path, *, tuning: bool = False) -> list[RunData]:
     """The compared runs of a comparison's folder, or those that chose learning rates."""
-    files = sorted((folder / "data").glob("*.parquet"))
-    runs = [run for run in map(read, files) if run.about.tuning == tuning]
+    together = folder / TOGETHER
+    runs = read_together(together) if together.exists() else []
+    runs += map(read, sorted((folder / "data").glob("*.parquet")))
+    runs = [run for run in runs if run.about.tuning == tuning]
     if not runs and not tuning:
-        raise UserError(f"{folder}/data has no finished run.")
+        raise UserError(f"{folder} has no finished run, neither in data/ nor in {TOGETHER}.")
     return runs

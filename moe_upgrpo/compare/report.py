@@ -11,12 +11,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from scipy import stats
 
-import moe_upgrpo
 from moe_upgrpo import __version__
 from moe_upgrpo.compare import figures
 from moe_upgrpo.compare.data import RunData, read_all
@@ -34,6 +32,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import number, plural, sentence
 from moe_upgrpo.report.pictures import inline, themed
 from moe_upgrpo.report.plots import svg
+from moe_upgrpo.report.templates import render
 from moe_upgrpo.stats import Comparison, compare_pairs, mean_interval
 from moe_upgrpo.store.files import parse_json, write_text
 from moe_upgrpo.store.text import printable
@@ -42,11 +41,12 @@ Results = dict[str, dict[int, float]]
 """arm → seed → figure."""
 
 
-def write_report(folder: Path) -> Path:
-    """Write report.html, report.json and figures/*.svg of a comparison's folder.
+def write_report(folder: Path, output_dir: Path | None = None) -> Path:
+    """Write report.html, report.json and figures/*.svg of a comparison, by default into its folder.
 
-    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet alone, and are
-    the same whenever they are made. The JSON is strict (null for what is not finite) and holds:
+    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet (or, where it
+    was kept for long, runs.parquet) alone, and are the same whenever they are made. The JSON is
+    strict (null for what is not finite) and holds:
 
     - ``plan``, ``learning_rates``: as they were written
     - ``progress``: runs done, planned and crashed; missing ones by name, and whether their
@@ -61,8 +61,9 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no comparison, no finished run, or a run that is not planned.
     """
-    folder = Path(folder)
-    loaded = load(folder)
+    loaded = load(Path(folder))
+    folder = Path(output_dir or folder)
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = figures.draw_all(
         loaded.shown,
         all_runs=loaded.by_arm,
@@ -596,16 +597,8 @@ def _page(data: Mapping[str, Any], loaded: Loaded, pictures: Mapping[str, str]) 
         return rows
 
     tested = [row["p"] for entry in data["exploratory"] for row in entry["contrasts"]]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(
-            [Path(__file__).parent, Path(moe_upgrpo.__file__).parent / "report"]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("comparison.html").render(
+    return render(
+        Path(__file__).with_name("comparison.html"),
         plan=plan,
         written=data["plan"]["written"].replace("T", " ").replace("+00:00", " UTC"),
         code=_commit(data["plan"].get("code")),

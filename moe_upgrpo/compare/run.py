@@ -77,6 +77,11 @@ def _terminated(number: int, frame: object) -> None:
 def _compare(
     plan: Comparison, folder: Path, parallel: int | None, say: Callable[[str], None]
 ) -> str | None:
+    if (together := folder / data.TOGETHER).exists():
+        raise UserError(
+            f"{together} is a comparison that was run and kept in one file: `moe-upgrpo compare "
+            f"--report-only --output {folder}` makes its report; another --output runs it again."
+        )
     write_plan(plan, folder)
     pool = parallel or default_parallel(plan.nproc)
     tuning = plan.tuning()

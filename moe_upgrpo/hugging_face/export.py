@@ -15,7 +15,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.config import both_styles
 from moe_upgrpo.hugging_face.folder import INDEX, SINGLE, WEIGHT_SUFFIXES, Weights, check_folder
 from moe_upgrpo.hugging_face.tokenizer import own_code
-from moe_upgrpo.store.files import publish, sync
+from moe_upgrpo.store.files import publish, sync, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -98,7 +98,7 @@ def write_beside(
 ) -> None:
     """Write config.json for weights of `dtype`, and the `side_files`."""
     config = json.dumps(both_styles(hf, dtype), indent=2)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    write_text(folder / "config.json", config + "\n")
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -192,6 +192,4 @@ def make_view(weights: Weights, view: Path) -> None:
         (view / name).symlink_to(file.absolute())
         placed |= dict.fromkeys(weights.held(file), name)
     if count > 1:
-        (view / INDEX).write_text(
-            json.dumps({"metadata": {}, "weight_map": placed}), encoding="utf-8"
-        )
+        write_text(view / INDEX, json.dumps({"metadata": {}, "weight_map": placed}))

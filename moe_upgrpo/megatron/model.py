@@ -145,9 +145,9 @@ def code_paths() -> dict[str, str]:
     """Which implementation is used of what Megatron-Core has several of, on this machine.
 
     The paths through Transformer Engine and Apex were not run: their kernels take a GPU. What could
-    be tried of Transformer Engine's layers without one is benchmarks/te_layers.py. The router is
-    Megatron's Python class on all of them; its fused kernel stays off (moe_router_fusion), because
-    it returns before anything is recorded or replayed (moe_utils.py:652).
+    be tried of Transformer Engine's layers without one is benchmarks/micro/te_layers.py. The router
+    is Megatron's Python class on all of them; its fused kernel stays off (moe_router_fusion),
+    because it returns before anything is recorded or replayed (moe_utils.py:652).
     """
     te = uses_transformer_engine()
     spec = TESpecProvider() if te else LocalSpecProvider()

@@ -56,7 +56,8 @@ def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
 
 
 # Transformer Engine's layers have norms inside the linear layers that follow them, and all experts
-# of a rank in one module. As benchmarks/te_layers.py found them; tests/megatron/test_te_layers.py.
+# of a rank in one module. As benchmarks/micro/te_layers.py found them;
+# tests/megatron/test_te_layers.py.
 _TE_NAMES = {
     r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
     r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",

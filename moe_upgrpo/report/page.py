@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from moe_upgrpo import __version__
@@ -21,6 +20,7 @@ from moe_upgrpo.report.pictures import inline
 from moe_upgrpo.report.routing import FLOOR_SIDES, ROUTING
 from moe_upgrpo.report.runs import Run, load_runs
 from moe_upgrpo.report.tables import about, summary
+from moe_upgrpo.report.templates import render
 from moe_upgrpo.report.training import OUTCOME, UPDATES
 from moe_upgrpo.store.files import write_text
 from moe_upgrpo.store.text import printable
@@ -105,14 +105,8 @@ def write_page(runs: list[Run], output: Path) -> Path:
         ],
         "sequences": [sequence for found in shown.values() for sequence in found],
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("template.html").render(
+    html = render(
+        Path(__file__).with_name("template.html"),
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=[
             {

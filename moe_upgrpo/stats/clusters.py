@@ -10,8 +10,8 @@ magnitudes, where figures are closer to normal and stay inside of their bounds:
 
 (Cochran, Sampling Techniques, 1977, §6.17; Efron and Tibshirani, An Introduction to the Bootstrap,
 1993, §11). Half an event is added for the logit, and for the logarithm where one prompt holds all
-of a sum, half of the smallest part. benchmarks/coverage.py shows how often such intervals hold what
-is true.
+of a sum, half of the smallest part. benchmarks/studies/coverage.py shows how often such intervals
+hold what is true.
 
 Shape suffixes: P prompts, G groups, C columns of sums.
 """

@@ -9,8 +9,8 @@ second arm's gain on problem i, of mean δ and deviation `gain`; u_s what a seed
 by (`seed`), v_si what it moves one by (`seed_problem`). An evaluation draws n samples of each of N
 problems. The closed forms take the terms as independent and additive and the mean as normal, after
 E. Miller, Adding Error Bars to Evals (arXiv 2411.00640, 2024), with training seeds added; what
-that costs, where difficulties are bimodal and gains are not additive, benchmarks/power.py shows by
-simulation. All figures are shares, not percent.
+that costs, where difficulties are bimodal and gains are not additive, benchmarks/studies/power.py
+shows by simulation. All figures are shares, not percent.
 
 Shape suffixes: S seeds (runs of an arm), N problems.
 """

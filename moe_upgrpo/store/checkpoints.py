@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.store.files import parse_json, publish, sync
+from moe_upgrpo.store.files import parse_json, publish, sync, write_text
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -38,8 +38,7 @@ class Checkpoints:
     def commit(self, part: Path, step: int, files: dict[str, Any], about: dict[str, Any]) -> Path:
         """Make the checkpoint whole: its manifest, of ``files`` from `describe`, then its name."""
         manifest = {"version": VERSION, "step": step} | about | {"files": files}
-        (part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        sync(part / _MANIFEST)
+        write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for folder in part.rglob("*/"):
             sync(folder)
         publish(part, self._of(step))

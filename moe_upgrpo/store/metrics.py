@@ -118,6 +118,12 @@ METRICS: dict[str, Metric] = {
         "optimizer steps",
         "norm",
     ),
+    "recompute/router_flips": Metric(
+        "pairs whose router, run again in the backward pass (--recompute full), would have chosen "
+        "other experts than in the forward, to which it was held; left out where there are none",
+        "none",
+        _ROUTERS,
+    ),
     "clip/positive": Metric(
         "share of tokens with advantage > 0 whose gradient the loss's rule took away",
         f"{_VISITS}, advantage > 0",

@@ -88,6 +88,8 @@ class Recorder:
         )
         metrics["tokens/visited"] = metrics["tokens/sampled"] * trained.epochs
         metrics["grad_norm"] = float(np.mean([update.grad_norm for update in trained.updates]))
+        if flips := sum(update.recompute_flips for update in trained.updates):
+            metrics["recompute/router_flips"] = float(flips)
         seconds = clock.seconds
         seconds["logging"] += clock.total() - begin
         seconds["total"] = clock.total()

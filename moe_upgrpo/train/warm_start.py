@@ -33,6 +33,7 @@ from transformers import (
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.rollout.hf import no_progress_bar
+from moe_upgrpo.store.files import write_text
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask
 from moe_upgrpo.tasks.base import Problem
@@ -127,7 +128,7 @@ def warm_start(
             model.save_pretrained(unfinished)
         arithmetic.save_tokenizer(unfinished)
         made_by = json.dumps(recipe | {"reached": reached}, indent=1, default=str)
-        (unfinished / "warm_start.json").write_text(made_by + "\n", encoding="utf-8")
+        write_text(unfinished / "warm_start.json", made_by + "\n")
         by_umask(unfinished)
         os.rename(unfinished, folder)
     except OSError:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.cpus import make_table
+from benchmarks.micro.cpus import make_table
 from moe_upgrpo.errors import UserError
 
 NEW = {"model": "New", "mkl": "AVX512,STRICT", "aten": "AVX512", "limits": {}}

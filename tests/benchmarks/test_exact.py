@@ -7,15 +7,14 @@ import itertools
 import json
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks.exact import __main__ as command
-from benchmarks.exact.estimators import (
+from benchmarks.studies.exact import __main__ as command
+from benchmarks.studies.exact.estimators import (
     ESTIMATORS,
     Samples,
     Scheme,
@@ -26,15 +25,12 @@ from benchmarks.exact.estimators import (
     moments,
     targets,
 )
-from benchmarks.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
-from benchmarks.exact.report import SECTIONS, Report, checks, crossing, with_errors
-from benchmarks.exact.stress_report import Report as StressReport
-from benchmarks.exact.study import gradient, mismatch_rate
-from docs.sections import filled
+from benchmarks.studies.exact.policy import DTYPE, Mismatch, Policy, Sizes, Tree, ascent
+from benchmarks.studies.exact.report import Report, checks, crossing, with_errors
+from benchmarks.studies.exact.study import gradient, mismatch_rate
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import group_advantages, policy_loss
 
-PAGE = Path(__file__).parents[2] / "docs" / "exact.md"
 SIZES = Sizes(tokens=3, length=3, layers=2, experts=4, hidden=4, expert_width=2)
 
 
@@ -345,21 +341,24 @@ def test_the_quick_run_leaves_everything(quick):
     assert len(pd.read_parquet(quick / "crossings.parquet")) > 0
 
 
+def test_a_page_is_made_of_the_cells_that_it_shows(quick):
+    """Tables of a part of the cells are those of all of them; of the full run: test_pages.py."""
+    cells, conditions = (
+        pd.read_parquet(quick / f"{name}.parquet") for name in ("cells", "conditions")
+    )
+    meta = json.loads((quick / "meta.json").read_text())
+    made = {key: value for key, value in meta.items() if key not in ("cells", "checks")}
+    whole, shown = Report(cells, conditions, made), Report.read(quick)
+    assert len(shown.cells) < len(cells) / 2 and shown.checks == whole.checks
+    for name in ("run", "checks", "positives", "crossings", "modes", "groups"):
+        assert shown.sections()[name]() == whole.sections()[name](), name
+
+
 def test_a_broken_control_fails_the_run(quick):
     cells = pd.read_parquet(quick / "cells.parquet")
     hit = (cells["estimator"] == "up-grpo") & (cells["inner_step"] == 1) & (cells["mode"] == "R3")
     cells.loc[hit, "off_grpo"] = 1e-15
     assert [c["holds"] for c in checks(with_errors(cells)).values()] == [False] + 4 * [True]
-
-
-def test_the_page_has_every_section():
-    """That its numbers are those of the full run is not tested: that takes minutes."""
-    page = PAGE.read_text()
-    emptied = filled(page, dict.fromkeys(SECTIONS, str))
-    assert len(emptied) < len(page) / 2
-    assert page.count("| holds |") == 5 and "**fails**" not in page
-    with pytest.raises(KeyError, match="section run appears 0 times"):
-        filled("# Exact", dict.fromkeys(SECTIONS, str))
 
 
 def test_bad_input_is_refused():
@@ -369,16 +368,3 @@ def test_bad_input_is_refused():
         Sizes(tokens=8, length=5)
     with pytest.raises(UserError, match=r"p: 0\.0 given"):
         Scheme.fixed(0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("study", ["exact", "stress"])
-def test_the_page_is_what_the_kept_data_give(study):
-    """Not the figures: their bytes differ between versions of matplotlib."""
-    kept, page = PAGE.parents[1] / "benchmarks/results" / study, PAGE.with_name(f"{study}.md")
-    names = ("cells", "conditions") if study == "exact" else ("curves", "fallen")
-    frames = [pd.read_parquet(kept / f"{name}.parquet") for name in names]
-    made = {"exact": Report, "stress": StressReport}[study](
-        *frames, json.loads((kept / "meta.json").read_text())
-    )
-    assert filled(page.read_text(), made.sections()) == page.read_text()

@@ -6,14 +6,12 @@ Policies here are smaller than the studies'; what the full run finds is in docs/
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks.exact import stress as command
-from benchmarks.exact.estimators import (
+from benchmarks.studies.exact.estimators import (
     Samples,
     Scheme,
     Tangent,
@@ -21,10 +19,11 @@ from benchmarks.exact.estimators import (
     estimates,
     moments,
 )
-from benchmarks.exact.policy import DTYPE, Mismatch, Sizes
-from benchmarks.exact.stress_fallen import fallen, half_of_right, weight_on_positive
-from benchmarks.exact.stress_report import SECTIONS, at_matched, counted, runs_of, wilson
-from benchmarks.exact.stress_runs import (
+from benchmarks.studies.exact.policy import DTYPE, Mismatch, Sizes
+from benchmarks.studies.stress import __main__ as command
+from benchmarks.studies.stress.fallen import fallen, half_of_right, weight_on_positive
+from benchmarks.studies.stress.report import at_matched, counted, runs_of, wilson
+from benchmarks.studies.stress.runs import (
     Adam,
     Model,
     Plan,
@@ -40,11 +39,9 @@ from benchmarks.exact.stress_runs import (
     train,
     uniform,
 )
-from docs.sections import filled
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PRESETS, group_advantages, policy_loss
 
-PAGE = Path(__file__).parents[2] / "docs" / "stress.md"
 SIZES = Sizes(tokens=3, length=3, layers=2, experts=4, hidden=4, expert_width=2)
 SMALL = Plan(updates=3, inner_steps=2, groups=2, group=4)
 
@@ -380,15 +377,6 @@ def test_the_own_rate_is_that_of_the_largest_mean_with_clipping():
     ]
     sweep = pd.DataFrame(rows, columns=["loss", "learning_rate", "clipped", "update", "reward"])
     assert command.own_learning_rates(sweep) == {"grpo": 0.2, "gspo": 0.1}
-
-
-def test_the_page_has_every_section():
-    """That its numbers are those of the full run is not tested: that takes minutes."""
-    page = PAGE.read_text()
-    assert len(filled(page, dict.fromkeys(SECTIONS, str))) < len(page) / 2
-    for figure in ("collapse", "verifier", "data", "fallen"):
-        assert f"img/stress-{figure}.svg" in page
-        assert (PAGE.parent / "img" / f"stress-{figure}.svg").exists()
 
 
 def test_bad_input_is_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evidence, verdicts
+from benchmarks.studies import evidence, verdicts
 from docs.sections import filled
 from moe_upgrpo.compare.report import load
 from moe_upgrpo.errors import UserError

@@ -1,7 +1,7 @@
 """The weights of models with Transformer Engine's layers: their names, shapes and marks.
 
-`te_layers.json` has them as its own modules made them (benchmarks/te_layers.py wrote it, with the
-versions in it). From it `stand_in` makes models that have these weights and compute nothing.
+`te_layers.json` has them as its own modules made them (benchmarks/micro/te_layers.py wrote it, with
+the versions in it). From it `stand_in` makes models that have these weights and compute nothing.
 """
 
 from __future__ import annotations

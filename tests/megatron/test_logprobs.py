@@ -1,7 +1,7 @@
 """Log-probs, entropy and gradients from hidden states against logits in float64, and their memory.
 
 In whole models, with tied embeddings, pipeline stages and every layout: test_transformers.py and
-test_layouts.py. At the size of a real vocabulary: benchmarks/head.py.
+test_layouts.py. At the size of a real vocabulary: benchmarks/micro/head.py.
 """
 
 import numpy as np

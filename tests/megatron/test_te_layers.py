@@ -1,7 +1,8 @@
 """Checkpoints in and out of models with Transformer Engine's weights, by the names of its modules.
 
 Stand-ins made of te_layers.json: what transformer_engine 2.20.2 built, and computes nothing.
-`python -m benchmarks.te_layers` repeats it with the modules themselves, where they are installed.
+`python -m benchmarks.micro.te_layers` repeats it with the modules themselves, where they are
+installed.
 """
 
 import functools
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import te_layers as command
+from benchmarks.micro import te_layers as command
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import model, weights
 from moe_upgrpo.megatron.families import read_model_config

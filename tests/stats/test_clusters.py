@@ -8,7 +8,7 @@ from scipy import sparse
 from scipy.special import expit, logit
 from scipy.stats import t
 
-from benchmarks.coverage import Case, coverage
+from benchmarks.studies.coverage import Case, coverage
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import jackknifed, rates, ratio_interval, unseen_bound
 
@@ -86,8 +86,8 @@ def test_sparse_agrees_with_dense_and_groups_with_themselves():
 def test_coverage(prompts, responses, rate):
     """600 data sets: 95% ± 2.9% is what three standard deviations of that many allow.
 
-    `benchmarks/coverage.py` is the long form, docs/intervals.md its table. Taken as independent,
-    16 responses to a prompt cover far less.
+    `benchmarks/studies/coverage.py` is the long form, docs/intervals.md its table. Taken as
+    independent, 16 responses to a prompt cover far less.
     """
     found = coverage(Case(prompts=prompts, responses=responses, rate=rate), sets=600)
     assert 0.921 < found.by_prompt < 0.979

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.coverage import Case, false_alarms
+from benchmarks.studies.coverage import Case, false_alarms
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.stats import sign_flip_test
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from benchmarks.power import correct_counts
+from benchmarks.studies.power import correct_counts
 from moe_upgrpo.compare import data, jobs
 from moe_upgrpo.compare.plan import from_values, read_plan
 from moe_upgrpo.errors import UserError

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-from benchmarks.growth import of_ranks
+from benchmarks.micro.growth import of_ranks
 from moe_upgrpo.store import (
     overlap_array,
     read_config,

@@ -251,8 +251,8 @@ KNOBS: tuple[Knob, ...] = (
         name="parallelism",
         does="another tensor or expert parallelism of the trainer",
         lacks=lambda bench: (
-            "one process has one rank: `torchrun --nproc-per-node 2 benchmarks/collectives.py --tp "
-            "2 --ep 2` runs a layout, and `moe-upgrpo train --analyse-every 1 --tp 2 --ep 2` "
+            "one process has one rank: `torchrun --nproc-per-node 2 benchmarks/micro/collectives.py"
+            " --tp 2 --ep 2` runs a layout, and `moe-upgrpo train --analyse-every 1 --tp 2 --ep 2` "
             "measures the mismatch in it"
         ),
     ),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from moe_upgrpo import __version__, report
+from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.report.figures import percent, sentence
+from moe_upgrpo.report.templates import render
 from moe_upgrpo.store.files import write_text
 from moe_upgrpo.store.text import printable
 from moe_upgrpo.tools.diagnose.causes import CAUSES
@@ -99,17 +99,10 @@ def write(diagnosis: Diagnosis, folder: Path) -> Path:
 
 
 def _html(diagnosis: Diagnosis) -> str:
-    folders = [Path(__file__).parent, Path(report.__file__).parent]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     layers = diagnosis.measured.by_layer
     highest = max(layers.values(), default=0.0)
-    return environment.get_template("diagnosis.html").render(
+    return render(
+        Path(__file__).with_name("diagnosis.html"),
         about=diagnosis.about,
         sentences=diagnosis.sentences,
         since=diagnosis.since["says"] if diagnosis.since else None,

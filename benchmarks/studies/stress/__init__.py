@@ -1,0 +1,1 @@
+"""Whether training breaks where it is pushed: learning rates, verifiers, data, staleness."""
