@@ -169,7 +169,7 @@ def _encode_block(
     n, L, K = rollout_nLK.shape
     bytes_n = np.zeros(n, dtype=np.int64)
     mask_nL = unequal(rollout_nLK, train_nLK)
-    differing_D = mask_nL.any(axis=1).nonzero()[0]
+    differing_D = np.flatnonzero(mask_nL.any(axis=1))
     if not len(differing_D):
         return np.zeros(0, dtype=np.uint8), bytes_n
     rollout_RK, train_RK = rollout_nLK[mask_nL], train_nLK[mask_nL]
