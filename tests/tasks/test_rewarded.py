@@ -1,6 +1,7 @@
 """Tasks judged by rewards of `--reward`, and tasks of one's own.
 
-What a reward's process does is in tests/rewards; whole runs are in tests/train/test_rewards.py.
+A reward's process is tested in tests/rewards, whole runs in tests/train/test_families.py and
+tests/test_wheel.py.
 """
 
 import json
