@@ -178,8 +178,9 @@ def _layers(run: Run) -> tuple[str, str]:
         names = ", ".join(str(row["group"]) for row in ordered[:worst][:6])
         kind = f"In {worst} of {len(rows)} layers"
         return kind, f"half of all mismatches are in layers {names}; {text}"
-    if "low" in top and not separate(top, low):
-        return "In all layers alike", text
+    if "low" in top and (apart := separate(top, low)) is not True:
+        # Without an interval of either, as where none was seen, nothing was compared.
+        return "Not told apart" if apart is None else "In all layers alike", text
     return f"Most in layer {top['group']}", text
 
 

@@ -123,6 +123,13 @@ def test_where(rates, half, verdict, text):
     assert where.verdict == verdict and text in where.text
 
 
+def test_a_layer_in_which_none_was_seen_is_told_apart_from_no_other():
+    none = interval(1, 0.0, 0, numerator=0) | {"low": None, "high": None}
+    layers = [interval(0, 0.1, 0.01), none]
+    _, where, _ = opening(run_of(floors(200, 20), answers={("mismatch", "layer"): layers}))
+    assert where.verdict == "Not told apart" and "layer 1 least, 0% (none seen)" in where.text
+
+
 @pytest.mark.parametrize(
     ("kl", "verdict"),
     [(0.0005, "Hardly"), (0.02, "Somewhat"), (0.5, "Much"), (None, "Not known")],

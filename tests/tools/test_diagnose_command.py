@@ -244,6 +244,22 @@ def test_dumps_of_other_prompts_are_named(tmp_path):
     assert "what is said of one side alone, such as rows that were never written, still" in printed
 
 
+@pytest.mark.parametrize("rows", [499, 400, 40, 510])
+def test_dumps_of_other_lengths_say_how_many_rows_were_compared(rows, tmp_path):
+    rng = np.random.default_rng(0)
+    both = rng.random((520, 4, 16)).argsort(axis=-1)[..., :2].astype(np.uint8)
+    paths = {name: tmp_path / f"{name}.npy" for name in ROUTES}
+    for path, kept in zip(paths.values(), (500, rows), strict=True):
+        np.save(path, both[:kept])
+    found, printed = diagnosed(**paths, num_experts=16, output_dir=tmp_path)
+    assert found.first.cause == "extra-rows"
+    if rows == 499:
+        said = "the engine has 1 more for each sequence: without the last 0.0% of routers differ"
+    else:
+        said = f"500 rows of the engine against {rows} of the trainer: only {min(500, rows)}, the"
+    assert said in " ".join(printed.split())
+
+
 def test_of_a_large_batch_prompts_spread_over_it_stand_for_all(tmp_path, monkeypatch):
     """Ten prompts of two responses: eight, the least that have an interval, are kept whole."""
     monkeypatch.setattr("moe_upgrpo.tools.diagnose.inputs.ROUTERS", 1600)

@@ -86,8 +86,9 @@ CAUSES: dict[str, Cause] = {
         ),
         _of(
             "extra-rows",
-            "one side has more rows for each sequence than the other",
-            "cut both to S − 1 rows for S tokens: the last sampled token needs none",
+            "one side has more rows of a sequence than the other",
+            "cut both to S − 1 rows for S tokens, as the last sampled token needs none; where more "
+            "are missing, record the same whole sequences on both sides",
             "routes[: len(tokens) - 1]",
         ),
         _of(
