@@ -1,4 +1,4 @@
-"""How a process ends: with one message, the last thing on the screen, and a status by kind.
+"""End a process with one message, the last thing on the screen, and a status by kind.
 
 A rank started by our launcher (`moe_upgrpo.launch`) leaves its message in the launcher's folder,
 which prints one once every rank is gone. Under plain torchrun the first rank of a machine to fail

@@ -1,4 +1,4 @@
-"""How the job of a run ended: done, refused, by its numbers, or for its machine's sake."""
+"""Endings of a run's job: done, refused, by its numbers, or for its machine's sake."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def outcome(status: int, said: str) -> Outcome:
-    """How a job ended that `moe_upgrpo.launch` started, by its status and what it printed.
+    """Tell how a job of `moe_upgrpo.launch` ended, by its status and what it printed.
 
     Any other status than those of `moe_upgrpo.errors` is a signal's, to the launcher or the job:
     nobody's numbers.

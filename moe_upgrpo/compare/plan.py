@@ -39,7 +39,7 @@ class Primary:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """How every arm's learning rate is chosen: the same values, seeds and steps for each.
+    """Choice of every arm's learning rate: the same values, seeds and steps for each.
 
     The value with the highest mean of `metric` over the last half of the steps, averaged over
     `seeds`, which no compared run uses; the metric is of training, so that held-out problems choose

@@ -310,7 +310,7 @@ def _progress(loaded: Loaded) -> dict[str, Any]:
 def _matched(
     by_arm: Mapping[str, Sequence[RunData]], runs: Sequence[RunData]
 ) -> dict[str, Any] | None:
-    """How many runs of each arm reach R*, and how many are there in their first window."""
+    """Numbers of runs of each arm that reach R*, and that are there in their first window."""
     level, width = matched_reward(runs), window(runs)
     if level is None:
         return None

@@ -167,7 +167,7 @@ class Miles:
             yield
 
     def watch_replay(self, look):
-        """For good, at the stack's own wrapper of a top-k."""
+        """Watch for good, at the stack's own wrapper of a top-k."""
         manager = routing_replay_manager
         wrapped = manager.get_topk_fn
 

@@ -154,7 +154,7 @@ class Slime:
         return replaced(routing_replay, get_routing_replay_compute_topk=watching)
 
     def watch_replay(self, look):
-        """For good; as `watched`."""
+        """Watch for good; as `watched`."""
         original = routing_replay.get_routing_replay_compute_topk
 
         def watching(old_compute_topk):

@@ -101,5 +101,5 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _short(how: str) -> str:
-    """How a hook is against a revision, without signatures: they are longer than a page is wide."""
+    """Difference of a hook from a revision, without signatures, longer than a page is wide."""
     return "other arguments" if how.startswith("takes ") else how

@@ -1,4 +1,4 @@
-"""From per-token losses to one number: loss = Σ_b w_b · Σ_t per_token[b, t].
+"""Aggregate per-token losses to one number: loss = Σ_b w_b · Σ_t per_token[b, t].
 
 Every mode is one weight per sequence, built from a denominator over *all* micro-batches and ranks,
 so that summing the micro-batches' losses gives the batch's loss whatever the split.

@@ -306,7 +306,7 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[AppliedSide, AppliedSid
 
 
 def _statistics(t: Tokens, config: PolicyLossConfig) -> dict[str, Tensor]:
-    """Those of the branches and of the factors of `config`, over the tokens of `t`."""
+    """Statistics of the branches and of the factors of `config`, over the tokens of `t`."""
     found: dict[str, Tensor] = {}
     for branch in dict.fromkeys((config.positive, config.negative)):
         of_branch = BRANCHES[branch].statistics

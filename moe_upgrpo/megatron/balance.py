@@ -142,7 +142,7 @@ def _pieces(falling: list[int], tokens: int, cost: Cost, most: float) -> list[tu
 
 
 def _even(falling: list[int], tokens: int, cost: Cost, count: int) -> list[tuple[int, int]]:
-    """At most `count` cuts of the sorted lengths, of which the costliest is cheap, to .2%."""
+    """Cut the sorted lengths into at most `count` parts, the costliest cheap to .2%."""
     low = max(cost(falling[0]), sum(map(cost, falling)) / count)
     high = low
     while len(cuts := _pieces(falling, tokens, cost, high)) > count:

@@ -77,7 +77,7 @@ def make_optimizer(
     settings: OptimizerSettings,
     passed: Mapping[str, Any] | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """For model chunks that are wrapped in DistributedDataParallel."""
+    """Make an optimizer for model chunks wrapped in DistributedDataParallel."""
     # Every DP rank read the same files, so no broadcast of parameters is needed.
     optimizer = get_megatron_optimizer(
         optimizer_config(get_model_config(chunks[0]), settings, passed), list(chunks)

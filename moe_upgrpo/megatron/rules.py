@@ -22,7 +22,7 @@ Tensors = list["torch.Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How Hugging Face tensors lie in one Megatron tensor and along which axis ranks share it.
+    """Place of Hugging Face tensors in one Megatron tensor, and the axis that ranks share.
 
     fuse: Hugging Face tensors -> one array with the shared axis at `axis` (None: not shared).
     split: its inverse. local_shape: what a rank's flat 2-d shard is viewed as before it is joined.

@@ -220,7 +220,7 @@ def installed(modules: list[str], python: str) -> dict[str, Path | None]:
 
 
 def recognise(versions: list[Series], root: Path) -> Checkout:
-    """By git's HEAD, the installed distribution, or else by the files themselves.
+    """Recognise by git's HEAD, the installed distribution, or else by the files themselves.
 
     Raises UnknownRevision, naming the known ones, where it is none of them.
     """

@@ -73,7 +73,7 @@ def is_inside(path: str) -> bool:
 
 
 def _lines(content: bytes) -> list[bytes]:
-    """With their ends. Not splitlines: a carriage return is of its line."""
+    """Lines with their ends. Not splitlines: a carriage return is of its line."""
     return [line for line in re.split(rb"(?<=\n)", content) if line]
 
 

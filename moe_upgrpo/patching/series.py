@@ -34,7 +34,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def patches_folder() -> Path:
-    """In a wheel they are in the package (setup.py puts them there), in a checkout beside it."""
+    """Folder of the patches: in a wheel in the package (by setup.py), in a checkout beside it."""
     inside = PACKAGE / "patches"
     return inside if inside.is_dir() else PACKAGE.parent / "patches"
 
@@ -148,7 +148,7 @@ def load(folder: Path) -> Series:
 
 
 def all_series() -> dict[str, list[Series]]:
-    """By stack, versions ascending."""
+    """List all series by stack, versions ascending."""
     found: dict[str, list[Series]] = {}
     for path in sorted(patches_folder().glob("*/*/series.yaml")):
         found.setdefault(path.parent.parent.name, []).append(load(path.parent))

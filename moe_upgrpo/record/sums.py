@@ -56,7 +56,7 @@ BEYOND = (2, 10)
 
 
 def tail_sums(name: str, log_ratios_N: np.ndarray) -> Sums:
-    """How far ratios lie from 1: those beyond a factor, and counts by size for `measured`."""
+    """Distances of ratios from 1: those beyond a factor, and counts by size for `measured`."""
     size_N, total = np.abs(log_ratios_N), len(log_ratios_N)
     # A ratio that is no number is not near 1.
     sums = {

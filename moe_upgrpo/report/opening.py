@@ -119,7 +119,7 @@ def _blame(run: Run) -> tuple[str, str]:
 
 
 def _parts(run: Run) -> tuple[str, str]:
-    """How much of the gap is the engine's other experts: a verdict, or none, and the numbers."""
+    """Share of the gap that is the engine's other experts: a verdict, or none, and the numbers."""
     kind = "counterfactual" if run.replay == "R3" else "gap"
     names = (f"{kind}_engine_routing", "gap_numerics")
     metrics = [f"{name.replace('_', '/', 1)}/mean_abs" for name in names]

@@ -1,4 +1,4 @@
-"""How engine and trainer route, what it does to log-probs, and the noise floor of it all."""
+"""Routing of engine and trainer, what it does to log-probs, and the noise floor of it all."""
 
 from collections.abc import Sequence
 
@@ -88,7 +88,7 @@ def _counted(
 
 
 def stale(run: Run) -> str:
-    """How many steps compare the trainer with an engine of older weights, if any."""
+    """Say how many steps compare the trainer with an engine of older weights, if any."""
     if not (steps := run.stale_steps):
         return ""
     found = run.series("staleness/mean")

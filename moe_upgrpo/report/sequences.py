@@ -233,7 +233,7 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
 
 
 def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """How the page shows a token: text, how full each colour is, its line, and what it tells."""
+    """Show a token on the page: text, how full each colour is, its line, and what it tells."""
     lines = [
         f"position {token['position']}, token id {token['token_id']}"
         + (f": {token['text']!r}" if "text" in token else ""),

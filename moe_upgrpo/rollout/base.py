@@ -104,7 +104,7 @@ def routes_dtype(num_experts: int) -> np.dtype:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How responses are sampled: from the whole vocabulary, at one temperature.
+    """Sampling of responses: from the whole vocabulary, at one temperature.
 
     Temperature 0 is greedy decoding; the log-probs are then those at temperature 1.
     """

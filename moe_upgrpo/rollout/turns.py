@@ -22,7 +22,7 @@ _TURN = 0x7E57  # the seed of a later turn is drawn of this, the first one's and
 
 
 def turns_of(task: Task) -> int:
-    """How many times the model may speak to one problem."""
+    """Number of times that the model may speak to one problem."""
     return getattr(task, "max_turns", 1)
 
 

@@ -1,4 +1,4 @@
-"""How vLLM is installed, and what of it is there: without importing it, or torch where none is."""
+"""Tell how vLLM is installed, and what of it is there, without importing it, or a missing torch."""
 
 from __future__ import annotations
 

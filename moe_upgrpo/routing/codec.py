@@ -269,7 +269,7 @@ def _decode_block(
 
 
 def _members_below(members_RK: ndarray, ids_Rm: ndarray) -> ndarray:
-    """How many members of its row are below each id: int64 ``[R, m]``."""
+    """Count the members of its row below each id: int64 ``[R, m]``."""
     below_Rm = np.zeros(ids_Rm.shape, dtype=np.int64)
     for member_R in members_RK.T:
         below_Rm += member_R[:, None] < ids_Rm
@@ -386,7 +386,7 @@ def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
 
 @cache
 def _guesses(i: int, size: int, universe: int) -> ndarray | None:
-    """For all leading bits the largest c whose C(c, i + 1) has lower ones.
+    """Largest c for all leading bits, whose C(c, i + 1) has lower ones.
 
     None where two binomials share them, so that one step up may not reach the right c.
     """

@@ -1,4 +1,4 @@
-"""How far two sides' routers differ beyond which experts they chose: gates, distributions, margins.
+"""Differences of two sides' routers beyond their choices: gates, distributions, margins.
 
 Every function gives one value for each (token, layer) and looks at no mask: values at padding mean
 nothing and are left out where they are summed, by `layer_sums`. Expert ids are compared and not
@@ -147,7 +147,7 @@ class RouterShift:
 
 
 def router_shift(current: Tensor, old: Tensor, *, floor: float) -> RouterShift:
-    """How far the router moved on the experts that the old policy activated.
+    """Movement of the router on the experts that the old policy activated.
 
     Definition 9 of the routing metrics, of RSPO (arXiv 2510.23027): taken from a secondary source,
     not from the paper's own text.

@@ -1,4 +1,4 @@
-"""How far a router's choice of experts is from another one: N tokens, E experts in G groups."""
+"""Distance of a router's choice of experts from another one: N tokens, E experts in G groups."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Difference:
 
     @classmethod
     def of_interval(cls, value: float, high: float, df: float, confidence: float = 0.95) -> Self:
-        """From a Student's t interval: its centre and its upper end."""
+        """Make it from a Student's t interval: its centre and its upper end."""
         return cls(
             value=value, error=(high - value) / student_t.ppf((1 + confidence) / 2, df), df=df
         )

@@ -205,7 +205,7 @@ def problems_needed(
 
 
 def false_positives(design: Design, spread: Spread, *, alpha: float = 0.05) -> float:
-    """How often a paired test over problems, of one run each, tells two equal methods apart.
+    """Rate at which a paired test over problems, of one run each, tells equal methods apart.
 
     It sees what differs from problem to problem, sampling + seed_problem, and not u_s, which moves
     all problems of a run together: 2Φ(−z·√(seen/(seen + 2u²))), with no gain anywhere.

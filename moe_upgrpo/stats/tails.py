@@ -26,7 +26,7 @@ def position_bins(positions_N: np.ndarray) -> np.ndarray:
 
 
 def log_counts(log_ratios_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many log-ratios are above 0, and how many are not, in each bin of their size, ``[B]``.
+    """Count log-ratios above 0, and those that are not, in each bin of their size, ``[B]``.
 
     Bins are 12% wide. A log-ratio that is NaN is in neither.
     """

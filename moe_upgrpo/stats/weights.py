@@ -1,4 +1,4 @@
-"""How far two policies are apart on sampled tokens: effective sample size, χ², tails of the ratio.
+"""Distance of two policies on sampled tokens: effective sample size, χ², tails of the ratio.
 
 Shape suffix: N tokens. log w = log p_train − log p_rollout of each.
 """

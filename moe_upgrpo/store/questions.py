@@ -235,7 +235,7 @@ def ask(
 
 
 def clustering(table: pa.Table, *, confidence: float = 0.95) -> list[Rate]:
-    """How clustered mismatches are, against independent layers and tokens of the same rates.
+    """Clustering of mismatches, against independent layers and tokens of the same rates.
 
     With M a token's mismatched layers and r_l the mismatch rate of layer l:
 

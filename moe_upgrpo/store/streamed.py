@@ -79,7 +79,7 @@ class Part:
 
 
 class Counted:
-    """How often each value was seen, in little memory: floats are counted coarsely."""
+    """Count how often each value was seen, in little memory: floats are counted coarsely."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []

@@ -49,7 +49,7 @@ class ArithmeticTask:
 
     @property
     def training_count(self) -> int:
-        """How many training problems there are."""
+        """Number of training problems."""
         return len(self._split[0])
 
     def problem(self, a: int, b: int) -> Problem:

@@ -43,7 +43,7 @@ class MathVerifier:
         return bool(self._ask("right", reference, response))
 
     def classes(self, responses: list[str]) -> list[int | None]:
-        """For each response the number of its answer, the same for equal ones; None for no answer.
+        """Number the answer of each response, the same for equal ones; None for no answer.
 
         An answer joins the first class whose first member it equals: equality of math-verify is
         not transitive (it rounds), and the order of the responses decides where it is not.

@@ -1,4 +1,4 @@
-"""How far an engine and the trainer differ on the same weights, without any training."""
+"""Measure how far engine and trainer differ on the same weights, without any training."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class OldScores:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """How far sides differ from themselves: this rank's sums, and the tokens behind them.
+    """Differences of sides from themselves: this rank's sums, and the tokens behind them.
 
     layers: the columns of the token log by their names, [N]: MoE layers of each response token that
         differ between two passes.
@@ -85,7 +85,7 @@ def compare_responses(
 
 
 def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> NoiseFloor:
-    """How far the trainer differs from itself: identical forwards, and another batch shape.
+    """Measure how far the trainer differs from itself: identical forwards, another batch shape.
 
     The same metrics as between engine and trainer, over response tokens, this rank's sums; of a
     dense model the log-probs' alone. A collective.
@@ -129,7 +129,7 @@ def engine_noise_floor(
     *,
     num_experts: int,
 ) -> NoiseFloor:
-    """How far the engine differs from itself, from two `engine_passes` and its own sampling.
+    """Measure how far the engine differs from itself, by two `engine_passes` and its sampling.
 
     `rollouts`: of the same weights; None where the engine has others by now.
     """

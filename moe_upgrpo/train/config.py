@@ -187,7 +187,7 @@ class TrainConfig:
 
     @property
     def stop_ratio(self) -> float | None:
-        """How far from 1 the ratios of an epoch may be for another one; None: any."""
+        """Limit of the ratios' distance from 1 in an epoch for another one; None: any."""
         asked = self.terms.stop_ratio
         if asked is None and self.objective.loss.endswith("ppo-early-stop"):
             return 0.25

@@ -44,7 +44,7 @@ def count_correct(
         return EvalCounts(greedy_N=nothing, correct_N=nothing, majority_N=nothing, samples=samples)
 
     def responses(config: SamplingConfig, each: int) -> list[list[Rollout]]:
-        """By problem."""
+        """Responses by problem."""
         rollouts = converse(engine, task, problems, config, samples_per_prompt=each, seed=seed)
         return [rollouts[start : start + each] for start in range(0, len(rollouts), each)]
 

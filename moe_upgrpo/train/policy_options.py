@@ -44,7 +44,7 @@ def help_for(loss: str) -> Iterator[None]:
 
 
 def _reader(hint: Any) -> PrimitiveConstructorSpec | None:
-    """How a word becomes a value of one of the simple kinds, None among them."""
+    """Make a value of one of the simple kinds, None among them, of a word."""
     kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
     if len(kinds - {NoneType}) > 1 or not kinds - {NoneType} <= _METAVARS.keys():
         return None

@@ -155,7 +155,7 @@ class Rollouts:
             )
 
     def generate_ahead(self, step: int) -> bool:
-        """With overlap, begin to generate a step's batch with the weights that the engine holds.
+        """Begin, with overlap, to generate a step's batch with the weights that the engine has.
 
         Tells whether it did.
         """

@@ -1,4 +1,4 @@
-"""How a stack lays the tokens of a micro-batch out: context parallelism, packing, one length.
+"""Layout of a micro-batch's tokens in a stack: context parallelism, packing, one length.
 
 thd: sequences behind one another; of several context-parallel ranks each has two pieces of every
 sequence, or with `--allgather-cp` one piece of all of them. bshd: padded to one length.

@@ -76,7 +76,7 @@ class Stack(Protocol):
         """One for each of this rank's sequences."""
 
     def report(self, args: Namespace, rollout_id: int, metrics: dict[str, float]) -> None:
-        """To the stack's trackers."""
+        """Report to the stack's trackers."""
 
 
 def check_replay(args: Namespace) -> str:
@@ -301,7 +301,7 @@ class TrainLog:
     # --- update
 
     def _tokens_of_steps(self, data: dict, data_iterator) -> list[float] | None:
-        """With --calculate-per-token-loss: the tokens that each step's loss is divided by."""
+        """Tokens that each step's loss is divided by, with --calculate-per-token-loss."""
         if not self.args.calculate_per_token_loss:
             return None
         iterator, keys, start, mine = data_iterator[0].reset(), ["loss_masks"], 0, []

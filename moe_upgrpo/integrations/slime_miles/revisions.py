@@ -45,7 +45,7 @@ def taken(function: Callable, **arguments: Any) -> dict[str, Any]:
 
 
 class Partition:
-    """Which sequences of the whole batch this rank has: the stack drops that when it takes its
+    """Sequences of the whole batch that this rank has: the stack drops that when it takes its
     shard of a rollout apart."""
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""How far two sides are from each other on the same tokens, by prompt, and what a change removed.
+"""Distance of two sides on the same tokens, by prompt, and what a change removed.
 
 Shape suffixes: P prompts.
 """

@@ -230,8 +230,8 @@ def _of_fp32() -> Expected:
 
 
 def _source(of: Rule, row: Mapping[str, Any]) -> str:
-    """How many rows and models, the error, and what of the row lies outside of those whose routers
-    are trained as its are."""
+    """Numbers of rows and models, the error, and what lies outside of the rows whose routers
+    are trained as this one's are."""
     outside = []
     alike = [r for r in table() if row["trained"] in (None, r["trained"])]
     for name in ("experts", "top_k", "layers"):

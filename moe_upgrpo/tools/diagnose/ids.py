@@ -163,7 +163,7 @@ def unrelated(evidence: Evidence) -> Explained | None:
 
 
 def _dependence(rollout: np.ndarray, train: np.ndarray, E: int) -> float:
-    """How far beyond unrelated rows one side's experts say something of the other's.
+    """Measure how far beyond unrelated rows one side's experts tell something of the other's.
 
     Standard deviations of the chi-square of expert against expert from those of the same rows held
     against each other at random distances, which keep what neighbours have in common.

@@ -92,7 +92,7 @@ class Bench:
         return self.live.compare(self._views["whole"], self._views["reshaped"])
 
     def moved(self, measure: Measure) -> np.ndarray:
-        """How much the batch shape alone moves the difference from the trainer, [P]."""
+        """Measure how much the batch shape alone moves the difference from the trainer, [P]."""
         of, other = (d.sums(measure)[0] for d in (self.whole(), self.reshaped()))
         return of - other
 

@@ -196,7 +196,7 @@ def overlaps(a_TLK: np.ndarray, b_TLK: np.ndarray) -> np.ndarray:
 
 
 def agreement(evidence: Evidence) -> np.ndarray:
-    """How much more of the sets agree than of unrelated tokens', by layer [L]: 1 all, 0 by chance.
+    """Agreement of the sets beyond unrelated tokens', by layer [L]: 1 all, 0 by chance.
 
     Unrelated are the trainer's rows of tokens that lie far away, of another prompt where there are
     several. NaN for few tokens, and for a layer that sends most tokens to the same experts: any two
@@ -214,7 +214,7 @@ def agreement(evidence: Evidence) -> np.ndarray:
 
 
 def together(a_TK: np.ndarray, b_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """How often one side has expert e where the other has f [E, E]."""
+    """Count how often one side has expert e where the other has f [E, E]."""
     sets = np.zeros((2, len(a_TK), num_experts), np.float32)
     for side, ids in zip(sets, (a_TK, b_TK), strict=True):
         inside = (ids >= 0) & (ids < num_experts)

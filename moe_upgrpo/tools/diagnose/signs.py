@@ -120,7 +120,7 @@ def carried_on(evidence: Evidence) -> Finding | None:
 
 
 def floors(evidence: Evidence) -> list[Finding]:
-    """How much of the mismatch a side has with itself."""
+    """Share of the mismatch that a side has with itself."""
     found = []
     for name, (cause, done) in _FLOORS.items():
         pair = _paired(evidence, name)
@@ -139,7 +139,7 @@ def floors(evidence: Evidence) -> list[Finding]:
 
 
 def terms(evidence: Evidence) -> list[Finding]:
-    """How much of the log-prob gap each term of the decomposition moves, of all that is moved."""
+    """Share of each term of the decomposition in all that moves the log-prob gap."""
     known = {n: evidence.columns[n] for n in _TERMS if n in evidence.columns}
     flat = {n: np.concatenate(x) for n, x in known.items()}
     known = {n: x for n, x in known.items() if np.isfinite(flat[n]).any()}

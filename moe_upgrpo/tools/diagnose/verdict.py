@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(kw_only=True)
 class Measured:
-    """How far the two sides differ. None: not compared.
+    """Distance of the two sides. None: not compared.
 
     left: share of routers that differ once the faults that were found are mended.
     """
@@ -125,7 +125,7 @@ def _finite(value: Any) -> Any:
 def measure(
     evidence: Evidence, left: Evidence | None, by_layer: Sequence[float] | None
 ) -> Measured:
-    """How far the two sides differ, before and after the faults that were found."""
+    """Measure how far the two sides differ, before and after the faults that were found."""
     found = Measured(gap=_gap(evidence))
     if evidence.rollout_routes and evidence.train_routes and evidence.layer_ids:
         if matching.fit(evidence):
@@ -250,7 +250,7 @@ def _causes(measured: Measured, findings: Sequence[Finding], tried: int) -> str:
 
 
 def explains(finding: Finding) -> str:
-    """How much a cause explains, in words."""
+    """Say how much a cause explains."""
     what = "routers that differ" if finding.measure == "routers" else "gap"
     if finding.share is None:
         return f"without mending it the {'sets' if what != 'gap' else 'log-probs'} say nothing more"
