@@ -30,7 +30,7 @@ ACCURACY, BASELINE = "eval/pass@1", "grpo"
 ARMS = {
     "up-grpo": "UP-GRPO",
     "grpo-bypass": "GRPO, ratio to the engine's log-probs",
-    "up-grpo-bypass": "UP-GRPO, the same",
+    "up-grpo-bypass": "UP-GRPO, ratio to the engine's log-probs",
 }
 
 

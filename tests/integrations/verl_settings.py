@@ -50,7 +50,7 @@ SHOWN = {
     "actor_rollout_ref.rollout.calculate_log_probs": "needed; the log compares them",
     "actor_rollout_ref.rollout.enable_rollout_routing_replay": "needed; the log compares them",
     "ray_kwargs.ray_init.runtime_env.py_executable": "the workers' environment is uv's: install "
-    "there (`uv pip install ./moe_upgrpo`)",
+    "there (`uv pip install PATH_TO_THIS_REPOSITORY`)",
 }
 
 
