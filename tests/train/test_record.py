@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import Metric
+from moe_upgrpo.losses import Metric, PolicyLossConfig
 from moe_upgrpo.megatron.actor import Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.record import SequenceRecord, StepRecord, count_sums, gap_terms, measured
@@ -396,7 +396,7 @@ def test_every_epoch_visits_each_sequence_once_and_the_last_visit_counts():
         actor=FakeActor(),
         reference=None,
         behind=None,
-        loss=None,
+        loss=PolicyLossConfig(),
         terms=Terms(),
         place=Place(),
         seed=0,
