@@ -12,6 +12,8 @@ endif
 TORCH ?=
 TORCH_BY_PYTHON = import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch==2.11.0")
 ARGS ?=
+# Processes that share the tests of `make test`; a test may start up to four ranks of its own.
+WORKERS ?= 2
 # One thread per process: oversubscribed threads slow tiny models thirty times.
 export OMP_NUM_THREADS ?= 1
 
@@ -132,7 +134,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -163,7 +163,7 @@ def test_in_another_layout_the_next_step_is_the_same_to_rounding(chain):
                 assert_close(rank["after"], expected, 1e-4)
                 assert rank["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-4)
             else:
-                assert cosine(flat(rank["after"]) - flat(before), moved) > 0.95
+                assert cosine(flat(rank["after"]) - flat(before), moved) > 0.9
                 assert rank["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.05)
 
 
