@@ -211,6 +211,13 @@ def largest_everywhere(number: int) -> int:
     return int(largest)
 
 
+def summed_everywhere(values: Sequence[float]) -> list[float]:
+    """Each value's sum over all ranks. A collective of all, of as many values on each."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
     """Numerators and denominators summed over the data-parallel ranks; all give the same names."""
     flat = _over_data_parallel([x for pair in metrics.values() for x in pair], dist.ReduceOp.SUM)

@@ -14,6 +14,7 @@ from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.train import evaluate, heap
+from moe_upgrpo.train.clock import Clock
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.record import TrainedStep
@@ -77,25 +78,24 @@ class Recorder:
             self.token_log.write_prompts(step, trained.record.prompts())
             self.token_log.write(step, trained.record.token_rows())
 
-    def log_step(self, step: int, trained: TrainedStep, clock) -> dict:
+    def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where it is due, write and give a row."""
-        begin = clock.total()
-        heap.give_back()
-        metrics = finish(
-            groups.sum_metrics(trained.sums()),
-            groups.sum_metrics(trained.loss_metrics()),
-            groups.largest(trained.record.maxima()),
-        )
+        with clock("logging"):
+            heap.give_back()
+            metrics = finish(
+                groups.sum_metrics(trained.sums()),
+                groups.sum_metrics(trained.loss_metrics()),
+                groups.largest(trained.record.maxima()),
+            )
         metrics["tokens/visited"] = metrics["tokens/sampled"] * trained.epochs
         metrics["grad_norm"] = float(np.mean([update.grad_norm for update in trained.updates]))
         if flips := sum(update.recompute_flips for update in trained.updates):
             metrics["recompute/router_flips"] = float(flips)
-        seconds = clock.seconds
-        seconds["logging"] += clock.total() - begin
-        seconds["total"] = clock.total()
+        seconds = clock.seconds | {"total": clock.total()}
         if trained.old.analysed:
             seconds["decomposition"] = trained.old.seconds
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
+        row |= _over_ranks(clock)
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         raised = self.watch.add_to(row)
         due = step % self.eval_every == 0 or step == self.steps
@@ -136,3 +136,18 @@ class Recorder:
             self.display.say(f"report: {self.run.report_path}")
         except UserError as error:  # its libraries are an extra; the run itself is whole
             self.display.say(f"no report: {error}")
+
+
+def _over_ranks(clock: Clock) -> dict[str, float]:
+    """Metrics of the step's time that are sums over all ranks, which all call this."""
+    phases = list(clock.waited)
+    sums = groups.summed_everywhere(
+        [
+            clock.cpu(),
+            *(clock.waited[phase] for phase in phases),
+            *(clock.seconds[phase] for phase in phases),
+        ]
+    )
+    waited, seconds = sums[1 : 1 + len(phases)], sums[1 + len(phases) :]
+    shares = zip(phases, waited, seconds, strict=True)
+    return {"time/cpu": sums[0]} | {f"time/waiting/{name}": w / s for name, w, s in shares}
