@@ -22,6 +22,7 @@ from moe_upgrpo.record.sequence import SequenceRecord
 from moe_upgrpo.record.sums import Sums, count_sums, position_sums, routing_sums, tail_sums
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
+from moe_upgrpo.routing.sets import ascending, unequal
 
 
 @dataclass(kw_only=True)
@@ -297,7 +298,7 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     """
     num_layers = getattr(sequences[0], side).shape[1]
     few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))
-    sets = [np.sort(getattr(sequence, side)[:, few], axis=-1) for sequence in sequences]
+    sets = [ascending(getattr(sequence, side)[:, few]) for sequence in sequences]
     inputs_of: dict[bytes, set[bytes]] = {}
     keys = []
     for sequence, routes in zip(sequences, sets, strict=True):
@@ -313,8 +314,8 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
         rows = rows[rows > 0]
         if sequence.known is not None:
             rows = rows[sequence.known[rows - 1]]
-        same = (routes[rows] == routes[rows - 1]).all(axis=(1, 2)) & (ids[rows] != ids[rows - 1])
-        found.append(int(same.sum()))
+        other_sets = unequal(routes[rows], routes[rows - 1]).any(axis=1)
+        found.append(int((~other_sets & (ids[rows] != ids[rows - 1])).sum()))
     return found
 
 
