@@ -3,11 +3,14 @@
 Shape suffixes: R rows = (token, layer) pairs, K experts per row.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
 
+from moe_upgrpo.extras import is_there
 from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, unequal
 
 
@@ -16,12 +19,23 @@ def count_shared(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tu
 
     Where one is not (an id outside [0, num_experts), or twice) the counts say nothing.
     """
-    if first_RK.device.type == "cpu":
-        return _on_cpu(first_RK, second_RK, num_experts)
-    return plain(first_RK, second_RK, num_experts=num_experts)
+    count = form(first_RK.device.type, top_k=first_RK.shape[1], num_experts=num_experts)
+    return count(first_RK, second_RK, num_experts=num_experts)
 
 
-def _on_cpu(first_RK: Tensor, second_RK: Tensor, num_experts: int) -> tuple[Tensor, bool]:
+def form(device: str, *, top_k: int, num_experts: int) -> Callable[..., tuple[Tensor, bool]]:
+    """The quickest form for a type of device: on CUDA a Triton kernel where that is installed."""
+    if device == "cpu":
+        return _on_cpu
+    if device == "cuda" and is_there("triton"):
+        from moe_upgrpo.routing import shared_triton
+
+        if top_k <= shared_triton.MOST_CHOSEN and num_experts <= shared_triton.MOST_EXPERTS:
+            return shared_triton.count_shared
+    return plain
+
+
+def _on_cpu(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
     """Most rows are equal, which a CPU sees in one look at both sets in ascending order."""
     K = first_RK.shape[1]
     first, second = (_ascending(ids_RK.numpy(), num_experts) for ids_RK in (first_RK, second_RK))
