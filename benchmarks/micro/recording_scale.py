@@ -11,6 +11,7 @@ response's. Stages, each in a process of its own:
   one)
 - rows: both sides compared, the rows of the token log and the step's sums made
 - written: those rows to Parquet
+- difference encoded: the trainer's routes as what to change in the engine's, a part of "written"
 - decoded: both sides' routes read back from their bytes
 
 Printed: processor microseconds and extra peak bytes per token at each size, and the exponent
@@ -31,7 +32,8 @@ from pathlib import Path
 import numpy as np
 
 SEQUENCE, PROMPT = 1024, 256
-STAGES = ("taken and joined", "gathered", "rows", "written", "decoded")
+CODEC = ("difference encoded", "decoded")
+STAGES = ("taken and joined", "gathered", "rows", "written", *CODEC)
 
 
 class Clock:
@@ -158,7 +160,8 @@ def codec_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     rollout, train = make_routes(tokens, model)
     shape = {"num_layers": model.layers, "top_k": model.top_k}
     packed = codec.encode_sets(rollout, num_experts=model.experts)
-    change = codec.encode_difference(rollout, train, num_experts=model.experts)
+    with clock("difference encoded"):
+        change = codec.encode_difference(rollout, train, num_experts=model.experts)
     with clock("decoded"):
         sets = codec.decode_sets(packed, **shape, num_experts=model.experts)
         found = codec.decode_difference(sets, *change, num_experts=model.experts)
@@ -168,10 +171,11 @@ def codec_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
 def _work(stage: str, tokens: int, model: argparse.Namespace, environment: dict, answer) -> None:
     os.environ |= environment
     clock = Clock()
-    if stage in ("taken and joined", "gathered"):
-        tap_stage(tokens, model, clock, int(environment.get("WORLD_SIZE", 1)))
-    else:
-        (codec_stage if stage == "decoded" else record_stage)(tokens, model, clock)
+    for size in (SEQUENCE, tokens):  # first a little, for imports and tables
+        if stage in ("taken and joined", "gathered"):
+            tap_stage(size, model, clock, int(environment.get("WORLD_SIZE", 1)))
+        else:
+            (codec_stage if stage in CODEC else record_stage)(size, model, clock)
     answer.send(clock.found)
 
 

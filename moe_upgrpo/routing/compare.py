@@ -253,6 +253,18 @@ class RoutingDivergence(RoutingCounts):
         return mismatched_G, compared_G
 
 
+def concatenated(parts: "Sequence[RoutingDivergence]") -> RoutingDivergence:
+    """The comparison of all tokens, from those of some of them, one after the other."""
+    return RoutingDivergence(
+        overlap_histogram=torch.stack([part.overlap_histogram for part in parts]).sum(dim=0),
+        token_histogram=torch.stack([part.token_histogram for part in parts]).sum(dim=0),
+        kind=parts[0].kind,
+        overlap=torch.cat([part.overlap for part in parts]),
+        routers_per_token=torch.cat([part.routers_per_token for part in parts]),
+        valid=torch.cat([part.valid for part in parts]),
+    )
+
+
 def compare_routes(
     rollout_routes: Tensor | np.ndarray,
     train_routes: Tensor | np.ndarray,

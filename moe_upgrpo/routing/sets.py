@@ -69,6 +69,11 @@ def repeated(ascending_ids: ndarray) -> NDArray[np.bool_]:
     return twice
 
 
+def zeros(ids: ndarray) -> NDArray[np.bool_]:
+    """Whether a row holds nothing but zeros: bool ``[...]``, of ids ``[..., K]``."""
+    return ~unequal(ids, np.zeros((1,) * (ids.ndim - 1) + ids.shape[-1:], dtype=ids.dtype))
+
+
 def not_in(ids_RK: ndarray, others_RK: ndarray) -> ndarray:
     """Which ids are no member of the same row of the others: bool ``[R, K]``."""
     columns_KR, others_KR = ids_RK.T.copy(), others_RK.T.copy()
