@@ -36,7 +36,7 @@ RECORDS = ("routes", "margins", "gates")
 Arrays = dict[str, np.ndarray]
 # (token, layer) pairs whose records are on their way at once, 12 bytes each with top-8: so that no
 # rank holds a second copy of a whole step's.
-_TOGETHER = 1 << 22
+_TOGETHER = 1 << 20
 
 
 @dataclass(slots=True)
