@@ -54,7 +54,7 @@ class Scored:
 
     log_probs: np.ndarray  # [T] float32, under the sampling temperature
     entropy: np.ndarray  # [T] float32, nats
-    routes: np.ndarray  # [P+T-1, L, K] int16: the experts used, ids ascending in each row
+    routes: np.ndarray  # [P+T-1, L, K] uint8 or int16: the experts used, ascending in each row
     own_routes: (
         np.ndarray
     )  # the router's own top-k in this forward; `routes` where none is replayed

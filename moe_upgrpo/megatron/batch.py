@@ -14,6 +14,7 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.tap import NO_ROUTE
+from moe_upgrpo.routing.sets import ascending, repeated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +137,7 @@ def _check_routes(routes_TLK: np.ndarray) -> None:
     A router that is held to it would send the token to fewer experts, which Megatron's dispatchers
     take for dropped tokens, or end with the sizes of a split.
     """
-    ascending_TLK = np.sort(routes_TLK, axis=-1)
-    twice_TL = (ascending_TLK[..., 1:] == ascending_TLK[..., :-1]).any(axis=-1)
+    twice_TL = repeated(ascending(routes_TLK))
     if twice_TL.any():
         row, layer = np.argwhere(twice_TL)[0]
         raise UserError(

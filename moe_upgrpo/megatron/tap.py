@@ -36,7 +36,7 @@ RECORDS = ("routes", "margins", "gates")
 Arrays = dict[str, np.ndarray]
 # (token, layer) pairs whose records are on their way at once, 12 bytes each with top-8: so that no
 # rank holds a second copy of a whole step's.
-_TOGETHER = 1 << 22
+_TOGETHER = 1 << 20
 
 
 @dataclass(slots=True)
@@ -312,6 +312,8 @@ def _taken(visit: Visit, num_experts: int) -> tuple[list[int], Arrays]:
 def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
     """Name -> [B, S, L, ...] for each micro-batch, layers ascending, from the ranks of a copy.
 
+    Ids of experts stay in one byte each where that holds them.
+
     parts: for each rank its tensor-parallel rank and what each of its chunks handed over.
     """
     return [
@@ -329,7 +331,8 @@ def _whole(shares: Sequence[tuple[int, list[int], Arrays]]) -> Arrays:
         layers = [place[number] for number in numbers]
         for name, array_sBl in arrays.items():
             s, B, _, *rest = array_sBl.shape
-            kind = np.float32 if array_sBl.dtype == np.float32 else np.int16
-            out = whole.setdefault(name, np.empty((B, tp * s, len(place), *rest), kind))
+            if name not in whole:
+                whole[name] = np.empty((B, tp * s, len(place), *rest), array_sBl.dtype)
+            out = whole[name]
             out[:, tp_rank * s : (tp_rank + 1) * s, layers] = array_sBl.swapaxes(0, 1)
     return whole

@@ -11,7 +11,7 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.record import finish
 from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics, write_evaluation
+from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.train import evaluate, heap
 from moe_upgrpo.train.clock import Clock
@@ -19,6 +19,7 @@ from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.record import TrainedStep
 from moe_upgrpo.train.tracking import Tracking
+from moe_upgrpo.train.writing import TokenLogThread
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,7 @@ class Recorder:
     """Writes what the ranks measured; rank 0 shows it."""
 
     run: RunFolder
-    token_log: TokenLogWriter
+    token_log: TokenLogThread
     tracking: Tracking
     display: Display
     evaluation: Evaluation
@@ -73,10 +74,10 @@ class Recorder:
     watch: Watch
 
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
-        """Write this data-parallel rank's token rows."""
+        """Have this data-parallel rank's token rows written."""
         if self.place.copy_rank == 0:
-            self.token_log.write_prompts(step, trained.record.prompts())
-            self.token_log.write(step, trained.record.token_rows())
+            record = trained.record
+            self.token_log.write(step, record.token_rows(), record.prompts())
 
     def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where it is due, write and give a row."""
@@ -124,6 +125,8 @@ class Recorder:
 
     def finish(self) -> None:
         """Write the report, say what came of the run."""
+        self.token_log.settle()
+        groups.from_rank_0(None)  # every rank's rows are there for the report
         if self.place.rank:
             return
         self.display.summary(read_metrics(self.run.path))

@@ -11,6 +11,7 @@ from moe_upgrpo.store.checkpoints import Checkpoints, step_of
 from moe_upgrpo.train import resume
 from moe_upgrpo.train.rollouts import Rollouts
 from moe_upgrpo.train.stopping import Stopping
+from moe_upgrpo.train.writing import TokenLogThread
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,7 @@ class States:
     behind: MegatronActor | None
     reference: MegatronActor | None  # where it has not the start model's weights for good
     rollouts: Rollouts
+    token_log: TokenLogThread
     stopping: Stopping
     steps: int
     every: int
@@ -57,6 +59,7 @@ class States:
         raise self.stopping.error(f"with its state after step {done} kept")
 
     def _save(self, step: int) -> None:
+        self.token_log.settle()
         resume.save(
             self.run,
             step,

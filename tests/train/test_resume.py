@@ -211,7 +211,11 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_p
     more = ("--save-rollouts", str(rollouts), "--report" if "report" in moment else "--no-report")
     kill = killed_under_torchrun if moment == "in the old log-probs" else killed
     kill(place, nth, rank, *options(run, cache, *MORE, *more))
-    assert [row["step"] for row in rows_so_far(run)] == steps
+    done = [row["step"] for row in rows_so_far(run)]
+    # Another thread writes the token file: the metrics row may be there already.
+    assert done == steps or (
+        moment == "before the token file gets its name" and done == [*steps, 3]
+    )
     found = Checkpoints(run / "checkpoints").all()
     assert [path.name for path in found[-1:]] == ([f"state-{newest:06d}"] if newest else [])
 
