@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.megatron import memory
+from moe_upgrpo.megatron.balance import Limit
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
@@ -108,9 +109,8 @@ def make_plan(config: PlanConfig) -> Plan:
     sequences = _sequences(config, layout)
     in_update = sequences // config.batch.minibatches
     trainer.micro_batches.check(length)
-    most = trainer.micro_batches.rows(length)
-    update = MicroBatch(sequences=min(most, in_update), length=length)
-    score = MicroBatch(sequences=min(most, sequences), length=length)
+    most = trainer.micro_batches
+    update, score = (_fullest(most, count, length) for count in (in_update, sequences))
     _check_place(config)
     of_stage = config.ranks // layout.pp
     made = [
@@ -222,6 +222,14 @@ def _offloaded(config: PlanConfig) -> float:
     return float(passed.get("optimizer_offload_fraction", 1))
 
 
+def _fullest(most: Limit, sequences: int, length: int) -> MicroBatch:
+    """The largest micro-batch of so many sequences that all have the greatest length."""
+    if most.packed:  # one row, and shorter ones may fill a budget to its end
+        tokens = most.tokens or most.sequences * length
+        return MicroBatch(sequences=1, length=min(tokens, sequences * length))
+    return MicroBatch(sequences=min(most.rows(length), sequences), length=length)
+
+
 def _moments(
     config: PlanConfig,
     layout: Layout,
@@ -262,7 +270,7 @@ def _moments(
         stage,
         update,
         recompute=trainer.recompute,
-        micro_batches=-(-sequences // config.batch.minibatches // update.sequences),
+        micro_batches=-(-(sequences // config.batch.minibatches) * length // update.tokens),
         imbalance=config.imbalance,
         **given,
     ) | computing(update, _purpose(config))

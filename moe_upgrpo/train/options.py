@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "megatron": "of its options those about memory and communication: [scale.md](scale.md)",
     "micro_batch": "memory",
     "micro_batch_tokens": "memory, and how evenly ranks work",
+    "packing": "memory and time",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
     "cache_dir": "not used any more: the start model is there",
@@ -110,9 +111,9 @@ _CONTEXT = (
     "context parallelism is not supported: each rank sees whole sequences. tp (with sequence "
     "parallelism) and recompute=full save activations."
 )
-_PACKED = (
-    "packed sequences are not supported: sequences are padded to the longest of their micro-batch. "
-    "micro_batch_tokens sorts them by length, which pads little."
+_PACKED = "here it is packing, which goes with micro_batch or micro_batch_tokens."
+_BUDGET = (
+    "here it is micro_batch_tokens N, a budget of each micro-batch; packing leaves padding out."
 )
 # By the names that Megatron-LM, verl, slime and NeMo-RL give them.
 NOT_SUPPORTED = {
@@ -121,7 +122,7 @@ NOT_SUPPORTED = {
     "packed_sequences": _PACKED,
     "sequence_packing": _PACKED,
     "use_remove_padding": _PACKED,
-    "use_dynamic_batch_size": _PACKED,
+    "use_dynamic_batch_size": _BUDGET,
 }
 
 

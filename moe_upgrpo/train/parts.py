@@ -323,6 +323,9 @@ class TrainerOptions:
     micro_batch_tokens: int | None = None
     """Most tokens in one forward of a rank, padding included, instead: sequences are sorted by
     length and shared out over the data-parallel ranks by cost. Give one of the two."""
+    packing: bool = False
+    """Put the sequences of a micro-batch one after the other instead of padding them: everything
+    but attention then computes real tokens only."""
     recompute: Literal["none", "full"] = "none"
     """full: keep no activations of a layer, run it again in the backward pass."""
     deterministic: bool = False
@@ -344,7 +347,9 @@ class TrainerOptions:
     @property
     def micro_batches(self) -> Limit:
         """The most that one micro-batch may hold."""
-        return Limit(sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens)
+        return Limit(
+            sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens, packed=self.packing
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

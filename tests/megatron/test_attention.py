@@ -6,6 +6,7 @@ Not covered: the kernels of CUDA.
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,8 +114,27 @@ def test_what_it_cannot_do_is_refused_by_name(field, value):
         attention(**{field: value})
 
 
-def test_masks_and_packed_sequences_are_refused():
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_packed_sequences_are_each_attended_to_by_itself(shape):
+    """Values and gradients of three sequences in one row, against each of them alone."""
+    lengths = [7, 1, S - 8]
+    given = [tensor.detach()[:, 0].requires_grad_() for tensor in tensors(shape)]
+    alone = [tensor.detach()[:, :1].requires_grad_() for tensor in tensors(shape)]
+    offsets = torch.tensor([0, 7, 8, S], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
+    found = attention()(*given, packed_seq_params=packed)
+    parts = zip(*(tensor.split(lengths) for tensor in alone), strict=True)
+    expected = torch.cat([by_hand(*part, shape[2] ** -0.5) for part in parts])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    direction = torch.randn(expected.shape)
+    found.backward(direction)
+    expected.backward(direction)
+    for mine, theirs in zip(given, alone, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad[:, 0], rtol=0, atol=5e-6)
+
+
+def test_masks_are_refused():
     given = tensors(SHAPES["grouped queries"])
-    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
+    for name in ("attention_mask", "attention_bias"):
         with pytest.raises(ValueError, match=f"{name}.*padded on the right"):
             attention()(*given, **{name: torch.ones(1)})

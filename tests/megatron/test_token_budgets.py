@@ -21,7 +21,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.tap import RECORDS
 from moe_upgrpo.train.analysis import trainer_noise_floor
 from tests.megatron.compare import assert_close, in_order
-from tests.megatron.measured import NO_STEP, gradients_by_name, make_samples
+from tests.megatron.measured import ADAM_AS_SGD, NO_STEP, gradients_by_name, make_samples
 from tests.ranks import run_ranks
 
 LOSSES = ("up-grpo", "clip-cov")
@@ -72,7 +72,10 @@ def measure(layout: Layout, checkpoint, **limit) -> dict:
             found["gradient"][loss] = gradients_by_name(actor)
         work = actor._work(mine, actor.limit)
         found["computed"] = [sample.number for sample in work.samples]
-        found["shapes"] = [tuple(batch.tokens_BS.shape) for batch in work.batches]
+        found["shapes"] = [tuple(inputs.tokens_BS.shape) for inputs in work.inputs]
+        trained = MegatronActor(checkpoint, layout, optimizer=ADAM_AS_SGD, **limit)
+        trained.update(batch, PolicyLossConfig.preset("up-grpo"))
+        found["step"] = {name: tensor.clone() for name, tensor in trained.export_weights()}
         if groups.world_size() == 1:
             with mock.patch.object(actor, "score", wraps=actor.score) as score:
                 found["noise"] = trainer_noise_floor(actor, mine).sums
@@ -112,6 +115,8 @@ def assert_equals(ranks: list[dict], expected: dict) -> None:
             assert metrics[name] == pytest.approx(metric, rel=1e-4, abs=1e-5), name
         for rank in ranks:
             assert_close(rank["gradient"][loss], expected["gradient"][loss])
+    for rank in ranks:
+        assert_close(rank["step"], expected["step"])
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,8 @@ def test_a_field_that_cannot_be_names_the_file_and_the_nearest(text, words, tmp_
     [
         ("--cp", "--cp: context parallelism is not supported.* tp "),
         ("--context-parallel-size=2", "--context-parallel-size=2: context parallelism"),
-        ("--use-remove-padding", "packed sequences are not supported.* micro_batch_tokens"),
+        ("--use-remove-padding", "here it is packing, which goes with .*micro_batch_tokens"),
+        ("--use-dynamic-batch-size", "here it is micro_batch_tokens N, .*packing"),
     ],
 )
 def test_what_other_stacks_have_and_this_one_has_not_is_refused_by_name(option, words):
