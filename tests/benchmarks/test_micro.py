@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.micro import compare_routes, health, route_codec
+from benchmarks.micro import compare_routes, health, packing, route_codec
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -60,3 +60,9 @@ def test_losses(capsys):
     few = losses.Arguments(sequences=8, tokens=4, rounds=1, only=("grpo", "up-grpo"))
     assert losses.main(few) in (0, 1)
     assert "8x4 float32" in capsys.readouterr().out
+
+
+def test_packing(capsys):
+    packing.main(rounds=1, sequences=4, micro_batch=2, tokens=512)
+    said = capsys.readouterr().out
+    assert "4 sequences of" in said and "| packed | 1.00 |" in said
