@@ -22,7 +22,7 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig, merge_metrics
-from moe_upgrpo.megatron import groups, passthrough, tap
+from moe_upgrpo.megatron import context, groups, passthrough, tap
 from moe_upgrpo.megatron.balance import Cost, Limit
 from moe_upgrpo.megatron.batch import Batch, Sample
 from moe_upgrpo.megatron.experts import gather_before
@@ -121,7 +121,7 @@ class MegatronActor:
         self._passed = passthrough.read(self._given)
         if packing:
             packed = self._passed.transformer
-            check_packing(packed, dtype=dtype, transformer_engine=uses_transformer_engine())
+            check_packing(packed, layout, dtype=dtype, transformer_engine=uses_transformer_engine())
         self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
         self._cost = Cost.of(self.hf)
@@ -226,7 +226,8 @@ class MegatronActor:
         """The number that padded lengths are multiples of."""
         # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
         config = get_model_config(self.chunks[0])
-        return self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
+        each = self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
+        return each * (2 * self.layout.cp if self.layout.cp > 1 else 1)
 
     def _run(
         self,
@@ -283,7 +284,7 @@ class MegatronActor:
                 data_iterator=data if len(data) > 1 else data[0],
                 model=self.chunks,
                 num_microbatches=len(work.batches),
-                seq_length=work.inputs[0].tokens_BS.shape[1],
+                seq_length=work.inputs[0].tokens_BS.shape[1] * self.layout.cp,
                 micro_batch_size=len(work.inputs[0].tokens_BS),
                 forward_only=not train,
                 collect_non_loss_data=not train,
@@ -301,11 +302,11 @@ class MegatronActor:
         runs: Sequence[slice],
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        # Of its rows: context-parallel ranks have parts of them, and shard those.
+        shard = context.rank() * self.layout.tp + parallel_state.get_tensor_model_parallel_rank()
         problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
         part = {
-            "tp_rank": tp_rank,
-            "outputs": outputs if tp_rank == 0 else [],  # of the last stage; elsewhere none
+            "outputs": outputs if shard == 0 else [],  # of the last stage; elsewhere none
             "problems": [problem for problem in problems if problem],
             "flips": sum(tap.flips(of_chunk) for of_chunk in visits),
         }
@@ -316,8 +317,16 @@ class MegatronActor:
         traces = [] if runs else [{} for _ in outputs]
         for run in runs:
             mine = [tap.hand_over(of_chunk[run], self.tap.num_experts) for of_chunk in visits]
-            shares = groups.gather_in_model_copy([(tp_rank, mine)])
+            shares = groups.gather_in_model_copy([(shard, mine)])
             traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
+        if self.layout.cp > 1:
+            traces = [
+                {
+                    name: array[:, context.places(array.shape[1]).numpy()]
+                    for name, array in t.items()
+                }
+                for t in traces
+            ]
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import context
 
 try:
     from torch.nn.attention import varlen
@@ -26,7 +28,6 @@ _PLAIN = {
     "attention_dropout": 0.0,
     "window_size": None,
     "softmax_type": "vanilla",
-    "context_parallel_size": 1,
     "apply_query_key_layer_scaling": False,
 }
 
@@ -81,6 +82,8 @@ class CausalAttention(MegatronModule):
         scale = self.softmax_scale or query_SBAD.shape[-1] ** -0.5
         width = value_SBGD.shape[-1]
         given = _one_width(query_SBAD, key_SBGD, value_SBGD)
+        if self.config.context_parallel_size > 1:
+            return _attend_in_parts(*given, scale)[..., :width].flatten(2)
         if packed_seq_params is None:
             return _attend(*given, scale)[..., :width].flatten(2)
         if _takes_varlen(given[0]):
@@ -94,7 +97,7 @@ class CausalAttention(MegatronModule):
 
 
 def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
-    """[S, B, A, D], D the one width of all."""
+    """[S, B, A, D], D the one width of all. The queries are those of the last S keys."""
     query, key, value = (
         tensor.permute(1, 2, 0, 3) for tensor in (query_SBAD, key_SBGD, value_SBGD)
     )
@@ -104,10 +107,29 @@ def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         grouped = False
+    lengths = query.shape[2], key.shape[2]
+    causal = {"is_causal": True}
+    if lengths[0] < lengths[1]:
+        causal = {"attn_mask": causal_lower_right(*lengths)}
     out_BASD = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        query, key, value, scale=scale, enable_gqa=grouped, **causal
     )
     return out_BASD.permute(2, 0, 1, 3)
+
+
+def _attend_in_parts(query_sBAD, key_sBGD, value_sBGD, scale: float) -> torch.Tensor:
+    """[s, B, A, D] of this context-parallel rank's two chunks, to the keys of all ranks."""
+    key_SBGD, value_SBGD = (
+        context.whole(tensor, sums_gradient=True) for tensor in (key_sBGD, value_sBGD)
+    )
+    chunk = len(query_sBAD) // 2
+    ends = [(number + 1) * chunk for number in context.chunks()]
+    return torch.cat(
+        [
+            _attend(query, key_SBGD[:end], value_SBGD[:end], scale)
+            for query, end in zip(query_sBAD.split(chunk), ends, strict=True)
+        ]
+    )
 
 
 def _takes_varlen(query_NAD: torch.Tensor) -> bool:

@@ -1,7 +1,8 @@
 """A micro-batch as the model is given it: padded, or its sequences one after the other in one row.
 
 Packed, everything but attention computes real tokens only, and attention each sequence by itself.
-The loss has the padded tensors either way.
+With context parallelism each rank has a part of the padded rows. The loss has all of them, padded,
+in any case.
 
 B sequences, S padded length, L MoE layers, K experts each; R real tokens, N of them with padding.
 """
@@ -17,7 +18,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import context
 from moe_upgrpo.megatron.batch import Batch
+from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.tap import NO_ROUTE
 
 # Kernels of Transformer Engine's attention that take no packed sequences.
@@ -38,7 +41,10 @@ class Inputs:
     shape: tuple[int, int] | None = None  # B, S of the batch
 
     def in_batch(self, output_BSx: torch.Tensor) -> torch.Tensor:
-        """The model's output `[1, N, x]` as `[B, S, x]`, 0 where there is no token."""
+        """The model's output for these inputs as `[B, S, x]` of the batch, 0 where there is no
+        token. A collective of the context-parallel ranks."""
+        if context.size() > 1:
+            return context.whole(output_BSx.transpose(0, 1), sums_gradient=False).transpose(0, 1)
         if self.real_R is None:
             return output_BSx
         real_Rx = output_BSx[0, : len(self.real_R)]
@@ -48,14 +54,17 @@ class Inputs:
 
 
 def padded(batch: Batch) -> Inputs:
-    """Inputs of the shape that the batch has."""
-    return Inputs(
-        tokens_BS=batch.tokens_BS,
-        positions_BS=batch.positions_BS,
-        targets_BS=batch.targets_BS,
-        mask_BS=batch.mask_BS,
-        routes_BSLK=batch.routes_BSLK,
-    )
+    """Inputs of the shape that the batch has, or this context-parallel rank's part of them."""
+    tensors = {
+        "tokens_BS": batch.tokens_BS,
+        "positions_BS": batch.positions_BS,
+        "targets_BS": batch.targets_BS,
+        "mask_BS": batch.mask_BS,
+        "routes_BSLK": batch.routes_BSLK,
+    }
+    if context.size() > 1:
+        tensors = {n: t if t is None else context.mine(t, 1) for n, t in tensors.items()}
+    return Inputs(**tensors)
 
 
 def pack(batch: Batch, lengths: Sequence[int], *, multiple_of: int = 1, least: int = 1) -> Inputs:
@@ -97,12 +106,20 @@ def pack(batch: Batch, lengths: Sequence[int], *, multiple_of: int = 1, least: i
     )
 
 
-def check_packing(passed: Mapping[str, Any], *, dtype: str, transformer_engine: bool) -> None:
-    """Raise UserError where Transformer Engine's attention takes no packed sequences.
+def check_packing(
+    passed: Mapping[str, Any], layout: Layout, *, dtype: str, transformer_engine: bool
+) -> None:
+    """Raise UserError with context parallelism, or where Transformer Engine's attention takes no
+    packed sequences.
 
     passed: fields of Megatron's TransformerConfig that the user gave. Attention without
-    Transformer Engine takes them with every family, layout and number type.
+    Transformer Engine takes them with every family, every other layout and number type.
     """
+    if layout.cp > 1:
+        raise UserError(
+            f"--packing with --cp {layout.cp}: context parallelism takes padded sequences. Leave "
+            "one out; --micro-batch-tokens pads little."
+        )
     if not transformer_engine:
         return
     kernel = passed.get("attention_backend")

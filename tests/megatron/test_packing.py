@@ -6,7 +6,6 @@ layouts. Not covered: attention on CUDA, Transformer Engine's among it; here eve
 call of its own.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +13,19 @@ import pytest
 import torch
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import groups, passthrough
-from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron import passthrough
 from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.packing import check_packing, pack
-from moe_upgrpo.megatron.tap import NO_ROUTE, RECORDS
+from moe_upgrpo.megatron.tap import NO_ROUTE
 from tests.megatron.measured import make_samples
-from tests.megatron.test_token_budgets import BUDGET, FIELDS, assert_equals, measure
+from tests.megatron.test_token_budgets import (
+    BUDGET,
+    FIELDS,
+    assert_equals,
+    assert_own_routes_change_no_bit,
+    measure,
+)
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -55,6 +59,7 @@ def fixed(checkpoints):
     return of
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("checkpoint", "options"),
     [
@@ -72,6 +77,7 @@ def test_one_process_computes_real_tokens_alone_and_the_same(
 ):
     found = measure(Layout(), checkpoints[checkpoint], packing=True, **options)
     assert_equals([found], fixed(checkpoint))
+    assert_own_routes_change_no_bit([found])
     real = sum(len(sample.tokens) for sample in make_samples())
     rows, lengths = zip(*found["shapes"], strict=True)
     assert set(rows) == {1} and sum(lengths) == real
@@ -86,6 +92,7 @@ def measure_packed(layout: Layout, checkpoint, options: dict) -> dict:
     return measure(layout, checkpoint, packing=True, **options)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "name", [n if n in MAIN else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
 )
@@ -95,32 +102,13 @@ def test_a_layout_equals_one_process(name, checkpoints, fixed):
         world_size, measure_packed, layout, checkpoints[checkpoint], options, timeout_s=240
     )
     assert_equals(ranks, fixed(checkpoint))
+    assert_own_routes_change_no_bit(ranks)
     for rank in ranks:
         shapes = rank["shapes"]
         assert {rows for rows, _ in shapes} == {1}
         assert all(length % layout.tp == 0 for _, length in shapes)
         if layout.vpp > 1 or layout.dispatcher == "allgather":
             assert {length for _, length in shapes} == {ranks[0]["shapes"][0][1]}
-
-
-@pytest.mark.bits
-def test_a_replay_of_the_models_own_routes_changes_no_bit(checkpoints):
-    with groups.process_groups(Layout()):
-        actor = MegatronActor(
-            checkpoints["mixed"], Layout(), micro_batch_tokens=BUDGET, packing=True
-        )
-        native = actor.score(make_samples(), record=RECORDS)
-        samples = [
-            replace(sample, routes=one.routes[:, :, ::-1])
-            for sample, one in zip(make_samples(), native, strict=True)
-        ]
-        held = actor.score(samples, record=RECORDS)
-        # In micro-batches of two in the order given, which the layouts above have not.
-        by_count = actor.score(samples, record=RECORDS, micro_batch_size=2)
-    for a, b, c in zip(held, native, by_count, strict=True):
-        assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
-        assert np.array_equal(a.routes, c.routes)
-        assert np.abs(a.log_probs - c.log_probs).max() <= 1e-5
 
 
 def a_sample(first: int, tokens: int, routes=None) -> Sample:
@@ -174,10 +162,13 @@ def test_as_long_as_the_longest_of_other_ranks_and_without_a_sequence():
 def test_what_transformer_engine_cannot_pack_is_refused_and_said(dtype, options, words):
     passed = passthrough.read(options, here=False).transformer
     with pytest.raises(UserError, match=rf"--packing with .*{words}.* in bfloat16 alone, by its"):
-        check_packing(passed, dtype=dtype, transformer_engine=True)
-    check_packing(passed, dtype=dtype, transformer_engine=False)
+        check_packing(passed, Layout(), dtype=dtype, transformer_engine=True)
+    check_packing(passed, Layout(), dtype=dtype, transformer_engine=False)
 
 
 def test_what_transformer_engine_can_pack_is_taken():
     backend = SimpleNamespace(name="flash")
-    check_packing({"attention_backend": backend}, dtype="bfloat16", transformer_engine=True)
+    given = {"attention_backend": backend}
+    check_packing(given, Layout(tp=2), dtype="bfloat16", transformer_engine=True)
+    with pytest.raises(UserError, match=r"--packing with --cp 2: .*--micro-batch-tokens"):
+        check_packing(given, Layout(cp=2), dtype="bfloat16", transformer_engine=True)

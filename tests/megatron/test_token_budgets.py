@@ -65,6 +65,11 @@ def measure(layout: Layout, checkpoint, **limit) -> dict:
         batch = held(mine, native, actor.num_experts)
         found["scored"]["held"] = actor.score(batch, record=RECORDS)
         found["again"] = actor.score(mine, record=RECORDS)
+        own = [
+            replace(sample, routes=one.routes[:, :, ::-1])
+            for sample, one in zip(mine, native, strict=True)
+        ]
+        found["own"] = actor.score(own, record=RECORDS)
         for loss in LOSSES:
             found["update"][loss] = actor.update(
                 batch, PolicyLossConfig.preset(loss), record=RECORDS, seed=5
@@ -81,6 +86,13 @@ def measure(layout: Layout, checkpoint, **limit) -> dict:
                 found["noise"] = trainer_noise_floor(actor, mine).sums
             found["sizes"] = [call.kwargs.get("micro_batch_size") for call in score.mock_calls]
         return found
+
+
+def assert_own_routes_change_no_bit(ranks: list[dict]) -> None:
+    """Replayed, with the ids of each row in another order."""
+    for rank in ranks:
+        for a, b in zip(rank["own"], rank["scored"]["native"], strict=True):
+            assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
 
 
 def copies(ranks: list[dict]) -> list[dict]:
