@@ -6,6 +6,8 @@ packed sequences.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from inspect import signature
 
 import torch
@@ -81,8 +83,13 @@ class CausalAttention(MegatronModule):
                 raise ValueError(f"{name}: CausalAttention takes sequences padded on the right.")
         scale = self.softmax_scale or query_SBAD.shape[-1] ** -0.5
         width = value_SBGD.shape[-1]
+        in_parts = self.config.context_parallel_size > 1
+        if in_parts:
+            key_SBGD, value_SBGD = (
+                context.whole(part, sums_gradient=True) for part in (key_SBGD, value_SBGD)
+            )
         given = _one_width(query_SBAD, key_SBGD, value_SBGD)
-        if self.config.context_parallel_size > 1:
+        if in_parts:
             return _attend_in_parts(*given, scale)[..., :width].flatten(2)
         if packed_seq_params is None:
             return _attend(*given, scale)[..., :width].flatten(2)
@@ -107,21 +114,24 @@ def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         grouped = False
-    lengths = query.shape[2], key.shape[2]
-    causal = {"is_causal": True}
+    causal, lengths = {"is_causal": True}, (query.shape[2], key.shape[2])
     if lengths[0] < lengths[1]:
-        causal = {"attn_mask": causal_lower_right(*lengths)}
+        mask = causal_lower_right(*lengths) if query.is_cuda else _mask(*lengths, query.dtype)
+        causal = {"attn_mask": mask}
     out_BASD = F.scaled_dot_product_attention(
         query, key, value, scale=scale, enable_gqa=grouped, **causal
     )
     return out_BASD.permute(2, 0, 1, 3)
 
 
-def _attend_in_parts(query_sBAD, key_sBGD, value_sBGD, scale: float) -> torch.Tensor:
+@lru_cache(maxsize=8)  # one of each length, and not one of each layer
+def _mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """What CUDA's kernels do without: -inf where a key stands behind the query."""
+    return torch.full((queries, keys), -math.inf, dtype=dtype).triu_(keys - queries + 1)
+
+
+def _attend_in_parts(query_sBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
     """[s, B, A, D] of this context-parallel rank's two chunks, to the keys of all ranks."""
-    key_SBGD, value_SBGD = (
-        context.whole(tensor, sums_gradient=True) for tensor in (key_sBGD, value_sBGD)
-    )
     chunk = len(query_sBAD) // 2
     ends = [(number + 1) * chunk for number in context.chunks()]
     return torch.cat(

@@ -27,6 +27,7 @@ T = TypeVar("T")
 MAY_CHANGE = {
     "steps": "a run goes on where it ended; fewer than are done is refused",
     "tp": "the layout, and with it the number of ranks: checkpoints are of the whole model",
+    "cp": "the layout",
     "ep": "the layout",
     "etp": "the layout",
     "pp": "the layout",
@@ -107,18 +108,13 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, str(value) if isinstance(value, Path) else value
 
 
-_CONTEXT = (
-    "context parallelism is not supported: each rank sees whole sequences. tp (with sequence "
-    "parallelism) and recompute=full save activations."
-)
 _PACKED = "here it is packing, which goes with micro_batch or micro_batch_tokens."
 _BUDGET = (
     "here it is micro_batch_tokens N, a budget of each micro-batch; packing leaves padding out."
 )
 # By the names that Megatron-LM, verl, slime and NeMo-RL give them.
 NOT_SUPPORTED = {
-    "cp": _CONTEXT,
-    "context_parallel_size": _CONTEXT,
+    "context_parallel_size": "here it is cp.",
     "packed_sequences": _PACKED,
     "sequence_packing": _PACKED,
     "use_remove_padding": _PACKED,

@@ -358,6 +358,8 @@ class ParallelOptions:
 
     tp: int | None = None
     """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
+    cp: int = 1
+    """Context parallelism: each rank has a part of every sequence."""
     ep: int | None = None
     """Expert parallelism. None: 2 on an even number of ranks, else 1."""
     etp: int | None = None
@@ -375,6 +377,7 @@ class ParallelOptions:
         layout = Layout.for_world(
             world_size,
             tp=self.tp,
+            cp=self.cp,
             ep=1 if dense and self.ep is None else self.ep,
             etp=self.etp,
             pp=self.pp,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import context
 from moe_upgrpo.megatron.attention import CausalAttention
 
 S, B = 40, 3
@@ -131,6 +132,31 @@ def test_packed_sequences_are_each_attended_to_by_itself(shape):
     expected.backward(direction)
     for mine, theirs in zip(given, alone, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad[:, 0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_parts_of_the_sequences_attend_to_all_before_them(shape, size, monkeypatch):
+    """Each rank's chunks, with the keys of all as they would be gathered, against the whole."""
+    given = tensors(shape)
+    expected = attention()(*given)
+    direction = torch.randn(expected.shape)
+    theirs = torch.autograd.grad(expected, given, direction)
+    parts, mine = [], [torch.zeros_like(tensor) for tensor in given]
+    for rank in range(size):
+        monkeypatch.setattr(context, "size", lambda: size)
+        monkeypatch.setattr(context, "rank", lambda rank=rank: rank)
+        whole = iter(given[1:])
+        monkeypatch.setattr(context, "whole", lambda part, w=whole, **_: next(w))
+        made = attention(context_parallel_size=size)
+        found = made(*(context.mine(tensor, 0) for tensor in given))
+        gradients = torch.autograd.grad(found, given, context.mine(direction, 0))
+        mine = [a + b for a, b in zip(mine, gradients, strict=True)]
+        parts.append(found)
+    found = torch.cat(parts)[context.places(S)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
 
 
 def test_masks_are_refused():
