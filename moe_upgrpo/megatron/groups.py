@@ -66,6 +66,7 @@ def process_groups(
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
+                context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.expert_tp,
                 pipeline_model_parallel_size=layout.pp,
@@ -111,14 +112,17 @@ def data_parallel() -> tuple[int, int]:
 
 
 def model_parallel() -> tuple[int, int]:
-    """This rank's index among the ranks that hold one copy of the model, and how many there are."""
+    """This rank's index among the ranks that compute one copy of the model, and how many there are:
+    pipeline stages, tensor- and context-parallel ranks."""
     group = parallel_state.get_model_parallel_group()
-    return group.rank(), group.size()
+    context = parallel_state.get_context_parallel_group()
+    return context.rank() * group.size() + group.rank(), context.size() * group.size()
 
 
 def gather_in_model_copy(items: list) -> list:
-    """The items of all ranks that hold one copy of the model, in rank order, on each of them."""
-    return _gather(items, parallel_state.get_model_parallel_group())
+    """The items of all ranks of one copy of the model, in their order, on each of them."""
+    of_part = _gather(items, parallel_state.get_model_parallel_group())
+    return _gather(of_part, parallel_state.get_context_parallel_group())
 
 
 def gather_over_pipeline(items: list) -> list:

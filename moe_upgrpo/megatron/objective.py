@@ -74,7 +74,8 @@ class Objective:
         )
         dist.all_reduce(counts, group=group)
         # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule by
-        # the micro-batches.
+        # the micro-batches. The one divides by the context-parallel ranks too, the other multiplies
+        # by them (schedules.py:268).
         undo = group.size() * len(batches)
         return cls(tokens=counts[0], sequences=counts[1], undo_means=undo, **given)
 

@@ -314,25 +314,25 @@ def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
 
     Ids of experts stay in one byte each where that holds them.
 
-    parts: for each rank its tensor-parallel rank and what each of its chunks handed over.
+    parts: for each rank its shard of the rows and what each of its chunks handed over.
     """
     return [
-        _whole([(tp_rank, *chunk[index]) for tp_rank, chunks in parts for chunk in chunks])
+        _whole([(shard, *chunk[index]) for shard, chunks in parts for chunk in chunks])
         for index in range(visits)
     ]
 
 
 def _whole(shares: Sequence[tuple[int, list[int], Arrays]]) -> Arrays:
-    """One micro-batch of all shares: a tensor-parallel rank, its layers, its arrays of them."""
+    """One micro-batch of all shares: a shard of the rows, its layers, its arrays of them."""
     place = {number: i for i, number in enumerate(sorted({n for _, ls, _ in shares for n in ls}))}
-    tp = 1 + max((tp_rank for tp_rank, _, _ in shares), default=0)
+    shards = 1 + max((shard for shard, _, _ in shares), default=0)
     whole: Arrays = {}
-    for tp_rank, numbers, arrays in shares:
+    for shard, numbers, arrays in shares:
         layers = [place[number] for number in numbers]
         for name, array_sBl in arrays.items():
             s, B, _, *rest = array_sBl.shape
             if name not in whole:
-                whole[name] = np.empty((B, tp * s, len(place), *rest), array_sBl.dtype)
+                whole[name] = np.empty((B, shards * s, len(place), *rest), array_sBl.dtype)
             out = whole[name]
-            out[:, tp_rank * s : (tp_rank + 1) * s, layers] = array_sBl.swapaxes(0, 1)
+            out[:, shard * s : (shard + 1) * s, layers] = array_sBl.swapaxes(0, 1)
     return whole

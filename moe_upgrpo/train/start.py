@@ -177,6 +177,7 @@ def _actors(
         "temperature": config.rollouts.temperature,
         "micro_batch_size": config.micro_batches.sequences,
         "micro_batch_tokens": config.micro_batches.tokens,
+        "packing": config.micro_batches.packed,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.micro import balance, compare_routes, health, route_codec, step_against_peers
+from benchmarks.micro import (
+    balance,
+    compare_routes,
+    health,
+    packing,
+    route_codec,
+    step_against_peers,
+)
 from benchmarks.micro.peers import Work, plain, read_steps
 from moe_upgrpo.errors import UserError
 
@@ -66,6 +73,12 @@ def test_losses(capsys):
     few = losses.Arguments(sequences=8, tokens=4, rounds=1, only=("grpo", "up-grpo"))
     assert losses.main(few) in (0, 1)
     assert "8x4 float32" in capsys.readouterr().out
+
+
+def test_packing(capsys):
+    packing.main(rounds=1, sequences=4, micro_batch=2, tokens=512)
+    said = capsys.readouterr().out
+    assert "4 sequences of" in said and "| packed | 1.00 |" in said
 
 
 def test_balance(capsys):
@@ -136,9 +149,8 @@ def test_ratios_are_those_of_one_round():
 
 
 def test_steps_that_warm_up_do_not_count():
-    assert (
-        step_against_peers.cpu_per_token([(1, 9, 9), (1, 9, 9), (10, 2e-5, 1), (10, 4e-5, 1)]) == 3
-    )
+    steps = [(1, 9, 9), (1, 9, 9), (10, 2e-5, 1), (10, 4e-5, 1)]
+    assert step_against_peers.cpu_per_token(steps) == pytest.approx(3)
 
 
 def test_a_busy_machine_gets_no_figures(monkeypatch):

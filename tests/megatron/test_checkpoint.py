@@ -35,6 +35,8 @@ PP2_VPP2 = (2, Layout(pp=2, vpp=2))
 TP2 = (2, Layout(tp=2))
 ALL = (4, Layout(tp=2, ep=2, pp=2))
 EP2_DP2 = (4, Layout(ep=2))
+CP2_EP2 = (2, Layout(cp=2, ep=2))
+CP2_TP2 = (4, Layout(cp=2, tp=2))
 
 # name -> checkpoint, dtype, algorithm, layouts in the order in which they read from each other; the
 # first reads again at the end.
@@ -49,6 +51,8 @@ SLOW_CHAINS = {
     "fp32, other layouts": ("mixed", "float32", "adam", (EP2_DP2, TP2, ONE, ALL)),
     "bf16, stages": ("mixed", "bfloat16", "adam", (PP2_VPP2, EP2_DP2, TP2)),
     "sgd, fp32": ("mixed", "float32", "sgd", (TP2_EP2, PP2_VPP2)),
+    "parts of sequences": ("mixed", "float32", "adam", (CP2_EP2, ONE, CP2_TP2)),
+    "parts of sequences, sgd": ("mixed", "float32", "sgd", (CP2_EP2, TP2)),
 }
 
 

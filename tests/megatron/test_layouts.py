@@ -8,8 +8,8 @@ and virtual ones are filled up. In fp32, where layouts differ in the order of su
 is 80 units in the last place of fp32 (1.2e-7), relative to the largest entry of each tensor; 5e-6
 was seen.
 
-Not covered: a second node, NCCL, more than 4 ranks, more than 2 pipeline stages, context
-parallelism.
+Not covered: a second node, NCCL, more than 4 ranks, more than 2 pipeline stages. Context
+parallelism: test_context.py.
 """
 
 import numpy as np

@@ -348,8 +348,12 @@ def as_of_step_2(whole: Path, folder: Path, **settings) -> Path:
         (1, ()),
         pytest.param(2, ("--tp", "1", "--ep", "1", "--pp", "2"), marks=pytest.mark.slow),
         pytest.param(4, ("--tp", "2", "--ep", "2", "--pp", "2"), marks=pytest.mark.slow),
+        pytest.param(2, ("--tp", "1", "--cp", "2", "--ep", "2"), marks=pytest.mark.slow),
+        pytest.param(
+            2, ("--tp", "2", "--micro-batch-tokens", "32", "--packing"), marks=pytest.mark.slow
+        ),
     ],
-    ids=["one rank", "PP2", "TP2·EP2·PP2"],
+    ids=["one rank", "PP2", "TP2·EP2·PP2", "CP2·EP2", "packed"],
 )
 def test_another_layout_goes_on_with_the_same_training(ranks, layout, whole, tmp_path):
     """From TP2·EP2, on the same rollouts: to the rounding of fp32 that grows over two steps."""
