@@ -44,8 +44,7 @@ class AppliedSide:
 
     def beside(self, t: Tokens, extra: Tensor) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factor."""
-        here_BT = t.positive_BT if self.positive else t.mask_BT & ~t.positive_BT
-        extra_BT = torch.where(here_BT, extra, 0.0)
+        extra_BT = t.of_tokens(extra) * t.here(self.positive)
         return extra_BT if self.factor is None else extra_BT * self.factor
 
     def coefficient(self, t: Tokens, config: Config) -> Tensor:
@@ -163,10 +162,10 @@ def _sum(x_BT: Tensor) -> Tensor:
 
 
 def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
-    """(Σw, Σw²) of `count` weights, the others 0.
+    """(Σw, Σw²) of `count` weights, the others 0, in whose memory they are squared.
 
     Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
     worth more than N.
     """
-    sum_w, sum_w2 = _sum(weight_BT), _sum(torch.linalg.vecdot(weight_BT, weight_BT)[:, None])
+    sum_w, sum_w2 = _sum(weight_BT), _sum(weight_BT.square_())
     return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))

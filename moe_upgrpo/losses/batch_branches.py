@@ -17,6 +17,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
+from moe_upgrpo.losses.passes import exceeds, falls_below, keep
 from moe_upgrpo.losses.side import Branch, Side, above, token_ratio
 from moe_upgrpo.losses.tokens import Tokens
 
@@ -60,9 +61,10 @@ def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tens
     def compute() -> Tensor:
         low, high = cfg.covariance_range
         cov_BT = covariance(t, mean)
-        r_BT = t.ratio_BT.detach()
-        above_BT, below_BT = t.positive_BT & (r_BT > cfg.upper), t.negative_BT & (r_BT < cfg.lower)
-        return (cov_BT > low) & (cov_BT < high) & ~(above_BT | below_BT) & t.mask_BT
+        above_BT = t.positive_BT & exceeds(t.ratio_BT, cfg.upper)
+        below_BT = t.negative_BT & falls_below(t.ratio_BT, cfg.lower)
+        within_BT = exceeds(cov_BT, low) & falls_below(cov_BT, high)
+        return within_BT & ~(above_BT | below_BT) & t.mask_BT
 
     return t.once("covariance range", compute)
 
@@ -84,7 +86,7 @@ def drawn(t: Tokens, cfg: Config) -> Tensor:
 
 
 def clip_cov_positive(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_positive(t, cfg).masked_fill(drawn(t, cfg), 0.0)
+    return keep(ppo_positive(t, cfg), drawn(t, cfg))
 
 
 def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -93,7 +95,7 @@ def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_negative(t, cfg).masked_fill(drawn(t, cfg), 0.0)
+    return keep(ppo_negative(t, cfg), drawn(t, cfg))
 
 
 def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -142,7 +144,7 @@ def kl_cov_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 
 def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
     tokens = t.lengths_B1.sum()
-    positive = (t.advantages_BT > 0).sum().to(tokens.dtype)
+    positive = t.positive_BT.count_nonzero().to(tokens.dtype)
     return {"tokens_per_positive": tokens / positive.clamp(min=1)}
 
 
@@ -174,7 +176,7 @@ def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         alive_B = t.lengths_B1[:, 0] > 0
-        positive_B = (t.advantages_BT > 0).any(-1)
+        positive_B = t.gain_BT.sum(-1) > 0
         mine_B = alive_B & (positive_B if sign > 0 else ~positive_B)
         others_B = alive_B & (~positive_B if sign > 0 else positive_B)
         same_BB = t.groups_B[:, None] == t.groups_B[None, :]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
@@ -28,14 +28,23 @@ from moe_upgrpo.losses.tokens import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_upgrpo.losses.side import TensorFn
 
 
-@dataclass(frozen=True)
+class Measures(NamedTuple):
+    """What is measured of a loss and its tokens; see `PolicyLoss`."""
+
+    clipped: Tensor
+    gradient_weight: Tensor
+    metrics: dict[str, Metric]
+
+
 class PolicyLoss:
-    """The result of `policy_loss`.
+    """The result of `policy_loss`. What is not a part of the loss is computed when first asked for.
 
     loss: scalar, to be backpropagated.
     per_token: `[B, T]`, −A·f before aggregation, 0 at padding.
@@ -46,11 +55,27 @@ class PolicyLoss:
     metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` say the rest.
     """
 
-    loss: Tensor
-    per_token: Tensor
-    clipped: Tensor
-    gradient_weight: Tensor
-    metrics: dict[str, Metric]
+    def __init__(self, loss: Tensor, per_token: Tensor, measure: Callable[[], Measures]):
+        self.loss, self.per_token = loss, per_token
+        self._measure: Callable[[], Measures] | None = measure
+
+    @cached_property
+    def _measures(self) -> Measures:
+        measure, self._measure = self._measure, None  # it holds the batch
+        assert measure is not None
+        return measure()
+
+    @property
+    def clipped(self) -> Tensor:
+        return self._measures.clipped
+
+    @property
+    def gradient_weight(self) -> Tensor:
+        return self._measures.gradient_weight
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        return self._measures.metrics
 
 
 @without_autocast
@@ -121,16 +146,26 @@ def policy_loss(
     if extra_BT is None:
         # Not made of `per_token`: the backward would have a pass for its sign.
         loss = (objective_BT.sum(-1) * -weights_B).sum()
-        per_token_BT = -objective_BT
+        per_token_BT = objective_BT.neg_()
     else:
         per_token_BT = extra_BT - objective_BT
         loss = (per_token_BT.sum(-1) * weights_B).sum()
-    del objective_BT, extra_BT
+    return PolicyLoss(loss, per_token_BT, lambda: _measures(weights_B, t, config, *sides))
+
+
+@without_autocast
+def _measures(
+    weights_B: Tensor,
+    t: Tokens,
+    config: PolicyLossConfig,
+    positive: AppliedSide,
+    negative: AppliedSide,
+) -> Measures:
     with torch.no_grad():
-        clipped_BT, metrics = measure(t, config, *sides)
-        gradient_weight_BT, shares = _pulls(t, config, *sides, weights_B, clipped_BT)
+        clipped_BT, metrics = measure(t, config, positive, negative)
+        pulls_BT, shares = _pulls(t, config, positive, negative, weights_B, clipped_BT)
     metrics["gradient_share_positive"] = Metric(shares[0], shares[0] + shares[1])
-    return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
+    return Measures(clipped_BT, pulls_BT, metrics)
 
 
 @without_autocast
@@ -225,17 +260,20 @@ def _pulls(
     clipped_BT: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
+    weight_BT = _weight_of_log_probs(t, config, positive, negative)
     slope = _of_both(config, "slope")
-    if slope is not None and positive.factor is None and negative.factor is None:
+    if weight_BT is not None:
+        pull_BT = weight_BT.clone()
+    elif slope is not None and positive.factor is None and negative.factor is None:
         pull_BT = t.advantages_BT * slope(t, config)
     else:
         slopes = [side.side.slope(t, config) for side in (positive, negative)]
         pull_BT = positive.weighted(t) * slopes[0]
         pull_BT.addcmul_(negative.weighted(t), slopes[1])
     if positive.cuts or negative.cuts:
-        pull_BT.masked_fill_(clipped_BT, 0.0)
+        pull_BT *= ~clipped_BT
     both_B = pull_BT.sum(-1)
-    positive_B = torch.where(t.positive_BT, pull_BT, 0.0).sum(-1)
+    positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
     shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
     extra_BT = _extra(t, config, positive, negative, slope=True)
     if extra_BT is not None:
@@ -247,13 +285,36 @@ def _objective(
     t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
 ) -> Tensor:
     """A·f of each token; f once where it is one function for both signs."""
+    weight_BT = _weight_of_log_probs(t, config, positive, negative)
+    if weight_BT is not None:
+        return weight_BT * t.log_probs_BT
     f = _of_both(config, "surrogate")
-    if f is None:
-        f_p, f_n = (side.side.surrogate(t, config) for side in (positive, negative))
-        return (positive.weighted(t) * f_p).add_(negative.weighted(t) * f_n)
+    if f is None:  # one after the other, for the memory of f
+        objective_BT = positive.weighted(t) * positive.side.surrogate(t, config)
+        return objective_BT.add_(negative.weighted(t) * negative.side.surrogate(t, config))
     if positive.factor is None and negative.factor is None:
         return t.advantages_BT * f(t, config)
     return (positive.weighted(t) + negative.weighted(t)) * f(t, config)
+
+
+def _weight_of_log_probs(
+    t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
+) -> Tensor | None:
+    """A·w of each token where f = w·log π for both signs, else None; w once where it is one
+    function. The graph keeps it, so it is here for `_pulls` as well."""
+    weights = positive.side.weight, negative.side.weight
+    if weights[0] is None or weights[1] is None:
+        return None
+
+    def compute() -> Tensor:
+        w = _of_both(config, "weight")
+        if w is not None and positive.factor is None and negative.factor is None:
+            return t.advantages_BT * w(t, config)
+        weight_BT = positive.weighted(t) * weights[0](t, config)
+        return weight_BT.addcmul_(negative.weighted(t), weights[1](t, config))
+
+    made: Tensor = t.once("weight of log π", compute)
+    return made
 
 
 def _extra(
@@ -269,7 +330,7 @@ def _extra(
         return None
     e = _of_both(config, name)
     if e is not None and positive.factor is None and negative.factor is None:
-        return t.masked(e(t, config))
+        return t.of_tokens(e(t, config))
     found = [
         side.beside(t, function(t, config))
         for side in (positive, negative)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, masked, ratio_to_itself
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ OF_TOKENS = ("entropy", "draws", "token_weights")
 
 def guarded_exp(log_x: Tensor) -> Tensor:
     """exp(min(x, 20)); gradient exp(x) up to the guard and 0 beyond it."""
-    return log_x.clamp(max=MAX_LOG_RATIO).exp()
+    return clamp(log_x, high=MAX_LOG_RATIO).exp()
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -117,6 +118,7 @@ class Tokens:
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         self.mask_BT, lengths_B1 = mask_and_lengths(mask)
         self.lengths_B1 = lengths_B1.to(dtype)
+        self._mask_number_BT = mask.detach() if mask.dtype == dtype else None
         self._current_BT = log_probs.to(dtype)
         self._old_BT = old_log_probs.detach().to(dtype)
         self.raw_log_ratio_BT = self.masked(self._current_BT - self._old_BT)
@@ -163,14 +165,15 @@ class Tokens:
         return self._beside["token_weights"]
 
     def masked(self, x_BT: Tensor) -> Tensor:
-        return torch.where(self.mask_BT, x_BT, 0.0)
+        return masked(x_BT, self.mask_BT, self._mask_number_BT)
 
-    @cached_property
+    # Not kept: the graph keeps what it needs of them.
+    @property
     def gain_BT(self) -> Tensor:
         """A⁺: the advantages above 0, else 0."""
         return self.advantages_BT.clamp(min=0)
 
-    @cached_property
+    @property
     def pain_BT(self) -> Tensor:
         """A⁻: the advantages below 0, else 0."""
         return self.advantages_BT.clamp(max=0)
@@ -178,17 +181,30 @@ class Tokens:
     @cached_property
     def positive_BT(self) -> Tensor:
         """A > 0"""
-        return self.advantages_BT > 0
+        return exceeds(self.advantages_BT, 0.0)
 
     @cached_property
     def negative_BT(self) -> Tensor:
         """A < 0"""
-        return self.advantages_BT < 0
+        return falls_below(self.advantages_BT, 0.0)
 
     def by_sign(self, positive: float, negative: float) -> Tensor:
         """The one number where A > 0, the other elsewhere."""
         high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
         return torch.where(self.positive_BT, high, low)
+
+    def here(self, positive: bool) -> Tensor:
+        """1 where A > 0, 0 elsewhere; or the other way round."""
+        here_BT = self.gain_BT.sign_()
+        return here_BT if positive else 1 - here_BT
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
+        return (
+            x
+            if x.shape == self.mask_BT.shape and x.shape[-1] > 1
+            else self.masked(x.expand(self.mask_BT.shape))
+        )
 
     @cached_property
     def log_probs_BT(self) -> Tensor:
@@ -250,7 +266,7 @@ class Tokens:
     def self_ratio_BT(self) -> Tensor:
         """π_θ/sg(π_θ): value 1, gradient ∇log π_θ."""
         # π_old is constant, so the log-ratio, which is masked already, does for log π_θ
-        return (self.raw_log_ratio_BT - self.raw_log_ratio_BT.detach()).exp()
+        return ratio_to_itself(self.raw_log_ratio_BT)
 
     @cached_property
     def token_sequence_ratio_BT(self) -> Tensor:
