@@ -38,13 +38,18 @@ class AppliedSide:
         return [cut for cut in (self.below, self.above, self.dropped) if cut is not None]
 
     def weighted(self, t: Tokens) -> Tensor:
+        """`amount`, once: the graph keeps it."""
+        made: Tensor = t.once(("weighted", self.positive), lambda: self.amount(t))
+        return made
+
+    def amount(self, t: Tokens) -> Tensor:
         """The advantages of this side, 0 at other tokens, with its factor."""
         amount_BT = t.gain_BT if self.positive else t.pain_BT
         return amount_BT if self.factor is None else amount_BT * self.factor
 
     def beside(self, t: Tokens, extra: Tensor) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factor."""
-        extra_BT = t.of_tokens(extra) * t.here(self.positive)
+        extra_BT = extra * t.here(self.positive)
         return extra_BT if self.factor is None else extra_BT * self.factor
 
     def coefficient(self, t: Tokens, config: Config) -> Tensor:

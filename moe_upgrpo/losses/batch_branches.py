@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_upgrpo.losses.config import PolicyLossConfig as Config
-    from moe_upgrpo.losses.side import Bounds
+    from moe_upgrpo.losses.side import Bounds, TensorFn
 
 
 # --- The covariance of advantage and log-prob (arXiv 2505.22617; verl `clip_cov`, `kl_cov`)
@@ -179,15 +179,24 @@ def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]
         positive_B = t.gain_BT.sum(-1) > 0
         mine_B = alive_B & (positive_B if sign > 0 else ~positive_B)
         others_B = alive_B & (~positive_B if sign > 0 else positive_B)
-        same_BB = t.groups_B[:, None] == t.groups_B[None, :]
-        mixed_B = (same_BB & others_B).any(-1) & mine_B
-        exponent_B1 = t.log_sequence_ratio_B1 * (-sign / cfg.real_tau)
-        # e^x of the group's own sign, and e^0 for the 1
-        inside_BB = torch.where(same_BB & mine_B, exponent_B1.T, -math.inf)
-        inside_BB = torch.cat([inside_BB, torch.zeros_like(t.lengths_B1)], dim=-1)
-        shared_B1 = (same_BB & mine_B).sum(-1, keepdim=True).clamp(min=1)
-        value_B1 = inside_BB.logsumexp(-1, keepdim=True)
-        return value_B1, mixed_B[:, None].to(value_B1.dtype) / shared_B1, exponent_B1
+        group_B = t.groups_B.unique(return_inverse=True)[1]
+
+        def in_group(x_B: Tensor) -> Tensor:
+            """The sum over a sequence's group."""
+            return x_B.new_zeros(len(x_B)).index_add(0, group_B, x_B)[group_B]
+
+        mine_B, others_B = mine_B.to(t.lengths_B1.dtype), others_B.to(t.lengths_B1.dtype)
+        mixed_B = (in_group(others_B) > 0) * mine_B
+        exponent_B = t.log_sequence_ratio_B1[:, 0] * (-sign / cfg.real_tau)
+        # e^x of the group's own sign, and e^0 for the 1; the largest of them taken out
+        largest_B = exponent_B.detach() * mine_B
+        largest_B = largest_B.new_zeros(len(largest_B)).scatter_reduce(
+            0, group_B, largest_B, "amax"
+        )[group_B]
+        inside_B = torch.where(mine_B > 0, exponent_B - largest_B, -math.inf).exp()
+        value_B = largest_B + (in_group(inside_B) + (-largest_B).exp()).log()
+        part_B = mixed_B / in_group(mine_B).clamp(min=1)
+        return value_B[:, None], part_B[:, None], exponent_B[:, None]
 
     return t.once(f"group {sign}", compute)
 
@@ -209,10 +218,16 @@ def real_side(sign: int) -> Side:
     return Side(nothing, nothing, extra=extra, extra_slope=extra_slope)
 
 
+def of_both_signs(part: TensorFn, other: TensorFn) -> TensorFn:
+    """A group's term has no part at sequences of the other sign."""
+    return lambda t, cfg: part(t, cfg) + other(t, cfg)
+
+
 def nothing(t: Tokens, cfg: Config) -> Tensor:
     return torch.zeros_like(t.lengths_B1)
 
 
+REAL_POSITIVE, REAL_NEGATIVE = real_side(1), real_side(-1)
 KL_COV = Side(token_ratio, token_ratio, free_clip, kl_cov_penalty, kl_cov_penalty_slope)
 
 BATCH_BRANCHES: dict[str, Branch] = {
@@ -244,8 +259,14 @@ BATCH_BRANCHES: dict[str, Branch] = {
         source="arXiv 2504.05118 eq. 10; NeMo-RL",
     ),
     "real": Branch(
-        positive=real_side(1),
-        negative=real_side(-1),
+        positive=REAL_POSITIVE,
+        negative=REAL_NEGATIVE,
+        both=Side(
+            nothing,
+            nothing,
+            extra=of_both_signs(REAL_POSITIVE.extra, REAL_NEGATIVE.extra),
+            extra_slope=of_both_signs(REAL_POSITIVE.extra_slope, REAL_NEGATIVE.extra_slope),
+        ),
         c=("G·e^(−s/τ)/(1+Σ₊)/(τ|y|A)", "G·e^(s/τ)/(1+Σ₋)/(τ|y||A|)"),
         aggregations=("seq-mean-token-sum",),
         fields=("real_tau",),

@@ -172,14 +172,9 @@ def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
-def probabilities(t: Tokens) -> tuple[Tensor, Tensor]:
-    """π and π_old"""
-    return t.log_probs_BT.detach().clamp(max=0).exp_(), t.old_log_probs_BT.clamp(max=0).exp_()
-
-
 def moved(t: Tokens) -> Tensor:
     """π − π_old"""
-    p, p_old = probabilities(t)
+    p, p_old = t.probabilities()
     return p.sub_(p_old)
 
 
@@ -202,7 +197,7 @@ def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
 
 @kept
 def far_kl(t: Tokens, cfg: Config) -> Tensor:
-    return binary_kl(*probabilities(t)) > cfg.divergence_limit
+    return binary_kl(*t.probabilities()) > cfg.divergence_limit
 
 
 @kept

@@ -21,7 +21,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
-from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep, keep_, none_above
 from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
@@ -186,7 +186,7 @@ def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 # ms-swift's decay of the future per token
 FUTURE_DECAY = 2 ** (-1 / 32)
 # Tokens of a block of the sum over a token's future.
-FUTURE_BLOCK = 64
+FUTURE_BLOCK = 32
 
 
 def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
@@ -217,21 +217,17 @@ def influence(t: Tokens, cfg: Config) -> Tensor:
     log_ratio_BT = t.log_ratio_BT.detach()
     suspect_BT = t.negative_BT & exceeds(log_ratio_BT, math.log(cfg.influence_safety))
     if cfg.dual < math.inf:
-        log_ratio_BT = keep(log_ratio_BT, exceeds(log_ratio_BT, math.log(cfg.dual)))
+        log_ratio_BT = none_above(log_ratio_BT, math.log(cfg.dual))
     future_BT = discounted_future(log_ratio_BT, FUTURE_DECAY)
     future_BT.clamp_(0.0, math.log1p(cfg.influence_range))
-    return keep(future_BT, suspect_BT).exp_()
+    return keep_(future_BT, suspect_BT).exp_()
 
 
 def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
     def weight(t: Tokens, cfg: Config) -> Tensor:
         return t.once("influence", lambda: influence(t, cfg))
 
-    return Side(
-        lambda t, cfg: weight(t, cfg) * surrogate(t, cfg),
-        lambda t, cfg: weight(t, cfg) * t.ratio_BT,
-        clip,
-    )
+    return Side(surrogate, token_ratio, clip, factor=weight)
 
 
 # --- GTPO (arXiv 2508.03772): REINFORCE as a self-ratio under the weights of `gtpo_weights`

@@ -79,10 +79,20 @@ def _functions() -> Any:
             (number,) = ctx.saved_tensors
             return gradient * number, None, None  # finite: it comes from behind the mask
 
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, cut: Tensor) -> Tensor:
+            ctx.save_for_backward(cut)
+            return _kept(x, cut, torch.empty_like(x))
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            return keep(gradient, *ctx.saved_tensors), None
+
     class Functions:
         pass
 
-    for function in (Clamp, SelfRatio, Masked):
+    for function in (Clamp, SelfRatio, Masked, Keep):
         setattr(Functions, function.__name__, function)
     return Functions
 
@@ -94,9 +104,32 @@ def _next(bound: float, towards: float, dtype: torch.dtype) -> float:
     return float(torch.nextafter(start, end))
 
 
+# Values of a block that stays in a core's cache between two passes.
+BLOCK = 2**16
+
+
 def keep(x: Tensor, cut: Tensor) -> Tensor:
     """x, 0 where it is cut. Of finite numbers."""
-    return x * ~cut
+    kept: Tensor = _functions().Keep.apply(x, cut)
+    return kept
+
+
+def keep_(x: Tensor, cut: Tensor) -> Tensor:
+    """x, with 0 put where it is cut. Of finite numbers, without a gradient."""
+    return _kept(x, cut, x)
+
+
+def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
+    # In blocks, as multiplication makes numbers of the bools.
+    blocks = max(1, x.numel() // BLOCK) if x.device.type == "cpu" else 1
+    for x_part, cut_part, out_part in zip(*(y.chunk(blocks) for y in (x, cut, out)), strict=True):
+        torch.mul(x_part, ~cut_part, out=out_part)
+    return out
+
+
+def none_above(x: Tensor, limit: float) -> Tensor:
+    """x, 0 where it is the limit or above. Without a gradient."""
+    return torch.threshold(-x, -limit, 0.0).neg_()
 
 
 def exceeds(x: Tensor, limit: float) -> Tensor:

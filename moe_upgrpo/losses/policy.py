@@ -19,6 +19,8 @@ from moe_upgrpo.losses.correction import (
     off_policy_sequences,
 )
 from moe_upgrpo.losses.metrics import Metric
+from moe_upgrpo.losses.passes import keep_
+from moe_upgrpo.losses.side import one
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
     Context,
@@ -143,12 +145,13 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
+    t.forget_log_probs()
     if extra_BT is None:
         # Not made of `per_token`: the backward would have a pass for its sign.
         loss = (objective_BT.sum(-1) * -weights_B).sum()
         per_token_BT = objective_BT.neg_()
     else:
-        per_token_BT = extra_BT - objective_BT
+        per_token_BT = objective_BT.neg_().add_(extra_BT)
         loss = (per_token_BT.sum(-1) * weights_B).sum()
     return PolicyLoss(loss, per_token_BT, lambda: _measures(weights_B, t, config, *sides))
 
@@ -267,11 +270,10 @@ def _pulls(
     elif slope is not None and positive.factor is None and negative.factor is None:
         pull_BT = t.advantages_BT * slope(t, config)
     else:
-        slopes = [side.side.slope(t, config) for side in (positive, negative)]
-        pull_BT = positive.weighted(t) * slopes[0]
-        pull_BT.addcmul_(negative.weighted(t), slopes[1])
+        pull_BT = positive.weighted(t) * positive.side.slope(t, config)
+        pull_BT.addcmul_(negative.weighted(t), negative.side.slope(t, config))
     if positive.cuts or negative.cuts:
-        pull_BT *= ~clipped_BT
+        keep_(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
     positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
     shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
@@ -309,9 +311,9 @@ def _weight_of_log_probs(
     def compute() -> Tensor:
         w = _of_both(config, "weight")
         if w is not None and positive.factor is None and negative.factor is None:
-            return t.advantages_BT * w(t, config)
-        weight_BT = positive.weighted(t) * weights[0](t, config)
-        return weight_BT.addcmul_(negative.weighted(t), weights[1](t, config))
+            return t.advantages_BT if w is one else t.advantages_BT * w(t, config)
+        weight_BT = positive.amount(t) * weights[0](t, config)
+        return weight_BT.addcmul_(negative.amount(t), weights[1](t, config))
 
     made: Tensor = t.once("weight of log π", compute)
     return made
@@ -360,6 +362,11 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[AppliedSide, AppliedSid
         both = on_B1 if before is None else before * on_B1
         factors["negative"] = both, union(without, off_B1)
     positive, negative = config.sides
+    for sign, side in (("positive", positive), ("negative", negative)):
+        if side.factor is not None:
+            before, without = factors[sign]
+            own = side.factor(t, config)
+            factors[sign] = own if before is None else before * own, without
     return (
         AppliedSide(positive, True, *positive.clip(t, config), *factors["positive"]),
         AppliedSide(negative, False, *negative.clip(t, config), *factors["negative"]),

@@ -9,6 +9,7 @@ the config, each of a few lines:
 - `extra`      e, differentiable and not multiplied by A: a penalty, for instance. Most have none.
 - `extra_slope`  ∂e/∂log π_θ(t). Both are 0 at padding, or `[B, 1]` for each token of a sequence.
 - `weight`     w, detached, where f = w·log π: two such sides need one product for both.
+- `factor`     detached, `[B, T]`: on all of the above.
 
 The oracle is c = slope·1[not clipped] − extra_slope/A: with the aggregation's weight w,
 ∂loss/∂log π_θ(t) = −w·A_t·c_t. Slope and clip are written from the papers' gradients, not by
@@ -53,6 +54,7 @@ class Side:
     extra: TensorFn | None = None
     extra_slope: TensorFn | None = None
     weight: TensorFn | None = None
+    factor: TensorFn | None = None
 
 
 ANY = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")

@@ -194,9 +194,15 @@ class Tokens:
         return torch.where(self.positive_BT, high, low)
 
     def here(self, positive: bool) -> Tensor:
-        """1 where A > 0, 0 elsewhere; or the other way round."""
-        here_BT = self.gain_BT.sign_()
-        return here_BT if positive else 1 - here_BT
+        """1 at the tokens with A > 0, or with A <= 0; 0 elsewhere."""
+
+        def make() -> Tensor:
+            if positive:
+                return self.gain_BT.sign_()
+            return (self.mask_BT & ~self.positive_BT).to(self.advantages_BT.dtype)
+
+        made: Tensor = self.once(f"here {positive}", make)
+        return made
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
@@ -210,6 +216,11 @@ class Tokens:
     def log_probs_BT(self) -> Tensor:
         return self.masked(self._current_BT)
 
+    def forget_log_probs(self) -> None:
+        """Free what the loss itself is made of: the graph keeps what it needs of it."""
+        for name in ("log_probs_BT", "old_log_probs_BT"):
+            self.__dict__.pop(name, None)
+
     @cached_property
     def old_log_probs_BT(self) -> Tensor:
         return self.masked(self._old_BT)
@@ -220,6 +231,11 @@ class Tokens:
         return (
             torch.zeros_like(self.advantages_BT) if self._log_rho_BT is None else self._log_rho_BT
         )
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """π and π_old, detached, in memory of their own; anything at padding."""
+        current_BT, old_BT = self._current_BT.detach(), self._old_BT
+        return current_BT.clamp(max=0).exp_(), old_BT.clamp(max=0).exp_()
 
     def mean_B1(self, x_BT: Tensor) -> Tensor:
         """Mean over a sequence's tokens of a quantity that is 0 at padding; 0 if it has none."""

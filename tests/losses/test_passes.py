@@ -54,3 +54,22 @@ def test_comparisons_are_torchs(limit):
     x = torch.tensor([limit, 1.2, -0.5, 0.0, 1e30, -1e30], requires_grad=True)
     assert torch.equal(passes.exceeds(x, limit), x > limit)
     assert torch.equal(passes.falls_below(x, limit), x < limit)
+
+
+def test_what_is_cut_is_zero_and_has_no_gradient(monkeypatch):
+    """In one block, and in several of unequal size."""
+    g = torch.Generator().manual_seed(3)
+    cut = torch.rand(7, 5, generator=g) < 0.5
+    x = torch.randn(7, 5, generator=g, requires_grad=True)
+    expected = torch.where(cut, 0.0, x)
+    for block in (2**16, 8):
+        monkeypatch.setattr(passes, "BLOCK", block)
+        kept = passes.keep(x, cut)
+        assert torch.equal(kept, expected) and cut.any() and not cut.all()
+        assert torch.equal(grad(kept.sum(), x)[0], (~cut).float())
+        assert torch.equal(passes.keep_(x.detach().clone(), cut), expected)
+
+
+def test_none_above():
+    x = torch.tensor([-3.0, 0.0, 0.5, 1.0, 7.0])
+    assert passes.none_above(x, 1.0).tolist() == [-3.0, 0.0, 0.5, 0.0, 0.0]
