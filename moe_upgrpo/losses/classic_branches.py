@@ -172,20 +172,24 @@ def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
-def moved(t: Tokens) -> Tensor:
-    """π − π_old"""
-    p, p_old = t.probabilities()
-    return p.sub_(p_old)
+def moved_tv(t: Tokens, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Where π − π_old is above δ, and where it is below −δ"""
+
+    def compute() -> tuple[Tensor, Tensor]:
+        p, p_old = t.probabilities()
+        moved_BT, limit = p.sub_(p_old), cfg.divergence_limit
+        return exceeds(moved_BT, limit), falls_below(moved_BT, -limit)
+
+    found: tuple[Tensor, Tensor] = t.once("moved", compute)
+    return found
 
 
-@kept
 def moved_up_tv(t: Tokens, cfg: Config) -> Tensor:
-    return exceeds(t.once("moved", lambda: moved(t)), cfg.divergence_limit)
+    return moved_tv(t, cfg)[0]
 
 
-@kept
 def moved_down_tv(t: Tokens, cfg: Config) -> Tensor:
-    return falls_below(t.once("moved", lambda: moved(t)), -cfg.divergence_limit)
+    return moved_tv(t, cfg)[1]
 
 
 def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
@@ -254,29 +258,25 @@ def topr_negative(t: Tokens, cfg: Config) -> Tensor:
 # clip, then 1/r for positives, and a dual clip that caps the weight but keeps the gradient
 
 
-@kept
 def aspo_positive_weight(t: Tokens, cfg: Config) -> Tensor:
     log_ratio_BT = t.log_ratio_BT.detach().clamp(max=cfg.log_of_upper)
     return guarded_exp(log_ratio_BT.neg_()).clamp_(max=cfg.dual)
 
 
 def aspo_positive(t: Tokens, cfg: Config) -> Tensor:
-    log_q_BT = clamp(t.log_ratio_BT, high=cfg.log_of_upper)
-    return aspo_positive_weight(t, cfg) * ratio_to_itself(log_q_BT)
+    return ratio_to_itself(t.log_ratio_BT, high=cfg.log_of_upper)
 
 
 def aspo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, exceeds(t.log_ratio_BT, cfg.log_of_upper)
 
 
-@kept
 def aspo_negative_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.dual)
 
 
 def aspo_negative(t: Tokens, cfg: Config) -> Tensor:
-    log_q_BT = clamp(t.log_ratio_BT, low=cfg.log_of_lower)
-    return aspo_negative_weight(t, cfg) * ratio_to_itself(log_q_BT)
+    return ratio_to_itself(t.log_ratio_BT, low=cfg.log_of_lower)
 
 
 def aspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -433,8 +433,8 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
         source="arXiv 2503.14286",
     ),
     "aspo": Branch(
-        positive=Side(aspo_positive, aspo_positive_weight, aspo_positive_clip),
-        negative=Side(aspo_negative, aspo_negative_weight, aspo_negative_clip),
+        positive=Side(aspo_positive, one, aspo_positive_clip, factor=aspo_positive_weight),
+        negative=Side(aspo_negative, one, aspo_negative_clip, factor=aspo_negative_weight),
         c=("min(1/r, C)·1[r ≤ 1+εh]", "min(r, C)·1[r ≥ 1−εl]"),
         fields=("clip_low", "clip_high", "dual_clip"),
         source="arXiv 2510.06062; wizard-III/Archer2.0",

@@ -131,7 +131,7 @@ def probability(t: Tokens, cfg: Config) -> Tensor:
 @kept
 def root(t: Tokens, cfg: Config) -> Tensor:
     """√r"""
-    return guarded_exp(t.log_ratio_BT / 2)
+    return (clamp(t.log_ratio_BT, high=2 * MAX_LOG_RATIO) / 2).exp()
 
 
 def half_root(t: Tokens, cfg: Config) -> Tensor:

@@ -24,9 +24,9 @@ def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     return clamped
 
 
-def ratio_to_itself(log_x: Tensor) -> Tensor:
-    """exp(log x − sg(log x)): value 1, gradient and higher derivatives those of exp(log x)/x."""
-    ratio: Tensor = _functions().SelfRatio.apply(log_x)
+def ratio_to_itself(log_x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """exp(y − sg(y)), y = clamp(log x, low, high): value 1, derivatives those of exp(y)/sg(exp(y))."""
+    ratio: Tensor = _functions().SelfRatio.apply(log_x, low, high)
     return ratio
 
 
@@ -47,8 +47,7 @@ def _functions() -> Any:
         @staticmethod
         def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
             ctx.save_for_backward(x)
-            # hardtanh has no gradient at the bounds themselves
-            ctx.bounds = _next(low, -math.inf, x.dtype), _next(high, math.inf, x.dtype)
+            ctx.bounds = _outside(low, high, x.dtype)
             return x.clamp(low, high)
 
         @staticmethod
@@ -58,15 +57,21 @@ def _functions() -> Any:
 
     class SelfRatio(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, log_x: Tensor) -> Tensor:
+        def forward(ctx: Any, log_x: Tensor, low: float, high: float) -> Tensor:
             ctx.save_for_backward(log_x)
+            ctx.bounds = low, high
             return log_x.new_ones(()).expand(log_x.shape)
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
             (log_x,) = ctx.saved_tensors
-            # The derivative is the ratio again: it matters where a derivative of it is asked for.
-            return gradient * ratio_to_itself(log_x) if torch.is_grad_enabled() else gradient
+            if torch.is_grad_enabled():  # a derivative of this one is asked for: the ratio again
+                gradient = gradient * ratio_to_itself(log_x, *ctx.bounds)
+            if ctx.bounds != (-math.inf, math.inf):
+                gradient = torch.ops.aten.hardtanh_backward(
+                    gradient, log_x, *_outside(*ctx.bounds, log_x.dtype)
+                )
+            return gradient, None, None
 
     class Masked(torch.autograd.Function):
         @staticmethod
@@ -98,10 +103,11 @@ def _functions() -> Any:
 
 
 @cache
-def _next(bound: float, towards: float, dtype: torch.dtype) -> float:
-    """The number after a bound."""
-    start, end = (torch.tensor(x, dtype=dtype) for x in (bound, towards))
-    return float(torch.nextafter(start, end))
+def _outside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers next to the bounds, outside: hardtanh has no gradient at the bounds themselves."""
+    ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    below, above = torch.nextafter(torch.tensor([low, high], dtype=dtype), ends).tolist()
+    return below, above
 
 
 # Values of a block that stays in a core's cache between two passes.

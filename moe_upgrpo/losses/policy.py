@@ -145,7 +145,6 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
-    t.forget_log_probs()
     if extra_BT is None:
         # Not made of `per_token`: the backward would have a pass for its sign.
         loss = (objective_BT.sum(-1) * -weights_B).sum()
@@ -205,7 +204,7 @@ def gradient_coefficients(
         for side, here_BT in zip(_sides(t, config), here, strict=True):
             c = side.coefficient(t, config)
             if side.side.extra_slope is not None:
-                slope_BT = side.beside(t, side.side.extra_slope(t, config))
+                slope_BT = side.beside(t, side.side.extra_slope(t, config), config)
                 c = c - slope_BT / torch.where(here_BT, t.advantages_BT, 1.0)
             c_BT = torch.where(here_BT, c, c_BT)
         return c_BT
@@ -266,12 +265,12 @@ def _pulls(
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
     slope = _of_both(config, "slope")
     if weight_BT is not None:
-        pull_BT = weight_BT.clone()
-    elif slope is not None and positive.factor is None and negative.factor is None:
+        pull_BT = weight_BT.clone()  # the graph's
+    elif slope is not None and not (positive.weighs or negative.weighs):
         pull_BT = t.advantages_BT * slope(t, config)
     else:
-        pull_BT = positive.weighted(t) * positive.side.slope(t, config)
-        pull_BT.addcmul_(negative.weighted(t), negative.side.slope(t, config))
+        pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
+        pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
     if positive.cuts or negative.cuts:
         keep_(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
@@ -292,11 +291,11 @@ def _objective(
         return weight_BT * t.log_probs_BT
     f = _of_both(config, "surrogate")
     if f is None:  # one after the other, for the memory of f
-        objective_BT = positive.weighted(t) * positive.side.surrogate(t, config)
-        return objective_BT.add_(negative.weighted(t) * negative.side.surrogate(t, config))
-    if positive.factor is None and negative.factor is None:
+        objective_BT = positive.weighted(t, config) * positive.side.surrogate(t, config)
+        return objective_BT.add_(negative.weighted(t, config) * negative.side.surrogate(t, config))
+    if not (positive.weighs or negative.weighs):
         return t.advantages_BT * f(t, config)
-    return (positive.weighted(t) + negative.weighted(t)) * f(t, config)
+    return (positive.weighted(t, config) + negative.weighted(t, config)) * f(t, config)
 
 
 def _weight_of_log_probs(
@@ -310,10 +309,10 @@ def _weight_of_log_probs(
 
     def compute() -> Tensor:
         w = _of_both(config, "weight")
-        if w is not None and positive.factor is None and negative.factor is None:
+        if w is not None and not (positive.weighs or negative.weighs):
             return t.advantages_BT if w is one else t.advantages_BT * w(t, config)
-        weight_BT = positive.amount(t) * weights[0](t, config)
-        return weight_BT.addcmul_(negative.amount(t), weights[1](t, config))
+        weight_BT = positive.amount(t, config) * weights[0](t, config)
+        return weight_BT.addcmul_(negative.amount(t, config), weights[1](t, config))
 
     made: Tensor = t.once("weight of log π", compute)
     return made
@@ -331,10 +330,10 @@ def _extra(
     if positive.side.extra is None and negative.side.extra is None:
         return None
     e = _of_both(config, name)
-    if e is not None and positive.factor is None and negative.factor is None:
+    if e is not None and not (positive.weighs or negative.weighs):
         return t.of_tokens(e(t, config))
     found = [
-        side.beside(t, function(t, config))
+        side.beside(t, function(t, config), config)
         for side in (positive, negative)
         if (function := getattr(side.side, name)) is not None
     ]
@@ -362,11 +361,6 @@ def _sides(t: Tokens, config: PolicyLossConfig) -> tuple[AppliedSide, AppliedSid
         both = on_B1 if before is None else before * on_B1
         factors["negative"] = both, union(without, off_B1)
     positive, negative = config.sides
-    for sign, side in (("positive", positive), ("negative", negative)):
-        if side.factor is not None:
-            before, without = factors[sign]
-            own = side.factor(t, config)
-            factors[sign] = own if before is None else before * own, without
     return (
         AppliedSide(positive, True, *positive.clip(t, config), *factors["positive"]),
         AppliedSide(negative, False, *negative.clip(t, config), *factors["negative"]),

@@ -193,16 +193,16 @@ class Tokens:
         high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
         return torch.where(self.positive_BT, high, low)
 
-    def here(self, positive: bool) -> Tensor:
-        """1 at the tokens with A > 0, or with A <= 0; 0 elsewhere."""
+    @cached_property
+    def positive_number_BT(self) -> Tensor:
+        """1 where A > 0, 0 elsewhere"""
+        return self.gain_BT.sign_()
 
-        def make() -> Tensor:
-            if positive:
-                return self.gain_BT.sign_()
-            return (self.mask_BT & ~self.positive_BT).to(self.advantages_BT.dtype)
-
-        made: Tensor = self.once(f"here {positive}", make)
-        return made
+    def of_finite(self, x_BT: Tensor) -> Tensor:
+        """`masked`, of numbers that are finite at padding too. Without a gradient."""
+        if self._mask_number_BT is None:
+            return torch.where(self.mask_BT, x_BT, 0.0)
+        return x_BT * self._mask_number_BT
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
@@ -212,16 +212,11 @@ class Tokens:
             else self.masked(x.expand(self.mask_BT.shape))
         )
 
-    @cached_property
+    @property  # nor these
     def log_probs_BT(self) -> Tensor:
         return self.masked(self._current_BT)
 
-    def forget_log_probs(self) -> None:
-        """Free what the loss itself is made of: the graph keeps what it needs of it."""
-        for name in ("log_probs_BT", "old_log_probs_BT"):
-            self.__dict__.pop(name, None)
-
-    @cached_property
+    @property
     def old_log_probs_BT(self) -> Tensor:
         return self.masked(self._old_BT)
 

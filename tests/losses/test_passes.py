@@ -24,11 +24,13 @@ def test_clamp_is_torchs_at_its_bounds_and_beside_them(low, high, dtype):
     assert torch.equal(*(grad((y * weights).sum(), x)[0] for y in (ours, theirs)))
 
 
-def test_ratio_to_itself_is_its_formula_with_both_derivatives():
-    x = torch.tensor([[-2.0, 0.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([[1.0, -2.0, 5.0]], dtype=torch.float64)
+@pytest.mark.parametrize(("low", "high"), [(-math.inf, math.inf), (-1.0, 0.0)])
+def test_ratio_to_itself_is_its_formula_with_both_derivatives(low, high):
+    x = torch.tensor([[-2.0, 0.0, -0.5, 3.0]], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([[1.0, -2.0, 5.0, 3.0]], dtype=torch.float64)
     found = []
-    for ratio in (passes.ratio_to_itself(x), (x - x.detach()).exp()):
+    y = x.clamp(low, high)
+    for ratio in (passes.ratio_to_itself(x, low, high), (y - y.detach()).exp()):
         (first,) = grad((ratio * weights).sum(), x, create_graph=True)
         found.append((ratio.detach(), first.detach(), grad(first.square().sum(), x)[0]))
     for ours, theirs in zip(*found, strict=True):
