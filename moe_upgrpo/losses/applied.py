@@ -167,8 +167,8 @@ def measure(
 def _masked_ratio(t: Tokens) -> Tensor:
     """r without RSPO's γ, 0 at padding."""
     if t.log_shift_BT is None and t.has_ratio:
-        return t.of_finite(t.ratio_BT)
-    return t.of_finite(t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_())
+        return t.of_finite_(t.ratio_BT.clone())
+    return t.of_finite_(t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_())
 
 
 def _sum(x_BT: Tensor) -> Tensor:

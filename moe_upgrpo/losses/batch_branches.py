@@ -31,19 +31,18 @@ if TYPE_CHECKING:
 # --- The covariance of advantage and log-prob (arXiv 2505.22617; verl `clip_cov`, `kl_cov`)
 
 
-def means(t: Tokens) -> dict[str, Tensor]:
+def means(t: Tokens, log_probs_BT: Tensor) -> dict[str, Tensor]:
     """Means over the tokens of the batch; 0 where it has none."""
     tokens = t.lengths_B1.sum().clamp(min=1)
     return {
         "mean_advantage": t.advantages_BT.sum() / tokens,
-        "mean_log_prob": t.log_probs_BT.detach().sum() / tokens,
+        "mean_log_prob": log_probs_BT.sum() / tokens,
     }
 
 
-def covariance(t: Tokens, mean: dict[str, Tensor]) -> Tensor:
+def covariance(t: Tokens, mean: dict[str, Tensor], log_probs_BT: Tensor) -> Tensor:
     """(A − mean A)·(log π − mean log π) of each token."""
-    log_prob_BT = t.log_probs_BT.detach() - mean["mean_log_prob"]
-    return log_prob_BT.mul_(t.advantages_BT - mean["mean_advantage"])
+    return (log_probs_BT - mean["mean_log_prob"]).mul_(t.advantages_BT - mean["mean_advantage"])
 
 
 def share_of_tokens(t: Tokens, share: float) -> int:
@@ -60,7 +59,7 @@ def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tens
 
     def compute() -> Tensor:
         low, high = cfg.covariance_range
-        cov_BT = covariance(t, mean)
+        cov_BT = covariance(t, mean, t.log_probs_BT.detach())
         above_BT = t.positive_BT & exceeds(t.ratio_BT, cfg.upper)
         below_BT = t.negative_BT & falls_below(t.ratio_BT, cfg.lower)
         within_BT = exceeds(cov_BT, low) & falls_below(cov_BT, high)
@@ -70,7 +69,7 @@ def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tens
 
 
 def clip_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
-    mean = means(t)
+    mean = means(t, t.log_probs_BT.detach())
     draws = t.draws_BT[in_covariance_range(t, cfg, mean)].sort().values
     count = min(share_of_tokens(t, cfg.covariance_share), len(draws))
     limit = draws[count - 1] if count else torch.full_like(mean["mean_advantage"], -1.0)
@@ -107,8 +106,9 @@ def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def kl_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
-    mean = means(t)
-    cov = covariance(t, mean)[t.mask_BT]
+    log_probs_BT = t.log_probs_BT.detach()
+    mean = means(t, log_probs_BT)
+    cov = covariance(t, mean, log_probs_BT)[t.mask_BT]
     if not len(cov):
         return {**mean, "covariance_limit": torch.full_like(mean["mean_advantage"], math.inf)}
     top = cov.topk(share_of_tokens(t, cfg.covariance_share)).values
@@ -119,7 +119,7 @@ def penalised(t: Tokens, cfg: Config) -> Tensor:
     """The penalty's coefficient at each token"""
 
     def choose() -> Tensor:
-        cov_BT = covariance(t, t.statistics)
+        cov_BT = covariance(t, t.statistics, t.log_probs_BT.detach())
         chosen_BT = (cov_BT >= t.statistics["covariance_limit"]) & t.mask_BT
         return chosen_BT.to(cov_BT.dtype) * cfg.covariance_kl
 
@@ -218,9 +218,17 @@ def real_side(sign: int) -> Side:
     return Side(nothing, nothing, extra=extra, extra_slope=extra_slope)
 
 
-def of_both_signs(part: TensorFn, other: TensorFn) -> TensorFn:
-    """A group's term has no part at sequences of the other sign."""
-    return lambda t, cfg: part(t, cfg) + other(t, cfg)
+def of_both_signs(name: str) -> TensorFn:
+    """A group's term, or its slope: that of a sign is 0 at sequences of the other."""
+
+    def both(t: Tokens, cfg: Config) -> Tensor:
+        positive, negative = (
+            getattr(side, name)(t, cfg) for side in (REAL_POSITIVE, REAL_NEGATIVE)
+        )
+        added: Tensor = positive + negative
+        return added
+
+    return both
 
 
 def nothing(t: Tokens, cfg: Config) -> Tensor:
@@ -264,8 +272,8 @@ BATCH_BRANCHES: dict[str, Branch] = {
         both=Side(
             nothing,
             nothing,
-            extra=of_both_signs(REAL_POSITIVE.extra, REAL_NEGATIVE.extra),
-            extra_slope=of_both_signs(REAL_POSITIVE.extra_slope, REAL_NEGATIVE.extra_slope),
+            extra=of_both_signs("extra"),
+            extra_slope=of_both_signs("extra_slope"),
         ),
         c=("G·e^(−s/τ)/(1+Σ₊)/(τ|y|A)", "G·e^(s/τ)/(1+Σ₋)/(τ|y||A|)"),
         aggregations=("seq-mean-token-sum",),

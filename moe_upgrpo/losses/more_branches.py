@@ -125,7 +125,7 @@ def hinge_branch(
 @kept
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
-    return guarded_exp(t.log_probs_BT)
+    return t.masked(clamp(t.raw_log_probs_BT, high=MAX_LOG_RATIO)).exp()
 
 
 @kept

@@ -25,7 +25,7 @@ def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
 
 
 def ratio_to_itself(log_x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """exp(y − sg(y)), y = clamp(log x, low, high): value 1, derivatives those of exp(y)/sg(exp(y))."""
+    """exp(y − sg(y)) with y = clamp(log x, low, high): value 1, and all derivatives."""
     ratio: Tensor = _functions().SelfRatio.apply(log_x, low, high)
     return ratio
 
@@ -104,7 +104,7 @@ def _functions() -> Any:
 
 @cache
 def _outside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The numbers next to the bounds, outside: hardtanh has no gradient at the bounds themselves."""
+    """The numbers next to the bounds, outside: at its bounds hardtanh has no gradient."""
     ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
     below, above = torch.nextafter(torch.tensor([low, high], dtype=dtype), ends).tolist()
     return below, above

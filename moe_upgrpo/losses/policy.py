@@ -19,7 +19,7 @@ from moe_upgrpo.losses.correction import (
     off_policy_sequences,
 )
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.passes import keep_
+from moe_upgrpo.losses.passes import keep, keep_
 from moe_upgrpo.losses.side import one
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Measures(NamedTuple):
-    """What is measured of a loss and its tokens; see `PolicyLoss`."""
+    """Measures of a loss and of its tokens; see `PolicyLoss`."""
 
     clipped: Tensor
     gradient_weight: Tensor
@@ -145,13 +145,13 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
-    if extra_BT is None:
-        # Not made of `per_token`: the backward would have a pass for its sign.
-        loss = (objective_BT.sum(-1) * -weights_B).sum()
-        per_token_BT = objective_BT.neg_()
-    else:
-        per_token_BT = objective_BT.neg_().add_(extra_BT)
-        loss = (per_token_BT.sum(-1) * weights_B).sum()
+    t.forget_mask()
+    # Not made of `per_token`: the backward would have a pass for its sign.
+    of_B = objective_BT.sum(-1) if extra_BT is None else objective_BT.sum(-1) - extra_BT.sum(-1)
+    loss = (of_B * -weights_B).sum()
+    per_token_BT = objective_BT.neg_()
+    if extra_BT is not None:
+        per_token_BT += extra_BT
     return PolicyLoss(loss, per_token_BT, lambda: _measures(weights_B, t, config, *sides))
 
 
@@ -265,21 +265,23 @@ def _pulls(
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
     slope = _of_both(config, "slope")
     if weight_BT is not None:
-        pull_BT = weight_BT.clone()  # the graph's
+        pull_BT = weight_BT
     elif slope is not None and not (positive.weighs or negative.weighs):
         pull_BT = t.advantages_BT * slope(t, config)
     else:
         pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
         pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
-    if positive.cuts or negative.cuts:
-        keep_(pull_BT, clipped_BT)
+    if positive.cuts or negative.cuts:  # not in place: the graph has the weight of log π
+        pull_BT = keep_(pull_BT, clipped_BT) if weight_BT is None else keep(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
     positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
     shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
     extra_BT = _extra(t, config, positive, negative, slope=True)
     if extra_BT is not None:
-        pull_BT -= extra_BT
-    return pull_BT.mul_(weights_B[:, None]).abs_(), (shares[0], shares[1])
+        pull_BT = pull_BT - extra_BT if pull_BT is weight_BT else pull_BT.sub_(extra_BT)
+    w_B1 = weights_B[:, None]
+    pull_BT = pull_BT * w_B1 if pull_BT is weight_BT else pull_BT.mul_(w_B1)
+    return pull_BT.abs_(), (shares[0], shares[1])
 
 
 def _objective(
@@ -303,16 +305,18 @@ def _weight_of_log_probs(
 ) -> Tensor | None:
     """A·w of each token where f = w·log π for both signs, else None; w once where it is one
     function. The graph keeps it, so it is here for `_pulls` as well."""
-    weights = positive.side.weight, negative.side.weight
-    if weights[0] is None or weights[1] is None:
+    of_positive, of_negative = positive.side.weight, negative.side.weight
+    if of_positive is None or of_negative is None:
         return None
 
     def compute() -> Tensor:
         w = _of_both(config, "weight")
         if w is not None and not (positive.weighs or negative.weighs):
             return t.advantages_BT if w is one else t.advantages_BT * w(t, config)
-        weight_BT = positive.amount(t, config) * weights[0](t, config)
-        return weight_BT.addcmul_(negative.amount(t, config), weights[1](t, config))
+        weight_BT = positive.amount(t, config)
+        if of_positive is not one:
+            weight_BT *= of_positive(t, config)
+        return weight_BT.addcmul_(negative.amount(t, config), of_negative(t, config))
 
     made: Tensor = t.once("weight of log π", compute)
     return made

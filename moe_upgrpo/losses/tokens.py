@@ -116,12 +116,13 @@ class Tokens:
         }
         check_shapes(log_probs, {**named, "mask": mask})
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        self._given_mask_BT = mask
         self.mask_BT, lengths_B1 = mask_and_lengths(mask)
         self.lengths_B1 = lengths_B1.to(dtype)
         self._mask_number_BT = mask.detach() if mask.dtype == dtype else None
-        self._current_BT = log_probs.to(dtype)
+        self.raw_log_probs_BT = log_probs.to(dtype)
         self._old_BT = old_log_probs.detach().to(dtype)
-        self.raw_log_ratio_BT = self.masked(self._current_BT - self._old_BT)
+        self.raw_log_ratio_BT = self.masked(self.raw_log_probs_BT - self._old_BT)
         self.advantages_BT = self.masked(advantages.detach().to(dtype))
         # log ρ = log π_old − log μ; None (no rollout log-probs, or none needed) means 0
         self._log_rho_BT = self.log_shift_BT = None
@@ -164,6 +165,15 @@ class Tokens:
     def weights_BT(self) -> Tensor:
         return self._beside["token_weights"]
 
+    @cached_property
+    def mask_BT(self) -> Tensor:
+        """bool; made again where it is asked for after `forget_mask`"""
+        return self._given_mask_BT.bool()
+
+    def forget_mask(self) -> None:
+        """Free the mask of bool where it is not the one that was given."""
+        self.__dict__.pop("mask_BT", None)
+
     def masked(self, x_BT: Tensor) -> Tensor:
         return masked(x_BT, self.mask_BT, self._mask_number_BT)
 
@@ -198,23 +208,20 @@ class Tokens:
         """1 where A > 0, 0 elsewhere"""
         return self.gain_BT.sign_()
 
-    def of_finite(self, x_BT: Tensor) -> Tensor:
-        """`masked`, of numbers that are finite at padding too. Without a gradient."""
+    def of_finite_(self, x_BT: Tensor) -> Tensor:
+        """`masked`, in place, of numbers that are finite at padding too. Without a gradient."""
         if self._mask_number_BT is None:
-            return torch.where(self.mask_BT, x_BT, 0.0)
-        return x_BT * self._mask_number_BT
+            return x_BT.masked_fill_(~self.mask_BT, 0.0)
+        return x_BT.mul_(self._mask_number_BT)
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
-        return (
-            x
-            if x.shape == self.mask_BT.shape and x.shape[-1] > 1
-            else self.masked(x.expand(self.mask_BT.shape))
-        )
+        shape = self.advantages_BT.shape
+        return x if x.shape == shape and shape[-1] > 1 else self.masked(x.expand(shape))
 
     @property  # nor these
     def log_probs_BT(self) -> Tensor:
-        return self.masked(self._current_BT)
+        return self.masked(self.raw_log_probs_BT)
 
     @property
     def old_log_probs_BT(self) -> Tensor:
@@ -229,7 +236,7 @@ class Tokens:
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """π and π_old, detached, in memory of their own; anything at padding."""
-        current_BT, old_BT = self._current_BT.detach(), self._old_BT
+        current_BT, old_BT = self.raw_log_probs_BT.detach(), self._old_BT
         return current_BT.clamp(max=0).exp_(), old_BT.clamp(max=0).exp_()
 
     def mean_B1(self, x_BT: Tensor) -> Tensor:
