@@ -162,7 +162,7 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
 def _train(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig
 
-    config = _parse_with_files(TrainConfig, arguments, "train_moe.sh")
+    config = _parse_with_files(TrainConfig, arguments, "moe-upgrpo train")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     releases.check()
     silence_upstream()
@@ -181,7 +181,7 @@ def _launch(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig
 
     agent_words, train_words = launch.split(arguments)
-    config = _parse_with_files(TrainConfig, train_words, "train_moe.sh")
+    config = _parse_with_files(TrainConfig, train_words, "moe-upgrpo train")
 
     from moe_upgrpo.train.checks import check_start  # here: --help does without
 

@@ -152,6 +152,7 @@ def write_page(runs: list[Run], output: Path) -> Path:
                 for run in runs
             ],
         },
+        unbounded=sorted({run.loss for run in runs if run.loss.startswith(("up-", "pro-"))}),
         without_floor={
             side: [run.label for run in runs if not run.is_dense and not has_floor(run, side)]
             for side in FLOOR_SIDES

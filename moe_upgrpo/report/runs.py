@@ -81,9 +81,14 @@ class Run:
         return self.config.get("moe_layers") == []
 
     @property
+    def loss(self) -> str:
+        """The preset's name; empty where the config has none."""
+        return str(self.config.get("loss", ""))
+
+    @property
     def is_probe(self) -> bool:
         """`moe-upgrpo probe` compares engine and trainer and trains nothing."""
-        return str(self.config.get("loss", "")).startswith("none")
+        return self.loss.startswith("none")
 
     @property
     def replay(self) -> str:

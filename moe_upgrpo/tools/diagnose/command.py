@@ -146,7 +146,7 @@ class _Model:
         if config.precision is not None:
             precision = config.precision
         elif precision is None:
-            precision, said = "bf16", "; of an engine in bf16, which nothing here says: --precision"
+            precision, said = "bf16", "; the engine is taken to be in bf16, --precision says otherwise"
         trainer = _PRECISIONS.get(str(_option(source.config, "dtype")), "fp32")
         trained = None
         if source.config:

@@ -238,15 +238,15 @@ def _source(of: Rule, row: Mapping[str, Any]) -> str:
         low, high = (end(r[name] for r in alike) for end in (min, max))
         if not low <= row[name] <= high:
             seen = f"{low}–{high}" if low < high else f"{low}"
-            outside.append(f"{row[name]} {name.replace('_', '-')} beyond {seen}")
+            outside.append(f"{name.replace('_', '-')} {row[name]} where the rows have {seen}")
     kind = (
         "" if row["trained"] is None else f" of {'trained' if row['trained'] else 'random'} routers"
     )
     beyond = f"; extrapolated: {', '.join(outside)}{kind}" if outside else ""
     margins = " with margins" if of.with_margin else ""
     return (
-        f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which misses a "
-        f"model left out by a factor of {math.exp(of.error(row['trained'])):.2f}{beyond}"
+        f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which is off by "
+        f"a factor of {math.exp(of.error(row['trained'])):.2f} for a model left out{beyond}"
     )
 
 

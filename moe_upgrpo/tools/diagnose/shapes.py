@@ -83,10 +83,10 @@ def other_top_k(evidence: Evidence) -> Explained | None:
     rollout, train = sampled(evidence)
     few, many = (rollout, train) if k[0] < k[1] else (train, rollout)
     shared = overlaps(few, many).mean()
-    more = "the trainer" if k[0] < k[1] else "the engine"
+    few_side, many_side = ("engine", "trainer") if k[0] < k[1] else ("trainer", "engine")
     said = (
-        f"{max(k)} experts a token of {more} against {min(k)}: {shared:.1%} of the smaller sets "
-        "are within the larger"
+        f"the {many_side} records {max(k)} experts for each token and the {few_side} {min(k)}, "
+        f"{shared:.1%} of which are among the {many_side}'s"
     )
     # To go on, the experts that the larger sets have alone are taken out of them.
     names = (
@@ -122,8 +122,8 @@ def extra_layers(evidence: Evidence) -> Explained | None:
     who = "the trainer" if more_on_train else "the engine"
     matched = 1 - float(cost[a, b].mean())
     said = (
-        f"{larger} routers a token of {who} against {min(layers)}: without its layers "
-        f"{_listed(extra)} the sets of {matched:.1%} of routers agree"
+        f"{who} records {larger} layers and the other side {min(layers)}; without layers "
+        f"{_listed(extra)} of {who} the sets of {matched:.1%} of routers agree"
     )
     at_end = extra == list(range(min(layers), larger)) and kept == sorted(kept)
     cause = "mtp-routers" if at_end else "orphan-routers"

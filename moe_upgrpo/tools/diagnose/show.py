@@ -30,6 +30,8 @@ def on_terminal(diagnosis: Diagnosis, console: Console) -> None:
     say(f"Diagnosis of {diagnosis.about}")
     for text in diagnosis.sentences:
         say(text)
+    if diagnosis.expected:
+        say(f"expected: {diagnosis.expected.source}")
     if diagnosis.since:
         say(diagnosis.since["says"])
     for alarm in diagnosis.alarms:
@@ -105,6 +107,7 @@ def _html(diagnosis: Diagnosis) -> str:
         Path(__file__).with_name("diagnosis.html"),
         about=diagnosis.about,
         sentences=diagnosis.sentences,
+        expected=diagnosis.expected.source if diagnosis.expected else None,
         since=diagnosis.since["says"] if diagnosis.since else None,
         alarms=diagnosis.alarms,
         findings=[

@@ -134,7 +134,8 @@ def measure(
             found.by_layer = dict(zip(evidence.layer_ids, map(float, rates), strict=False))
         else:
             sides = (evidence.rollout_routes[0].shape, evidence.train_routes[0].shape)
-            found.shapes = f"rollout {list(sides[0])} and trainer {list(sides[1])}"
+            axes = "[tokens, layers, top-k] of a sequence"
+            found.shapes = f"engine {list(sides[0])} and trainer {list(sides[1])} ({axes})"
         if left is not None and matching.fit(left) and any(x.any() for x in matching.counted(left)):
             found.left = _routers(left)
     elif (layers := evidence.columns.get("layers_mismatched")) and evidence.layer_ids:
@@ -211,7 +212,7 @@ def sentences(
 
 def _differs(measured: Measured) -> str:
     if measured.shapes:
-        text = f"The two sides' routes do not fit each other, {measured.shapes} for a sequence"
+        text = f"The two sides' routes have different shapes, {measured.shapes}"
     elif measured.routers is None:
         text = "No routes are compared"
     elif not measured.routers.value:
@@ -253,7 +254,8 @@ def explains(finding: Finding) -> str:
     """Say how much a cause explains."""
     what = "routers that differ" if finding.measure == "routers" else "gap"
     if finding.share is None:
-        return f"without mending it the {'sets' if what != 'gap' else 'log-probs'} say nothing more"
+        compared = "log-probs" if what == "gap" else "experts"
+        return f"until it is mended, {compared} cannot be compared further"
     ends = ""
     if finding.low is not None and finding.high is not None:
         ends = f" ({percent(finding.low)} to {percent(finding.high)})"
@@ -268,17 +270,17 @@ def _within(
     what = "what is left without that" if fault else "that"
     if rate is None:
         if fault:
-            return "How much is left without that cannot be said before it is mended"
-        return "Whether that is expected is not known: what is expected is said of routers"
+            return "How much would be left without that is not known until it is mended"
+        return "Whether that is expected is not known: there is an expectation for routers only"
     if expected is None:
         return f"Whether {what} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
     place = _place(rate, expected)
     chance = rate.low is None and place in ("below", "above")
-    doubt = f"; of fewer than {MIN_PROMPTS} prompts told apart, which may be chance" * chance
+    doubt = f"; with fewer than {MIN_PROMPTS} prompts told apart, that may be chance" * chance
     return (
         f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
-        f"expected of this model's shape and precision ({expected.source}){doubt}"
+        f"expected of this model's shape and precision{doubt}"
     )
 
 
