@@ -71,6 +71,10 @@ def test_the_picture_is_of_the_kept_data():
     text = (DOCS / "img/mismatch.svg").read_text(encoding="utf-8")
     assert json.dumps(kept) in text, "run python -m docs.make_picture"
     assert 10 < np.mean(kept["mismatch/router_rate"]) < 13
+    assert make_picture.in_dark_mode() in text
+    drawn = {color for color in re.findall(r": (#[0-9a-f]{6})\b", text)}
+    both = {color.lower() for pair in make_picture.DARK.items() for color in pair}
+    assert drawn == both, "a colour without its own in dark mode"
     for line in (*make_picture.SHARES.values(), *make_picture.ARMS.values()):
         assert line in text
 
