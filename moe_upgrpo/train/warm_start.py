@@ -192,7 +192,7 @@ def _train(
             reached = {"step": step, "loss": loss.item()} | expected_accuracy(model, task, probe)
             line = (
                 f"warm start: step {step}, loss {loss.item():.3f}, on training problems "
-                f"pass@1 {reached['pass@1']:.3f} of {settings.target_pass_at_1:g}, "
+                f"pass@1 {reached['pass@1']:.3f} (aim {settings.target_pass_at_1:g}), "
                 f"greedy {reached['greedy']:.3f}"
             )
             if reached["pass@1"] >= settings.target_pass_at_1:

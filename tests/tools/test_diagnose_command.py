@@ -51,7 +51,7 @@ def test_two_dumps_in_a_command_and_what_a_remedy_removed(tmp_path):
     assert about == "Diagnosis of dumps of 20 sequences"
     assert said[0].startswith("Engine and trainer choose other experts in 9")
     assert said[1].startswith("The cause is that one side's rows belong to the token before or")
-    assert said[2].startswith("What is left without that, ")
+    assert said[2].startswith("With that mended ")
     found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert found["first_cause"] == "row-off-by-one" and found["sentences"] == said[:3]
     first = found["findings"][0]
@@ -176,7 +176,7 @@ def test_that_nothing_was_seen_is_below_what_is_expected_only_of_much(tmp_path):
     bound = (0.025 ** (-4 / 10) - 1) / (4 * 96)
     assert few.value == 0 and (few.low, few.high) == (0, pytest.approx(bound))
     assert said.startswith(
-        f"That, 0% (0% to {100 * bound:.3g}%) of routers, is not to be told from"
+        f"That, 0% (0% to {100 * bound:.3g}%), is not clearly outside the "
     )
     all_P = verdict._figure(make_pair().evidence, "all", [48] * 20, [48] * 20, "share")
     assert (all_P.low, all_P.high) == (pytest.approx(1 - bound), 1)

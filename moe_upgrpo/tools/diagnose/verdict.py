@@ -267,21 +267,20 @@ def _within(
 ) -> str:
     fault = any(one.kind == "fault" and one.measure == "routers" for one in findings)
     rate = measured.left if fault else measured.routers
-    what = "what is left without that" if fault else "that"
     if rate is None:
         if fault:
-            return "How much would be left without that is not known until it is mended"
+            return "How much then differs is not known until that is mended"
         return "Whether that is expected is not known: there is an expectation for routers only"
     if expected is None:
-        return f"Whether {what} is expected is not known: {why_not}"
+        left = f", {rate.shown(percent)} with the fault mended," if fault else ""
+        return f"Whether that{left} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
     place = _place(rate, expected)
     chance = rate.low is None and place in ("below", "above")
     doubt = f"; with fewer than {MIN_PROMPTS} prompts told apart, that may be chance" * chance
-    return (
-        f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
-        f"expected of this model's shape and precision{doubt}"
-    )
+    shown = rate.shown(percent)
+    differ = f"With that mended {shown} of routers differ, which" if fault else f"That, {shown},"
+    return f"{differ} is {place} the {bounds} expected of this model's shape and precision{doubt}"
 
 
 def _place(rate: Figure, expected: Expected) -> str:
@@ -291,7 +290,7 @@ def _place(rate: Figure, expected: Expected) -> str:
     if expected.low <= rate.value <= expected.high:
         return "within"
     if low <= expected.high and high >= expected.low:
-        return "not to be told from"
+        return "not clearly outside"
     return "below" if rate.value < expected.low else "above"
 
 
