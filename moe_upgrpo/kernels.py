@@ -74,7 +74,7 @@ def facts() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> dict[str, str]:
-    """Put into words what `facts` found, a line for each library."""
+    """Describe what `facts` found, a line for each library."""
     asked, mkl, limits = found["MKL_CBWR"], found["mkl"], found["limits"]
     if mkl is None:
         says = "cannot be asked (another BLAS, or a build that does not tell)"
@@ -114,7 +114,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _mkl_branch(torch) -> str | None:
-    """The value of MKL_CBWR that MKL goes by. Its first call fixes that, and this may be it."""
+    """The value of MKL_CBWR that MKL follows, fixed by its first call, which this may be."""
     if not torch.backends.mkl.is_available():
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -1,4 +1,4 @@
-"""Imports at first use: no refused option should have to wait for torch, numpy and pyarrow.
+"""Imports at first use, so that a refused option does not wait for torch, numpy and pyarrow.
 
 For modules that the declaration of options reaches. The others import torch as ever.
 """

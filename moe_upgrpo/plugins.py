@@ -23,7 +23,7 @@ _loaded: dict[str, EntryPoint] = {}
 
 
 def load() -> list[str]:
-    """Load every plug-in that is not yet, and name them all, as `NAME (PACKAGE VERSION)`.
+    """Load every plug-in not loaded yet, and name all, as `NAME (PACKAGE VERSION)`.
 
     Raises UserError that names a plug-in which cannot be loaded, and its error.
     """

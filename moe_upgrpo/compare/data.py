@@ -46,7 +46,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run as it was kept. Rows are those of metrics.jsonl that are numbers or lists of numbers:
+    """A run's kept data. Rows are those of metrics.jsonl that are numbers or lists of numbers:
     row 0 the evaluation before the first step, then a row for each step."""
 
     about: About

@@ -1,4 +1,4 @@
-"""A comparison, all of it said before the first run: arms, seeds, endpoint, contrasts."""
+"""The plan of a comparison, fixed before the first run: arms, seeds, endpoint, contrasts."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Comparison:
         return found
 
     def config(self, run: Run) -> TrainConfig:
-        """The same, checked. Raises UserError that names the arm."""
+        """The checked config of one run. Raises UserError that names the arm."""
         try:
             words = folded(mapping_arguments(self.options(run)))
             return parsed(TrainConfig, words, "moe-upgrpo train")

@@ -17,7 +17,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def read_raw_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as it stands there; UserError where it is not readable."""
+    """Read config.json unchanged; UserError where it is not readable."""
     folder = check_folder(folder)
     try:
         raw = read_json(folder / "config.json")
@@ -79,7 +79,7 @@ def _check_consistent(folder: str | Path, raw: dict[str, Any], hf: PretrainedCon
 
 
 def _scaling(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """Give what is said of the scaling of positions, under the names of transformers 5."""
+    """The scaling of positions, under the names of transformers 5."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":  # nothing is scaled, whatever else is said

@@ -1,4 +1,4 @@
-"""Where each stack is hooked into, as data: file, name, signature, checksum.
+"""The places where each stack is hooked into, as data: file, name, signature, checksum.
 
     python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
 

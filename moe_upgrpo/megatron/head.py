@@ -1,4 +1,4 @@
-"""The end of the model: log-probs and entropy of tokens in the place of logits.
+"""The end of the model: log-probs and entropy of tokens instead of logits.
 
 B sequences, S tokens, s = S / tp of this rank under sequence parallelism, H hidden size.
 """

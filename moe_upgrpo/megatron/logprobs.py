@@ -89,7 +89,7 @@ class _Rows:
             yield part, rows_CH, logits_Cv
 
     def in_models_dtype(self, gradient_Cv: torch.Tensor) -> torch.Tensor:
-        """Contents of the buffer of logits now, in the dtype of the weight."""
+        """The current contents of the logits' buffer, in the weight's dtype."""
         if gradient_Cv.dtype == self.product_Cv.dtype:
             return gradient_Cv
         return self.product_Cv[: len(gradient_Cv)].copy_(gradient_Cv)

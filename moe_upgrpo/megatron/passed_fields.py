@@ -1,4 +1,4 @@
-"""The fate of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
+"""Treatment of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
 
 Every field of TransformerConfig, MLATransformerConfig, OptimizerConfig and
 DistributedDataParallelConfig of 0.16.1 and of 0.19.2 is in one of these tables, some by a pattern

@@ -1,4 +1,4 @@
-"""Which releases of Megatron-Core are supported, and what they changed that is used here.
+"""The supported releases of Megatron-Core, and the changes in them that matter here.
 
 By the shape of what is found rather than by its version, where that can be. Imports no Megatron.
 """
@@ -31,7 +31,7 @@ def installed() -> Version | None:
 
 
 def check() -> None:
-    """Raise UserError where the installed Megatron-Core is not one of those that were tested."""
+    """Raise UserError where the installed Megatron-Core was not tested."""
     version = installed()
     if version is None:
         raise UserError(

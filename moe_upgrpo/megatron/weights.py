@@ -145,7 +145,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
 
 
 def mark_split_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig) -> None:
-    """Say of each weight whether tensor-parallel ranks hold different parts of it, by the table.
+    """Mark each weight by whether tensor-parallel ranks hold different parts of it, by the table.
 
     The gradient norm takes a weight without this mark for a copy, of which it counts that of the
     first rank (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as

@@ -158,7 +158,7 @@ def all_series() -> dict[str, list[Series]]:
 
 
 def of_stack(stack: str) -> list[Series]:
-    """Its versions, ascending. Raises UserError where it has no patches."""
+    """A stack's versions with patches, ascending. Raises UserError where it has none."""
     known = all_series()
     if stack not in known:
         raise UserError(

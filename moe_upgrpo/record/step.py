@@ -211,7 +211,7 @@ class StepRecord:
         }
 
     def sums(self) -> Sums:
-        """Every mean that the sequences give, this rank's share."""
+        """This rank's share of every mean over the sequences."""
         sequences, tokens = len(self.sequences), int(self._lengths.sum())
         rewards = np.array([s.reward for s in self.sequences])
         pairs: dict[str, tuple[float, float]] = {

@@ -1,4 +1,4 @@
-"""Whether an update changed the weights: a number for each of a model's tensors, compared."""
+"""Whether an update changed the weights, by one number for each of a model's tensors."""
 
 from collections.abc import Iterable, Sequence
 

@@ -116,7 +116,7 @@ class Clustering:
 
 
 def nothing(run: Run, column: str = "overlap") -> str:
-    """Why a run has no entry that would have read ``column``."""
+    """Why a run has no entry for a figure that reads ``column``."""
     if run.tokens.layout is None:
         return run.tokens.note
     if not run.tokens.layout.num_layers:

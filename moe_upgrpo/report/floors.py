@@ -100,4 +100,4 @@ def told(found: AgainstFloor) -> str:
     seen = f", more than the largest floor {found.seen}"
     if found.standing == "few":
         return f"{seen}: too few prompts to tell from the floor"
-    return f"{seen}: not to be told from the floor ({found.flips})"
+    return f"{seen}: cannot be told from the floor ({found.flips})"

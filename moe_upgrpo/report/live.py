@@ -1,4 +1,4 @@
-"""A report that is served on this machine's loopback and renewed while its run goes on."""
+"""A report served on this machine's loopback and renewed while its run goes on."""
 
 import json
 import secrets

@@ -74,7 +74,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def write_page(runs: list[Run], output: Path) -> Path:
-    """The same of runs that were read."""
+    """Write the report of runs that were loaded already."""
     for run in runs:
         run.tokens.answer_all([*ASKED, *ASKED_FIRST], summed=True)
     answered = {run.label: opening(run) for run in runs}
@@ -251,7 +251,7 @@ def _drawn(figure: Any, data: list[dict[str, Any]]) -> list[tuple[Any, list[dict
 
 
 def _picture(figures: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The picture beside the answer: of those that there are, the one that says most."""
+    """The picture beside the answer: the most informative of those available."""
     for key, caption, title in _PICTURES:
         images = next(figure["images"] for figure in figures if figure["key"] == key)
         for image in images:

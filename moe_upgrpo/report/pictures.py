@@ -71,7 +71,7 @@ def _tidy(element: ElementTree.Element, key: str, named: set[str]) -> None:
 
 
 def _written(element: ElementTree.Element) -> str:
-    """An element in HTML's syntax: no prefixes, and no group that groups nothing."""
+    """Write an element in HTML's syntax, without prefixes and empty groups."""
     kind = element.tag.rpartition("}")[2]
     inside = "".join(_written(child) for child in element)
     if kind == "g" and not element.attrib:

@@ -176,7 +176,7 @@ def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Millions of objects that all stay: looking for garbage among them takes as long again."""
+    """Switch the garbage collector off, which would double the time for millions of objects."""
     was = gc.isenabled()
     gc.disable()
     try:

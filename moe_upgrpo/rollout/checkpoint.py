@@ -1,4 +1,4 @@
-"""Checkpoint folders as engines read them, and the new weights that they take."""
+"""Checkpoint folders for engines, and checks of their new weights."""
 
 from __future__ import annotations
 

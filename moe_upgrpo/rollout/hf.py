@@ -371,7 +371,7 @@ def fp8_rounded(weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def no_progress_bar():
-    """Without the bars that transformers draws for every load and save, of milliseconds here."""
+    """Hide the progress bars that transformers draws for every load and save."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

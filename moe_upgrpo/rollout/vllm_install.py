@@ -1,4 +1,4 @@
-"""Tell how vLLM is installed, and what of it is there, without importing it, or a missing torch."""
+"""Tell how vLLM is installed, without importing it or a missing torch."""
 
 from __future__ import annotations
 

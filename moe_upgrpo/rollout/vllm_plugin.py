@@ -24,7 +24,7 @@ log = logging.getLogger("vllm.moe_upgrpo")  # a child of vLLM's logger: its leve
 
 @cache
 def register() -> bool:
-    """Mend this process's vLLM where it is one known to need it; whether that was done."""
+    """Mend this process's vLLM where its version needs it; returns whether it did."""
     import vllm
     from vllm.platforms import current_platform
 

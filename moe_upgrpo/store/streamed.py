@@ -298,7 +298,7 @@ def mismatches_by_layer(
 def answer(
     questions: Iterable[Any], parts: Callable[[Collection[str]], Iterable[pa.Table]]
 ) -> None:
-    """Read the parts, twice where a question looks first, and give them to every question.
+    """Pass the parts to every question, twice where a question looks first.
 
     questions: `Question`s, or others that `add` a part. parts: given the names of columns, yields
         tables that have them.

@@ -1,4 +1,4 @@
-"""Text that others wrote, as a page or a terminal may have it."""
+"""Text of others, made safe for a page or a terminal."""
 
 from typing import Any
 

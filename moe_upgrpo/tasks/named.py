@@ -20,7 +20,7 @@ NEEDED = (
 
 
 def register_task(name: str, make: Callable[..., Task]) -> None:
-    """Give a task a name for `--task`."""
+    """Register a task under a name for `--task`."""
     if name in TASKS and TASKS[name] is not make:
         raise UserError(f"register_task: {name!r} is taken; taken are {', '.join(TASKS)}")
     TASKS[name] = make

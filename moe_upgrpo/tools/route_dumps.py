@@ -99,7 +99,7 @@ def _read(path: Path, name: str) -> Any:
 
 
 def _chosen(names: list, wanted: str) -> list:
-    """The name to take of several."""
+    """Choose one of several names in a file."""
     if len(names) == 1 or wanted in names:
         return names if len(names) == 1 else [wanted]
     shown = ", ".join(map(str, names)) or "nothing"

@@ -1,4 +1,4 @@
-"""Everything of a start that can be checked before a rank is: options, folders, files."""
+"""Checks of a start that need no rank: options, folders, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options as tyro reads them, with one line for a mistake in the place of its box."""
+"""Options read by tyro, with a one-line message for a mistake instead of tyro's box."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A console whose reader may go, as `| head` does once it has seen enough."""
+"""A console that survives the end of its reader, such as `| head`."""
 
 from __future__ import annotations
 

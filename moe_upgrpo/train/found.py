@@ -1,4 +1,4 @@
-"""Where a run is continued: its newest checkpoint, found and judged before a rank is started."""
+"""The newest checkpoint of a run, found and checked before a rank is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's view of a training run: the objects that `train.loop` puts in order."""
+"""One rank's objects for a training run, which `train.loop` calls in order."""
 
 from __future__ import annotations
 

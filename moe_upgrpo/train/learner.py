@@ -146,7 +146,7 @@ class Learner:
         )
 
     def keep_behind(self) -> None:
-        """Keep the weights of now beside those that the update makes."""
+        """Keep a copy of the current weights beside those that the update makes."""
         if self.behind is not None:
             self.behind.take_weights(self.actor)
 

@@ -34,7 +34,7 @@ class Evaluation:
     most_problems: int
 
     def why_not(self) -> str | None:
-        """Say why there is none, if so."""
+        """Why there is no evaluation; None where there is one."""
         if self.engine is None:
             return "rollouts are loaded: no evaluation"
         return None if self.task.heldout_problems() else "no --eval-data: no evaluation"
@@ -78,7 +78,7 @@ class Recorder:
             self.token_log.write(step, trained.record.token_rows())
 
     def log_step(self, step: int, trained: TrainedStep, clock) -> dict:
-        """Sum the step's metrics over the ranks, evaluate where it is due, write and give a row."""
+        """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""
         begin = clock.total()
         heap.give_back()
         metrics = finish(
@@ -123,7 +123,7 @@ class Recorder:
             self.tracking.log(row)
 
     def finish(self) -> None:
-        """Write the report, say what came of the run."""
+        """Write the report and print the summary."""
         if self.place.rank:
             return
         self.display.summary(read_metrics(self.run.path))

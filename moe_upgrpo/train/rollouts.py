@@ -199,7 +199,7 @@ class Rollouts:
         return problems, mine
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Nothing is trained on that other weights have sampled than those meant."""
+        """Refuse rollouts that other weights than the expected ones have sampled."""
         expected = step - 1 - self.stale(step)
         expected -= expected % self.engine_every
         for i, rollout in enumerate(rollouts):

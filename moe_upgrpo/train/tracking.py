@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard and Weights & Biases, beside metrics.jsonl; written by rank 0."""
+"""Metrics for TensorBoard and Weights & Biases, beside metrics.jsonl, written by rank 0."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Tracking:
 
 
 def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of the finite numbers in a row, those inside of lists and dicts as well."""
+    """(name, value) of the finite numbers in a row, also of those inside lists and dicts."""
     for name, value in row.items():
         if hasattr(value, "tolist"):  # numpy and torch
             value = value.tolist()

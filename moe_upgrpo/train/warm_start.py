@@ -99,7 +99,7 @@ def warm_start(
     cache_dir: str | Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The folder of a warm-started Hugging Face checkpoint with tokenizer, made if not there.
+    """Make a warm-started Hugging Face checkpoint with tokenizer, unless it exists; its folder.
 
     Its name is a hash of everything that makes it: settings, model, task, this recipe's code and
     the versions of torch and transformers. It is complete or absent: written elsewhere, then

@@ -175,9 +175,7 @@ def test_that_nothing_was_seen_is_below_what_is_expected_only_of_much(tmp_path):
     few, said = of(1)
     bound = (0.025 ** (-4 / 10) - 1) / (4 * 96)
     assert few.value == 0 and (few.low, few.high) == (0, pytest.approx(bound))
-    assert said.startswith(
-        f"That, 0% (0% to {100 * bound:.3g}%), is not clearly outside the "
-    )
+    assert said.startswith(f"That, 0% (0% to {100 * bound:.3g}%), is not clearly outside the ")
     all_P = verdict._figure(make_pair().evidence, "all", [48] * 20, [48] * 20, "share")
     assert (all_P.low, all_P.high) == (pytest.approx(1 - bound), 1)
     many, said = of(100)

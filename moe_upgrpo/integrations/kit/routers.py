@@ -1,4 +1,4 @@
-"""The routers of a stack's Megatron model: which count, and what they chose in a forward.
+"""The routers of a stack's Megatron model: which ones count, and their choices in a forward.
 
 What a forward records travels as one integer table of a micro-batch, so that a stack's own layout
 functions (sequence and context parallelism, packing) can carry it: for each token and layer the K

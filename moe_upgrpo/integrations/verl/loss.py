@@ -93,7 +93,7 @@ def _resolve(preset: str, settings: dict[str, Any], flags: Sequence[Flag] = ()) 
 
 @dataclass(frozen=True)
 class VerlLoss:
-    """A preset as verl calls it; what it returns is tested against verl's own of the same name."""
+    """A preset in verl's signature, tested against verl's own loss of that name."""
 
     preset: str
 

@@ -37,7 +37,7 @@ _BY_MODELS = (
 
 @dataclass(kw_only=True)
 class Examined:
-    """Findings, first causes first; what was not tried, and why.
+    """The findings, most likely cause first, and what was not tried, with the reason.
 
     left: the evidence as it were without the faults that records show. tried: how many tests and
     knobs there were. bisection: None where a fault explains most of the difference: knobs are

@@ -157,7 +157,7 @@ def expected_rate(
     margins: float | None = None,
     trained: bool | None = None,
 ) -> Expected:
-    """The range of the router mismatch rate of such a model, nothing being wrong.
+    """The range of the router mismatch rate of such a model where nothing is wrong.
 
     precision: of the engine, see `PRECISIONS`. trainer: fp32 or bf16. layers: MoE layers. margins:
     the median over tokens of a token's smallest margin, where it is known. trained: whether the

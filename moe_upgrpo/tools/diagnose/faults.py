@@ -105,7 +105,7 @@ def _routes(found: Found) -> None:
 
 
 def _of_whole(finding: Finding, part: float) -> Finding:
-    """A share of what was left as a share of what there was."""
+    """Convert a share of the remaining difference into a share of the whole."""
     ends = {
         name: None if (value := getattr(finding, name)) is None else value * part
         for name in ("share", "low", "high")

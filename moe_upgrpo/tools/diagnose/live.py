@@ -51,7 +51,7 @@ class Live:
         return [sample.tokens for sample in self.samples]
 
     def evidence(self) -> Evidence:
-        """Both sides as the tests that need no model look at them."""
+        """Both sides as evidence for the tests that need no model."""
         has_routes = bool(self.actor.layer_ids)
         return Evidence(
             prompt=self.prompt,
@@ -85,7 +85,7 @@ class Live:
         return Seen(routes=at_responses, log_probs=log_probs)
 
     def compare(self, first: Seen, second: Seen | None = None) -> Differences:
-        """A view against another; against the trainer's where none is given."""
+        """Compare a view with another, by default the trainer's."""
         return differences(
             first,
             self.trainer if second is None else second,

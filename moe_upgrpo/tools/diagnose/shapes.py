@@ -75,7 +75,7 @@ def _fault(cause: str, share: float | None, shown_by: str, mended: Evidence) -> 
 
 
 def other_top_k(evidence: Evidence) -> Explained | None:
-    """More experts a token on one side: the other's are among them."""
+    """More experts for each token on one side, the other's among them."""
     k = [x[0].shape[-1] for x in (evidence.rollout_routes, evidence.train_routes)]
     layers = [x[0].shape[1] for x in (evidence.rollout_routes, evidence.train_routes)]
     if k[0] == k[1] or layers[0] != layers[1] or not _sides_uniform(evidence):
@@ -157,7 +157,7 @@ def extra_rows(evidence: Evidence) -> Explained | None:
 
 
 def layer_order(evidence: Evidence) -> Explained | None:
-    """Layers in another order: matched by their sets, other layers than their own are found."""
+    """Layers in another order: matched by their sets, they pair with other layers."""
     if evidence.rollout_routes[0].shape[1] < 2:
         return None
     cost = _layer_costs(*sampled(evidence, 512))

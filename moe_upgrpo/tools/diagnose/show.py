@@ -71,13 +71,13 @@ def _of(shown: int, all_of_them: int) -> str:
 
 
 def _to_mend(findings: list[Finding]) -> list[Finding]:
-    """The faults; without any, what explains most."""
+    """The faults; without any, the finding that explains most."""
     faults = [one for one in findings if one.kind == "fault"]
     return faults or findings[:1]
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a diagnosis; before work of minutes is done that goes into it.
+    """Make the folder of a diagnosis, before minutes of work go into it.
 
     Raises:
         UserError: it cannot be made.

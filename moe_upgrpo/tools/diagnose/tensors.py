@@ -33,7 +33,7 @@ class Unlike:
 
 
 def compare(held: PreTrainedModel, right: PreTrainedModel, num_experts: int) -> Unlike | None:
-    """Tell how `held` differs from `right`; None where all tensors are the same to the last bit."""
+    """Tell how the tensors `held` differ from the `right` ones; None where all are equal."""
     theirs = dict(right.state_dict())
     unlike = {
         name: (tensor, theirs[name])
