@@ -128,7 +128,7 @@ def write_plan(plan: Comparison, folder: Path) -> None:
         if changed := [name for name in now if now[name] != written.get(name)]:
             raise UserError(
                 f"{folder} holds a comparison whose {', '.join(changed)} differ from the config's: "
-                "what was written down before the runs stays. Take another --output."
+                "the plan is fixed once a run has started. Take another --output."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

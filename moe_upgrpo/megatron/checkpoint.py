@@ -199,8 +199,8 @@ def _check_objects(folder: Path) -> None:
         ) from None
     except Exception as error:  # damaged pickles raise anything
         raise UserError(
-            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}): nothing "
-            "of it was run. Resume from a checkpoint that you know the origin of."
+            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}); none of "
+            "its code was run. Resume from a checkpoint whose origin you know."
         ) from error
 
 

@@ -124,7 +124,7 @@ class StepRecord:
                 sides = sequence.rollout_routes[row].tolist(), sequence.train_routes[row].tolist()
                 raise UserError(
                     f"sequence {self.first_sequence + i}: the token at position {row + 1} counts, "
-                    f"and its routes are none: rollout {sides[0]}, training {sides[1]}"
+                    f"but has no valid routes: rollout {sides[0]}, training {sides[1]}"
                 )
         return np.concatenate(found)
 

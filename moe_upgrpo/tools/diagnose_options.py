@@ -160,7 +160,9 @@ class DiagnoseConfig:
         if self.rollout_routes is not None and self.num_experts is None:
             raise UserError("--num-experts is missing: how many experts each layer has.")
         if self.dump_samples is not None and not self.of_dumps:
-            raise UserError("--dump-samples goes with dumps; a run and a checkpoint say it.")
+            raise UserError(
+                "--dump-samples goes with dumps; a run or a checkpoint knows its groups."
+            )
         for name in ("minutes", "contribute"):
             if getattr(self, name) is not None and not of_model:
                 raise UserError(f"--{name} goes with a checkpoint: --model DIR --prompts FILE.")

@@ -63,7 +63,7 @@ class ProbeConfig:
             )
         if self.dump_samples is not None and self.rollout_routes is None:
             raise UserError(
-                "--dump-samples is of two dumps: with a model, --samples says how many responses "
+                "--dump-samples goes with two dumps: with a model, --samples says how many responses "
                 "a prompt has."
             )
         names = ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples")

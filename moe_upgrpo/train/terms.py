@@ -90,7 +90,7 @@ class Terms:
             self.reference.take_weights(actor)
 
     def end_step(self, row: Mapping[str, float | None]) -> None:
-        """Keep a step's entropy, from which α follows; None stands for a value that is not finite."""
+        """Keep a step's entropy, from which α follows; None: it was not finite."""
         if self.control is not None:
             entropy = row[ENTROPY]
             self.entropies.append(math.nan if entropy is None else entropy)

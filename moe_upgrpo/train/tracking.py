@@ -27,7 +27,7 @@ class _Writer(Protocol):
 def check(names: Sequence[Tracker]) -> None:
     """Raise UserError for trackers that do not go together or are not installed."""
     if "none" in names and len(set(names)) > 1:
-        raise UserError(f"track={' '.join(names)}: none goes with no other.")
+        raise UserError(f"track={' '.join(names)}: none cannot be combined with others.")
     missing = [n for n in names if n != "none" and importlib.util.find_spec(n) is None]
     if missing:
         raise UserError(

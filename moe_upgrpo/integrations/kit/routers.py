@@ -78,9 +78,9 @@ class Watch:
         found, self.current = self.current, {}
         if found.keys() != set(self.numbers):
             raise UserError(
-                f"{RUN}: of the routers of layers {self.numbers} those of {sorted(found)} ran in "
-                "the forward that is recorded, so that nothing can be said of the others: is "
-                "it a CUDA graph? Turn it off, or unset the variable"
+                f"{RUN}: the recorded forward ran the routers of layers {sorted(found)} only, not "
+                f"all of {self.numbers}: do the others run in a CUDA graph? Turn it off, or unset "
+                "the variable"
             )
         if not self.numbers:
             return [], None
@@ -237,8 +237,8 @@ class Routes:
         numbers = sorted(next(iter(by_row.values()), {}))
         if not numbers:
             raise UserError(
-                f"{RUN}: no router ran in the forward of the old log-probs; is the model one with "
-                "MoE layers? Unset the variable for one without"
+                f"{RUN}: no router ran in the forward of the old log-probs; does the model have "
+                "MoE layers? Unset the variable if it has none"
             )
         routes, margins = {}, {}
         for row, layers in by_row.items():
