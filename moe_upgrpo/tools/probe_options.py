@@ -63,8 +63,8 @@ class ProbeConfig:
             )
         if self.dump_samples is not None and self.rollout_routes is None:
             raise UserError(
-                "--dump-samples goes with two dumps: with a model, --samples says how many responses "
-                "a prompt has."
+                "--dump-samples goes with two dumps: with a model, --samples says how many "
+                "responses a prompt has."
             )
         names = ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples")
         at_least(self, 1, *names)
