@@ -39,6 +39,14 @@ def test_the_readme_fits_a_screen_and_a_half():
     assert len(README.split()) < 1100
 
 
+def test_the_pages_stay_short():
+    """Words of docs/*.md that are written by hand, code blocks aside."""
+    generated = re.compile(r"<!-- begin (\S+) -->.*?<!-- end \1 -->", re.DOTALL)
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")]
+    words = sum(len(FENCES.sub("", generated.sub("", page)).split()) for page in pages)
+    assert 20_000 < words <= 30_000, "cut elsewhere what you add"
+
+
 def test_the_readmes_verdicts_are_those_of_the_page():
     """Verdict and every figure of a sentence stand in the rows of its claim in docs/verdicts.md."""
     rows, claim = {}, ""
