@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training state in Megatron's distributed checkpoints: written in one layout, read in any.
 
 Every tensor is kept under its name in the whole model, with the part that each rank holds: weights,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process groups of a layout, and the device of this rank."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of the model on ranks, and what must divide by what. Imports no Megatron."""
 
 from __future__ import annotations

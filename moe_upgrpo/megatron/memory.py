@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that a rank holds, keeps for the backward pass and sends. Imports no Megatron.
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face config made into a Megatron-Core model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Treatment of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
 
 Every field of TransformerConfig, MLATransformerConfig, OptimizerConfig and

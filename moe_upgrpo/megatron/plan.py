@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a model that the ranks of a job would hold, built without memory in one process."""
 
 from __future__ import annotations

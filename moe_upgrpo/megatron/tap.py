@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recording and replay of the experts that the trainer's routers use, for whole sequences.
 
 It stands where Megatron-Core's own `RouterReplay` stands, on each router's `router_replay`, and is

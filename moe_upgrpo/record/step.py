@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One RL step: rows of the token log, and sums from which its metrics are made.
 
 Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the experts that the rollout engine chose with those that the trainer chose.
 
 What was compared is part of the result (`ComparisonKind`): divergence with each side on its own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of expert ids as sets: sorted, compared, subtracted.
 
 numpy and torch do a row at a time along the last axis, some 80 ns to sort eight ids. Here each

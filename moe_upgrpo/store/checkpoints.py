@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints that a run is resumed from, each a folder that is whole or absent.
 
 A checkpoint is written into a folder whose name begins with a dot, gets a manifest of its files,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo plan`: what a run needs of each GPU, computed before a GPU is asked for it.
 
 The model's parts are counted in the model that each rank would build (`moe_upgrpo.megatron.plan`);

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure how far engine and trainer differ on the same weights, without any training."""
 
 from __future__ import annotations

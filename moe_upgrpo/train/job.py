@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's objects for a training run, which `train.loop` calls in order."""
 
 from __future__ import annotations

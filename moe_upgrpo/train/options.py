@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of a run from YAML files, a run folder and the command line, as command-line words.
 
 tyro reads the words; what is wrong with a value it says, whichever way the value came.

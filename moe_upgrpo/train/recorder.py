@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a training run: ranks, model, engine, task and run folder, put together once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saving of a run's state, when it is due and when a signal ends the run."""
 
 from __future__ import annotations

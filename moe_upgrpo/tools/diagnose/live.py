@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with an engine and the trainer, both here: what they see of the same tokens.
 
 A *twin* is the engine of transformers made anew from the trainer's checkpoint, with the settings

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the two sides of an evidence, and say by prompt what a change of one of them explains.
 
 Unlike `routing.compare_routes`, which refuses rows that no router can have written, this counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of rows: at the wrong token, in the wrong sequence, never written, written again.
 
 Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that leave the two sides' routes in other shapes: tried first, nothing fits before.
 
 Each takes an `Evidence` and gives what it explains, or None; see `faults.ROUTES`.
