@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_upgrpo.compare.report import load
-from moe_upgrpo.report.plots import COLORS, MARKERS, STYLE
+from moe_upgrpo.report.plots import COLORS, EDGE, GRID, MARKERS, SOFT, STYLE
 from moe_upgrpo.stats import mean_interval
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,17 @@ LINES = ("-", "--", ":")
 SHARES = {
     "mismatch/token_any_rate": "tokens with any such router",
     "mismatch/router_rate": "routers that choose other experts",
+}
+# Colours on white -> on the page of a reader in dark mode.
+DARK = {
+    "#ffffff": "#0d1117",
+    "#000000": "#e6edf3",
+    SOFT: "#c9d1d9",
+    EDGE: "#6e7681",
+    GRID: "#30363d",
+    COLORS[0]: "#58a6ff",
+    COLORS[1]: "#ff8c42",
+    COLORS[2]: "#3fb98a",
 }
 ACCURACY, BASELINE = "eval/pass@1", "grpo"
 ARMS = {
@@ -104,7 +115,18 @@ def svg() -> str:
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Description": json.dumps(numbers())}
         figure.savefig(buffer, format="svg", metadata=metadata)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    drawn = buffer.getvalue().replace("</style>", f"{in_dark_mode()}</style>", 1)
+    return "\n".join(line.rstrip() for line in drawn.splitlines()) + "\n"
+
+
+def in_dark_mode() -> str:
+    """Rules that exchange the colours which matplotlib wrote into the elements."""
+    rules = [
+        f'[style*="{what}: {light.lower()}"] {{{what}: {dark} !important}}'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    ]
+    return "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}\n"
 
 
 if __name__ == "__main__":

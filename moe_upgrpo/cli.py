@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `moe-upgrpo COMMAND`, also `python -m moe_upgrpo COMMAND`."""
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _parse(what, arguments: list[str], prog: str):
-    """The options. Every rank finds the same mistake in them; rank 0 says it."""
+    """Parse the options; every rank finds the same mistake in them, and rank 0 reports it."""
     try:
         return parsed(what, arguments, prog, speaks=ending.rank() == 0)
     except UserError:
@@ -128,7 +129,7 @@ def _call(function, arguments: list[str], prog: str) -> None:
 
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
-    """The options of a resumed run and of config files, and over them the command line's."""
+    """Parse the command line over the options of a resumed run and of config files."""
     from moe_upgrpo.train.options import (
         check_own_code,
         check_supported,
@@ -162,7 +163,7 @@ def _parse_with_files(cls, arguments: list[str], prog: str):
 def _train(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig
 
-    config = _parse_with_files(TrainConfig, arguments, "train_moe.sh")
+    config = _parse_with_files(TrainConfig, arguments, "moe-upgrpo train")
     config.layout(int(os.environ.get("WORLD_SIZE", 1)))  # before the slow imports
     releases.check()
     silence_upstream()
@@ -181,7 +182,7 @@ def _launch(arguments: list[str]) -> None:
     from moe_upgrpo.train.config import TrainConfig
 
     agent_words, train_words = launch.split(arguments)
-    config = _parse_with_files(TrainConfig, train_words, "train_moe.sh")
+    config = _parse_with_files(TrainConfig, train_words, "moe-upgrpo train")
 
     from moe_upgrpo.train.checks import check_start  # here: --help does without
 
@@ -192,7 +193,7 @@ def _launch(arguments: list[str]) -> None:
 
 
 def silence_upstream() -> None:
-    """Dozens of warnings at each start would hide the run's own lines. None asks for an action."""
+    """Silence dozens of warnings at each start, none of which asks for an action."""
     # Optional packages that are not installed.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     # Megatron-Core 0.16 calls collectives by names that newer torch calls deprecated.
@@ -384,7 +385,7 @@ def _patch(arguments: list[str]) -> None:
 
 
 def _console() -> Console:
-    """Square brackets are those of pip; where there is no terminal, lines are wide."""
+    """Make a console that prints square brackets as they are, and wide lines without a terminal."""
     plain = partial(Console, _gone, markup=False, highlight=False)
     console = plain()
     return console if console.is_terminal else plain(width=120)

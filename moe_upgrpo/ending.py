@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """End a process with one message, the last thing on the screen, and a status by kind.
 
 A rank started by our launcher (`moe_upgrpo.launch`) leaves its message in the launcher's folder,
@@ -27,12 +28,12 @@ def rank() -> int:
 
 
 def launcher_is_gone() -> bool:
-    """Whether this rank's launcher ended before it, without a word: killed."""
+    """Whether this rank's launcher was killed before it."""
     return LAUNCHER in os.environ and os.getppid() != _PARENT
 
 
 def remember(run: Path) -> None:
-    """Keep which run this process works on, for what it may have to say at its end."""
+    """Remember this process's run, for a last message that names it."""
     global _run
     _run = run
     if (folder := os.environ.get(LAUNCHER)) and rank() == 0:
@@ -63,7 +64,7 @@ def leave_signal(name: str) -> None:
 
 
 def signal_name(received: str) -> str:
-    """The signal that somebody sent, by what this process received."""
+    """Name the signal that somebody sent, from the one that this process received."""
     if (folder := os.environ.get(LAUNCHER)) and Path(folder, _SIGNAL).exists():
         return Path(folder, _SIGNAL).read_text(encoding="utf-8")
     return received
@@ -127,7 +128,7 @@ def _mark() -> Path | None:
 
 
 def _leave_mark() -> bool:
-    """Whether no rank was here before."""
+    """Claim to be the first rank that failed; whether it was."""
     mark = _mark()
     if mark is None:
         return True

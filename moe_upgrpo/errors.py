@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors by their kind, each with the exit status of the command that it ends.
 
 0 is done; 2 wrong use or refused input, 3 the numbers of the run failed, 4 the machine did: its
@@ -16,7 +17,7 @@ from difflib import get_close_matches
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """The end of a message that lists the known names: those nearest to the one given."""
+    """The end of an error message: the known names nearest to the given one."""
     near = get_close_matches(str(given), list(known), n=3, cutoff=0.5)
     return f" (nearest: {', '.join(near)})" if near else ""
 
@@ -39,7 +40,7 @@ class NumericalFailure(UserError):
 
 
 class MachineFault(UserError):
-    """The machine's fault: the same command may do on another day, or on another machine."""
+    """The machine's fault: the same command may succeed on another day or machine."""
 
     status = 4
 
@@ -65,7 +66,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it ends what Ctrl-C ends, in the same way."""
+    """SIGTERM, handled as Ctrl-C is."""
 
 
 _DISK = "no space is left on the disk"
@@ -116,7 +117,7 @@ def status_of(error: BaseException) -> int:
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """The fault of the machine that `error` tells of, in words; None where it tells of none.
+    """Describe the machine's fault behind `error`; None where the machine is not to blame.
 
     A UserError is one where it was raised for an error of the system: a file that cannot be read
     because too many are open is no wrong file.
@@ -132,7 +133,7 @@ def machine_fault(error: BaseException) -> str | None:
 
 
 def as_user_error(error: Exception) -> UserError:
-    """`error` as one that other ranks can be told of, of its kind."""
+    """Turn `error` into one of its kind that can be sent to other ranks."""
     if isinstance(error, UserError) and error.status == status_of(error):
         return error
     kind = MachineFault if status_of(error) == MachineFault.status else UserError

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that only some uses need: which extra brings each, and what to say where one is absent.
 
 The requirements themselves are in setup.py.
@@ -27,12 +28,12 @@ _NAMES = {"megatron": "Megatron-Core", "math_verify": "math-verify"}
 
 
 def install(extra: str) -> str:
-    """The command that brings it."""
+    """The command that installs an extra."""
     return f"pip install 'moe_upgrpo[{extra}]'"
 
 
 def absent(error: BaseException) -> UserError | None:
-    """The error for an import of what an extra that is not installed would bring; else None."""
+    """The error for a failed import of a package that an extra brings; None for any other error."""
     module = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or module not in EXTRA_OF or is_there(module):
         return None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU kernels that make a computation repeatable, chosen before torch computes.
 
 MKL may choose a kernel by the address of its arrays: on CPUs other than Intel's the same product,
@@ -74,7 +75,7 @@ def facts() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> dict[str, str]:
-    """Put into words what `facts` found, a line for each library."""
+    """Describe what `facts` found, a line for each library."""
     asked, mkl, limits = found["MKL_CBWR"], found["mkl"], found["limits"]
     if mkl is None:
         says = "cannot be asked (another BLAS, or a build that does not tell)"
@@ -114,7 +115,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _mkl_branch(torch) -> str | None:
-    """The value of MKL_CBWR that MKL goes by. Its first call fixes that, and this may be it."""
+    """The value of MKL_CBWR that MKL follows, fixed by its first call, which this may be."""
     if not torch.backends.mkl.is_available():
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo launch [torchrun's options] -- [train's]`: start ranks, and have the last word.
 
 The ranks are started by torch's elastic agent, as torchrun does, whose report of a failure (some 35
@@ -139,7 +140,7 @@ def _stopped(number: int, told: list[dict], folder: Path) -> str:
 
 
 def _cause(failure: BaseException, told: list[dict], folder: Path) -> UserError:
-    """The failure to speak of: a rank's own message, then a rank that ended without one."""
+    """The failure to report: a rank's own message, else a rank that ended without one."""
     told = sorted(told, key=lambda one: (one["lost"], one["time"]))
     if told and not told[0]["lost"]:
         return _with_status(told[0]["message"], told[0]["status"])

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins: packages with an entry point in the group `moe_upgrpo.plugins`.
 
     [project.entry-points."moe_upgrpo.plugins"]
@@ -23,7 +24,7 @@ _loaded: dict[str, EntryPoint] = {}
 
 
 def load() -> list[str]:
-    """Load every plug-in that is not yet, and name them all, as `NAME (PACKAGE VERSION)`.
+    """Load every plug-in not loaded yet, and name all, as `NAME (PACKAGE VERSION)`.
 
     Raises UserError that names a plug-in which cannot be loaded, and its error.
     """

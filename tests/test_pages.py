@@ -39,6 +39,14 @@ def test_the_readme_fits_a_screen_and_a_half():
     assert len(README.split()) < 1100
 
 
+def test_the_pages_stay_short():
+    """Words of docs/*.md that are written by hand, code blocks aside."""
+    generated = re.compile(r"<!-- begin (\S+) -->.*?<!-- end \1 -->", re.DOTALL)
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")]
+    words = sum(len(FENCES.sub("", generated.sub("", page)).split()) for page in pages)
+    assert 20_000 < words <= 30_000, "cut elsewhere what you add"
+
+
 def test_the_readmes_verdicts_are_those_of_the_page():
     """Verdict and every figure of a sentence stand in the rows of its claim in docs/verdicts.md."""
     rows, claim = {}, ""
@@ -71,6 +79,10 @@ def test_the_picture_is_of_the_kept_data():
     text = (DOCS / "img/mismatch.svg").read_text(encoding="utf-8")
     assert json.dumps(kept) in text, "run python -m docs.make_picture"
     assert 10 < np.mean(kept["mismatch/router_rate"]) < 13
+    assert make_picture.in_dark_mode() in text
+    drawn = {color for color in re.findall(r": (#[0-9a-f]{6})\b", text)}
+    both = {color.lower() for pair in make_picture.DARK.items() for color in pair}
+    assert drawn == both, "a colour without its own in dark mode"
     for line in (*make_picture.SHARES.values(), *make_picture.ARMS.values()):
         assert line in text
 

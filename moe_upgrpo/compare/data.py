@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Parquet file of each run: its metrics by step, and about the run as the file's metadata.
 
 A comparison that is kept for long has one file of all its runs, `runs.parquet`, a fortieth of the
@@ -46,7 +47,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run as it was kept. Rows are those of metrics.jsonl that are numbers or lists of numbers:
+    """A run's kept data. Rows are those of metrics.jsonl that are numbers or lists of numbers:
     row 0 the evaluation before the first step, then a row for each step."""
 
     about: About

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of a comparison, and their drawing. One colour for each arm, everywhere."""
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def _curves(about: Curve, data: list[dict], confidence: float, width: int) -> Dr
 
 
 def _kl_against_reward(by_arm: ByArm, confidence: float, width: int) -> Drawing | None:
-    """Way travelled against reward gained, both as means over `width` steps and then over seeds."""
+    """KL against reward, both as means over `width` steps and then over seeds."""
     data = []
     for arm, runs in by_arm.items():
         found = []
@@ -347,7 +348,7 @@ def _spacing(steps: Sequence[int]) -> float:
 
 
 def _limits(means: np.ndarray, ends: np.ndarray, *, zero: bool, share: bool) -> tuple[float, float]:
-    """Room for all means, and for the intervals as far as they do not dwarf them."""
+    """Axis limits that show all means, and intervals unless they dwarf the means."""
     low, high = float(means.min()), float(means.max())
     around = (high - low) or abs(high) / 5 or 1.0
     ends = ends[np.isfinite(ends)]
@@ -379,7 +380,7 @@ def _arms_legend(canvas: Figure, arms: list[str], *, points: bool) -> None:
 
 
 def _plain(text: str) -> str:
-    """As it stands: matplotlib would set what is between two dollar signs as a formula."""
+    """Escape dollar signs, between which matplotlib would set a formula."""
     return text.replace("$", r"\$")
 
 

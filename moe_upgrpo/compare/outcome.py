@@ -1,4 +1,5 @@
-"""Endings of a run's job: done, refused, by its numbers, or for its machine's sake."""
+# SPDX-License-Identifier: Apache-2.0
+"""Endings of a run's job: done, refused, through its own numbers, or through its machine."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ class Outcome:
 
     @property
     def crashed(self) -> bool:
-        """Whether the run's own numbers ended it, so that it counts."""
+        """Whether the run's own numbers ended it, which counts as a result."""
         return self.status == NumericalFailure.status
 
     @property
     def of_machine(self) -> bool:
-        """Whether it is to be run again."""
+        """Whether its machine ended it, so that it is run again."""
         return self.status == MachineFault.status
 
 

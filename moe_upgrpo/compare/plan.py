@@ -1,4 +1,5 @@
-"""A comparison, all of it said before the first run: arms, seeds, endpoint, contrasts."""
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a comparison, fixed before the first run: arms, seeds, endpoint, contrasts."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class LearningRates:
             )
         for name, given in (("values", self.values), ("seeds", self.seeds)):
             if len(set(given)) < len(given):  # two runs would write to one folder
-                raise UserError(f"learning_rates.{name}={list(given)}: one is there twice.")
+                raise UserError(f"learning_rates.{name}={list(given)}: one is listed twice.")
         if self.metric.startswith("eval/"):
             raise UserError("learning_rates.metric: held-out problems must not choose anything.")
 
@@ -99,7 +100,7 @@ class Comparison:
         # The report could not test these, and would say so after the last run only.
         pairs = {frozenset(pair) for pair in self.contrasts}
         if len(pairs) < len(self.contrasts) or any(len(pair) < 2 for pair in pairs):
-            raise UserError("contrasts: an arm with itself, or two arms more than once.")
+            raise UserError("contrasts: a pair is an arm with itself, or is listed more than once.")
         if not isinstance(self.confidence, float) or not 0 < self.confidence < 1:
             raise UserError(f"confidence={self.confidence!r}: a number such as 0.95 is needed.")
         if not isinstance(self.warm_start_by_seed, bool):
@@ -145,7 +146,7 @@ class Comparison:
         return found
 
     def config(self, run: Run) -> TrainConfig:
-        """The same, checked. Raises UserError that names the arm."""
+        """The checked config of one run. Raises UserError that names the arm."""
         try:
             words = folded(mapping_arguments(self.options(run)))
             return parsed(TrainConfig, words, "moe-upgrpo train")

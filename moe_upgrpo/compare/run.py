@@ -1,4 +1,5 @@
-"""Doing a comparison: what is missing is run, as many runs at a time as there are cores.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a comparison: the missing ones are started, as many at a time as there are cores.
 
 A folder holds plan.json, learning_rates.json, data/RUN.parquet, runs/RUN and logs/RUN.log, and
 not_run.json where machines failed. A run whose Parquet file is there is done. Stopped at any
@@ -48,7 +49,7 @@ PAUSE_S = 30  # before the next try
 def compare(
     plan: Comparison, folder: Path, *, parallel: int | None, say: Callable[[str], None]
 ) -> str | None:
-    """Run what is missing of `plan` in `folder`; which runs their machines failed, in words.
+    """Run what `folder` lacks of `plan`; returns in words which runs their machines failed.
 
     These are tried `TRIES` times. Raises UserError: the folder holds another comparison, another
     command works in it, or a run was refused; MachineFault where nothing can be reported on, as
@@ -128,7 +129,7 @@ def write_plan(plan: Comparison, folder: Path) -> None:
         if changed := [name for name in now if now[name] != written.get(name)]:
             raise UserError(
                 f"{folder} holds a comparison whose {', '.join(changed)} differ from the config's: "
-                "what was written down before the runs stays. Take another --output."
+                "the plan is fixed once a run has started. Take another --output."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def _warm_started(config: TrainConfig) -> str | None:
 def _run_all(
     plan: Comparison, folder: Path, runs: Sequence[Run], pool: int, say: Callable[[str], None]
 ) -> dict[Run, Outcome]:
-    """Run what is missing, and `TRIES` times in all what its machine failed; what is left then."""
+    """Run what is missing, up to `TRIES` times where the machine failed; returns what is left."""
     left: dict[Run, Outcome] = {}
     for attempt in range(1, TRIES + 1):
         missing = [run for run in runs if not data_file(folder, run).exists()]
@@ -225,7 +226,7 @@ def _run_all(
 def _run_each(
     plan: Comparison, folder: Path, missing: Sequence[Run], pool: int, say: Callable[[str], None]
 ) -> dict[Run, Outcome]:
-    """Run them once; those that their machine failed."""
+    """Run each once; returns those that failed for their machine's sake."""
     begin, done, stopped = time.monotonic(), 0, threading.Event()
     children: dict[Run, subprocess.Popen] = {}
     failed: dict[Run, Outcome] = {}
@@ -257,7 +258,7 @@ def _run_each(
 
 
 def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> tuple[Outcome, str]:
-    """Run it to its end and keep its data; how it ended, and what to say of it.
+    """Run it to its end and keep its data; returns how it ended, and a line about it.
 
     Of a run that its machine failed nothing is kept, and nothing of it is removed. Raises UserError
     where the job was refused, or failed by a fault of ours: no further run would do better.
@@ -366,7 +367,7 @@ def _command(nproc: int, what: Sequence[str]) -> list[str]:
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the folders of the machine that ran it."""
+    """Strip the names of the machine's folders."""
     return {
         key: Path(value).name if isinstance(value, str) and value.startswith("/") else value
         for key, value in values.items()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder's config.json, read and written so that all readers find the same model in it."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def read_raw_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as it stands there; UserError where it is not readable."""
+    """Read config.json unchanged; UserError where it is not readable."""
     folder = check_folder(folder)
     try:
         raw = read_json(folder / "config.json")
@@ -79,7 +80,7 @@ def _check_consistent(folder: str | Path, raw: dict[str, Any], hf: PretrainedCon
 
 
 def _scaling(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """Give what is said of the scaling of positions, under the names of transformers 5."""
+    """The scaling of positions, under the names of transformers 5."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":  # nothing is scaled, whatever else is said

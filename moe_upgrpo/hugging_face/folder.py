@@ -1,4 +1,5 @@
-"""Contents of a Hugging Face model folder: its config.json and its weights, by their index.
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model folder: its config.json and its weights, by their index.
 
 The trainer, the engines, plan and probe read weights through `Weights`, so that they hold the same
 tensors: where there is a model.safetensors.index.json, those of the files that it names; else those
@@ -28,7 +29,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 
 
 def check_folder(path: str | Path) -> Path:
-    """The path as it is given, once it is known to be a folder of this machine.
+    """Check that the path is a folder of this machine, and return it.
 
     Raises UserError, without asking the network: transformers would take any other text for a name
     on the Hugging Face hub.
@@ -226,7 +227,7 @@ class Weights:
         )
 
     def twice(self) -> str | None:
-        """A tensor that lies in several of the files, if there is one."""
+        """The name of a tensor that is in several of the files, if there is one."""
         seen: set[str] = set()
         for held in self._held.values():
             if again := seen & held:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo doctor --stack NAME`: what of a stack is hooked into, and how it is found here."""
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def diagnose(stack: str, root: Path | None = None) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print it: each hook, and how it is against each tested revision."""
+    """Print each hook and its difference from each tested revision."""
     revision = found["commit"] or found["version"] or "of an unknown revision"
     console.print(f"{found['stack']} {revision} in {found['root']}")
     heads = ["needed by", "here", *(f"against {name}" for name in found["tested"])]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A side of the loss on a batch, and what the loss did to its tokens: its metrics."""
 
 from __future__ import annotations

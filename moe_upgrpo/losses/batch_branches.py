@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that look at the whole batch: covariances, groups, counts. They need `Context`.
 
 The contract is `side.py`; the table of all losses is `branches.py`. A threshold is a statistic of

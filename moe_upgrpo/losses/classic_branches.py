@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses on a token's or a sequence's ratio: what each sign of the advantage contributes, and c.
 
 The contract is `side.py`; the table of all losses is `branches.py`.

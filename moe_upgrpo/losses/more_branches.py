@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that the stacks have added since, and those of the seeds' related work, per token.
 
 The contract is `side.py`; the table of all losses is `branches.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Elementwise functions that go through a batch quickly.
 
 On a CPU torch's `where`, `masked_fill`, comparisons and the backward of `clamp` go value by value,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of a loss: a `Side` for each sign of the advantage, and `Branch`, a loss as data.
 
 Every loss here is `L_t = −A_t · f_t + e_t`. A *side* (one sign of A) is functions of `Tokens` and

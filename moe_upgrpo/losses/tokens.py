@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantities that a loss may look at, per token: masked log-probs, ratios and advantages.
 
 Shapes: B sequences, T response positions, L MoE layers, K experts per token; a suffix names them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The actor: a Megatron-Core model sharded over the ranks, its optimizer, and what RL asks of them.
 
 Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE layers, K experts each.

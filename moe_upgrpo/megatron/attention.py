@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Core attention by torch's kernels, where Transformer Engine is not used.
 
 S positions, B sequences, A query heads, G key/value heads of this rank, D their width. N tokens of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of mixed lengths shared out to data-parallel ranks and micro-batches. No Megatron.
 
 All of it is a function of the lengths: every rank computes the same shares, and so does a run that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of mixed lengths as padded tensors, aligned with the rows of the model's output.
 
 B sequences, S padded length. Row s of every tensor belongs to the input at position s, whose output

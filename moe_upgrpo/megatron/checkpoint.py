@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training state in Megatron's distributed checkpoints: written in one layout, read in any.
 
 Every tensor is kept under its name in the whole model, with the part that each rank holds: weights,
@@ -210,8 +211,8 @@ def _check_objects(folder: Path) -> None:
         ) from None
     except Exception as error:  # damaged pickles raise anything
         raise UserError(
-            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}): nothing "
-            "of it was run. Resume from a checkpoint that you know the origin of."
+            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}); none of "
+            "its code was run. Resume from a checkpoint whose origin you know."
         ) from error
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences split over the context-parallel ranks, and their parts put together again.
 
 C ranks; a sequence of S positions is cut into 2C chunks of S / 2C. Rank r has chunks r and

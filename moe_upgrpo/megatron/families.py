@@ -1,4 +1,5 @@
-"""The families of models that the trainer takes: what each of transformers' is in Megatron-Core.
+# SPDX-License-Identifier: Apache-2.0
+"""The families of models that the trainer takes: each one's counterpart in Megatron-Core.
 
 A family is one description: its fields in Megatron-Core's config, the names of its weights (of the
 parts in `moe_upgrpo.megatron.rules`), and what of its config is not supported. docs/models.md says
@@ -180,7 +181,7 @@ NOT_TAKEN = {
 
 
 def register_family(model_type: str, description: Family) -> None:
-    """Describe a model of one's own, by the `model_type` of its config.json.
+    """Register a family of models, by the `model_type` of its config.json.
 
     Raises UserError where there is another description of it.
     """
@@ -291,7 +292,7 @@ _FROM_0 = ("num_experts", "first_k_dense_replace")  # all layers dense; none
 
 
 def _counts(hf: PretrainedConfig) -> list[Limit]:
-    """Fields that have to be numbers of something; some are null in published config.json files."""
+    """Limits of fields that must be whole numbers; some are null in published config.json files."""
     of_family = family(hf)
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"]
     names += [*of_family.tp_sizes, *of_family.counts]

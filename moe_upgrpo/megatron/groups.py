@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process groups of a layout, and the device of this rank."""
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def gather_over_pipeline(items: list) -> list:
 
 
 def gather_over_data_parallel(items: list) -> list:
-    """Concatenate the items of the data-parallel ranks, in their order, on each of them."""
+    """Concatenate the data-parallel ranks' items, in their order, on each of them."""
     return _gather(items, parallel_state.get_data_parallel_group())
 
 

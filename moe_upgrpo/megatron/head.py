@@ -1,4 +1,5 @@
-"""The end of the model: log-probs and entropy of tokens in the place of logits.
+# SPDX-License-Identifier: Apache-2.0
+"""The end of the model: log-probs and entropy of tokens instead of logits.
 
 B sequences, S tokens, s = S / tp of this rank under sequence parallelism, H hidden size.
 """

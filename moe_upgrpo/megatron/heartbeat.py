@@ -1,4 +1,5 @@
-"""Signs of life of every rank, so that the one that falls silent has a name.
+# SPDX-License-Identifier: Apache-2.0
+"""Signs of life of every rank, so that a silent one can be named.
 
 A transport says at best that a connection closed, and after minutes that something timed out. Here
 each rank writes a growing number into the store in which the job's ranks found each other. Who sees
@@ -51,7 +52,7 @@ class Heartbeat:
             threading.Thread(target=target, daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
-        """Say that this rank ends as it should."""
+        """Announce that this rank ends regularly."""
         self._over.set()
 
     def silent(self, for_s: float) -> list[str]:
@@ -64,7 +65,7 @@ class Heartbeat:
         ]
 
     def explain(self, error: BaseException) -> str | None:
-        """Say which rank was lost where `error` comes of that; None where it does not."""
+        """Name the lost rank behind `error`; None where no rank was lost."""
         if isinstance(error, UserError) or machine_fault(error) != LOST_RANK:
             return None
         first = str(error).strip().partition("\n")[0][:200]
@@ -128,7 +129,7 @@ class Heartbeat:
 
 
 def _connect(limit_s: float) -> dist.Store:
-    """A connection of its own: another thread may wait in the one that torch.distributed has."""
+    """Open a separate connection, because another thread may wait in torch.distributed's."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -1,4 +1,5 @@
-"""Which rank holds which part of the model, and what divides into what. Imports no Megatron."""
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of the model on ranks, and what must divide by what. Imports no Megatron."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Dispatcher = Literal["alltoall", "allgather"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Sizes of the parallel groups; data parallelism is what the other sizes leave of the ranks.
+    """Sizes of the parallel groups; the ranks over the other sizes are data-parallel.
 
     tp: tensor parallelism of everything but the experts, with sequence parallelism where tp > 1.
     cp: context parallelism, parts of each sequence; experts see the parts' tokens as those of other

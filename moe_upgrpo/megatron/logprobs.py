@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs and entropy from hidden states and the head's weight, a few rows of logits at a time.
 
 No tensor of the size of a micro-batch's logits is ever made; the backward computes each row's
@@ -89,7 +90,7 @@ class _Rows:
             yield part, rows_CH, logits_Cv
 
     def in_models_dtype(self, gradient_Cv: torch.Tensor) -> torch.Tensor:
-        """Contents of the buffer of logits now, in the dtype of the weight."""
+        """The current contents of the logits' buffer, in the weight's dtype."""
         if gradient_Cv.dtype == self.product_Cv.dtype:
             return gradient_Cv
         return self.product_Cv[: len(gradient_Cv)].copy_(gradient_Cv)

@@ -1,4 +1,5 @@
-"""Bytes that a rank of the trainer holds, keeps for the backward pass and sends; no Megatron.
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a rank holds, keeps for the backward pass and sends. Imports no Megatron.
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
 layers (without Transformer Engine), in the manner of Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -127,7 +128,7 @@ def own_parameters(stage: Stage, layout: Layout, world_size: int) -> float:
 def weights(
     stage: Stage, layout: Layout, world_size: int, *, dtype: str, algorithm: str = "adam"
 ) -> Bytes:
-    """Held for the whole run by the rank of a trained model.
+    """Bytes that a rank of a trained model holds for the whole run.
 
     parameters c; gradients 4 (fp32, whole on every data-parallel rank); Adam 8 (two moments) and
     with bf16 4 (fp32 weights), split over the ranks that hold the same parameter. SGD is not split

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face config made into a Megatron-Core model."""
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _fuses_gradient_accumulation() -> bool:
 
 
 def code_paths() -> dict[str, str]:
-    """Which implementation is used of what Megatron-Core has several of, on this machine.
+    """The implementations used on this machine where Megatron-Core has several.
 
     The paths through Transformer Engine and Apex were not run: their kernels take a GPU. What could
     be tried of Transformer Engine's layers without one is benchmarks/micro/te_layers.py. The router

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of a micro-batch, as Megatron's schedule calls it, and what is kept of it.
 
 B sequences, S padded length.

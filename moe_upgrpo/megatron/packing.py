@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A micro-batch as the model is given it: padded, or its sequences one after the other in one row.
 
 Packed, everything but attention computes real tokens only, and attention each sequence by itself.

@@ -1,4 +1,5 @@
-"""The fate of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
+# SPDX-License-Identifier: Apache-2.0
+"""Treatment of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
 
 Every field of TransformerConfig, MLATransformerConfig, OptimizerConfig and
 DistributedDataParallelConfig of 0.16.1 and of 0.19.2 is in one of these tables, some by a pattern

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's own options, `--megatron.NAME VALUE`: checked, and split by config.
 
 `passed_fields` says what becomes of each field; here values are read by the fields' types in the
@@ -64,7 +65,7 @@ class Passed:
 
 
 def read(given: Mapping[str, str], *, here: bool = True) -> Passed:
-    """The options, each refused where it cannot be. `here`: they are to run on this machine."""
+    """Read the options, refusing those that cannot be set. `here`: to run on this machine."""
     values = {name: _checked(name, text, here) for name, text in given.items()}
     _check_together(values)
     if values.get(_OFFLOAD):
@@ -112,7 +113,7 @@ def check_optimizer(passed: Passed, settings: OptimizerSettings) -> None:
 
 @contextmanager
 def told(given: Mapping[str, str]) -> Iterator[None]:
-    """Turn what Megatron-Core's configs refuse, where options were passed, into a UserError."""
+    """Turn a refusal of Megatron-Core's configs into a UserError where options were passed."""
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:

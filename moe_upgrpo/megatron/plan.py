@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a model that the ranks of a job would hold, built without memory in one process."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_upgrpo.megatron.memory import Stage
 
 @contextmanager
 def _as_rank(rank: int, world_size: int, layout: Layout) -> Iterator[None]:
-    """This process at the place of one rank: groups without peers, tensors without memory.
+    """Let this process act as one rank: groups without peers, tensors without memory.
 
     Always as on a machine without CUDA and Transformer Engine, so that it is the same everywhere:
     the shapes are, and generators and streams of a GPU are not wanted.

@@ -1,4 +1,5 @@
-"""Which releases of Megatron-Core are supported, and what they changed that is used here.
+# SPDX-License-Identifier: Apache-2.0
+"""The supported releases of Megatron-Core, and the changes in them that matter here.
 
 By the shape of what is found rather than by its version, where that can be. Imports no Megatron.
 """
@@ -31,7 +32,7 @@ def installed() -> Version | None:
 
 
 def check() -> None:
-    """Raise UserError where the installed Megatron-Core is not one of those that were tested."""
+    """Raise UserError where the installed Megatron-Core was not tested."""
     version = installed()
     if version is None:
         raise UserError(

@@ -1,4 +1,5 @@
-"""Which experts the trainer's routers use, for every token of whole sequences: recorded, replayed.
+# SPDX-License-Identifier: Apache-2.0
+"""Recording and replay of the experts that the trainer's routers use, for whole sequences.
 
 It stands where Megatron-Core's own `RouterReplay` stands, on each router's `router_replay`, and is
 called from inside its top-k (moe_utils.py:705), so gates, gradients and dispatch are Megatron's.
@@ -241,7 +242,7 @@ class _Hook:
 
 
 def wrong_uses(visits: Sequence[Visit], recomputations: int) -> str | None:
-    """The message where a router did not run as often as it should have, or dropped tokens.
+    """The error message for a router that ran too often or too rarely, or dropped tokens.
 
     `recomputations`: how often each has to run again in the backward, 0 or 1.
     """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face weights in and out of a sharded Megatron model, by the table of the model's family.
 
 Only concatenation and splitting happen on the way, so a round trip is exact to the bit.
@@ -145,7 +146,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
 
 
 def mark_split_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig) -> None:
-    """Say of each weight whether tensor-parallel ranks hold different parts of it, by the table.
+    """Mark each weight by whether tensor-parallel ranks hold different parts of it, by the table.
 
     The gradient norm takes a weight without this mark for a copy, of which it counts that of the
     first rank (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as

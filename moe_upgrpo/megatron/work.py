@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sequences of one call of the actor as micro-batches, and their results handed back."""
 
 from __future__ import annotations

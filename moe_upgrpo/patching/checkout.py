@@ -1,4 +1,5 @@
-"""One installed or checked-out stack: which revision it is, in which state, and changing that.
+# SPDX-License-Identifier: Apache-2.0
+"""An installed or checked-out stack: its revision, its state, and changes of that.
 
 The state is read off the files' checksums alone, so that nothing that is remembered can be wrong:
 each file is at one of the contents of its chain (upstream's, then after each patch), or modified.
@@ -56,7 +57,7 @@ class Checkout:
             raise UserError(f"{self.root} cannot be read: {error}.") from error
 
     def modified(self) -> list[str]:
-        """The files that are at no content of their chains."""
+        """The files whose content is none of their chain's."""
         series = self.series
         return [f for f in series.files if checksum(self.read(f)) not in series.checksums(f)]
 
@@ -114,7 +115,7 @@ class Checkout:
             )
 
     def _replace(self, changes: dict[str, bytes | None]) -> None:
-        """All of the changes or none: an error half-way puts back what was there."""
+        """Make all changes or none: an error half-way restores the files."""
         done = []
         try:
             try:
@@ -292,7 +293,7 @@ def _name_in(file: Path) -> str:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One change at a time; the lock goes with the process, however it ends."""
+    """Lock the stack for one change at a time; the lock ends with the process."""
     folder = os.open(root, os.O_RDONLY)
     try:
         try:
@@ -305,7 +306,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _own(path: Path, like: Path) -> None:
-    """Root leaves others' files theirs; nobody else may, or has to."""
+    """Restore a file's owner, which root alone may and has to do."""
     with suppress(OSError):
         os.chown(path, like.stat().st_uid, like.stat().st_gid)
 

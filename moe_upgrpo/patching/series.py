@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contents of `patches/`: for each stack and version a folder of diffs and its series.yaml.
 
     module: megatron.core           # found by it, and what its files are imported as
@@ -158,7 +159,7 @@ def all_series() -> dict[str, list[Series]]:
 
 
 def of_stack(stack: str) -> list[Series]:
-    """Its versions, ascending. Raises UserError where it has no patches."""
+    """A stack's versions with patches, ascending. Raises UserError where it has none."""
     known = all_series()
     if stack not in known:
         raise UserError(

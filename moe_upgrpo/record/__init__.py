@@ -1,4 +1,5 @@
-"""The record of a step: sequences as rollout and trainer saw them, and what is made of them.
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a step: sequences as rollout and trainer saw them, and the figures made of them.
 
 The one author of token rows, of a step's sums and of its alarms, for the trainer of this package
 and for the stacks of `moe_upgrpo.integrations`. Arrays are handed in: it knows no Megatron, no

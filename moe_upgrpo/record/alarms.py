@@ -1,4 +1,5 @@
-"""Signs in a run's metrics that it is going wrong: named, with a value, a cause and what to run.
+# SPDX-License-Identifier: Apache-2.0
+"""Alarms: signs in a run's metrics that it goes wrong, each with a value, a cause and a command.
 
 `Watch` looks at one row of metrics.jsonl after the other and keeps what earlier ones said: the last
 noise floor, the best reward, how long nothing was learnt.
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Raised(NamedTuple):
-    """An alarm that rings, what was seen, and the limit that it is beyond."""
+    """An alarm that rings, with the value seen and its limit."""
 
     name: str
     value: float
@@ -58,7 +59,7 @@ class Watch:
         return found
 
     def add_to(self, row: Row) -> list[Raised]:
-        """Look at a row, and write into it what rings."""
+        """Look at a row, and write the alarms that ring into it."""
         found = self.look(row)
         row["alarms"] = [one.name for one in found]
         row["alarms/raised"] = float(len(found))
@@ -133,7 +134,7 @@ def _exceeds(value: float, limit: float) -> bool:
 
 
 def _is_stale(row: Row) -> bool:
-    """An update lies between the engine's weights and the trainer's: they differ by right."""
+    """Whether an update lies between the engine's weights and the trainer's."""
     return row.get("staleness/mean", 0) > 0
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sequence as the rollout and the trainer saw it, at its last optimizer visit.
 
 Shapes: S tokens, N of them response tokens that count, L MoE layers, K experts each.
@@ -14,7 +15,7 @@ from moe_upgrpo.routing.sets import ascending, repeated
 
 @dataclass(kw_only=True)
 class SequenceRecord:
-    """One sequence as its source knows it; None where it cannot know, and then no column says it.
+    """One sequence as its source knows it; a field that it cannot know is None, and has no column.
 
     Arrays of tokens are [N], in the order of `positions`; routes and what goes with them are
     [S − 1, L, K] or [S − 1, L], row p − 1 for the token at p, with L = 0 for a dense model.

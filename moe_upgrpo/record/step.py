@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One RL step: rows of the token log, and sums from which its metrics are made.
 
 Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that
@@ -148,7 +149,7 @@ class StepRecord:
                 sides = sequence.rollout_routes[row].tolist(), sequence.train_routes[row].tolist()
                 raise UserError(
                     f"sequence {self.first_sequence + i}: the token at position {row + 1} counts, "
-                    f"and its routes are none: rollout {sides[0]}, training {sides[1]}"
+                    f"but has no valid routes: rollout {sides[0]}, training {sides[1]}"
                 )
         return np.concatenate(found)
 
@@ -239,7 +240,7 @@ class StepRecord:
         }
 
     def sums(self) -> Sums:
-        """Every mean that the sequences give, this rank's share."""
+        """This rank's share of every mean over the sequences."""
         sequences, tokens = len(self.sequences), int(self._lengths.sum())
         rewards = np.array([s.reward for s in self.sequences])
         pairs: dict[str, tuple[float, float]] = {

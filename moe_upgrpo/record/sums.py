@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's sums under the names of `moe_upgrpo.store.metrics`, and the metrics made from them.
 
 Every mean is carried as (numerator, denominator) until the ranks are summed.

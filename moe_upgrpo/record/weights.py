@@ -1,4 +1,5 @@
-"""Whether an update changed the weights: a number for each of a model's tensors, compared."""
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an update changed the weights, by one number for each of a model's tensors."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures from the token log: questions with intervals by prompt, and clustering.
 
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.
@@ -116,7 +117,7 @@ class Clustering:
 
 
 def nothing(run: Run, column: str = "overlap") -> str:
-    """Why a run has no entry that would have read ``column``."""
+    """Why a run has no entry for a figure that reads ``column``."""
     if run.tokens.layout is None:
         return run.tokens.note
     if not run.tokens.layout.num_layers:

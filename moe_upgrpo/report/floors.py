@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether engine and trainer differ by more than either side from itself: a paired test."""
 
 from collections.abc import Sequence
@@ -100,4 +101,4 @@ def told(found: AgainstFloor) -> str:
     seen = f", more than the largest floor {found.seen}"
     if found.standing == "few":
         return f"{seen}: too few prompts to tell from the floor"
-    return f"{seen}: not to be told from the floor ({found.flips})"
+    return f"{seen}: cannot be told from the floor ({found.flips})"

@@ -1,4 +1,5 @@
-"""A report that is served on this machine's loopback and renewed while its run goes on."""
+# SPDX-License-Identifier: Apache-2.0
+"""A report served on this machine's loopback and renewed while its run goes on."""
 
 import json
 import secrets

@@ -1,4 +1,5 @@
-"""Notes on what is special about a run, and its alarms: before any figure."""
+# SPDX-License-Identifier: Apache-2.0
+"""Notes on a run's peculiarities, and its alarms, shown before any figure."""
 
 from typing import Any
 
@@ -33,7 +34,7 @@ def notes(run: Run) -> list[str]:
 
 
 def unfinished(run: Run) -> str:
-    """Say what is there of a run without a row of a training step, else nothing."""
+    """Describe a run that has no training step yet; empty for any other run."""
     if any(row["step"] > 0 for row in run.rows):
         return ""
     held = f"the token log has {spans(run.tokens.steps)}" if run.tokens.steps else ""

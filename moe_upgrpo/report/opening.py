@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer that a report opens with and a probe ends in: is routing to blame, where, does it
 matter.
 
@@ -109,7 +110,7 @@ def _blame(run: Run) -> tuple[str, str]:
         if found.standing == "few":
             why = f"too few prompts ({found.prompts}) to tell them from {both})"
         else:
-            why = f"they are not to be told from {both}; more {found.seen}; {found.flips})"
+            why = f"they cannot be told from {both}; more {found.seen}; {found.flips})"
         return "Not shown", f"{rate}, but at the analysed steps {why}"
     rate += f", {found.times} the noise floor of {percent(found.floor)}"
     if found.standing == "untested":

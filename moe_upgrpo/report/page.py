@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Put the report together: the store's data, the figures, one HTML file and one JSON file."""
 
 import json
@@ -74,7 +75,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def write_page(runs: list[Run], output: Path) -> Path:
-    """The same of runs that were read."""
+    """Write the report of runs that were loaded already."""
     for run in runs:
         run.tokens.answer_all([*ASKED, *ASKED_FIRST], summed=True)
     answered = {run.label: opening(run) for run in runs}
@@ -152,6 +153,7 @@ def write_page(runs: list[Run], output: Path) -> Path:
                 for run in runs
             ],
         },
+        unbounded=sorted({run.loss for run in runs if run.loss.startswith(("up-", "pro-"))}),
         without_floor={
             side: [run.label for run in runs if not run.is_dense and not has_floor(run, side)]
             for side in FLOOR_SIDES
@@ -250,7 +252,7 @@ def _drawn(figure: Any, data: list[dict[str, Any]]) -> list[tuple[Any, list[dict
 
 
 def _picture(figures: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The picture beside the answer: of those that there are, the one that says most."""
+    """The picture beside the answer: the most informative of those available."""
     for key, caption, title in _PICTURES:
         images = next(figure["images"] for figure in figures if figure["key"] == key)
         for image in images:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A drawing as part of a page: an SVG in its HTML, with real text and the page's colours.
 
 A page that is dark, printed or read aloud needs more than an image: its text is text, its colours
@@ -71,7 +72,7 @@ def _tidy(element: ElementTree.Element, key: str, named: set[str]) -> None:
 
 
 def _written(element: ElementTree.Element) -> str:
-    """An element in HTML's syntax: no prefixes, and no group that groups nothing."""
+    """Write an element in HTML's syntax, without prefixes and empty groups."""
     kind = element.tag.rpartition("}")[2]
     inside = "".join(_written(child) for child in element)
     if kind == "g" and not element.attrib:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drawing: a figure's data to an SVG. Matplotlib without pyplot, so no global state or display."""
 
 import io
@@ -213,7 +214,7 @@ def _draw_line(
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the points; at the ends over those there are."""
+    """Centred mean over about a twentieth of the points, fewer at the ends."""
     window = np.ones(len(values) // 20 | 1)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
     return np.convolve(values, window, mode="same") / counts
@@ -292,7 +293,7 @@ def _share_scale(axes: Axes, smallest: float) -> None:
 
 
 def _measured_and_floors(data: list[dict[str, Any]], key: str, canvas: Figure) -> None:
-    """A legend where there are floors to tell apart."""
+    """Draw a legend where several floors have to be told apart."""
     floors = [entry for entry in data if entry["floor"]]
     if floors:
         named = list(dict.fromkeys(entry["label"] for entry in data if not entry["floor"]))

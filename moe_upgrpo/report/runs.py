@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as the report knows it: its config, environment and metrics, read from the store."""
 
 import gc
@@ -81,9 +82,14 @@ class Run:
         return self.config.get("moe_layers") == []
 
     @property
+    def loss(self) -> str:
+        """The preset's name; empty where the config has none."""
+        return str(self.config.get("loss", ""))
+
+    @property
     def is_probe(self) -> bool:
         """`moe-upgrpo probe` compares engine and trainer and trains nothing."""
-        return str(self.config.get("loss", "")).startswith("none")
+        return self.loss.startswith("none")
 
     @property
     def replay(self) -> str:
@@ -171,7 +177,7 @@ def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Millions of objects that all stay: looking for garbage among them takes as long again."""
+    """Switch the garbage collector off, which would double the time for millions of objects."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The long tables at the end of the page: what was run, and the run in numbers."""
 
 from collections.abc import Callable

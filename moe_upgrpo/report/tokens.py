@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's token log as the report reads it: file by file, the narrow columns."""
 
 import math
@@ -238,7 +239,7 @@ def _layout(about: dict[str, Any]) -> TokenLayout:
 
 
 def _why(error: UserError) -> str:
-    """A file of a newer schema is not damaged: it says which version it is of."""
+    """Say why a file cannot be read: damaged, or of a newer schema, whose version is named."""
     text = str(error)
     return text.split(":")[0] if text.startswith("schema version") else "not readable"
 
@@ -287,7 +288,7 @@ def _gaps(
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Replace NaN and infinities by null, for JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards by the words of `--reward`: [WEIGHT*]NAME[:TEXT], [WEIGHT*]MODULE:FUNCTION."""
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Reward:
 
 
 def register_reward(name: str, function: Callable) -> None:
-    """Give a reward a name for `--reward`. Worker processes import it by its module and name."""
+    """Register a reward under a name for `--reward`. Workers import it by module and name."""
     place = f"{function.__module__}:{function.__qualname__}"
     if not re.fullmatch(r"[\w-]+", name) or (name in REWARDS and REWARDS[name] != place):
         raise UserError(

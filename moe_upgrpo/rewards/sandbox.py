@@ -1,4 +1,5 @@
-"""A Python process for programs that a model wrote, started by `code` as a file of its own.
+# SPDX-License-Identifier: Apache-2.0
+"""A sandboxed Python process for programs that a model wrote, started by `code` as a file.
 
 It reads JOB in its folder, JSON of {"program", "test", "token", "seconds", "memory"}, removes it,
 shuts itself in, runs the program and then the test, and writes the token once both are through.
@@ -125,7 +126,7 @@ def _argument(i: int) -> int:
 
 
 def shut_in(folder: str, *, seconds: int, memory: int) -> None:
-    """Take from this process, for good, what the head of this file says. Raises OSError."""
+    """Drop, for good, this process's rights that the head of this file names. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def must(result: int, what: str) -> int:

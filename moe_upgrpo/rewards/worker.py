@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process in which a reward runs: `python -m moe_upgrpo.rewards.worker MODULE:FUNCTION`.
 
 It reads lines of JSON, each a list of (question, response, row, *text), and answers each with a
@@ -139,7 +140,7 @@ def _number(value: Any, where: str = "") -> float:
 
 
 def said(error: BaseException) -> str:
-    """The error in a line, with the last place in code that is not ours."""
+    """The error in one line, with the last place in the user's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     message = (str(error).strip().splitlines() or [""])[0]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worker processes of one reward, asked many at a time, each answer behind a limit that holds."""
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TOGETHER = 32  # coroutines of a worker
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A reward as it was given: a number, named ones, or (value None) why there is none."""
+    """The outcome of a reward: a number, named ones, or (value None) why there is none."""
 
     value: float | dict[str, float] | None
     why: str = ""
@@ -44,7 +45,7 @@ class Workers:
         self._free: list[_Worker] = [_Worker(place, timeout_s)]  # the error comes at the start
 
     def __call__(self, asked: Sequence[tuple[Question, str, Any, str | None]]) -> list[Outcome]:
-        """An outcome for each (question, response, row, text), in their order."""
+        """Judge each (question, response, row, text); outcomes in the same order."""
         left = deque(enumerate(_as_json(*one) for one in asked))
         outcomes: list[Outcome | None] = [None] * len(left)
         each = TOGETHER if self._free[0].waits else 1
@@ -138,7 +139,7 @@ class _Worker:
         self.waits = told["waits"]
 
     def ask(self, texts: Sequence[str]) -> list[dict] | None:
-        """Replies; None where the process ended, by the limit or by itself."""
+        """The process's reply; None where it ended, by the limit or by itself."""
         # A worker of coroutines holds its limit itself, unless one of them blocks.
         limit_s = self._timeout_s + (2 if self.waits else 0)
         with self._killed_after(limit_s):
@@ -151,7 +152,7 @@ class _Worker:
         return json.loads(reply) if reply.endswith("\n") else None
 
     def renew(self) -> str | None:
-        """Start another process; how the old one ended, None where its time was over."""
+        """Start another process; returns how the old one ended, None where its time was over."""
         by_us = self._ended_by_us
         self._process.kill()
         status = self._process.wait()

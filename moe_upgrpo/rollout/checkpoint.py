@@ -1,4 +1,5 @@
-"""Checkpoint folders as engines read them, and the new weights that they take."""
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint folders for engines, and checks of their new weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The engines by name: one record of each, for all who do not run it, and how each is made.
+# SPDX-License-Identifier: Apache-2.0
+"""The engines by name: a record of each, for code that does not run it, and how each is made.
 
 Nothing outside this folder compares engine names: who must know what an engine is like asks
 `ENGINES`. It imports no engine, and no torch; each engine's module is imported only when it is
@@ -57,7 +58,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """The traits of one engine, as far as somebody asks for them.
+    """The traits of one engine.
 
     Fields:
         title: its name in a sentence.
@@ -185,7 +186,7 @@ ENGINES: dict[str, EngineRecord] = {
 
 
 def register_engine(name: str, record: EngineRecord) -> None:
-    """Give an engine of one's own a name for `--engine`. Raises UserError where it is another's."""
+    """Register an engine under a name for `--engine`. Raises UserError where the name is taken."""
     if ENGINES.get(name, record) != record:
         raise UserError(
             f"register_engine: {name!r} given; allowed: a name that is not taken, as are "

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from a Hugging Face transformers model in this process: the engine that needs no server.
 
 N prompts, B sequences (samples of prompts), A of them unfinished, W padded prompt width,
@@ -371,7 +372,7 @@ def fp8_rounded(weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def no_progress_bar():
-    """Without the bars that transformers draws for every load and save, of milliseconds here."""
+    """Hide the progress bars that transformers draws for every load and save."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTTP client of engines that are servers: one question, or many at once.
 
 It is the standard library's, so that a process which only asks needs none of a server's packages.
@@ -93,7 +94,7 @@ class ServerClient:
             ) from None
 
     def is_alive(self, timeout: float, path: str = "/health") -> bool:
-        """Whether it grants a GET within `timeout` seconds, whatever it says."""
+        """Whether it grants a GET within `timeout` seconds, with any content."""
         try:
             self._exchange(path, None, timeout)
         except (UserError, _Lost):
@@ -142,7 +143,7 @@ class ServerClient:
     def answers(
         self, ask: Ask, bodies: Sequence[Any], *, beat: float
     ) -> Iterator[tuple[int, Any] | None]:
-        """Ask all at once (up to `MAX_REQUESTS`): (i, answer to body i) as it comes.
+        """Send all at once (up to `MAX_REQUESTS`); yields (i, answer to body i) as each arrives.
 
         None comes where no answer did for `beat` seconds: time to see whether the server lives.
         `ask` gets a body and what `call` takes as `opened`; what it raises is raised here. However

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from an SGLang server, started here or given by its URL.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token, N requests.
@@ -467,7 +468,7 @@ class SGLangEngine:
         self._call("/end_weight_update", {})
 
     def _wait_for_version(self, version: int) -> None:
-        """Until the leader's update is through."""
+        """Wait until the leader's update is done."""
         deadline = time.monotonic() + self.timeout
         while (found := self._call("/model_info")["weight_version"]) != self._name(version):
             if found.endswith("-failed") or time.monotonic() > deadline:
@@ -513,7 +514,7 @@ class SGLangEngine:
         return found
 
     def _sign_of_life(self, alive: float) -> float:
-        """When the server last was heard; UserError where that is `timeout` seconds ago."""
+        """The time of the server's last answer; UserError where that is `timeout` seconds ago."""
         if self._client.is_alive(max(alive + self.timeout - time.monotonic(), 0.1)):
             return time.monotonic()
         if time.monotonic() - alive < self.timeout:
@@ -529,7 +530,7 @@ class SGLangEngine:
         return self._client.call(path, body, timeout=timeout or self.timeout, **given)
 
     def _try(self, path: str, body: dict) -> None:
-        """Try what helps others if it works, after a failure that is raised."""
+        """Try a cleanup after a failure, ignoring errors of its own."""
         with suppress(UserError):
             self._call(path, body, min(5.0, self.timeout))
 
@@ -586,7 +587,7 @@ def _num_experts(config) -> int:
 
 
 def _unusable(item: dict) -> str:
-    """Why a response must be sampled again; empty where it is whole and of one version."""
+    """The reason to sample a response again; empty where it is whole and of one version."""
     meta = item["meta_info"]
     reason = meta["finish_reason"]
     spans = meta.get("weight_versions") or []

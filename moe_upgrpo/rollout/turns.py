@@ -1,4 +1,5 @@
-"""Conversations of several turns: the model, the result of a tool, the model again.
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations of several turns: model, tool, model.
 
 A task takes part with `max_turns` above 1, `observe` and `max_observation_tokens`. Each turn is a
 response of the engine to all that came before. In the rollout the tokens of results stand among

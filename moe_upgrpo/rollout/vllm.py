@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from vLLM in this process, beside the trainer.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token, N requests.
@@ -252,7 +253,7 @@ class VLLMEngine:
 
     @contextmanager
     def _whole(self, what: str) -> Iterator[None]:
-        """Refuse an engine in which something failed half-way.
+        """Refuse to go on with an engine in which an update failed half-way.
 
         It holds weights of two versions, or requests that would answer the next call.
         """
@@ -305,7 +306,7 @@ def _import_vllm():
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """Put back what vLLM changes for the whole process, which is the trainer's too.
+    """Restore the process-wide settings that vLLM changes, which the trainer shares.
 
     It seeds and draws from the global generators, and disables `torch.set_num_threads`
     (cpu_worker.py:145).

@@ -1,4 +1,5 @@
-"""Tell how vLLM is installed, and what of it is there, without importing it, or a missing torch."""
+# SPDX-License-Identifier: Apache-2.0
+"""Tell how vLLM is installed, without importing it or a missing torch."""
 
 from __future__ import annotations
 

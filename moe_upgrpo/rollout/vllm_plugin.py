@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes that vLLM 0.32 needs on a CPU: AMX, routed experts, seeds, updates of expert weights.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
@@ -24,7 +25,7 @@ log = logging.getLogger("vllm.moe_upgrpo")  # a child of vLLM's logger: its leve
 
 @cache
 def register() -> bool:
-    """Mend this process's vLLM where it is one known to need it; whether that was done."""
+    """Mend this process's vLLM where its version needs it; returns whether it did."""
     import vllm
     from vllm.platforms import current_platform
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers side by side in as many bits as each needs, most significant first.
 
 Numbers are kept in columns: each operation is on one column of all rows, in words of 64 bits.

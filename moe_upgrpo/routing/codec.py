@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert sets kept whole in few bytes: one side's by rank, the other's as a difference from it.
 
 A K-subset c_1 < … < c_K of E experts is numbered in the combinatorial number system,

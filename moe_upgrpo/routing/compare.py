@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the experts that the rollout engine chose with those that the trainer chose.
 
 What was compared is part of the result (`ComparisonKind`): divergence with each side on its own
@@ -27,7 +28,7 @@ _ROWS_GPU = 1 << 22
 
 
 class ComparisonKind(StrEnum):
-    """Which two sets of routes were compared. Counts of different kinds cannot be added."""
+    """Kinds of comparison, by the two sets of routes; counts of different kinds cannot be added."""
 
     FREE_RUNNING = "free-running"
     """Rollout engine against trainer, each on its own hidden states: earlier flips carry on."""
@@ -55,7 +56,7 @@ class ComparisonKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingCounts:
-    """Counts of what two sides' expert sets have in common, as two histograms.
+    """Counts of the experts that two sides' sets share, as two histograms.
 
     With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K (in a
     noise floor, those of the first and of the second pass of one side):
@@ -202,7 +203,7 @@ class RoutingDivergence(RoutingCounts):
         return torch.where(mismatch_TL.any(dim=-1), mismatch_TL.byte().argmax(dim=-1), -1)
 
     def select(self, tokens: Tensor) -> "RoutingDivergence":
-        """The same comparison of some of its tokens, in one row: ``tokens`` ``[T]`` bool.
+        """The comparison of a selection of tokens, in one row: ``tokens`` ``[T]`` bool.
 
         Raises:
             UserError: a mask of another shape, or one that leaves no valid token.

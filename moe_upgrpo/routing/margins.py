@@ -1,4 +1,5 @@
-"""Distance of a router's choice of experts from another one: N tokens, E experts in G groups."""
+# SPDX-License-Identifier: Apache-2.0
+"""Margins of a router's choice of experts: N tokens, E experts in G groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rows of expert ids as sets: in ascending order, equal or not, what one has and another not.
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of expert ids as sets: sorted, compared, subtracted.
 
 numpy and torch do a row at a time along the last axis, some 80 ns to sort eight ids. Here each
 operation is on one column of all rows, which a CPU does for 16 to 64 rows in one instruction.

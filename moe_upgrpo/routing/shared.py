@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many experts two rows share, counted in the way that is quickest where the rows are.
 
 Shape suffixes: R rows = (token, layer) pairs, K experts per row.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many experts two rows share, in one kernel that reads each id once: Triton.
 
 For at most 16 experts per row of at most 1,024. `moe_upgrpo.routing.shared` has the plain form.

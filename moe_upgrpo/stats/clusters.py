@@ -1,4 +1,5 @@
-"""Ratios of sums over prompts, with intervals that take the prompt as what was drawn.
+# SPDX-License-Identifier: Apache-2.0
+"""Ratios of sums over prompts, with intervals by prompt.
 
 The responses to a prompt share its difficulty, and the tokens of a response every earlier mismatch,
 so neither tokens nor sequences are independent: prompts are. A figure is a ratio of sums,
@@ -162,7 +163,7 @@ def ratio_interval(
 
 
 def unseen_bound(denominators_P: np.ndarray, *, confidence: float = 0.95) -> float:
-    """The upper end of the interval of a share of which nothing was seen; the lower one is 0.
+    """The upper end of the interval of a share that was never seen; the lower one is 0.
 
     Prompts' shares are taken to spread by `UNSEEN_SPREAD` times their mean r, as a gamma
     distribution does. None is then seen of d_p with probability (1 + c² r d_p)^(−1/c²), which of

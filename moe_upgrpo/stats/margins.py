@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a difference is above zero, below it, or so small that it does not matter.
 
 A difference that is "not significant" may be of any size. To say that two arms are equal takes a
@@ -50,7 +51,7 @@ class Difference:
 def judge(
     differences: Sequence[Difference], claimed: Claimed, margin: float, *, alpha: float = 0.05
 ) -> list[Found]:
-    """Say of each difference of one claim what it shows.
+    """Judge what each difference of one claim shows.
 
     Three tests each, with Holm's correction over the claim's differences: *equal* where it lies
     within ± margin; else *holds* and *fails*. "more": above 0, or below it. "not less" ("not

@@ -1,4 +1,5 @@
-"""The checkpoints that a run is resumed from: each a folder that is whole or not there.
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints that a run is resumed from, each a folder that is whole or absent.
 
 A checkpoint is written into a folder whose name begins with a dot, gets a manifest of its files,
 and becomes whole by one rename. Who writes what into it, this module does not know.
@@ -61,7 +62,7 @@ class Checkpoints:
                 _remove(path)
 
     def all(self) -> list[Path]:
-        """The whole checkpoints, the oldest first; names that are nearly theirs are not."""
+        """The whole checkpoints, the oldest first; folders with similar names are left out."""
         found = {step_of(path): path for path in self.folder.glob("state-*/")}
         return [path for step, path in sorted((s, p) for s, p in found.items() if s is not None)]
 
@@ -78,7 +79,7 @@ def _remove(path: Path) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint's folder by its name; None where the name is none of ours."""
+    """The step in the name of a checkpoint's folder; None for any other name."""
     digits = path.name.removeprefix("state-")
     if not re.fullmatch(r"[0-9]{6,}", digits) or path.name != f"state-{int(digits):06d}":
         return None

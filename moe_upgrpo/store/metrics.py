@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of metrics.jsonl: what each means, what it is divided by and its unit.
 
 A row is one training step: "step" and these keys. Eval keys appear only at evaluated steps; step 0

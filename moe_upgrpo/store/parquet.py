@@ -1,4 +1,5 @@
-"""Parquet files of which no flipped bit goes unseen.
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet files in which every flipped bit is noticed.
 
 Each page carries its checksum, which Parquet defines and other readers know; a page's header and
 the file's footer carry none. So the schema's metadata has, under ``moe_upgrpo.checksums``, the
@@ -40,7 +41,7 @@ def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
 
 
 def opened(file: Path, mode: str = "rb") -> pa.OSFile:
-    """A file as pyarrow reads and writes it. By the bytes of its name, which need not be UTF-8."""
+    """Open a file for pyarrow, by the bytes of its name, which need not be UTF-8."""
     return pa.OSFile(os.fsencode(file), mode)
 
 
@@ -71,7 +72,7 @@ def read_checked(
 
 
 def column_names(file: Path) -> list[str]:
-    """The columns of a Parquet file, none of which is read. Raises as `read_checked`."""
+    """The names of a Parquet file's columns, without reading them. Raises as `read_checked`."""
     with _damage_named(), opened(file) as source:
         return pq.read_schema(source).names
 
@@ -135,7 +136,7 @@ def _kind(field: pa.Field) -> str:
 
 
 def _array(array: pa.Array, start: int) -> int:
-    """CRC-32 of what an array says, however its buffers lie; after ``start``."""
+    """CRC-32 of an array's values, whatever its buffers' layout, continued from ``start``."""
     found = zlib.crc32(f"{len(array)},{array.null_count}".encode(), start)
     if array.null_count:
         found = _bits(array.is_valid(), found)

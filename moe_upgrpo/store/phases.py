@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The phases of a step, and the times that rows of metrics have of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An array that lies in memory in pieces, one after the other: N rows in all."""
 
 from __future__ import annotations

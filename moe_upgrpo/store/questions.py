@@ -1,4 +1,5 @@
-"""Questions to a token log: a quantity, group by group, with intervals by prompt.
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to a token log: a quantity in each group, with intervals by prompt.
 
 ``rate(table, "clipped", by="own")`` is the clip fraction as a function of the token's own
 mismatched layers. Every answer is a ratio of sums over tokens (or routers), with an interval that
@@ -412,7 +413,7 @@ def _needs_layers(layout: TokenLayout) -> None:
 
 
 def _rows(table: pa.Table, names: tuple[str, ...]) -> None:
-    """Raise UserError where a column of a question is not there, or no row has all of them."""
+    """Raise UserError where a question's column is missing, or no row has all of them."""
     wanted = list(dict.fromkeys(names))
     if missing := [name for name in wanted if name not in table.column_names]:
         raise UserError(

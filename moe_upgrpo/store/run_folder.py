@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder that a run leaves.
 
 config.json, env.json, metrics.jsonl, vocabulary.parquet, tokens/, evaluations/ and checkpoints/.
@@ -122,7 +123,7 @@ class RunFolder:
         return hashlib.sha256(self.config_path.read_bytes()).hexdigest()
 
     def memory(self) -> dict[str, Any]:
-        """Facts that the run keeps of itself; empty of one that an older version wrote."""
+        """Facts that the run keeps about itself; empty for a run of an older version."""
         return _read_json(self.memory_path) if self.memory_path.is_file() else {}
 
     def edits(self) -> dict[str, list[Any]]:
@@ -135,12 +136,12 @@ class RunFolder:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def remember_state(self, step: int) -> None:
-        """Keep that a state of the step was made whole: were it removed, `--resume` would know."""
+        """Record that the step's state was completed, so that `--resume` notices its removal."""
         if memory := self.memory():
             _write_json(self.memory_path, memory | {"last_state": step})
 
     def last_logged(self) -> int:
-        """The last step of which anything was logged; 0 where no step was trained."""
+        """The last step with any log; 0 where no step was trained."""
         rows = _parse_metrics(self.metrics_path) if self.metrics_path.exists() else []
         return max(
             [step for _, step in token_files(self.tokens)] + [row["step"] for row in rows] + [0]
@@ -148,7 +149,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other jobs out of the folder while this process lives; UserError where one is in.
+        """Lock the folder while this process lives; UserError where another job has it.
 
         The lock is of the process: it ends with it, however that ends.
         """
@@ -238,7 +239,7 @@ class RunFolder:
 
 
 def is_being_written(path: str | Path) -> bool | None:
-    """Whether a process of this machine holds the run's lock; None where there is none to ask."""
+    """Whether a process of this machine holds the run's lock; None without a lock file."""
     try:
         with (Path(path) / ".lock").open("rb") as file:
             asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -287,7 +288,7 @@ def has_plain_metrics(path: str | Path) -> bool:
 
 
 def rows_so_far(path: str | Path) -> list[dict[str, Any]]:
-    """As `read_metrics`, of a run that may not have come to its first row: none then."""
+    """As `read_metrics`, but empty for a run without a first row yet."""
     file = Path(path) / "metrics.jsonl"
     return _parse_metrics(file) if file.exists() else []
 

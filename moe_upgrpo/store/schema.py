@@ -1,4 +1,5 @@
-"""The token log's schema: its columns, its levels, and what each file says of its model.
+# SPDX-License-Identifier: Apache-2.0
+"""The token log's schema: its columns, its levels, and each file's facts about its model.
 
 L MoE layers, K experts per token (top-k), S and S′ the expert sets of the engine and the trainer.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A question answered part by part: a token log need not fit into memory.
 
 A log is read twice. The first time (`Question.look`) values are counted, for bins with about
@@ -298,7 +299,7 @@ def mismatches_by_layer(
 def answer(
     questions: Iterable[Any], parts: Callable[[Collection[str]], Iterable[pa.Table]]
 ) -> None:
-    """Read the parts, twice where a question looks first, and give them to every question.
+    """Pass the parts to every question, twice where a question looks first.
 
     questions: `Question`s, or others that `add` a part. parts: given the names of columns, yields
         tables that have them.

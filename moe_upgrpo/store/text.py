@@ -1,4 +1,5 @@
-"""Text that others wrote, as a page or a terminal may have it."""
+# SPDX-License-Identifier: Apache-2.0
+"""Text of others, made safe for a page or a terminal."""
 
 from typing import Any
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing the token log: one row per response token, a Parquet file for each step and rank.
 
 Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.

@@ -1,4 +1,5 @@
-"""Whether mathematical answers are equal, by math-verify in a process that may be killed."""
+# SPDX-License-Identifier: Apache-2.0
+"""Equality of mathematical answers, by math-verify in a process that may be killed."""
 
 import json
 import signal
@@ -88,7 +89,7 @@ class MathVerifier:
 
 
 def _answered(worker: subprocess.Popen, request: str) -> str | None:
-    """The line that it replies; None where it ends, or is killed after `ANSWER_S`.
+    """The process's reply, one line; None where it ends, or is killed after `ANSWER_S`.
 
     Killed: a worker that is stopped takes no request that is longer than the pipe either.
     """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks of your own: `--task module:Class`, or by the name that a plug-in gave one."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NEEDED = (
 
 
 def register_task(name: str, make: Callable[..., Task]) -> None:
-    """Give a task a name for `--task`."""
+    """Register a task under a name for `--task`."""
     if name in TASKS and TASKS[name] is not make:
         raise UserError(f"register_task: {name!r} is taken; taken are {', '.join(TASKS)}")
     TASKS[name] = make

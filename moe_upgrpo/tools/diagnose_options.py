@@ -1,22 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `moe-upgrpo diagnose`, without what a diagnosis needs to run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.engines import check_engine
 from moe_upgrpo.train.parts import at_least
 
 _WAYS = (
-    "give a run folder (moe-upgrpo diagnose RUN), a checkpoint (--model DIR --prompts FILE), or "
-    "dumps of both sides (--rollout-routes A --train-routes B --num-experts E, --rollout-logp and "
-    "--train-logp with them or in their place)"
+    "name a run folder (moe-upgrpo diagnose RUN), route dumps of the engine and the trainer "
+    "(moe-upgrpo diagnose ENGINE.npy TRAINER.npy --num-experts E; --rollout-logp and --train-logp "
+    "with them or alone), or a checkpoint (--model DIR --prompts FILE)"
 )
 
 
@@ -24,8 +28,12 @@ _WAYS = (
 class DiagnoseConfig:
     """Say why a rollout engine and the trainer differ, and whether it is too much."""
 
-    run: Positional[Path | None] = None
-    """A run folder, of this trainer or of any stack with its routing log."""
+    run: Annotated[Positional[Path | None], arg(metavar="[RUN|ENGINE.npy]")] = None
+    """A run folder, of this trainer or of any stack with its routing log; or the engine's route
+    dump, with the trainer's after it."""
+    trainer: Annotated[Positional[Path | None], arg(metavar="[TRAINER.npy]")] = None
+    """The trainer's route dump, after the engine's: the same as --rollout-routes and
+    --train-routes."""
     model: Path | None = None
     """Hugging Face checkpoint folder with its tokenizer: docs/models.md."""
     trust_remote_code: bool = False
@@ -71,9 +79,11 @@ class DiagnoseConfig:
     contribute: Path | None = None
     """Append a checkpoint's measurement to FILE, as a row of the calibration table."""
     output_dir: Path | None = None
-    """Where diagnosis.html and diagnosis.json go. None: the run's folder, else runs/diagnose."""
+    """Where diagnosis.html and diagnosis.json go. None: the run's folder, else
+    runs/diagnose-DATE-TIME."""
 
     def __post_init__(self):
+        self._take_two_dumps()
         self._check_way()
         names = ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples")
         at_least(self, 1, *names)
@@ -91,10 +101,39 @@ class DiagnoseConfig:
         """Whether dumps are diagnosed."""
         return any((self.rollout_routes, self.train_routes, self.rollout_logp, self.train_logp))
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Where the diagnosis goes."""
-        return self.output_dir or self.run or Path("runs/diagnose")
+        """Where the diagnosis goes: a new folder, unless one is named or a run is diagnosed."""
+        if named := self.output_dir or self.run:
+            return named
+        started = f"diagnose-{datetime.now():%Y%m%d-%H%M%S}"
+        names = (started + f"-{n}" * (n > 1) for n in count(1))
+        return next(path for name in names if not (path := Path("runs") / name).exists())
+
+    def _take_two_dumps(self) -> None:
+        """Two files without options are the engine's and the trainer's routes."""
+        engine, trainer = self.run, self.trainer
+        if trainer is None:
+            if engine is not None and engine.is_file():
+                raise UserError(
+                    f"{engine} is a file. For a run name its folder; for route dumps name both: "
+                    "moe-upgrpo diagnose ENGINE.npy TRAINER.npy --num-experts E."
+                )
+            return
+        if folders := [str(x) for x in (engine, trainer) if x.is_dir()]:
+            raise UserError(
+                f"{' and '.join(folders)}: a folder where a route dump is needed. One run folder "
+                "is diagnosed at a time; to show several runs beside each other: moe-upgrpo "
+                "report RUN RUN."
+            )
+        if self.of_dumps and (self.rollout_routes or self.train_routes):
+            raise UserError(
+                f"{engine} and {trainer} are routes of both sides, and --rollout-routes or "
+                "--train-routes names others: leave one of the two out."
+            )
+        object.__setattr__(self, "run", None)
+        object.__setattr__(self, "rollout_routes", engine)
+        object.__setattr__(self, "train_routes", trainer)
 
     def _check_way(self) -> None:
         of_model = self.model is not None or self.prompts is not None
@@ -122,7 +161,9 @@ class DiagnoseConfig:
         if self.rollout_routes is not None and self.num_experts is None:
             raise UserError("--num-experts is missing: how many experts each layer has.")
         if self.dump_samples is not None and not self.of_dumps:
-            raise UserError("--dump-samples goes with dumps; a run and a checkpoint say it.")
+            raise UserError(
+                "--dump-samples goes with dumps; a run or a checkpoint knows its groups."
+            )
         for name in ("minutes", "contribute"):
             if getattr(self, name) is not None and not of_model:
                 raise UserError(f"--{name} goes with a checkpoint: --model DIR --prompts FILE.")

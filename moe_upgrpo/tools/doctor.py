@@ -1,4 +1,5 @@
-"""`moe-upgrpo doctor`: what is installed, what of it a run would use, and how to get the rest.
+# SPDX-License-Identifier: Apache-2.0
+"""`moe-upgrpo doctor`: the installed packages, which of them a run would use, how to get others.
 
 Packages are looked up, not imported (but torch and Megatron-Core, to see that they can be), so that
 one that is broken is found and does no harm.
@@ -193,7 +194,7 @@ def _code_paths() -> dict[str, str]:
 
 
 def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
-    """Where they are installed they are used, or not at all; none is required."""
+    """Packages for GPUs, used where installed and never required."""
     here = "" if cuda else " (needs an NVIDIA GPU; this machine has none)"
     items = [_transformer_engine(installed, here)]
     version = installed.version("flash-attn")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rollout engine and the Megatron trainer on one checkpoint, as probe and diagnose start them."""
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def start_actor(options: PairOptions, dtype: str | None = None) -> MegatronActor
 
 
 def read_lines(options: PairOptions) -> list[str]:
-    """The prompts as they are written, one a line."""
+    """The prompts of a file, one a line."""
     try:
         lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
@@ -59,7 +60,7 @@ def read_lines(options: PairOptions) -> list[str]:
 
 
 def read_prompts(options: PairOptions, actor: MegatronActor) -> list[np.ndarray]:
-    """The token ids of each line, checked against the model's positions."""
+    """The token ids of each prompt, checked against the model's number of positions."""
     tokenizer = read_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     prompts = [np.array(tokenizer(line).input_ids) for line in read_lines(options)]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -97,7 +98,7 @@ def start_engine(
 def sampled(
     options: PairOptions, prompts: Sequence[np.ndarray], engine: Engine
 ) -> tuple[list[Rollout], list[Sample]]:
-    """The engine's responses to the prompts, and the same tokens as the trainer takes them."""
+    """The engine's responses to the prompts, and the same tokens as samples for the trainer."""
     sampling = SamplingConfig(
         temperature=options.temperature, max_new_tokens=options.max_new_tokens
     )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo plan`: what a run needs of each GPU, computed before a GPU is asked for it.
 
 The model's parts are counted in the model that each rank would build (`moe_upgrpo.megatron.plan`);
@@ -86,7 +87,7 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """The plan of a config; UserError where the run would be refused or nothing can be said."""
+    """Make the plan of a config; UserError where the run would be refused or is not covered."""
     start, trainer = config.start, config.trainer
     layout = config.layout(config.ranks)
     hf = _model_config(start.model or start.tiny)
@@ -174,7 +175,7 @@ def _lengths(config: PlanConfig) -> tuple[int, int]:
 
 
 def _in_process(config: PlanConfig) -> bool:
-    """Whether each rank has an engine, and a copy of the model in it, of its own."""
+    """Whether each rank has its own engine, with its own copy of the model."""
     rollouts = config.rollouts
     place = ENGINES[rollouts.engine].place(rollouts.engine_url)
     return rollouts.load_rollouts is None and place == "each rank"
@@ -242,7 +243,7 @@ def _moments(
     score: MicroBatch,
     length: int,
 ) -> dict[str, Bytes]:
-    """Bytes that come on top of what is held, at each moment of a step."""
+    """Bytes beyond the permanent ones, at each moment of a step."""
     trainer, rollouts = config.trainer, config.rollouts
     given = dict(dtype=trainer.dtype)
     sequences = _sequences(config, layout)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure how far engine and trainer differ on the same weights, without any training."""
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _intervals(run: RunFolder) -> dict[str, Rate]:
 
 
 def _intervals_of_dumps(counts: RoutingDivergence, group: int | None) -> dict[str, Rate]:
-    """The same of two dumps, if it is said which of their sequences share a prompt."""
+    """Intervals of two dumps, where `group` says which of their sequences share a prompt."""
     if group is None:
         return {}
     shape = list(counts.valid.shape)

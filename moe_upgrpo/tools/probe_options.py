@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `moe-upgrpo probe`, without what a probe needs to run."""
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class ProbeConfig:
             )
         if self.dump_samples is not None and self.rollout_routes is None:
             raise UserError(
-                "--dump-samples is of two dumps: with a model, --samples says how many responses "
-                "a prompt has."
+                "--dump-samples goes with two dumps: with a model, --samples says how many "
+                "responses a prompt has."
             )
         names = ("samples", "max_new_tokens", "micro_batch", "num_experts", "dump_samples")
         at_least(self, 1, *names)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps of other programs: expert ids or log-probs in .npy, .npz or torch files.
 
 A dump may come from a stranger: nothing in it is run (no pickled objects, torch's restricted
@@ -99,7 +100,7 @@ def _read(path: Path, name: str) -> Any:
 
 
 def _chosen(names: list, wanted: str) -> list:
-    """The name to take of several."""
+    """Choose one of several names in a file."""
     if len(names) == 1 or wanted in names:
         return names if len(names) == 1 else [wanted]
     shown = ", ".join(map(str, names)) or "nothing"

@@ -1,4 +1,5 @@
-"""Everything of a start that can be checked before a rank is: options, folders, files."""
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a start that need no rank: options, folders, files."""
 
 from __future__ import annotations
 

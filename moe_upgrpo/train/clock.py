@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds of a step by phase, and how many of them a rank only waited."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Options as tyro reads them, with one line for a mistake in the place of its box."""
+# SPDX-License-Identifier: Apache-2.0
+"""Options read by tyro, with a one-line message for a mistake instead of tyro's box."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run's configuration, checked before anything starts. Imports no Megatron."""
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class TrainConfig:
         return cls().but(**options)
 
     def but(self, **options: Any) -> Self:
-        """Make a copy in which some options, by the same names, have other values."""
+        """Make a copy with other values of some options, by the same names."""
         given: dict[str | None, dict[str, Any]] = {}
         for name, value in options.items():
             given.setdefault(_PART_OF.get(name), {})[name] = value
@@ -64,7 +65,7 @@ class TrainConfig:
         return replace(self, **own, **parts)
 
     def flat(self) -> dict[str, Any]:
-        """All options by the same names, as config.json has them."""
+        """All options as a flat mapping, as config.json has them."""
         return {
             name: _kept(value)
             for part in _PARTS
@@ -187,7 +188,7 @@ class TrainConfig:
 
     @property
     def stop_ratio(self) -> float | None:
-        """Limit of the ratios' distance from 1 in an epoch for another one; None: any."""
+        """Largest mean |ratio − 1| of an epoch after which another one follows; None: any."""
         asked = self.terms.stop_ratio
         if asked is None and self.objective.loss.endswith("ppo-early-stop"):
             return 0.25
@@ -199,7 +200,7 @@ class TrainConfig:
         return self.log.reference_kl or self.terms.kl_coef > 0
 
     def layout(self, world_size: int) -> Layout:
-        """The layout on `world_size` ranks, with all checked that can be before the start."""
+        """The layout on `world_size` ranks, checked as far as possible before the start."""
         # Where a run is resumed, its config.json names the model.
         tiny = self.start.model is None or self.run.resume is not None
         model = self.start.model

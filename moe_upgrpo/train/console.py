@@ -1,4 +1,5 @@
-"""A console whose reader may go, as `| head` does once it has seen enough."""
+# SPDX-License-Identifier: Apache-2.0
+"""A console that survives the end of its reader, such as `| head`."""
 
 from __future__ import annotations
 

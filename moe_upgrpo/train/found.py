@@ -1,4 +1,5 @@
-"""Where a run is continued: its newest checkpoint, found and judged before a rank is started."""
+# SPDX-License-Identifier: Apache-2.0
+"""The newest checkpoint of a run, found and checked before a rank is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Memory that the process freed, given back to the system."""
+# SPDX-License-Identifier: Apache-2.0
+"""Return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from functools import cache
 
 
 def give_back() -> None:
-    """Return to the system what lies free in the C library's heap; once a step, milliseconds.
+    """Return free memory of the C library's heap to the system; takes milliseconds, once a step.
 
     Each step allocates tensors of other sizes, as responses have other lengths, between weights
     that stay: the holes that are left fit the next step badly, and the heap grows by hundreds of kB

@@ -1,4 +1,5 @@
-"""One rank's view of a training run: the objects that `train.loop` puts in order."""
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's objects for a training run, which `train.loop` calls in order."""
 
 from __future__ import annotations
 

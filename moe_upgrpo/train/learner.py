@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's side of a step: old log-probs, analyses, and the optimizer steps on a batch."""
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Learner:
         )
 
     def keep_behind(self) -> None:
-        """Keep the weights of now beside those that the update makes."""
+        """Keep a copy of the current weights beside those that the update makes."""
         if self.behind is not None:
             self.behind.take_weights(self.actor)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop, on one screen; what it stands on is built in `moe_upgrpo.train.start`."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The options of a run read: from YAML files, a run folder and the command line, into its words.
+# SPDX-License-Identifier: Apache-2.0
+"""Options of a run from YAML files, a run folder and the command line, as command-line words.
 
 tyro reads the words; what is wrong with a value it says, whichever way the value came.
 """
@@ -123,7 +124,7 @@ NOT_SUPPORTED = {
 
 
 def check_supported(arguments: Sequence[str]) -> None:
-    """Raise UserError where an option asks for what other stacks have and this one has not."""
+    """Raise UserError for options of other stacks that this one lacks."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name in NOT_SUPPORTED:
@@ -199,7 +200,7 @@ def file_arguments(path: Path) -> list[str]:
 
 
 def read_yaml(path: Path, make: Callable[[dict], T], *, named: str, needed: str) -> T:
-    """Make something, by `make`, of the mapping in a YAML (or JSON) file.
+    """Read the mapping in a YAML (or JSON) file and pass it to `make`.
 
     Raises UserError that begins with `named`: the file cannot be read, holds no mapping (`needed`
     says of what) or a field twice, or `make` refuses it.
@@ -218,7 +219,7 @@ def read_yaml(path: Path, make: Callable[[dict], T], *, named: str, needed: str)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without fields that stand there twice, of which the last would win silently."""
+    """YAML that refuses duplicate fields, of which the last would win silently."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of a training run by theme, each declared, documented and checked in its part.
 
 What concerns two parts is checked in `moe_upgrpo.train.config`. Imports no Megatron.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--policy.NAME VALUE`: every field of `PolicyLossConfig` as an option over the preset's value.
 
 The options are made of the config's own fields: what a loss adds there is an option at once.
@@ -35,7 +36,7 @@ _shown_loss: ContextVar[str | None] = ContextVar("shown_loss", default=None)
 
 @contextmanager
 def help_for(loss: str) -> Iterator[None]:
-    """Inside, `--help` says what the options come to with that preset."""
+    """Inside, `--help` shows the options' values under that preset."""
     token = _shown_loss.set(loss)
     try:
         yield
@@ -117,7 +118,7 @@ PolicyOptions = _options(PolicyLossConfig)
 
 
 def asked(options: PolicyOptions) -> dict[str, Any]:
-    """The options that are not left to the preset."""
+    """The options that were set, not left to the preset."""
     return {name: value for name, value in asdict(options).items() if value != PRESET}
 
 

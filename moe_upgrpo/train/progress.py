@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as a person sees it: one live line on a terminal, plain lines elsewhere; rank 0 only."""
 
 from __future__ import annotations

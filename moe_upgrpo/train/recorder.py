@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Evaluation:
     most_problems: int
 
     def why_not(self) -> str | None:
-        """Say why there is none, if so."""
+        """Why there is no evaluation; None where there is one."""
         if self.engine is None:
             return "rollouts are loaded: no evaluation"
         return None if self.task.heldout_problems() else "no --eval-data: no evaluation"
@@ -80,7 +81,7 @@ class Recorder:
             self.token_log.write(step, record.token_rows(), record.prompts())
 
     def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
-        """Sum the step's metrics over the ranks, evaluate where it is due, write and give a row."""
+        """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""
         with clock("logging"):
             heap.give_back()
             metrics = finish(
@@ -124,7 +125,7 @@ class Recorder:
             self.tracking.log(row)
 
     def finish(self) -> None:
-        """Write the report, say what came of the run."""
+        """Write the report and print the summary."""
         self.token_log.settle()
         groups.from_rank_0(None)  # every rank's rows are there for the report
         if self.place.rank:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rollouts of each step: sampled, sampled ahead or loaded, judged, and kept in groups."""
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class Rollouts:
         return problems, mine
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Nothing is trained on that other weights have sampled than those meant."""
+        """Refuse rollouts that other weights than the expected ones have sampled."""
         expected = step - 1 - self.stale(step)
         expected -= expected % self.engine_every
         for i, rollout in enumerate(rollouts):

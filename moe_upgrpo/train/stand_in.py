@@ -1,4 +1,5 @@
-"""A tiny model of another's architecture, to try that one's config with on a CPU."""
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model of another's architecture, to try its config on a CPU."""
 
 from __future__ import annotations
 

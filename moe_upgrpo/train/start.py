@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a training run: ranks, model, engine, task and run folder, put together once."""
 
 from __future__ import annotations
@@ -350,7 +351,7 @@ def _rewarded(task: Task, rewards: Sequence[str], config: TrainConfig) -> Task:
 
 
 def _say_of_model(start: StartOptions, ranks: _Ranks) -> None:
-    """Say what is to be known of a given model; refuse it before the problems are read."""
+    """Print notes on a given model, or refuse it before the problems are read."""
     hf = read_model_config(start.model)
     with Weights(start.model, tied=is_tied(hf)) as weights:
         if note := weights.note():

@@ -1,4 +1,5 @@
-"""When a run's state is kept, and when the run ends because a signal asked for it."""
+# SPDX-License-Identifier: Apache-2.0
+"""Saving of a run's state, when it is due and when a signal ends the run."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of a run that a signal asks for: by preemption on a cluster, or Ctrl-C.
 
 A step is made of parts in which every rank waits for others. So the ranks agree at two places of a
@@ -22,7 +23,7 @@ LOOK_S = 1.0  # how often for the launcher
 
 
 class GivenUp(BaseException):
-    """Work that was given up on for a signal. No Exception: nobody handles it as a failure."""
+    """Work given up because of a signal; no Exception, so that nothing handles it as a failure."""
 
 
 class Stopping:
@@ -71,7 +72,7 @@ class Stopping:
                 self.ask(heard[0])
 
     def _look(self) -> None:
-        """Stop where the launcher was killed, which can pass nothing on: no rank goes on unseen."""
+        """Stop where the launcher was killed and can pass no signal on."""
         while not self._left.wait(LOOK_S):
             if ending.launcher_is_gone():
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -85,7 +86,7 @@ class Stopping:
         self._limit.start()
 
     def agree(self, number: int) -> None:
-        """Take over what another rank was asked by, for the message and the status."""
+        """Take over the signal that another rank got, for the message and the status."""
         self._asked_for(number)
 
     def _late(self) -> None:

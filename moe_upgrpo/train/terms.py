@@ -1,4 +1,5 @@
-"""KL and entropy terms of a run: what each step's loss and rewards get of them, and their state.
+# SPDX-License-Identifier: Apache-2.0
+"""KL and entropy terms of a run: their part in each step's loss and rewards, and their state.
 
 T response tokens of a sequence, B sequences of this data-parallel rank.
 """
@@ -90,7 +91,7 @@ class Terms:
             self.reference.take_weights(actor)
 
     def end_step(self, row: Mapping[str, float | None]) -> None:
-        """Hear of a step's metrics; None is a number that is none."""
+        """Keep a step's entropy, from which α follows; None: it was not finite."""
         if self.control is not None:
             entropy = row[ENTROPY]
             self.entropies.append(math.nan if entropy is None else entropy)

@@ -1,4 +1,5 @@
-"""Metrics for TensorBoard and Weights & Biases, beside metrics.jsonl; written by rank 0."""
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics for TensorBoard and Weights & Biases, beside metrics.jsonl, written by rank 0."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class _Writer(Protocol):
 def check(names: Sequence[Tracker]) -> None:
     """Raise UserError for trackers that do not go together or are not installed."""
     if "none" in names and len(set(names)) > 1:
-        raise UserError(f"track={' '.join(names)}: none goes with no other.")
+        raise UserError(f"track={' '.join(names)}: none cannot be combined with others.")
     missing = [n for n in names if n != "none" and importlib.util.find_spec(n) is None]
     if missing:
         raise UserError(
@@ -69,7 +70,7 @@ class Tracking:
 
 
 def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of the finite numbers in a row, those inside of lists and dicts as well."""
+    """(name, value) of the finite numbers in a row, also of those inside lists and dicts."""
     for name, value in row.items():
         if hasattr(value, "tolist"):  # numpy and torch
             value = value.tolist()

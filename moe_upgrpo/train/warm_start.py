@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny Qwen3-MoE, and its supervised warm start to a middling accuracy.
 
 RL needs a model that is right sometimes. The warm start makes one from nothing with plain
@@ -99,12 +100,12 @@ def warm_start(
     cache_dir: str | Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The folder of a warm-started Hugging Face checkpoint with tokenizer, made if not there.
+    """Make a warm-started Hugging Face checkpoint with tokenizer, unless it exists; its folder.
 
     Its name is a hash of everything that makes it: settings, model, task, this recipe's code and
     the versions of torch and transformers. It is complete or absent: written elsewhere, then
     renamed. `warm_start.json` in it says how it was made and what it reached. `progress` gets a
-    line every 50 steps.
+    line before, and one every 50 steps.
 
     Raises UserError if `max_steps` do not reach the target.
     """
@@ -120,6 +121,11 @@ def warm_start(
     if folder.exists():
         return folder
 
+    progress(
+        "warm start: RL needs a model that is right sometimes, so a tiny one is made and taught by "
+        f"examples until pass@1 is {settings.target_pass_at_1:g}: {settings.max_steps:,} steps at "
+        f"most, some 400 (a minute or two) by default, and only this once; kept in {cache_dir}"
+    )
     model, reached = _train(task, model_config, settings, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -187,7 +193,8 @@ def _train(
             reached = {"step": step, "loss": loss.item()} | expected_accuracy(model, task, probe)
             line = (
                 f"warm start: step {step}, loss {loss.item():.3f}, on training problems "
-                f"pass@1 {reached['pass@1']:.3f}, greedy {reached['greedy']:.3f}"
+                f"pass@1 {reached['pass@1']:.3f} (aim {settings.target_pass_at_1:g}), "
+                f"greedy {reached['greedy']:.3f}"
             )
             if reached["pass@1"] >= settings.target_pass_at_1:
                 progress(line)

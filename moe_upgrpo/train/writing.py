@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token log written by a thread of its own, while the next step goes on."""
 
 from __future__ import annotations

@@ -209,10 +209,10 @@ def test_the_noise_floor_beside_the_mismatch_of_the_same_steps(tmp_path):
         (12, [1] * 10, [0] * 12, "10 of 48, above the floor (more than the largest floor in 10 of "
          "12 prompts and fewer in 0; sign flips by prompt, p = 0.001)."),
         (12, [1], [0] * 12, "1 of 48, more than the largest floor in 1 of 12 prompts and fewer in "
-         "0: not to be told from the floor (sign flips by prompt, p = 0.5)."),
+         "0: cannot be told from the floor (sign flips by prompt, p = 0.5)."),
         (12, [2, 2, 2, 2, 2, 2], [1] * 6 + [1] * 6, "12 of 48, no more than the largest floor."),
         (12, [2, 2, 2, 2, 2, 2], [1] * 6, "12 of 48, more than the largest floor in 6 of 12 "
-         "prompts and fewer in 0: not to be told from the floor (sign flips by prompt, p = "
+         "prompts and fewer in 0: cannot be told from the floor (sign flips by prompt, p = "
          "0.016)."),
         (7, [2] * 7, [1], "14 of 28, more than the largest floor in 7 of 7 prompts and fewer in 0: "
          "too few prompts to tell from the floor."),

@@ -16,6 +16,7 @@ from moe_upgrpo.store import RunFolder
 from moe_upgrpo.tools.diagnose import expected, verdict
 from moe_upgrpo.tools.diagnose.command import diagnose
 from moe_upgrpo.tools.diagnose_options import DiagnoseConfig
+from moe_upgrpo.train.command_line import parsed
 from tests.ranks import run_command
 
 
@@ -50,7 +51,7 @@ def test_two_dumps_in_a_command_and_what_a_remedy_removed(tmp_path):
     assert about == "Diagnosis of dumps of 20 sequences"
     assert said[0].startswith("Engine and trainer choose other experts in 9")
     assert said[1].startswith("The cause is that one side's rows belong to the token before or")
-    assert said[2].startswith("What is left without that, ")
+    assert said[2].startswith("With that mended ")
     found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert found["first_cause"] == "row-off-by-one" and found["sentences"] == said[:3]
     first = found["findings"][0]
@@ -174,17 +175,42 @@ def test_that_nothing_was_seen_is_below_what_is_expected_only_of_much(tmp_path):
     few, said = of(1)
     bound = (0.025 ** (-4 / 10) - 1) / (4 * 96)
     assert few.value == 0 and (few.low, few.high) == (0, pytest.approx(bound))
-    assert said.startswith(
-        f"That, 0% (0% to {100 * bound:.3g}%) of routers, is not to be told from"
-    )
+    assert said.startswith(f"That, 0% (0% to {100 * bound:.3g}%), is not clearly outside the ")
     all_P = verdict._figure(make_pair().evidence, "all", [48] * 20, [48] * 20, "share")
     assert (all_P.low, all_P.high) == (pytest.approx(1 - bound), 1)
     many, said = of(100)
     assert many.high == pytest.approx(bound / 100) and " is below the " in said
-    assert said.endswith("--precision).")
+    assert said.endswith(" expected of this model's shape and precision.")
     few, said = of(1, samples=None)  # one prompt, so to say: no interval, and that is said
     assert few.low is None and " is below the " in said
-    assert said.endswith("of fewer than 8 prompts told apart, which may be chance.")
+    assert said.endswith("with fewer than 8 prompts told apart, that may be chance.")
+
+
+def test_two_files_without_options_are_both_sides_and_each_diagnosis_has_a_folder(
+    tmp_path, monkeypatch
+):
+    """Typed as compare_routes takes them; the second leaves the first as it was."""
+    monkeypatch.chdir(tmp_path)
+    paths = dumps(tmp_path / "a", make_pair().evidence, *ROUTES)
+    named, _ = diagnosed(**paths, num_experts=16, output_dir=tmp_path / "named")
+    words = [str(paths["rollout_routes"]), str(paths["train_routes"]), "--num-experts", "16"]
+    folders = []
+    for _ in range(2):
+        config = parsed(DiagnoseConfig, words, "moe-upgrpo diagnose")
+        printed = io.StringIO()
+        console = Console(file=printed, width=120, markup=False, highlight=False)
+        assert diagnose(config, console).sentences == named.sentences
+        assert len(named.sentences[2]) < 130
+        source = next(x for x in printed.getvalue().splitlines() if x.startswith("expected: "))
+        assert source.endswith("the engine is taken to be in bf16, --precision says otherwise")
+        folders.append(config.folder)
+    assert len({*folders}) == 2 and all(x.parent.name == "runs" for x in folders)
+    assert all((folder / "diagnosis.html").is_file() for folder in folders)
+
+    engine = paths["rollout_routes"]
+    refused("is a file. For a run name its folder", run=engine)
+    refused("a folder where a route dump is needed", run=tmp_path, trainer=tmp_path / "a")
+    refused("leave one of the two out", **paths, run=engine, trainer=engine, num_experts=16)
 
 
 def refused(says: str, **options):
@@ -200,7 +226,7 @@ def refused(says: str, **options):
     "one message, which says which questions can still be answered",
 )
 def test_what_cannot_be_diagnosed_says_what_still_can(tmp_path):
-    refused("nothing to diagnose: give a run folder")
+    refused("nothing to diagnose: name a run folder")
     refused("several things to diagnose", run=tmp_path, model=tmp_path)
     refused("--prompts is missing", model=tmp_path)
     refused("--model is missing", prompts=tmp_path)

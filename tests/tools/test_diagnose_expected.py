@@ -104,11 +104,11 @@ def test_what_is_not_known_makes_it_wider():
     by_margins = expected_rate(64, 8, 4, "bf16", margins=0.01)
     assert "margins" in by_margins.source and by_margins.source != unknown.source
     far = expected_rate(512, 8, 61, "bf16", trained=True)
-    assert "61 layers beyond 4 of trained routers" in far.source
-    assert "extrapolated: 512 experts beyond 8–64, " in far.source
+    assert "layers 61 where the rows have 4 of trained routers" in far.source
+    assert "extrapolated: experts 512 where the rows have 8–64, " in far.source
     random = expected_rate(128, 8, 48, "bf16", trained=False).source
     assert "extrapolated" not in random  # of random routers as large are in the table
-    assert "128 experts beyond 8–64" in expected_rate(128, 8, 48, "bf16").source
+    assert "experts 128 where the rows have 8–64" in expected_rate(128, 8, 48, "bf16").source
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_two_dumps_that_share_nothing_are_an_alarm(tmp_path):
         ({"seed": -1}, "seed=-1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf"),
-        ({"dump_samples": 2}, "--dump-samples is of two dumps"),
+        ({"dump_samples": 2}, "--dump-samples goes with two dumps"),
     ],
 )
 def test_bad_options(option, words):

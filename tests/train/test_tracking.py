@@ -128,7 +128,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
     tracking.check(["none"])
     with pytest.raises(UserError, match=r"wandb is not installed.*moe_upgrpo\[tracking\]"):
         tracking.check(["tensorboard", "wandb"])
-    with pytest.raises(UserError, match="none goes with no other"):
+    with pytest.raises(UserError, match="none cannot be combined"):
         tracking.check(["none", "tensorboard"])
 
 

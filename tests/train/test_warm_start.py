@@ -43,7 +43,7 @@ def test_it_stops_at_the_target_on_training_problems(made):
     reached = json.loads((folder / "warm_start.json").read_text())["reached"]
     assert reached["pass@1"] >= 0.3
     assert reached["step"] < 500
-    assert len(lines) == -(-reached["step"] // 50)  # every 50 steps and the last
+    assert len(lines) == 1 + -(-reached["step"] // 50)  # what comes; every 50 steps and the last
     assert f"step {reached['step']}, " in lines[-1]
     assert f"pass@1 {reached['pass@1']:.3f}" in lines[-1]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -139,7 +139,9 @@ def test_a_target_out_of_reach_is_an_error_and_leaves_nothing(tmp_path, max_step
             progress=lines.append,
         )
     assert not list(tmp_path.iterdir())
-    assert [line.split(",")[0] for line in lines] == ["warm start: step 50"] * (max_steps > 50)
+    before, *steps = lines
+    assert f": {max_steps} steps at most" in before and str(tmp_path) in before
+    assert [line.split(",")[0] for line in steps] == ["warm start: step 50"] * (max_steps > 50)
 
 
 def test_the_default_model_has_a_million_parameters():

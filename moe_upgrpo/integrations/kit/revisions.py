@@ -1,4 +1,5 @@
-"""Which revision of a stack is installed, and whether it has the functions that are hooked into.
+# SPDX-License-Identifier: Apache-2.0
+"""The installed revision of a stack, and whether it has the functions that are hooked into.
 
 `check` is called as a stack's integration starts, before it imports anything of the stack that may
 have moved. Files are read with ast (`integrations.hooks`).
@@ -40,7 +41,7 @@ _said: set[tuple[str, str]] = set()  # what this process has said: stack, and of
 
 @dataclass(frozen=True)
 class Installed:
-    """A stack as it was found. root: the folder that holds its top-level package.
+    """An installed stack. root: the folder that holds its top-level package.
 
     found: what `hooks.found_in` found there.
     """
@@ -86,7 +87,7 @@ class Installed:
         ]
 
     def warning(self) -> str | None:
-        """Words on a revision that was not tested; None of one that was."""
+        """A warning for a revision that was not tested; None for a tested one."""
         if self.tested:
             return None
         every = self.differences()
@@ -136,7 +137,7 @@ def installed(stack: str, root: Path | None = None) -> Installed | None:
 
 
 def check(stack: str, part: Part) -> None:
-    """Say once that the installed revision was not tested.
+    """Warn once if the installed revision was not tested.
 
     Raises:
         UserError: a function is missing that `part` needs.

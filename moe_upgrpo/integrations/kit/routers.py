@@ -1,4 +1,5 @@
-"""The routers of a stack's Megatron model: which count, and what they chose in a forward.
+# SPDX-License-Identifier: Apache-2.0
+"""The routers of a stack's Megatron model: which ones count, and their choices in a forward.
 
 What a forward records travels as one integer table of a micro-batch, so that a stack's own layout
 functions (sequence and context parallelism, packing) can carry it: for each token and layer the K
@@ -78,9 +79,9 @@ class Watch:
         found, self.current = self.current, {}
         if found.keys() != set(self.numbers):
             raise UserError(
-                f"{RUN}: of the routers of layers {self.numbers} those of {sorted(found)} ran in "
-                "the forward that is recorded, so that nothing can be said of the others: is "
-                "it a CUDA graph? Turn it off, or unset the variable"
+                f"{RUN}: the recorded forward ran the routers of layers {sorted(found)} only, not "
+                f"all of {self.numbers}: do the others run in a CUDA graph? Turn it off, or unset "
+                "the variable"
             )
         if not self.numbers:
             return [], None
@@ -237,8 +238,8 @@ class Routes:
         numbers = sorted(next(iter(by_row.values()), {}))
         if not numbers:
             raise UserError(
-                f"{RUN}: no router ran in the forward of the old log-probs; is the model one with "
-                "MoE layers? Unset the variable for one without"
+                f"{RUN}: no router ran in the forward of the old log-probs; does the model have "
+                "MoE layers? Unset the variable if it has none"
             )
         routes, margins = {}, {}
         for row, layers in by_row.items():

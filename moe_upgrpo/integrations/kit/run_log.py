@@ -1,4 +1,5 @@
-"""The run folder of a trainer that is not ours: token rows and metrics of what a stack hands over.
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder of another stack's trainer: token rows and metrics.
 
 One `RunLog` for each data-parallel rank; `write_step` is a collective over `group`. What a stack
 cannot tell is left out: a column that no sequence has, a metric that nothing was counted for.
@@ -95,7 +96,7 @@ class Step:
 
 
 def check_free(path: Path) -> None:
-    """UserError where a run lies there already."""
+    """Raise UserError where the folder holds a run already."""
     if RunFolder(path).config_path.exists():
         raise UserError(
             f"{path} already holds a run: name a new folder (a job that is resumed writes one of "
@@ -254,7 +255,7 @@ class RunLog:
 
 
 def _added(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """Sum over ranks some of which may have had no sequence, so that they lack names."""
+    """Sum over ranks; one without a sequence may lack names."""
     names = dict.fromkeys(name for part in parts for name in part)
     pairs = {name: [part[name] for part in parts if name in part] for name in names}
     return {n: Metric(*map(sum, zip(*found, strict=True))) for n, found in pairs.items()}

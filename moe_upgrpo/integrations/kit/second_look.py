@@ -1,4 +1,5 @@
-"""The policy loss of a stack once more, on detached log-probs.
+# SPDX-License-Identifier: Apache-2.0
+"""A second evaluation of a stack's policy loss, on detached log-probs.
 
 Its gradient says which tokens the loss's own rule cut, whatever loss it is, and how much each of
 the others weighs; the stack's own backward is not touched.

@@ -1,4 +1,5 @@
-"""Warnings of what a NeMo-RL job asks for and will not get, said once, when it starts.
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings, at the start, of what a NeMo-RL job asks for and will not get.
 
 NeMo-RL's config allows keys that it does not know, and its processes run code of ours only where
 the launcher or the patch brought it there. Three places see what is missing:
@@ -33,7 +34,7 @@ _said: set[str] = set()
 
 
 def warn(message: str) -> None:
-    """Print it to stderr, once in this process."""
+    """Print a line to stderr, once in this process."""
     if message not in _said:
         _said.add(message)
         print(f"moe_upgrpo WARNING: {message}", file=sys.stderr, flush=True)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """verl 0.9.1: every preset as a policy loss, registered by the entry point `verl.plugins`.
 
 verl imports this module when it is imported itself (verl/__init__.py:60), and says nothing where
@@ -93,7 +94,7 @@ def _resolve(preset: str, settings: dict[str, Any], flags: Sequence[Flag] = ()) 
 
 @dataclass(frozen=True)
 class VerlLoss:
-    """A preset as verl calls it; what it returns is tested against verl's own of the same name."""
+    """A preset in verl's signature, tested against verl's own loss of that name."""
 
     preset: str
 

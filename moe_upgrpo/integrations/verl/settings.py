@@ -1,4 +1,5 @@
-"""Which settings of a verl job the routing log needs, and which it cannot follow."""
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a verl job that the routing log needs, and those that it cannot follow."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ RULES: dict[str, Rule] = {  # by the setting's name under actor_rollout_ref
 
 
 def refused(config: Mapping[str, Any]) -> dict[str, str]:
-    """The settings under actor_rollout_ref that the log cannot do with, and what to change."""
+    """The settings under actor_rollout_ref that the log refuses, and what to change."""
     found = {}
     for name, rule in RULES.items():
         value: Any = config
@@ -48,7 +49,7 @@ def refused(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise UserError with every setting that the log cannot do with."""
+    """Raise UserError with every setting that the log refuses."""
     if problems := refused(config):
         lines = [f"{name}: {problem}" for name, problem in problems.items()]
         raise UserError(f"{RUN}: " + "; ".join(lines))

@@ -1,4 +1,5 @@
-"""The bisection: each knob turned alone, and what of the mismatch that takes away.
+# SPDX-License-Identifier: Apache-2.0
+"""The bisection: each knob is turned alone, and the mismatch that this removes is measured.
 
 An effect is paired, of the same tokens, with an interval by prompt. It stands out where it is more
 than another batch shape alone moves the same figure by, prompt by prompt.
@@ -41,7 +42,7 @@ class Turned:
 
 @dataclass(kw_only=True)
 class Bisection:
-    """Everything that was turned, and what was not, with the reason."""
+    """The knobs that were turned, and those that were not, with the reason."""
 
     findings: list[Finding] = field(default_factory=list)
     turned: list[Turned] = field(default_factory=list)

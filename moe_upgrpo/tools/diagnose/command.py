@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo diagnose`: from what was given to a verdict, on the terminal and as files."""
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
 
 
 def _check_known(evidence: Evidence, where: str) -> None:
-    """Refuse what holds nothing of which two sides could be compared."""
+    """Refuse records without anything to compare."""
     if not evidence.rollout_routes and "layers_mismatched" not in evidence.columns:
         sides = (evidence.logp_rollout, evidence.logp_train)
         if any(x is None for x in sides):
@@ -146,7 +147,8 @@ class _Model:
         if config.precision is not None:
             precision = config.precision
         elif precision is None:
-            precision, said = "bf16", "; of an engine in bf16, which nothing here says: --precision"
+            precision = "bf16"
+            said = "; the engine is taken to be in bf16, --precision says otherwise"
         trainer = _PRECISIONS.get(str(_option(source.config, "dtype")), "fp32")
         trained = None
         if source.config:

@@ -1,4 +1,5 @@
-"""Distance of two sides on the same tokens, by prompt, and what a change removed.
+# SPDX-License-Identifier: Apache-2.0
+"""Differences of two sides on the same tokens, by prompt, and what a change removed.
 
 Shape suffixes: P prompts.
 """
@@ -55,7 +56,7 @@ class Differences:
         return float(numerators_P.sum() / denominators_P.sum())
 
     def text(self, measure: Measure) -> str:
-        """The rate as it stands in a sentence."""
+        """The rate as text."""
         rate = self.rate(measure)
         if rate is None:
             return "not known"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with an engine, from start to end: faults, then knobs against the noise floor."""
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _BY_MODELS = (
 
 @dataclass(kw_only=True)
 class Examined:
-    """Findings, first causes first; what was not tried, and why.
+    """The findings, most likely cause first, and what was not tried, with the reason.
 
     left: the evidence as it were without the faults that records show. tried: how many tests and
     knobs there were. bisection: None where a fault explains most of the difference: knobs are

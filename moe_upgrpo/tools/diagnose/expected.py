@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The router mismatch that a model of this shape and precision has where nothing is wrong.
 
 From the project's own measurements (`calibration.json`, made by `python -m
@@ -157,7 +158,7 @@ def expected_rate(
     margins: float | None = None,
     trained: bool | None = None,
 ) -> Expected:
-    """The range of the router mismatch rate of such a model, nothing being wrong.
+    """The range of the router mismatch rate of such a model where nothing is wrong.
 
     precision: of the engine, see `PRECISIONS`. trainer: fp32 or bf16. layers: MoE layers. margins:
     the median over tokens of a token's smallest margin, where it is known. trained: whether the
@@ -238,15 +239,15 @@ def _source(of: Rule, row: Mapping[str, Any]) -> str:
         low, high = (end(r[name] for r in alike) for end in (min, max))
         if not low <= row[name] <= high:
             seen = f"{low}–{high}" if low < high else f"{low}"
-            outside.append(f"{row[name]} {name.replace('_', '-')} beyond {seen}")
+            outside.append(f"{name.replace('_', '-')} {row[name]} where the rows have {seen}")
     kind = (
         "" if row["trained"] is None else f" of {'trained' if row['trained'] else 'random'} routers"
     )
     beyond = f"; extrapolated: {', '.join(outside)}{kind}" if outside else ""
     margins = " with margins" if of.with_margin else ""
     return (
-        f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which misses a "
-        f"model left out by a factor of {math.exp(of.error(row['trained'])):.2f}{beyond}"
+        f"a rule{margins} over {of.rows} measurements of {len(of.misses)} models, which is off by "
+        f"a factor of {math.exp(of.error(row['trained'])):.2f} for a model left out{beyond}"
     )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The faults that two sides' records show, in the order in which they are tried.
 
 A test names a cause only by what that cause alone explains: a shift, a renaming, a division under
@@ -105,7 +106,7 @@ def _routes(found: Found) -> None:
 
 
 def _of_whole(finding: Finding, part: float) -> Finding:
-    """A share of what was left as a share of what there was."""
+    """Convert a share of the remaining difference into a share of the whole."""
     ends = {
         name: None if (value := getattr(finding, name)) is None else value * part
         for name in ("share", "low", "high")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of ids, and routes that no change makes agree: other tokens' or other weights'.
 
 Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.

@@ -1,4 +1,5 @@
-"""Evidence from what others left: two dumps, or a run folder of any stack."""
+# SPDX-License-Identifier: Apache-2.0
+"""Evidence from files: two dumps, or a run folder of any stack."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def _spread(routes: list[np.ndarray], samples: int) -> np.ndarray | None:
 
 
 def _arranged(rollout: np.ndarray, train: np.ndarray) -> tuple[list[np.ndarray], list[Finding]]:
-    """Both as [B, tokens, layers, top-k]; where the sequences are not the first axis, found so."""
+    """Arrange both as [B, tokens, layers, top-k]; sequences on another axis are a finding."""
     for name, routes in (("rollout", rollout), ("train", train)):
         if routes.ndim not in (3, 4) or not routes.size:
             raise UserError(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings that may make engine and trainer differ, and how each is turned to its exact form.
 
 Knobs of the engine are turned on a twin (`live`), of transformers, whatever the engine is: that it
@@ -77,11 +78,11 @@ class Bench:
         return self.kept("whole", lambda: self.live.whole(self.live.engine))
 
     def reshaped(self) -> Differences:
-        """The same with each sequence alone; one more pass where the engine batches as it likes."""
+        """The engine with each sequence alone; a second pass where it chooses its batches."""
         return self.kept("reshaped", lambda: self.live.whole(self.live.engine, at_once=1))
 
     def twin(self) -> Differences:
-        """The twin as the engine is said to be."""
+        """The twin in the engine's configured precision."""
         if self.is_twin:
             return self.whole()
         return self.kept("twin", self.live.twin_seen)
@@ -114,7 +115,7 @@ def _fp32_routers(model) -> None:
 
 
 def _without_ties(bench: Bench) -> tuple[Differences, Differences]:
-    """Where the trainer's margin is 0 either set is as good: the engine's stands for its own."""
+    """Take the engine's set where the trainer's margin is 0 and either set is right."""
     live = bench.live
     routes = [
         np.where((native.margins == 0)[..., None], rollout.routes, native.routes)
@@ -260,5 +261,5 @@ KNOBS: tuple[Knob, ...] = (
 
 
 def order(knobs: tuple[Knob, ...] = KNOBS) -> list[Knob]:
-    """Cheap and likely knobs first: by likely / cost. Those that nothing turns come last."""
+    """Order the knobs by likelihood over cost; those that cannot be turned come last."""
     return sorted(knobs, key=lambda k: -k.likely / k.cost if k.turned else 1.0)

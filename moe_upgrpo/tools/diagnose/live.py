@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with an engine and the trainer, both here: what they see of the same tokens.
 
 A *twin* is the engine of transformers made anew from the trainer's checkpoint, with the settings
@@ -51,7 +52,7 @@ class Live:
         return [sample.tokens for sample in self.samples]
 
     def evidence(self) -> Evidence:
-        """Both sides as the tests that need no model look at them."""
+        """Both sides as evidence for the tests that need no model."""
         has_routes = bool(self.actor.layer_ids)
         return Evidence(
             prompt=self.prompt,
@@ -87,7 +88,7 @@ class Live:
         return Seen(routes=at_responses, log_probs=log_probs)
 
     def compare(self, first: Seen, second: Seen | None = None) -> Differences:
-        """A view against another; against the trainer's where none is given."""
+        """Compare a view with another, by default the trainer's."""
         return differences(
             first,
             self.trainer if second is None else second,

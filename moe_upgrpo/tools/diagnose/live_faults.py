@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that are told by a model: something is changed on one side, and the difference vanishes.
 
 Each takes the pair (`live.Live`) and gives a finding or None; `LIVE_FAULTS` has them in the order
@@ -32,7 +33,7 @@ _LEAST_CHANGE = 0.02  # of a temperature, relative, that is called another one
 def finding(
     cause: str, of: Removed, shown_by: str, kind: str = "fault", share: float | None = None
 ) -> Finding:
-    """A finding with the share that was taken away, within 0 and 1."""
+    """A finding with the removed share, clamped to [0, 1]."""
 
     def bounded(x: float | None) -> float | None:
         return None if x is None else min(1.0, max(0.0, x))
@@ -49,8 +50,8 @@ def finding(
 
 
 def _explains(of: Removed, prompts: int) -> bool:
-    """Whether a change took most of it away, beyond what prompts differ by. Of fewer than 5 prompts
-    no test by prompt can say so: 2^-4 is above 0.05."""
+    """Whether a change removed most of the difference, more than prompts differ by. With fewer than
+    5 prompts no test by prompt can say so: 2^-4 is above 0.05."""
     return of.share is not None and of.share >= EXPLAINED and (of.p < SURE or prompts < 5)
 
 
@@ -174,7 +175,7 @@ def weights(live: Live) -> Finding | None:
 
 
 def _measure(before, wished: Measure) -> Measure:
-    """The wished measure, where it shows any difference."""
+    """The requested measure, if it shows any difference."""
     other: Measure = "gap" if wished == "routers" else "routers"
     shows = before.has(wished) and before.rate(wished)
     return wished if shows or not before.has(other) else other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the two sides of an evidence, and say by prompt what a change of one of them explains.
 
 Unlike `routing.compare_routes`, which refuses rows that no router can have written, this counts
@@ -26,7 +27,7 @@ _TO_TELL = 16  # tokens from which on it is said what they agree beyond chance
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """A cause that was found, and the evidence as it were without it."""
+    """A cause that was found, and the evidence with it undone."""
 
     finding: Finding
     mended: Evidence
@@ -78,7 +79,7 @@ def differing(evidence: Evidence) -> list[np.ndarray]:
 
 
 def leave_out(evidence: Evidence, more: Sequence[np.ndarray]) -> Evidence:
-    """The same with further routers not compared: B × [S−1, L] bool."""
+    """Exclude further routers from the comparison: B × [S−1, L] bool."""
     before = evidence.left_out or [np.zeros(x.shape, bool) for x in more]
     return replace(evidence, left_out=[a | b for a, b in zip(before, more, strict=True)])
 
@@ -178,7 +179,7 @@ def explains(
 
 
 def sum_of(found: Sequence[np.ndarray]) -> list[float]:
-    """Sums of what there is in each sequence."""
+    """Sum each sequence's entries."""
     return [float(x.sum()) for x in found]
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of rows: at the wrong token, in the wrong sequence, never written, written again.
 
 Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.
@@ -20,7 +21,7 @@ _PAIRED = 256  # sequences up to which each is held against each other
 
 
 def padding_side(evidence: Evidence) -> Explained | None:
-    """Rows that are none at the beginning on one side and at the end on the other."""
+    """Empty rows at the beginning on one side and at the end on the other."""
     rollout, train, moved = [], [], 0
     for a, b in zip(evidence.rollout_routes, evidence.train_routes, strict=True):
         ends = [_filled(x) for x in (a, b)]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that leave the two sides' routes in other shapes: tried first, nothing fits before.
 
 Each takes an `Evidence` and gives what it explains, or None; see `faults.ROUTES`.
@@ -76,7 +77,7 @@ def _fault(cause: str, share: float | None, shown_by: str, mended: Evidence) -> 
 
 
 def other_top_k(evidence: Evidence) -> Explained | None:
-    """More experts a token on one side: the other's are among them."""
+    """More experts for each token on one side, the other's among them."""
     k = [x[0].shape[-1] for x in (evidence.rollout_routes, evidence.train_routes)]
     layers = [x[0].shape[1] for x in (evidence.rollout_routes, evidence.train_routes)]
     if k[0] == k[1] or layers[0] != layers[1] or not _sides_uniform(evidence):
@@ -84,10 +85,10 @@ def other_top_k(evidence: Evidence) -> Explained | None:
     rollout, train = sampled(evidence)
     few, many = (rollout, train) if k[0] < k[1] else (train, rollout)
     shared = overlaps(few, many).mean()
-    more = "the trainer" if k[0] < k[1] else "the engine"
+    few_side, many_side = ("engine", "trainer") if k[0] < k[1] else ("trainer", "engine")
     said = (
-        f"{max(k)} experts a token of {more} against {min(k)}: {shared:.1%} of the smaller sets "
-        "are within the larger"
+        f"the {many_side} records {max(k)} experts for each token and the {few_side} {min(k)}, "
+        f"{shared:.1%} of which are among the {many_side}'s"
     )
     # To go on, the experts that the larger sets have alone are taken out of them.
     names = (
@@ -123,8 +124,8 @@ def extra_layers(evidence: Evidence) -> Explained | None:
     who = "the trainer" if more_on_train else "the engine"
     matched = 1 - float(cost[a, b].mean())
     said = (
-        f"{larger} routers a token of {who} against {min(layers)}: without its layers "
-        f"{_listed(extra)} the sets of {matched:.1%} of routers agree"
+        f"{who} records {larger} layers and the other side {min(layers)}; without layers "
+        f"{_listed(extra)} of {who} the sets of {matched:.1%} of routers agree"
     )
     at_end = extra == list(range(min(layers), larger)) and kept == sorted(kept)
     cause = "mtp-routers" if at_end else "orphan-routers"
@@ -158,7 +159,7 @@ def extra_rows(evidence: Evidence) -> Explained | None:
 
 
 def layer_order(evidence: Evidence) -> Explained | None:
-    """Layers in another order: matched by their sets, other layers than their own are found."""
+    """Layers in another order: matched by their sets, they pair with other layers."""
     if evidence.rollout_routes[0].shape[1] < 2:
         return None
     cost = _layer_costs(*sampled(evidence, 512))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict on a terminal, and as a page that opens offline."""
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def on_terminal(diagnosis: Diagnosis, console: Console) -> None:
     say(f"Diagnosis of {diagnosis.about}")
     for text in diagnosis.sentences:
         say(text)
+    if diagnosis.expected:
+        say(f"expected: {diagnosis.expected.source}")
     if diagnosis.since:
         say(diagnosis.since["says"])
     for alarm in diagnosis.alarms:
@@ -69,13 +72,13 @@ def _of(shown: int, all_of_them: int) -> str:
 
 
 def _to_mend(findings: list[Finding]) -> list[Finding]:
-    """The faults; without any, what explains most."""
+    """The faults; without any, the finding that explains most."""
     faults = [one for one in findings if one.kind == "fault"]
     return faults or findings[:1]
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a diagnosis; before work of minutes is done that goes into it.
+    """Make the folder of a diagnosis, before minutes of work go into it.
 
     Raises:
         UserError: it cannot be made.
@@ -105,6 +108,7 @@ def _html(diagnosis: Diagnosis) -> str:
         Path(__file__).with_name("diagnosis.html"),
         about=diagnosis.about,
         sentences=diagnosis.sentences,
+        expected=diagnosis.expected.source if diagnosis.expected else None,
         since=diagnosis.since["says"] if diagnosis.since else None,
         alarms=diagnosis.alarms,
         findings=[

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares of a difference that are no fault: near ties, a side's own noise, arithmetic, an update.
 
 Told from margins and from the columns of a token log, without a model. Each takes an `Evidence` and
@@ -32,7 +33,7 @@ _LARGE = 0.3
 
 
 def numerics(evidence: Evidence) -> list[Finding]:
-    """All that is known of what is no fault, the largest share of each measure first."""
+    """Causes that are no faults, the largest share of each measure first."""
     found = [near_ties(evidence), carried_on(evidence), *floors(evidence), *terms(evidence)]
     known = [one for one in found if one is not None]
     return sorted(known, key=lambda one: (one.measure != "routers", -(one.share or 0)))
@@ -100,7 +101,7 @@ def large_margins(evidence: Evidence, rate: float) -> Finding | None:
 
 
 def carried_on(evidence: Evidence) -> Finding | None:
-    """Mismatches that are none in a forward held to the engine's experts: carried on by others."""
+    """Mismatches that vanish in a forward with the engine's experts: earlier flips carried on."""
     found = _paired(evidence, "layers_mismatched_conditional")
     if found is None:
         return None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of two models of one architecture, and in which way some of them differ."""
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Unlike:
 
 
 def compare(held: PreTrainedModel, right: PreTrainedModel, num_experts: int) -> Unlike | None:
-    """Tell how `held` differs from `right`; None where all tensors are the same to the last bit."""
+    """Tell how the tensors `held` differ from the `right` ones; None where all are equal."""
     theirs = dict(right.state_dict())
     unlike = {
         name: (tensor, theirs[name])

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict: three sentences, a table, and the same as JSON.
 
 What differs; what causes how much of it; whether that is within what is expected of this model's
@@ -134,7 +135,8 @@ def measure(
             found.by_layer = dict(zip(evidence.layer_ids, map(float, rates), strict=False))
         else:
             sides = (evidence.rollout_routes[0].shape, evidence.train_routes[0].shape)
-            found.shapes = f"rollout {list(sides[0])} and trainer {list(sides[1])}"
+            axes = "[tokens, layers, top-k] of a sequence"
+            found.shapes = f"engine {list(sides[0])} and trainer {list(sides[1])} ({axes})"
         if left is not None and matching.fit(left) and any(x.any() for x in matching.counted(left)):
             found.left = _routers(left)
     elif (layers := evidence.columns.get("layers_mismatched")) and evidence.layer_ids:
@@ -211,7 +213,7 @@ def sentences(
 
 def _differs(measured: Measured) -> str:
     if measured.shapes:
-        text = f"The two sides' routes do not fit each other, {measured.shapes} for a sequence"
+        text = f"The two sides' routes have different shapes, {measured.shapes}"
     elif measured.routers is None:
         text = "No routes are compared"
     elif not measured.routers.value:
@@ -253,7 +255,8 @@ def explains(finding: Finding) -> str:
     """Say how much a cause explains."""
     what = "routers that differ" if finding.measure == "routers" else "gap"
     if finding.share is None:
-        return f"without mending it the {'sets' if what != 'gap' else 'log-probs'} say nothing more"
+        compared = "log-probs" if what == "gap" else "experts"
+        return f"until it is mended, {compared} cannot be compared further"
     ends = ""
     if finding.low is not None and finding.high is not None:
         ends = f" ({percent(finding.low)} to {percent(finding.high)})"
@@ -265,21 +268,20 @@ def _within(
 ) -> str:
     fault = any(one.kind == "fault" and one.measure == "routers" for one in findings)
     rate = measured.left if fault else measured.routers
-    what = "what is left without that" if fault else "that"
     if rate is None:
         if fault:
-            return "How much is left without that cannot be said before it is mended"
-        return "Whether that is expected is not known: what is expected is said of routers"
+            return "How much then differs is not known until that is mended"
+        return "Whether that is expected is not known: there is an expectation for routers only"
     if expected is None:
-        return f"Whether {what} is expected is not known: {why_not}"
+        left = f", {rate.shown(percent)} with the fault mended," if fault else ""
+        return f"Whether that{left} is expected is not known: {why_not}"
     bounds = f"{percent(expected.low)} to {percent(expected.high)}"
     place = _place(rate, expected)
     chance = rate.low is None and place in ("below", "above")
-    doubt = f"; of fewer than {MIN_PROMPTS} prompts told apart, which may be chance" * chance
-    return (
-        f"{what[0].upper()}{what[1:]}, {rate.shown(percent)} of routers, is {place} the {bounds} "
-        f"expected of this model's shape and precision ({expected.source}){doubt}"
-    )
+    doubt = f"; with fewer than {MIN_PROMPTS} prompts told apart, that may be chance" * chance
+    shown = rate.shown(percent)
+    differ = f"With that mended {shown} of routers differ, which" if fault else f"That, {shown},"
+    return f"{differ} is {place} the {bounds} expected of this model's shape and precision{doubt}"
 
 
 def _place(rate: Figure, expected: Expected) -> str:
@@ -289,7 +291,7 @@ def _place(rate: Figure, expected: Expected) -> str:
     if expected.low <= rate.value <= expected.high:
         return "within"
     if low <= expected.high and high >= expected.low:
-        return "not to be told from"
+        return "not clearly outside"
     return "below" if rate.value < expected.low else "above"
 
 
