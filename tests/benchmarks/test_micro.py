@@ -3,13 +3,14 @@
 Not covered: those that start ranks, an engine or another interpreter; what they measure.
 """
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.micro import compare_routes, health, route_codec
+from benchmarks.micro import compare_routes, health, recording_scale, route_codec
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -46,6 +47,17 @@ def test_the_codec(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words.split())
     assert route_codec.main() == 0
     assert "200 tokens x 3 layers, top-2 of 8" in capsys.readouterr().out
+
+
+def test_recording_at_scale():
+    """Its stages in this process, and the growth of what they took."""
+    model, clock = argparse.Namespace(layers=3, top_k=2, experts=8), recording_scale.Clock()
+    recording_scale.record_stage(2048, model, clock)
+    recording_scale.codec_stage(2048, model, clock)
+    assert {*clock.found} == {*recording_scale.STAGES} - {*recording_scale.TAP}
+    assert all(seconds > 0 for seconds, _ in clock.found.values())
+    lines = recording_scale.grown("rows", "tokens", [10, 100], [(1.0, 5), (100.0, 50)], [10, 100])
+    assert "time grows as tokens^2.00, memory as tokens^1.00" in [*lines][-1]
 
 
 def test_health_figures(capsys):
