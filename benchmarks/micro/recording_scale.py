@@ -1,21 +1,22 @@
-"""Time and memory of the recording of routes, per token and by the number of tokens.
+"""Time and memory of the recording of routes, per token, by the number of tokens, layers and ranks.
 
     OMP_NUM_THREADS=1 python -m benchmarks.micro.recording_scale [--tokens 10000 100000 1000000]
+    OMP_NUM_THREADS=1 python -m benchmarks.micro.recording_scale --layers 12 24 48 --ranks 1 2 4
 
 One core, made-up routes in the shape of a real model (48 MoE layers, top-8 of 128, 10% of routers
 differ; `--layers`, `--top-k`, `--experts`), sequences of 1,024 tokens of which 768 are the
 response's. Stages, each in a process of its own:
 
 - taken and joined: what routers left behind in a forward is taken, sorted and laid out by sequence
-- gathered: the same handed to another tensor-parallel rank over gloo (two processes; the time of
-  one)
+- gathered: the same handed to the other tensor-parallel ranks over gloo (a process each; that of
+  the slowest is given)
 - rows: both sides compared, the rows of the token log and the step's sums made
 - written: those rows to Parquet
 - difference encoded: the trainer's routes as what to change in the engine's, a part of "written"
 - decoded: both sides' routes read back from their bytes
 
-Printed: processor microseconds and extra peak bytes per token at each size, and the exponent
-of the time's growth fitted over the sizes (1: linear).
+Printed: processor microseconds and extra peak bytes per token at each size, and the exponents
+of the growth of time and memory fitted over the sizes (1: linear).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -187,56 +189,84 @@ def _twice(stage, tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     stage(tokens, model, clock)
 
 
-def measure(stage: str, tokens: int, model: argparse.Namespace) -> tuple[float, int]:
+def measure(
+    stage: str, tokens: int, model: argparse.Namespace, ranks: int = 2
+) -> tuple[float, int]:
     """Seconds of a processor, and extra peak bytes, of a stage in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, answer = context.Pipe(duplex=False)
-    world = 2 if stage == "gathered" else 1
+    world = ranks if stage == "gathered" else 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    ranks = [
+    processes = [
         context.Process(
             target=_work,
             args=(stage, tokens, model, place | {"RANK": str(rank), "LOCAL_RANK": "0"}, answer),
         )
         for rank in range(world)
     ]
-    for rank in ranks:
-        rank.start()
+    for process in processes:
+        process.start()
     answer.close()
-    found = [ours.recv()[stage] for _ in ranks]
-    for rank in ranks:
-        rank.join()
+    found = [ours.recv()[stage] for _ in processes]
+    for process in processes:
+        process.join()
     return max(found)
 
 
-def exponent(tokens: list[int], seconds: list[float]) -> float:
-    """The slope of log seconds over log tokens, by least squares."""
-    return float(np.polyfit(np.log(tokens), np.log(seconds), 1)[0])
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """The slope of log values over log sizes, by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(np.maximum(values, 1e-9)), 1)[0])
+
+
+def grown(
+    stage: str, of: str, sizes: list[int], found: list[tuple[float, int]], tokens: list[int]
+) -> Iterator[str]:
+    """Lines of a stage by the sizes of one thing, and how it grows with them."""
+    for size, (seconds, extra), count in zip(sizes, found, tokens, strict=True):
+        yield f"{stage:18s}{size:10,d}{1e6 * seconds / count:14.2f}{extra / count:24,.0f}"
+    if len(sizes) > 1:
+        time_of, memory_of = zip(*found, strict=True)
+        yield (
+            f"{stage:18s}time grows as {of}^{exponent(sizes, time_of):.2f}, "
+            f"memory as {of}^{exponent(sizes, memory_of):.2f}"
+        )
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 131_072, 1_048_576])
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--layers", type=int, nargs="+", default=[48])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    model = parser.parse_args(words)
-    print(
-        f"{model.layers} MoE layers, top-{model.top_k} of {model.experts}; load {os.getloadavg()}"
-    )
-    print(f"{'':18s}{'tokens':>10s}{'µs per token':>14s}{'extra bytes per token':>24s}")
-    for stage in model.stages:
-        seconds = []
-        for tokens in model.tokens:
-            took, extra = measure(stage, tokens, model)
-            seconds.append(took)
-            print(f"{stage:18s}{tokens:10,d}{1e6 * took / tokens:14.2f}{extra / tokens:24,.0f}")
-        if len(model.tokens) > 1:
-            print(f"{stage:18s}grows as tokens^{exponent(model.tokens, seconds):.2f}")
+    given = parser.parse_args(words)
+    tokens, layers, ranks = given.tokens, given.layers, given.ranks
+
+    def at(stage: str, tokens: int, layers: int, ranks: int) -> tuple[float, int]:
+        model = argparse.Namespace(layers=layers, top_k=given.top_k, experts=given.experts)
+        return measure(stage, tokens, model, ranks)
+
+    def table(of: str, sizes: list[int], cases: list[tuple[int, int, int]], stages) -> None:
+        print(f"{'':18s}{of:>10s}{'µs per token':>14s}{'extra bytes per token':>24s}")
+        for stage in stages:
+            found = [at(stage, *case) for case in cases]
+            for line in grown(stage, of, sizes, found, [case[0] for case in cases]):
+                print(line, flush=True)
+
+    print(f"top-{given.top_k} of {given.experts}; load {os.getloadavg()}")
+    first = tokens[0], layers[0], ranks[0]
+    print(f"{layers[0]} MoE layers, gathered by {ranks[0]} ranks")
+    table("tokens", tokens, [(size, *first[1:]) for size in tokens], given.stages)
+    if len(layers) > 1:
+        print(f"{tokens[0]:,} tokens, gathered by {ranks[0]} ranks")
+        table("layers", layers, [(first[0], size, first[2]) for size in layers], given.stages)
+    if len(ranks) > 1:
+        print(f"{tokens[0]:,} tokens, {layers[0]} MoE layers")
+        table("ranks", ranks, [(*first[:2], size) for size in ranks], ["gathered"])
 
 
 if __name__ == "__main__":

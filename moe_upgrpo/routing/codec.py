@@ -193,7 +193,6 @@ def _encode_block(
     start_D = 8 * (bytes_n.cumsum() - bytes_n)[differing_D]
 
     bits = np.zeros(8 * int(bytes_n.sum()), dtype=np.uint8)
-    bits[_spans(start_D, L)] = mask_DL
     swap_at_R, payload_at_R = _row_positions(start_D + L, token_R, layers_D, swap_width, width_R)
     bits[_spans(swap_at_R, swap_width)] = _to_bits(swaps_R - 1, swap_width)
     for m in np.unique(swaps_R):
@@ -208,7 +207,10 @@ def _encode_block(
             for rank_R, width in zip(ranks_R, _widths(m, universe), strict=True):
                 bits[_spans(at_R, width)] = _to_bits(rank_R, width)
                 at_R = at_R + width
-    return np.packbits(bits), bytes_n
+    data = np.packbits(bits)
+    masks = np.packbits(mask_DL, axis=1)  # a token's bits begin with a byte
+    data[_spans(start_D // 8, masks.shape[1])] |= masks
+    return data, bytes_n
 
 
 def _decode_block(

@@ -219,9 +219,12 @@ class RoutingDivergence(RoutingCounts):
         routers_per_token_T = self.routers_per_token[tokens]
         L, K = self.num_layers, self.top_k
         offset_L = torch.arange(L, device=overlap_TL.device) * (K + 1)
-        bins = (overlap_TL[valid_T] + offset_L).flatten()
+        histogram_LK = torch.zeros(L * (K + 1), dtype=torch.int64, device=overlap_TL.device)
+        for block_tL in overlap_TL[valid_T].split(max(1, _ROWS_CPU // max(1, L))):
+            bins = (block_tL + offset_L).flatten()
+            histogram_LK += torch.bincount(bins, minlength=L * (K + 1))
         return RoutingDivergence(
-            overlap_histogram=torch.bincount(bins, minlength=L * (K + 1)).view(L, K + 1),
+            overlap_histogram=histogram_LK.view(L, K + 1),
             token_histogram=torch.bincount(routers_per_token_T[valid_T], minlength=L + 1),
             kind=self.kind,
             overlap=overlap_TL,

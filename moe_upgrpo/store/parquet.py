@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 
+_GROUP = 1 << 16  # rows whose pages are held until they are written
 _KEY = b"moe_upgrpo.checksums"
 
 
@@ -35,6 +36,7 @@ def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
             table.replace_schema_metadata(metadata | {_KEY: json.dumps(checksums)}),
             sink,
             compression="zstd",
+            row_group_size=_GROUP,
             write_page_checksum=True,
             **options,
         )

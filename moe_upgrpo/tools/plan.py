@@ -362,7 +362,7 @@ def _logged(config: PlanConfig, model: Sizes, length: int, new_tokens: int) -> B
         ids = sequences * (length - 1) * model.moe_layers * model.top_k
         width = 1 if model.experts <= 256 else 2
         logged["routes from the engine, in memory"] = width * ids
-        logged["routes of the trainer, in memory"] = 2 * ids
+        logged["routes of the trainer, in memory"] = width * ids
     share = {"full": 1.0, "sampled": log.token_log_share, "aggregate": 0.0}[log.token_log]
     rows = sequences * new_tokens * share
     columns = sum(FIXED_WIDTH.get(column.type, 0) for column in COLUMNS.values())

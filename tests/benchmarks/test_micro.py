@@ -4,6 +4,7 @@ Not covered: those that need an engine, another checkout (beside) or a run of `m
 (recording, cpus); what they measure.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from benchmarks.micro import (
     compare_routes,
     health,
     packing,
+    recording_scale,
     route_codec,
     step_against_peers,
 )
@@ -59,6 +61,17 @@ def test_the_codec(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words.split())
     assert route_codec.main() == 0
     assert "200 tokens x 3 layers, top-2 of 8" in capsys.readouterr().out
+
+
+def test_recording_at_scale():
+    """Its stages in this process, and the growth of what they took."""
+    model, clock = argparse.Namespace(layers=3, top_k=2, experts=8), recording_scale.Clock()
+    recording_scale.record_stage(2048, model, clock)
+    recording_scale.codec_stage(2048, model, clock)
+    assert {*clock.found} == {*recording_scale.STAGES} - {*recording_scale.TAP}
+    assert all(seconds > 0 for seconds, _ in clock.found.values())
+    lines = recording_scale.grown("rows", "tokens", [10, 100], [(1.0, 5), (100.0, 50)], [10, 100])
+    assert "time grows as tokens^2.00, memory as tokens^1.00" in [*lines][-1]
 
 
 def test_health_figures(capsys):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from moe_upgrpo.routing import codec
-from moe_upgrpo.routing.sets import ascending, comparators, not_in, repeated, unequal
+from moe_upgrpo.routing.sets import (
+    are_ascending,
+    ascending,
+    comparators,
+    not_in,
+    repeated,
+    unequal,
+    zeros,
+)
 
 
 @pytest.mark.parametrize("size", range(2, 11))
@@ -44,6 +52,33 @@ def test_comparisons_of_rows():
     assert repeated(a).tolist() == [False, False, False, True]
     assert not_in(a[:3], b[:3]).tolist() == [[False] * 3, [True, False, False], [True] * 3]
     assert not_in(b[:3], a[:3]).tolist() == [[False] * 3, [False, False, True], [True] * 3]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 10, 16])
+def test_rows_in_words_of_many_bytes_are_those_of_their_ids(top_k, kind):
+    """One id in each place differs; and rows of zeros, which differ from all others."""
+    a = np.tile(np.arange(1, top_k + 1, dtype=kind), (4, top_k + 1, 1))
+    b = a.copy()
+    for place in range(top_k):
+        b[1, place, place] += 1
+    a[3], b[3] = 0, 0
+    assert (unequal(a, b) == (a != b).any(axis=-1)).all() and unequal(a, b).sum() == top_k
+    assert (unequal(a[:, ::2], b[:, ::2]) == (a[:, ::2] != b[:, ::2]).any(axis=-1)).all()
+    assert zeros(a).tolist() == [[False] * (top_k + 1)] * 3 + [[True] * (top_k + 1)]
+    for stride in (1, 2):
+        half = a[:, ::stride]
+        assert (zeros(half) == (half == 0).all(axis=-1)).all()
+
+
+def test_whether_all_rows_ascend():
+    good = np.array([[1, 2, 9], [0, 3, 4], [0, 8, 9]], dtype=np.uint8)
+    assert are_ascending(good) and are_ascending(good[:0]) and are_ascending(good[:, :1].copy())
+    for row, place, value in ((0, 1, 1), (1, 1, 0), (2, 2, 8), (2, 0, 8)):
+        bad = good.copy()
+        bad[row, place] = value  # an id twice, or one that is smaller than that before it
+        assert not are_ascending(bad)
+    assert not are_ascending(good[:, ::-1])
 
 
 @pytest.mark.parametrize(("top_k", "experts"), [(8, 128), (22, 384), (10, 512), (7, 8), (8, 1024)])

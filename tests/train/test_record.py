@@ -172,6 +172,18 @@ def test_token_rows(step):
         np.testing.assert_allclose(rows[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+def test_sequences_compared_a_few_at_a_time_give_the_same(step, monkeypatch):
+    assert len(step.record._runs) == 1
+    expected, sums = step.record.token_rows(), step.record.sums()
+    monkeypatch.setattr("moe_upgrpo.record.step._COMPARED", 1)
+    apart = a_step().record
+    assert len(apart._runs) == 2
+    for name, values in apart.token_rows().items():
+        for one, other in zip(values, expected[name], strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+    assert apart.sums() == sums
+
+
 def test_sums(step):
     named = step.sums()
     sums = {name: tuple(pair) for name, pair in named.items()}

@@ -43,6 +43,7 @@ from moe_upgrpo.train.found import Checkpoint, find
 from moe_upgrpo.train.options import MAY_CHANGE, changes, mapping_arguments, run_arguments
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.tiny import TinyModel
+from moe_upgrpo.train.writing import TokenLogThread
 from tests.ranks import run_command
 from tests.store.rows import full_columns
 from tests.train.killed import kill_at, kill_at_call
@@ -477,8 +478,10 @@ def test_a_full_disk_under_the_logs(what, tmp_path):
     else:
         (run.tokens / ".step-000001-rank-0000.parquet.tmp").symlink_to("/dev/full")
     told = pytest.raises(MachineFault, match=f"no space is left .* --resume {run.path}")
+    log = TokenLogThread(writer)
     with told, start.machine_fault_named(run):
-        writer.write(1, full_columns())
+        log.write(1, full_columns(), {})
+        log.settle()  # as before a checkpoint
         run.append_metrics({"step": 1})
     if what == "metrics":
         shutil.move(tmp_path / "metrics", run.metrics_path)
