@@ -34,6 +34,7 @@ from moe_upgrpo.megatron.model import build_model, uses_transformer_engine
 from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
 from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
 from moe_upgrpo.megatron.packing import Inputs, check_packing
+from moe_upgrpo.megatron.scored import Scored, scored_of
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import (
@@ -43,27 +44,6 @@ from moe_upgrpo.megatron.weights import (
     write_checkpoint,
 )
 from moe_upgrpo.megatron.work import Work, check_samples, make_work, tells_shapes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """One sequence as the trainer sees it, without gradient.
-
-    L = K = 0 for a dense model and where routes were not asked for. Row p is the input at position
-    p, whose output is the distribution of the token at p + 1.
-    """
-
-    log_probs: np.ndarray  # [T] float32, under the sampling temperature
-    entropy: np.ndarray  # [T] float32, nats
-    routes: np.ndarray  # [P+T-1, L, K] uint8 or int16: the experts used, ascending in each row
-    own_routes: (
-        np.ndarray
-    )  # the router's own top-k in this forward; `routes` where none is replayed
-    # [P+T-1, L] float32, s_(K) − s_(K+1) of the scores that the router's own top-k was taken over
-    # (with the selection bias, where there is one); inf where K = E. None where not asked for.
-    margins: np.ndarray | None = None
-    # [P+T-1, L, K] float32: the final routing weight of each expert in `routes`, in its order.
-    gates: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +68,9 @@ class Update:
 class MegatronActor:
     """Scores and updates this data-parallel rank's samples; every method is a collective.
 
-    All ranks of one copy of the model (its pipeline stages and tensor-parallel ranks) give the same
-    samples and get the same results. Without `optimizer` the model is frozen: a reference policy.
+    All ranks of one copy of the model (pipeline stages, tensor- and context-parallel ranks) give
+    the same samples and get the same results. Without `optimizer` the model is frozen: a reference
+    policy.
     micro_batch_tokens: a budget of each micro-batch in the place of micro_batch_size; sequences
     are then computed on whichever data-parallel rank balances them, see `moe_upgrpo.megatron.work`.
     packing: everything but attention computes real tokens only (`moe_upgrpo.megatron.packing`).
@@ -355,39 +336,7 @@ class MegatronActor:
             limit = replace(limit, sequences=micro_batch_size, tokens=None)
         work = self._work(samples, limit)
         outputs, traces, _ = self._run(work, on_output, train=False, record=record)
-        return work.back(self._scored(work, outputs, traces, record))
-
-    def _scored(
-        self,
-        work: Work,
-        outputs: Sequence[tuple[np.ndarray, np.ndarray]],
-        traces: Sequence[dict[str, np.ndarray]],
-        record: Collection[str],
-    ) -> list[Scored]:
-        """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches."""
-        scored = []
-        for sample, (m, b), start in zip(work.samples, work.places, work.starts, strict=True):
-            log_probs, entropy = (array[b][sample.response_rows] for array in outputs[m])
-            routing = self._routing(traces[m], start, sample, record)
-            scored.append(Scored(log_probs=log_probs, entropy=entropy, **routing))
-        return scored
-
-    def _routing(
-        self,
-        trace: dict[str, np.ndarray],
-        start: tuple[int, int],
-        sample: Sample,
-        record: Collection[str],
-    ) -> dict[str, np.ndarray]:
-        """One sequence's part of what was recorded of a micro-batch, as the fields of `Scored`."""
-        (row, first), rows = start, len(sample.tokens) - 1
-        found = {name: array[row, first : first + rows] for name, array in trace.items()}
-        found.setdefault("routes", np.empty((rows, 0, 0), np.int16))
-        found.setdefault("own_routes", found["routes"])
-        if not self.layer_ids:
-            empty = {"margins": (rows, 0), "gates": (rows, 0, 0)}
-            found |= {n: np.empty(shape, np.float32) for n, shape in empty.items() if n in record}
-        return found
+        return work.back(scored_of(work, outputs, traces, record, moe=bool(self.layer_ids)))
 
     def update(
         self,
@@ -450,7 +399,7 @@ class MegatronActor:
         scored = None
         if record:
             outputs = [(one.arrays[0], one.arrays[3]) for one in seen]
-            scored = work.back(self._scored(work, outputs, traces, record))
+            scored = work.back(scored_of(work, outputs, traces, record, moe=bool(self.layer_ids)))
         return Update(
             log_probs=log_probs,
             clipped=clipped,

@@ -127,7 +127,7 @@ def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
 
 @lru_cache(maxsize=8)  # one of each length, and not one of each layer
 def _mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """What CUDA's kernels do without: -inf where a key stands behind the query."""
+    """A mask that CUDA's kernels do without: -inf where a key stands behind the query."""
     return torch.full((queries, keys), -math.inf, dtype=dtype).triu_(keys - queries + 1)
 
 

@@ -379,7 +379,8 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     yield (
         "longest case",
         f"every sequence of a micro-batch has prompt and response of full length: "
-        f"{update.sequences} x {update.length} tokens",
+        f"{update.sequences} x {update.length} tokens"
+        f"{' of it on each context-parallel rank' if config.layout(config.ranks).cp > 1 else ''}",
     )
     master = " + 4 (fp32 weights)" if c == 2 else ""
     yield (

@@ -81,7 +81,7 @@ def test_the_parts_of_all_ranks_are_the_whole(size, length):
 
 
 def test_parts_by_hand():
-    """Of eight positions on two ranks: the first and the last quarter, and those between."""
+    """Eight positions on two ranks: the first and the last quarter, and those between."""
     tokens_S = torch.arange(10, 18)
     with of(0, 2):
         assert context.chunks() == (0, 3)

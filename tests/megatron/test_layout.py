@@ -19,12 +19,15 @@ def test_defaults_by_number_of_ranks():
     assert str(Layout.for_world(4, pp=2, vpp=2)) == "TP2·EP2·PP2·VPP2"
     assert str(Layout.for_world(2, pp=2)) == "TP1·EP1·PP2"
     assert str(Layout.for_world(6, pp=2)) == "TP1·EP1·PP2"
+    assert str(Layout.for_world(2, cp=2)) == "TP1·CP2·EP1"
+    assert str(Layout.for_world(8, cp=2, ep=8)) == "TP2·CP2·EP8"
 
 
 def test_copies_of_the_model():
     assert Layout(tp=2, ep=2).data_parallel(4) == 2
     assert Layout(tp=2, pp=2, ep=2).data_parallel(4) == 1
     assert Layout(pp=2, vpp=2).data_parallel(8) == 4
+    assert Layout(tp=2, cp=2, ep=8).data_parallel(8) == 2
 
 
 def test_layers_with_experts():
@@ -54,6 +57,9 @@ def test_expert_tensor_parallelism(layout, expert_tp):
         ({"tp": 2, "pp": 2}, 2, r"tp\*pp=4 does not divide the 2 rank"),
         ({"ep": 2, "pp": 2}, 6, r"ep\*etp\*pp=4 does not divide the 6 rank"),
         ({"pp": 3}, 4, r"tp\*pp=3 does not divide the 4 rank"),
+        ({"cp": 2}, 3, r"tp\*cp=2 does not divide the 3 rank"),
+        ({"cp": 0}, 3, "cp=0: a parallel size is at least 1"),
+        ({"tp": 2, "cp": 2, "pp": 2}, 4, r"tp\*cp\*pp=8 does not divide the 4 rank"),
         ({"vpp": 2}, 2, "vpp=2 with pp=1"),
         ({"dispatcher": "flex"}, 2, "dispatcher='flex': use one of alltoall, allgather"),
     ],

@@ -127,6 +127,8 @@ def assert_equals(ranks: list[dict], expected: dict) -> None:
             assert metrics[name] == pytest.approx(metric, rel=1e-4, abs=1e-5), name
         for rank in ranks:
             assert_close(rank["gradient"][loss], expected["gradient"][loss])
+            norm = rank["update"][loss].grad_norm
+            assert norm == pytest.approx(update.grad_norm, rel=1e-5)
     for rank in ranks:
         assert_close(rank["step"], expected["step"])
 

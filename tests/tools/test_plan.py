@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 MOE, DENSE = CONFIGS / "qwen3-30b-a3b.yaml", CONFIGS / "qwen3-14b-base.yaml"
 MOE_80 = CONFIGS / "qwen3-30b-a3b-80gb.yaml"
+MOE_32K = CONFIGS / "qwen3-30b-a3b-32k.yaml"
 GB = 1e9
 
 
@@ -112,6 +113,22 @@ def test_thirty_billion_parameters_fit_on_eight_gpus_of_80_gb(monkeypatch):
     assert sum(stage.held.values()) == 6 * (expert + shared) + 12 * (expert + shared / 2)
     assert "engine: server" not in stage.held
     assert stage.peak > 0.95 * plan.available
+
+
+def test_responses_of_32k_tokens_in_two_parts_fit_on_two_machines_of_80_gb(monkeypatch):
+    """TP4·CP2·EP8: attention keeps queries, the output twice, and the keys and values of both."""
+    words = ("--config", MOE_32K, "--gpu-memory-gb", 80, "--nodes", 2)
+    plan = make_plan(planned(*words, monkeypatch=monkeypatch))
+    check_fits(plan)
+    assert str(plan.layout) == "TP4·CP2·EP8"
+    (stage,) = plan.stages
+    update, part = stage.moments["update"], 32768 // 2
+    assert update["layer inputs"] == 48 * part * 2048 * 2 / 4
+    heads, kv = 32 / 4 * 128, 4 / 4 * 128
+    assert update["attention"] == part * (2 * (3 * heads + 2 * 2 * kv) + 4 * 32 / 4)
+    # All gather the keys and values of one other rank in a forward, and scatter their gradients.
+    assert stage.sent["context-parallel"] > 0
+    assert "1 x 16384 tokens of it on each" in shown(plan)
 
 
 def test_responses_of_32k_tokens_fit_on_eight_gpus_of_141_gb(monkeypatch):
