@@ -265,6 +265,7 @@ BATCH_BRANCHES: dict[str, Branch] = {
         fields=("clip_low", "clip_high", "dual_clip", "positive_nll"),
         up=False,  # its negative side is ppo's
         statistics=vapo_statistics,
+        statistics_of_policy=False,
         source="arXiv 2504.05118 eq. 10; NeMo-RL",
     ),
     "real": Branch(
@@ -284,6 +285,7 @@ BATCH_BRANCHES: dict[str, Branch] = {
         up=False,
         refuses=("correction", "off_policy_limit", "top_entropy"),
         statistics=real_statistics,
+        statistics_of_policy=False,
         source="arXiv 2602.05630; ms-swift real",
     ),
 }

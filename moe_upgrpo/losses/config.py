@@ -200,6 +200,14 @@ class PolicyLossConfig:
         return frozenset(names)
 
     @property
+    def statistics_of_policy(self) -> bool:
+        """Whether the statistics look at the current log-probs or entropy."""
+        branches = (BRANCHES[self.positive], BRANCHES[self.negative])
+        reads = any(b.statistics is not None and b.statistics_of_policy for b in branches)
+        # M2PO's are of π_old, which is the current policy where no old log-probs are given.
+        return reads or self.top_entropy is not None or self.correction.m2 is not None
+
+    @property
     def lower(self) -> float:
         return 0.0 if self.clip_low is None else 1 - self.clip_low
 

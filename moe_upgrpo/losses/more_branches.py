@@ -22,7 +22,15 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
-from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep, keep_, none_above
+from moe_upgrpo.losses.passes import (
+    clamp,
+    exceeds,
+    falls_below,
+    keep,
+    keep_,
+    none_above,
+    scaled_square,
+)
 from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
@@ -55,16 +63,11 @@ def vespo_side(sign: str) -> Side:
     return Side(surrogate, weight, weight=weight)
 
 
-def square(x: Tensor) -> Tensor:
-    """x², whose backward is one pass, where that of `x.square()` is three."""
-    return torch.nn.functional.mse_loss(x, x.new_zeros(()).expand_as(x), reduction="none")
-
-
 # --- DRO (verl `dro`): REINFORCE with a quadratic penalty on Δ
 
 
 def dro_penalty(t: Tokens, cfg: Config) -> Tensor:
-    return square(t.raw_log_ratio_BT).mul_(cfg.dro_beta / 2)
+    return scaled_square(t.raw_log_ratio_BT, cfg.dro_beta / 2)
 
 
 def dro_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
@@ -175,7 +178,7 @@ def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
 
 
 def ipo_penalty(t: Tokens, cfg: Config) -> Tensor:
-    return square(t.raw_log_ratio_BT).mul_(cfg.kl_tau)
+    return scaled_square(t.raw_log_ratio_BT, cfg.kl_tau)
 
 
 def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:

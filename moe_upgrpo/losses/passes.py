@@ -31,6 +31,12 @@ def ratio_to_itself(log_x: Tensor, low: float = -math.inf, high: float = math.in
     return ratio
 
 
+def scaled_square(x: Tensor, k: float) -> Tensor:
+    """k·x²"""
+    squared: Tensor = _functions().ScaledSquare.apply(x, k)
+    return squared
+
+
 def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
     """x, 0 where the bool mask is, whatever stands there. number: the mask in the dtype of x, if it
     is at hand."""
@@ -85,6 +91,18 @@ def _functions() -> Any:
             (number,) = ctx.saved_tensors
             return gradient * number, None, None  # finite: it comes from behind the mask
 
+    class ScaledSquare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, k: float) -> Tensor:
+            ctx.save_for_backward(x)
+            ctx.k = k
+            return x.square().mul_(k)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            (x,) = ctx.saved_tensors
+            return (gradient * x).mul_(2 * ctx.k), None
+
     class Keep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, cut: Tensor) -> Tensor:
@@ -98,7 +116,7 @@ def _functions() -> Any:
     class Functions:
         pass
 
-    for function in (Clamp, SelfRatio, Masked, Keep):
+    for function in (Clamp, SelfRatio, Masked, ScaledSquare, Keep):
         setattr(Functions, function.__name__, function)
     return Functions
 

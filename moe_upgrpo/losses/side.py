@@ -81,6 +81,8 @@ class Branch:
     refuses: config fields that may not be used with it: factors that it has itself, or that its
         formula has no place for.
     statistics: name -> scalar over the whole batch, from all its tokens.
+    statistics_of_policy: whether they look at the current log-probs; else a forward at the weights
+        of the update is not needed for them.
     both: the functions of both sides as one, by the sign of A at each token: what `policy_loss`
         calls, for fewer passes over the batch, where the branch serves both signs. Its `clip` is
         not asked.
@@ -96,6 +98,7 @@ class Branch:
     up: bool = True
     refuses: tuple[str, ...] = ()
     statistics: Callable[[Tokens, Config], dict[str, Tensor]] | None = None
+    statistics_of_policy: bool = True
     both: Side | None = None
     source: str
 

@@ -359,8 +359,10 @@ class MegatronActor:
         """
         statistics = None
         if "statistics" in loss.arguments:
-            with self._at(at):
-                scored = self.score(samples, record=())
+            scored = None
+            if loss.statistics_of_policy:
+                with self._at(at):
+                    scored = self.score(samples, record=())
             statistics = statistics_of(samples, scored, loss, seed)
         for chunk in self.chunks:
             chunk.train()

@@ -154,23 +154,27 @@ def _context(
 
 
 def statistics_of(
-    samples: Sequence[Sample], scored: Sequence[Any], loss: PolicyLossConfig, seed: int
+    samples: Sequence[Sample], scored: Sequence[Any] | None, loss: PolicyLossConfig, seed: int
 ) -> dict[str, torch.Tensor]:
     """Statistics of a mini-batch over all data-parallel ranks; a collective of them.
 
     scored: log-probs and entropy of this rank's samples at the weights of the update, as of
-    `MegatronActor.score`.
+    `MegatronActor.score`; None: the statistics look at neither.
     """
+    if scored is None:
+        found = [(np.float32(0), np.float32(0))] * len(samples)
+    else:
+        found = [(one.log_probs, one.entropy) for one in scored]
     mine = [
-        (replace(sample, routes=None), one.log_probs, one.entropy)
-        for sample, one in zip(samples, scored, strict=True)
+        (replace(sample, routes=None), *values)
+        for sample, values in zip(samples, found, strict=True)
     ]
     samples, *found = zip(*groups.gather_over_data_parallel(mine), strict=True)
     batch = make_batch(samples)
     log_probs_BS, entropy_BS = (torch.zeros(batch.mask_BS.shape) for _ in found)
     for values_BS, values in zip((log_probs_BS, entropy_BS), found, strict=True):
         for b, (sample, of_sample) in enumerate(zip(samples, values, strict=True)):
-            values_BS[b, sample.response_rows] = torch.from_numpy(of_sample)
+            values_BS[b, sample.response_rows] = torch.as_tensor(of_sample)
     statistics = batch_statistics(
         log_probs_BS,
         log_probs_BS if batch.old_log_probs_BS is None else batch.old_log_probs_BS,

@@ -187,6 +187,24 @@ def test_what_cannot_be_is_refused_by_its_option(preset, settings, value, words)
         presets.resolve(preset, settings, flags, not_handed_over=["router_log_probs"], **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("preset", "settings", "words"),
+    [
+        (
+            "real",
+            {},
+            r"'real' given, a loss that needs groups, statistics, .* \(groups: the respon",
+        ),
+        ("gtpo", {}, r"needs token_weights, .*; `moe-upgrpo train` has them\); allowed: grpo"),
+        ("grpo", {"top_entropy": 0.5}, r"to a loss \(statistics: they are of the whole mini-batch"),
+    ],
+)
+def test_a_refusal_says_why_a_stack_cannot(preset, settings, words):
+    without = ["groups", "token_weights", "statistics"]
+    with pytest.raises(UserError, match=words):
+        presets.resolve(preset, settings, [], not_handed_over=without, **OPTIONS)
+
+
 # --- the environment
 
 

@@ -272,6 +272,17 @@ def test_sequence_mask_tis_is_the_weight_with_geometric_bounds():
     assert c[0].tolist() == pytest.approx([0.25, 1, 3]) and c[1].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("name", [n for n, b in BRANCHES.items() if b.statistics is not None])
+def test_statistics_change_with_the_policy_where_the_branch_says_so(name):
+    draws = padded([[0.9, 0.1], [0, 0.5, 0], [0]])
+    context = Context(draws=draws, groups=torch.tensor([0, 0, 1]))
+    found = [
+        batch_statistics(lp, **INPUTS, config=preset(name), context=context)
+        for lp in (log_probs().detach(), log_probs().detach() * 2)
+    ]
+    assert found[0] and (found[0] != found[1]) == preset(name).statistics_of_policy
+
+
 def test_statistics_are_those_that_the_config_reads():
     lp, draws = log_probs().detach(), padded([[0.9, 0.1], [0, 0.5, 0], [0]])
     context = Context(draws=draws, entropy=padded([[1, 4], [2, 6, 3], [5]]))

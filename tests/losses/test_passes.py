@@ -75,3 +75,12 @@ def test_what_is_cut_is_zero_and_has_no_gradient(monkeypatch):
 def test_none_above():
     x = torch.tensor([-3.0, 0.0, 0.5, 1.0, 7.0])
     assert passes.none_above(x, 1.0).tolist() == [-3.0, 0.0, 0.5, 0.0, 0.0]
+
+
+def test_a_scaled_square_has_its_first_and_second_derivative():
+    x = torch.tensor([-3.0, 0.0, 0.5], requires_grad=True)
+    y = passes.scaled_square(x, 0.25)
+    (first,) = grad(y.sum(), x, create_graph=True)
+    (second,) = grad(first.sum(), x)
+    assert (y.tolist(), first.tolist()) == ([2.25, 0.0, 0.0625], [-1.5, 0.0, 0.25])
+    assert second.tolist() == [0.5, 0.5, 0.5]

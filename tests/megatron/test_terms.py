@@ -139,9 +139,14 @@ def batch_losses(checkpoint, micro_batch_size: int) -> list:
             checkpoint, Layout(), micro_batch_size=micro_batch_size, optimizer=settings
         )
         samples = numbered()
-        found = []
+        found, forwards = [], []
+        score = actor.score
+        actor.score = lambda *args, **named: forwards.append(1) or score(*args, **named)
         for loss in BATCH_LOSSES:
+            before = len(forwards)
             update = actor.update(samples[mine], loss, seed=5)
+            # beside the update's own, for statistics of the policy alone
+            assert len(forwards) - before == loss.statistics_of_policy, loss
             scored = actor.score(samples[mine], record=())
             found.append((update.clipped, update.gradient_weight, scored))
         return found
@@ -157,6 +162,7 @@ BATCH_LOSSES = [
     preset("up-kl-cov", covariance_share=0.3),
     preset("grpo", top_entropy=0.5, clip_low=None, dual_clip=None),
     preset("real"),
+    preset("vapo"),
     preset("gtpo"),
 ]
 

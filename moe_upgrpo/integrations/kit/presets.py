@@ -12,6 +12,13 @@ from moe_upgrpo import plugins
 from moe_upgrpo.errors import UserError, nearest
 from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
 
+# Why no stack hands a loss these: each calls it with a micro-batch, cut by length and rank.
+WHY_NOT = {
+    "groups": "the responses to a prompt lie in several micro-batches and on several ranks",
+    "token_weights": "they compare the responses to a prompt, which lie in several micro-batches",
+    "statistics": "they are of the whole mini-batch, and the loss sees one micro-batch",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
@@ -59,8 +66,11 @@ def resolve(
     if preset not in allowed:
         reason = ""
         if preset in PRESETS:
-            lacking = ", ".join(sorted(PRESETS[preset].arguments & set(not_handed_over)))
-            reason = f", a loss that needs {lacking}, which {stack} does not hand to one"
+            lacking = sorted(PRESETS[preset].arguments & set(not_handed_over))
+            reason = (
+                f", a loss that needs {', '.join(lacking)}, which {stack} does not hand to one"
+                f"{_why(lacking)}"
+            )
         near = nearest(str(preset), allowed)
         raise UserError(f"{option}: {preset!r} given{reason}; allowed: {', '.join(allowed)}{near}")
     config, label = allowed[preset], label or preset
@@ -107,9 +117,14 @@ def with_settings(
     if lacking := sorted(config.arguments & set(not_handed_over)):
         raise UserError(
             f"{option}: {settings!r} given; this loss needs {', '.join(lacking)}, which {stack} "
-            "does not hand to a loss"
+            f"does not hand to a loss{_why(lacking)}"
         )
     return config
+
+
+def _why(lacking: Iterable[str]) -> str:
+    reasons = "; ".join(f"{name}: {WHY_NOT[name]}" for name in lacking if name in WHY_NOT)
+    return f" ({reasons}; `moe-upgrpo train` has them)" if reasons else ""
 
 
 def coupled(config: PolicyLossConfig) -> list[str]:
