@@ -34,9 +34,8 @@ class PolicyLossConfig:
     clip_low: float | None = 0.2
     """εl: lower bound 1 - εl (gmpo: -εl in log space); None: no lower bound."""
     clip_high: float | None = 0.2
-    """εh: upper bound 1 + εh (gmpo: εh in log space); None: no upper bound. Under UP it has no part
-    in the loss and only says from where a positive token counts as beyond the clip of the
-    loss compared with."""
+    """εh: upper bound 1 + εh (gmpo: εh in log space); None: no upper bound. Under UP the loss does
+    not read it, only the metric of positive tokens beyond the other loss's clip."""
     dual_clip: float | None = 3.0
     """C: bound on r for A < 0 (ppo); cap on both weights (aspo); None: off."""
     ratio_cap: float = 20.0
