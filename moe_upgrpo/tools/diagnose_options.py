@@ -8,9 +8,9 @@ from datetime import datetime
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.engines import check_engine
@@ -27,10 +27,10 @@ _WAYS = (
 class DiagnoseConfig:
     """Say why a rollout engine and the trainer differ, and whether it is too much."""
 
-    run: Positional[Path | None] = None
+    run: Annotated[Positional[Path | None], arg(metavar="[RUN|ENGINE.npy]")] = None
     """A run folder, of this trainer or of any stack with its routing log; or the engine's route
     dump, with the trainer's after it."""
-    trainer: Positional[Path | None] = None
+    trainer: Annotated[Positional[Path | None], arg(metavar="[TRAINER.npy]")] = None
     """The trainer's route dump, after the engine's: the same as --rollout-routes and
     --train-routes."""
     model: Path | None = None
