@@ -12,6 +12,8 @@ endif
 TORCH ?=
 TORCH_BY_PYTHON = import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch==2.11.0")
 ARGS ?=
+# Processes that share the tests of `make test`; a test may start up to four ranks of its own.
+WORKERS ?= 2
 # One thread per process: oversubscribed threads slow tiny models thirty times.
 export OMP_NUM_THREADS ?= 1
 
@@ -22,6 +24,7 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 TRANSFORMERS_4 := .venv-transformers4
 MILES := .venv-miles
 SWIFT := .venv-swift
+TRITON := .venv-triton
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 DOCS_VENV ?= .venv-docs
@@ -36,7 +39,7 @@ MEGATRON ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 MEGATRON_DIR := $(if $(MEGATRON),$(VENV)/megatron-core-$(MEGATRON))
 
-.PHONY: train results test test-slow test-wheel test-older-cpu test-megatron test-engines test-stacks gpu-check docs lint types setup clean
+.PHONY: train results test test-slow test-wheel test-older-cpu test-triton test-megatron test-engines test-stacks gpu-check docs lint types setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +48,7 @@ help:
 	@echo "make test-slow                                  tests that take minutes: kills in every phase, ..."
 	@echo "make test-wheel                                 the wheel, installed alone and used from elsewhere"
 	@echo "make test-older-cpu                             tests that promise the same bits, as on another CPU"
+	@echo "make test-triton                                the Triton kernel, in Triton's interpreter on a CPU"
 	@echo "make test-megatron [MEGATRON=0.17.1]             losses, routing, the Megatron edge, a training job"
 	@echo "make test-engines                               tests of vLLM and SGLang; installs them (6 GB)"
 	@echo "make results [ARGS='--only exact']               the studies' pages, of benchmarks/results"
@@ -101,6 +105,12 @@ $(SWIFT)/.installed: $(STAMP)
 	  ms-swift==4.6.0 mcore-bridge==1.6.5 trl==0.29.1
 	@touch $@
 
+# Triton in a folder of its own: where it can be imported, Megatron-Core and transformers take other
+# paths, and all else is tested as most CPU machines have it.
+$(TRITON)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(TRITON) triton==3.5.1
+	@touch $@
+
 train: $(STAMP)
 	@MOE_UPGRPO=$(abspath $(BIN))/moe-upgrpo bash examples/train_moe.sh $(ARGS)
 
@@ -132,7 +142,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed
 	$(BIN)/python -m pytest -m slow
@@ -146,6 +156,9 @@ test-wheel: $(STAMP)
 test-older-cpu: $(TEST_STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 	  $(BIN)/python -m pytest -m 'bits and not slow'
+
+test-triton: $(STAMP) $(TRITON)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest --noconftest tests/routing/test_shared.py
 
 $(MEGATRON_DIR): $(TEST_STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ megatron-core==$(MEGATRON)
@@ -186,4 +199,4 @@ test-stacks: $(TEST_STAMP) $(MILES)/.installed $(SWIFT)/.installed
 	  $(BIN)/python -m pytest tests/integrations tests/patches/test_health_patches.py -m 'slow or not slow'
 
 clean:
-	rm -rf .venv .venv-3.* site $(DOCS_VENV) $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) $(SWIFT) build *.egg-info
+	rm -rf .venv .venv-3.* site $(DOCS_VENV) $(SGLANG_VENV) $(TRANSFORMERS_4) $(MILES) $(SWIFT) $(TRITON) build *.egg-info

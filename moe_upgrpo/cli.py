@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `moe-upgrpo COMMAND`, also `python -m moe_upgrpo COMMAND`."""
 
 from __future__ import annotations

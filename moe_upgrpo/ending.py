@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """End a process with one message, the last thing on the screen, and a status by kind.
 
 A rank started by our launcher (`moe_upgrpo.launch`) leaves its message in the launcher's folder,

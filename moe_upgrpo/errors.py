@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors by their kind, each with the exit status of the command that it ends.
 
 0 is done; 2 wrong use or refused input, 3 the numbers of the run failed, 4 the machine did: its

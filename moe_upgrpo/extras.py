@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that only some uses need: which extra brings each, and what to say where one is absent.
 
 The requirements themselves are in setup.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU kernels that make a computation repeatable, chosen before torch computes.
 
 MKL may choose a kernel by the address of its arrays: on CPUs other than Intel's the same product,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo launch [torchrun's options] -- [train's]`: start ranks, and have the last word.
 
 The ranks are started by torch's elastic agent, as torchrun does, whose report of a failure (some 35

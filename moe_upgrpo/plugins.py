@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins: packages with an entry point in the group `moe_upgrpo.plugins`.
 
     [project.entry-points."moe_upgrpo.plugins"]

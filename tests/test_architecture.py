@@ -314,6 +314,15 @@ def test_which_places_are_found(finder, code, places, tmp_path):
     assert len(finder(file)) == places
 
 
+def test_every_file_of_the_package_names_its_license():
+    """In its first line, as SPDX has it; LICENSE has the text."""
+    line = "# SPDX-License-Identifier: Apache-2.0"
+    files = [*PACKAGE.rglob("*.py")]
+    assert len(files) > 200
+    lacking = [f for f in files if f.read_text(encoding="utf-8").partition("\n")[0] != line]
+    assert not lacking, f"put {line!r} first in {[str(f.relative_to(ROOT)) for f in lacking]}"
+
+
 def test_docstrings_begin_with_a_verb_or_a_noun():
     """As CONTRIBUTING.md asks: a docstring that begins with "of" or "what" has lost its subject."""
     folders = ("moe_upgrpo", "benchmarks", "docs", "examples", "tests")

@@ -13,10 +13,13 @@ from benchmarks.gpu.measure import compared, cost, device, relative, seconds
 from benchmarks.micro.compare_routes import EXPERTS, LAYERS, TOP_K, make_routes, naive_overlap
 from moe_upgrpo.losses import PolicyLossConfig, policy_loss
 from moe_upgrpo.megatron.logprobs import log_probs_and_entropy
-from moe_upgrpo.routing import compare_routes
+from moe_upgrpo.routing import compare_routes, shared
+from moe_upgrpo.routing.shared import count_shared
 
 BF16_LIMIT = 0.02
 TEMPERATURE = 0.9
+COUNTING_GOAL = 0.8
+"""Share of a copy's bandwidth that the Triton kernel is to read ids at; never measured."""
 
 
 def log_probs(job) -> Outcome:
@@ -94,6 +97,9 @@ def routes(job) -> Outcome:
     def plain() -> torch.Tensor:
         return naive_overlap(rollout[:part], train[:part])
 
+    def counted() -> None:
+        count_shared(rollout.flatten(0, 1), train.flatten(0, 1), num_experts=EXPERTS)
+
     def copied() -> None:
         targets[0].copy_(rollout)
         targets[1].copy_(train)
@@ -104,12 +110,21 @@ def routes(job) -> Outcome:
     read = rollout.nbytes + train.nbytes
     bandwidth = 2 * read / seconds(copied, job.sizes.repeats)  # a copy reads and writes
     share = read / (costs["ours"]["ms"] / 1e3) / bandwidth
+    counting = 1e3 * seconds(counted, job.sizes.repeats)  # ms
+    of_count = (read + len(rollout) * LAYERS) / (counting / 1e3) / bandwidth
+    form = shared.form(device().type, top_k=TOP_K, num_experts=EXPERTS).__module__
     right = torch.equal(ours().overlap[:part].long(), plain())
     return Outcome(
         line=f"{len(rollout):,} tokens × {LAYERS} × top-{TOP_K}: "
         f"{compared(costs['ours'], costs['plain'])} (scaled up); {share:.1%} of the bandwidth "
-        f"of a copy, {bandwidth / 1e9:,.0f} GB/s",
-        figures=costs | {"share of memory bandwidth": share, "copy GB/s": bandwidth / 1e9},
+        f"of a copy, {bandwidth / 1e9:,.0f} GB/s; counting alone ({form}): "
+        f"{counting:.3g} ms, {of_count:.1%}, goal {COUNTING_GOAL:.0%}",
+        figures=costs
+        | {
+            "share of memory bandwidth": share,
+            "copy GB/s": bandwidth / 1e9,
+            "counting alone": {"form": form, "ms": counting, "share": of_count},
+        },
         faults=() if right else ("overlaps differ from the naive broadcast",),
     )
 

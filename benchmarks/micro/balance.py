@@ -6,8 +6,8 @@ lognormal lengths (sigma .7, median 2,000, at most 8,192 tokens), a mini-batch o
 each data-parallel rank, the cost of Qwen3-30B-A3B. Real cost of all sequences over the number of
 ranks times the padded cost of the slowest: what is not padding or waiting. "counted": --micro-batch
 2, what the same memory holds at the longest, in the order drawn, each rank its own. "budget":
---micro-batch-tokens 16384. "budget, PP": where all micro-batches have one shape. Lowest and highest
-of the seeds; no model is run.
+--micro-batch-tokens 16384. "packed": the same with --packing, in any layout. "budget, PP": padded,
+where all micro-batches have one shape. Lowest and highest of the seeds; no model is run.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from moe_upgrpo.megatron.balance import Cost, Limit, equal_shares, shares, useful_share
+from moe_upgrpo.megatron.balance import (
+    Cost,
+    Limit,
+    equal_shares,
+    packed_shares,
+    shares,
+    useful_share,
+)
 from moe_upgrpo.megatron.families import read_model_config
 
 MODEL = Path(__file__).parents[2] / "examples" / "configs" / "models" / "qwen3-30b-a3b"
@@ -51,17 +58,19 @@ def counted(setting: Setting) -> list[list[list[int]]]:
     return found
 
 
-def trial(setting: Setting, seed: int, *, one_shape: bool = False) -> tuple[float, float]:
-    """Useful shares by count and by the budget of tokens."""
+def trial(setting: Setting, seed: int) -> dict[str, float]:
+    """Useful shares, by the column."""
     lengths, cost = lengths_of(setting, seed), Cost.of(read_model_config(MODEL))
     given = {"ranks": setting.ranks, "tokens": setting.tokens}
-    if one_shape:
-        dealt, (_, longest) = equal_shares(lengths, **given)
-        rows = max(sum(map(len, share)) for share in dealt)
-        of_budget = sum(map(cost, lengths)) / (setting.ranks * rows * cost(longest))
-    else:
-        of_budget = useful_share(lengths, shares(lengths, **given, cost=cost), cost)
-    return useful_share(lengths, counted(setting), cost), of_budget
+    packed = packed_shares(lengths, **given, cost=cost)
+    dealt, (_, longest) = equal_shares(lengths, **given)
+    rows = max(sum(map(len, share)) for share in dealt)
+    return {
+        "counted": useful_share(lengths, counted(setting), cost),
+        "budget": useful_share(lengths, shares(lengths, **given, cost=cost), cost),
+        "packed": useful_share(lengths, packed, cost, packed=True),
+        "budget, PP": sum(map(cost, lengths)) / (setting.ranks * rows * cost(longest)),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,12 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
 def table(seeds: int = 20, sequences: int = 32) -> None:
     """Print the useful shares at DP4, DP16 and DP32. sequences: of each rank's mini-batch."""
     print(f"lognormal lengths, {sequences} sequences a rank, {seeds} seeds: useful share of a step")
-    print(f"{'':6} {'counted':>12} {'budget':>12} {'budget, PP':>12}")
     for ranks in (4, 16, 32):
         setting = Setting(ranks=ranks, sequences=sequences)
         found = [trial(setting, seed) for seed in range(seeds)]
-        staged = [trial(setting, seed, one_shape=True)[1] for seed in range(seeds)]
-        columns = (*zip(*found, strict=True), staged)
+        if ranks == 4:
+            print(f"{'':6} " + " ".join(f"{name:>12}" for name in found[0]))
+        columns = zip(*(one.values() for one in found), strict=True)
         spans = [f"{min(column):.2f} to {max(column):.2f}" for column in columns]
         print(f"{'DP' + str(ranks):6} " + " ".join(f"{span:>12}" for span in spans))
 

@@ -11,6 +11,7 @@ response's. Stages, each in a process of its own:
   one)
 - rows: both sides compared, the rows of the token log and the step's sums made
 - written: those rows to Parquet
+- difference encoded: the trainer's routes as what to change in the engine's, a part of "written"
 - decoded: both sides' routes read back from their bytes
 
 Printed: processor microseconds and extra peak bytes per token at each size, and the exponent
@@ -31,7 +32,9 @@ from pathlib import Path
 import numpy as np
 
 SEQUENCE, PROMPT = 1024, 256
-STAGES = ("taken and joined", "gathered", "rows", "written", "decoded")
+TAP = ("taken and joined", "gathered")
+CODEC = ("difference encoded", "decoded")
+STAGES = (*TAP, "rows", "written", *CODEC)
 
 
 class Clock:
@@ -70,35 +73,33 @@ def make_routes(tokens: int, model: argparse.Namespace) -> tuple[np.ndarray, np.
     return tuple(np.tile(x.reshape(shape), times)[:tokens].copy() for x in (rollout, train))
 
 
-def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock, world: int = 1) -> None:
+def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     """The trainer's side: visits of 16 sequences, as the routers left them."""
     import torch
 
     from moe_upgrpo.megatron import groups, tap
-    from moe_upgrpo.megatron.layout import Layout
 
     torch.manual_seed(0)
-    with groups.process_groups(Layout(tp=world)):
-        batch = 16
-        count = max(1, tokens // (batch * SEQUENCE))
-        visits = []
-        for _ in range(count):
-            traces, rows = {}, batch * SEQUENCE // world
-            for layer in range(model.layers):
-                trace = tap._Trace(None, ("routes", "margins"))
-                ids = torch.randint(model.experts, (rows, model.top_k), dtype=torch.int16)
-                trace.own_NK = trace.used_NK = ids
-                trace.margins_N = torch.rand(rows)
-                traces[layer + 1] = trace
-            visits.append(tap.Visit(None, traces, batch))
-        runs = tap.together([batch * SEQUENCE] * count, model.layers)
-        with clock("gathered" if world > 1 else "taken and joined"):
-            joined = []
-            for run in runs:
-                mine = [tap.hand_over(visits[run], model.experts)]
-                shares = groups.gather_in_model_copy([(groups.rank(), mine)])
-                joined += tap.join(shares, len(visits[run]))
-        assert joined[-1]["routes"].shape == (batch, SEQUENCE, model.layers, model.top_k)
+    batch, world = 16, groups.world_size()
+    count = max(1, tokens // (batch * SEQUENCE))
+    visits = []
+    for _ in range(count):
+        traces, rows = {}, batch * SEQUENCE // world
+        for layer in range(model.layers):
+            trace = tap._Trace(None, ("routes", "margins"))
+            ids = torch.randint(model.experts, (rows, model.top_k), dtype=torch.int16)
+            trace.own_NK = trace.used_NK = ids
+            trace.margins_N = torch.rand(rows)
+            traces[layer + 1] = trace
+        visits.append(tap.Visit(None, traces, batch))
+    runs = tap.together([batch * SEQUENCE] * count, model.layers)
+    with clock("gathered" if world > 1 else "taken and joined"):
+        joined = []
+        for run in runs:
+            mine = [tap.hand_over(visits[run], model.experts)]
+            shares = groups.gather_in_model_copy([(groups.rank(), mine)])
+            joined += tap.join(shares, len(visits[run]))
+    assert joined[-1]["routes"].shape == (batch, SEQUENCE, model.layers, model.top_k)
 
 
 def record_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
@@ -158,7 +159,8 @@ def codec_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     rollout, train = make_routes(tokens, model)
     shape = {"num_layers": model.layers, "top_k": model.top_k}
     packed = codec.encode_sets(rollout, num_experts=model.experts)
-    change = codec.encode_difference(rollout, train, num_experts=model.experts)
+    with clock("difference encoded"):
+        change = codec.encode_difference(rollout, train, num_experts=model.experts)
     with clock("decoded"):
         sets = codec.decode_sets(packed, **shape, num_experts=model.experts)
         found = codec.decode_difference(sets, *change, num_experts=model.experts)
@@ -168,11 +170,21 @@ def codec_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
 def _work(stage: str, tokens: int, model: argparse.Namespace, environment: dict, answer) -> None:
     os.environ |= environment
     clock = Clock()
-    if stage in ("taken and joined", "gathered"):
-        tap_stage(tokens, model, clock, int(environment.get("WORLD_SIZE", 1)))
+    if stage not in TAP:
+        _twice(codec_stage if stage in CODEC else record_stage, tokens, model, clock)
     else:
-        (codec_stage if stage == "decoded" else record_stage)(tokens, model, clock)
+        from moe_upgrpo.megatron import groups
+        from moe_upgrpo.megatron.layout import Layout
+
+        with groups.process_groups(Layout(tp=int(environment["WORLD_SIZE"]))):
+            _twice(tap_stage, tokens, model, clock)
     answer.send(clock.found)
+
+
+def _twice(stage, tokens: int, model: argparse.Namespace, clock: Clock) -> None:
+    """Of few tokens first: for imports and tables."""
+    stage(SEQUENCE, model, clock)
+    stage(tokens, model, clock)
 
 
 def measure(stage: str, tokens: int, model: argparse.Namespace) -> tuple[float, int]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo compare`: arms × seeds, written down before they run, run to the end, reported.
 
 `plan` is what is written down, `run` does it, `data` keeps a Parquet file of each run, `measures`

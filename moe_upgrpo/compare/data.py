@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Parquet file of each run: its metrics by step, and about the run as the file's metadata.
 
 A comparison that is kept for long has one file of all its runs, `runs.parquet`, a fortieth of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of a comparison, and their drawing. One colour for each arm, everywhere."""
 
 from __future__ import annotations

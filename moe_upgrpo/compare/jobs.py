@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A comparison's runs as jobs of a cluster, one for each; examples/compare_at_scale.sh calls it.
 
     python -m moe_upgrpo.compare.jobs PLAN FOLDER [--start RUN | --end RUN | --crashed RUN]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of one run, each a pure function of its kept data.
 
 An evaluation that a crashed run did not reach counts as accuracy 0, and a training step as reward

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Endings of a run's job: done, refused, through its own numbers, or through its machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan of a comparison, fixed before the first run: arms, seeds, endpoint, contrasts."""
 
 from __future__ import annotations

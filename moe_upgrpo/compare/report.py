@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a comparison: one HTML page, its data as JSON, and every figure as an SVG file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of a comparison: the missing ones are started, as many at a time as there are cores.
 
 A folder holds plan.json, learning_rates.json, data/RUN.parquet, runs/RUN and logs/RUN.log, and

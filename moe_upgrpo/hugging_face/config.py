@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder's config.json, read and written so that all readers find the same model in it."""
 
 from __future__ import annotations

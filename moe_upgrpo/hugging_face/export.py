@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files beside the weights of a model folder, carried from one folder to the next."""
 
 from __future__ import annotations

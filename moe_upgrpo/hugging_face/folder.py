@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face model folder: its config.json and its weights, by their index.
 
 The trainer, the engines, plan and probe read weights through `Weights`, so that they hold the same

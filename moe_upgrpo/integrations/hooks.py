@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The places where each stack is hooked into, as data: file, name, signature, checksum.
 
     python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json

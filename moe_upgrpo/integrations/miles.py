@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402
 """miles (radixark/miles): every preset as its custom loss, and the log of its Megatron actor.
 

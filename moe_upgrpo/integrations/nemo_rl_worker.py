@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The name by which a patched NeMo-RL finds the routing log."""
 
 from moe_upgrpo.integrations.kit import environment, revisions

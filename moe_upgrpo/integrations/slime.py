@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402
 """slime (THUDM/slime): every preset as its custom loss, and the routing log of its Megatron actor.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo doctor --stack NAME`: what of a stack is hooked into, and how it is found here."""
 
 from __future__ import annotations

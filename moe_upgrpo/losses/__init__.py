@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses for RL of language models: UP-GRPO with any negative branch, and its baselines.
 
 Pure PyTorch. Start with `policy_loss` and `PolicyLossConfig.preset`; tables: `docs/losses.md`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards to advantages, within groups of responses to one prompt; DAPO's reward and group rules.
 
 Shapes: N responses = P prompts × G responses per prompt, the G of a prompt adjacent.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aggregate per-token losses to one number: loss = Σ_b w_b · Σ_t per_token[b, t].
 
 Every mode is one weight per sequence, built from a denominator over *all* micro-batches and ranks,

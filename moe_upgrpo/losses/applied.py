@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A side of the loss on a batch, and what the loss did to its tokens: its metrics."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import correction_weights, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
+from moe_upgrpo.losses.passes import keep
 from moe_upgrpo.losses.side import Side
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
@@ -34,25 +36,39 @@ class AppliedSide:
     dropped: Tensor | None
 
     @property
+    def weighs(self) -> bool:
+        """Whether a factor is on this side."""
+        return self.factor is not None or self.side.factor is not None
+
+    @property
     def cuts(self) -> list[Tensor]:
         return [cut for cut in (self.below, self.above, self.dropped) if cut is not None]
 
-    def weighted(self, t: Tokens) -> Tensor:
-        """The advantages of this side, 0 at other tokens, with its factor."""
-        amount_BT = t.gain_BT if self.positive else t.pain_BT
-        return amount_BT if self.factor is None else amount_BT * self.factor
+    def weighted(self, t: Tokens, config: Config) -> Tensor:
+        """`amount`, once: the graph keeps it."""
+        made: Tensor = t.once(("weighted", self.positive), lambda: self.amount(t, config))
+        return made
 
-    def beside(self, t: Tokens, extra: Tensor) -> Tensor:
-        """The extra term, or its slope, at the tokens of this side, with the side's factor."""
-        here_BT = t.positive_BT if self.positive else t.mask_BT & ~t.positive_BT
-        extra_BT = torch.where(here_BT, extra, 0.0)
-        return extra_BT if self.factor is None else extra_BT * self.factor
+    def amount(self, t: Tokens, config: Config) -> Tensor:
+        """The advantages of this side, 0 at other tokens, with its factors."""
+        return self._times_factors(t.gain_BT if self.positive else t.pain_BT, t, config)
+
+    def _times_factors(self, x: Tensor, t: Tokens, config: Config) -> Tensor:
+        if self.factor is not None:
+            x = x * self.factor
+        return x if self.side.factor is None else x * self.side.factor(t, config)
+
+    def beside(self, t: Tokens, extra: Tensor, config: Config) -> Tensor:
+        """The extra term, or its slope, at the tokens of this side, with the side's factors."""
+        if self.positive:
+            extra_BT = extra * t.positive_number_BT
+        else:
+            extra_BT = keep(t.of_tokens(extra), t.positive_BT)
+        return self._times_factors(extra_BT, t, config)
 
     def coefficient(self, t: Tokens, config: Config) -> Tensor:
         """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
-        c = self.side.slope(t, config)
-        if self.factor is not None:
-            c = c * self.factor
+        c = self._times_factors(self.side.slope(t, config), t, config)
         cut = union(*self.cuts)
         return c if cut is None else torch.where(cut, 0.0, c)
 
@@ -152,9 +168,8 @@ def measure(
 def _masked_ratio(t: Tokens) -> Tensor:
     """r without RSPO's γ, 0 at padding."""
     if t.log_shift_BT is None and t.has_ratio:
-        return t.masked(t.ratio_BT)
-    ratio_BT = t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_()
-    return ratio_BT.masked_fill_(~t.mask_BT, 0.0)
+        return t.of_finite_(t.ratio_BT.clone())
+    return t.of_finite_(t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_())
 
 
 def _sum(x_BT: Tensor) -> Tensor:
@@ -163,10 +178,10 @@ def _sum(x_BT: Tensor) -> Tensor:
 
 
 def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
-    """(Σw, Σw²) of `count` weights, the others 0.
+    """(Σw, Σw²) of `count` weights, the others 0, in whose memory they are squared.
 
     Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
     worth more than N.
     """
-    sum_w, sum_w2 = _sum(weight_BT), _sum(torch.linalg.vecdot(weight_BT, weight_BT)[:, None])
+    sum_w, sum_w2 = _sum(weight_BT), _sum(weight_BT.square_())
     return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that look at the whole batch: covariances, groups, counts. They need `Context`.
 
 The contract is `side.py`; the table of all losses is `branches.py`. A threshold is a statistic of
@@ -17,6 +18,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
+from moe_upgrpo.losses.passes import exceeds, falls_below, keep
 from moe_upgrpo.losses.side import Branch, Side, above, token_ratio
 from moe_upgrpo.losses.tokens import Tokens
 
@@ -24,25 +26,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_upgrpo.losses.config import PolicyLossConfig as Config
-    from moe_upgrpo.losses.side import Bounds
+    from moe_upgrpo.losses.side import Bounds, TensorFn
 
 
 # --- The covariance of advantage and log-prob (arXiv 2505.22617; verl `clip_cov`, `kl_cov`)
 
 
-def means(t: Tokens) -> dict[str, Tensor]:
+def means(t: Tokens, log_probs_BT: Tensor) -> dict[str, Tensor]:
     """Means over the tokens of the batch; 0 where it has none."""
     tokens = t.lengths_B1.sum().clamp(min=1)
     return {
         "mean_advantage": t.advantages_BT.sum() / tokens,
-        "mean_log_prob": t.log_probs_BT.detach().sum() / tokens,
+        "mean_log_prob": log_probs_BT.sum() / tokens,
     }
 
 
-def covariance(t: Tokens, mean: dict[str, Tensor]) -> Tensor:
+def covariance(t: Tokens, mean: dict[str, Tensor], log_probs_BT: Tensor) -> Tensor:
     """(A − mean A)·(log π − mean log π) of each token."""
-    log_prob_BT = t.log_probs_BT.detach() - mean["mean_log_prob"]
-    return log_prob_BT.mul_(t.advantages_BT - mean["mean_advantage"])
+    return (log_probs_BT - mean["mean_log_prob"]).mul_(t.advantages_BT - mean["mean_advantage"])
 
 
 def share_of_tokens(t: Tokens, share: float) -> int:
@@ -59,16 +60,17 @@ def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tens
 
     def compute() -> Tensor:
         low, high = cfg.covariance_range
-        cov_BT = covariance(t, mean)
-        r_BT = t.ratio_BT.detach()
-        above_BT, below_BT = t.positive_BT & (r_BT > cfg.upper), t.negative_BT & (r_BT < cfg.lower)
-        return (cov_BT > low) & (cov_BT < high) & ~(above_BT | below_BT) & t.mask_BT
+        cov_BT = covariance(t, mean, t.log_probs_BT.detach())
+        above_BT = t.positive_BT & exceeds(t.ratio_BT, cfg.upper)
+        below_BT = t.negative_BT & falls_below(t.ratio_BT, cfg.lower)
+        within_BT = exceeds(cov_BT, low) & falls_below(cov_BT, high)
+        return within_BT & ~(above_BT | below_BT) & t.mask_BT
 
     return t.once("covariance range", compute)
 
 
 def clip_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
-    mean = means(t)
+    mean = means(t, t.log_probs_BT.detach())
     draws = t.draws_BT[in_covariance_range(t, cfg, mean)].sort().values
     count = min(share_of_tokens(t, cfg.covariance_share), len(draws))
     limit = draws[count - 1] if count else torch.full_like(mean["mean_advantage"], -1.0)
@@ -84,7 +86,7 @@ def drawn(t: Tokens, cfg: Config) -> Tensor:
 
 
 def clip_cov_positive(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_positive(t, cfg).masked_fill(drawn(t, cfg), 0.0)
+    return keep(ppo_positive(t, cfg), drawn(t, cfg))
 
 
 def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -93,7 +95,7 @@ def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
-    return ppo_negative(t, cfg).masked_fill(drawn(t, cfg), 0.0)
+    return keep(ppo_negative(t, cfg), drawn(t, cfg))
 
 
 def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -105,8 +107,9 @@ def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def kl_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
-    mean = means(t)
-    cov = covariance(t, mean)[t.mask_BT]
+    log_probs_BT = t.log_probs_BT.detach()
+    mean = means(t, log_probs_BT)
+    cov = covariance(t, mean, log_probs_BT)[t.mask_BT]
     if not len(cov):
         return {**mean, "covariance_limit": torch.full_like(mean["mean_advantage"], math.inf)}
     top = cov.topk(share_of_tokens(t, cfg.covariance_share)).values
@@ -117,7 +120,7 @@ def penalised(t: Tokens, cfg: Config) -> Tensor:
     """The penalty's coefficient at each token"""
 
     def choose() -> Tensor:
-        cov_BT = covariance(t, t.statistics)
+        cov_BT = covariance(t, t.statistics, t.log_probs_BT.detach())
         chosen_BT = (cov_BT >= t.statistics["covariance_limit"]) & t.mask_BT
         return chosen_BT.to(cov_BT.dtype) * cfg.covariance_kl
 
@@ -142,7 +145,7 @@ def kl_cov_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 
 def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
     tokens = t.lengths_B1.sum()
-    positive = (t.advantages_BT > 0).sum().to(tokens.dtype)
+    positive = t.positive_BT.count_nonzero().to(tokens.dtype)
     return {"tokens_per_positive": tokens / positive.clamp(min=1)}
 
 
@@ -174,18 +177,27 @@ def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         alive_B = t.lengths_B1[:, 0] > 0
-        positive_B = (t.advantages_BT > 0).any(-1)
+        positive_B = t.gain_BT.sum(-1) > 0
         mine_B = alive_B & (positive_B if sign > 0 else ~positive_B)
         others_B = alive_B & (~positive_B if sign > 0 else positive_B)
-        same_BB = t.groups_B[:, None] == t.groups_B[None, :]
-        mixed_B = (same_BB & others_B).any(-1) & mine_B
-        exponent_B1 = t.log_sequence_ratio_B1 * (-sign / cfg.real_tau)
-        # e^x of the group's own sign, and e^0 for the 1
-        inside_BB = torch.where(same_BB & mine_B, exponent_B1.T, -math.inf)
-        inside_BB = torch.cat([inside_BB, torch.zeros_like(t.lengths_B1)], dim=-1)
-        shared_B1 = (same_BB & mine_B).sum(-1, keepdim=True).clamp(min=1)
-        value_B1 = inside_BB.logsumexp(-1, keepdim=True)
-        return value_B1, mixed_B[:, None].to(value_B1.dtype) / shared_B1, exponent_B1
+        group_B = t.groups_B.unique(return_inverse=True)[1]
+
+        def in_group(x_B: Tensor) -> Tensor:
+            """The sum over a sequence's group."""
+            return x_B.new_zeros(len(x_B)).index_add(0, group_B, x_B)[group_B]
+
+        mine_B, others_B = mine_B.to(t.lengths_B1.dtype), others_B.to(t.lengths_B1.dtype)
+        mixed_B = (in_group(others_B) > 0) * mine_B
+        exponent_B = t.log_sequence_ratio_B1[:, 0] * (-sign / cfg.real_tau)
+        # e^x of the group's own sign, and e^0 for the 1; the largest of them taken out
+        largest_B = exponent_B.detach() * mine_B
+        largest_B = largest_B.new_zeros(len(largest_B)).scatter_reduce(
+            0, group_B, largest_B, "amax"
+        )[group_B]
+        inside_B = torch.where(mine_B > 0, exponent_B - largest_B, -math.inf).exp()
+        value_B = largest_B + (in_group(inside_B) + (-largest_B).exp()).log()
+        part_B = mixed_B / in_group(mine_B).clamp(min=1)
+        return value_B[:, None], part_B[:, None], exponent_B[:, None]
 
     return t.once(f"group {sign}", compute)
 
@@ -207,10 +219,24 @@ def real_side(sign: int) -> Side:
     return Side(nothing, nothing, extra=extra, extra_slope=extra_slope)
 
 
+def of_both_signs(name: str) -> TensorFn:
+    """A group's term, or its slope: that of a sign is 0 at sequences of the other."""
+
+    def both(t: Tokens, cfg: Config) -> Tensor:
+        positive, negative = (
+            getattr(side, name)(t, cfg) for side in (REAL_POSITIVE, REAL_NEGATIVE)
+        )
+        added: Tensor = positive + negative
+        return added
+
+    return both
+
+
 def nothing(t: Tokens, cfg: Config) -> Tensor:
     return torch.zeros_like(t.lengths_B1)
 
 
+REAL_POSITIVE, REAL_NEGATIVE = real_side(1), real_side(-1)
 KL_COV = Side(token_ratio, token_ratio, free_clip, kl_cov_penalty, kl_cov_penalty_slope)
 
 BATCH_BRANCHES: dict[str, Branch] = {
@@ -242,8 +268,14 @@ BATCH_BRANCHES: dict[str, Branch] = {
         source="arXiv 2504.05118 eq. 10; NeMo-RL",
     ),
     "real": Branch(
-        positive=real_side(1),
-        negative=real_side(-1),
+        positive=REAL_POSITIVE,
+        negative=REAL_NEGATIVE,
+        both=Side(
+            nothing,
+            nothing,
+            extra=of_both_signs("extra"),
+            extra_slope=of_both_signs("extra_slope"),
+        ),
         c=("G·e^(−s/τ)/(1+Σ₊)/(τ|y|A)", "G·e^(s/τ)/(1+Σ₋)/(τ|y||A|)"),
         aggregations=("seq-mean-token-sum",),
         fields=("real_tau",),

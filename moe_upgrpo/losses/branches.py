@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of the losses: name -> `Branch`. The contract of one is `side.py`."""
 
 from __future__ import annotations

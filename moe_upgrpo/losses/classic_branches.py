@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses on a token's or a sequence's ratio: what each sign of the advantage contributes, and c.
 
 The contract is `side.py`; the table of all losses is `branches.py`.
@@ -10,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep, ratio_to_itself
 from moe_upgrpo.losses.side import (
     Branch,
     Side,
@@ -51,7 +53,7 @@ def self_ratio(t: Tokens, cfg: Config) -> Tensor:
 
 
 def ppo_positive(t: Tokens, cfg: Config) -> Tensor:
-    return t.ratio_BT.clamp(max=cfg.upper)
+    return clamp(t.ratio_BT, high=cfg.upper)
 
 
 def ppo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -59,11 +61,11 @@ def ppo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def ppo_negative(t: Tokens, cfg: Config) -> Tensor:
-    return t.ratio_BT.clamp(cfg.lower, cfg.dual)
+    return clamp(t.ratio_BT, cfg.lower, cfg.dual)
 
 
 def ppo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
-    return t.ratio_BT < cfg.lower, above(t.ratio_BT, t.log_ratio_BT, cfg.dual)
+    return falls_below(t.ratio_BT, cfg.lower), above(t.ratio_BT, t.log_ratio_BT, cfg.dual)
 
 
 # --- GSPO (arXiv 2507.18071): PPO's rule on s = (∏r)^(1/|y|), without a dual clip
@@ -90,11 +92,11 @@ def gspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 
 def gspo_token_positive(t: Tokens, cfg: Config) -> Tensor:
-    return t.token_sequence_ratio_BT.clamp(max=cfg.upper)
+    return clamp(t.token_sequence_ratio_BT, high=cfg.upper)
 
 
 def gspo_token_negative(t: Tokens, cfg: Config) -> Tensor:
-    return t.token_sequence_ratio_BT.clamp(min=cfg.lower)
+    return clamp(t.token_sequence_ratio_BT, low=cfg.lower)
 
 
 # --- TIC-GRPO (arXiv 2508.02833): the trajectory ratio R = ∏r, no 1/|y|
@@ -125,7 +127,7 @@ def tic_free_clip(t: Tokens, cfg: Config) -> Bounds:
 @kept
 def gmpo_log_positive(t: Tokens, cfg: Config) -> Tensor:
     """log ρ"""
-    return t.mean_B1(t.log_ratio_BT.clamp(max=cfg.log_space_upper))
+    return t.mean_B1(clamp(t.log_ratio_BT, high=cfg.log_space_upper))
 
 
 def gmpo_positive(t: Tokens, cfg: Config) -> Tensor:
@@ -134,13 +136,13 @@ def gmpo_positive(t: Tokens, cfg: Config) -> Tensor:
 
 def gmpo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     beyond_B1 = gmpo_log_positive(t, cfg) > MAX_LOG_RATIO
-    return None, (t.log_ratio_BT > cfg.log_space_upper) | beyond_B1
+    return None, exceeds(t.log_ratio_BT, cfg.log_space_upper) | beyond_B1
 
 
 @kept
 def gmpo_log_negative(t: Tokens, cfg: Config) -> Tensor:
     """log ρ"""
-    return t.mean_B1(t.log_ratio_BT.clamp(min=cfg.log_space_lower))
+    return t.mean_B1(clamp(t.log_ratio_BT, low=cfg.log_space_lower))
 
 
 def gmpo_negative(t: Tokens, cfg: Config) -> Tensor:
@@ -148,14 +150,13 @@ def gmpo_negative(t: Tokens, cfg: Config) -> Tensor:
 
 
 def gmpo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
-    below_BT = t.log_ratio_BT < cfg.log_space_lower
+    below_BT = falls_below(t.log_ratio_BT, cfg.log_space_lower)
     return below_BT, gmpo_log_negative(t, cfg) > MAX_LOG_RATIO
 
 
 # --- CISPO (arXiv 2506.13585; verl `cispo`): a truncated weight; no token loses its gradient
 
 
-@kept
 def cispo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.upper)
 
@@ -168,30 +169,28 @@ def cispo(t: Tokens, cfg: Config) -> Tensor:
 # are tokens whose probability moved too far in the advantage's direction, by a binary divergence
 
 
-@kept
 def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
-def probabilities(t: Tokens) -> tuple[Tensor, Tensor]:
-    """π and π_old"""
-    return t.log_probs_BT.detach().clamp(max=0).exp(), t.old_log_probs_BT.clamp(max=0).exp()
+def moved_tv(t: Tokens, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Where π − π_old is above δ, and where it is below −δ"""
+
+    def compute() -> tuple[Tensor, Tensor]:
+        p, p_old = t.probabilities()
+        moved_BT, limit = p.sub_(p_old), cfg.divergence_limit
+        return exceeds(moved_BT, limit), falls_below(moved_BT, -limit)
+
+    found: tuple[Tensor, Tensor] = t.once("moved", compute)
+    return found
 
 
-def moved(t: Tokens) -> Tensor:
-    """π − π_old"""
-    p, p_old = probabilities(t)
-    return p - p_old
-
-
-@kept
 def moved_up_tv(t: Tokens, cfg: Config) -> Tensor:
-    return t.once("moved", lambda: moved(t)) > cfg.divergence_limit
+    return moved_tv(t, cfg)[0]
 
 
-@kept
 def moved_down_tv(t: Tokens, cfg: Config) -> Tensor:
-    return t.once("moved", lambda: moved(t)) < -cfg.divergence_limit
+    return moved_tv(t, cfg)[1]
 
 
 def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ def binary_kl(p: Tensor, p_old: Tensor) -> Tensor:
 
 @kept
 def far_kl(t: Tokens, cfg: Config) -> Tensor:
-    return binary_kl(*probabilities(t)) > cfg.divergence_limit
+    return binary_kl(*t.probabilities()) > cfg.divergence_limit
 
 
 @kept
@@ -217,13 +216,16 @@ def moved_down_kl(t: Tokens, cfg: Config) -> Tensor:
 
 
 def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
+    def weight(t: Tokens, cfg: Config) -> Tensor:
+        return keep(dppo_weight(t, cfg), dropped(t, cfg))
+
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return dppo_weight(t, cfg).masked_fill(dropped(t, cfg), 0.0) * t.log_probs_BT
+        return weight(t, cfg) * t.log_probs_BT
 
     def clip(t: Tokens, cfg: Config) -> Bounds:
         return (None, dropped(t, cfg)) if upwards else (dropped(t, cfg), None)
 
-    return Side(surrogate, dppo_weight, clip)
+    return Side(surrogate, dppo_weight, clip, weight=weight)
 
 
 def by_sign(upwards: TensorFn, downwards: TensorFn) -> TensorFn:
@@ -257,33 +259,29 @@ def topr_negative(t: Tokens, cfg: Config) -> Tensor:
 # clip, then 1/r for positives, and a dual clip that caps the weight but keeps the gradient
 
 
-@kept
 def aspo_positive_weight(t: Tokens, cfg: Config) -> Tensor:
     log_ratio_BT = t.log_ratio_BT.detach().clamp(max=cfg.log_of_upper)
-    return guarded_exp(-log_ratio_BT).clamp(max=cfg.dual)
+    return guarded_exp(log_ratio_BT.neg_()).clamp_(max=cfg.dual)
 
 
 def aspo_positive(t: Tokens, cfg: Config) -> Tensor:
-    log_q_BT = t.log_ratio_BT.clamp(max=cfg.log_of_upper)
-    return aspo_positive_weight(t, cfg) * (log_q_BT - log_q_BT.detach()).exp()
+    return ratio_to_itself(t.log_ratio_BT, high=cfg.log_of_upper)
 
 
 def aspo_positive_clip(t: Tokens, cfg: Config) -> Bounds:
-    return None, t.log_ratio_BT > cfg.log_of_upper
+    return None, exceeds(t.log_ratio_BT, cfg.log_of_upper)
 
 
-@kept
 def aspo_negative_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(cfg.lower, cfg.dual)
 
 
 def aspo_negative(t: Tokens, cfg: Config) -> Tensor:
-    log_q_BT = t.log_ratio_BT.clamp(min=cfg.log_of_lower)
-    return aspo_negative_weight(t, cfg) * (log_q_BT - log_q_BT.detach()).exp()
+    return ratio_to_itself(t.log_ratio_BT, low=cfg.log_of_lower)
 
 
 def aspo_negative_clip(t: Tokens, cfg: Config) -> Bounds:
-    return t.log_ratio_BT < cfg.log_of_lower, None
+    return falls_below(t.log_ratio_BT, cfg.log_of_lower), None
 
 
 # --- SAPO (arXiv 2511.20347; verl `sapo`): a sigmoid gate of width 1/τ instead of a clip
@@ -316,8 +314,12 @@ def sapo_temperature(t: Tokens, cfg: Config) -> Tensor:
 
 
 def power_side(exponent: str) -> Side:
+    @kept
     def weight(t: Tokens, cfg: Config) -> Tensor:
-        return guarded_exp(getattr(cfg, exponent) * t.log_ratio_BT.detach())
+        gamma = getattr(cfg, exponent)
+        if gamma in (0, 1):
+            return one(t, cfg) if gamma == 0 else t.ratio_BT.detach()
+        return guarded_exp(gamma * t.log_ratio_BT.detach())
 
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
         """sg(r^γ)·π/sg(π)"""
@@ -328,10 +330,10 @@ def power_side(exponent: str) -> Side:
 
 # --- the table
 
-LIKELIHOOD = Side(log_likelihood, one)
+LIKELIHOOD = Side(log_likelihood, one, weight=one)
 SELF_RATIO = Side(self_ratio, one)
 TIC_UPPER = Side(tic_upper, trajectory_ratio, tic_upper_clip)
-CISPO = Side(cispo, cispo_weight)
+CISPO = Side(cispo, cispo_weight, weight=cispo_weight)
 
 CLASSIC_BRANCHES: dict[str, Branch] = {
     "log-likelihood": Branch(
@@ -424,7 +426,7 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
     ),
     "topr": Branch(
         positive=LIKELIHOOD,
-        negative=Side(topr_negative, topr_weight),
+        negative=Side(topr_negative, topr_weight, weight=topr_weight),
         c=("1", "min(∏π/μ, 1)"),
         aggregations=starting_with("seq-mean-token-sum"),
         arguments=("rollout_log_probs",),
@@ -432,8 +434,8 @@ CLASSIC_BRANCHES: dict[str, Branch] = {
         source="arXiv 2503.14286",
     ),
     "aspo": Branch(
-        positive=Side(aspo_positive, aspo_positive_weight, aspo_positive_clip),
-        negative=Side(aspo_negative, aspo_negative_weight, aspo_negative_clip),
+        positive=Side(aspo_positive, one, aspo_positive_clip, factor=aspo_positive_weight),
+        negative=Side(aspo_negative, one, aspo_negative_clip, factor=aspo_negative_weight),
         c=("min(1/r, C)·1[r ≤ 1+εh]", "min(r, C)·1[r ≥ 1−εl]"),
         fields=("clip_low", "clip_high", "dual_clip"),
         source="arXiv 2510.06062; wizard-III/Archer2.0",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollout correction: detached weights from ρ = π_old/μ, for the sides of the loss that ask for it.
 
 ρ corrects for the engine not being the trainer; r = π_θ/π_old stays the loss's own business. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The UP-GRPO loss under the name and signature that verl's trainer calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Per-token estimates of KL(π_θ‖π_ref) from samples of π_θ (Schulman, joschu.net/blog/kl-approx).
 
 With d = log π_ref − log π_θ of the sampled token: k1 = −d, k2 = d²/2, k3 = e^d − d − 1. k1 and k3

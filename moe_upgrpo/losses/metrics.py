@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics that merge exactly: each is a pair of sums, added over micro-batches and ranks.
 
 `GLOSSARY` is the one list of their formulas and normalisers; the docs table is made from it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that the stacks have added since, and those of the seeds' related work, per token.
 
 The contract is `side.py`; the table of all losses is `branches.py`.
@@ -21,6 +22,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep, keep_, none_above
 from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
@@ -50,14 +52,19 @@ def vespo_side(sign: str) -> Side:
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
         return weight(t, cfg) * t.log_probs_BT
 
-    return Side(surrogate, weight)
+    return Side(surrogate, weight, weight=weight)
+
+
+def square(x: Tensor) -> Tensor:
+    """x², whose backward is one pass, where that of `x.square()` is three."""
+    return torch.nn.functional.mse_loss(x, x.new_zeros(()).expand_as(x), reduction="none")
 
 
 # --- DRO (verl `dro`): REINFORCE with a quadratic penalty on Δ
 
 
 def dro_penalty(t: Tokens, cfg: Config) -> Tensor:
-    return t.raw_log_ratio_BT.square() * (cfg.dro_beta / 2)
+    return square(t.raw_log_ratio_BT).mul_(cfg.dro_beta / 2)
 
 
 def dro_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
@@ -68,37 +75,43 @@ def dro_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 
 
 def hinge_branch(
-    classifier: Callable[[Tokens], Tensor],
+    classifier: TensorFn,
     slope: TensorFn,
     *,
     c: str,
     f: str,
+    shift: float = 0.0,
     guard: float = math.inf,
 ) -> Branch:
-    """guard: log r beyond which the classifier's exp is cut, and its gradient with it."""
+    """The classifier is shifted by a constant: f = classifier − shift.
+
+    guard: log r beyond which the classifier's exp is cut, and its gradient with it.
+    """
 
     @kept
     def value(t: Tokens, cfg: Config) -> Tensor:
-        return classifier(t)
+        return classifier(t, cfg)
 
     def positive(t: Tokens, cfg: Config) -> Tensor:
         """min(f, εh) − εh: A times it is −|A|·max(0, εh − f)."""
-        bound = cfg.log_space_upper
-        return value(t, cfg).clamp(max=bound) - (bound if bound < math.inf else 0.0)
+        bound = cfg.log_space_upper + shift
+        return clamp(value(t, cfg), high=bound).sub_(bound if bound < math.inf else shift)
 
     def positive_clip(t: Tokens, cfg: Config) -> Bounds:
-        bound = cfg.log_space_upper
-        return None, value(t, cfg) > bound if bound < math.inf else t.log_ratio_BT > guard
+        bound = cfg.log_space_upper + shift
+        if bound < math.inf:
+            return None, exceeds(value(t, cfg), bound)
+        return None, exceeds(t.log_ratio_BT, guard)
 
     def negative(t: Tokens, cfg: Config) -> Tensor:
         """max(f, −εl) + εl: A times it is −|A|·max(0, εl + f)."""
-        bound = cfg.log_space_lower
-        return value(t, cfg).clamp(min=bound) - (bound if bound > -math.inf else 0.0)
+        bound = cfg.log_space_lower + shift
+        return clamp(value(t, cfg), low=bound).sub_(bound if bound > -math.inf else shift)
 
     def negative_clip(t: Tokens, cfg: Config) -> Bounds:
-        bound = cfg.log_space_lower
-        below = value(t, cfg) < bound if bound > -math.inf else None
-        return below, t.log_ratio_BT > guard if guard < math.inf else None
+        bound = cfg.log_space_lower + shift
+        below = falls_below(value(t, cfg), bound) if bound > -math.inf else None
+        return below, exceeds(t.log_ratio_BT, guard) if guard < math.inf else None
 
     return Branch(
         positive=Side(positive, slope, positive_clip),
@@ -110,14 +123,21 @@ def hinge_branch(
     )
 
 
+@kept
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
-    return guarded_exp(t.log_probs_BT)
+    return t.masked(clamp(t.raw_log_probs_BT, high=MAX_LOG_RATIO)).exp()
+
+
+@kept
+def root(t: Tokens, cfg: Config) -> Tensor:
+    """√r"""
+    return (clamp(t.log_ratio_BT, high=2 * MAX_LOG_RATIO) / 2).exp()
 
 
 def half_root(t: Tokens, cfg: Config) -> Tensor:
     """√r/2"""
-    return guarded_exp(t.log_ratio_BT / 2) / 2
+    return root(t, cfg) / 2
 
 
 # --- COPG (arXiv 2311.05846, rebuilt from its abstract): log π under PPO's clip
@@ -125,19 +145,19 @@ def half_root(t: Tokens, cfg: Config) -> Tensor:
 
 
 def copg_positive(t: Tokens, cfg: Config) -> Tensor:
-    return t.old_log_probs_BT + t.log_ratio_BT.clamp(max=cfg.log_of_upper)
+    return clamp(t.log_ratio_BT, high=cfg.log_of_upper).add_(t.old_log_probs_BT)
 
 
 def copg_positive_clip(t: Tokens, cfg: Config) -> Bounds:
-    return None, t.log_ratio_BT > cfg.log_of_upper
+    return None, exceeds(t.log_ratio_BT, cfg.log_of_upper)
 
 
 def copg_negative(t: Tokens, cfg: Config) -> Tensor:
-    return t.old_log_probs_BT + t.log_ratio_BT.clamp(min=cfg.log_of_lower)
+    return clamp(t.log_ratio_BT, low=cfg.log_of_lower).add_(t.old_log_probs_BT)
 
 
 def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
-    return t.log_ratio_BT < cfg.log_of_lower, None
+    return falls_below(t.log_ratio_BT, cfg.log_of_lower), None
 
 
 # --- IPO (prime-rl's default): DPPO's TV mask on the ratio itself, and kl_tau·(log r)² everywhere
@@ -145,7 +165,7 @@ def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 
 def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return t.ratio_BT.masked_fill(dropped(t, cfg), 0.0)
+        return keep(t.ratio_BT, dropped(t, cfg))
 
     def clip(t: Tokens, cfg: Config) -> Bounds:
         cut, beyond = dropped(t, cfg), above(t.ratio_BT, t.log_ratio_BT, math.inf)
@@ -155,7 +175,7 @@ def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
 
 
 def ipo_penalty(t: Tokens, cfg: Config) -> Tensor:
-    return t.raw_log_ratio_BT.square() * cfg.kl_tau
+    return square(t.raw_log_ratio_BT).mul_(cfg.kl_tau)
 
 
 def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
@@ -164,46 +184,51 @@ def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 
 # --- FIPO (arXiv 2603.19835; ms-swift `fipo`): PPO's loss times the influence of the token's future
 
-# ms-swift's: decay of the future per token, and the range that a suspect negative is held to.
+# ms-swift's decay of the future per token
 FUTURE_DECAY = 2 ** (-1 / 32)
-SAFE_RANGE = (0.8, 1.0)
+# Tokens of a block of the sum over a token's future.
+FUTURE_BLOCK = 32
 
 
 def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
     """y_t = Σ_{k≥t} decay^(k−t)·x_k.
 
-    In log T steps: y ← y + decay^n·(y shifted by n), n doubling.
+    Within blocks by a product with the powers of the decay; from block to block what the next ones
+    add up to is itself such a sum, of the blocks' first values.
     """
-    y_BT, n, width = x_BT.clone(), 1, x_BT.shape[-1]
-    while n < width:
-        y_BT[:, : width - n] += decay**n * y_BT[:, n:].clone()
-        n *= 2
-    return y_BT
+    (rows, width), n = x_BT.shape, FUTURE_BLOCK
+    place = torch.arange(n, device=x_BT.device, dtype=x_BT.dtype)
+    powers_nn = (decay ** (place[:, None] - place)).tril()
+    if width <= n:
+        return x_BT @ powers_nn[:width, :width]
+    blocks = -(-width // n)
+    padded = torch.nn.functional.pad(x_BT, (0, blocks * n - width))
+    y = (padded.reshape(-1, n) @ powers_nn).view(rows, blocks, n)
+    later = discounted_future(y[:, 1:, 0], decay**n)
+    y[:, :-1].addcmul_(later[..., None], decay ** (n - place))
+    return y.view(rows, -1)[:, :width]
 
 
 def influence(t: Tokens, cfg: Config) -> Tensor:
     """exp(Σ_{k≥t} γ^(k−t)·Δ_k) within [1, 1 + influence_range], detached.
 
-    Tokens with r above the dual clip leave the sum. A negative token with r > 4 is held to [.8, 1].
+    Tokens with r above the dual clip leave the sum. A negative token with r > 4 has the weight 1:
+    ms-swift holds it to [.8, 1], and it is not below 1.
     """
     log_ratio_BT = t.log_ratio_BT.detach()
+    suspect_BT = t.negative_BT & exceeds(log_ratio_BT, math.log(cfg.influence_safety))
     if cfg.dual < math.inf:
-        log_ratio_BT = torch.where(log_ratio_BT > math.log(cfg.dual), 0.0, log_ratio_BT)
+        log_ratio_BT = none_above(log_ratio_BT, math.log(cfg.dual))
     future_BT = discounted_future(log_ratio_BT, FUTURE_DECAY)
-    weight_BT = future_BT.clamp(0.0, math.log1p(cfg.influence_range)).exp()
-    suspect_BT = (t.advantages_BT < 0) & (t.log_ratio_BT.detach() > math.log(cfg.influence_safety))
-    return torch.where(suspect_BT, weight_BT.clamp(*SAFE_RANGE), weight_BT)
+    future_BT.clamp_(0.0, math.log1p(cfg.influence_range))
+    return keep_(future_BT, suspect_BT).exp_()
 
 
 def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
     def weight(t: Tokens, cfg: Config) -> Tensor:
         return t.once("influence", lambda: influence(t, cfg))
 
-    return Side(
-        lambda t, cfg: weight(t, cfg) * surrogate(t, cfg),
-        lambda t, cfg: weight(t, cfg) * t.ratio_BT,
-        clip,
-    )
+    return Side(surrogate, token_ratio, clip, factor=weight)
 
 
 # --- GTPO (arXiv 2508.03772): REINFORCE as a self-ratio under the weights of `gtpo_weights`
@@ -218,7 +243,13 @@ def weighted_self_ratio(t: Tokens, cfg: Config) -> Tensor:
 
 
 GSPO = CLASSIC_BRANCHES["gspo"]
-DRO = Side(lambda t, cfg: t.log_probs_BT, one, extra=dro_penalty, extra_slope=dro_penalty_slope)
+DRO = Side(
+    lambda t, cfg: t.log_probs_BT,
+    one,
+    extra=dro_penalty,
+    extra_slope=dro_penalty_slope,
+    weight=one,
+)
 GTPO = Side(weighted_self_ratio, token_weights)
 
 MORE_BRANCHES: dict[str, Branch] = {
@@ -253,20 +284,21 @@ MORE_BRANCHES: dict[str, Branch] = {
         source="verl dro",
     ),
     "hinge-ratio": hinge_branch(
-        lambda t: t.ratio_BT - 1, token_ratio, c="r", f="r−1", guard=MAX_LOG_RATIO
+        token_ratio, token_ratio, c="r", f="r−1", shift=1.0, guard=MAX_LOG_RATIO
     ),
     "hinge-probability": hinge_branch(
-        lambda t: guarded_exp(t.log_probs_BT) - guarded_exp(t.old_log_probs_BT),
+        lambda t, cfg: probability(t, cfg) - guarded_exp(t.old_log_probs_BT),
         probability,
         c="π",
         f="π−π_old",
     ),
-    "hinge-log": hinge_branch(lambda t: t.log_ratio_BT, one, c="1", f="log r"),
+    "hinge-log": hinge_branch(lambda t, cfg: t.log_ratio_BT, one, c="1", f="log r"),
     "hinge-root": hinge_branch(
-        lambda t: guarded_exp(t.log_ratio_BT / 2) - 1,
+        root,
         half_root,
         c="√r/2",
         f="√r−1",
+        shift=1.0,
         guard=2 * MAX_LOG_RATIO,
     ),
     "copg": Branch(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A name that nothing has: an error that lists the nearest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of tokens by what the others of their group are: OTB, GTPO's weights, NTHR's mask; and
 the random numbers of tokens, and when PPO without a clip stops.
 

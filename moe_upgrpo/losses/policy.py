@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
@@ -19,6 +20,8 @@ from moe_upgrpo.losses.correction import (
     off_policy_sequences,
 )
 from moe_upgrpo.losses.metrics import Metric
+from moe_upgrpo.losses.passes import keep, keep_
+from moe_upgrpo.losses.side import one
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
     Context,
@@ -28,14 +31,23 @@ from moe_upgrpo.losses.tokens import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_upgrpo.losses.side import TensorFn
 
 
-@dataclass(frozen=True)
+class Measures(NamedTuple):
+    """Measures of a loss and of its tokens; see `PolicyLoss`."""
+
+    clipped: Tensor
+    gradient_weight: Tensor
+    metrics: dict[str, Metric]
+
+
 class PolicyLoss:
-    """The result of `policy_loss`.
+    """The result of `policy_loss`. What is not a part of the loss is computed when first asked for.
 
     loss: scalar, to be backpropagated.
     per_token: `[B, T]`, −A·f before aggregation, 0 at padding.
@@ -46,11 +58,27 @@ class PolicyLoss:
     metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` say the rest.
     """
 
-    loss: Tensor
-    per_token: Tensor
-    clipped: Tensor
-    gradient_weight: Tensor
-    metrics: dict[str, Metric]
+    def __init__(self, loss: Tensor, per_token: Tensor, measure: Callable[[], Measures]):
+        self.loss, self.per_token = loss, per_token
+        self._measure: Callable[[], Measures] | None = measure
+
+    @cached_property
+    def _measures(self) -> Measures:
+        measure, self._measure = self._measure, None  # it holds the batch
+        assert measure is not None
+        return measure()
+
+    @property
+    def clipped(self) -> Tensor:
+        return self._measures.clipped
+
+    @property
+    def gradient_weight(self) -> Tensor:
+        return self._measures.gradient_weight
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        return self._measures.metrics
 
 
 @without_autocast
@@ -118,19 +146,29 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
-    if extra_BT is None:
-        # Not made of `per_token`: the backward would have a pass for its sign.
-        loss = (objective_BT.sum(-1) * -weights_B).sum()
-        per_token_BT = -objective_BT
-    else:
-        per_token_BT = extra_BT - objective_BT
-        loss = (per_token_BT.sum(-1) * weights_B).sum()
-    del objective_BT, extra_BT
+    t.forget_mask()
+    # Not made of `per_token`: the backward would have a pass for its sign.
+    of_B = objective_BT.sum(-1) if extra_BT is None else objective_BT.sum(-1) - extra_BT.sum(-1)
+    loss = (of_B * -weights_B).sum()
+    per_token_BT = objective_BT.neg_()
+    if extra_BT is not None:
+        per_token_BT += extra_BT
+    return PolicyLoss(loss, per_token_BT, lambda: _measures(weights_B, t, config, *sides))
+
+
+@without_autocast
+def _measures(
+    weights_B: Tensor,
+    t: Tokens,
+    config: PolicyLossConfig,
+    positive: AppliedSide,
+    negative: AppliedSide,
+) -> Measures:
     with torch.no_grad():
-        clipped_BT, metrics = measure(t, config, *sides)
-        gradient_weight_BT, shares = _pulls(t, config, *sides, weights_B, clipped_BT)
+        clipped_BT, metrics = measure(t, config, positive, negative)
+        pulls_BT, shares = _pulls(t, config, positive, negative, weights_B, clipped_BT)
     metrics["gradient_share_positive"] = Metric(shares[0], shares[0] + shares[1])
-    return PolicyLoss(loss, per_token_BT, clipped_BT, gradient_weight_BT, metrics)
+    return Measures(clipped_BT, pulls_BT, metrics)
 
 
 @without_autocast
@@ -167,7 +205,7 @@ def gradient_coefficients(
         for side, here_BT in zip(_sides(t, config), here, strict=True):
             c = side.coefficient(t, config)
             if side.side.extra_slope is not None:
-                slope_BT = side.beside(t, side.side.extra_slope(t, config))
+                slope_BT = side.beside(t, side.side.extra_slope(t, config), config)
                 c = c - slope_BT / torch.where(here_BT, t.advantages_BT, 1.0)
             c_BT = torch.where(here_BT, c, c_BT)
         return c_BT
@@ -225,35 +263,64 @@ def _pulls(
     clipped_BT: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
+    weight_BT = _weight_of_log_probs(t, config, positive, negative)
     slope = _of_both(config, "slope")
-    if slope is not None and positive.factor is None and negative.factor is None:
+    if weight_BT is not None:
+        pull_BT = weight_BT
+    elif slope is not None and not (positive.weighs or negative.weighs):
         pull_BT = t.advantages_BT * slope(t, config)
     else:
-        slopes = [side.side.slope(t, config) for side in (positive, negative)]
-        pull_BT = positive.weighted(t) * slopes[0]
-        pull_BT.addcmul_(negative.weighted(t), slopes[1])
-    if positive.cuts or negative.cuts:
-        pull_BT.masked_fill_(clipped_BT, 0.0)
+        pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
+        pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
+    if positive.cuts or negative.cuts:  # not in place: the graph has the weight of log π
+        pull_BT = keep_(pull_BT, clipped_BT) if weight_BT is None else keep(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
-    positive_B = torch.where(t.positive_BT, pull_BT, 0.0).sum(-1)
+    positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
     shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
     extra_BT = _extra(t, config, positive, negative, slope=True)
     if extra_BT is not None:
-        pull_BT -= extra_BT
-    return pull_BT.mul_(weights_B[:, None]).abs_(), (shares[0], shares[1])
+        pull_BT = pull_BT - extra_BT if pull_BT is weight_BT else pull_BT.sub_(extra_BT)
+    w_B1 = weights_B[:, None]
+    pull_BT = pull_BT * w_B1 if pull_BT is weight_BT else pull_BT.mul_(w_B1)
+    return pull_BT.abs_(), (shares[0], shares[1])
 
 
 def _objective(
     t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
 ) -> Tensor:
     """A·f of each token; f once where it is one function for both signs."""
+    weight_BT = _weight_of_log_probs(t, config, positive, negative)
+    if weight_BT is not None:
+        return weight_BT * t.log_probs_BT
     f = _of_both(config, "surrogate")
-    if f is None:
-        f_p, f_n = (side.side.surrogate(t, config) for side in (positive, negative))
-        return (positive.weighted(t) * f_p).add_(negative.weighted(t) * f_n)
-    if positive.factor is None and negative.factor is None:
+    if f is None:  # one after the other, for the memory of f
+        objective_BT = positive.weighted(t, config) * positive.side.surrogate(t, config)
+        return objective_BT.add_(negative.weighted(t, config) * negative.side.surrogate(t, config))
+    if not (positive.weighs or negative.weighs):
         return t.advantages_BT * f(t, config)
-    return (positive.weighted(t) + negative.weighted(t)) * f(t, config)
+    return (positive.weighted(t, config) + negative.weighted(t, config)) * f(t, config)
+
+
+def _weight_of_log_probs(
+    t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
+) -> Tensor | None:
+    """A·w of each token where f = w·log π for both signs, else None; w once where it is one
+    function. The graph keeps it, so it is here for `_pulls` as well."""
+    of_positive, of_negative = positive.side.weight, negative.side.weight
+    if of_positive is None or of_negative is None:
+        return None
+
+    def compute() -> Tensor:
+        w = _of_both(config, "weight")
+        if w is not None and not (positive.weighs or negative.weighs):
+            return t.advantages_BT if w is one else t.advantages_BT * w(t, config)
+        weight_BT = positive.amount(t, config)
+        if of_positive is not one:
+            weight_BT *= of_positive(t, config)
+        return weight_BT.addcmul_(negative.amount(t, config), of_negative(t, config))
+
+    made: Tensor = t.once("weight of log π", compute)
+    return made
 
 
 def _extra(
@@ -268,10 +335,10 @@ def _extra(
     if positive.side.extra is None and negative.side.extra is None:
         return None
     e = _of_both(config, name)
-    if e is not None and positive.factor is None and negative.factor is None:
-        return t.masked(e(t, config))
+    if e is not None and not (positive.weighs or negative.weighs):
+        return t.of_tokens(e(t, config))
     found = [
-        side.beside(t, function(t, config))
+        side.beside(t, function(t, config), config)
         for side in (positive, negative)
         if (function := getattr(side.side, name)) is not None
     ]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of one's own beside those of `BRANCHES`, as data of the same kind."""
 
 import re

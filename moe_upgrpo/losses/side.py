@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of a loss: a `Side` for each sign of the advantage, and `Branch`, a loss as data.
 
 Every loss here is `L_t = −A_t · f_t + e_t`. A *side* (one sign of A) is functions of `Tokens` and
@@ -7,7 +8,9 @@ the config, each of a few lines:
 - `slope`      the coefficient of ∇log π_θ(t) in ∇f where no rule removes the gradient.
 - `clip`       (below, above): where f's rule removes the gradient, by the bound that did it.
 - `extra`      e, differentiable and not multiplied by A: a penalty, for instance. Most have none.
-- `extra_slope`  ∂e/∂log π_θ(t).
+- `extra_slope`  ∂e/∂log π_θ(t). Both are 0 at padding, or `[B, 1]` for each token of a sequence.
+- `weight`     w, detached, where f = w·log π: two such sides need one product for both.
+- `factor`     detached, `[B, T]`: on all of the above.
 
 The oracle is c = slope·1[not clipped] − extra_slope/A: with the aggregation's weight w,
 ∂loss/∂log π_θ(t) = −w·A_t·c_t. Slope and clip are written from the papers' gradients, not by
@@ -30,6 +33,7 @@ from functools import wraps
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.passes import exceeds
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class Side:
     clip: Callable[[Tokens, Config], Bounds] = lambda t, cfg: (None, None)
     extra: TensorFn | None = None
     extra_slope: TensorFn | None = None
+    weight: TensorFn | None = None
+    factor: TensorFn | None = None
 
 
 ANY = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -106,7 +112,7 @@ def kept(function: TensorFn) -> TensorFn:
 
 def above(ratio: Tensor, log_ratio: Tensor, limit: float) -> Tensor:
     """ratio > limit; with no limit, where the overflow guard of `guarded_exp` binds."""
-    return ratio > limit if limit < math.inf else log_ratio > MAX_LOG_RATIO
+    return exceeds(ratio, limit) if limit < math.inf else exceeds(log_ratio, MAX_LOG_RATIO)
 
 
 def token_ratio(t: Tokens, cfg: Config) -> Tensor:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Terms beside the policy loss: the KL divergence from a reference policy, the policy's entropy.
 
 loss = policy loss + β·KL − α·H, each term averaged as the policy loss is: Σ_b w_b Σ_t of its tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantities that a loss may look at, per token: masked log-probs, ratios and advantages.
 
 Shapes: B sequences, T response positions, L MoE layers, K experts per token; a suffix names them
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, masked, ratio_to_itself
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +35,7 @@ OF_TOKENS = ("entropy", "draws", "token_weights")
 
 def guarded_exp(log_x: Tensor) -> Tensor:
     """exp(min(x, 20)); gradient exp(x) up to the guard and 0 beyond it."""
-    return log_x.clamp(max=MAX_LOG_RATIO).exp()
+    return clamp(log_x, high=MAX_LOG_RATIO).exp()
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -115,11 +117,13 @@ class Tokens:
         }
         check_shapes(log_probs, {**named, "mask": mask})
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        self._given_mask_BT = mask
         self.mask_BT, lengths_B1 = mask_and_lengths(mask)
         self.lengths_B1 = lengths_B1.to(dtype)
-        self._current_BT = log_probs.to(dtype)
+        self._mask_number_BT = mask.detach() if mask.dtype == dtype else None
+        self.raw_log_probs_BT = log_probs.to(dtype)
         self._old_BT = old_log_probs.detach().to(dtype)
-        self.raw_log_ratio_BT = self.masked(self._current_BT - self._old_BT)
+        self.raw_log_ratio_BT = self.masked(self.raw_log_probs_BT - self._old_BT)
         self.advantages_BT = self.masked(advantages.detach().to(dtype))
         # log ρ = log π_old − log μ; None (no rollout log-probs, or none needed) means 0
         self._log_rho_BT = self.log_shift_BT = None
@@ -162,15 +166,25 @@ class Tokens:
     def weights_BT(self) -> Tensor:
         return self._beside["token_weights"]
 
-    def masked(self, x_BT: Tensor) -> Tensor:
-        return torch.where(self.mask_BT, x_BT, 0.0)
-
     @cached_property
+    def mask_BT(self) -> Tensor:
+        """bool; made again where it is asked for after `forget_mask`"""
+        return self._given_mask_BT.bool()
+
+    def forget_mask(self) -> None:
+        """Free the mask of bool where it is not the one that was given."""
+        self.__dict__.pop("mask_BT", None)
+
+    def masked(self, x_BT: Tensor) -> Tensor:
+        return masked(x_BT, self.mask_BT, self._mask_number_BT)
+
+    # Not kept: the graph keeps what it needs of them.
+    @property
     def gain_BT(self) -> Tensor:
         """A⁺: the advantages above 0, else 0."""
         return self.advantages_BT.clamp(min=0)
 
-    @cached_property
+    @property
     def pain_BT(self) -> Tensor:
         """A⁻: the advantages below 0, else 0."""
         return self.advantages_BT.clamp(max=0)
@@ -178,12 +192,12 @@ class Tokens:
     @cached_property
     def positive_BT(self) -> Tensor:
         """A > 0"""
-        return self.advantages_BT > 0
+        return exceeds(self.advantages_BT, 0.0)
 
     @cached_property
     def negative_BT(self) -> Tensor:
         """A < 0"""
-        return self.advantages_BT < 0
+        return falls_below(self.advantages_BT, 0.0)
 
     def by_sign(self, positive: float, negative: float) -> Tensor:
         """The one number where A > 0, the other elsewhere."""
@@ -191,10 +205,26 @@ class Tokens:
         return torch.where(self.positive_BT, high, low)
 
     @cached_property
-    def log_probs_BT(self) -> Tensor:
-        return self.masked(self._current_BT)
+    def positive_number_BT(self) -> Tensor:
+        """1 where A > 0, 0 elsewhere"""
+        return self.gain_BT.sign_()
 
-    @cached_property
+    def of_finite_(self, x_BT: Tensor) -> Tensor:
+        """`masked`, in place, of numbers that are finite at padding too. Without a gradient."""
+        if self._mask_number_BT is None:
+            return x_BT.masked_fill_(~self.mask_BT, 0.0)
+        return x_BT.mul_(self._mask_number_BT)
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
+        shape = self.advantages_BT.shape
+        return x if x.shape == shape and shape[-1] > 1 else self.masked(x.expand(shape))
+
+    @property  # nor these
+    def log_probs_BT(self) -> Tensor:
+        return self.masked(self.raw_log_probs_BT)
+
+    @property
     def old_log_probs_BT(self) -> Tensor:
         return self.masked(self._old_BT)
 
@@ -204,6 +234,11 @@ class Tokens:
         return (
             torch.zeros_like(self.advantages_BT) if self._log_rho_BT is None else self._log_rho_BT
         )
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """π and π_old, detached, in memory of their own; anything at padding."""
+        current_BT, old_BT = self.raw_log_probs_BT.detach(), self._old_BT
+        return current_BT.clamp(max=0).exp_(), old_BT.clamp(max=0).exp_()
 
     def mean_B1(self, x_BT: Tensor) -> Tensor:
         """Mean over a sequence's tokens of a quantity that is 0 at padding; 0 if it has none."""
@@ -250,7 +285,7 @@ class Tokens:
     def self_ratio_BT(self) -> Tensor:
         """π_θ/sg(π_θ): value 1, gradient ∇log π_θ."""
         # π_old is constant, so the log-ratio, which is masked already, does for log π_θ
-        return (self.raw_log_ratio_BT - self.raw_log_ratio_BT.detach()).exp()
+        return ratio_to_itself(self.raw_log_ratio_BT)
 
     @cached_property
     def token_sequence_ratio_BT(self) -> Tensor:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Megatron edge: the only folder that imports megatron.
 
 Some of its modules do without. Where Megatron-Core is absent, importing another says which extra

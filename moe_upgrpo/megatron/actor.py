@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The actor: a Megatron-Core model sharded over the ranks, its optimizer, and what RL asks of them.
 
 Shapes: B sequences, S padded length, P prompt and T response tokens, L MoE layers, K experts each.
@@ -8,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,17 @@ from megatron.core.utils import get_model_config
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig, merge_metrics
-from moe_upgrpo.megatron import groups, passthrough, tap
+from moe_upgrpo.megatron import context, groups, passthrough, tap
 from moe_upgrpo.megatron.balance import Cost, Limit
 from moe_upgrpo.megatron.batch import Batch, Sample
 from moe_upgrpo.megatron.experts import gather_before
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
 from moe_upgrpo.megatron.head import Wanted
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.model import build_model
+from moe_upgrpo.megatron.model import build_model, uses_transformer_engine
 from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
 from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
+from moe_upgrpo.megatron.packing import Inputs, check_packing
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
 from moe_upgrpo.megatron.weights import (
@@ -54,7 +55,7 @@ class Scored:
 
     log_probs: np.ndarray  # [T] float32, under the sampling temperature
     entropy: np.ndarray  # [T] float32, nats
-    routes: np.ndarray  # [P+T-1, L, K] int16: the experts used, ids ascending in each row
+    routes: np.ndarray  # [P+T-1, L, K] uint8 or int16: the experts used, ascending in each row
     own_routes: (
         np.ndarray
     )  # the router's own top-k in this forward; `routes` where none is replayed
@@ -91,6 +92,7 @@ class MegatronActor:
     samples and get the same results. Without `optimizer` the model is frozen: a reference policy.
     micro_batch_tokens: a budget of each micro-batch in the place of micro_batch_size; sequences
     are then computed on whichever data-parallel rank balances them, see `moe_upgrpo.megatron.work`.
+    packing: everything but attention computes real tokens only (`moe_upgrpo.megatron.packing`).
     recompute: "full" keeps each layer's input only and runs the layer again in the backward.
     megatron: options of Megatron-Core's own, name -> value as text (`passthrough`).
     """
@@ -104,6 +106,7 @@ class MegatronActor:
         temperature: float = 1.0,
         micro_batch_size: int = 64,
         micro_batch_tokens: int | None = None,
+        packing: bool = False,
         optimizer: OptimizerSettings | None = None,
         recompute: str = "none",
         megatron: Mapping[str, str] | None = None,
@@ -113,10 +116,13 @@ class MegatronActor:
         self.model_dir = Path(model_dir)
         self.layout = layout
         self.temperature = temperature
-        self.limit = Limit(sequences=micro_batch_size, tokens=micro_batch_tokens)
+        self.limit = Limit(sequences=micro_batch_size, tokens=micro_batch_tokens, packed=packing)
         self.recompute = recompute
         self._given = dict(megatron or {})
         self._passed = passthrough.read(self._given)
+        if packing:
+            packed = self._passed.transformer
+            check_packing(packed, layout, dtype=dtype, transformer_engine=uses_transformer_engine())
         self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
         self._cost = Cost.of(self.hf)
@@ -221,11 +227,12 @@ class MegatronActor:
         """The number that padded lengths are multiples of."""
         # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
         config = get_model_config(self.chunks[0])
-        return self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
+        each = self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
+        return each * (2 * self.layout.cp if self.layout.cp > 1 else 1)
 
     def _run(
         self,
-        batches: Sequence[Batch],
+        work: Work,
         on_output,
         *,
         train: bool,
@@ -237,47 +244,55 @@ class MegatronActor:
 
         output: [B, S, 2], log-probs and entropy of the response's rows, or [B, S, 1] without
         `entropy`. On every rank of the copy: what `on_output` returned for each, what was recorded
-        of each by name ([B, S, L, ...]), and the number of recomputed routers that chose other
-        experts.
+        of each input's rows by name ([B, S, L, ...] or [1, N, L, ...]), and the number of
+        recomputed routers that chose other experts.
         """
         if unknown := set(record) - set(RECORDS):
             raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
         visits = [
-            [self.tap.visit(c, len(b.tokens_BS), b.routes_BSLK, record) for b in batches]
+            [self.tap.visit(c, len(i.tokens_BS), i.routes_BSLK, record) for i in work.inputs]
             for c in range(len(self.chunks))
         ]
         recomputations = int(train and self.recompute != "none")
-        tapped = record or recomputations or any(b.routes_BSLK is not None for b in batches)
+        tapped = record or recomputations or any(i.routes_BSLK is not None for i in work.inputs)
 
-        def forward_step(data: Iterator[tuple[Batch, Visit]], chunk):
-            batch, visit = next(data)
+        def forward_step(data: Iterator[tuple[Batch, Inputs, Visit]], chunk):
+            batch, inputs, visit = next(data)
             wanted = Wanted(
-                targets_BS=batch.targets_BS,
-                mask_BS=batch.mask_BS,
+                targets_BS=inputs.targets_BS,
+                mask_BS=inputs.mask_BS,
                 temperature=self.temperature,
                 entropy=entropy,
                 entropy_gradient=entropy_gradient,
             )
             with visit:
-                output = chunk(batch.tokens_BS, batch.positions_BS, None, wanted=wanted)
+                output = chunk(
+                    inputs.tokens_BS,
+                    inputs.positions_BS,
+                    None,
+                    wanted=wanted,
+                    packed_seq_params=inputs.packed,
+                )
             visit.backward_of(output)
-            return output, partial(on_output, batch)
+            return output, lambda out, **kind: on_output(batch, inputs.in_batch(out), **kind)
 
-        data = [iter(list(zip(batches, of_chunk, strict=True))) for of_chunk in visits]
+        data = [
+            iter(list(zip(work.batches, work.inputs, of_chunk, strict=True))) for of_chunk in visits
+        ]
         with self.tap.installed() if tapped else nullcontext():
             outputs = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=data if len(data) > 1 else data[0],
                 model=self.chunks,
-                num_microbatches=len(batches),
-                seq_length=batches[0].tokens_BS.shape[1],
-                micro_batch_size=len(batches[0].tokens_BS),
+                num_microbatches=len(work.batches),
+                seq_length=work.inputs[0].tokens_BS.shape[1] * self.layout.cp,
+                micro_batch_size=len(work.inputs[0].tokens_BS),
                 forward_only=not train,
                 collect_non_loss_data=not train,
             )
         if not tapped:
             visits = []
-        runs = tap.together([b.tokens_BS.numel() for b in batches], len(self.layer_ids))
+        runs = tap.together([i.tokens_BS.numel() for i in work.inputs], len(self.layer_ids))
         return self._share(outputs, visits, recomputations, runs if record and visits else ())
 
     def _share(
@@ -288,11 +303,11 @@ class MegatronActor:
         runs: Sequence[slice],
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        # Of its rows: context-parallel ranks have parts of them, and shard those.
+        shard = context.rank() * self.layout.tp + parallel_state.get_tensor_model_parallel_rank()
         problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
         part = {
-            "tp_rank": tp_rank,
-            "outputs": outputs if tp_rank == 0 else [],  # of the last stage; elsewhere none
+            "outputs": outputs if shard == 0 else [],  # of the last stage; elsewhere none
             "problems": [problem for problem in problems if problem],
             "flips": sum(tap.flips(of_chunk) for of_chunk in visits),
         }
@@ -303,8 +318,16 @@ class MegatronActor:
         traces = [] if runs else [{} for _ in outputs]
         for run in runs:
             mine = [tap.hand_over(of_chunk[run], self.tap.num_experts) for of_chunk in visits]
-            shares = groups.gather_in_model_copy([(tp_rank, mine)])
+            shares = groups.gather_in_model_copy([(shard, mine)])
             traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
+        if self.layout.cp > 1:
+            traces = [
+                {
+                    name: array[:, context.places(array.shape[1]).numpy()]
+                    for name, array in t.items()
+                }
+                for t in traces
+            ]
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()
@@ -327,9 +350,11 @@ class MegatronActor:
         def on_output(batch: Batch, output_BS2: torch.Tensor, non_loss_data: bool):
             return tuple(part_BS.numpy() for part_BS in output_BS2.cpu().unbind(-1))
 
-        limit = Limit(sequences=micro_batch_size) if micro_batch_size else self.limit
+        limit = self.limit
+        if micro_batch_size:
+            limit = replace(limit, sequences=micro_batch_size, tokens=None)
         work = self._work(samples, limit)
-        outputs, traces, _ = self._run(work.batches, on_output, train=False, record=record)
+        outputs, traces, _ = self._run(work, on_output, train=False, record=record)
         return work.back(self._scored(work, outputs, traces, record))
 
     def _scored(
@@ -341,18 +366,22 @@ class MegatronActor:
     ) -> list[Scored]:
         """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches."""
         scored = []
-        for sample, (m, b) in zip(work.samples, work.places, strict=True):
+        for sample, (m, b), start in zip(work.samples, work.places, work.starts, strict=True):
             log_probs, entropy = (array[b][sample.response_rows] for array in outputs[m])
-            routing = self._routing(traces[m], b, sample, record)
+            routing = self._routing(traces[m], start, sample, record)
             scored.append(Scored(log_probs=log_probs, entropy=entropy, **routing))
         return scored
 
     def _routing(
-        self, trace: dict[str, np.ndarray], b: int, sample: Sample, record: Collection[str]
+        self,
+        trace: dict[str, np.ndarray],
+        start: tuple[int, int],
+        sample: Sample,
+        record: Collection[str],
     ) -> dict[str, np.ndarray]:
-        """Sequence b's part of what was recorded of a micro-batch, as the fields of `Scored`."""
-        rows = len(sample.tokens) - 1
-        found = {name: array[b, :rows] for name, array in trace.items()}
+        """One sequence's part of what was recorded of a micro-batch, as the fields of `Scored`."""
+        (row, first), rows = start, len(sample.tokens) - 1
+        found = {name: array[row, first : first + rows] for name, array in trace.items()}
         found.setdefault("routes", np.empty((rows, 0, 0), np.int16))
         found.setdefault("own_routes", found["routes"])
         if not self.layer_ids:
@@ -395,7 +424,7 @@ class MegatronActor:
         has_entropy = terms.entropy_coef > 0 or "entropy" in loss.arguments
         with self._at(at):
             seen, traces, flips = self._run(
-                work.batches,
+                work,
                 objective,
                 train=True,
                 record=record,

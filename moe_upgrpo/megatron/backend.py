@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes to Megatron-Core at run time: mends for every machine, a backend for CPU.
 
 Line numbers are those of the released megatron-core 0.16.1, where no other release is named.

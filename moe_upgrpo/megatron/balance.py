@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of mixed lengths shared out to data-parallel ranks and micro-batches. No Megatron.
 
 All of it is a function of the lengths: every rank computes the same shares, and so does a run that
@@ -25,10 +26,14 @@ _MORE = 4  # numbers of micro-batches that are compared, from the least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """The most that one micro-batch may hold: so many sequences, or so many tokens with padding."""
+    """The most that one micro-batch may hold: so many sequences, or so many tokens with padding.
+
+    packed: the sequences are not padded to the longest (`moe_upgrpo.megatron.packing`).
+    """
 
     sequences: int
     tokens: int | None = None
+    packed: bool = False
 
     def rows(self, length: int) -> int:
         """Sequences of that length that one micro-batch may hold."""
@@ -95,11 +100,31 @@ def shares(
     best, best_value = None, float("inf")
     for more in range(_MORE):
         cuts = _even(falling, tokens, cost, ranks * (least + more))
-        dealt, busiest = _deal(cuts, [cost(falling[i]) for i, _ in cuts], ranks, least + more)
+        costs = [(end - start) * cost(falling[start]) for start, end in cuts]
+        dealt = _deal(costs, [1] * len(cuts), ranks, least + more)
+        busiest = max(sum(costs[i] for i in of_rank) for of_rank in dealt)
         value = busiest * (1 + _WORTH * more)
         if value < best_value:
-            best, best_value = dealt, value
+            best, best_value = [[cuts[i] for i in of_rank] for of_rank in dealt], value
     return [[order[i:j] for i, j in of_rank] for of_rank in best]
+
+
+def packed_shares(
+    lengths: Sequence[int], *, ranks: int, tokens: int, multiple_of: int = 1, cost: Cost
+) -> list[Share]:
+    """The same where micro-batches are packed, and hold any sequences of `tokens` tokens together.
+
+    All micro-batches are of like cost, as many on each rank as have to be: those that share experts
+    or follow each other through pipeline stages wait for the slowest.
+    """
+    room, costs = tokens - tokens % multiple_of, [cost(length) for length in lengths]
+    each = -(-sum(lengths) // (ranks * room))
+    while (batches := _deal(costs, lengths, ranks * each, room)) is None:
+        each += 1
+    batches = [batch for batch in batches if batch]
+    of_batches = [sum(costs[i] for i in batch) for batch in batches]
+    dealt = _deal(of_batches, [1] * len(batches), ranks, each)
+    return [[batches[b] for b in of_rank] for of_rank in dealt]
 
 
 def equal_shares(
@@ -118,15 +143,21 @@ def equal_shares(
     return [[d[i : i + rows] for i in range(0, len(d), rows)] for d in dealt], (rows, length)
 
 
-def useful_share(lengths: Sequence[int], of_ranks: Sequence[Share], cost: Cost) -> float:
+def useful_share(
+    lengths: Sequence[int], of_ranks: Sequence[Share], cost: Cost, *, packed: bool = False
+) -> float:
     """Share of the ranks' time that goes into sequences, and not into padding or waiting.
 
-    The sequences' cost over the number of ranks times the padded cost of the slowest.
+    The sequences' cost over the number of ranks times the cost, padded where not `packed`, of the
+    slowest.
     """
-    slowest = max(
-        sum(len(batch) * cost(max(lengths[i] for i in batch)) for batch in share if batch)
-        for share in of_ranks
-    )
+
+    def cost_of(batch: list[int]) -> float:
+        if packed:
+            return sum(cost(lengths[i]) for i in batch)
+        return len(batch) * cost(max(lengths[i] for i in batch))
+
+    slowest = max(sum(cost_of(batch) for batch in share if batch) for share in of_ranks)
     return sum(map(cost, lengths)) / (len(of_ranks) * slowest)
 
 
@@ -158,20 +189,22 @@ def _even(falling: list[int], tokens: int, cost: Cost, count: int) -> list[tuple
 
 
 def _deal(
-    cuts: list[tuple[int, int]], of_one: list[float], ranks: int, most: int
-) -> tuple[list[list[tuple[int, int]]], float]:
-    """The cuts dealt out, the costliest first and each to the rank that has the least so far.
-
-    of_one: cost of one row of each. most: cuts of a rank. Also the cost of the busiest rank.
-    """
-    costs = [(end - start) * one for (start, end), one in zip(cuts, of_one, strict=True)]
-    dealt: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    free = [(0.0, rank) for rank in range(ranks)]
-    busiest = 0.0
-    for index in sorted(range(len(cuts)), key=lambda i: (-costs[i], i)):
-        load, rank = heapq.heappop(free)
-        dealt[rank].append(cuts[index])
-        busiest = max(busiest, load + costs[index])
-        if len(dealt[rank]) < most:
-            heapq.heappush(free, (load + costs[index], rank))
-    return dealt, busiest
+    costs: Sequence[float], sizes: Sequence[int], places: int, room: int
+) -> list[list[int]] | None:
+    """Indices dealt out, the costliest first and each to the place that has the least so far and
+    room for its size; None where one finds no room."""
+    dealt: list[list[int]] = [[] for _ in range(places)]
+    left = [room] * places
+    by_load = [(0.0, place) for place in range(places)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        too_full = []
+        while by_load and left[by_load[0][1]] < sizes[index]:
+            too_full.append(heapq.heappop(by_load))
+        if not by_load:
+            return None
+        load, place = heapq.heappop(by_load)
+        dealt[place].append(index)
+        left[place] -= sizes[index]
+        for one in (*too_full, (load + costs[index], place)):
+            heapq.heappush(by_load, one)
+    return dealt

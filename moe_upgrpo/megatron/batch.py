@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of mixed lengths as padded tensors, aligned with the rows of the model's output.
 
 B sequences, S padded length. Row s of every tensor belongs to the input at position s, whose output
@@ -14,6 +15,7 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.tap import NO_ROUTE
+from moe_upgrpo.routing.sets import ascending, repeated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +138,7 @@ def _check_routes(routes_TLK: np.ndarray) -> None:
     A router that is held to it would send the token to fewer experts, which Megatron's dispatchers
     take for dropped tokens, or end with the sizes of a split.
     """
-    ascending_TLK = np.sort(routes_TLK, axis=-1)
-    twice_TL = (ascending_TLK[..., 1:] == ascending_TLK[..., :-1]).any(axis=-1)
+    twice_TL = repeated(ascending(routes_TLK))
     if twice_TL.any():
         row, layer = np.argwhere(twice_TL)[0]
         raise UserError(

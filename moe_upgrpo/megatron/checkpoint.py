@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training state in Megatron's distributed checkpoints: written in one layout, read in any.
 
 Every tensor is kept under its name in the whole model, with the part that each rank holds: weights,
@@ -14,10 +15,12 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -59,11 +62,18 @@ _OBJECTS = {
 }
 # Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
 # writes them; otherwise every rank would hold all parts in memory.
+_STATES = ("param", "exp_avg", "exp_avg_sq")
 _OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
 
 
+# Each writes a file of its own, so that a rank's files can be checked in as many threads.
+_THREADS = 2
+
+
 class _Writer(TorchDistSaveShardedStrategy):
-    """Megatron's format, by torch's own writer, in this process; files are on disk on return.
+    """Megatron's format, by torch's own writer, in this process.
+
+    Files are written but not synced: whoever describes them does that (`store.checkpoints`).
 
     Megatron's writer forks a process for each file and starts a server to hear from them
     (filesystem_async.py:53), seconds for any save, and waits for ever for one that is killed.
@@ -75,7 +85,9 @@ class _Writer(TorchDistSaveShardedStrategy):
         )
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            storage_writer=torch_checkpoint.FileSystemWriter(
+                checkpoint_dir, thread_count=_THREADS, sync_files=False
+            ),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -88,8 +100,8 @@ def save_state(
 ) -> None:
     """Write an actor's weights, optimizer and schedule, and the weights of those that are frozen.
 
-    Into an empty folder that every rank sees; a collective, after at least one optimizer step.
-    Raises OSError where a file cannot be written.
+    Into an empty folder that every rank sees; a collective, after at least one optimizer step. The
+    files are not synced yet. Raises OSError where a file cannot be written.
     """
     actor.make_whole()
     model = _model_state(actor)
@@ -231,7 +243,11 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
     Adam before it makes it (distrib_optimizer.py:659).
     """
     if isinstance(part, DistributedOptimizer):
-        with _padding_counted(part):
+        gathered = partial(_gathered, part)
+        with (
+            _padding_counted(part),
+            mock.patch.object(part, "get_parameter_state_dp_zero", gathered),
+        ):
             return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
     # SGD without momentum has no state but the fp32 weights of a bf16 model.
     parameters = {id(sharded.data): sharded for sharded in _sharded(model)}
@@ -241,6 +257,49 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
         )
         for i, (parameter, main) in enumerate(_main_parameters(part))
     }
+
+
+def _gathered(
+    part: DistributedOptimizer,
+    *,
+    use_gloo_comm: bool,
+    empty_data: bool,
+    return_on_all_ranks: bool,
+) -> dict | None:
+    """Buffer -> dtype -> fp32 weights and moments of all data-parallel ranks, on the first.
+
+    Upstream (distrib_optimizer.py:977) copies every element five times on its way: into zeros,
+    gathered into others, joined, and into the whole. Here it is gathered to its place. In
+    `_padding_counted`. return_on_all_ranks: room for what is loaded, with empty_data.
+    """
+    group = part.data_parallel_group_gloo
+    first, is_first, ranks = dist.get_process_group_ranks(group)[0], group.rank() == 0, group.size()
+    state: dict = {}
+    for index, ranges in enumerate(part.gbuf_ranges):
+        ((dtype, buckets),) = ranges.items()
+        buffer = part.buffers[index]
+        whole = {}
+        if is_first or return_on_all_ranks:
+            whole = {name: torch.empty(buffer.numel, device="cpu") for name in _STATES}
+        state[index] = {dtype: whole}
+        start = 0
+        for bucket, of_bucket in zip(buffer.buckets, () if empty_data else buckets, strict=False):
+            size = bucket.grad_data.numel()
+            shards = {name: x[start : start + size].chunk(ranks) for name, x in whole.items()}
+            mine = {
+                name: shards[name][0] if is_first else torch.empty(size // ranks, device="cpu")
+                for name in _STATES
+            }
+            for parameter, places in of_bucket["param_map"].items():
+                place = slice(places["gbuf_local"].start, places["gbuf_local"].end)
+                states = part._get_main_param_and_optimizer_states(parameter)
+                for name in _STATES:
+                    mine[name][place].copy_(states[name].detach())
+            for name in _STATES if ranks > 1 else ():
+                to = list(shards[name]) if is_first else None
+                dist.gather(mine[name], to, dst=first, group=group)
+            start += size
+    return state if is_first or return_on_all_ranks else None
 
 
 @contextmanager

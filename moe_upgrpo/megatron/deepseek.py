@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V3 and Moonlight in Megatron-Core: latent attention, sigmoid routing; no Megatron."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The description of a family of models, and demands on its config. Imports no Megatron."""
 
 from __future__ import annotations

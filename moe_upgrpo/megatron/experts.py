@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's local experts, all of a rank in two grouped products, without Transformer Engine.
 
 N tokens that were dispatched here, by expert; E experts of this rank, H hidden size, F of an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families of models that the trainer takes: each one's counterpart in Megatron-Core.
 
 A family is one description: its fields in Megatron-Core's config, the names of its weights (of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process groups of a layout, and the device of this rank."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ import datetime
 import itertools
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -66,6 +67,7 @@ def process_groups(
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
+                context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.expert_tp,
                 pipeline_model_parallel_size=layout.pp,
@@ -111,14 +113,17 @@ def data_parallel() -> tuple[int, int]:
 
 
 def model_parallel() -> tuple[int, int]:
-    """This rank's index among the ranks that hold one copy of the model, and how many there are."""
+    """This rank's index among the ranks that compute one copy of the model, and how many there are:
+    pipeline stages, tensor- and context-parallel ranks."""
     group = parallel_state.get_model_parallel_group()
-    return group.rank(), group.size()
+    context = parallel_state.get_context_parallel_group()
+    return context.rank() * group.size() + group.rank(), context.size() * group.size()
 
 
 def gather_in_model_copy(items: list) -> list:
-    """The items of all ranks that hold one copy of the model, in rank order, on each of them."""
-    return _gather(items, parallel_state.get_model_parallel_group())
+    """The items of all ranks of one copy of the model, in their order, on each of them."""
+    of_part = _gather(items, parallel_state.get_model_parallel_group())
+    return _gather(of_part, parallel_state.get_context_parallel_group())
 
 
 def gather_over_pipeline(items: list) -> list:
@@ -138,19 +143,19 @@ def exchange_over_data_parallel(parts: Sequence[list]) -> list[list]:
         return list(parts)
     mine = group.rank()
     # What stays here is not copied.
-    sent = [b"" if r == mine else pickle.dumps(part) for r, part in enumerate(parts)]
-    sizes = torch.tensor([len(part) for part in sent], device=device())
-    coming = torch.empty_like(sizes)
-    dist.all_to_all_single(coming, sizes, group=group)
-    out = torch.frombuffer(bytearray(b"".join(sent) or b"\0"), dtype=torch.uint8).to(device())
-    received = torch.empty(int(coming.sum()), dtype=torch.uint8, device=device())
-    dist.all_to_all_single(
-        received, out[: int(sizes.sum())], coming.tolist(), sizes.tolist(), group=group
-    )
-    pieces = received.cpu().split(coming.tolist())
+    sent = [[] if r == mine else _pickled(part) for r, part in enumerate(parts)]
+    sizes = [_size(buffers) for buffers in sent]
+    coming = torch.empty(len(sizes), dtype=torch.int64, device=device())
+    dist.all_to_all_single(coming, torch.tensor(sizes, device=device()), group=group)
+    out_B = np.empty(sum(sizes), np.uint8)
+    for buffers, start in zip(sent, itertools.accumulate(sizes, initial=0), strict=False):
+        _lay_out(buffers, out_B[start:])
+    received_B = torch.empty(int(coming.sum()), dtype=torch.uint8, device=device())
+    out = torch.from_numpy(out_B).to(device())
+    dist.all_to_all_single(received_B, out, coming.tolist(), sizes, group=group)
+    pieces = received_B.cpu().split(coming.tolist())
     return [
-        parts[r] if r == mine else pickle.loads(piece.numpy().tobytes())
-        for r, piece in enumerate(pieces)
+        parts[r] if r == mine else _unpacked(piece_B.numpy()) for r, piece_B in enumerate(pieces)
     ]
 
 
@@ -166,35 +171,52 @@ def _gather(items: list, group: dist.ProcessGroup) -> list:
     """
     if group.size() == 1:
         return list(items)
-    buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(items, protocol=5, buffer_callback=buffers.append)
-    parts = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
-    sizes = [len(part) for part in parts]
-    longest = torch.tensor(_offsets(sizes)[-1], device=device())
+    buffers = _pickled(items)
+    longest = torch.tensor(_size(buffers), device=device())
     dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
     flat_B = np.zeros(int(longest), np.uint8)
-    numbers = np.array([len(sizes), *sizes])
-    for offset, part in zip(_offsets(sizes), [numbers.view(np.uint8), *parts], strict=False):
-        flat_B[offset : offset + len(part)] = np.frombuffer(part, np.uint8)
+    _lay_out(buffers, flat_B)
     mine_B = torch.from_numpy(flat_B).to(device())
     shares = [torch.empty_like(mine_B) for _ in range(group.size())]
     dist.all_gather(shares, mine_B, group=group)
     return [item for share_B in shares for item in _unpacked(share_B.cpu().numpy())]
 
 
+def _pickled(items: list) -> list[np.ndarray]:
+    """Buffers for `_lay_out`: their sizes, the pickle, and the arrays as they lie in memory.
+
+    The sizes begin with how many they are.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(items, protocol=5, buffer_callback=arrays.append)
+    parts = [np.frombuffer(part, np.uint8) for part in (pickled, *(a.raw() for a in arrays))]
+    sizes = np.array([len(parts), *map(len, parts)], np.int64)
+    return [sizes.view(np.uint8), *parts]
+
+
+def _lay_out(buffers: Sequence[np.ndarray], flat_B: np.ndarray) -> None:
+    """Write what `_pickled` gave into `_size` bytes, for `_unpacked`."""
+    for offset, buffer in zip(_offsets(map(len, buffers)), buffers, strict=False):
+        flat_B[offset : offset + len(buffer)] = buffer
+
+
 def _unpacked(flat_B: np.ndarray) -> list:
-    """The items that a rank laid out in `_gather`; arrays are views."""
+    """The items of `_pickled`; arrays are views of the bytes."""
     count = int(flat_B[:8].view(np.int64)[0])
     sizes = flat_B[8 : 8 + 8 * count].view(np.int64).tolist()
-    places = zip(_offsets(sizes)[1:], sizes, strict=False)
+    places = zip(_offsets([8 * (1 + count), *sizes])[1:], sizes, strict=False)
     pickled, *buffers = (flat_B[offset : offset + size] for offset, size in places)
     return pickle.loads(pickled, buffers=buffers)
 
 
-def _offsets(sizes: Sequence[int]) -> list[int]:
-    """Where the numbers (how many sizes, the sizes) and each part begin, and the end of all."""
-    lengths = [8 * (1 + len(sizes)), *sizes]
-    return [0, *itertools.accumulate(-(-length // _ALIGNED) * _ALIGNED for length in lengths)]
+def _size(buffers: Sequence[np.ndarray]) -> int:
+    return _offsets(map(len, buffers))[-1]
+
+
+def _offsets(lengths: Iterable[int]) -> list[int]:
+    """Where parts of these lengths begin, and the end of all."""
+    aligned = (-(-length // _ALIGNED) * _ALIGNED for length in lengths)
+    return list(itertools.accumulate(aligned, initial=0))
 
 
 def from_rank_0(value):
@@ -209,6 +231,13 @@ def largest_everywhere(number: int) -> int:
     largest = torch.tensor(number, device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def summed_everywhere(values: Sequence[float]) -> list[float]:
+    """Each value's sum over all ranks. A collective of all, of as many values on each."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:

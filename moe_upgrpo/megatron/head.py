@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of the model: log-probs and entropy of tokens instead of logits.
 
 B sequences, S tokens, s = S / tp of this rank under sequence parallelism, H hidden size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signs of life of every rank, so that a silent one can be named.
 
 A transport says at best that a connection closed, and after minutes that something timed out. Here

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of the model on ranks, and what must divide by what. Imports no Megatron."""
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Layout:
     """Sizes of the parallel groups; the ranks over the other sizes are data-parallel.
 
     tp: tensor parallelism of everything but the experts, with sequence parallelism where tp > 1.
+    cp: context parallelism, parts of each sequence; experts see the parts' tokens as those of other
+        data-parallel ranks.
     ep: expert parallelism.
     etp: tensor parallelism inside an expert. None means 1 with ep > 1, and tp with ep = 1.
     pp: pipeline stages, each an equal share of the layers.
@@ -29,6 +32,7 @@ class Layout:
     """
 
     tp: int = 1
+    cp: int = 1
     ep: int = 1
     etp: int | None = None
     pp: int = 1
@@ -36,7 +40,7 @@ class Layout:
     dispatcher: Dispatcher = "alltoall"
 
     def __post_init__(self):
-        for name in ("tp", "ep", "etp", "pp", "vpp"):
+        for name in ("tp", "cp", "ep", "etp", "pp", "vpp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: a parallel size is at least 1.")
@@ -73,16 +77,19 @@ class Layout:
         world_size: int,
         *,
         tp: int | None = None,
+        cp: int = 1,
         ep: int | None = None,
         etp: int | None = None,
         pp: int = 1,
         vpp: int = 1,
         dispatcher: Dispatcher = "alltoall",
     ) -> Layout:
-        """Sizes not given: 2 where each pipeline stage has an even number of ranks, else 1."""
-        default = 2 if world_size // max(pp, 1) % 2 == 0 else 1
+        """Sizes not given: 2 where each pipeline stage, and each part of the sequences, has an even
+        number of ranks, else 1."""
+        default = 2 if world_size // max(pp * cp, 1) % 2 == 0 else 1
         return cls(
             tp=default if tp is None else tp,
+            cp=cp,
             ep=default if ep is None else ep,
             etp=etp,
             pp=pp,
@@ -93,7 +100,8 @@ class Layout:
     def check_world(self, world_size: int) -> None:
         """Raise UserError where the ranks do not divide into the groups."""
         by_pp = "*pp" if self.pp > 1 else ""
-        for name, size in (("tp", self.tp), ("ep*etp", self.ep * self.expert_tp)):
+        dense = ("tp*cp", self.tp * self.cp) if self.cp > 1 else ("tp", self.tp)
+        for name, size in (dense, ("ep*etp", self.ep * self.expert_tp)):
             if world_size % (size * self.pp):
                 raise UserError(
                     f"{name}{by_pp}={size * self.pp} does not divide the {world_size} rank(s) of "
@@ -103,7 +111,7 @@ class Layout:
 
     def data_parallel(self, world_size: int) -> int:
         """Copies of the model on `world_size` ranks."""
-        return world_size // (self.tp * self.pp)
+        return world_size // (self.tp * self.cp * self.pp)
 
     def check_model(self, hf: PretrainedConfig) -> None:
         """Raise UserError where the model does not divide into the layout."""
@@ -131,8 +139,9 @@ class Layout:
                     )
 
     def __str__(self) -> str:
+        cp = f"·CP{self.cp}" if self.cp > 1 else ""
         etp = f"·ETP{self.etp}" if self.etp is not None else ""
         pp = f"·PP{self.pp}" if self.pp > 1 else ""
         vpp = f"·VPP{self.vpp}" if self.vpp > 1 else ""
         dispatcher = f"·{self.dispatcher}" if self.dispatcher != "alltoall" else ""
-        return f"TP{self.tp}·EP{self.ep}{etp}{pp}{vpp}{dispatcher}"
+        return f"TP{self.tp}{cp}·EP{self.ep}{etp}{pp}{vpp}{dispatcher}"

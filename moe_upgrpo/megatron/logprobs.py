@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs and entropy from hidden states and the head's weight, a few rows of logits at a time.
 
 No tensor of the size of a micro-batch's logits is ever made; the backward computes each row's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that a rank holds, keeps for the backward pass and sends. Imports no Megatron.
 
 Arithmetic on sizes, in bytes. What autograd keeps is counted tensor by tensor for this trainer's
@@ -97,7 +98,8 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Sequences of padded length S in one forward of a rank."""
+    """Sequences of padded length S in one forward of a rank; with context parallelism S is that of
+    the rank's parts."""
 
     sequences: int
     length: int
@@ -112,10 +114,15 @@ def expert_copies(layout: Layout, world_size: int) -> int:
     return world_size // (layout.ep * layout.expert_tp * layout.pp)
 
 
+def dense_copies(layout: Layout, world_size: int) -> int:
+    """Ranks that hold the same weights of what is no expert."""
+    return world_size // (layout.tp * layout.pp)
+
+
 def own_parameters(stage: Stage, layout: Layout, world_size: int) -> float:
     """Parameters whose optimizer state a rank keeps under the distributed optimizer."""
-    dp = layout.data_parallel(world_size)
-    return stage.shared / dp + stage.expert / expert_copies(layout, world_size)
+    of_dense = stage.shared / dense_copies(layout, world_size)
+    return of_dense + stage.expert / expert_copies(layout, world_size)
 
 
 def weights(
@@ -155,7 +162,8 @@ def layer_activations(
     qkv       h·c/t input; QK-norm 8D + 4 for each query and key head, /t; cosines and sines 4SDc.
               A norm over all heads: (4 + c)·D for each head, and 8 for the two norms
     attention queries, keys, the fused projection (v is a part of it), the output, c each, and the
-              logarithm of each query head's sum, 4, /t
+              logarithm of each query head's sum, 4, /t. With context parallelism queries, the
+              output by chunk and as one, keys and values of all its ranks
     router    h·c/t input; 8E + 24K for the maps, /t (5E before Megatron-Core 0.19)
     experts   (K·x/t)·(h·c·etp + 5·I·c): x the imbalance; input, gate and up, silu, product, product
               with the router's weight
@@ -178,6 +186,10 @@ def layer_activations(
         "qkv": n * (h * c / t + qk_norm * model.qk_norm) + 4 * length * head * c,
         "attention": n * (c * (2 * heads * head + kv_heads * head + fused) + 4 * heads),
     }
+    if layout.cp > 1:
+        of_norm = fused * (c == 4 and model.qk_norm)  # a part of it is the norm's input
+        parts = 3 * heads * head + 2 * layout.cp * kv_heads * head + of_norm
+        kept["attention"] = n * (c * parts + 4 * heads)
     if moe:
         K = model.top_k
         etp = layout.expert_tp
@@ -260,7 +272,8 @@ def working_space(
     """Bytes of one layer while it is computed, beside what is kept: the larger of
 
     attention  n/t·((heads + 4·kv)·D·c + 12·heads·D): the fused projection, keys and values once
-               more, and three of the queries in fp32 in their norm
+               more, and three of the queries in fp32 in their norm. With context parallelism the
+               gathered keys and values, 4·cp·kv·D·c
     experts    (K·x/t)·n·(2·h·etp + 4·I)·c: input as it came and by expert; gate and up, silu,
                product. While gate and up are made, in the place of the other two the weights of the
                rank's first linear layers in one tensor, c·(E/ep)·2·h·I/etp
@@ -270,7 +283,8 @@ def working_space(
     """
     c, t, n, h = DTYPE_BYTES[dtype], layout.tp, batch.tokens, model.hidden
     queries, keys = model.heads * model.head / t, model.kv_heads * model.head / t
-    spaces = [n * ((queries + 4 * keys) * c + 12 * queries)]
+    gathered = 4 * layout.cp * keys * (layout.cp > 1)
+    spaces = [n * ((queries + 4 * keys + gathered) * c + 12 * queries)]
     if model.moe_layers:
         inner, etp = model.expert_inner, layout.expert_tp
         sent = n * model.top_k / t * imbalance * c
@@ -326,11 +340,14 @@ def communication(
     backwards: int,
     optimizer_steps: int,
 ) -> Bytes:
-    """Bytes that a rank of `stage` sends in an RL step whose copy of the model passes `tokens`.
+    """Bytes that a rank of `stage` sends in an RL step in which it, or with tensor parallelism the
+    ranks that share them, pass `tokens`.
 
     tensor-parallel   for each layer and forward n·h·c·(t − 1)/t for each of two gathers and two
                       reductions (attention, and a dense MLP or shared expert); half as much again
                       in a backward
+    context-parallel  for each layer n·2·kv·D·c/t·(cp − 1) to gather keys and values, and in the
+                      backward their gradients
     expert-parallel   dispatch and combine, each and in the backward too: alltoall n·K/t·h·c·(ep −
                       1)/ep, and (etp − 1) times n·K/t·h·c; allgather n/t·h·c·(ep·etp − 1)
     pipeline          n·h·c/t to the next part of the model, and its gradient back
@@ -344,6 +361,9 @@ def communication(
     unshared = 0 if model.shared_inner else stage.moe_layers
     sharded = 2 * stage.layers + 2 * (stage.layers - unshared)
     sent: Bytes = {"tensor-parallel": passes * sharded * hidden * (t - 1) / t}
+    if layout.cp > 1:
+        keys = tokens * 2 * model.kv_heads * model.head * c / t
+        sent["context-parallel"] = (forwards + backwards) * stage.layers * keys * (layout.cp - 1)
     if stage.moe_layers:
         etp = layout.expert_tp
         crossing = model.top_k * ((layout.ep - 1) / layout.ep + etp - 1)
@@ -355,7 +375,7 @@ def communication(
         crossings = forwards * (layout.vpp - stage.last) + backwards * (layout.vpp - stage.first)
         sent["pipeline"] = crossings * hidden / t
     copies = (
-        (stage.shared, layout.data_parallel(world_size)),
+        (stage.shared, dense_copies(layout, world_size)),
         (stage.expert, expert_copies(layout, world_size)),
     )
     sent["data-parallel"] = optimizer_steps * sum(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face config made into a Megatron-Core model."""
 
 from __future__ import annotations
@@ -210,6 +211,7 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         **RECOMPUTE[recompute],
         tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,

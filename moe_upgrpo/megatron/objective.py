@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of a micro-batch, as Megatron's schedule calls it, and what is kept of it.
 
 B sequences, S padded length.
@@ -74,7 +75,8 @@ class Objective:
         )
         dist.all_reduce(counts, group=group)
         # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule by
-        # the micro-batches.
+        # the micro-batches. The one divides by the context-parallel ranks too, the other multiplies
+        # by them (schedules.py:268).
         undo = group.size() * len(batches)
         return cls(tokens=counts[0], sequences=counts[1], undo_means=undo, **given)
 

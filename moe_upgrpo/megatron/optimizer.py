@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's optimizer and its learning rate, from the settings of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Treatment of each of Megatron-Core's own options, `--megatron.NAME VALUE`.
 
 Every field of TransformerConfig, MLATransformerConfig, OptimizerConfig and
@@ -19,6 +20,7 @@ def _names(text: str, reason: str) -> dict[str, str]:
 OURS: dict[str, str] = {
     "tensor_model_parallel_size": "--tp",
     "sequence_parallel": "--tp",
+    "context_parallel_size": "--cp",
     "pipeline_model_parallel_size": "--pp",
     "virtual_pipeline_model_parallel_size": "--vpp",
     "expert_model_parallel_size": "--ep",
@@ -115,9 +117,9 @@ REFUSED: dict[str, str] = {
         "FSDP splits weights in a way that neither export nor checkpoints know",
     ),
     **_names(
-        "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes "
-        "hybrid_context_parallel max_seqlen_per_dp_cp_rank",
-        "context parallelism is not supported: each rank sees whole sequences",
+        "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel "
+        "max_seqlen_per_dp_cp_rank",
+        "context parallelism (--cp) gathers keys and values from ranks of one group",
     ),
     **_names(
         "fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",

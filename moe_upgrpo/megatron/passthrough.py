@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's own options, `--megatron.NAME VALUE`: checked, and split by config.
 
 `passed_fields` says what becomes of each field; here values are read by the fields' types in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a model that the ranks of a job would hold, built without memory in one process."""
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def _as_rank(rank: int, world_size: int, layout: Layout) -> Iterator[None]:
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
+                context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.expert_tp,
                 pipeline_model_parallel_size=layout.pp,

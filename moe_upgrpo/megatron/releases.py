@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The supported releases of Megatron-Core, and the changes in them that matter here.
 
 By the shape of what is found rather than by its version, where that can be. Imports no Megatron.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each weight of a Hugging Face checkpoint lies in Megatron-Core's tensors, in parts.
 
 A family of models puts its table together from these. Imports no Megatron.

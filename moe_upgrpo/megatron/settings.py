@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the actor. Imports no Megatron, so that the command line starts fast."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recording and replay of the experts that the trainer's routers use, for whole sequences.
 
 It stands where Megatron-Core's own `RouterReplay` stands, on each router's `router_replay`, and is
@@ -36,7 +37,7 @@ RECORDS = ("routes", "margins", "gates")
 Arrays = dict[str, np.ndarray]
 # (token, layer) pairs whose records are on their way at once, 12 bytes each with top-8: so that no
 # rank holds a second copy of a whole step's.
-_TOGETHER = 1 << 22
+_TOGETHER = 1 << 20
 
 
 @dataclass(slots=True)
@@ -312,24 +313,27 @@ def _taken(visit: Visit, num_experts: int) -> tuple[list[int], Arrays]:
 def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
     """Name -> [B, S, L, ...] for each micro-batch, layers ascending, from the ranks of a copy.
 
-    parts: for each rank its tensor-parallel rank and what each of its chunks handed over.
+    Ids of experts stay in one byte each where that holds them.
+
+    parts: for each rank its shard of the rows and what each of its chunks handed over.
     """
     return [
-        _whole([(tp_rank, *chunk[index]) for tp_rank, chunks in parts for chunk in chunks])
+        _whole([(shard, *chunk[index]) for shard, chunks in parts for chunk in chunks])
         for index in range(visits)
     ]
 
 
 def _whole(shares: Sequence[tuple[int, list[int], Arrays]]) -> Arrays:
-    """One micro-batch of all shares: a tensor-parallel rank, its layers, its arrays of them."""
+    """One micro-batch of all shares: a shard of the rows, its layers, its arrays of them."""
     place = {number: i for i, number in enumerate(sorted({n for _, ls, _ in shares for n in ls}))}
-    tp = 1 + max((tp_rank for tp_rank, _, _ in shares), default=0)
+    shards = 1 + max((shard for shard, _, _ in shares), default=0)
     whole: Arrays = {}
-    for tp_rank, numbers, arrays in shares:
+    for shard, numbers, arrays in shares:
         layers = [place[number] for number in numbers]
         for name, array_sBl in arrays.items():
             s, B, _, *rest = array_sBl.shape
-            kind = np.float32 if array_sBl.dtype == np.float32 else np.int16
-            out = whole.setdefault(name, np.empty((B, tp * s, len(place), *rest), kind))
-            out[:, tp_rank * s : (tp_rank + 1) * s, layers] = array_sBl.swapaxes(0, 1)
+            if name not in whole:
+                whole[name] = np.empty((B, shards * s, len(place), *rest), array_sBl.dtype)
+            out = whole[name]
+            out[:, shard * s : (shard + 1) * s, layers] = array_sBl.swapaxes(0, 1)
     return whole

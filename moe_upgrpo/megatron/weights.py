@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face weights in and out of a sharded Megatron model, by the table of the model's family.
 
 Only concatenation and splitting happen on the way, so a round trip is exact to the bit.

@@ -1,4 +1,5 @@
-"""The sequences of one call of the actor as padded micro-batches, and their results handed back."""
+# SPDX-License-Identifier: Apache-2.0
+"""The sequences of one call of the actor as micro-batches, and their results handed back."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from typing import TypeVar
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.megatron.balance import Cost, Limit, equal_shares, shares
+from moe_upgrpo.megatron.balance import Cost, Limit, equal_shares, packed_shares, shares
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.megatron.packing import Inputs, pack, padded
 
 T = TypeVar("T")
 
@@ -31,6 +33,9 @@ class Work:
     samples: list[Sample]
     places: list[tuple[int, int]]  # of each sample: its micro-batch, and its row there
     batches: list[Batch]  # as many on every rank, those that are missing without a sample
+    inputs: list[Inputs]  # of the model, for each of `batches`
+    # Of each sample, where its first token stands in `inputs`: the row, and the place there.
+    starts: list[tuple[int, int]]
     _moved: _Moved | None = field(default=None)
 
     def back(self, values: list[T]) -> list[T]:
@@ -47,24 +52,24 @@ def make_work(
     """Make micro-batches of this rank's samples; a collective of the data-parallel ranks.
 
     By a number of sequences, in the order given and on the rank that has them. By a budget of
-    tokens, sorted by length and shared out over the data-parallel ranks by cost.
+    tokens, shared out over the data-parallel ranks by cost, padded ones sorted by length.
     """
     # With allgather, the data-parallel ranks that share experts exchange tensors of one shape; so
     # do pipeline stages, unless they tell each other the shapes first (`tells_shapes`).
     gathers = layout.ep > 1 and layout.dispatcher == "allgather"
+    one_shape = gathers or (layout.pp > 1 and not tells_shapes(limit, layout))
     moved, shape = None, (1, 1)
     if limit.tokens is None:
         computed = list(samples)
         parts = [
             computed[i : i + limit.sequences] for i in range(0, len(computed), limit.sequences)
         ]
-        widest = {"B": len(parts[0]), "S": max(len(sample.tokens) for sample in computed)}
-        if gathers:
-            widest = groups.largest(widest)
-        if gathers or layout.pp > 1:
+        if one_shape and not limit.packed:
+            widest = {"B": len(parts[0]), "S": max(len(sample.tokens) for sample in computed)}
+            if gathers:
+                widest = groups.largest(widest)
             shape = int(widest["B"]), int(widest["S"])
     else:
-        one_shape = gathers or (layout.pp > 1 and not tells_shapes(limit, layout))
         parts, moved, shape = _by_tokens(samples, limit, cost, one_shape, multiple_of)
         computed = [sample for part in parts for sample in part]
     places = [(m, b) for m, part in enumerate(parts) for b in range(len(part))]
@@ -73,15 +78,37 @@ def make_work(
     if layout.vpp > 1:  # schedules.py:1007 interleaves groups of pp micro-batches
         count = -(-count // layout.pp) * layout.pp
     parts += [[]] * (count - len(parts))
+    padding = {"shape": shape} if limit.packed else {"shape": shape, "multiple_of": multiple_of}
+    batches = [make_batch(part, **padding).to(groups.device()) for part in parts]
+    if limit.packed:
+        inputs, starts = _packed(batches, parts, one_shape, multiple_of)
+    else:
+        inputs = [padded(batch) for batch in batches]
+        starts = [(b, 0) for _, b in places]
     return Work(
         samples=computed,
         places=places,
-        batches=[
-            make_batch(part, multiple_of=multiple_of, shape=shape).to(groups.device())
-            for part in parts
-        ],
+        batches=batches,
+        inputs=inputs,
+        starts=starts,
         _moved=moved,
     )
+
+
+def _packed(
+    batches: Sequence[Batch], parts: Sequence[Sequence[Sample]], one_shape: bool, multiple_of: int
+) -> tuple[list[Inputs], list[tuple[int, int]]]:
+    """The inputs of each micro-batch, packed, and where each sequence starts in them."""
+    lengths = [[len(sample.tokens) for sample in part] for part in parts]
+    least = 1
+    if one_shape:
+        least = int(groups.largest({"tokens": max(map(sum, lengths))})["tokens"])
+    inputs = [
+        pack(batch, of_batch, multiple_of=multiple_of, least=least)
+        for batch, of_batch in zip(batches, lengths, strict=True)
+    ]
+    ends = [accumulate([0, *of_batch[:-1]]) for of_batch in lengths if of_batch]
+    return inputs, [(0, start) for of_batch in ends for start in of_batch]
 
 
 def tells_shapes(limit: Limit, layout: Layout) -> bool:
@@ -91,8 +118,9 @@ def tells_shapes(limit: Limit, layout: Layout) -> bool:
     Not between interleaved stages, whose messages overlap, nor with allgather, which Megatron-Core
     refuses (transformer_config.py:1828).
     """
+    varying = limit.tokens is not None or limit.packed
     staged = layout.pp > 1 and layout.vpp == 1
-    return limit.tokens is not None and staged and layout.dispatcher != "allgather"
+    return varying and staged and layout.dispatcher != "allgather"
 
 
 def _by_tokens(
@@ -105,7 +133,9 @@ def _by_tokens(
     lengths = [length for given in of_ranks for length in given]
     limit.check(-(-max(lengths) // multiple_of) * multiple_of)
     budget = {"ranks": ranks, "tokens": limit.tokens, "multiple_of": multiple_of}
-    if one_shape:
+    if limit.packed:
+        dealt, shape = packed_shares(lengths, **budget, cost=cost), (1, 1)
+    elif one_shape:
         dealt, shape = equal_shares(lengths, **budget)
     else:
         dealt, shape = shares(lengths, **budget, cost=cost), (1, 1)

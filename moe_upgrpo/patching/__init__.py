@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo patch`: small diffs for the stacks this package works with, and what keeps them safe.
 
 It imports none of the stacks, needs neither patch nor git, and changes nothing that it does not

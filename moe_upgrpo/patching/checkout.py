@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An installed or checked-out stack: its revision, its state, and changes of that.
 
 The state is read off the files' checksums alone, so that nothing that is remembered can be wrong:

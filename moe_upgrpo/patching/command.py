@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `moe-upgrpo patch`, and what it prints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unified diffs, applied without fuzz: every line where the diff says, or not at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contents of `patches/`: for each stack and version a folder of diffs and its series.yaml.
 
     module: megatron.core           # found by it, and what its files are imported as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a step: sequences as rollout and trainer saw them, and the figures made of them.
 
 The one author of token rows, of a step's sums and of its alarms, for the trainer of this package

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Alarms: signs in a run's metrics that it goes wrong, each with a value, a cause and a command.
 
 `Watch` looks at one row of metrics.jsonl after the other and keeps what earlier ones said: the last

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log-prob gap of each token in its terms, as the token log has them: N response tokens."""
 
 from __future__ import annotations

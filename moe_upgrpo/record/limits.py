@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The limits beyond which an alarm is raised: options of a run, a probe and a stack's log."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sequence as the rollout and the trainer saw it, at its last optimizer visit.
 
 Shapes: S tokens, N of them response tokens that count, L MoE layers, K experts each.

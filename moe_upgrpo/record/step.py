@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One RL step: rows of the token log, and sums from which its metrics are made.
 
 Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that
@@ -21,7 +22,9 @@ from moe_upgrpo.losses.kl import k3
 from moe_upgrpo.record.sequence import SequenceRecord
 from moe_upgrpo.record.sums import Sums, count_sums, position_sums, routing_sums, tail_sums
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
+from moe_upgrpo.routing.compare import concatenated
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
+from moe_upgrpo.routing.sets import ascending, unequal
 
 
 @dataclass(kw_only=True)
@@ -45,9 +48,16 @@ class StepRecord:
         """A field of [N] of each sequence, one after the other."""
         return np.concatenate([getattr(s, name) for s in self.sequences])
 
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """A field over whole sequences, at the rows of each one's tokens: row p - 1 for position p.
+
+        Views where the tokens follow on each other.
+        """
+        return [getattr(s, name)[_rows(s)] for s in self.sequences]
+
     def of_rows(self, name: str) -> np.ndarray:
-        """A field over whole sequences, at the rows of the tokens: row p - 1 for position p."""
-        return np.concatenate([getattr(s, name)[s.positions - 1] for s in self.sequences])
+        """The pieces in one array, [N, ...]."""
+        return np.concatenate(self.pieces(name))
 
     @property
     def dense(self) -> bool:
@@ -103,7 +113,7 @@ class StepRecord:
             )
 
         try:
-            whole = compare(self.sequences)
+            whole = concatenated([compare(run) for run in self._runs])
         except (UserError, ValueError):  # numpy's, where the sequences' routes do not fit together
             for i, sequence in enumerate(self.sequences):
                 try:
@@ -112,6 +122,21 @@ class StepRecord:
                     raise UserError(f"sequence {self.first_sequence + i}: {error}") from None
             raise
         return whole, whole.select(torch.from_numpy(self._is_token))
+
+    @property
+    def _runs(self) -> list[Sequence[SequenceRecord]]:
+        """The sequences in runs of about so many rows that are compared at once."""
+        if any(s.known is not None for s in self.sequences):
+            return [self.sequences]  # a run may have no row that is known
+        runs: list[list[SequenceRecord]] = [[]]
+        held = 0
+        for sequence in self.sequences:
+            if held >= _COMPARED:
+                runs.append([])
+                held = 0
+            runs[-1].append(sequence)
+            held += len(sequence.train_routes)
+        return [*runs[:-2], runs[-2] + runs[-1]] if len(runs) > 1 and not held else list(runs)
 
     @cached_property
     def _is_token(self) -> np.ndarray:
@@ -158,28 +183,32 @@ class StepRecord:
         counts_N, unknown_N = np.concatenate(before), np.concatenate(unknown)
         return np.ma.masked_array(counts_N, unknown_N) if unknown_N.any() else counts_N
 
-    def _routing_columns(self) -> dict[str, np.ndarray]:
+    def _routing_columns(self) -> dict[str, np.ndarray | list[np.ndarray]]:
         if self.dense:
             return {"layers_mismatched": np.zeros(self._lengths.sum(), np.int16)}
-        columns = {
+        columns: dict[str, np.ndarray | list[np.ndarray]] = {
             "layers_mismatched": self.divergence.routers_per_token.numpy(),
             "overlap": self.divergence.overlap.numpy(),
-            "rollout_routes": self.of_rows("rollout_routes"),
-            "train_routes": self.of_rows("train_routes"),
+            "rollout_routes": self.pieces("rollout_routes"),
+            "train_routes": self.pieces("train_routes"),
             "prefix_mismatched": self._prefix_mismatched(),
         }
         if self.knows("margins"):
-            columns["margin_min"] = self.of_rows("margins").min(axis=1)
+            least = [margins_nL.min(axis=1) for margins_nL in self.pieces("margins")]
+            columns["margin_min"] = np.concatenate(least)
         if self.conditional is not None:
             per_token_N = self.conditional.routers_per_token.numpy()
             columns["layers_mismatched_conditional"] = per_token_N
         return columns
 
-    def token_rows(self) -> dict[str, np.ndarray]:
-        """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K]."""
+    def token_rows(self) -> dict[str, np.ndarray | list[np.ndarray]]:
+        """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K].
+
+        Routes come in pieces, one for each sequence: they are not held twice.
+        """
         lengths = self._lengths
         sequence = self.first_sequence + np.arange(len(lengths))
-        rows = {
+        rows: dict[str, np.ndarray | list[np.ndarray]] = {
             "sequence": np.repeat(sequence, lengths),
             "prompt": self._repeated("prompt"),
             "position": self.of_tokens("positions"),
@@ -258,7 +287,7 @@ class StepRecord:
 
     def _routing_sums(self) -> Sums:
         counts = self.divergence  # first: it names the sequence where routes cannot be
-        sums = routing_sums(counts, self.of_rows("rollout_routes"))
+        sums = routing_sums(counts, self.pieces("rollout_routes"))
         mismatched_N = counts.routers_per_token.numpy()
         positions_N = self.of_tokens("positions")
         sums |= position_sums("mismatch", positions_N, mismatched_N, counts.num_layers)
@@ -286,7 +315,16 @@ class StepRecord:
         }
 
 
+def _rows(sequence: SequenceRecord) -> slice | np.ndarray:
+    """The rows of a sequence's tokens."""
+    rows = sequence.positions - 1
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # positions ascend
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return np.asarray(rows)
+
+
 _LAYERS_LOOKED_AT = 4
+_COMPARED = 1 << 14
 
 
 def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
@@ -297,7 +335,7 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     """
     num_layers = getattr(sequences[0], side).shape[1]
     few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))
-    sets = [np.sort(getattr(sequence, side)[:, few], axis=-1) for sequence in sequences]
+    sets = [ascending(getattr(sequence, side)[:, few]) for sequence in sequences]
     inputs_of: dict[bytes, set[bytes]] = {}
     keys = []
     for sequence, routes in zip(sequences, sets, strict=True):
@@ -313,8 +351,8 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
         rows = rows[rows > 0]
         if sequence.known is not None:
             rows = rows[sequence.known[rows - 1]]
-        same = (routes[rows] == routes[rows - 1]).all(axis=(1, 2)) & (ids[rows] != ids[rows - 1])
-        found.append(int(same.sum()))
+        other_sets = unequal(routes[rows], routes[rows - 1]).any(axis=1)
+        found.append(int((~other_sets & (ids[rows] != ids[rows - 1])).sum()))
     return found
 
 

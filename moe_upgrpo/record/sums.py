@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's sums under the names of `moe_upgrpo.store.metrics`, and the metrics made from them.
 
 Every mean is carried as (numerator, denominator) until the ranks are summed.
@@ -7,12 +8,14 @@ Shapes: N response tokens, L MoE layers, K experts per token.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_upgrpo.losses import Metric, finalize_metrics
 from moe_upgrpo.routing import RoutingCounts
+from moe_upgrpo.routing.sets import zeros
 from moe_upgrpo.stats import (
     BINS,
     POSITION_EDGES,
@@ -38,9 +41,12 @@ def count_sums(prefix: str, counts: RoutingCounts) -> Sums:
     return sums
 
 
-def routing_sums(counts: RoutingCounts, rollout_NLK: np.ndarray) -> Sums:
-    """Every metric of rollout against trainer that needs nothing but the two routes."""
-    zeros_L = (rollout_NLK == 0).all(axis=2).sum(axis=0)
+def routing_sums(counts: RoutingCounts, rollout: Sequence[np.ndarray]) -> Sums:
+    """Every metric of rollout against trainer that needs nothing but the two routes.
+
+    rollout: the engine's, ``[N, L, K]`` in pieces of any number of tokens.
+    """
+    zeros_L = np.sum([zeros(piece_nLK).sum(axis=0) for piece_nLK in rollout], axis=0)
     return count_sums("mismatch", counts) | {
         "mismatch/slot_rate": Metric(counts.slots_mismatched, counts.slots_compared),
         "mismatch/routers_per_token": Metric(counts.routers_mismatched, counts.tokens_compared),

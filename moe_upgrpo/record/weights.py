@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether an update changed the weights, by one number for each of a model's tensors."""
 
 from collections.abc import Iterable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report: one HTML file that opens offline, made from run folders alone."""
 
 from moe_upgrpo import extras

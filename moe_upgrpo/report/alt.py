@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words in place of a picture: what there is to see in it, from the numbers that it draws."""
 
 from collections.abc import Callable, Iterable

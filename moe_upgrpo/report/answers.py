@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures from the token log: questions with intervals by prompt, and clustering.
 
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.

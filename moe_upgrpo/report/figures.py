@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of figures and the words for them: which metrics a figure shows, and what a run says in it.
 
 Shape suffixes: L MoE layers, M numbers of layers 0..L.

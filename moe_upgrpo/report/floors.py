@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether engine and trainer differ by more than either side from itself: a paired test."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report served on this machine's loopback and renewed while its run goes on."""
 
 import json

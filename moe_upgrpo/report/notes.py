@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notes on a run's peculiarities, and its alarms, shown before any figure."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer that a report opens with and a probe ends in: is routing to blame, where, does it
 matter.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Put the report together: the store's data, the figures, one HTML file and one JSON file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A drawing as part of a page: an SVG in its HTML, with real text and the page's colours.
 
 A page that is dark, printed or read aloud needs more than an image: its text is text, its colours

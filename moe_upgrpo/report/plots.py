@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drawing: a figure's data to an SVG. Matplotlib without pyplot, so no global state or display."""
 
 import io

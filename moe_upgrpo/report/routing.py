@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing of engine and trainer, what it does to log-probs, and the noise floor of it all."""
 
 from collections.abc import Sequence

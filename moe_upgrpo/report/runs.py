@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as the report knows it: its config, environment and metrics, read from the store."""
 
 import gc

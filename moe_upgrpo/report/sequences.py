@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few responses of the last step, token by token, with both sides' experts where they differ.
 
 Shape suffixes: N rows (tokens), L MoE layers, K experts per token (top-k).

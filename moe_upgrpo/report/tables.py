@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The long tables at the end of the page: what was run, and the run in numbers."""
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from moe_upgrpo.report.notes import alarms, unfinished
 from moe_upgrpo.report.routing import FLOOR_SIDES
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.report.training import accuracy
+from moe_upgrpo.store.phases import PHASES, waiting_share
 
 _MISSING = "–"
 
@@ -158,10 +160,13 @@ def summary(runs: list[Run]) -> list[dict[str, Any]]:
         total = sum(run.series("time/total")[1])
         if not total:
             return None
-        phases = {"generate": "generation", "old_log_probs": "old log-probs"}
-        phases |= {"analysis": "analysis", "update": "update", "logging": "logging"}
-        sums = {text: sum(run.series(f"time/{name}")[1]) for name, text in phases.items()}
+        sums = {text: sum(run.series(f"time/{name}")[1]) for name, text in PHASES.items()}
         return ", ".join(f"{text} {value / total:.0%}" for text, value in sums.items())
+
+    def waiting(run: Run) -> str | None:
+        shares = {text: waiting_share(run.rows, name) for name, text in PHASES.items()}
+        parts = [f"{share:.0%} of {text}" for text, share in shares.items() if share is not None]
+        return ", ".join(parts) or None
 
     passes = sorted(
         {name for run in runs for name in run.pass_at_k()},
@@ -191,6 +196,7 @@ def summary(runs: list[Run]) -> list[dict[str, Any]]:
         ("Clipped, advantage < 0", mean("clip/negative", percent)),
         ("Sampled tokens per second", throughput),
         ("Time of a step", time_split),
+        ("Ranks waited", waiting),
         ("Decomposition, share of analysed steps' time", decomposition),
         ("Alarms", alarm_names),
     ]

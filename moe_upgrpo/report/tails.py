@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tails of the log-prob gap and of the ratios, step by step, from the metrics."""
 
 import numpy as np

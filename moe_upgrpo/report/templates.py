@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages made of a template: a run report, a comparison and a diagnosis share style and rules."""
 
 from pathlib import Path

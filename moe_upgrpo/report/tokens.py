@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's token log as the report reads it: file by file, the narrow columns."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning and updates of a run: figures from the metrics of training."""
 
 import numpy as np

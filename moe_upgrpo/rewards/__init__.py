@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards of a response: built-in ones by name, your own by module:function, each in processes.
 
 Nothing here knows of tokens, models or torch: a worker process imports it in a few milliseconds.

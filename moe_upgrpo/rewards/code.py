@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs that a model wrote, judged by unit tests in a process that is shut in (`sandbox`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built-in rewards: functions of a question, the text of a response and the row of its data.
 
 Each takes the text after the colon of its name, `regex:PATTERN`, as a last argument. A function of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards by the words of `--reward`: [WEIGHT*]NAME[:TEXT], [WEIGHT*]MODULE:FUNCTION."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The question that a response answers, as a reward sees it."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sandboxed Python process for programs that a model wrote, started by `code` as a file.
 
 It reads JOB in its folder, JSON of {"program", "test", "token", "seconds", "memory"}, removes it,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process in which a reward runs: `python -m moe_upgrpo.rewards.worker MODULE:FUNCTION`.
 
 It reads lines of JSON, each a list of (question, response, row, *text), and answers each with a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worker processes of one reward, asked many at a time, each answer behind a limit that holds."""
 
 from __future__ import annotations

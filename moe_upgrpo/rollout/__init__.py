@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollout engines behind one protocol; each engine's module is imported only when it is used."""
 
 from typing import TYPE_CHECKING

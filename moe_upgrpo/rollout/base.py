@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of rollout engines, and what they return.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts kept in files, so that an update can be repeated and debugged without an engine.
 
 One Parquet file for each step and writing rank, one row for each response. Lists and scalars are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders for engines, and checks of their new weights."""
 
 from __future__ import annotations

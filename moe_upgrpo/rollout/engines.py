@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engines by name: a record of each, for code that does not run it, and how each is made.
 
 Nothing outside this folder compares engine names: who must know what an engine is like asks

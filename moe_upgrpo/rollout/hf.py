@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from a Hugging Face transformers model in this process: the engine that needs no server.
 
 N prompts, B sequences (samples of prompts), A of them unfinished, W padded prompt width,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTTP client of engines that are servers: one question, or many at once.
 
 It is the standard library's, so that a process which only asks needs none of a server's packages.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The key that an engine's server asks for: from the environment, never on a command line.
 
 `ps` shows the command lines of all users, and the environment of none but one's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The broadcasts by which a trainer hands weights to an SGLang server."""
 
 from __future__ import annotations

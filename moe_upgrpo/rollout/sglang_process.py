@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server of SGLang's own environment as a child of this process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts an SGLang server; on a machine without GPU also what SGLang 0.5.23 lacks there.
 
 Run as a file by the Python of SGLang's own environment, which has no moe_upgrpo, with the arguments

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations of several turns: model, tool, model.
 
 A task takes part with `max_turns` above 1, `observe` and `max_observation_tokens`. Each turn is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from vLLM in this process, beside the trainer.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token, N requests.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vLLM server's key on all of its paths: `--middleware moe_upgrpo.rollout.vllm_guard.RequireKey`.
 
 vLLM 0.32 asks for `VLLM_API_KEY` under /v1, /v2, /inference and /cohere alone

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tell how vLLM is installed, without importing it or a missing torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes that vLLM 0.32 needs on a CPU: AMX, routed experts, seeds, updates of expert weights.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts from a vLLM server, which the ranks of the trainer share.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token.

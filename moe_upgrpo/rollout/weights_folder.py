@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A temporary folder for weights; those of processes that were killed do not pile up."""
 
 from __future__ import annotations

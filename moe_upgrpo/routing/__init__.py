@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Route traces compared: which experts the rollout engine and the trainer chose.
 
 What the comparing is made of lies in the modules: `codec` (expert sets in few bytes),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether mismatches gather on the same tokens, against layers that mismatch independently.
 
 Shape suffixes: L MoE layers.

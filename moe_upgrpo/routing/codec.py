@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert sets kept whole in few bytes: one side's by rank, the other's as a difference from it.
 
 A K-subset c_1 < … < c_K of E experts is numbered in the combinatorial number system,
@@ -12,7 +13,7 @@ per token (top-k), R rows = (token, layer) pairs, B bytes per token, W bits per 
 E is the number of experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from math import comb
@@ -21,10 +22,15 @@ import numpy as np
 from numpy import ndarray
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.routing.sets import ascending, not_in, repeated, unequal
+from moe_upgrpo.routing.bits import pack, padded, read, unpack
+from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, unequal
 
-# Rows handled at once: one byte for every bit is held, 64 for each rank.
-_ROWS = 1 << 14
+# Rows handled at once: each costs some 40 bytes meanwhile, each call a microsecond.
+_ROWS = 1 << 17
+# A subset's three or two lowest members are looked up at once where there are no more of them, in a
+# table of 4 bytes for each, 10 bits of them for a member.
+_LOOKED_UP = 1 << 19
+_MEMBER_BITS = 10
 
 
 def set_bytes(num_layers: int, top_k: int, num_experts: int) -> int:
@@ -54,8 +60,11 @@ def encode_sets(routes_NLK: ndarray, *, num_experts: int) -> ndarray:
     packed_NB = np.empty((N, set_bytes(L, K, num_experts)), dtype=np.uint8)
     for tokens in _blocks(N, L):
         sets_nLK = _ascending("routes", routes_NLK[tokens], tokens.start, num_experts)
-        bits_RW = _subset_bits(sets_nLK.reshape(-1, K), num_experts)
-        packed_NB[tokens] = np.packbits(bits_RW.reshape(len(sets_nLK), -1), axis=1)
+        columns_KR = sets_nLK.transpose(2, 1, 0).reshape(K, -1)  # layer by layer
+        ranks_R = _ranks(columns_KR, num_experts)
+        by_layer = zip(*(rank_R.reshape(L, -1) for rank_R in ranks_R), strict=True)
+        numbers = [rank_n for of_layer in by_layer for rank_n in of_layer]
+        packed_NB[tokens] = pack(numbers, _widths(K, num_experts) * L)
     return packed_NB
 
 
@@ -74,25 +83,23 @@ def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts:
             f"shape [tokens, {B}], got {packed_NB.dtype} of shape {list(packed_NB.shape)}: "
             "truncated, or of another model"
         )
-    N = len(packed_NB)
-    bits_per_token = num_layers * _width(top_k, num_experts)
+    N, L, widths = len(packed_NB), num_layers, _widths(top_k, num_experts)
+    filling = 8 * B - L * sum(widths)
     routes_NLK: ndarray = np.empty((N, num_layers, top_k), dtype=_id_type(num_experts))
     for tokens in _blocks(N, num_layers):
-        bits_nW = np.unpackbits(packed_NB[tokens], axis=1)
-        n = len(bits_nW)
-        filling_n = bits_nW[:, bits_per_token:].any(axis=1)
+        *numbers, filling_n = unpack(packed_NB[tokens], [*widths * L, filling])
         if filling_n.any():
-            token = tokens.start + int(filling_n.argmax())
+            token = tokens.start + int((filling_n != 0).argmax())
             raise UserError(f"packed sets, token {token}: bits set behind the last layer: damaged")
-        bits_RW = bits_nW[:, :bits_per_token].reshape(n * num_layers, -1)
-        sets_RK, bad_R = _subsets(bits_RW, top_k, num_experts)
+        ranks_R = [np.concatenate(numbers[run :: len(widths)]) for run in range(len(widths))]
+        sets_KR, bad_R = _subsets(ranks_R, top_k, num_experts)
         if bad_R.any():
-            token, layer = divmod(int(bad_R.argmax()), num_layers)
+            token, layer = np.argwhere(bad_R.reshape(L, -1).T)[0]
             raise UserError(
                 f"packed sets, token {tokens.start + token}, MoE layer {layer}: not the number of "
                 f"any {top_k} of {num_experts} experts: damaged, or of another model"
             )
-        routes_NLK[tokens] = sets_RK.reshape(n, num_layers, top_k)
+        routes_NLK[tokens] = sets_KR.reshape(top_k, L, -1).transpose(2, 1, 0)
     return routes_NLK
 
 
@@ -172,7 +179,8 @@ def _encode_block(
     differing_D = np.flatnonzero(mask_nL.any(axis=1))
     if not len(differing_D):
         return np.zeros(0, dtype=np.uint8), bytes_n
-    rollout_RK, train_RK = rollout_nLK[mask_nL], train_nLK[mask_nL]
+    rows_R = np.flatnonzero(mask_nL)
+    rollout_RK, train_RK = (x.reshape(-1, K)[rows_R] for x in (rollout_nLK, train_nLK))
     leaves_RK, comes_RK = not_in(rollout_RK, train_RK), not_in(train_RK, rollout_RK)
     swaps_R = leaves_RK.sum(axis=1)
 
@@ -194,10 +202,12 @@ def _encode_block(
         came_Rm = train_RK[rows][comes_RK[rows]].reshape(-1, m).astype(np.int64)
         # The index of an expert among those outside S: its id less the members of S below it.
         came_Rm -= _members_below(rollout_RK[rows], came_Rm)
-        payload_RW = np.concatenate(
-            [_subset_bits(left_Rm, K), _subset_bits(came_Rm, num_experts - K)], axis=1
-        )
-        bits[_spans(payload_at_R[rows], payload_RW.shape[1])] = payload_RW
+        at_R = payload_at_R[rows]
+        for subsets_Rm, universe in ((left_Rm, K), (came_Rm, num_experts - K)):
+            ranks_R = _ranks(subsets_Rm.T, universe)
+            for rank_R, width in zip(ranks_R, _widths(m, universe), strict=True):
+                bits[_spans(at_R, width)] = _to_bits(rank_R, width)
+                at_R = at_R + width
     return np.packbits(bits), bytes_n
 
 
@@ -210,9 +220,9 @@ def _decode_block(
     if not len(differing_D):
         return train_nLK
     start_D, end_D = 8 * offsets[differing_D], 8 * offsets[differing_D + 1]
-    swap_width = _swap_width(K, num_experts)
+    swap_width, widths = _swap_width(K, num_experts), _payload_widths(K, num_experts)
     # Filled up, so that what a truncated token seems to hold can be read before it is refused.
-    bits = np.concatenate([np.unpackbits(data), np.zeros(L * swap_width + 8, dtype=np.uint8)])
+    whole = padded(data, L + (L * (swap_width + max(widths)) + 7) // 8)
 
     def refuse(bad_D: ndarray, what: str) -> None:
         if bad_D.any():
@@ -220,7 +230,8 @@ def _decode_block(
             raise UserError(f"route difference, token {token}: {what}")
 
     refuse(end_D - start_D < L, f"truncated in the mask of {L} MoE layers")
-    mask_DL = bits[_spans(start_D, L)].astype(bool)
+    mask_bytes_D = whole[_spans(start_D // 8, -(-L // 8))]
+    mask_DL = np.unpackbits(mask_bytes_D, axis=1, count=L).view(bool)
     layers_D = mask_DL.sum(axis=1)
     refuse(layers_D == 0, "bytes without a differing layer: damaged, or of another model")
     token_R, layer_R = mask_DL.nonzero()
@@ -231,10 +242,9 @@ def _decode_block(
             token = first_token + int(differing_D[token_R[row]])
             raise UserError(f"route difference, token {token}, MoE layer {layer_R[row]}: {what}")
 
-    widths = _payload_widths(K, num_experts)
     no_width_R = np.zeros(len(token_R), dtype=np.int64)
     swap_at_R, _ = _row_positions(start_D + L, token_R, layers_D, swap_width, no_width_R)
-    swaps_R = _from_bits(bits[_spans(swap_at_R, swap_width)]) + 1
+    swaps_R = read(whole, swap_at_R, swap_width) + 1
     most = min(K, num_experts - K)
     refuse_rows(swaps_R > most, f"more than {most} experts exchanged: damaged or of another model")
     width_R = widths[swaps_R]
@@ -243,18 +253,18 @@ def _decode_block(
     needed_D = -(-used_D // 8) * 8
     refuse(end_D - start_D < needed_D, "truncated, or of another model")
     refuse(end_D - start_D > needed_D, "more bytes than its difference takes: damaged")
-    filling_D8 = _spans(start_D + used_D, 8)
-    set_D8 = bits[filling_D8].astype(bool) & (filling_D8 < end_D[:, None])
-    refuse(set_D8.any(axis=1), "bits set behind its last layer: damaged")
+    filling_D = read(whole, start_D + used_D, 7) >> (7 - (needed_D - used_D))
+    refuse(filling_D > 0, "bits set behind its last layer: damaged")
 
-    rollout_RK = rollout_nLK[differing_D][mask_DL]
+    rows_R = differing_D[token_R] * L + layer_R
+    rollout_RK = rollout_nLK.reshape(-1, K)[rows_R]
     train_RK = rollout_RK.copy()
     for m in np.unique(swaps_R):
         rows = (swaps_R == m).nonzero()[0]
-        payload_RW = bits[_spans(payload_at_R[rows], widths[m])]
-        left_width = _width(m, K)
-        left_Rm, bad_left_R = _subsets(payload_RW[:, :left_width], m, K)
-        came_Rm, bad_came_R = _subsets(payload_RW[:, left_width:], m, num_experts - K)
+        at_R = payload_at_R[rows]
+        left_mR, bad_left_R, at_R = _read_subsets(whole, at_R, m, K)
+        came_mR, bad_came_R, _ = _read_subsets(whole, at_R, m, num_experts - K)
+        left_Rm, came_Rm = left_mR.T.astype(np.int64), came_mR.T.astype(np.int64)
         bad_R = np.zeros(len(swaps_R), dtype=bool)
         bad_R[rows] = bad_left_R | bad_came_R
         refuse_rows(bad_R, f"not the number of any exchange of {m} experts: damaged")
@@ -264,8 +274,19 @@ def _decode_block(
         changed_RK = train_RK[rows]
         np.put_along_axis(changed_RK, left_Rm, came_Rm.astype(changed_RK.dtype), axis=1)
         train_RK[rows] = ascending(changed_RK)
-    train_nLK[differing_D[token_R], layer_R] = train_RK
+    train_nLK.reshape(-1, K)[rows_R] = train_RK
     return train_nLK
+
+
+def _read_subsets(
+    whole: ndarray, at_R: ndarray, size: int, universe: int
+) -> tuple[ndarray, ndarray, ndarray]:
+    """Subsets that begin at these bits, as `_subsets`, and where each ends."""
+    ranks_R = []
+    for width in _widths(size, universe):
+        ranks_R.append(read(whole, at_R, width))
+        at_R = at_R + width
+    return *_subsets(ranks_R, size, universe), at_R
 
 
 def _members_below(members_RK: ndarray, ids_Rm: ndarray) -> ndarray:
@@ -320,8 +341,13 @@ def _rank_width(size: int, universe: int) -> int:
 
 
 @cache
+def _widths(size: int, universe: int) -> list[int]:
+    """Bits of the rank of each run of a subset."""
+    return [_rank_width(length, universe) for length in _runs(size, universe)]
+
+
 def _width(size: int, universe: int) -> int:
-    return sum(_rank_width(length, universe) for length in _runs(size, universe))
+    return sum(_widths(size, universe))
 
 
 @cache
@@ -335,37 +361,59 @@ def _binomials(size: int, universe: int) -> ndarray:
     return np.array(table, dtype=np.int64)
 
 
-def _subset_bits(subsets_RK: ndarray, universe: int) -> ndarray:
-    """Ascending subsets of 0..universe − 1 to the bits of their ranks, uint8 ``[R, W]``."""
-    bits, start = [], 0
-    for length in _runs(subsets_RK.shape[1], universe):
+def _ranks(subsets_KR: ndarray, universe: int) -> list[ndarray]:
+    """Ascending subsets of 0..universe − 1 to the ranks of their runs, int64 ``[R]`` each."""
+    ranks_R, start = [], 0
+    for length in _runs(len(subsets_KR), universe):
         binomials = _binomials(length, universe)
-        rank_R = np.zeros(len(subsets_RK), dtype=np.int64)
-        for i in range(length):
-            rank_R += binomials[i].take(subsets_RK[:, start + i])
-        bits.append(_to_bits(rank_R, _rank_width(length, universe)))
+        rank_R = binomials[0].take(subsets_KR[start])
+        for i in range(1, length):
+            rank_R += binomials[i].take(subsets_KR[start + i])
+        ranks_R.append(rank_R)
         start += length
-    return np.concatenate(bits, axis=1)
+    return ranks_R
 
 
-def _subsets(bits_RW: ndarray, size: int, universe: int) -> tuple[ndarray, ndarray]:
-    """Undo `_subset_bits`: int64 ``[R, size]``, and which rows hold no subset (bool ``[R]``)."""
-    subsets_KR = np.empty((size, len(bits_RW)), dtype=np.int64)
-    bad_R = np.zeros(len(bits_RW), dtype=bool)
-    start = first_bit = 0
-    for length in _runs(size, universe):
-        width = _rank_width(length, universe)
-        rank_R = _from_bits(bits_RW[:, first_bit : first_bit + width])
+def _subsets(ranks_R: Sequence[ndarray], size: int, universe: int) -> tuple[ndarray, ndarray]:
+    """Undo `_ranks`: integers ``[size, R]``, and which rows hold no subset (bool ``[R]``)."""
+    subsets_KR: ndarray = np.empty((size, len(ranks_R[0])), dtype=_id_type(universe))
+    bad_R = np.zeros(len(ranks_R[0]), dtype=bool)
+    end = size
+    for rank_R, length in zip(reversed(ranks_R), reversed(_runs(size, universe)), strict=True):
         bad_R |= rank_R >= comb(universe, length)
-        binomials = _binomials(length, universe)
-        for i in reversed(range(length)):
-            member_R = _largest(rank_R, i, length, universe)
-            rank_R -= binomials[i].take(member_R)
-            subsets_KR[start + i] = member_R
-        start, first_bit = start + length, first_bit + width
+        left_R, low = rank_R.copy(), _looked_up(length, universe)
+        for i in reversed(range(low, length)):
+            member_R = _largest(left_R, i, length, universe)
+            left_R -= _binomials(length, universe)[i].take(member_R)
+            subsets_KR[end - length + i] = member_R
+        if low == 1:
+            subsets_KR[end - length] = np.minimum(left_R, universe - 1)
+        else:
+            found_R = _low_members(low, universe).take(left_R, mode="clip")
+        for i in range(low if low > 1 else 0):
+            subsets_KR[end - length + i] = found_R >> _MEMBER_BITS * i & (1 << _MEMBER_BITS) - 1
+        end -= length
     for lower_R, upper_R in pairwise(subsets_KR):
         bad_R |= upper_R <= lower_R
-    return subsets_KR.T, bad_R
+    return subsets_KR, bad_R
+
+
+def _looked_up(size: int, universe: int) -> int:
+    """Count the lowest members of a subset that one look into `_low_members` gives."""
+    fit = (low for low in (3, 2) if low <= size and comb(universe, low) <= _LOOKED_UP)
+    return next(fit, 1)
+
+
+@cache
+def _low_members(size: int, universe: int) -> ndarray:
+    """The subsets of a size by their ranks, the lowest member in the lowest bits: uint32."""
+    rank_R = np.arange(comb(universe, size))
+    found_R = np.zeros(len(rank_R), dtype=np.int64)
+    for i in reversed(range(size)):
+        member_R = _largest(rank_R, i, size, universe)
+        rank_R -= _binomials(size, universe)[i].take(member_R)
+        found_R |= member_R << _MEMBER_BITS * i
+    return found_R.astype(np.uint32)
 
 
 def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
@@ -376,17 +424,19 @@ def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
     if i == 0:
         return np.minimum(rank_R, universe - 1)
     binomials = _binomials(size, universe)[i]
-    guess = _guesses(i, size, universe)
-    if guess is None:
+    guesses = _guesses(i, size, universe)
+    if guesses is None:
         return binomials.searchsorted(rank_R, side="right") - 1
-    below_R = guess.take(_leading_bits(rank_R), mode="clip")  # beyond them: no rank of a set
-    above_R = below_R + 1
-    return below_R + (binomials.take(above_R, mode="clip") <= rank_R) * (above_R < universe)
+    below, from_above = guesses
+    lead_R = _leading_bits(rank_R)
+    member_R = below.take(lead_R, mode="clip")  # beyond them: no rank of a set
+    member_R += rank_R >= from_above.take(lead_R, mode="clip")
+    return member_R
 
 
 @cache
-def _guesses(i: int, size: int, universe: int) -> ndarray | None:
-    """Largest c for all leading bits, whose C(c, i + 1) has lower ones.
+def _guesses(i: int, size: int, universe: int) -> tuple[ndarray, ndarray] | None:
+    """Largest c for all leading bits, whose C(c, i + 1) has lower ones, and C(c + 1, i + 1).
 
     None where two binomials share them, so that one step up may not reach the right c.
     """
@@ -395,25 +445,20 @@ def _guesses(i: int, size: int, universe: int) -> ndarray | None:
     first = int((binomials > 0).argmax())  # C(c, i + 1) is 0 for c ≤ i
     if (np.diff(bits[first:]) == 0).any():
         return None
-    return np.maximum(bits.searchsorted(np.arange(bits[-1] + 2), side="left") - 1, first - 1)
+    below = np.maximum(bits.searchsorted(np.arange(bits[-1] + 2), side="left") - 1, first - 1)
+    beyond = np.append(binomials, np.iinfo(np.int64).max)
+    return below, beyond[below + 1]
 
 
 def _leading_bits(values_R: ndarray) -> ndarray:
     """The exponent and the first 7 bits behind it, of numbers from 0 to 2^63: ascending as they."""
-    return values_R.astype(np.float32).view(np.int32) >> 16
+    return (values_R.astype(np.float32).view(np.int32) >> 16).astype(np.intp)
 
 
 def _to_bits(values_R: ndarray, width: int) -> ndarray:
     """The last `width` bits of each value, most significant first: uint8 ``[R, width]``."""
     bytes_R8 = values_R.astype(">u8").view(np.uint8)
     return np.unpackbits(bytes_R8).reshape(-1, 64)[:, 64 - width :]
-
-
-def _from_bits(bits_RW: ndarray) -> ndarray:
-    R, width = bits_RW.shape
-    wide_R64 = np.zeros((R, 64), dtype=np.uint8)
-    wide_R64[:, 64 - width :] = bits_RW
-    return np.packbits(wide_R64).view(">u8").astype(np.int64)
 
 
 def _id_type(num_experts: int) -> type:
@@ -473,7 +518,10 @@ def _ascending(name: str, routes_nLK: ndarray, first_token: int, num_experts: in
         outside_nL = ((routes_nLK < 0) | (routes_nLK >= num_experts)).any(axis=-1)
         where = _where(name, routes_nLK, np.asarray(outside_nL), first_token)
         raise UserError(f"{where}: expected ids in 0..{num_experts - 1}")
-    sets_nLK = ascending(routes_nLK.astype(_id_type(num_experts)))
+    sets_nLK: ndarray = routes_nLK.astype(_id_type(num_experts), copy=False)
+    if are_ascending(sets_nLK):
+        return sets_nLK
+    sets_nLK = ascending(sets_nLK)
     twice_nL = repeated(sets_nLK)
     if twice_nL.any():
         where = _where(name, routes_nLK, twice_nL, first_token)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the experts that the rollout engine chose with those that the trainer chose.
 
 What was compared is part of the result (`ComparisonKind`): divergence with each side on its own
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.routing.shared import count_shared
 
-# Rows handled at once. On a CPU a block of top-8 rows and its temporaries stay in the L2 cache; a
-# GPU wants few, large kernels.
-_ROWS_CPU = 1 << 15
+# Rows handled at once; their temporaries take some 40 bytes each.
+_ROWS_CPU = 1 << 17
 _ROWS_GPU = 1 << 22
 
 
@@ -253,6 +254,18 @@ class RoutingDivergence(RoutingCounts):
         return mismatched_G, compared_G
 
 
+def concatenated(parts: "Sequence[RoutingDivergence]") -> RoutingDivergence:
+    """The comparison of all tokens, from those of some of them, one after the other."""
+    return RoutingDivergence(
+        overlap_histogram=torch.stack([part.overlap_histogram for part in parts]).sum(dim=0),
+        token_histogram=torch.stack([part.token_histogram for part in parts]).sum(dim=0),
+        kind=parts[0].kind,
+        overlap=torch.cat([part.overlap for part in parts]),
+        routers_per_token=torch.cat([part.routers_per_token for part in parts]),
+        valid=torch.cat([part.valid for part in parts]),
+    )
+
+
 def compare_routes(
     rollout_routes: Tensor | np.ndarray,
     train_routes: Tensor | np.ndarray,
@@ -295,7 +308,7 @@ def compare_routes(
     if valid is None:
         valid = torch.ones(tokens_shape, dtype=torch.bool, device=device)
     # One row of tokens: views, but for a batch whose memory is in another order.
-    rollout_routes, train_routes = (x.reshape(-1, L, K) for x in sides.values())
+    given = [(side, routes.reshape(-1, L, K)) for side, routes in sides.items()]
     valid, T = valid.reshape(-1), valid.numel()
     num_valid = int(valid.sum())
     if num_valid == 0:
@@ -309,9 +322,12 @@ def compare_routes(
     histogram_LK = torch.zeros(L * (K + 1), dtype=torch.int64, device=device)
     layer_offset_L = torch.arange(L, device=device) * (K + 1)
     for tokens in _blocks(valid, all_valid=num_valid == T, num_layers=L):
-        rollout_KR = _checked_columns(first_side, rollout_routes, tokens, num_experts, tokens_shape)
-        train_KR = _checked_columns(second_side, train_routes, tokens, num_experts, tokens_shape)
-        overlap_tL = _count_shared(rollout_KR, train_KR, K).view(-1, L)
+        blocks = {side: _signed(routes_TLK[tokens]) for side, routes_TLK in given}
+        rows = (block_tLK.reshape(-1, K) for block_tLK in blocks.values())
+        overlap_R, all_sets = count_shared(*rows, num_experts=num_experts)
+        if not all_sets:
+            raise _refusal(blocks, tokens, num_experts, tokens_shape)
+        overlap_tL = overlap_R.view(-1, L)
         overlap_TL[tokens] = overlap_tL
         routers_per_token_T[tokens] = (overlap_tL != K).sum(dim=1, dtype=torch.int32)
         bins = (overlap_tL + layer_offset_L).flatten()
@@ -394,59 +410,27 @@ def _blocks(valid_T: Tensor, *, all_valid: bool, num_layers: int) -> Iterator[sl
         yield from valid_T.nonzero().squeeze(1).split(step)
 
 
-def _checked_columns(
-    side: str,
-    routes_TLK: Tensor,
+def _signed(block_tLK: Tensor) -> Tensor:
+    wide = (torch.uint16, torch.uint32, torch.uint64)  # torch has few operations for these
+    return block_tLK.long() if block_tLK.dtype in wide else block_tLK
+
+
+def _refusal(
+    blocks: dict[str, Tensor],
     tokens: slice | Tensor,
     num_experts: int,
     tokens_shape: Sequence[int],
-) -> Tensor:
-    """Check a block's ids and lay them out for `_count_shared`: ``[2K, R]``, the K columns twice.
-
-    Rows p and p + r of the result then hold, for all p < K at once, slot p beside slot p + r
-    (mod K): K rotations pair every slot with every other, in whole-array operations on the
-    narrowest type.
-    """
-    block_tLK = routes_TLK[tokens]
-    if block_tLK.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        block_tLK = block_tLK.long()  # torch has few operations for these
-    K = block_tLK.shape[-1]
-    block_RK = block_tLK.reshape(-1, K)
-    # As Python integers: beside a uint8 tensor, a bound of 256 would itself wrap to 0.
-    lowest, highest = (int(bound) for bound in torch.aminmax(block_RK))
-    if lowest < 0 or highest >= num_experts:
-        wide_RK = block_RK.long()
-        outside_R = ((wide_RK < 0) | (wide_RK >= num_experts)).any(dim=1)
-        raise _bad_row(side, block_tLK, tokens, outside_R, num_experts, tokens_shape)
-
-    narrow = torch.uint8 if num_experts <= 256 else torch.int16
-    columns = torch.empty(2 * K, block_RK.shape[0], dtype=narrow, device=block_RK.device)
-    columns[:K].copy_(block_RK.t())
-    columns[K:].copy_(columns[:K])
-    if _has_duplicates(columns, K):
-        ascending_RK = block_RK.sort(dim=1).values
+) -> UserError:
+    """The error that names the first row of a side which is no set."""
+    for side, block_tLK in blocks.items():
+        ids_RK = block_tLK.reshape(-1, block_tLK.shape[-1]).long()
+        outside_R = ((ids_RK < 0) | (ids_RK >= num_experts)).any(dim=1)
+        ascending_RK = ids_RK.sort(dim=1).values
         twice_R = (ascending_RK[:, 1:] == ascending_RK[:, :-1]).any(dim=1)
-        raise _bad_row(side, block_tLK, tokens, twice_R, num_experts, tokens_shape)
-    return columns
-
-
-def _has_duplicates(columns_2KR: Tensor, K: int) -> bool:
-    equal = torch.empty(columns_2KR[:K].shape, dtype=torch.bool, device=columns_2KR.device)
-    for rotation in range(1, K // 2 + 1):  # those beyond repeat the pairs of those before
-        torch.eq(columns_2KR[:K], columns_2KR[rotation : rotation + K], out=equal)
-        if equal.view(torch.uint8).max():  # .any() of bool is 30 times slower on a CPU
-            return True
-    return False
-
-
-def _count_shared(rollout_2KR: Tensor, train_2KR: Tensor, K: int) -> Tensor:
-    """|S ∩ S'| for each row, uint8 ``[R]``: equal pairs of slots among all K × K."""
-    equal = torch.empty(rollout_2KR[:K].shape, dtype=torch.bool, device=rollout_2KR.device)
-    shared = torch.zeros_like(equal, dtype=torch.uint8)
-    for rotation in range(K):
-        torch.eq(rollout_2KR[:K], train_2KR[rotation : rotation + K], out=equal)
-        shared += equal.view(torch.uint8)
-    return shared.sum(dim=0, dtype=torch.uint8)
+        for bad_R in (outside_R, twice_R):
+            if bad_R.any():
+                return _bad_row(side, block_tLK, tokens, bad_R, num_experts, tokens_shape)
+    raise AssertionError("a row that is no set was counted and is not found")
 
 
 def _bad_row(

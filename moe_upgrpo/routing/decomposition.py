@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the gap log p_train − log p_rollout comes from, token by token.
 
 Let L(w, routes) be the trainer's log-prob of the sampled token with weights w, its routers free

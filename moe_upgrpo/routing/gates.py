@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences of two sides' routers beyond their choices: gates, distributions, margins.
 
 Every function gives one value for each (token, layer) and looks at no mask: values at padding mean

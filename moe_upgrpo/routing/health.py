@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the routes that a router was given are those that it used, counted row by row.
 
 Sums of a handful of integers for each layer, cheap enough to be counted in every forward: nothing

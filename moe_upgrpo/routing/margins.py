@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Margins of a router's choice of experts: N tokens, E experts in G groups."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of expert ids as sets: sorted, compared, subtracted.
 
 numpy and torch do a row at a time along the last axis, some 80 ns to sort eight ids. Here each
@@ -38,8 +39,23 @@ def ascending(ids: ndarray) -> ndarray:
     return sorted_RK.reshape(ids.shape)
 
 
+def are_ascending(ids: ndarray) -> bool:
+    """Whether every row is in ascending order already, no expert twice; ids ``[..., K]``.
+
+    A tenth of the time of `ascending`: neighbours are compared as they lie in memory.
+    """
+    if not ids.flags.c_contiguous:
+        return False
+    flat = ids.reshape(-1)
+    rises = flat[1:] > flat[:-1]
+    rises[ids.shape[-1] - 1 :: ids.shape[-1]] = True  # from one row to the next
+    return bool(rises.all())
+
+
 def unequal(first: ndarray, second: ndarray) -> NDArray[np.bool_]:
     """Whether two ascending rows differ: bool ``[...]``, of ids ``[..., K]``."""
+    if first.dtype == second.dtype and first.flags.c_contiguous and second.flags.c_contiguous:
+        first, second = _words(first), _words(second)
     different: NDArray[np.bool_] = first[..., 0] != second[..., 0]
     for k in range(1, first.shape[-1]):
         different |= first[..., k] != second[..., k]
@@ -54,6 +70,11 @@ def repeated(ascending_ids: ndarray) -> NDArray[np.bool_]:
     return twice
 
 
+def zeros(ids: ndarray) -> NDArray[np.bool_]:
+    """Whether a row holds nothing but zeros: bool ``[...]``, of ids ``[..., K]``."""
+    return ~unequal(ids, np.zeros((1,) * (ids.ndim - 1) + ids.shape[-1:], dtype=ids.dtype))
+
+
 def not_in(ids_RK: ndarray, others_RK: ndarray) -> ndarray:
     """Which ids are no member of the same row of the others: bool ``[R, K]``."""
     columns_KR, others_KR = ids_RK.T.copy(), others_RK.T.copy()
@@ -61,6 +82,12 @@ def not_in(ids_RK: ndarray, others_RK: ndarray) -> ndarray:
     for other_R in others_KR[1:]:
         absent_KR &= columns_KR != other_R
     return absent_KR.T
+
+
+def _words(ids: ndarray) -> ndarray:
+    """The same rows in the fewest integers that their bytes can be read as: ``[..., W]``."""
+    row = ids.shape[-1] * ids.itemsize
+    return ids.view(f"u{next(size for size in (8, 4, 2, 1) if row % size == 0)}")
 
 
 @cache

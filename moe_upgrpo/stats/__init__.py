@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of figures whose tokens are not independent: pure numpy and scipy, no files."""
 
 from moe_upgrpo.stats.clusters import (

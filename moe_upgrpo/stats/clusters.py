@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ratios of sums over prompts, with intervals by prompt.
 
 The responses to a prompt share its difficulty, and the tokens of a response every earlier mismatch,

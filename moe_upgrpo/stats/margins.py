@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a difference is above zero, below it, or so small that it does not matter.
 
 A difference that is "not significant" may be of any size. To say that two arms are equal takes a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods compared over the same seeds, with a correction for comparing several."""
 
 from collections.abc import Mapping, Sequence

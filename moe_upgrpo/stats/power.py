@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The power to see a difference between two ways of training: problems, samples, seeds.
 
 The run with training seed s is right on problem i with the chance

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A paired test by prompt: two figures of the same tokens, whose difference may have either sign.
 
 Shape suffixes: P prompts, R draws.

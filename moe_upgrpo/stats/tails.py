@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tail of a ratio: its quantiles, its Pareto index, and counts that ranks can add.
 
 Shape suffixes: N tokens, M of them in the tail, B bins.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distance of two policies on sampled tokens: effective sample size, χ², tails of the ratio.
 
 Shape suffix: N tokens. log w = log p_train − log p_rollout of each.

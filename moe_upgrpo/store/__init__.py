@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that a run leaves on disk, written and read: config, metrics, token log.
 
 Each name is imported from its module when it is first used: options and messages need the light

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints that a run is resumed from, each a folder that is whole or absent.
 
 A checkpoint is written into a folder whose name begins with a dot, gets a manifest of its files,
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +20,7 @@ from moe_upgrpo.store.files import parse_json, publish, sync, write_text
 
 VERSION = 1
 _MANIFEST = "manifest.json"
+_THREADS = 4  # files that are read, or synced, at once
 # Half-written or half-removed: a state, or the export of a step's weights beside it.
 _UNFINISHED = re.compile(r"\.state-\d{6,}|\.step-\d{6,}\.part")
 
@@ -90,12 +93,17 @@ def names(part: Path) -> list[str]:
 
 
 def describe(part: Path, files: Iterable[str]) -> dict[str, Any]:
-    """Name -> size and SHA-256 of files in ``part``, each synced to disk."""
-    found = {}
-    for name in files:
-        sync(part / name)
-        found[name] = _described(part / name)
-    return found
+    """Name -> size and SHA-256 of files in ``part``, each synced to disk.
+
+    A disk works while the processor does: they are synced and read at the same time.
+    """
+    files = list(files)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        synced = [threads.submit(sync, part / name) for name in files]
+        described = list(threads.map(lambda name: _described(part / name), files))
+        for each in synced:
+            each.result()
+    return dict(zip(files, described, strict=True))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -140,19 +148,19 @@ def _is_ours(name: str, about: Any) -> bool:
 
 def faults(path: Path, expected: dict[str, Any]) -> list[str]:
     """Name what is wrong with a checkpoint's files ``expected`` (a part of its manifest's)."""
-    wrong = []
-    for name, about in expected.items():
-        file = path / name
-        if not file.is_file():
-            wrong.append(f"{file} is missing: {_damaged(path)}")
-        elif file.stat().st_size != about["bytes"]:
-            wrong.append(
-                f"{file} has {file.stat().st_size} bytes, {about['bytes']} were written: "
-                f"{_damaged(path)}"
-            )
-        elif _described(file) != about:
-            wrong.append(f"{file} holds other bytes than were written: {_damaged(path)}")
-    return wrong
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda name: _fault(path / name, expected[name]), expected)
+        return [f"{fault}: {_damaged(path)}" for fault in found if fault]
+
+
+def _fault(file: Path, about: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{file} is missing"
+    if file.stat().st_size != about["bytes"]:
+        return f"{file} has {file.stat().st_size} bytes, {about['bytes']} were written"
+    if _described(file) != about:
+        return f"{file} holds other bytes than were written"
+    return None
 
 
 def _described(file: Path) -> dict[str, Any]:

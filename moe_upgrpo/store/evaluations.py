@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An evaluation, problem by problem: runs of the same problems are compared in pairs."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, also after a power cut: written aside, synced, renamed.
 
 And JSON of a file that anybody may have written or damaged.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of metrics.jsonl: what each means, what it is divided by and its unit.
 
 A row is one training step: "step" and these keys. Eval keys appear only at evaluated steps; step 0
@@ -301,6 +302,13 @@ METRICS: dict[str, Metric] = {
     "time/update": Metric("optimizer steps", "none", "s"),
     "time/logging": Metric("token log and metrics", "none", "s"),
     "time/total": Metric("the whole step", "none", "s"),
+    "time/cpu": Metric("CPU time of the whole step", "none", "s, summed over ranks"),
+    "time/waiting/PHASE": Metric(
+        "the share of time/PHASE in which ranks waited (for each other, an engine or a disk) and "
+        "neither ran nor queued for a core; on Linux, without CUDA",
+        "seconds of all ranks",
+        "share",
+    ),
     "alarms": Metric(
         "names of the alarms this step raised: moe_upgrpo/record/alarms.py", "none", "list"
     ),
@@ -317,6 +325,7 @@ _FAMILIES = {
     r"^eval/(pass|avg|maj|best)@\d+$": r"eval/\1@K",
     r"^gap/(numerics|staleness|engine_routing|update|routing_shift)/": "gap/TERM/",
     r"^counterfactual/(engine_routing|routing_shift)/": "counterfactual/TERM/",
+    r"^time/waiting/[a-z_]+$": "time/waiting/PHASE",
     r"^noise/(trainer|engine)_(repeat|batch_shape)/": "noise/KIND/",
     r"^alarms/(?!raised$)[\w-]+$": "alarms/NAME",
     r"^loss/(?!policy$)\w+$": "loss/NAME",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parquet files in which every flipped bit is noticed.
 
 Each page carries its checksum, which Parquet defines and other readers know; a page's header and

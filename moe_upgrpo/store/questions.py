@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions to a token log: a quantity in each group, with intervals by prompt.
 
 ``rate(table, "clipped", by="own")`` is the clip fraction as a function of the token's own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token log's schema: its columns, its levels, and each file's facts about its model.
 
 L MoE layers, K experts per token (top-k), S and S′ the expert sets of the engine and the trainer.

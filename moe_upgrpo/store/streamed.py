@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A question answered part by part: a token log need not fit into memory.
 
 A log is read twice. The first time (`Question.look`) values are counted, for bins with about

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text of others, made safe for a page or a terminal."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of a run: its prompts by step, and the text of each token id.
 
 A run keeps both, so that its responses can be read where its model is not. A token's text is bytes:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading the token log, one row per response token, into Arrow and numpy.
 
 Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.

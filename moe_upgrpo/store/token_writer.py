@@ -1,11 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing the token log: one row per response token, a Parquet file for each step and rank.
 
 Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,17 +17,30 @@ import pyarrow as pa
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.parquet import write_checked
+from moe_upgrpo.store.pieces import Pieces
 from moe_upgrpo.store.schema import COLUMNS, LEVELS, TokenLayout, file_metadata
 from moe_upgrpo.store.texts import write_prompts
 from moe_upgrpo.store.token_log import by_sequence
 
+Column = np.ndarray | list[np.ndarray]
 # Given to the writer in place of the packed columns.
 _ROUTES = {"rollout_routes": "rollout_experts", "train_routes": "train_experts"}
 # Floats of a token's own and packed sets hardly repeat: a dictionary would only add its indices.
 # A float's bytes, split into four streams, shrink under zstd.
 _SPLIT = {name for name, column in COLUMNS.items() if column.type == "float"}
 _SPLIT -= {"reward", "advantage"}
+# Tokens whose routes are packed at once.
+_PACKED = 1 << 13
 _DISTINCT = _SPLIT | set(_ROUTES.values())
+
+
+class _Packed(NamedTuple):
+    """Both sides' routes as `routing.codec` writes them; overlap: None where one side is given."""
+
+    rollout_NB: np.ndarray
+    data: np.ndarray
+    offsets: np.ndarray
+    overlap_NL: np.ndarray | None
 
 
 class TokenLogWriter:
@@ -63,7 +80,7 @@ class TokenLogWriter:
         self.share = share
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, step: int, columns: dict[str, np.ndarray]) -> Path | None:
+    def write(self, step: int, columns: Mapping[str, Column]) -> Path | None:
         """Write one step's rows, all or nothing: under a temporary name, then renamed.
 
         Args:
@@ -73,7 +90,8 @@ class TokenLogWriter:
                 Optional columns may be left out; masked entries of a masked array become nulls, in
                 those and in the nullable ones. In
                 place of the packed expert sets come the raw ones: ``rollout_routes`` and, only
-                beside it, ``train_routes``, integers ``[N, L, K]``, row p − 1 of each token.
+                beside it, ``train_routes``, integers ``[N, L, K]``, row p − 1 of each token. They
+                may be lists of arrays, one after the other: no second copy of them is made.
 
         Returns:
             The file, or None where the level keeps none of these rows.
@@ -83,8 +101,9 @@ class TokenLogWriter:
                 that cannot be (the sequence and the layer are named); overlap contradicts
                 layers_mismatched or the routes; the file exists already.
         """
-        arrays = {name: np.asanyarray(values) for name, values in columns.items()}
-        num_rows = self._check_names_and_lengths(step, arrays)
+        routes = {name: Pieces.of(columns[name]) for name in _ROUTES if name in columns}
+        arrays = {name: np.asanyarray(x) for name, x in columns.items() if name not in routes}
+        num_rows = self._check_names_and_lengths(step, {**arrays, **routes})
         arrays.setdefault("step", np.full(num_rows, step, dtype=np.int32))
         if (arrays["step"] != step).any():
             raise UserError(f"column step holds other steps than the {step} being written")
@@ -97,7 +116,8 @@ class TokenLogWriter:
             if not kept_N.any():
                 return None
             arrays = {name: array[kept_N] for name, array in arrays.items()}
-        table = self._table(step, arrays)
+            routes = {name: pieces.where(kept_N) for name, pieces in routes.items()}
+        table = self._table(step, arrays, routes)
 
         file = self.folder / f"step-{step:06d}-rank-{self.rank:04d}.parquet"
         if file.exists():
@@ -124,8 +144,10 @@ class TokenLogWriter:
             return None
         return write_prompts(self.folder, step, self.rank, prompts)
 
-    def _table(self, step: int, arrays: dict[str, np.ndarray]) -> pa.Table:
-        packed = self._pack(step, arrays) if "rollout_routes" in arrays else {}
+    def _table(
+        self, step: int, arrays: dict[str, np.ndarray], routes: dict[str, Pieces]
+    ) -> pa.Table:
+        packed = self._pack(step, arrays, routes) if routes else {}
         data, fields = [], []
         for name, column in COLUMNS.items():
             if name in packed:
@@ -148,48 +170,59 @@ class TokenLogWriter:
             data, schema=pa.schema(fields, file_metadata(self.layout, sampling))
         )
 
-    def _pack(self, step: int, arrays: dict[str, np.ndarray]) -> dict[str, pa.Array]:
+    def _pack(
+        self, step: int, arrays: dict[str, np.ndarray], routes: dict[str, Pieces]
+    ) -> dict[str, pa.Array]:
         """Raw routes as the columns that keep them, after a check against ``overlap``."""
-        # Here: the routing package brings torch, which a reader of the log does without.
-        import torch
-
-        from moe_upgrpo.routing import compare_routes
-        from moe_upgrpo.routing.codec import encode_difference, encode_sets
-
-        E, sequence_N = self.layout.num_experts, arrays["sequence"]
-        rollout_NLK, train_NLK = arrays["rollout_routes"], arrays.get("train_routes")
-        rows_of = arrays["step"], sequence_N
-        packed_NB = by_sequence(
-            lambda rows: encode_sets(rollout_NLK[rows], num_experts=E),
-            *rows_of,
+        sequence_N = arrays["sequence"]
+        packed = by_sequence(
+            lambda rows: self._packed({name: side.at(rows) for name, side in routes.items()}),
+            arrays["step"],
+            sequence_N,
         )
-        columns = {"rollout_experts": _fixed_binary(packed_NB)}
-        if train_NLK is not None:
-            data, offsets = by_sequence(
-                lambda rows: encode_difference(rollout_NLK[rows], train_NLK[rows], num_experts=E),
-                *rows_of,
-            )
-            overlap_NL = compare_routes(
-                torch.from_numpy(np.ascontiguousarray(rollout_NLK)),
-                torch.from_numpy(np.ascontiguousarray(train_NLK)),
-                num_experts=E,
-            ).overlap.numpy()
-            wrong_NL = overlap_NL != arrays["overlap"]
+        columns = {"rollout_experts": _fixed_binary(packed.rollout_NB)}
+        if packed.overlap_NL is not None:
+            wrong_NL = packed.overlap_NL != arrays["overlap"]
             if wrong_NL.any():
                 row, layer = np.argwhere(wrong_NL)[0]
                 raise UserError(
                     f"step {step}, sequence {sequence_N[row]}, position "
                     f"{arrays['position'][row]}, MoE layer {layer}: overlap is "
                     f"{arrays['overlap'][row, layer]}, but the routes share "
-                    f"{overlap_NL[row, layer]}: rows joined wrongly, or routes of another forward"
+                    f"{packed.overlap_NL[row, layer]}: rows joined wrongly, or routes of another "
+                    "forward"
                 )
-            buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+            buffers = [None, pa.py_buffer(packed.offsets), pa.py_buffer(packed.data)]
             columns["train_experts"] = pa.Array.from_buffers(
-                pa.large_binary(), len(packed_NB), buffers
+                pa.large_binary(), len(sequence_N), buffers
             )
         return columns
 
-    def _check_names_and_lengths(self, step: int, arrays: dict[str, np.ndarray]) -> int:
+    def _packed(self, routes: dict[str, Pieces]) -> _Packed:
+        """The routes as they are kept, a run of tokens at a time."""
+        # Here: the routing package brings torch, which a reader of the log does without.
+        from moe_upgrpo.routing import compare_routes
+        from moe_upgrpo.routing.codec import encode_difference, encode_sets, set_bytes
+
+        E, rollout = self.layout.num_experts, routes["rollout_routes"]
+        N, L, K = rollout.shape
+        rollout_NB = np.empty((N, set_bytes(L, K, E)), dtype=np.uint8)
+        overlap_NL = np.empty((N, L), dtype=np.uint8) if "train_routes" in routes else None
+        offsets, data = np.zeros(N + 1, dtype=np.int64), [np.zeros(0, dtype=np.uint8)]
+        for start in range(0, N, _PACKED):
+            rows = slice(start, min(start + _PACKED, N))
+            rollout_nLK = rollout.cut(rows)
+            rollout_NB[rows] = encode_sets(rollout_nLK, num_experts=E)
+            if overlap_NL is not None:
+                train_nLK = routes["train_routes"].cut(rows)
+                part, ends = encode_difference(rollout_nLK, train_nLK, num_experts=E)
+                offsets[rows.start + 1 : rows.stop + 1] = offsets[rows.start] + ends[1:]
+                data.append(part)
+                found = compare_routes(rollout_nLK, train_nLK, num_experts=E)
+                overlap_NL[rows] = found.overlap.numpy()
+        return _Packed(rollout_NB, np.concatenate(data), offsets, overlap_NL)
+
+    def _check_names_and_lengths(self, step: int, arrays: Mapping[str, np.ndarray | Pieces]) -> int:
         required = {name for name, column in COLUMNS.items() if not column.optional} - {"step"}
         known = {*COLUMNS, *_ROUTES} - set(_ROUTES.values())
         if not self.layout.num_layers:
@@ -205,7 +238,7 @@ class TokenLogWriter:
             raise UserError(
                 "train_routes are kept as a difference from rollout_routes: give both, or neither"
             )
-        lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+        lengths = {name: array.shape[0] if array.shape else 0 for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"token log of step {step}: columns of different lengths {lengths}")
         routes_shape = (lengths["position"], self.layout.num_layers, self.layout.top_k)

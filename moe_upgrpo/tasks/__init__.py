@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks: problems with prompt ids, and verifiers."""
 
 from moe_upgrpo.tasks.arithmetic import ArithmeticTask

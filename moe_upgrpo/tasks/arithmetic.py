@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Addition of two numbers, `ab+cd=`: a task that a one-million-parameter model learns on a laptop.
 
 The prompt is zero-padded, so every prompt has the same length; the answer is in plain digits (no

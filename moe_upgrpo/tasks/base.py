@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of a task: problems with prompt ids, and a verifier."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions with answers from local files, JSONL or Parquet, one problem a row."""
 
 import json

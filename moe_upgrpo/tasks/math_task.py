@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions from files in the tokens of a model, their answers checked by math-verify."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Equality of mathematical answers, by math-verify in a process that may be killed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process in which math-verify runs, started by `MathVerifier` as a file of its own.
 
 It reads lines of JSON, [function, text, ...], and writes the JSON of each result. A request that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks of your own: `--task module:Class`, or by the name that a plug-in gave one."""
 
 from __future__ import annotations

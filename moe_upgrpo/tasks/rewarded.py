@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A task whose responses are judged by the rewards of `--reward`, or a task of your own.
 
 Either way a reward that raises, hangs or gives no number is 0, is named on the screen and counted.

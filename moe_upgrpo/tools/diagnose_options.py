@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `moe-upgrpo diagnose`, without what a diagnosis needs to run."""
 
 from __future__ import annotations

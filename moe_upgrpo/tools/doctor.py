@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo doctor`: the installed packages, which of them a run would use, how to get others.
 
 Packages are looked up, not imported (but torch and Megatron-Core, to see that they can be), so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rollout engine and the Megatron trainer on one checkpoint, as probe and diagnose start them."""
 
 from __future__ import annotations

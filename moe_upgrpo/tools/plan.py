@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo plan`: what a run needs of each GPU, computed before a GPU is asked for it.
 
 The model's parts are counted in the model that each rank would build (`moe_upgrpo.megatron.plan`);
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.megatron import memory
+from moe_upgrpo.megatron.balance import Limit
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import Bytes, MicroBatch, Sizes, Stage
@@ -99,18 +101,19 @@ def make_plan(config: PlanConfig) -> Plan:
         try_export(hf, side_files(start.model), None)
     model = Sizes.of(hf)
     prompt_tokens, new_tokens = _lengths(config)
-    length = -(-(prompt_tokens + new_tokens) // layout.tp) * layout.tp
+    length = prompt_tokens + new_tokens
     if length > hf.max_position_embeddings:
         raise UserError(
             f"Sequences of {length} tokens, prompt and response together: the model has "
             f"max_position_embeddings={hf.max_position_embeddings}. Lower max_new_tokens."
         )
+    multiple_of = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    length = -(-length // multiple_of) * multiple_of
     sequences = _sequences(config, layout)
     in_update = sequences // config.batch.minibatches
     trainer.micro_batches.check(length)
-    most = trainer.micro_batches.rows(length)
-    update = MicroBatch(sequences=min(most, in_update), length=length)
-    score = MicroBatch(sequences=min(most, sequences), length=length)
+    most = trainer.micro_batches
+    update, score = (_fullest(most, count, length, layout) for count in (in_update, sequences))
     _check_place(config)
     of_stage = config.ranks // layout.pp
     made = [
@@ -119,7 +122,7 @@ def make_plan(config: PlanConfig) -> Plan:
             ranks=range(stage.index * of_stage, (stage.index + 1) * of_stage),
             held=_held(config, layout, model, stage, length),
             moments=_moments(config, layout, model, stage, update, score, length),
-            sent=_sent(config, layout, model, stage, sequences * length),
+            sent=_sent(config, layout, model, stage, sequences * length // layout.cp),
         )
         for stage in _stages(config, layout)
     ]
@@ -222,6 +225,15 @@ def _offloaded(config: PlanConfig) -> float:
     return float(passed.get("optimizer_offload_fraction", 1))
 
 
+def _fullest(most: Limit, sequences: int, length: int, layout: Layout) -> MicroBatch:
+    """The largest micro-batch of so many sequences that all have the greatest length; a rank's
+    part of it."""
+    if most.packed:  # one row, and shorter ones may fill a budget to its end
+        tokens = most.tokens or most.sequences * length
+        return MicroBatch(sequences=1, length=min(tokens, sequences * length))
+    return MicroBatch(sequences=min(most.rows(length), sequences), length=length // layout.cp)
+
+
 def _moments(
     config: PlanConfig,
     layout: Layout,
@@ -262,14 +274,18 @@ def _moments(
         stage,
         update,
         recompute=trainer.recompute,
-        micro_batches=-(-sequences // config.batch.minibatches // update.sequences),
+        micro_batches=-(
+            -(sequences // config.batch.minibatches) * length // (update.tokens * layout.cp)
+        ),
         imbalance=config.imbalance,
         **given,
     ) | computing(update, _purpose(config))
     if stage.moe_layers:
         # Pickled, and over NCCL: what is sent, and that of every rank of the copy.
-        each = memory.traces(model, layout, tokens=sequences * length, layers=stage.moe_layers)
-        moments["routes gathered"] = {"routes and margins": each * (1 + layout.tp * layout.pp)}
+        tokens = sequences * length / layout.cp
+        each = memory.traces(model, layout, tokens=tokens, layers=stage.moe_layers)
+        of_copy = layout.tp * layout.cp * layout.pp
+        moments["routes gathered"] = {"routes and margins": each * (1 + of_copy)}
     if _in_process(config):
         whole = memory.DTYPE_BYTES[trainer.dtype] * memory.model_parameters(model)
         moments["weights to the engine"] = {"whole model": whole}
@@ -433,7 +449,7 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
             option = engine.cache_setting.replace("_", "-")
             found[f"--{option} 1"] = engine.with_cache(config.rollouts, 1.0)
     layout = config.layout(config.ranks)
-    for name in ("tp", "ep", "pp"):
+    for name in ("tp", "cp", "ep", "pp"):
         size = 2 * getattr(layout, name)
         found[f"--{name} {size}"] = {"tp": layout.tp, "ep": layout.ep} | {name: size}
     same = {"tp": layout.tp, "ep": layout.ep, "nodes": 2 * config.nodes}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `moe-upgrpo plan`: those of train, and the machines."""
 
 from __future__ import annotations

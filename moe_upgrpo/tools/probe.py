@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure how far engine and trainer differ on the same weights, without any training."""
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str,
     RunFolder.create(run.path, asdict(config) | about | {"alarms": alarms.texts(config.alarm)})
     rollout_NLK = rollout.reshape(-1, *rollout.shape[-2:])
     found = _intervals_of_dumps(counts, config.dump_samples)
-    return {"step": 1} | measured(routing_sums(counts, rollout_NLK)), found
+    return {"step": 1} | measured(routing_sums(counts, [rollout_NLK])), found
 
 
 def _intervals(run: RunFolder) -> dict[str, Rate]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `moe-upgrpo probe`, without what a probe needs to run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps of other programs: expert ids or log-probs in .npy, .npz or torch files.
 
 A dump may come from a stranger: nothing in it is run (no pickled objects, torch's restricted

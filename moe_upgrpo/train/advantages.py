@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages of a step's responses, and of their tokens, where a kind or a loss has such.
 
 Some kinds need the sums of all data-parallel ranks. B responses of this rank, T tokens of one.

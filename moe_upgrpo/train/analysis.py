@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measurements beside training, on some steps: the log-prob gap in its parts, the noise floors.
 
 Neither touches the weights; both cost forwards, on one step in `analyse_every`.

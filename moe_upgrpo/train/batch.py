@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The batch of one step: groups of responses with the verifier's verdicts, and their rewards.
 
 G responses to a problem are a group. Shapes: B responses of this data-parallel rank, the G of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of a start that need no rank: options, folders, files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options read by tyro, with a one-line message for a mistake instead of tyro's box."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run's configuration, checked before anything starts. Imports no Megatron."""
 
 from __future__ import annotations

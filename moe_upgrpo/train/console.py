@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A console that survives the end of its reader, such as `| head`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accuracy on problems, greedy and sampled, computed in shares by as many ranks as there are.
 
 N problems, n samples of each, c correct ones among them.

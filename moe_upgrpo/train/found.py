@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The newest checkpoint of a run, found and checked before a rank is started."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Return of freed memory to the system."""
 
 from __future__ import annotations

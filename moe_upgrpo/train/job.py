@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's objects for a training run, which `train.loop` calls in order."""
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moe_upgrpo.train.states import States
 from moe_upgrpo.train.stopping import Stopping
 from moe_upgrpo.train.terms import ENTROPY, Terms
 from moe_upgrpo.train.tracking import Tracking
+from moe_upgrpo.train.writing import TokenLogThread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,17 @@ def make_job(
     watch = Watch(config.log.alarm, replay=config.objective.replay)
     if done and place.rank == 0:
         watch.catch_up(read_metrics(run.path))
+    token_log = TokenLogThread(
+        TokenLogWriter(
+            run.tokens,
+            rank=place.dp_rank,
+            layer_ids=actor.layer_ids,
+            top_k=actor.top_k,
+            num_experts=actor.num_experts,
+            level=config.log.token_log,
+            share=config.log.token_log_share,
+        )
+    )
     return Job(
         rollouts=rollouts,
         rewarding=Rewarding(
@@ -106,15 +119,7 @@ def make_job(
         recorder=Recorder(
             run=run,
             watch=watch,
-            token_log=TokenLogWriter(
-                run.tokens,
-                rank=place.dp_rank,
-                layer_ids=actor.layer_ids,
-                top_k=actor.top_k,
-                num_experts=actor.num_experts,
-                level=config.log.token_log,
-                share=config.log.token_log_share,
-            ),
+            token_log=token_log,
             tracking=tracking,
             display=display,
             evaluation=Evaluation(
@@ -138,6 +143,7 @@ def make_job(
             behind=behind,
             reference=reference if config.terms.reference_every else None,
             rollouts=rollouts,
+            token_log=token_log,
             stopping=stopping,
             steps=config.run.steps,
             every=config.run.save_every,

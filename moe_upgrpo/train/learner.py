@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's side of a step: old log-probs, analyses, and the optimizer steps on a batch."""
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop, on one screen; what it stands on is built in `moe_upgrpo.train.start`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from moe_upgrpo.megatron import backend
 from moe_upgrpo.train.advantages import advantages_of
+from moe_upgrpo.train.clock import Clock
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.learner import for_update, samples_of
 from moe_upgrpo.train.place import seed_global_generators
@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> Path:
             recorder.log_evaluation(step=0)
         for step in range(job.done + 1, run.steps + 1):
             seed_global_generators(run.seed, step, sampler.place.rank)
-            clock = Clock()
+            clock = Clock(busy_waits=backend.has_cuda())
             with clock("generate"):
                 batch = sampler.batch(step)
                 states.leave_if_asked(step - 1, in_step=True)
@@ -79,20 +79,3 @@ def train(config: TrainConfig) -> Path:
         learner.actor.save(states.run.checkpoints / f"step-{run.steps:06d}")
         recorder.finish()
         return states.run.path
-
-
-class Clock:
-    """Seconds spent in each named phase of a step."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - begin
-
-    def total(self) -> float:
-        return time.perf_counter() - self._started

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of a run from YAML files, a run folder and the command line, as command-line words.
 
 tyro reads the words; what is wrong with a value it says, whichever way the value came.
@@ -27,6 +28,7 @@ T = TypeVar("T")
 MAY_CHANGE = {
     "steps": "a run goes on where it ended; fewer than are done is refused",
     "tp": "the layout, and with it the number of ranks: checkpoints are of the whole model",
+    "cp": "the layout",
     "ep": "the layout",
     "etp": "the layout",
     "pp": "the layout",
@@ -36,6 +38,7 @@ MAY_CHANGE = {
     "megatron": "of its options those about memory and communication: [scale.md](scale.md)",
     "micro_batch": "memory",
     "micro_batch_tokens": "memory, and how evenly ranks work",
+    "packing": "memory and time",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
     "cache_dir": "not used any more: the start model is there",
@@ -106,22 +109,17 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, str(value) if isinstance(value, Path) else value
 
 
-_CONTEXT = (
-    "context parallelism is not supported: each rank sees whole sequences. tp (with sequence "
-    "parallelism) and recompute=full save activations."
-)
-_PACKED = (
-    "packed sequences are not supported: sequences are padded to the longest of their micro-batch. "
-    "micro_batch_tokens sorts them by length, which pads little."
+_PACKED = "here it is packing, which goes with micro_batch or micro_batch_tokens."
+_BUDGET = (
+    "here it is micro_batch_tokens N, a budget of each micro-batch; packing leaves padding out."
 )
 # By the names that Megatron-LM, verl, slime and NeMo-RL give them.
 NOT_SUPPORTED = {
-    "cp": _CONTEXT,
-    "context_parallel_size": _CONTEXT,
+    "context_parallel_size": "here it is cp.",
     "packed_sequences": _PACKED,
     "sequence_packing": _PACKED,
     "use_remove_padding": _PACKED,
-    "use_dynamic_batch_size": _PACKED,
+    "use_dynamic_batch_size": _BUDGET,
 }
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of a training run by theme, each declared, documented and checked in its part.
 
 What concerns two parts is checked in `moe_upgrpo.train.config`. Imports no Megatron.
@@ -323,6 +324,9 @@ class TrainerOptions:
     micro_batch_tokens: int | None = None
     """Most tokens in one forward of a rank, padding included, instead: sequences are sorted by
     length and shared out over the data-parallel ranks by cost. Give one of the two."""
+    packing: bool = False
+    """Put the sequences of a micro-batch one after the other instead of padding them: everything
+    but attention then computes real tokens only."""
     recompute: Literal["none", "full"] = "none"
     """full: keep no activations of a layer, run it again in the backward pass."""
     deterministic: bool = False
@@ -344,7 +348,9 @@ class TrainerOptions:
     @property
     def micro_batches(self) -> Limit:
         """The most that one micro-batch may hold."""
-        return Limit(sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens)
+        return Limit(
+            sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens, packed=self.packing
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +359,8 @@ class ParallelOptions:
 
     tp: int | None = None
     """Tensor parallelism, with sequence parallelism. None: 2 on an even number of ranks, else 1."""
+    cp: int = 1
+    """Context parallelism: each rank has a part of every sequence."""
     ep: int | None = None
     """Expert parallelism. None: 2 on an even number of ranks, else 1."""
     etp: int | None = None
@@ -370,6 +378,7 @@ class ParallelOptions:
         layout = Layout.for_world(
             world_size,
             tp=self.tp,
+            cp=self.cp,
             ep=1 if dense and self.ep is None else self.ep,
             etp=self.etp,
             pp=self.pp,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--megatron.NAME VALUE` among the words of a command line. Imports no Megatron."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a rank stands in the job, its share of what all work on, and its random numbers."""
 
 from __future__ import annotations

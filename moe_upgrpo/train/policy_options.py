@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--policy.NAME VALUE`: every field of `PolicyLossConfig` as an option over the preset's value.
 
 The options are made of the config's own fields: what a loss adds there is an option at once.

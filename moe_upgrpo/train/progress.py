@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as a person sees it: one live line on a terminal, plain lines elsewhere; rank 0 only."""
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_upgrpo.record.alarms import ALARMS, Raised
+from moe_upgrpo.store.phases import PHASES, waiting_share
 from moe_upgrpo.train.console import Console
-
-PHASES = ("generate", "old_log_probs", "analysis", "update", "logging")
 
 
 class Display:
@@ -98,14 +98,21 @@ class Display:
             self.console.print(table)
         total = sum(row["time/total"] for row in trained)
         tokens = sum(row["tokens/sampled"] for row in trained)
-        split = ", ".join(
-            f"{phase.replace('_', ' ')} {sum(r[f'time/{phase}'] for r in trained) / total:.0%}"
-            for phase in PHASES
+        split = "; ".join(
+            f"{text} {sum(r[f'time/{phase}'] for r in trained) / total:.0%}"
+            + _waiting(trained, phase)
+            for phase, text in PHASES.items()
         )
         self.say(
             f"{tokens / total:,.0f} sampled tokens/s over {len(trained)} full RL steps of "
             f"{total / len(trained):.2f} s ({split}); evaluation not counted"
         )
+
+
+def _waiting(rows: Sequence[dict], phase: str) -> str:
+    """Say what share of a phase was waiting; nothing where that rounds to 0 or was not measured."""
+    share = f"{waiting_share(rows, phase) or 0:.0%}"
+    return "" if share == "0%" else f", {share} of it waiting"
 
 
 def _share(value: float) -> str:

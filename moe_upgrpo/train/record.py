@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of one RL step of this trainer, from its rollouts, scores and updates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.record import finish
 from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
-from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics, write_evaluation
+from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.train import evaluate, heap
+from moe_upgrpo.train.clock import Clock
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.record import TrainedStep
 from moe_upgrpo.train.tracking import Tracking
+from moe_upgrpo.train.writing import TokenLogThread
 
 
 @dataclass(kw_only=True)
@@ -61,7 +64,7 @@ class Recorder:
     """Writes what the ranks measured; rank 0 shows it."""
 
     run: RunFolder
-    token_log: TokenLogWriter
+    token_log: TokenLogThread
     tracking: Tracking
     display: Display
     evaluation: Evaluation
@@ -72,30 +75,29 @@ class Recorder:
     watch: Watch
 
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
-        """Write this data-parallel rank's token rows."""
+        """Have this data-parallel rank's token rows written."""
         if self.place.copy_rank == 0:
-            self.token_log.write_prompts(step, trained.record.prompts())
-            self.token_log.write(step, trained.record.token_rows())
+            record = trained.record
+            self.token_log.write(step, record.token_rows(), record.prompts())
 
-    def log_step(self, step: int, trained: TrainedStep, clock) -> dict:
+    def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""
-        begin = clock.total()
-        heap.give_back()
-        metrics = finish(
-            groups.sum_metrics(trained.sums()),
-            groups.sum_metrics(trained.loss_metrics()),
-            groups.largest(trained.record.maxima()),
-        )
+        with clock("logging"):
+            heap.give_back()
+            metrics = finish(
+                groups.sum_metrics(trained.sums()),
+                groups.sum_metrics(trained.loss_metrics()),
+                groups.largest(trained.record.maxima()),
+            )
         metrics["tokens/visited"] = metrics["tokens/sampled"] * trained.epochs
         metrics["grad_norm"] = float(np.mean([update.grad_norm for update in trained.updates]))
         if flips := sum(update.recompute_flips for update in trained.updates):
             metrics["recompute/router_flips"] = float(flips)
-        seconds = clock.seconds
-        seconds["logging"] += clock.total() - begin
-        seconds["total"] = clock.total()
+        seconds = clock.seconds | {"total": clock.total()}
         if trained.old.analysed:
             seconds["decomposition"] = trained.old.seconds
         row = {"step": step} | metrics | {f"time/{name}": s for name, s in seconds.items()}
+        row |= _over_ranks(clock)
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         raised = self.watch.add_to(row)
         due = step % self.eval_every == 0 or step == self.steps
@@ -124,6 +126,8 @@ class Recorder:
 
     def finish(self) -> None:
         """Write the report and print the summary."""
+        self.token_log.settle()
+        groups.from_rank_0(None)  # every rank's rows are there for the report
         if self.place.rank:
             return
         self.display.summary(read_metrics(self.run.path))
@@ -136,3 +140,18 @@ class Recorder:
             self.display.say(f"report: {self.run.report_path}")
         except UserError as error:  # its libraries are an extra; the run itself is whole
             self.display.say(f"no report: {error}")
+
+
+def _over_ranks(clock: Clock) -> dict[str, float]:
+    """Metrics of the step's time that are sums over all ranks, which all call this."""
+    phases = list(clock.waited)
+    sums = groups.summed_everywhere(
+        [
+            clock.cpu(),
+            *(clock.waited[phase] for phase in phases),
+            *(clock.seconds[phase] for phase in phases),
+        ]
+    )
+    waited, seconds = sums[1 : 1 + len(phases)], sums[1 + len(phases) :]
+    shares = zip(phases, waited, seconds, strict=True)
+    return {"time/cpu": sums[0]} | {f"time/waiting/{name}": w / s for name, w, s in shares}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a run: what is kept of a job after a step, and how a job goes on from it.
 
 Random numbers need no keeping: every stream is seeded by the run's seed, its purpose, the step and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rollouts of each step: sampled, sampled ahead or loaded, judged, and kept in groups."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny model of another's architecture, to try its config on a CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a training run: ranks, model, engine, task and run folder, put together once."""
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def _actors(
         "temperature": config.rollouts.temperature,
         "micro_batch_size": config.micro_batches.sequences,
         "micro_batch_tokens": config.micro_batches.tokens,
+        "packing": config.micro_batches.packed,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }

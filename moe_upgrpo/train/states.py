@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saving of a run's state, when it is due and when a signal ends the run."""
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from moe_upgrpo.store.checkpoints import Checkpoints, step_of
 from moe_upgrpo.train import resume
 from moe_upgrpo.train.rollouts import Rollouts
 from moe_upgrpo.train.stopping import Stopping
+from moe_upgrpo.train.writing import TokenLogThread
 
 
 @dataclass(kw_only=True)
@@ -22,6 +24,7 @@ class States:
     behind: MegatronActor | None
     reference: MegatronActor | None  # where it has not the start model's weights for good
     rollouts: Rollouts
+    token_log: TokenLogThread
     stopping: Stopping
     steps: int
     every: int
@@ -57,6 +60,7 @@ class States:
         raise self.stopping.error(f"with its state after step {done} kept")
 
     def _save(self, step: int) -> None:
+        self.token_log.settle()
         resume.save(
             self.run,
             step,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of a run that a signal asks for: by preemption on a cluster, or Ctrl-C.
 
 A step is made of parts in which every rank waits for others. So the ranks agree at two places of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KL and entropy terms of a run: their part in each step's loss and rewards, and their state.
 
 T response tokens of a sequence, B sequences of this data-parallel rank.

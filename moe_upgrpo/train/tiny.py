@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of the tiny model that is made where none is given, and of its warm start."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics for TensorBoard and Weights & Biases, beside metrics.jsonl, written by rank 0."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny Qwen3-MoE, and its supervised warm start to a middling accuracy.
 
 RL needs a model that is right sometimes. The warm start makes one from nothing with plain

@@ -397,7 +397,7 @@ def test_the_intermediates_of_single_losses():
     assert column(sapo.negative.surrogate(t, config))[2] == pytest.approx(3.6529856, abs=1e-6)
 
     # DPPO: π and π_old back from the logs; the binary KLs of the comment in CASES
-    p, p_old = branches.probabilities(t)
+    p, p_old = t.probabilities()
     assert (p - p_old)[MASK].tolist() == pytest.approx([0.2, 0.05, -0.3, -0.2, 0, 0.3])
     divergence = branches.binary_kl(p, p_old)[MASK].tolist()
     assert divergence == pytest.approx([0.09152, 0.00509, 0.31124, 0.10465, 0, 0.22629], abs=1e-5)

@@ -6,11 +6,13 @@ Not covered: the kernels of CUDA.
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import context
 from moe_upgrpo.megatron.attention import CausalAttention
 
 S, B = 40, 3
@@ -113,8 +115,52 @@ def test_what_it_cannot_do_is_refused_by_name(field, value):
         attention(**{field: value})
 
 
-def test_masks_and_packed_sequences_are_refused():
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_packed_sequences_are_each_attended_to_by_itself(shape):
+    """Values and gradients of three sequences in one row, against each of them alone."""
+    lengths = [7, 1, S - 8]
+    given = [tensor.detach()[:, 0].requires_grad_() for tensor in tensors(shape)]
+    alone = [tensor.detach()[:, :1].requires_grad_() for tensor in tensors(shape)]
+    offsets = torch.tensor([0, 7, 8, S], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
+    found = attention()(*given, packed_seq_params=packed)
+    parts = zip(*(tensor.split(lengths) for tensor in alone), strict=True)
+    expected = torch.cat([by_hand(*part, shape[2] ** -0.5) for part in parts])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    direction = torch.randn(expected.shape)
+    found.backward(direction)
+    expected.backward(direction)
+    for mine, theirs in zip(given, alone, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad[:, 0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_parts_of_the_sequences_attend_to_all_before_them(shape, size, monkeypatch):
+    """Each rank's chunks, with the keys of all as they would be gathered, against the whole."""
+    given = tensors(shape)
+    expected = attention()(*given)
+    direction = torch.randn(expected.shape)
+    theirs = torch.autograd.grad(expected, given, direction)
+    parts, mine = [], [torch.zeros_like(tensor) for tensor in given]
+    for rank in range(size):
+        monkeypatch.setattr(context, "size", lambda: size)
+        monkeypatch.setattr(context, "rank", lambda rank=rank: rank)
+        whole = iter(given[1:])
+        monkeypatch.setattr(context, "whole", lambda part, w=whole, **_: next(w))
+        made = attention(context_parallel_size=size)
+        found = made(*(context.mine(tensor, 0) for tensor in given))
+        gradients = torch.autograd.grad(found, given, context.mine(direction, 0))
+        mine = [a + b for a, b in zip(mine, gradients, strict=True)]
+        parts.append(found)
+    found = torch.cat(parts)[context.places(S)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+
+
+def test_masks_are_refused():
     given = tensors(SHAPES["grouped queries"])
-    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
+    for name in ("attention_mask", "attention_bias"):
         with pytest.raises(ValueError, match=f"{name}.*padded on the right"):
             attention()(*given, **{name: torch.ones(1)})

@@ -8,8 +8,8 @@ and virtual ones are filled up. In fp32, where layouts differ in the order of su
 is 80 units in the last place of fp32 (1.2e-7), relative to the largest entry of each tensor; 5e-6
 was seen.
 
-Not covered: a second node, NCCL, more than 4 ranks, more than 2 pipeline stages, context
-parallelism.
+Not covered: a second node, NCCL, more than 4 ranks, more than 2 pipeline stages. Context
+parallelism: test_context.py.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ def test_scores_and_recorded_routing_equal_one_process(part, ranks, one_process)
     actual = in_order(ranks, lambda r: r["scored"]["native"] if part == "scored" else r[part])
     for a, e, sample in zip(actual, expected, make_samples(), strict=True):
         assert a.routes.shape == (len(sample.tokens) - 1, len(layers), top_k)
-        assert a.routes.dtype == np.int16 and a.own_routes is a.routes
+        assert a.routes.dtype == np.uint8 and a.own_routes is a.routes
         assert np.array_equal(a.routes, e.routes)
         for field in ("log_probs", "entropy", "margins", "gates"):
             assert getattr(a, field).shape == getattr(e, field).shape

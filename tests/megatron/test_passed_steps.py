@@ -22,6 +22,9 @@ from tests.ranks import run_ranks
 
 LOSS = PolicyLossConfig.preset("up-grpo")
 SETTINGS = OptimizerSettings(lr=1e-2, warmup_steps=2, clip_grad=0.5, weight_decay=0.1)
+# Of a tensor's largest entry. Adam divides by small moments, so what is summed in another order
+# moves some entries by more than their rounding; a step moves them by 1e-2.
+STEPS = 1e-4
 LAYOUTS = {
     "TP2·EP2": ("tiny", Layout(tp=2, ep=2)),
     "DP2": ("tiny", Layout()),
@@ -106,7 +109,7 @@ def test_the_steps_are_those_without_the_option(layout, option, plain, checkpoin
         assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         assert len(set(rank["norms"])) == 3
         for name in ("taken", "weights"):
-            assert_close(rank[name], expected[name])
+            assert_close(rank[name], expected[name], STEPS)
         for one, other in zip(rank["log_probs"], expected["log_probs"], strict=True):
             assert one == pytest.approx(other, abs=1e-5)
         assert rank["grouped"]
@@ -208,7 +211,7 @@ def test_what_changes_no_number_changes_none(checkpoint, option, value, alone, c
     norms, after = one_rank(checkpoints[checkpoint], options, "float32")
     expected_norms, expected = alone[checkpoint, "float32"]
     assert norms == pytest.approx(expected_norms, rel=1e-5)
-    assert_close(after, expected)
+    assert_close(after, expected, STEPS)
 
 
 @pytest.mark.parametrize(

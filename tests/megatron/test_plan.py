@@ -111,13 +111,13 @@ def kept_bytes(folder, layout: Layout, dtype: str, **options) -> int:
     return sum(t.untyped_storage().nbytes() for p, t in kept.tensors.items() if p not in held)
 
 
-def expected_kept(hf, layout: Layout, dtype: str, recompute: str = "none") -> float:
-    stage = plan.stages(hf, layout, layout.tp * layout.pp)[0]
+def expected_kept(hf, layout: Layout, dtype: str, batch: MicroBatch = BATCH) -> float:
+    stage = plan.stages(hf, layout, layout.tp * layout.cp * layout.pp)[0]
     model = memory.Sizes.of(hf)
-    sizes = memory.activations(model, layout, stage, BATCH, dtype=dtype, recompute=recompute)
+    sizes = memory.activations(model, layout, stage, batch, dtype=dtype)
     c = memory.DTYPE_BYTES[dtype]
     head = (8 * hf.hidden_size + 4) / layout.tp + hf.hidden_size * c
-    return sum(sizes.values()) + BATCH.tokens * head
+    return sum(sizes.values()) + batch.tokens * head
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -144,6 +144,15 @@ def test_what_autograd_keeps_of_a_shard(tmp_path):
     ranks = run_ranks(2, kept_bytes, checkpoint(hf, tmp_path), layout, "bfloat16")
     # The ranks' experts get different numbers of tokens; on average what an even router gives them.
     assert sum(ranks) / 2 == pytest.approx(expected_kept(hf, layout, "bfloat16"), rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_what_autograd_keeps_of_a_part_of_the_sequences(dtype, tmp_path):
+    """On two context-parallel ranks; the keys and values are those of both."""
+    hf, layout = config(), Layout(cp=2)
+    ranks = run_ranks(2, kept_bytes, checkpoint(hf, tmp_path), layout, dtype)
+    part = MicroBatch(sequences=BATCH.sequences, length=BATCH.length // 2)
+    assert sum(ranks) / 2 == pytest.approx(expected_kept(hf, layout, dtype, part), rel=0.005)
 
 
 def tensors_of(actor: MegatronActor) -> dict[str, list[torch.Tensor]]:

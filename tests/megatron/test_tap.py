@@ -140,7 +140,7 @@ def test_parts_of_ranks_and_chunks_join_by_tensor_rank_and_layer():
             share = (numbers, {"routes": mine_BsL.swapaxes(0, 1).astype(np.uint8)})
             parts.append((tp_rank, [[share], [([], {})]]))
     (joined,) = tap.join(parts, 1)
-    assert joined["routes"].dtype == np.int16 and (joined["routes"] == whole_BSL).all()
+    assert joined["routes"].dtype == np.uint8 and (joined["routes"] == whole_BSL).all()
 
 
 def gradient(model) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.tap import RECORDS
 from moe_upgrpo.train.analysis import trainer_noise_floor
 from tests.megatron.compare import assert_close, in_order
-from tests.megatron.measured import NO_STEP, gradients_by_name, make_samples
+from tests.megatron.measured import ADAM_AS_SGD, NO_STEP, gradients_by_name, make_samples
 from tests.ranks import run_ranks
 
 LOSSES = ("up-grpo", "clip-cov")
@@ -65,6 +65,11 @@ def measure(layout: Layout, checkpoint, **limit) -> dict:
         batch = held(mine, native, actor.num_experts)
         found["scored"]["held"] = actor.score(batch, record=RECORDS)
         found["again"] = actor.score(mine, record=RECORDS)
+        own = [
+            replace(sample, routes=one.routes[:, :, ::-1])
+            for sample, one in zip(mine, native, strict=True)
+        ]
+        found["own"] = actor.score(own, record=RECORDS)
         for loss in LOSSES:
             found["update"][loss] = actor.update(
                 batch, PolicyLossConfig.preset(loss), record=RECORDS, seed=5
@@ -72,12 +77,22 @@ def measure(layout: Layout, checkpoint, **limit) -> dict:
             found["gradient"][loss] = gradients_by_name(actor)
         work = actor._work(mine, actor.limit)
         found["computed"] = [sample.number for sample in work.samples]
-        found["shapes"] = [tuple(batch.tokens_BS.shape) for batch in work.batches]
+        found["shapes"] = [tuple(inputs.tokens_BS.shape) for inputs in work.inputs]
+        trained = MegatronActor(checkpoint, layout, optimizer=ADAM_AS_SGD, **limit)
+        trained.update(batch, PolicyLossConfig.preset("up-grpo"))
+        found["step"] = {name: tensor.clone() for name, tensor in trained.export_weights()}
         if groups.world_size() == 1:
             with mock.patch.object(actor, "score", wraps=actor.score) as score:
                 found["noise"] = trainer_noise_floor(actor, mine).sums
             found["sizes"] = [call.kwargs.get("micro_batch_size") for call in score.mock_calls]
         return found
+
+
+def assert_own_routes_change_no_bit(ranks: list[dict]) -> None:
+    """Replayed, with the ids of each row in another order."""
+    for rank in ranks:
+        for a, b in zip(rank["own"], rank["scored"]["native"], strict=True):
+            assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
 
 
 def copies(ranks: list[dict]) -> list[dict]:
@@ -112,6 +127,8 @@ def assert_equals(ranks: list[dict], expected: dict) -> None:
             assert metrics[name] == pytest.approx(metric, rel=1e-4, abs=1e-5), name
         for rank in ranks:
             assert_close(rank["gradient"][loss], expected["gradient"][loss])
+    for rank in ranks:
+        assert_close(rank["step"], expected["step"])
 
 
 @pytest.fixture(scope="module")

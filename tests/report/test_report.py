@@ -509,6 +509,16 @@ def test_throughput_is_tokens_over_seconds_not_a_mean_of_rates(tmp_path):
     assert summary_of(data)["Time of a step"][0].endswith("update 40%, logging 0%")
 
 
+def test_waiting_is_a_share_of_its_phase(tmp_path):
+    """Half of 1 s and a tenth of 3 s are a fifth of the 4 s of updates."""
+    rows = [
+        {"step": i, "time/total": 9.0, "time/update": seconds, "time/waiting/update": share}
+        for i, seconds, share in ((1, 1.0, 0.5), (2, 3.0, 0.1))
+    ]
+    _, data = write(tmp_path, run_of(tmp_path, *rows))
+    assert summary_of(data)["Ranks waited"] == ["20% of update"]
+
+
 def test_held_out_accuracy_in_words(tmp_path):
     """The standard error of 0.5 on 100 problems is √(0.25/100) = 5%."""
     before = {"step": 0, "eval/greedy": 0.25, "eval/pass@1": 0.2, "eval/problems": 100}

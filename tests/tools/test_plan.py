@@ -209,6 +209,15 @@ def test_a_budget_of_tokens_is_planned_as_the_longest_sequences_that_fit_it(monk
         for tokens in (2 * 9216 - 1, 2 * 9216)
     }  # fmt: skip
     assert inputs == {2 * 9216 - 1: 48 * 4608 * 2048 * 2, 2 * 9216: 48 * 9216 * 2048 * 2}
+    # Packed, shorter ones fill a budget to its end; by count all may be of the greatest length.
+    packed = base.but(micro_batch=None, micro_batch_tokens=2 * 9216 - 2, packing=True)
+    inputs = make_plan(packed).fullest.moments["update"]["layer inputs"]
+    assert inputs == 48 * 9215 * 2048 * 2
+    update = {
+        packing: make_plan(base.but(micro_batch=2, packing=packing)).fullest.moments["update"]
+        for packing in (False, True)
+    }
+    assert update[True]["layer inputs"] == update[False]["layer inputs"]
 
 
 def test_what_nothing_can_be_said_about_is_refused(monkeypatch, tmp_path):

@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_read(text, words, tmp_path):
         ("lr: 1", "'lr' is not a field; 'optimizer.lr' is"),
         ("optimiser: {lr: 1}", "'optimiser' is not a field; 'optimizer' is"),
         ("zzzzzz: 1", r"'zzzzzz' is not a field\.$"),
-        ("cp: 2", "cp: context parallelism is not supported"),
+        ("context_parallel_size: 2", "context_parallel_size: here it is cp"),
         ("optimizer: 3", "optimizer is 3; it is a group of the fields algorithm, lr"),
         ("steps: 1\nloss: grpo\nsteps: 2", "'steps' stands in line 1 and in line 3"),
         ("eval_every: 1\neval-every: 2", "'eval_every' stands in line 1 and in line 2"),
@@ -214,9 +214,9 @@ def test_a_field_that_cannot_be_names_the_file_and_the_nearest(text, words, tmp_
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--cp", "--cp: context parallelism is not supported.* tp "),
-        ("--context-parallel-size=2", "--context-parallel-size=2: context parallelism"),
-        ("--use-remove-padding", "packed sequences are not supported.* micro_batch_tokens"),
+        ("--context-parallel-size=2", "--context-parallel-size=2: here it is cp"),
+        ("--use-remove-padding", "here it is packing, which goes with .*micro_batch_tokens"),
+        ("--use-dynamic-batch-size", "here it is micro_batch_tokens N, .*packing"),
     ],
 )
 def test_what_other_stacks_have_and_this_one_has_not_is_refused_by_name(option, words):

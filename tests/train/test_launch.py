@@ -36,6 +36,7 @@ from moe_upgrpo.store import (
 )
 from moe_upgrpo.store.checkpoints import Checkpoints
 from moe_upgrpo.store.metrics import metric
+from moe_upgrpo.store.phases import PHASES
 from moe_upgrpo.tasks import arithmetic
 from moe_upgrpo.train.warm_start import tiny_model_config
 from tests.ranks import run_command
@@ -135,6 +136,8 @@ def test_the_metrics_agree_with_the_token_log(run):
         assert len(row["mismatch/by_layer"]) == LAYERS
         for name in ("entropy/mean", "grad_norm", "kl/warm_start", "loss/policy", "time/update"):
             assert math.isfinite(row[name]), name
+        for phase in PHASES:
+            assert 0 <= row[f"time/waiting/{phase}"] <= 1 and row[f"time/{phase}"] > 0
         assert row["kl/warm_start"] >= 0
         for name in row.keys() - {"step"}:
             assert metric(name).meaning

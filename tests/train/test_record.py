@@ -165,6 +165,9 @@ def test_token_rows(step):
         "gap_routing_shift": [0, 0.5, 0, -0.5, 0],
     }
     assert rows.keys() == expected.keys()
+    for name in ("rollout_routes", "train_routes"):  # a piece for each sequence
+        assert [len(piece) for piece in rows[name]] == [3, 2]
+        rows[name] = np.concatenate(rows[name])
     for name, values in expected.items():
         np.testing.assert_allclose(rows[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 

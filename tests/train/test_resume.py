@@ -211,7 +211,11 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_p
     more = ("--save-rollouts", str(rollouts), "--report" if "report" in moment else "--no-report")
     kill = killed_under_torchrun if moment == "in the old log-probs" else killed
     kill(place, nth, rank, *options(run, cache, *MORE, *more))
-    assert [row["step"] for row in rows_so_far(run)] == steps
+    done = [row["step"] for row in rows_so_far(run)]
+    # Another thread writes the token file: the metrics row may be there already.
+    assert done == steps or (
+        moment == "before the token file gets its name" and done == [*steps, 3]
+    )
     found = Checkpoints(run / "checkpoints").all()
     assert [path.name for path in found[-1:]] == ([f"state-{newest:06d}"] if newest else [])
 
@@ -344,8 +348,12 @@ def as_of_step_2(whole: Path, folder: Path, **settings) -> Path:
         (1, ()),
         pytest.param(2, ("--tp", "1", "--ep", "1", "--pp", "2"), marks=pytest.mark.slow),
         pytest.param(4, ("--tp", "2", "--ep", "2", "--pp", "2"), marks=pytest.mark.slow),
+        pytest.param(2, ("--tp", "1", "--cp", "2", "--ep", "2"), marks=pytest.mark.slow),
+        pytest.param(
+            2, ("--tp", "2", "--micro-batch-tokens", "32", "--packing"), marks=pytest.mark.slow
+        ),
     ],
-    ids=["one rank", "PP2", "TP2·EP2·PP2"],
+    ids=["one rank", "PP2", "TP2·EP2·PP2", "CP2·EP2", "packed"],
 )
 def test_another_layout_goes_on_with_the_same_training(ranks, layout, whole, tmp_path):
     """From TP2·EP2, on the same rollouts: to the rounding of fp32 that grows over two steps."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts that the integrations of all stacks are made of; a stack's own modules only hook them in.
 
 environment  what the variables of a job ask for: run folder, share of the rows, a loss's fields

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The variables by which a job of another stack says what it wants: of the log, of a loss."""
 
 from __future__ import annotations

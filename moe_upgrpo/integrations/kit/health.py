@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health figures of a replay, with and without a routing log: was it applied, how much it did.
 
 The routers of a model are watched for good, by hooks that count on the device and wait for nothing;

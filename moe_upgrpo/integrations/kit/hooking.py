@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrappers around the methods of a stack's class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A preset with what a stack's flags and settings change of it."""
 
 from __future__ import annotations

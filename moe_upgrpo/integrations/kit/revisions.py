@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The installed revision of a stack, and whether it has the functions that are hooked into.
 
 `check` is called as a stack's integration starts, before it imports anything of the stack that may

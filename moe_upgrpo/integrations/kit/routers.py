@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routers of a stack's Megatron model: which ones count, and their choices in a forward.
 
 What a forward records travels as one integer table of a micro-batch, so that a stack's own layout

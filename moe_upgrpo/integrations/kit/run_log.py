@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The run folder of another stack's trainer: token rows and metrics.
 
 One `RunLog` for each data-parallel rank; `write_step` is a collective over `group`. What a stack

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second evaluation of a stack's policy loss, on detached log-probs.
 
 Its gradient says which tokens the loss's own rule cut, whatever loss it is, and how much each of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log of a trainer that generates sequences, scores them at the old weights and trains on them.
 
 A stack's own log hands over what its forward and its loss saw; the rest is the same everywhere.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy loss with a stack's own weight of each token, such as for the rollout."""
 
 from __future__ import annotations

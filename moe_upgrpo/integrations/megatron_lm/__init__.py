@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-LM's own RL: every preset in place of its loss, and a routing log.
 
 `moe-upgrpo patch apply megatron-lm` makes train_rl.py import `calculate_grpo_loss` from here. What

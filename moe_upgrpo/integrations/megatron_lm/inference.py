@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts that Megatron-LM's inference chose, of every finished request, on all ranks.
 
 With --moe-enable-routing-replay its engine records `routing_indices` of each request

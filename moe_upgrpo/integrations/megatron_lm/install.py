@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402
 """The functions of Megatron-LM's `rl_utils` with the loss and the log around them.
 

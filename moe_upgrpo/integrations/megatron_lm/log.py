@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing log of Megatron-LM's own RL: its inference against its trainer, token by token.
 
 - inference: the routes that its engine recorded ride in the ledger of finished requests

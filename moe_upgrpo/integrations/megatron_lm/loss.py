@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every preset in place of Megatron-LM's `calculate_grpo_loss`.
 
 The patched train_rl.py hands over the loss mask and the tokens. Which preset it is, the environment

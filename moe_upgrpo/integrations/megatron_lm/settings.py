@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a job of Megatron-LM's RL: ours in the environment, its own in its arguments.
 
     MOE_UPGRPO_LOSS           a preset; unset: Megatron-LM's own loss

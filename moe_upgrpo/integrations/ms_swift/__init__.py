@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ms-swift 4.6.0, Megatron GRPO: every preset that it can be given, and the routing log.
 
 A file for `--external_plugins` imports this package: docs/ms-swift.md. `swift rollout`, data-loader

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health figures of a replay in Megatron-SWIFT's GRPO trainer: `kit.health`, by generation."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Puts losses, log and health figures into Megatron-SWIFT's GRPO trainer."""
 
 from swift.megatron.trainers import grpo_trainer

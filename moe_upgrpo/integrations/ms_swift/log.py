@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing log of Megatron-SWIFT's GRPO trainer; a step is a generation.
 
 Shapes: as in `kit.sequence_log`; N rows of a micro-batch on this rank.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every preset as `--loss_type moe_upgrpo/PRESET` of ms-swift's Megatron GRPO trainer.
 
 KL, weights for the rollout and masks are ms-swift's own, from its flags.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo-RL: every preset in the place of its loss, and the routing log of its Megatron workers.
 
 Flags, metrics and limits: docs/nemo-rl.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choices of the routers of a NeMo-RL worker in one of its forwards, by row of its batch.
 
 NeMo-RL hands micro-batches to `megatron_forward_backward`; between two of them the watch of the

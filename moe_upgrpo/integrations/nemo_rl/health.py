@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health figures of a replay in NeMo-RL's Megatron workers: `kit.health`, in the step's metrics."""
 
 import functools

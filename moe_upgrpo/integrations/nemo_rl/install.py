@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo-RL: run one of its scripts with the losses of this library in place.
 
     python -m moe_upgrpo.integrations.nemo_rl examples/run_grpo.py --config … \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing log of NeMo-RL's Megatron workers: rollout against trainer, token by token.
 
 `moe-upgrpo patch apply nemo-rl` puts `logged` on `MegatronPolicyWorkerImpl`, the class of the

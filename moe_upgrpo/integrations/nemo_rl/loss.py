@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo-RL: every preset that it has the inputs for, in the place of its `ClippedPGLossFn`.
 
     loss_fn:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warnings, at the start, of what a NeMo-RL job asks for and will not get.
 
 NeMo-RL's config allows keys that it does not know, and its processes run code of ours only where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health figures of a replay in slime's and miles' Megatron actor: `kit.health`, by rollout."""
 
 import functools

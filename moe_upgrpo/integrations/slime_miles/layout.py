@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layout of a micro-batch's tokens in a stack: context parallelism, packing, one length.
 
 thd: sequences behind one another; of several context-parallel ranks each has two pieces of every

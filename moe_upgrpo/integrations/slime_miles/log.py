@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing log of slime's and miles' Megatron actor: rollout against trainer, token by token.
 
 The init hook (`--custom-megatron-init-path`) puts this around three functions that the actor looks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A preset inside slime's or miles' own policy_loss_function, which stays as it is around it.
 
 Log-probs, TIS, OPSM, the KL and entropy terms and the reducers are the stack's; replaced is its

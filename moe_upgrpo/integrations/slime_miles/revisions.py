@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a stack, found where its revision has them; its own layout of a rank's sequences."""
 
 import inspect

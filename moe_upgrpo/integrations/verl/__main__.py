@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check in a fresh process that verl finds the losses: `python -m moe_upgrpo.integrations.verl`."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A forward of verl's Megatron engine, with what its routers chose for each sequence.
 
 verl splits a batch into micro-batches, a micro-batch over the ranks of sequence and context

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health figures of a replay in verl's Megatron engine: `kit.health`, in the update's metrics."""
 
 import functools

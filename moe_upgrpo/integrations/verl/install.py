@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Puts routing log and health figures into verl's workers when verl imports them, not before.
 
 verl's rollout servers and its driver load the plugin too; they need neither Megatron nor the log.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing log of verl's Megatron engine: rollout against trainer, token by token.
 
 Stands around `MegatronEngine.forward_backward_batch`, the one place that both the old log-probs and

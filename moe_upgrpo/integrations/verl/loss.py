@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """verl 0.9.1: every preset as a policy loss, registered by the entry point `verl.plugins`.
 
 verl imports this module when it is imported itself (verl/__init__.py:60), and says nothing where

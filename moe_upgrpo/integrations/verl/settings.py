@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a verl job that the routing log needs, and those that it cannot follow."""
 
 from __future__ import annotations

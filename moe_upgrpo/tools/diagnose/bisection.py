@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bisection: each knob is turned alone, and the mismatch that this removes is measured.
 
 An effect is paired, of the same tokens, with an interval by prompt. It stands out where it is more

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The causes that can be named, as data: what each says and what to do about it."""
 
 from __future__ import annotations

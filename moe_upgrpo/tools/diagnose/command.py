@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo diagnose`: from what was given to a verdict, on the terminal and as files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences of two sides on the same tokens, by prompt, and what a change removed.
 
 Shape suffixes: P prompts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of both sides of the same tokens, and what was found in them: plain arrays and records.
 
 Shape suffixes: B sequences, S tokens of a sequence, T response tokens of it, L MoE layers,

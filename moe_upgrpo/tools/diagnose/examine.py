@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with an engine, from start to end: faults, then knobs against the noise floor."""
 
 from __future__ import annotations

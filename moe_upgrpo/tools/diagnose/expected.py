@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The router mismatch that a model of this shape and precision has where nothing is wrong.
 
 From the project's own measurements (`calibration.json`, made by `python -m

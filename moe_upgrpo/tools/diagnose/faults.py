@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The faults that two sides' records show, in the order in which they are tried.
 
 A test names a cause only by what that cause alone explains: a shift, a renaming, a division under

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of ids, and routes that no change makes agree: other tokens' or other weights'.
 
 Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moe_upgrpo.routing.sets import ascending
 from moe_upgrpo.tools.diagnose import matching
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.matching import Explained, empty, unlike
@@ -117,7 +119,7 @@ def _renaming(everywhere: bool, E: int) -> Callable[[np.ndarray, np.ndarray], np
 
 
 def _renamed(train: np.ndarray, names_LE: np.ndarray) -> np.ndarray:
-    return np.sort(names_LE[np.arange(train.shape[1])[None, :, None], train], axis=-1)
+    return ascending(names_LE[np.arange(train.shape[1])[None, :, None], train])
 
 
 def unrelated(evidence: Evidence) -> Explained | None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evidence from files: two dumps, or a run folder of any stack."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings that may make engine and trainer differ, and how each is turned to its exact form.
 
 Knobs of the engine are turned on a twin (`live`), of transformers, whatever the engine is: that it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with an engine and the trainer, both here: what they see of the same tokens.
 
 A *twin* is the engine of transformers made anew from the trainer's checkpoint, with the settings
@@ -58,7 +59,7 @@ class Live:
             tokens=self.sequences,
             response=[s.response_rows for s in self.samples],
             rollout_routes=[r.routes for r in self.rollouts] if has_routes else None,
-            train_routes=[s.routes for s in self.native] if has_routes else None,
+            train_routes=_signed(self.native) if has_routes else None,
             logp_rollout=[r.logp_rollout for r in self.rollouts],
             logp_train=[s.log_probs for s in self.native],
             margins=[s.margins for s in self.native] if has_routes else None,
@@ -70,7 +71,9 @@ class Live:
     @property
     def trainer(self) -> Seen:
         """The trainer's view."""
-        return self.seen([s.routes for s in self.native], [s.log_probs for s in self.native])
+        return self.seen(
+            [s.routes.astype(np.int16) for s in self.native], [s.log_probs for s in self.native]
+        )
 
     @property
     def as_sampled(self) -> Seen:
@@ -112,7 +115,7 @@ class Live:
     def scored(self, actor: MegatronActor, samples: Sequence[Sample] | None = None) -> Seen:
         """A trainer's view, of the same sequences or of others of the same responses."""
         scores = actor.score(samples or self.samples, record=("routes",))
-        routes = None if samples else [s.routes for s in scores]
+        routes = None if samples else _signed(scores)
         return self.seen(routes, [s.log_probs for s in scores])
 
     @contextmanager
@@ -146,6 +149,11 @@ class Live:
         """A twin's view of the whole sequences."""
         with self.twin(**changes) as engine:
             return self.whole(engine, at_once=at_once)
+
+
+def _signed(scores: Sequence[Scored]) -> list[np.ndarray]:
+    """Routes in a type that differences of ids, and −1, fit."""
+    return [scored.routes.astype(np.int16) for scored in scores]
 
 
 @contextmanager

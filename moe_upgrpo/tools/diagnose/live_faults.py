@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that are told by a model: something is changed on one side, and the difference vanishes.
 
 Each takes the pair (`live.Live`) and gives a finding or None; `LIVE_FAULTS` has them in the order

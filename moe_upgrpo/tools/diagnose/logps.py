@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that log-probs alone show: another temperature, unit, token, truncation or weights.
 
 Each takes an `Evidence` with the log-probs of both sides, and gives what it explains of the gap, or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the two sides of an evidence, and say by prompt what a change of one of them explains.
 
 Unlike `routing.compare_routes`, which refuses rows that no router can have written, this counts
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_upgrpo.routing.sets import ascending, unequal
 from moe_upgrpo.stats.clusters import ratio_interval
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
@@ -48,7 +50,7 @@ def sides(evidence: Evidence) -> list[tuple[np.ndarray, np.ndarray]]:
     for i, rows in enumerate(evidence.response):
         pair = evidence.rollout_routes[i], evidence.train_routes[i]
         common = min(map(len, pair))
-        found.append(tuple(np.sort(side[:common][rows], axis=-1) for side in pair))
+        found.append(tuple(ascending(side[:common][rows]) for side in pair))
     return found
 
 
@@ -67,7 +69,7 @@ def unlike(a_TLK: np.ndarray, b_TLK: np.ndarray) -> np.ndarray:
     """Where two sides with ascending sets differ [T, L]; everywhere if they do not fit."""
     if a_TLK.shape != b_TLK.shape:
         return np.ones(a_TLK.shape[:2], bool)
-    return (a_TLK != b_TLK).any(axis=-1)
+    return unequal(a_TLK, b_TLK)
 
 
 def differing(evidence: Evidence) -> list[np.ndarray]:

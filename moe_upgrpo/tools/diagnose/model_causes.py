@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The causes that are told by a model: faults of the engine's weights, and the knobs."""
 
 from __future__ import annotations

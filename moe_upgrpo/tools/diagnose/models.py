@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes of a transformers model that a twin is made with."""
 
 from __future__ import annotations

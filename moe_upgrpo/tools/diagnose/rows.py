@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of rows: at the wrong token, in the wrong sequence, never written, written again.
 
 Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.
@@ -10,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moe_upgrpo.routing.sets import ascending, unequal
 from moe_upgrpo.tools.diagnose import matching
 from moe_upgrpo.tools.diagnose.evidence import Evidence
 from moe_upgrpo.tools.diagnose.matching import Explained, empty, unlike
@@ -151,7 +153,7 @@ def _shifted(evidence: Evidence, i: int) -> tuple:
     common = min(map(len, pair))
     rows = evidence.response[i]
     start, stop, _ = rows.indices(common)
-    a, b = (np.sort(x, axis=-1) for x in pair)
+    a, b = (ascending(x) for x in pair)
     whole = np.zeros(a.shape[:2], bool) if evidence.left_out is None else evidence.left_out[i]
     plain = a[start:stop], b[start:stop], whole[start:stop], 0, 0
     T = stop - start
@@ -192,7 +194,7 @@ def pairing(evidence: Evidence) -> Explained | None:
     rows = min(48, min(len(pairs[i][0]) for i in long))
     layers = np.unique(np.linspace(0, pairs[0][0].shape[1] - 1, 4).astype(int))
     rollout, train = (np.stack([pairs[i][side][:rows][:, layers] for i in long]) for side in (0, 1))
-    cost = np.array([(r != train).any(axis=-1).mean(axis=(1, 2)) for r in rollout])
+    cost = np.array([unequal(r, train).mean(axis=(1, 2)) for r in rollout])
     # Of sequences that match equally well, such as equal responses, each keeps its own.
     cost[np.arange(B), np.arange(B)] -= 1e-6
     _, assigned = linear_sum_assignment(cost)

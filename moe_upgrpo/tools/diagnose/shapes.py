@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that leave the two sides' routes in other shapes: tried first, nothing fits before.
 
 Each takes an `Evidence` and gives what it explains, or None; see `faults.ROUTES`.
@@ -12,6 +13,7 @@ from itertools import permutations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moe_upgrpo.routing.sets import unequal
 from moe_upgrpo.tools.diagnose import matching
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.matching import Explained, overlaps, sampled
@@ -235,10 +237,7 @@ def _layer_costs(rollout: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Share of tokens whose sets differ, each layer of one side against each of the other."""
     return np.array(
         [
-            [
-                float((rollout[:, i] != train[:, j]).any(axis=-1).mean())
-                for j in range(train.shape[1])
-            ]
+            [float(unequal(rollout[:, i], train[:, j]).mean()) for j in range(train.shape[1])]
             for i in range(rollout.shape[1])
         ]
     )

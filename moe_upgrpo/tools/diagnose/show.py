@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict on a terminal, and as a page that opens offline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares of a difference that are no fault: near ties, a side's own noise, arithmetic, an update.
 
 Told from margins and from the columns of a token log, without a model. Each takes an `Evidence` and

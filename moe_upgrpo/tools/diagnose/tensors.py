@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of two models of one architecture, and in which way some of them differ."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict: three sentences, a table, and the same as JSON.
 
 What differs; what causes how much of it; whether that is within what is expected of this model's

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers side by side in as many bits as each needs, most significant first.
+
+Numbers are kept in columns: each operation is on one column of all rows, in words of 64 bits.
+
+Shape suffixes: R rows, n rows that are filled up to whole bytes each, B bytes of such a row, M
+bytes in all, W bits of a number.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy import ndarray
+
+# Beyond it a number may begin in one window of 8 bytes and end in the next.
+_WINDOW = 57
+
+
+def pack(columns: Sequence[ndarray], widths: Sequence[int]) -> ndarray:
+    """Write row by row what the columns have in it: uint8 ``[n, B]``, B = ⌈Σ widths / 8⌉.
+
+    columns: int64 ``[n]`` each, from 0 to 2^width − 1; widths from 0 to 63.
+    """
+    total = sum(widths)
+    words = np.zeros((-(-total // 64), len(columns[0])), dtype=np.uint64)
+    end = 0
+    for column_n, width in zip(columns, widths, strict=True):
+        end += width
+        if not width:
+            continue
+        number_n = column_n.view(np.uint64)
+        last, room = (end - 1) // 64, -end % 64  # room: bits of the last word behind the number
+        words[last] |= number_n << np.uint64(room)
+        if (end - width) // 64 < last:
+            words[last - 1] |= number_n >> np.uint64(64 - room)
+    rows = np.ascontiguousarray(words.T).astype(">u8").view(np.uint8)
+    return rows[:, : -(-total // 8)]
+
+
+def unpack(packed_nB: ndarray, widths: Sequence[int]) -> list[ndarray]:
+    """Undo `pack`: int64 ``[n]`` for each width."""
+    n, B = packed_nB.shape
+    whole = np.zeros((n, -(-B // 8) * 8), dtype=np.uint8)
+    whole[:, :B] = packed_nB
+    words = np.ascontiguousarray(whole.view(">u8").T).astype(np.uint64)
+    columns, end = [], 0
+    for width in widths:
+        end += width
+        if not width:
+            columns.append(np.zeros(n, dtype=np.int64))
+            continue
+        last, room = (end - 1) // 64, -end % 64
+        number_n = words[last] >> np.uint64(room)
+        if (end - width) // 64 < last:
+            number_n |= words[last - 1] << np.uint64(64 - room)
+        number_n &= np.uint64((1 << width) - 1)
+        columns.append(number_n.view(np.int64))
+    return columns
+
+
+def padded(data: ndarray, more: int) -> ndarray:
+    """The bytes as `read` takes them: ``more`` of 0 and a window behind the last."""
+    return np.concatenate([data, np.zeros(more + 8, dtype=np.uint8)])
+
+
+def read(padded_M: ndarray, at_R: ndarray, width: int) -> ndarray:
+    """Numbers of one width, 0 to 63, that begin at any bit: int64 ``[R]``.
+
+    padded_M: of `padded`, by at least what the numbers behind the data's end reach.
+    """
+    if width > _WINDOW:
+        high_R = read(padded_M, at_R, width - 32)
+        return high_R << 32 | read(padded_M, at_R + (width - 32), 32)
+    if not width:
+        return np.zeros(len(at_R), dtype=np.int64)
+    windows = np.ndarray((len(padded_M) - 7,), ">u8", padded_M, strides=(1,))
+    window_R = windows[at_R >> 3].astype(np.uint64)
+    window_R <<= (at_R & 7).astype(np.uint64)
+    window_R >>= np.uint64(64 - width)
+    return window_R.view(np.int64)

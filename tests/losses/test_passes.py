@@ -1,0 +1,77 @@
+"""Passes against the torch functions that they stand for: value, gradient, padding."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import grad
+
+from moe_upgrpo.losses import passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.8, 1.2), (-math.inf, 1.2), (1.0, math.inf), (0.0, 3.0), (1.0, 1.0)]
+)
+def test_clamp_is_torchs_at_its_bounds_and_beside_them(low, high, dtype):
+    bounds = torch.tensor([b for b in (low, high) if math.isfinite(b)], dtype=dtype)
+    beside = [torch.nextafter(bounds, torch.tensor(way, dtype=dtype)) for way in (-9.0, 9.0)]
+    values = [bounds, *beside, torch.tensor([-1e30, 0.5, 1.0, 1.1, 7.0], dtype=dtype)]
+    x = torch.cat(values).requires_grad_()
+    weights = torch.arange(1, len(x) + 1, dtype=dtype)
+    ours, theirs = passes.clamp(x, low, high), x.clamp(low, high)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(grad((y * weights).sum(), x)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-math.inf, math.inf), (-1.0, 0.0)])
+def test_ratio_to_itself_is_its_formula_with_both_derivatives(low, high):
+    x = torch.tensor([[-2.0, 0.0, -0.5, 3.0]], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([[1.0, -2.0, 5.0, 3.0]], dtype=torch.float64)
+    found = []
+    y = x.clamp(low, high)
+    for ratio in (passes.ratio_to_itself(x, low, high), (y - y.detach()).exp()):
+        (first,) = grad((ratio * weights).sum(), x, create_graph=True)
+        found.append((ratio.detach(), first.detach(), grad(first.square().sum(), x)[0]))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.count_nonzero() > 0
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_number", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_is_where_whatever_stands_behind_it(dtype, with_number):
+    mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
+    x = torch.tensor([[-0.0, 2.5, math.nan], [math.inf, -1e-40, -math.inf]], dtype=dtype)
+    x.requires_grad_()
+    weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=dtype)
+    number = mask.to(dtype) if with_number else None
+    masked = passes.masked(x, mask.bool(), number)
+    assert torch.equal(masked, torch.where(mask.bool(), x, 0.0))
+    assert torch.equal(grad((masked * weights).sum(), x)[0], weights * mask)
+
+
+@pytest.mark.parametrize("limit", [1.2, -0.5, 0.0, math.inf])
+def test_comparisons_are_torchs(limit):
+    x = torch.tensor([limit, 1.2, -0.5, 0.0, 1e30, -1e30], requires_grad=True)
+    assert torch.equal(passes.exceeds(x, limit), x > limit)
+    assert torch.equal(passes.falls_below(x, limit), x < limit)
+
+
+def test_what_is_cut_is_zero_and_has_no_gradient(monkeypatch):
+    """In one block, and in several of unequal size."""
+    g = torch.Generator().manual_seed(3)
+    cut = torch.rand(7, 5, generator=g) < 0.5
+    x = torch.randn(7, 5, generator=g, requires_grad=True)
+    expected = torch.where(cut, 0.0, x)
+    for block in (2**16, 8):
+        monkeypatch.setattr(passes, "BLOCK", block)
+        kept = passes.keep(x, cut)
+        assert torch.equal(kept, expected) and cut.any() and not cut.all()
+        assert torch.equal(grad(kept.sum(), x)[0], (~cut).float())
+        assert torch.equal(passes.keep_(x.detach().clone(), cut), expected)
+
+
+def test_none_above():
+    x = torch.tensor([-3.0, 0.0, 0.5, 1.0, 7.0])
+    assert passes.none_above(x, 1.0).tolist() == [-3.0, 0.0, 0.5, 0.0, 0.0]

@@ -1,0 +1,51 @@
+"""The token log's thread: what it has written when, and where its failures are raised."""
+
+import threading
+
+import pytest
+
+from moe_upgrpo.errors import UserError
+from moe_upgrpo.train.writing import TokenLogThread
+
+
+class Slow:
+    """A writer that waits to be let go on, and fails where it is told to."""
+
+    def __init__(self, fails: tuple[int, ...] = ()):
+        self.written: list[int] = []
+        self.fails, self.go_on = fails, threading.Event()
+
+    def write_prompts(self, step, prompts) -> None:
+        assert self.go_on.wait(20)
+
+    def write(self, step, columns) -> None:
+        if step in self.fails:
+            raise UserError(f"step {step}: no rows")
+        self.written.append(step)
+
+
+def test_a_step_goes_on_while_its_rows_are_written_and_settling_waits():
+    slow = Slow()
+    log = TokenLogThread(slow)
+    log.write(1, {}, {})
+    assert slow.written == []  # and yet we are here
+    slow.go_on.set()
+    log.settle()
+    assert slow.written == [1]
+    log.write(2, {}, {})
+    log.write(3, {}, {})  # waits: one step's rows are held at most
+    assert slow.written[:2] == [1, 2]
+    log.settle()
+    assert slow.written == [1, 2, 3]
+
+
+@pytest.mark.parametrize("meet", [lambda log: log.settle(), lambda log: log.write(2, {}, {})])
+def test_a_failure_is_raised_once_at_the_next_meeting(meet):
+    slow = Slow(fails=(1,))
+    slow.go_on.set()
+    log = TokenLogThread(slow)
+    log.write(1, {}, {})
+    with pytest.raises(UserError, match="step 1: no rows"):
+        meet(log)
+    log.settle()
+    assert slow.written == []
