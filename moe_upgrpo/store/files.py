@@ -7,6 +7,8 @@ And JSON of a file that anybody may have written or damaged.
 import json
 import os
 import uuid
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,13 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)
+
+
+def new_folder(kind: str) -> Path:
+    """The folder runs/KIND-DATE-TIME, by a name that nothing has yet; it is not made."""
+    started = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = (started + f"-{n}" * (n > 1) for n in count(1))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
 
 
 def parse_json(written: bytes, where: str) -> Any:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.engines import check_engine
+from moe_upgrpo.store.files import new_folder
 from moe_upgrpo.train.parts import at_least
 
 _WAYS = (
@@ -104,11 +103,7 @@ class DiagnoseConfig:
     @cached_property
     def folder(self) -> Path:
         """Where the diagnosis goes: a new folder, unless one is named or a run is diagnosed."""
-        if named := self.output_dir or self.run:
-            return named
-        started = f"diagnose-{datetime.now():%Y%m%d-%H%M%S}"
-        names = (started + f"-{n}" * (n > 1) for n in count(1))
-        return next(path for name in names if not (path := Path("runs") / name).exists())
+        return self.output_dir or self.run or new_folder("diagnose")
 
     def _take_two_dumps(self) -> None:
         """Two files without options are the engine's and the trainer's routes."""

@@ -33,7 +33,7 @@ from moe_upgrpo.train.record import record_without_update
 def probe(config: ProbeConfig) -> None:
     """Print the mismatch and write the report of a run without training."""
     console = Console(highlight=False)
-    run = RunFolder(config.output_dir)
+    run = RunFolder(config.folder)
     run.check_free()
     if config.model is None:
         row, found = _compare_dumps(config, run)
@@ -46,8 +46,8 @@ def probe(config: ProbeConfig) -> None:
     _show(console, row, found)
     for one in raised:
         console.print(f"ALARM {one.short}: {alarms.ALARMS[one.name].means}", soft_wrap=True)
-    runs = load_runs([config.output_dir])
-    page = write_page(runs, config.output_dir / "report.html")
+    runs = load_runs([config.folder])
+    page = write_page(runs, config.folder / "report.html")
     console.print(f"report: {page}", soft_wrap=True)
     for answer in opening(runs[0]):
         console.print(str(answer), soft_wrap=True)

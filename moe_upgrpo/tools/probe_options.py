@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rollout.engines import check_engine
+from moe_upgrpo.store.files import new_folder
 from moe_upgrpo.train.parts import at_least
 
 
@@ -38,8 +40,8 @@ class ProbeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the trainer."""
     micro_batch: int = 64
-    output_dir: Path = Path("runs/probe")
-    """Where the report goes; must not hold another run."""
+    output_dir: Path | None = None
+    """Where the report goes; must not hold another run. None: runs/probe-DATE-TIME."""
     rollout_routes: Path | None = None
     """In place of a model: expert ids [tokens, layers, top-k] of the rollout, or of a batch
     [sequences, tokens, layers, top-k], as an .npy, .npz or torch file, and ..."""
@@ -53,6 +55,11 @@ class ProbeConfig:
 
     alarm: AlarmLimits = field(default_factory=AlarmLimits)
     """Where alarms ring: docs/mismatch.md."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the report goes: a new folder, unless one is named."""
+        return self.output_dir or new_folder("probe")
 
     def __post_init__(self):
         dumps = [x is not None for x in (self.rollout_routes, self.train_routes, self.num_experts)]

@@ -75,7 +75,7 @@ def test_seeds_are_whole_before_the_next():
         ({"contrasts": [["up", "dapo"]]}, "'dapo' is not an arm; known: grpo, up"),
         ({"contrasts": []}, "at least 2 arms and 1 contrast"),
         ({"contrasts": [["up", "up"]]}, "an arm with itself"),
-        ({"contrasts": [["up", "grpo"], ["grpo", "up"]]}, "two arms more than once"),
+        ({"contrasts": [["up", "grpo"], ["grpo", "up"]]}, "listed more than once"),
         ({"name": "../up"}, "name '../up': letters, digits"),
         ({"confidence": 95}, "confidence=95: a number such as 0.95"),
         ({"confidence": "high"}, "confidence='high'"),

@@ -676,6 +676,13 @@ def test_what_a_config_says_is_text_not_markup(tmp_path):
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
+def test_only_a_run_whose_positives_have_no_ratio_reads_of_it(tmp_path):
+    for loss, says in (("gspo", False), ("up-gspo", True), ("pro-grpo", True)):
+        run = run_of(tmp_path / loss, {"step": 1}, config={"loss": loss})
+        html, _ = write(tmp_path, run)
+        assert (f"without a ratio, as {loss} has it" in " ".join(html.split())) is says
+
+
 def test_the_same_store_gives_the_same_page(full, tmp_path):
     path, *page = full
     assert list(write(tmp_path, path)) == page
