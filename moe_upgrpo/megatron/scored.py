@@ -66,7 +66,7 @@ def _routing(
     """One sequence's part of what was recorded of a micro-batch, as the fields of `Scored`."""
     (row, first), rows = start, len(sample.tokens) - 1
     found = {name: array[row, first : first + rows] for name, array in trace.items()}
-    found.setdefault("routes", np.empty((rows, 0, 0), np.int16))
+    found.setdefault("routes", np.empty((rows, 0, 0), np.uint8))
     found.setdefault("own_routes", found["routes"])
     if not moe:
         empty = {"margins": (rows, 0), "gates": (rows, 0, 0)}
