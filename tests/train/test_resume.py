@@ -125,8 +125,8 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert rows(run) == rows(expected)
     last = f"state-{STEPS:06d}"
     manifests = [read_manifest(folder / "checkpoints" / last) for folder in (run, expected)]
-    # Tensors (two files of each rank), schedule, rollouts sampled ahead. Not torch's index: it holds
-    # the folder's name.
+    # Tensors (two files of each rank), schedule, rollouts sampled ahead; torch's index of them
+    # has the folder's name in it.
     files = [{n: f for n, f in m["files"].items() if n != ".metadata"} for m in manifests]
     assert files[0] == files[1] and sum(name.endswith(".distcp") for name in files[0]) == 4
     weights = [
