@@ -165,7 +165,7 @@ $(MEGATRON_DIR): $(TEST_STAMP)
 
 # For a further Python or Megatron-Core, beside the one of `make test`.
 test-megatron: $(TEST_STAMP) $(MEGATRON_DIR)
-	PYTHONPATH=$(abspath $(MEGATRON_DIR)) $(BIN)/python -m pytest tests/losses tests/routing \
+	PYTHONPATH=$(abspath $(MEGATRON_DIR)) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal tests/losses tests/routing \
 	  tests/megatron tests/patches/test_megatron_core.py \
 	  tests/train/test_launch.py::test_saved_rollouts_repeat_the_run_without_an_engine
 
