@@ -302,13 +302,7 @@ class MegatronActor:
             shares = groups.gather_in_model_copy([(shard, mine)])
             traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
         if self.layout.cp > 1:
-            traces = [
-                {
-                    name: array[:, context.places(array.shape[1]).numpy()]
-                    for name, array in t.items()
-                }
-                for t in traces
-            ]
+            traces = [{name: context.in_order(a) for name, a in t.items()} for t in traces]
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()
