@@ -64,9 +64,10 @@ class PolicyLoss:
 
     @cached_property
     def _measures(self) -> Measures:
-        measure, self._measure = self._measure, None  # it holds the batch
-        assert measure is not None
-        return measure()
+        assert self._measure is not None
+        found = self._measure()
+        self._measure = None  # it holds the batch
+        return found
 
     @property
     def clipped(self) -> Tensor:

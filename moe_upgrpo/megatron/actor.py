@@ -33,7 +33,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model, uses_transformer_engine
 from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
 from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make_optimizer
-from moe_upgrpo.megatron.packing import Inputs, check_packing
+from moe_upgrpo.megatron.packing import Inputs, check_attention
 from moe_upgrpo.megatron.scored import Scored, scored_of
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
 from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
@@ -101,9 +101,13 @@ class MegatronActor:
         self.recompute = recompute
         self._given = dict(megatron or {})
         self._passed = passthrough.read(self._given)
-        if packing:
-            packed = self._passed.transformer
-            check_packing(packed, layout, dtype=dtype, transformer_engine=uses_transformer_engine())
+        check_attention(
+            self._passed.transformer,
+            layout,
+            packing=packing,
+            dtype=dtype,
+            transformer_engine=uses_transformer_engine(),
+        )
         self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
         self._cost = Cost.of(self.hf)
@@ -302,13 +306,7 @@ class MegatronActor:
             shares = groups.gather_in_model_copy([(shard, mine)])
             traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
         if self.layout.cp > 1:
-            traces = [
-                {
-                    name: array[:, context.places(array.shape[1]).numpy()]
-                    for name, array in t.items()
-                }
-                for t in traces
-            ]
+            traces = [{name: context.in_order(a) for name, a in t.items()} for t in traces]
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ embedding (rope_utils.py:49) and in Transformer Engine's attention.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -41,6 +42,11 @@ def places(length: int) -> torch.Tensor:
     first_S = chunk_S < C
     part_S = torch.where(first_S, 2 * chunk_S, 2 * (2 * C - 1 - chunk_S) + 1)
     return part_S * (length // (2 * C)) + torch.arange(length) % (length // (2 * C))
+
+
+def in_order(array_BS: np.ndarray) -> np.ndarray:
+    """`[B, S, ...]` by position, of the parts of all ranks, one after the other along S."""
+    return np.take(array_BS, places(array_BS.shape[1]).numpy(), axis=1)  # an index: in F order
 
 
 def whole(part: torch.Tensor, *, sums_gradient: bool) -> torch.Tensor:

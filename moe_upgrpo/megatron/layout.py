@@ -109,6 +109,14 @@ class Layout:
                     f"--nproc-per-node) or lower {name}{' or pp' if by_pp else ''}."
                 )
 
+    def check_packing(self) -> None:
+        """Raise UserError where sequences cannot be packed (`moe_upgrpo.megatron.packing`)."""
+        if self.cp > 1:
+            raise UserError(
+                f"--packing with --cp {self.cp}: context parallelism takes padded sequences. Leave "
+                "one out; --micro-batch-tokens pads little."
+            )
+
     def data_parallel(self, world_size: int) -> int:
         """Copies of the model on `world_size` ranks."""
         return world_size // (self.tp * self.cp * self.pp)

@@ -24,8 +24,8 @@ from moe_upgrpo.megatron.batch import Batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.tap import NO_ROUTE
 
-# Kernels of Transformer Engine's attention that take no packed sequences.
-_UNPACKED_KERNELS = ("unfused", "local")
+# Kernels of Transformer Engine's attention that take neither packed sequences nor parts of them.
+_OTHER_KERNELS = ("unfused", "local")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,34 +107,39 @@ def pack(batch: Batch, lengths: Sequence[int], *, multiple_of: int = 1, least: i
     )
 
 
-def check_packing(
-    passed: Mapping[str, Any], layout: Layout, *, dtype: str, transformer_engine: bool
+def check_attention(
+    passed: Mapping[str, Any],
+    layout: Layout,
+    *,
+    packing: bool,
+    dtype: str,
+    transformer_engine: bool,
 ) -> None:
-    """Raise UserError with context parallelism, or where Transformer Engine's attention takes no
-    packed sequences.
+    """Raise UserError for packing with context parallelism, or where Transformer Engine's attention
+    takes no packed sequences, or no parts of them.
 
     passed: fields of Megatron's TransformerConfig that the user gave. Attention without
-    Transformer Engine takes them with every family, every other layout and number type.
+    Transformer Engine takes both with every family, every other layout and number type.
     """
-    if layout.cp > 1:
-        raise UserError(
-            f"--packing with --cp {layout.cp}: context parallelism takes padded sequences. Leave "
-            "one out; --micro-batch-tokens pads little."
-        )
-    if not transformer_engine:
+    if packing:
+        layout.check_packing()
+    if not transformer_engine or not (packing or layout.cp > 1):
         return
     kernel = passed.get("attention_backend")
     wrong = {
         f"--dtype {dtype}": dtype != "bfloat16",
         f"--megatron.attention_backend {getattr(kernel, 'name', kernel)}": (
-            getattr(kernel, "name", None) in _UNPACKED_KERNELS
+            getattr(kernel, "name", None) in _OTHER_KERNELS
         ),
     }
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention") if packing else ():
         wrong[f"--megatron.{name} true"] = bool(passed.get(name))
     if given := [option for option, is_wrong in wrong.items() if is_wrong]:
+        asked, what, without = f"--cp {layout.cp}", "parts of sequences", ""
+        if packing:
+            asked, what, without = "--packing", "packed sequences", " and not in FP8"
         raise UserError(
-            f"--packing with {' and '.join(given)}: Transformer Engine's attention takes packed "
-            "sequences in bfloat16 alone, by its flash or fused kernels and not in FP8. Change "
-            "that, or pad (leave out --packing)."
+            f"{asked} with {' and '.join(given)}: Transformer Engine's attention takes {what} in "
+            f"bfloat16 alone, by its flash or fused kernels{without}. Change that, or leave out "
+            f"{asked}."
         )

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,12 +121,13 @@ def _renew(run: Path, output: Path, served: _Served) -> None:
         time.sleep(POLL_S)
 
 
-def _state(run: Path) -> tuple[int, int] | None:
-    try:
-        found = (run / "metrics.jsonl").stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def _state(run: Path) -> tuple[int, ...]:
+    """Of the metrics and of the token files' names: a step's rows may come after its metrics."""
+    found = []
+    for path in (run / "metrics.jsonl", run / "tokens"):
+        with suppress(OSError):
+            found += [path.stat().st_size, path.stat().st_mtime_ns]
+    return tuple(found)
 
 
 def has_ended(run: Path) -> bool:

@@ -10,10 +10,10 @@ G groups. E is the number of experts. A batch has sequences B and tokens T of ea
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -357,9 +357,16 @@ def _tensor(name: str, given: Tensor | np.ndarray) -> Tensor:
     native = given.astype(given.dtype.newbyteorder("="), copy=False)
     if any(step < 0 or step % native.itemsize for step in native.strides):
         native = native.copy()  # torch has no such views
-    with warnings.catch_warnings():  # of memory that is read-only; nothing is written to it
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(native)
+    return torch.from_numpy(native if native.flags.writeable else _as_if_writable(native))
+
+
+def _as_if_writable(array: np.ndarray) -> np.ndarray:
+    """The same memory, of which torch does not warn that it is read-only: nothing is written to it.
+
+    Warnings are not silenced instead: their filters are the process's, and this runs in threads.
+    """
+    interface = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=interface, kept=array))
 
 
 def _check_shapes(sides: dict[str, Tensor], num_experts: int, valid: Tensor | None) -> None:

@@ -206,6 +206,8 @@ class TrainConfig:
         model = self.start.model
         dense = (tiny and self.start.tiny.dense) or (model is not None and _is_dense(model))
         layout = self.parallel.layout(world_size, dense=dense)
+        if self.trainer.packing:
+            layout.check_packing()
         data_parallel = layout.data_parallel(world_size)
         self.batch.check_ranks(world_size, data_parallel)
         parts = data_parallel * self.batch.minibatches

@@ -7,6 +7,7 @@ no bit. Not covered: Transformer Engine's attention, CUDA, more than two parts.
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +91,8 @@ def test_parts_by_hand():
         assert context.chunks() == (1, 2)
         assert context.mine(tokens_S, 0).tolist() == [12, 13, 14, 15]
         assert context.places(8).tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
+        parts_BSL = np.array([[10, 11, 16, 17, 12, 13, 14, 15]] * 2)[..., None]
+        ordered_BSL = context.in_order(parts_BSL)
+        assert ordered_BSL[1, :, 0].tolist() == [*range(10, 18)]
+        # As it lies in memory: what is compared and sent of it is then not copied first.
+        assert ordered_BSL.flags.c_contiguous

@@ -16,7 +16,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import passthrough
 from moe_upgrpo.megatron.batch import Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.megatron.packing import check_packing, pack
+from moe_upgrpo.megatron.packing import check_attention, pack
 from moe_upgrpo.megatron.tap import NO_ROUTE
 from tests.megatron.measured import make_samples
 from tests.megatron.test_token_budgets import (
@@ -160,15 +160,31 @@ def test_as_long_as_the_longest_of_other_ranks_and_without_a_sequence():
     ],
 )
 def test_what_transformer_engine_cannot_pack_is_refused_and_said(dtype, options, words):
-    passed = passthrough.read(options, here=False).transformer
+    given = passthrough.read(options, here=False).transformer, Layout()
     with pytest.raises(UserError, match=rf"--packing with .*{words}.* in bfloat16 alone, by its"):
-        check_packing(passed, Layout(), dtype=dtype, transformer_engine=True)
-    check_packing(passed, Layout(), dtype=dtype, transformer_engine=False)
+        check_attention(*given, packing=True, dtype=dtype, transformer_engine=True)
+    check_attention(*given, packing=True, dtype=dtype, transformer_engine=False)
+    check_attention(*given, packing=False, dtype=dtype, transformer_engine=True)
 
 
-def test_what_transformer_engine_can_pack_is_taken():
-    backend = SimpleNamespace(name="flash")
-    given = {"attention_backend": backend}
-    check_packing(given, Layout(tp=2), dtype="bfloat16", transformer_engine=True)
+@pytest.mark.parametrize(
+    ("dtype", "options", "words"),
+    [
+        ("float32", {}, "--dtype float32"),
+        ("bfloat16", {"attention_backend": "unfused"}, "attention_backend unfused"),
+    ],
+)
+def test_what_transformer_engine_cannot_divide_is_refused_and_said(dtype, options, words):
+    given = passthrough.read(options, here=False).transformer, Layout(cp=2)
+    with pytest.raises(UserError, match=rf"--cp 2 with .*{words}: .* parts of sequences in bfl"):
+        check_attention(*given, packing=False, dtype=dtype, transformer_engine=True)
+    check_attention(*given, packing=False, dtype=dtype, transformer_engine=False)
+
+
+def test_what_transformer_engine_can_pack_and_divide_is_taken():
+    given = {"attention_backend": SimpleNamespace(name="flash")}
+    here = {"dtype": "bfloat16", "transformer_engine": True}
+    check_attention(given, Layout(tp=2), packing=True, **here)
+    check_attention({"fp8_dot_product_attention": True}, Layout(cp=2), packing=False, **here)
     with pytest.raises(UserError, match=r"--packing with --cp 2: .*--micro-batch-tokens"):
-        check_packing(given, Layout(cp=2), dtype="bfloat16", transformer_engine=True)
+        check_attention(given, Layout(cp=2), packing=True, **here)

@@ -113,6 +113,15 @@ def test_a_page_is_renewed_and_ends_with_its_run(writer, quick):
     assert "<script" not in run.report_path.read_text()
 
 
+def test_token_rows_that_come_after_their_metrics_are_seen(writer):
+    run, _ = writer
+    run.append_metrics({"step": 1})
+    before = live._state(run.path)
+    assert live._state(run.path) == before
+    (run.tokens / "step-000001-rank-0000.parquet").touch()
+    assert live._state(run.path) != before
+
+
 def test_when_a_run_has_ended(writer, tmp_path):
     run, end = writer
     assert not live.has_ended(run.path)

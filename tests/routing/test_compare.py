@@ -412,6 +412,17 @@ def test_error_names_the_original_row_and_layer_behind_padding_and_blocks(monkey
             compare_routes(rollout, train, num_experts=8, valid=valid)
 
 
+def test_read_only_arrays_leave_the_warning_filters_alone(monkeypatch):
+    """They are the process's: a thread that writes the token log would change its main thread's."""
+    rollout, train = np.array([[[0, 3]], [[1, 2]]]), np.array([[[3, 0]], [[1, 5]]])
+    rollout.flags.writeable = False
+    with monkeypatch.context() as patched:
+        patched.setattr(warnings, "catch_warnings", None)
+        overlap = compare_routes(rollout, train, num_experts=8).overlap
+    assert overlap.tolist() == [[2], [1]]
+    assert not rollout.flags.writeable
+
+
 def test_int8_ids_that_overflowed():
     """Expert 200 stored in int8 reads −56; int8 cannot hold 160 experts to begin with."""
     overflowed = torch.tensor([[[3, 200 - 256]]])

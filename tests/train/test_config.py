@@ -353,6 +353,7 @@ def test_parts_that_cannot_be(cls, options, words):
     ("options", "world_size", "words"),
     [
         ({"tp": 3}, 2, "tp=3 does not divide the 2 rank"),
+        ({"cp": 2, "packing": True}, 2, "--packing with --cp 2"),
         ({"prompts": 3}, 2, "prompts=3 is not a multiple of the 2 ranks"),
         ({"prompts": 2, "group": 3, "minibatches": 4}, 2, "6 sequences .* 4 mini-batches"),
     ],
