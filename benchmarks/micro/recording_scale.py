@@ -184,7 +184,7 @@ def _work(stage: str, tokens: int, model: argparse.Namespace, environment: dict,
 
 
 def _twice(stage, tokens: int, model: argparse.Namespace, clock: Clock) -> None:
-    """Run a stage with few tokens first: for imports and tables."""
+    """Run the stage on few tokens first: for imports and tables."""
     stage(SEQUENCE, model, clock)
     stage(tokens, model, clock)
 

@@ -45,7 +45,7 @@ def places(length: int) -> torch.Tensor:
 
 
 def in_order(array_BS: np.ndarray) -> np.ndarray:
-    """`[B, S, ...]` by position, of the parts of all ranks, one after the other along S."""
+    """Put the parts of all ranks, one after the other along S, into the order of positions."""
     return np.take(array_BS, places(array_BS.shape[1]).numpy(), axis=1)  # an index: in F order
 
 

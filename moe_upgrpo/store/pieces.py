@@ -25,7 +25,7 @@ class Pieces:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole's, or that of the first part whose rows have another shape than the others'."""
+        """The shape of the whole, or of the first part whose rows differ from the others in it."""
         first = self.parts[0].shape
         for part in self.parts:
             if part.shape[1:] != first[1:] or not first:

@@ -322,8 +322,9 @@ class TrainerOptions:
     micro_batch: int | None = None
     """Most sequences in one forward of a rank. None: 128, or what micro_batch_tokens allows."""
     micro_batch_tokens: int | None = None
-    """Most tokens in one forward of a rank, padding included, instead: sequences are sorted by
-    length and shared out over the data-parallel ranks by cost. Give one of the two."""
+    """Most tokens in one forward of a rank, or of all context-parallel ranks together, padding
+    included, instead: sequences are sorted by length and shared out over the data-parallel ranks by
+    cost. Give one of the two."""
     packing: bool = False
     """Put the sequences of a micro-batch one after the other instead of padding them: everything
     but attention then computes real tokens only."""
