@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ LAUNCHER = "MOE_UPGRPO_LAUNCHER"  # the launcher's folder
 _PARENT = os.getppid()  # of a rank: the launcher
 _FAILED, _RUN, _SIGNAL = "moe_upgrpo_failed", "run", "signal"
 _run: Path | None = None
+_before: list[Callable[[], None]] = []
 
 
 def rank() -> int:
@@ -58,6 +60,16 @@ def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
     )
 
 
+@contextlib.contextmanager
+def doing_before(do: Callable[[], None]) -> Iterator[None]:
+    """Inside, have `fail` call this first, in whatever thread. It must return within seconds."""
+    _before.append(do)
+    try:
+        yield
+    finally:
+        _before.remove(do)
+
+
 def leave_signal(name: str) -> None:
     """Tell the ranks which signal their launcher got; they get SIGTERM, whatever it was."""
     Path(os.environ[LAUNCHER], _SIGNAL).write_text(name, encoding="utf-8")
@@ -93,6 +105,9 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
         printed_by_launcher = False
     if first and not printed_by_launcher:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    for do in list(_before):  # after the message, which another rank or the launcher waits for
+        with contextlib.suppress(Exception):
+            do()
     # Without the interpreter's shutdown, where process groups would wait for the other ranks.
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
         sys.stdout.flush()

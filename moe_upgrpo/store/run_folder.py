@@ -177,10 +177,10 @@ class RunFolder:
 
         What was logged of later steps is dropped, so that the steps run again appear once:
         metrics rows, token files and evaluations with a step above ``step``, and the remains of a
-        write that was cut short. No row is lost if a step writes its token files and evaluation,
-        then its metrics row, then its checkpoint. ``config`` takes the place of the run's; env.json
-        tells of this start under "resumed", with ``changed``, what is other than it was, and
-        "edited", what somebody changed in config.json.
+        write that was cut short. No row is lost if a step's token files, evaluation and metrics
+        row are on disk before its checkpoint has its name. ``config`` takes the place of the run's;
+        env.json tells of this start under "resumed", with ``changed``, what is other than it was,
+        and "edited", what somebody changed in config.json.
 
         Raises:
             UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the

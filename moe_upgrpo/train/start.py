@@ -110,7 +110,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
             if found.step:
                 job.rollouts.update_engine(actor, found.step)
             begun.close()
-            yield job
+            with job.recorder.token_log:
+                yield job
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
 import numpy as np
 
+from moe_upgrpo import ending
 from moe_upgrpo.store import TokenLogWriter
 from moe_upgrpo.store.token_writer import Column
+
+# A rank that fails waits so long for the rows of its last step: torchrun kills after 30 s.
+LAST_S = 15.0
 
 
 class TokenLogThread:
@@ -17,13 +23,26 @@ class TokenLogThread:
 
     A failure of it is raised where the next step's rows are handed over, or in `settle`, which
     comes before a checkpoint is begun and at the end of the run: what a checkpoint stands for is on
-    disk before it has its name.
+    disk before it has its name. A run that ends otherwise ends inside `with` this: the rows of its
+    last step are waited for, as its row of metrics is there already.
     """
 
     def __init__(self, writer: TokenLogWriter) -> None:
         self.writer = writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="token log")
         self._last: Future[None] | None = None
+        self._entered = ExitStack()
+
+    def __enter__(self) -> TokenLogThread:
+        self._entered.enter_context(ending.doing_before(self._linger))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._entered:
+            if kind is None:
+                self.settle()
+            self._linger()
+        self._thread.shutdown(wait=False)
 
     def write(
         self, step: int, columns: Mapping[str, Column], prompts: dict[int, np.ndarray]
@@ -39,8 +58,25 @@ class TokenLogThread:
     def settle(self) -> None:
         """Wait until all that was handed over is on disk. Raises what the writing raised."""
         if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
+            try:
+                self._last.result()
+            finally:
+                self._last = None
+
+    def _linger(self) -> None:
+        """Wait a while for what was handed over; say what became of it, where that is a failure."""
+        last = self._last
+        if last is None:
+            return
+        wait([last], timeout=LAST_S)
+        failure = last.exception() if last.done() else f"it takes more than {LAST_S:g} s"
+        if failure:
+            print(
+                f"rank {ending.rank()}: the token rows of the last step were not written: "
+                f"{failure}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write(
         self, step: int, columns: Mapping[str, Column], prompts: dict[int, np.ndarray]

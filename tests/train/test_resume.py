@@ -37,6 +37,7 @@ from moe_upgrpo.store import (
     rows_so_far,
 )
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
+from moe_upgrpo.store.token_log import token_files
 from moe_upgrpo.train import resume, start
 from moe_upgrpo.train.config import OPTIONS, TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
@@ -93,6 +94,18 @@ def signals_in_update(numbers: list[int]) -> None:
         return update(*arguments, **keywords)
 
     MegatronActor.update = slow
+
+
+def stopped_with_slow_rows(place: str, nth: int, by: int) -> None:
+    """Have this rank get a signal there, and the writing of its token rows take its time."""
+    kill_at(place, nth, 0, by)
+    write = TokenLogWriter.write
+
+    def slow(*arguments):
+        time.sleep(2)
+        return write(*arguments)
+
+    TokenLogWriter.write = slow
 
 
 def whole_run(folder: Path, cache: Path, *more: str) -> Path:
@@ -731,12 +744,16 @@ def test_a_second_signal_ends_a_run_at_once(cache, tmp_path):
 
 
 def test_a_run_that_keeps_no_state_says_so_when_it_is_stopped(cache, tmp_path):
-    place = ("moe_upgrpo.megatron.actor:MegatronActor.update", 1, 0)
+    place = ("moe_upgrpo.megatron.actor:MegatronActor.update", 1)
     more = (*MORE, "--save-every", "0")
     arguments = options(tmp_path / "run", cache, *more)
-    result = stopped(*place, signal.SIGTERM, *arguments, ranks=1)
+    first = partial(stopped_with_slow_rows, *place, signal.SIGTERM)
+    result = run_command("train", *arguments, ranks=1, first=first)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert "after step 1; --save-every 0 keeps no state" in result.stderr
+    # The rows of the step are there as its metrics are, though nothing settled them.
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+    assert [step for _, step in token_files(tmp_path / "run" / "tokens")] == [1]
     assert result.stderr.strip().endswith(f"--resume {tmp_path / 'run'} --restart")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -1,5 +1,7 @@
 """The token log's thread: what it has written when, and where its failures are raised."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -49,3 +51,49 @@ def test_a_failure_is_raised_once_at_the_next_meeting(meet):
         meet(log)
     log.settle()
     assert slow.written == []
+
+
+def test_a_run_that_fails_waits_for_the_rows_of_its_last_step():
+    slow = Slow()
+    with pytest.raises(ZeroDivisionError), TokenLogThread(slow) as log:
+        log.write(1, {}, {})
+        threading.Timer(0.2, slow.go_on.set).start()
+        raise ZeroDivisionError
+    assert slow.written == [1]
+
+
+def test_a_failure_of_the_rows_is_said_beside_that_of_the_run(capsys):
+    slow = Slow(fails=(1,))
+    slow.go_on.set()
+    with pytest.raises(ZeroDivisionError), TokenLogThread(slow) as log:
+        log.write(1, {}, {})
+        raise ZeroDivisionError
+    assert "rows of the last step were not written: step 1: no rows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="step 1: no rows"), TokenLogThread(slow) as log:
+        log.write(1, {}, {})
+
+
+ENDED_BY_A_THREAD = """
+import sys, threading, time
+from moe_upgrpo import ending
+from moe_upgrpo.train.writing import TokenLogThread
+
+class Slow:
+    def write_prompts(self, step, prompts):
+        time.sleep(0.3)
+
+    def write(self, step, columns):
+        print("written", step, flush=True)
+
+with TokenLogThread(Slow()) as log:
+    log.write(1, {}, {})
+    threading.Thread(target=ending.fail, args=("the other rank failed.", 4)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_another_thread_ends_waits_for_them_too():
+    command = [sys.executable, "-c", ENDED_BY_A_THREAD]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (4, "written 1\n")
+    assert ended.stderr == "error: the other rank failed.\n"
