@@ -45,7 +45,7 @@ def _maxrl(rewards_PG: Tensor) -> Tensor:
 def _pass_at_k(rewards_PG: Tensor) -> Tensor:
     """(best − second)/(std + 1e-6) for the best, 0 for the others (arXiv 2503.19595; verl).
 
-    Of several best none has an advantage.
+    If several share the best reward, none has an advantage.
     """
     two = rewards_PG.topk(2, -1)
     lead_P1 = (two.values[:, :1] - two.values[:, 1:]) / (rewards_PG.std(-1, keepdim=True) + 1e-6)
@@ -63,13 +63,13 @@ class Advantage:
     """An advantage estimator as data.
 
     formula: as the docs print it; means and std are the group's unless they say otherwise.
-    of_group: rewards `[P, G]` (and lengths `[P, G]`, where `lengths` and no `sums`, which get them)
-        -> advantages `[P, G]`.
-    sums: what it needs of the whole batch, as sums over prompts or responses that add up over the
-        ranks; of_batch: (`of_group`'s result, rewards, the sums) -> advantages.
+    of_group: rewards `[P, G]` -> advantages `[P, G]`; it also takes lengths `[P, G]` where
+        `lengths` is set without `sums` (otherwise `sums` takes them).
+    sums: the sums over prompts or responses that it needs from the whole batch, which add up over
+        the ranks; of_batch: (`of_group`'s result, rewards, the sums) -> advantages.
     several: rewards come as `[K, N]`, K kinds of them.
     whole_batch: a group with equal rewards may have an advantage other than 0.
-    allowed: the rewards that it is defined for, from and to.
+    allowed: the lowest and the highest reward that it is defined for.
     """
 
     of_group: Callable[..., Tensor]
@@ -110,9 +110,9 @@ def _group_rates(x_PG: Tensor, rewards_PG: Tensor, lengths_PG: Tensor | None) ->
 def _bnpo(centred_PG: Tensor, rewards_PG: Tensor, moments: Tensor) -> Tensor:
     """(R − p)/f(p; α, β), f the density of a Beta distribution (arXiv 2506.02864).
 
-    Of the mean p̄ and variance v (with P−1) of p over the batch: a = (p̄(1−p̄)/v − 1)·p̄, b the same
-    times 1−p̄; α = max(1 + a/3, 1), β = max(1 + b/3, 1); 1/f within [0, 1e6]. One prompt: p̄ = 0 and
-    v = 1, as in the authors' code, which is f = 1. So it is here where v is 0 (to 1e-12).
+    With the mean p̄ and variance v (with P−1) of p over the batch: a = (p̄(1−p̄)/v − 1)·p̄, b the
+    same times 1−p̄; α = max(1 + a/3, 1), β = max(1 + b/3, 1); 1/f within [0, 1e6]. One prompt: p̄ =
+    0 and v = 1, as in the authors' code, so that f = 1. The same holds where v is 0 (to 1e-12).
     """
     prompts, total, squares = moments.double()
     mean = total / prompts
@@ -129,7 +129,7 @@ def _bnpo(centred_PG: Tensor, rewards_PG: Tensor, moments: Tensor) -> Tensor:
 
 
 def _rewarded(x_PG: Tensor, rewards_PG: Tensor, lengths_PG: Tensor | None) -> Tensor:
-    """(responses, those with a reward that is not 0)"""
+    """(responses, responses with R ≠ 0)"""
     rewarded = rewards_PG.count_nonzero().double()
     return torch.stack([torch.full_like(rewarded, rewards_PG.numel()), rewarded])
 
@@ -198,14 +198,14 @@ ADVANTAGES: dict[str, Advantage] = {
 
 
 def register_advantage(name: str, estimator: Advantage | Callable[[Tensor], Tensor]) -> None:
-    """Give advantages of one's own a name.
+    """Register your own advantage estimator under a name.
 
-    estimator: a function of rewards `[P, G]`, a row for each prompt, or an `Advantage` of one that
-        looks at more. The same may be registered again.
+    estimator: a function of rewards `[P, G]`, a row for each prompt, or an `Advantage` if it needs
+        more than these. The same one may be registered again.
 
     Raises:
-        UserError: a name that is another's, what is neither function nor `Advantage`, or an
-            `Advantage` with sums and nothing made of them, or the other way round.
+        UserError: a name that another estimator has, an estimator that is neither a function nor an
+            `Advantage`, or an `Advantage` with only one of `sums` and `of_batch`.
     """
     if not isinstance(estimator, Advantage):
         estimator = Advantage(estimator, "its own", "register_advantage")
@@ -246,8 +246,8 @@ def group_advantages(
 
     Returns:
         `[N]`. A group whose rewards are all equal gets exactly 0 (rounding of the mean would
-        otherwise be blown up by the division by a vanishing std), but for the kinds that take a
-        baseline of the whole batch from it.
+        otherwise be blown up by the division by a vanishing std), except with the kinds that
+        subtract a baseline of the whole batch.
 
     Raises:
         UserError: unknown kind, N not a multiple of G, G < 2, rewards that are not finite, lengths
@@ -275,7 +275,7 @@ def advantage_sums(
     lengths: Tensor | None = None,
     reward_weights: Sequence[float] | None = None,
 ) -> Tensor | None:
-    """Sums over these responses that `kind` needs over all of them; None where it needs none.
+    """Sums over these responses for a `kind` that needs them over the whole batch; else None.
 
     Float64, to be added up over the ranks and given to `group_advantages` as `batch_sums`.
     """
@@ -341,7 +341,7 @@ def _estimated(
 
 
 def _checked(kind: str, advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
-    """The advantages. UserError where a function of one's own gave what cannot be used."""
+    """Return the advantages; UserError where a user's own function gave unusable ones."""
     shape = tuple(getattr(advantages_PG, "shape", ()))
     if shape != tuple(rewards_PG.shape) or not advantages_PG.isfinite().all():
         raise UserError(

@@ -87,7 +87,7 @@ class _OfSign:
     def __init__(self, here_BT: Tensor):
         self.here_BT = here_BT
         self.count = here_BT.count_nonzero().double()
-        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # with the rule, which keeps it
+        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # with the rule, to keep its id
 
     def hit(self, rule: Tensor) -> tuple[Tensor, Tensor]:
         """Where the rule, `[B, T]` or `[B, 1]`, hits, and how often."""
@@ -114,8 +114,7 @@ class _OfSign:
 def measure(
     t: Tokens, config: Config, positive: AppliedSide, negative: AppliedSide
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """`PolicyLoss.clipped` and the metrics but for the gradient's; formulas in
-    `metrics.GLOSSARY`."""
+    """`PolicyLoss.clipped` and all metrics except the gradient's; formulas: `metrics.GLOSSARY`."""
     tokens = _sum(t.lengths_B1)
     of_p, of_n = _OfSign(t.positive_BT), _OfSign(t.negative_BT)
     (cut_p, count_p), (cut_n, count_n) = of_p.cut(positive), of_n.cut(negative)
@@ -173,15 +172,15 @@ def _masked_ratio(t: Tokens) -> Tensor:
 
 
 def _sum(x_BT: Tensor) -> Tensor:
-    """Σ, of the rows' sums in float64: whole numbers stay whole beyond the 2^24 of float32."""
+    """Σ of the rows' sums, in float64: integers stay exact beyond float32's 2^24."""
     return x_BT.sum(-1).sum(dtype=torch.float64)
 
 
 def _sample_size(weight_BT: Tensor, count: Tensor) -> Metric:
-    """(Σw, Σw²) of `count` weights, the others 0, in whose memory they are squared.
+    """(Σw, Σw²) of `count` weights (the others are 0), which are squared in place.
 
-    Σw² ≥ (Σw)²/N of real numbers; it is held to that, as rounding might make a sample of N tokens
-    worth more than N.
+    Σw² ≥ (Σw)²/N holds for real numbers and is enforced here: rounding might make a sample of N
+    tokens worth more than N.
     """
     sum_w, sum_w2 = _sum(weight_BT), _sum(weight_BT.square_())
     return Metric(sum_w, torch.maximum(sum_w2, sum_w**2 / count.clamp(min=1) * (1 + 1e-14)))

@@ -50,13 +50,13 @@ def share_of_tokens(t: Tokens, share: float) -> int:
     return max(int(share * float(t.lengths_B1.sum(dtype=torch.float64))), 1)
 
 
-# clip-cov: PPO's loss, and of the unclipped tokens with a covariance in a range a few, drawn at
-# random, lose it. Drawn are those with the smallest numbers of `Context.draws`.
+# clip-cov: PPO's loss without a few tokens, drawn at random from the unclipped ones whose
+# covariance is in a range: those with the smallest numbers in `Context.draws`.
 
 
 def in_covariance_range(t: Tokens, cfg: Config, mean: dict[str, Tensor]) -> Tensor:
-    """Unclipped tokens with a covariance in the range. mean: that of `t.statistics`, which may be
-    about to be made."""
+    """Unclipped tokens with a covariance in the range. mean: as in `t.statistics`, which may not
+    exist yet."""
 
     def compute() -> Tensor:
         low, high = cfg.covariance_range
@@ -140,7 +140,7 @@ def kl_cov_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
 
 
 # --- VAPO's positive-example term (arXiv 2504.05118, eq. 10; NeMo-RL): PPO, and the mean negative
-# log-likelihood of the positive tokens. The term has their number as denominator, over the batch.
+# log-likelihood of the positive tokens. The term is divided by their number in the batch.
 
 
 def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
@@ -165,15 +165,15 @@ def vapo_nll_slope(t: Tokens, cfg: Config) -> Tensor:
 
 
 def real_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
-    """Sequences for each group, of those that are not empty: what turns 1/S into 1/groups."""
+    """Non-empty sequences per group, the number that turns 1/S into 1/groups."""
     alive_B = t.lengths_B1[:, 0] > 0
     groups = max(len(t.groups_B[alive_B].unique()), 1)
     return {"sequences_per_group": alive_B.sum().to(t.lengths_B1.dtype) / groups}
 
 
 def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log(1 + Σ e^(∓s/τ)) of a sequence's own sign in its group, the sequences that it is of, and
-    the exponent of each; `[B, 1]`. No group where the other sign is missing."""
+    """log(1 + Σ e^(∓s/τ)) over a sequence's own sign in its group, the sequence's share in it, and
+    its exponent; `[B, 1]`. The share is 0 where the group lacks the other sign."""
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         alive_B = t.lengths_B1[:, 0] > 0
@@ -189,7 +189,7 @@ def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]
         mine_B, others_B = mine_B.to(t.lengths_B1.dtype), others_B.to(t.lengths_B1.dtype)
         mixed_B = (in_group(others_B) > 0) * mine_B
         exponent_B = t.log_sequence_ratio_B1[:, 0] * (-sign / cfg.real_tau)
-        # e^x of the group's own sign, and e^0 for the 1; the largest of them taken out
+        # e^x of the group's own sign, and e^0 for the 1; the largest of them is factored out
         largest_B = exponent_B.detach() * mine_B
         largest_B = largest_B.new_zeros(len(largest_B)).scatter_reduce(
             0, group_B, largest_B, "amax"
@@ -204,7 +204,7 @@ def of_group(t: Tokens, cfg: Config, sign: int) -> tuple[Tensor, Tensor, Tensor]
 
 def real_side(sign: int) -> Side:
     def extra(t: Tokens, cfg: Config) -> Tensor:
-        """The group's term, in equal parts to each token of its sequences of this sign."""
+        """The group's term, spread evenly over the tokens of its sequences of this sign."""
         value_B1, part_B1, _ = of_group(t, cfg, sign)
         scale = t.statistics["sequences_per_group"]
         return value_B1 * (part_B1 * scale / t.lengths_B1.clamp(min=1))
@@ -220,7 +220,7 @@ def real_side(sign: int) -> Side:
 
 
 def of_both_signs(name: str) -> TensorFn:
-    """A group's term, or its slope: that of a sign is 0 at sequences of the other."""
+    """A group's term, or its slope, for both signs: each sign's is 0 at sequences of the other."""
 
     def both(t: Tokens, cfg: Config) -> Tensor:
         positive, negative = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the losses: name -> `Branch`. The contract of one is `side.py`."""
+"""The table of losses: name -> `Branch`. The contract of a branch is `side.py`."""
 
 from __future__ import annotations
 

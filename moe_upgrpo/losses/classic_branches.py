@@ -165,8 +165,8 @@ def cispo(t: Tokens, cfg: Config) -> Tensor:
     return cispo_weight(t, cfg) * t.log_probs_BT
 
 
-# --- DPPO (arXiv 2602.04879; verl `dppo_tv`, `dppo_kl`): the ratio is a truncated weight; dropped
-# are tokens whose probability moved too far in the advantage's direction, by a binary divergence
+# --- DPPO (arXiv 2602.04879; verl `dppo_tv`, `dppo_kl`): the ratio is a truncated weight; tokens
+# whose probability moved too far in the advantage's direction, by a binary divergence, are dropped
 
 
 def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
@@ -229,7 +229,7 @@ def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
 
 
 def by_sign(upwards: TensorFn, downwards: TensorFn) -> TensorFn:
-    """Where the one holds for A > 0, the other elsewhere."""
+    """Where `upwards` holds for A > 0, and `downwards` elsewhere."""
 
     def dropped(t: Tokens, cfg: Config) -> Tensor:
         up_BT, down_BT = upwards(t, cfg), downwards(t, cfg)

@@ -12,8 +12,7 @@ from moe_upgrpo.losses.correction import RolloutCorrection
 from moe_upgrpo.losses.names import check_name
 from moe_upgrpo.losses.side import Side
 
-# Fields that put a factor on a loss; `Branch.refuses` names those that its formula has no place
-# for.
+# Fields that put a factor on a loss; `Branch.refuses` names those that do not fit its formula.
 FACTORS = ("correction", "off_policy_limit", "top_entropy")
 
 
@@ -161,7 +160,7 @@ class PolicyLossConfig:
             raise UserError(f"covariance_range: {self.covariance_range} given; allowed: low < high")
 
     def _check_refused(self) -> None:
-        """UserError where a factor is put on a loss whose formula has no place for it."""
+        """Raise UserError where a factor is put on a loss whose formula has no place for it."""
         used = {name: getattr(self, name) is not None for name in FACTORS}
         used["correction"] = self.correction.active
         for sign in ("positive", "negative"):
@@ -186,7 +185,7 @@ class PolicyLossConfig:
     @property
     def arguments(self) -> frozenset[str]:
         """The optional arguments of `policy_loss`, and fields of its context, that this config
-        makes use of. `statistics` can be left out where a micro-batch is the whole batch."""
+        uses. `statistics` can be left out where a micro-batch is the whole batch."""
         names = {*BRANCHES[self.positive].arguments, *BRANCHES[self.negative].arguments}
         if self.correction.active or self.off_policy_limit is not None:
             names.add("rollout_log_probs")
@@ -204,7 +203,8 @@ class PolicyLossConfig:
         """Whether the statistics look at the current log-probs or entropy."""
         branches = (BRANCHES[self.positive], BRANCHES[self.negative])
         reads = any(b.statistics is not None and b.statistics_of_policy for b in branches)
-        # M2PO's are of π_old, which is the current policy where no old log-probs are given.
+        # M2PO's statistics are π_old's, which is the current policy where no old log-probs are
+        # given.
         return reads or self.top_entropy is not None or self.correction.m2 is not None
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollout correction: detached weights from ρ = π_old/μ, for the sides of the loss that ask for it.
 
-ρ corrects for the engine not being the trainer; r = π_θ/π_old stays the loss's own business. With
-no rollout log-probs π_old stands for μ and ρ ≡ 1. See `tokens.py` for shapes and policies.
+ρ corrects for the difference between engine and trainer; r = π_θ/π_old is left to the loss. Without
+rollout log-probs, π_old stands for μ and ρ ≡ 1. See `tokens.py` for shapes and policies.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class RolloutCorrection:
 
     @property
     def of_tokens(self) -> str | None:
-        """The first of the rules here that tells the tokens of a sequence apart."""
+        """The first rule set here that treats the tokens of one sequence differently."""
         for name in ("m2", "binary_kl"):
             if getattr(self, name) is not None:
                 return name
@@ -174,8 +174,8 @@ def correction_weights(t: Tokens, correction: RolloutCorrection) -> tuple[Tensor
 def m2_limit(t: Tokens, mean: float) -> Tensor:
     """M2PO's threshold on (log ρ)² (arXiv 2510.01161; AReaL): tokens below it stay.
 
-    Tokens are dropped from the largest on, those of equal value together, until the mean of the
-    rest is below `mean`. No token is dropped where that holds from the start.
+    Tokens are dropped from the largest down, those of equal value together, until the mean of the
+    rest is below `mean`. No token is dropped where that already holds.
     """
     m2 = t.log_rho_BT.square()[t.mask_BT].sort().values
     if not len(m2):
@@ -186,7 +186,7 @@ def m2_limit(t: Tokens, mean: float) -> Tensor:
 
 
 def entropy_limit(t: Tokens, share: float) -> Tensor:
-    """The quantile 1 − share of the tokens' entropy, between neighbours as in torch.quantile."""
+    """The quantile 1 − share of the tokens' entropy, interpolated as in torch.quantile."""
     entropy = t.entropy_BT[t.mask_BT].sort().values
     if not len(entropy):
         return torch.zeros_like(t.lengths_B1.sum())
@@ -199,8 +199,8 @@ def entropy_limit(t: Tokens, share: float) -> Tensor:
 def off_policy_sequences(t: Tokens, limit: float) -> Tensor:
     """`[B, 1]` bool: mean_t(log μ − log π_θ) > limit (DeepSeek-V3.2, arXiv 2512.02556).
 
-    μ is the engine's log-prob, so that both sources of off-policyness count: the engine's
-    difference and the updates since.
+    μ is the engine's log-prob, so that both sources of off-policyness count: the difference between
+    engine and trainer, and the updates since.
     """
     return -t.mean_B1(t.raw_log_ratio_BT.detach() + t.log_rho_BT) > limit
 

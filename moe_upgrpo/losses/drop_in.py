@@ -43,7 +43,7 @@ def compute_policy_loss(
 
     Raises:
         UserError: as `policy_loss`, no clip range given, an unknown mode; a batch without tokens,
-        but for `token-sum`, whose loss of it is 0. (The post's snippet returns NaN or inf where
+        except with `token-sum`, whose loss is then 0. (The post's snippet returns NaN or inf where
         this raises, and for log-ratios beyond exp's range; elsewhere the two agree.)
     """
     modes = ("token-sum", *AGGREGATIONS)

@@ -34,8 +34,9 @@ def k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """e^d − d − 1, d = log π_ref − log π_θ: unbiased, never negative.
 
-    Beyond d = 20 it goes on along its tangent, so that neither value nor gradient overflows and a
-    token too unlikely is still pulled up (with e^d cut alone, −d would push it further down).
+    Beyond d = 20 it continues along its tangent, so that neither value nor gradient overflows and a
+    token that is too unlikely is still pulled up (with e^d cut alone, −d would push it further
+    down).
     """
     d = ref_log_probs - log_probs
     beyond = torch.relu(d - MAX_LOG_RATIO)

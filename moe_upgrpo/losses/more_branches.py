@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that the stacks have added since, and those of the seeds' related work, per token.
+"""Per-token losses: those that the stacks added later, and those of the seeds' related work.
 
 The contract is `side.py`; the table of all losses is `branches.py`.
 r, s: see `tokens.py`; Δ = log π − log π_old, sg: stop-gradient; εl, εh: `clip_low`, `clip_high`.
@@ -196,8 +196,8 @@ FUTURE_BLOCK = 32
 def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
     """y_t = Σ_{k≥t} decay^(k−t)·x_k.
 
-    Within blocks by a product with the powers of the decay; from block to block what the next ones
-    add up to is itself such a sum, of the blocks' first values.
+    Within a block, it is a product with the powers of the decay. What the later blocks add is
+    itself such a sum, over the blocks' first values.
     """
     (rows, width), n = x_BT.shape, FUTURE_BLOCK
     place = torch.arange(n, device=x_BT.device, dtype=x_BT.dtype)
@@ -215,8 +215,8 @@ def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
 def influence(t: Tokens, cfg: Config) -> Tensor:
     """exp(Σ_{k≥t} γ^(k−t)·Δ_k) within [1, 1 + influence_range], detached.
 
-    Tokens with r above the dual clip leave the sum. A negative token with r > 4 has the weight 1:
-    ms-swift holds it to [.8, 1], and it is not below 1.
+    Tokens with r above the dual clip leave the sum. A negative token with r > 4 has weight 1:
+    ms-swift clips it to [.8, 1], and it is never below 1.
     """
     log_ratio_BT = t.log_ratio_BT.detach()
     suspect_BT = t.negative_BT & exceeds(log_ratio_BT, math.log(cfg.influence_safety))

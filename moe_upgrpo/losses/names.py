@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A name that nothing has: an error that lists the nearest."""
+"""The error for an unknown name, which lists the nearest known ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_upgrpo.errors import UserError, nearest
 
 
 def check_name(option: str, given: str, known: Collection[str]) -> None:
-    """UserError for a name that is not known: the nearest, and all."""
+    """Raise UserError for an unknown name; it lists the nearest names, and all."""
     if given not in known:
         raise UserError(
             f"{option}: {given!r} given; allowed: {', '.join(known)}{nearest(given, known)}"

@@ -2,8 +2,8 @@
 """Elementwise functions that go through a batch quickly.
 
 On a CPU torch's `where`, `masked_fill`, comparisons and the backward of `clamp` go value by value,
-and stumble (2 ms for half a million values, instead of .1) over a condition that changes from one
-to the next, as that of a clip does. Multiplication, conversion to bool and the backward of
+and are slow (2 ms for half a million values, instead of .1) where the condition changes from one
+value to the next, as a clip's does. Multiplication, conversion to bool and the backward of
 `hardtanh` do not.
 """
 
@@ -38,8 +38,8 @@ def scaled_square(x: Tensor, k: float) -> Tensor:
 
 
 def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
-    """x, 0 where the bool mask is, whatever stands there. number: the mask in the dtype of x, if it
-    is at hand."""
+    """x where the bool mask is True, else 0, whatever x holds there. number: the mask in the dtype
+    of x, if it is at hand."""
     if number is None:
         return torch.where(mask, x, 0.0)
     found: Tensor = _functions().Masked.apply(x, mask, number)
@@ -48,7 +48,7 @@ def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
 
 @cache
 def _functions() -> Any:
-    """The autograd functions; not at import, which does without torch."""
+    """The autograd functions, made at first use, since the import does without torch."""
 
     class Clamp(torch.autograd.Function):
         @staticmethod
@@ -72,7 +72,7 @@ def _functions() -> Any:
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
             (log_x,) = ctx.saved_tensors
-            if torch.is_grad_enabled():  # a derivative of this one is asked for: the ratio again
+            if torch.is_grad_enabled():  # its own derivative is asked for: the ratio again
                 gradient = gradient * ratio_to_itself(log_x, *ctx.bounds)
             if ctx.bounds != (-math.inf, math.inf):
                 gradient = torch.ops.aten.hardtanh_backward(
@@ -123,7 +123,7 @@ def _functions() -> Any:
 
 @cache
 def _outside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The numbers next to the bounds, outside: at its bounds hardtanh has no gradient."""
+    """The numbers just outside the bounds, since hardtanh has no gradient at its bounds."""
     ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
     below, above = torch.nextafter(torch.tensor([low, high], dtype=dtype), ends).tolist()
     return below, above
@@ -134,18 +134,18 @@ BLOCK = 2**16
 
 
 def keep(x: Tensor, cut: Tensor) -> Tensor:
-    """x, 0 where it is cut. Of finite numbers."""
+    """x, 0 where it is cut. x must be finite."""
     kept: Tensor = _functions().Keep.apply(x, cut)
     return kept
 
 
 def keep_(x: Tensor, cut: Tensor) -> Tensor:
-    """x, with 0 put where it is cut. Of finite numbers, without a gradient."""
+    """x, set to 0 in place where it is cut. x must be finite; it gets no gradient."""
     return _kept(x, cut, x)
 
 
 def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
-    # In blocks, as multiplication makes numbers of the bools.
+    # In blocks, as the multiplication converts the bools to numbers.
     blocks = max(1, x.numel() // BLOCK) if x.device.type == "cpu" else 1
     for x_part, cut_part, out_part in zip(*(y.chunk(blocks) for y in (x, cut, out)), strict=True):
         torch.mul(x_part, ~cut_part, out=out_part)
@@ -153,7 +153,7 @@ def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
 
 
 def none_above(x: Tensor, limit: float) -> Tensor:
-    """x, 0 where it is the limit or above. Without a gradient."""
+    """x, 0 where it is at or above the limit. Without a gradient."""
     return torch.threshold(-x, -limit, 0.0).neg_()
 
 

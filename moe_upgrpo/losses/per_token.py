@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of tokens by what the others of their group are: OTB, GTPO's weights, NTHR's mask; and
-the random numbers of tokens, and when PPO without a clip stops.
+"""Per-token numbers that depend on the rest of the group: OTB, GTPO's weights, NTHR's mask; also
+the tokens' random numbers, and when PPO without a clip stops.
 
 Shapes: N responses, the `group_size` of a prompt adjacent, T positions, V ids, H hidden size.
 """
@@ -32,7 +32,8 @@ def optimal_token_baseline(
     `optimal_token_baseline`).
 
     W_t = Σ_{j≤t} (1 − 2π_j + Σπ²)·ρ², b_t = Σ R·W_t/(Σ W_t + 1e-8) over the group's responses that
-    reach t. Where only the longest is left, its baseline is 0. The reward is at the end.
+    reach t. Where only the longest response is left, its baseline is 0. The reward comes at the
+    end.
 
     Args:
         rewards: `[N]`.
@@ -83,11 +84,12 @@ def gtpo_weights(
 ) -> Gtpo:
     """GTPO's advantages and token weights (arXiv 2508.03772v5; github winstonsmith1897/GTPO).
 
-    A conflict token has its position and id in a completion with A > 0 and in one with A < 0 of its
-    group, within the unbroken run of such tokens from the start, or, counted from the end, from the
-    end. δ is 2 at a conflict token of a positive completion, 0 of a negative one, 1 elsewhere; the
-    weights are δ from the start times δ from the end, over max(conflict tokens of the completion,
-    1). A completion whose mean entropy is above .7 gets A = 0, the others A − .1·entropy.
+    A conflict token occurs, with the same position and id, in a completion with A > 0 and in one
+    with A < 0 of its group, inside the unbroken run of such tokens from the start, or, with
+    positions counted from the end, from the end. δ is 2 at a conflict token of a positive
+    completion, 0 of a negative one, 1 elsewhere; the weights are δ from the start times δ from the
+    end, over max(conflict tokens of the completion, 1). A completion whose mean entropy is above .7
+    gets A = 0, the others A − .1·entropy.
 
     Args:
         token_ids, mask: `[N, T]`, responses at the left.
@@ -144,8 +146,8 @@ def nthr_factors(
 
     With g = e_y − π_old of a token, over the ids sampled in the group, and h its last hidden state:
     M = Σ g·hᵀ over the positive responses' tokens, s = gᵀ·M·h, s̄_i the mean of s over response i.
-    A negative token has η where s > β·min s̄_i over the positive responses. A group of one sign has
-    1 throughout.
+    A negative token gets η where s > β·min s̄_i over the positive responses. A group of one sign
+    gets 1 throughout.
 
     Args:
         hidden: `[G, T, H]` last hidden states, of the positions whose output the token is.
@@ -187,9 +189,9 @@ def nthr_factors(
 
 
 def token_draws(seed: int, sequences: Tensor, width: int) -> Tensor:
-    """`[B, T]` numbers in [0, 1), a token's own: of the seed, its sequence's number and position.
+    """`[B, T]` numbers in [0, 1), fixed by the seed, the sequence's number and the position.
 
-    So they are the same in whatever micro-batch and on whatever rank a sequence is. float64.
+    A token's number is therefore the same in every micro-batch and on every rank. float64.
 
     Args:
         seed: of the step.
@@ -226,10 +228,10 @@ def stops_early(
     """Whether PPO without a clip takes no further step on its batch (arXiv 2202.00079; RL-X espo).
 
     True where the mean or the median of |r − 1| over the batch's tokens is above `limit`. Tensors
-    `[B, T]` of the whole batch; a mean over ranks is that of the added `ratio_deviation`.
+    `[B, T]` of the whole batch; a mean over ranks comes from the summed `ratio_deviation`.
 
     Raises:
-        UserError: an unknown statistic, a limit that is not above 0, a mask of nothing.
+        UserError: an unknown statistic, a limit that is not above 0, a mask that selects nothing.
     """
     check_name("statistic", statistic, ("mean", "median"))
     if not limit > 0:
@@ -250,7 +252,7 @@ def _deviations(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> tuple
 def _check_tokens(
     named: dict[str, Tensor | None], shape: tuple[int, ...], group_size: int, of_responses: Tensor
 ) -> None:
-    """UserError where a shape is not `[N, T]`, or N no multiple of the group size."""
+    """Raise UserError where a shape is not `[N, T]`, or N is not a multiple of the group size."""
     for name, x in named.items():
         if x is not None and tuple(x.shape) != shape:
             raise UserError(f"{name}: shape {tuple(x.shape)} given; allowed: {shape}")

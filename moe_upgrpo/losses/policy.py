@@ -55,7 +55,7 @@ class PolicyLoss:
         clip, a mask, a rejection); all tokens of a sequence where the rule is about the sequence.
     gradient_weight: `[B, T]`, |A|·c·w_b = |∂loss/∂log π_θ(t)|, c as in `gradient_coefficients`: how
         hard the token pulls; 0 at padding.
-    metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` say the rest.
+    metrics: name -> two sums; `merge_metrics`, `finalize_metrics` and `GLOSSARY` explain them.
     """
 
     def __init__(self, loss: Tensor, per_token: Tensor, measure: Callable[[], Measures]):
@@ -110,19 +110,19 @@ def policy_loss(
             None: old_log_probs stands for it (bypass mode).
         router_log_probs: (current, old), two `[B, T, L, K]`: the router's log-probs of the old
             policy's experts; needed when `router_shift_floor` is set.
-        context: what only some losses look at; see `Context`.
+        context: inputs that only some losses use; see `Context`.
         global_tokens, global_sequences: denominators over all micro-batches and ranks; None: the
             local counts (of tokens, of non-empty sequences). With them, the losses of the
             micro-batches add up to the loss of the batch, and one without tokens (`[0, T]`,
-            `[B, 0]`, a mask of zeros) has a loss of 0 with a graph and counts of 0. Without them
-            its mean is that of nothing, which is an error.
+            `[B, 0]`, a mask of zeros) has a loss of 0 with a graph and counts of 0. Without them it
+            is an error, the mean of nothing.
 
     Numbers are float32, or float64 where log_probs are, also under torch.autocast; what is counted
     over tokens is float64.
 
     Raises:
         UserError: shapes that differ, a mask that selects nothing (without global denominators),
-            unmasked values that are not finite, an argument that the config needs and is None,
+            unmasked values that are not finite, an argument that the config needs but that is None,
             advantages of single tokens for a loss of whole sequences.
     """
     t = _tokens(
@@ -148,7 +148,7 @@ def policy_loss(
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
     t.forget_mask()
-    # Not made of `per_token`: the backward would have a pass for its sign.
+    # Not made from `per_token`, whose sign would cost the backward one more pass.
     of_B = objective_BT.sum(-1) if extra_BT is None else objective_BT.sum(-1) - extra_BT.sum(-1)
     loss = (of_B * -weights_B).sum()
     per_token_BT = objective_BT.neg_()
@@ -224,11 +224,11 @@ def batch_statistics(
     router_log_probs: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None,
 ) -> dict[str, Tensor]:
-    """Statistics of a batch that `config` has a use for, to be given to each of its micro-batches.
+    """Statistics of a batch that `config` needs, to be given to each of its micro-batches.
 
-    Arguments are those of `policy_loss`, of the whole batch: gather them over the ranks first,
-    thresholds are no sums. Empty for a loss that looks at no more than its own tokens. The
-    log-probs are the current ones: with those of an earlier forward the thresholds are that
+    Arguments are those of `policy_loss`, for the whole batch: gather them over the ranks first,
+    since thresholds cannot be summed. Empty for a loss that looks only at its own tokens. The
+    log-probs are the current ones; with those of an earlier forward, the thresholds are that
     forward's.
     """
     with torch.no_grad():
@@ -246,7 +246,7 @@ def batch_statistics(
 
 
 def _of_both(config: PolicyLossConfig, name: str) -> TensorFn | None:
-    """The function of that name of a side, where one does for both signs."""
+    """The sides' function of that name, where one serves both signs."""
     branch = BRANCHES[config.positive]
     if config.positive == config.negative and branch.both is not None:
         found: TensorFn | None = getattr(branch.both, name)
@@ -273,7 +273,7 @@ def _pulls(
     else:
         pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
         pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
-    if positive.cuts or negative.cuts:  # not in place: the graph has the weight of log π
+    if positive.cuts or negative.cuts:  # not in place: the graph holds the weight of log π
         pull_BT = keep_(pull_BT, clipped_BT) if weight_BT is None else keep(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
     positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
@@ -294,7 +294,7 @@ def _objective(
     if weight_BT is not None:
         return weight_BT * t.log_probs_BT
     f = _of_both(config, "surrogate")
-    if f is None:  # one after the other, for the memory of f
+    if f is None:  # one after the other, to save f's memory
         objective_BT = positive.weighted(t, config) * positive.side.surrogate(t, config)
         return objective_BT.add_(negative.weighted(t, config) * negative.side.surrogate(t, config))
     if not (positive.weighs or negative.weighs):
@@ -388,7 +388,7 @@ def _statistics(t: Tokens, config: PolicyLossConfig) -> dict[str, Tensor]:
 
 
 def _check_context(context: Context | None, config: PolicyLossConfig, rows: int) -> None:
-    """UserError for a field of the context that the config needs and is None."""
+    """Raise UserError for a field of the context that the config needs but that is None."""
     for name in (*OF_TOKENS, "groups"):
         if name in config.arguments and (context is None or getattr(context, name) is None):
             needing = [
@@ -439,7 +439,7 @@ def _tokens(
         reads=config.arguments,
     )
     given = None if context is None else context.statistics
-    # Not under no_grad: what they look at is kept in `t`, where the losses look for its graph.
+    # Not under no_grad: `t` keeps what they compute, and the losses need its graph.
     if given is None:
         t.statistics = _statistics(t, config)
     else:
@@ -455,7 +455,7 @@ def _tokens(
 
 
 class _Given(dict[str, "Tensor"]):
-    """The statistics that were given. UserError for one that the loss reads and is not there."""
+    """The statistics that were passed in. UserError for a missing one that the loss reads."""
 
     def __missing__(self, name: str) -> Tensor:
         raise UserError(
@@ -464,15 +464,16 @@ class _Given(dict[str, "Tensor"]):
         )
 
 
-# Of the largest in the sequence: rounding, not advantages of single tokens.
+# As a share of the largest in the sequence: such differences are rounding, not token advantages.
 _EQUAL = 1e-5
 
 
 def _check_of_sequence(t: Tokens, amount_BT: Tensor, sign: str, branch: str) -> None:
-    """UserError where a sequence has several advantages: a coupled f has no gradient for each."""
+    """Raise UserError where a sequence has several advantages: a coupled f has no gradient for
+    each."""
     if not amount_BT.numel():
         return
-    # Of one sign, and 0 at padding: all tokens have the largest, or some have less.
+    # All have one sign, and padding is 0: either every token has the largest, or some have less.
     if sign == "positive":
         less_BT = amount_BT < amount_BT.amax(-1, keepdim=True) * (1 - _EQUAL)
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of one's own beside those of `BRANCHES`, as data of the same kind."""
+"""Register your own losses beside those of `BRANCHES`, as data of the same kind."""
 
 import re
 from dataclasses import fields, replace
@@ -12,21 +12,21 @@ from moe_upgrpo.losses.config import FACTORS, PRESETS, PolicyLossConfig
 from moe_upgrpo.losses.side import Branch, Side
 from moe_upgrpo.losses.tokens import CONTEXT
 
-# Statistics are no argument that a branch names: it has them where its `statistics` computes them.
+# A branch does not name `statistics` as an argument: it gets those that its own field computes.
 ARGUMENTS = ("rollout_log_probs", *(name for name in CONTEXT if name != "statistics"))
 
 
 def register_loss(name: str, branch: Branch, **numbers: Any) -> None:
-    """Make a branch a loss: the presets NAME, for both signs, and up-NAME, with UP's positive side.
+    """Make presets of a branch: NAME, for both signs, and up-NAME, with UP's positive side.
 
-    There is no up-NAME where `branch.up` is False. As `positive` or `negative` of a config it goes
-    with every other branch that has its aggregation. numbers: fields of `PolicyLossConfig` in which
-    the presets differ from its defaults. The same branch may be registered again.
+    There is no up-NAME where `branch.up` is False. As `positive` or `negative` of a config, it
+    combines with every branch that shares its aggregation. numbers: fields of `PolicyLossConfig` in
+    which the presets differ from its defaults. The same branch may be registered again.
 
     Raises:
-        UserError: a name that is taken or no word; a branch that is none, without an aggregation,
-            with a field, an argument, a factor or an aggregation that there is not, or with half
-            of an extra term; numbers that cannot be.
+        UserError: a name that is taken or not a word; a branch that is not a `Branch`, has no
+            aggregation, names an unknown field, argument, factor or aggregation, or has half of an
+            extra term; invalid numbers.
     """
     if BRANCHES.get(name) is branch:
         return
@@ -54,7 +54,7 @@ def register_loss(name: str, branch: Branch, **numbers: Any) -> None:
 
 
 def _check(name: str, branch: Branch) -> None:
-    """UserError for a branch that no loss could be made of."""
+    """Raise UserError for a branch that no loss could be made from."""
     if not isinstance(branch, Branch):
         raise UserError(f"register_loss({name!r}): {branch!r} given; allowed: a Branch")
     known = {

@@ -10,7 +10,7 @@ the config, each of a few lines:
 - `extra`      e, differentiable and not multiplied by A: a penalty, for instance. Most have none.
 - `extra_slope`  ∂e/∂log π_θ(t). Both are 0 at padding, or `[B, 1]` for each token of a sequence.
 - `weight`     w, detached, where f = w·log π: two such sides need one product for both.
-- `factor`     detached, `[B, T]`: on all of the above.
+- `factor`     detached, `[B, T]`: multiplies all of the above.
 
 The oracle is c = slope·1[not clipped] − extra_slope/A: with the aggregation's weight w,
 ∂loss/∂log π_θ(t) = −w·A_t·c_t. Slope and clip are written from the papers' gradients, not by
@@ -19,7 +19,7 @@ differentiating f. Where A = 0 the extra term still acts, on the negative side (
 `[B, 1]` results belong to whole sequences. In a `coupled` loss, f of a sequence depends on all its
 tokens; c is then the coefficient for an advantage that is constant in the sequence.
 
-What a side may look at: the token's own numbers, its sequence's, the fields of `Context`, and
+A side may look at the token's own numbers, its sequence's, the fields of `Context`, and
 *statistics*: scalars over the whole batch, all micro-batches and ranks, which `Branch.statistics`
 computes and `batch_statistics` hands out.
 """
@@ -81,11 +81,11 @@ class Branch:
     refuses: config fields that may not be used with it: factors that it has itself, or that its
         formula has no place for.
     statistics: name -> scalar over the whole batch, from all its tokens.
-    statistics_of_policy: whether they look at the current log-probs; else a forward at the weights
-        of the update is not needed for them.
-    both: the functions of both sides as one, by the sign of A at each token: what `policy_loss`
-        calls, for fewer passes over the batch, where the branch serves both signs. Its `clip` is
-        not asked.
+    statistics_of_policy: whether they look at the current log-probs; if not, they need no forward
+        at the weights of the update.
+    both: the functions of both sides as one, by the sign of A at each token. `policy_loss` calls
+        it, for fewer passes over the batch, where the branch serves both signs. Its `clip` is not
+        used.
     """
 
     positive: Side

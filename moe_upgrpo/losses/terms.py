@@ -61,21 +61,21 @@ def loss_terms(
     global_tokens: float | None = None,
     global_sequences: float | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-    """The terms by name, to be added to the loss, and sums of what they are about.
+    """The terms by name, to be added to the loss, and the sums of KL and entropy over the tokens.
 
     Args:
-        log_probs, mask: as of `policy_loss`.
-        config: of the policy loss, for its aggregation.
+        log_probs, mask: as in `policy_loss`.
+        config: the policy loss's, for its aggregation.
         reference_log_probs: `[B, T]` log π_ref; needed with a `kl_coef`.
         entropy: `[B, T]` of π at each token, with its gradient; needed with an `entropy_coef`.
-        global_tokens, global_sequences: as of `policy_loss`.
+        global_tokens, global_sequences: as in `policy_loss`.
 
     Returns:
         `kl` (β·Σ w k) and `entropy` (−α·Σ w H), scalars; `kl` and `entropy`, sums over the tokens
         and their number. Those with a coefficient of 0 are left out.
 
     Raises:
-        UserError: what a coefficient needs is None, shapes that differ, no token.
+        UserError: an input that a coefficient needs is None, shapes that differ, no token.
     """
     check_shapes(
         log_probs, {"mask": mask, "reference_log_probs": reference_log_probs, "entropy": entropy}

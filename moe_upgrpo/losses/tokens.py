@@ -86,8 +86,8 @@ class Tokens:
     The replacement is done by `where` before any exp or product, so padding may hold NaN or ±inf
     and neither value nor gradient sees it; padded tokens have log-ratio 0 and advantage 0.
 
-    Args (all `[B, T]`): see `policy_loss`. `log_router_shift_BT` is log γ ≤ 0 of RSPO. Of
-    `context` the fields named in `reads` are read.
+    Args (all `[B, T]`): see `policy_loss`. `log_router_shift_BT` is log γ ≤ 0 of RSPO. `reads`
+    names the fields of `context` that are read.
 
     Raises:
         UserError: shapes differ, the mask is not 0/1, or an unmasked value is not finite.
@@ -143,7 +143,8 @@ class Tokens:
             check_finite(named, self.mask_BT)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, at the first call: both sides of a loss and its oracle ask."""
+        """Call `make` once and keep its result, as both sides of a loss and its oracle ask for
+        it."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -168,17 +169,17 @@ class Tokens:
 
     @cached_property
     def mask_BT(self) -> Tensor:
-        """bool; made again where it is asked for after `forget_mask`"""
+        """The mask as bool; made again if asked for after `forget_mask`."""
         return self._given_mask_BT.bool()
 
     def forget_mask(self) -> None:
-        """Free the mask of bool where it is not the one that was given."""
+        """Free the bool mask unless it is the one that was given."""
         self.__dict__.pop("mask_BT", None)
 
     def masked(self, x_BT: Tensor) -> Tensor:
         return masked(x_BT, self.mask_BT, self._mask_number_BT)
 
-    # Not kept: the graph keeps what it needs of them.
+    # These are not kept: the graph keeps what it needs of them.
     @property
     def gain_BT(self) -> Tensor:
         """A⁺: the advantages above 0, else 0."""
@@ -200,7 +201,7 @@ class Tokens:
         return falls_below(self.advantages_BT, 0.0)
 
     def by_sign(self, positive: float, negative: float) -> Tensor:
-        """The one number where A > 0, the other elsewhere."""
+        """`positive` where A > 0, `negative` elsewhere."""
         high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
         return torch.where(self.positive_BT, high, low)
 
@@ -210,13 +211,13 @@ class Tokens:
         return self.gain_BT.sign_()
 
     def of_finite_(self, x_BT: Tensor) -> Tensor:
-        """`masked`, in place, of numbers that are finite at padding too. Without a gradient."""
+        """`masked` in place, for numbers that are finite at padding too. Without a gradient."""
         if self._mask_number_BT is None:
             return x_BT.masked_fill_(~self.mask_BT, 0.0)
         return x_BT.mul_(self._mask_number_BT)
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """x, `[B, T]` and 0 at padding or `[B, 1]`, for each token."""
+        """x for each token, from `[B, T]` that is 0 at padding, or from `[B, 1]`."""
         shape = self.advantages_BT.shape
         return x if x.shape == shape and shape[-1] > 1 else self.masked(x.expand(shape))
 
@@ -284,7 +285,7 @@ class Tokens:
     @cached_property
     def self_ratio_BT(self) -> Tensor:
         """π_θ/sg(π_θ): value 1, gradient ∇log π_θ."""
-        # π_old is constant, so the log-ratio, which is masked already, does for log π_θ
+        # π_old is constant, so the log-ratio, which is already masked, serves as log π_θ
         return ratio_to_itself(self.raw_log_ratio_BT)
 
     @cached_property
@@ -309,7 +310,7 @@ def mask_and_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_shapes(log_probs: Tensor, others: dict[str, Tensor | None]) -> None:
-    """UserError naming the first tensor whose shape is not log_probs' `[B, T]`."""
+    """Raise UserError naming the first tensor whose shape is not log_probs' `[B, T]`."""
     shape = tuple(log_probs.shape)
     if len(shape) != 2:
         raise UserError(f"log_probs: shape {shape} given; allowed: two dimensions [B, T]")
@@ -321,7 +322,8 @@ def check_shapes(log_probs: Tensor, others: dict[str, Tensor | None]) -> None:
 
 
 def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
-    """NumericalFailure naming the first tensor with a NaN or infinity where the mask selects."""
+    """Raise NumericalFailure naming the first tensor with a NaN or infinity where the mask
+    selects."""
     for name, x in named.items():
         if x is None:
             continue
