@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _take_any_locale()
     try:
         _run([*(argv or ()), *sys.argv[1:]])
-        sys.stdout.flush()  # here, where a reader that is gone has a message
+        sys.stdout.flush()  # here, where a reader that has gone gets a message
     except UserError as error:
         ending.fail(str(error), status_of(error), lost=error.lost)
     except KeyboardInterrupt as end:
@@ -113,7 +113,7 @@ def _parse(what, arguments: list[str], prog: str):
     try:
         return parsed(what, arguments, prog, speaks=ending.rank() == 0)
     except UserError:
-        if ending.rank():  # torchrun ends all ranks once one has failed: not before rank 0 spoke
+        if ending.rank():  # torchrun ends all ranks once one has failed: let rank 0 speak
             time.sleep(RANK_0_SPEAKS_S)
         raise
 
@@ -125,7 +125,7 @@ def _call(function, arguments: list[str], prog: str) -> None:
     def later(*positional, **named):
         return partial(function, *positional, **named)
 
-    _parse(later, arguments, prog)()  # outside of tyro, what it prints and raises is its own
+    _parse(later, arguments, prog)()  # outside of tyro, so that its output and errors stay its own
 
 
 def _parse_with_files(cls, arguments: list[str], prog: str):
@@ -392,11 +392,11 @@ def _console() -> Console:
 
 
 def _gone() -> None:
-    raise BrokenPipeError  # said and given its status as a print's own is
+    raise BrokenPipeError  # reported, with its status, as for a print
 
 
 def _take_any_locale() -> None:
-    """Files are UTF-8 whatever the locale; a sign that the terminal cannot show becomes a "?"."""
+    """Use UTF-8 for files whatever the locale, and "?" for a sign that the terminal cannot show."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     # torch reads its own templates in the locale's encoding (torch/_inductor/utils.py:4770), which

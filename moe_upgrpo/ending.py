@@ -3,7 +3,8 @@
 
 A rank started by our launcher (`moe_upgrpo.launch`) leaves its message in the launcher's folder,
 which prints one once every rank is gone. Under plain torchrun the first rank of a machine to fail
-prints it, and torchrun repeats it as the root cause in its own report. Else it is just printed.
+prints it, and torchrun repeats it as the root cause in its own report. Otherwise it is just
+printed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def remember(run: Path) -> None:
 def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
     """Say what to do next with this process's run, or with that of a launcher's folder.
 
-    state: whether it keeps states, without which it can only begin again.
+    state: whether the run keeps states; without one it can only begin again.
     """
     run = _run
     if folder is not None and (folder / _RUN).exists():
@@ -62,7 +63,8 @@ def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
 
 @contextlib.contextmanager
 def doing_before(do: Callable[[], None]) -> Iterator[None]:
-    """Inside, have `fail` call this first, in whatever thread. It must return within seconds."""
+    """Have `fail` call `do` first inside this context, in any thread. It must return within
+    seconds."""
     _before.append(do)
     try:
         yield
@@ -91,8 +93,8 @@ def failed_already() -> bool:
 def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False) -> NoReturn:
     """End this process at once, from any thread.
 
-    details: what belongs above the message, a traceback. lost: another rank's end is the cause, so
-    that another rank's message says more.
+    details: printed above the message, such as a traceback. lost: whether another rank's end is the
+    cause; that rank's message then says more.
     """
     launcher, error_file = os.environ.get(LAUNCHER), os.environ.get("TORCHELASTIC_ERROR_FILE")
     first = _leave_mark()
@@ -101,7 +103,7 @@ def fail(message: str, status: int = 2, *, details: str = "", lost: bool = False
     try:
         _write(message, status, lost, launcher, error_file)
         printed_by_launcher = bool(launcher) and not launcher_is_gone()
-    except OSError:  # on a full disk what is printed here is all there is
+    except OSError:  # on a full disk, only what is printed here remains
         printed_by_launcher = False
     if first and not printed_by_launcher:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -143,7 +145,7 @@ def _mark() -> Path | None:
 
 
 def _leave_mark() -> bool:
-    """Claim to be the first rank that failed; whether it was."""
+    """Claim to be the first rank that failed; return whether this rank was."""
     mark = _mark()
     if mark is None:
         return True
@@ -153,5 +155,5 @@ def _leave_mark() -> bool:
     except FileExistsError:
         return False
     except OSError:
-        return True  # a full disk: said twice rather than never
+        return True  # a full disk: better said twice than never
     return True

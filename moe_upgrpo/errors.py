@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors by their kind, each with the exit status of the command that it ends.
 
-0 is done; 2 wrong use or refused input, 3 the numbers of the run failed, 4 the machine did: its
+0 is success; 2 wrong use or refused input, 3 the numbers of the run failed, 4 the machine did: its
 disk, memory or files, a lost rank or host, a server that does not run. 1 is a fault of ours.
 """
 
@@ -46,7 +46,7 @@ class MachineFault(UserError):
 
 
 class PeerLost(MachineFault):
-    """Another rank ended, was stopped or cut off."""
+    """Another rank ended, was stopped or was cut off."""
 
     lost = True
 
@@ -86,7 +86,7 @@ _BY_NUMBER = {
     errno.EIO: _STORAGE,
     errno.ESTALE: _STORAGE,
 }
-# Libraries in C++ and Rust have the system's words and not its number.
+# Libraries in C++ and Rust give the system's words but not its error number.
 _BY_WORDS = (
     {os.strerror(number): what for number, what in _BY_NUMBER.items()}
     | dict.fromkeys(("StorageFull", "PytorchStreamWriter failed writing"), _DISK)
@@ -95,8 +95,8 @@ _BY_WORDS = (
          "_STATUS_ALLOC_FAILED"), _MEMORY)
     | {"can't start new thread": _PROCESSES, "uncorrectable ECC": "the GPU failed"}
 )  # fmt: skip
-# Of gloo, NCCL and torch's store, whatever else they say. A failed check of sizes ("enforce fail")
-# is no lost rank: the ranks are there and disagree.
+# Errors of gloo, NCCL and torch's store, whatever else they say. A failed check of sizes ("enforce
+# fail") is not a lost rank: the ranks are there and disagree.
 _TRANSPORT = re.compile(
     r"gloo[/ ]|nccl|ProcessGroup|c10d|TCPStore|Connection (closed|reset) by peer|Broken pipe", re.I
 )
@@ -119,11 +119,11 @@ def status_of(error: BaseException) -> int:
 def machine_fault(error: BaseException) -> str | None:
     """Describe the machine's fault behind `error`; None where the machine is not to blame.
 
-    A UserError is one where it was raised for an error of the system: a file that cannot be read
-    because too many are open is no wrong file.
+    A UserError counts where an error of the system caused it: a file that cannot be read because
+    too many are open is not a wrong file.
     """
     if isinstance(error, UserError):
-        # Their numbers alone: a damaged file may ask for any memory.
+        # Only by error number: a damaged file may ask for any amount of memory.
         causes = (one for one in _causes(error) if isinstance(one, OSError))
         return next((_BY_NUMBER[one.errno] for one in causes if one.errno in _BY_NUMBER), None)
     for one in (error, *_causes(error)):
@@ -141,7 +141,7 @@ def as_user_error(error: Exception) -> UserError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The errors behind it, also those that `from None` hides from a traceback."""
+    """The errors behind `error`, including those that `from None` hides from a traceback."""
     seen = {id(error)}
     while error := error.__cause__ or error.__context__:
         if id(error) in seen:
@@ -154,9 +154,9 @@ def _told(error: BaseException) -> str | None:
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names:  # torch's
         return _MEMORY
-    if "BrokenExecutor" in names:  # of concurrent.futures: its workers went without a word
+    if "BrokenExecutor" in names:  # of concurrent.futures: its workers died without a message
         return _KILLED
-    if isinstance(error, BlockingIOError):  # of a fork; a lock says so where it is asked for
+    if isinstance(error, BlockingIOError):  # from a fork; a busy lock is reported where it is taken
         return _PROCESSES
     if isinstance(error, OSError) and _is_of_network(error):
         return LOST_RANK

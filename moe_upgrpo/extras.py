@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that only some uses need: which extra brings each, and what to say where one is absent.
+"""Packages that only some uses need: the extra that brings each, and the message where one is
+absent.
 
 The requirements themselves are in setup.py.
 """
@@ -47,5 +48,5 @@ def is_there(module: str) -> bool:
     """Whether a module can be found; it is not imported."""
     try:
         return find_spec(module) is not None
-    except ValueError:  # None stands in its place in sys.modules
+    except ValueError:  # sys.modules has None in its place
         return False

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Of mkl_types.h.
+# From mkl_types.h.
 _STRICT = 0x10000
 _BRANCHES = {
     1: "OFF", 2: "AUTO", 3: "COMPATIBLE", 4: "SSE2", 5: "SSE3", 6: "SSSE3", 7: "SSE4_1",
@@ -27,38 +27,39 @@ _BRANCHES = {
 _ALL = -1  # MKL_CBWR_ALL: the branch and whether it is strict
 # MKL's AVX-512 kernels need all of them.
 _AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
-# By these torch, oneDNN and MKL choose among their kernels.
+# torch, oneDNN and MKL choose among their kernels by these.
 _CHOSEN_BY = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-# Settings of the user that make a CPU compute as another would.
+# User settings that make a CPU compute as another would.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def pin() -> None:
     """Let this process and those that it starts compute repeatably, each in one thread.
 
-    What the user has set stays. One thread: tiny models are thirty times slower where threads
-    outnumber cores, and torchrun sets it for several ranks only.
+    Whatever the user has set stays. One thread, because tiny models are thirty times slower where
+    threads outnumber cores, and torchrun sets it only for several ranks.
     """
     os.environ.setdefault("MKL_CBWR", repeatable(_cpu()[1]))
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
-        if torch := sys.modules.get("torch"):  # its threads are there already
+        if torch := sys.modules.get("torch"):  # its threads exist already
             torch.set_num_threads(1)
 
 
 def repeatable(instructions: frozenset[str]) -> str:
     """The value of MKL_CBWR for a CPU with these instructions.
 
-    AVX2 would do everywhere; where there is AVX-512 a large product takes 1.6 times as long by it.
+    AVX2 would do everywhere, but on a CPU with AVX-512 a large product takes 1.6 times as long with
+    it.
     """
     return "AVX512,STRICT" if instructions >= _AVX512 else "AVX2"
 
 
 def facts() -> dict[str, Any]:
-    """The CPU, and by which kernels this process computes: for `doctor` and a run's env.json.
+    """The CPU and the kernels that this process computes with, for `doctor` and a run's env.json.
 
     `mkl` is MKL's own answer (None: it cannot be asked), which differs from `MKL_CBWR` where that
-    came after MKL's first call, or is no value that this CPU has.
+    was set after MKL's first call, or names a value that this CPU does not have.
     """
     import torch  # here: `pin` comes before
 
@@ -115,7 +116,8 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _mkl_branch(torch) -> str | None:
-    """The value of MKL_CBWR that MKL follows, fixed by its first call, which this may be."""
+    """The value of MKL_CBWR that MKL follows. MKL fixes it at its first call, which may be this
+    one."""
     if not torch.backends.mkl.is_available():
         return None
     folder = Path(torch.__file__).parent / "lib"

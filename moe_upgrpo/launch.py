@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo launch [torchrun's options] -- [train's]`: start ranks, and have the last word.
 
-The ranks are started by torch's elastic agent, as torchrun does, whose report of a failure (some 35
-lines and its own exit status) stays away. Options and files are checked before any rank starts. A
-signal reaches every rank, which then keep what they have (`moe_upgrpo.train.stopping`); a second
-one ends them at once.
+Torch's elastic agent starts the ranks, as in torchrun, but its report of a failure (some 35 lines
+and its own exit status) is suppressed. Options and files are checked before any rank starts. A
+signal reaches all ranks, which then keep what they have (`moe_upgrpo.train.stopping`); a second one
+ends them at once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def launch(agent_words: Sequence[str], train_words: Sequence[str]) -> None:
         try:
             _wait(agent, asked)
         finally:
-            del os.environ[ending.LAUNCHER]  # it is the ranks': this process is none
-            for pid in _ranks():  # just started as a signal came, or given up by the agent
+            del os.environ[ending.LAUNCHER]  # for ranks, and this process is not one
+            for pid in _ranks():  # started just as a signal came, or abandoned by the agent
                 _send(pid, signal.SIGKILL)
         told = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank-*.json")]
         if asked:
@@ -60,7 +60,7 @@ def launch(agent_words: Sequence[str], train_words: Sequence[str]) -> None:
 
 
 def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: list) -> None:
-    logging.disable(logging.ERROR)  # what the agent says of a failure is said better below
+    logging.disable(logging.ERROR)  # what the agent says about a failure is said better below
     try:
         from torch.distributed import run
         from torch.distributed.launcher.api import elastic_launch
@@ -76,7 +76,8 @@ def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: lis
 
 
 def _arguments(words: Sequence[str]) -> Any:
-    """Torchrun's options as it reads them; a job of one machine alone meets at any free port."""
+    """Torchrun's options as it parses them; the ranks of a one-machine job meet at any free
+    port."""
     from torch.distributed import run
 
     said = io.StringIO()
@@ -106,7 +107,8 @@ def _wait(agent: threading.Thread, asked: list[int]) -> None:
                 return  # nothing has started yet
             ending.leave_signal(signal.Signals(asked[0]).name)
             for pid in ranks:
-                # Not the signal itself: in an interpreter that just starts, SIGINT is a traceback.
+                # Not the signal itself: an interpreter that is still starting prints a traceback at
+                # SIGINT.
                 _send(pid, signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
         started = passed_on or list(Path(os.environ[ending.LAUNCHER]).glob("rank-*.json"))
         if ranks or not started:
@@ -151,7 +153,7 @@ def _cause(failure: BaseException, told: list[dict], folder: Path) -> UserError:
             return MachineFault(
                 f"rank {rank} was ended by {name}{why}. {ending.how_to_resume(folder)}"
             )
-        if not told:  # before it could say a word of its own: what it printed stands above
+        if not told:  # it ended before it left a message; what it printed is above
             return _with_status(
                 f"rank {rank} ended with status {process.exitcode}, as is said above. "
                 f"{ending.how_to_resume(folder)}",
@@ -185,7 +187,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def world_size(agent_words: Sequence[str]) -> int | None:
-    """The number of ranks that torchrun's options name, where they say it in numbers."""
+    """The number of ranks that torchrun's options name, if they give it in numbers."""
     sizes = {"nnodes": "1", "nproc-per-node": "1"}
     words = iter(agent_words)
     for word in words:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imports at first use, so that a refused option does not wait for torch, numpy and pyarrow.
 
-For modules that the declaration of options reaches. The others import torch as ever.
+For the modules that declaring the options imports. All others import torch as usual.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     mine = "my_package.moe"
 
 They are loaded before a command runs, and by the integrations of other stacks. The module is
-imported, and of `my_package.moe:set_up` the function is called; either registers
-what it brings: `register_loss`, `register_advantage` (moe_upgrpo.losses), `register_reward`
-(moe_upgrpo.rewards), `register_task` (moe_upgrpo.tasks), `register_engine`
-(moe_upgrpo.rollout.engines), `register_family` (moe_upgrpo.megatron.families).
+imported, and for `my_package.moe:set_up` the function is called; either registers what it brings:
+`register_loss`, `register_advantage` (moe_upgrpo.losses), `register_reward` (moe_upgrpo.rewards),
+`register_task` (moe_upgrpo.tasks), `register_engine` (moe_upgrpo.rollout.engines),
+`register_family` (moe_upgrpo.megatron.families).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _loaded: dict[str, EntryPoint] = {}
 def load() -> list[str]:
     """Load every plug-in not loaded yet, and name all, as `NAME (PACKAGE VERSION)`.
 
-    Raises UserError that names a plug-in which cannot be loaded, and its error.
+    Raises UserError naming a plug-in that cannot be loaded, and its error.
     """
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         key = f"{entry.name} = {entry.value}"

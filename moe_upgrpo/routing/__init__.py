@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Route traces compared: which experts the rollout engine and the trainer chose.
+"""Compare route traces: which experts the rollout engine and the trainer chose.
 
-What the comparing is made of lies in the modules: `codec` (expert sets in few bytes),
+The parts of the comparison are in the modules: `codec` (expert sets in few bytes),
 `decomposition` (the log-prob gap in terms), `gates` (gates, router distributions, margins) and
 `clustering` (mismatches against independence). Pure torch and numpy.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers side by side in as many bits as each needs, most significant first.
+"""Pack numbers side by side in as many bits as each needs, most significant bit first.
 
 Numbers are kept in columns: each operation is on one column of all rows, in words of 64 bits.
 
-Shape suffixes: R rows, n rows that are filled up to whole bytes each, B bytes of such a row, M
+Shape suffixes: R rows, n rows that are each filled up to whole bytes, B bytes of such a row, M
 bytes in all, W bits of a number.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-# Beyond it a number may begin in one window of 8 bytes and end in the next.
+# A wider number may begin in one window of 8 bytes and end in the next.
 _WINDOW = 57
 
 
 def pack(columns: Sequence[ndarray], widths: Sequence[int]) -> ndarray:
-    """Write row by row what the columns have in it: uint8 ``[n, B]``, B = ⌈Σ widths / 8⌉.
+    """Write the columns' numbers row by row: uint8 ``[n, B]``, B = ⌈Σ widths / 8⌉.
 
     columns: int64 ``[n]`` each, from 0 to 2^width − 1; widths from 0 to 63.
     """
@@ -29,7 +29,7 @@ def pack(columns: Sequence[ndarray], widths: Sequence[int]) -> ndarray:
         if not width:
             continue
         number_n = column_n.view(np.uint64)
-        last, room = (end - 1) // 64, -end % 64  # room: bits of the last word behind the number
+        last, room = (end - 1) // 64, -end % 64  # room: bits behind the number in its last word
         words[last] |= number_n << np.uint64(room)
         if (end - width) // 64 < last:
             words[last - 1] |= number_n >> np.uint64(64 - room)
@@ -59,14 +59,14 @@ def unpack(packed_nB: ndarray, widths: Sequence[int]) -> list[ndarray]:
 
 
 def padded(data: ndarray, more: int) -> ndarray:
-    """The bytes as `read` takes them: ``more`` of 0 and a window behind the last."""
+    """The bytes as `read` takes them, with ``more`` zero bytes and a window appended."""
     return np.concatenate([data, np.zeros(more + 8, dtype=np.uint8)])
 
 
 def read(padded_M: ndarray, at_R: ndarray, width: int) -> ndarray:
     """Numbers of one width, 0 to 63, that begin at any bit: int64 ``[R]``.
 
-    padded_M: of `padded`, by at least what the numbers behind the data's end reach.
+    padded_M: from `padded`, with enough bytes for the numbers that reach behind the data's end.
     """
     if width > _WINDOW:
         high_R = read(padded_M, at_R, width - 32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether mismatches gather on the same tokens, against layers that mismatch independently.
+"""Test whether mismatches cluster on the same tokens, against layers that mismatch independently.
 
 Shape suffixes: L MoE layers.
 """
@@ -27,8 +27,8 @@ class Clustering:
     - ``tokens``: tokens compared; ``kind``: what was compared
 
     Mismatches cluster where the share of tokens is below, and the variance above, that of
-    independence. What carries a token's flips through the layers below it clusters them in
-    free-running comparisons; so do tokens with small top-k margins.
+    independence. In free-running comparisons they cluster because a flip carries on through later
+    layers, and on tokens with small top-k margins.
     """
 
     token_any_rate: float

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert sets kept whole in few bytes: one side's by rank, the other's as a difference from it.
+"""Store expert sets exactly in few bytes: one side's by rank, the other's as a difference from it.
 
 A K-subset c_1 < … < c_K of E experts is numbered in the combinatorial number system,
 rank = Σ_i C(c_i, i) in 0..C(E, K) − 1 (Knuth, The Art of Computer Programming 4A, 7.2.1.3, eq. 20),
@@ -25,10 +25,10 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.routing.bits import pack, padded, read, unpack
 from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, unequal
 
-# Rows handled at once: each costs some 40 bytes meanwhile, each call a microsecond.
+# Rows handled at once: each takes some 40 bytes of memory meanwhile, each call a microsecond.
 _ROWS = 1 << 17
-# A subset's three or two lowest members are looked up at once where there are no more of them, in a
-# table of 4 bytes for each, 10 bits of them for a member.
+# A subset's three (or two) lowest members are looked up together where no more combinations than
+# this exist, in a table with 4 bytes for each: 10 bits for a member.
 _LOOKED_UP = 1 << 19
 _MEMBER_BITS = 10
 
@@ -72,8 +72,8 @@ def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts:
     """Undo `encode_sets`: ``[N, L, K]``, ascending within K, uint8 for E ≤ 256 and uint16 above.
 
     Raises:
-        UserError: not uint8 ``[N, set_bytes(L, K, E)]``; bits that no set is written as, naming
-            the token and, unless it is the filling, the layer.
+        UserError: not uint8 ``[N, set_bytes(L, K, E)]``; bits that encode no set, naming the token
+            and, unless the bits are filling, the layer.
     """
     B = set_bytes(num_layers, top_k, num_experts)
     packed_NB = np.asarray(packed_NB)
@@ -106,13 +106,13 @@ def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts:
 def encode_difference(
     rollout_NLK: ndarray, train_NLK: ndarray, *, num_experts: int
 ) -> tuple[ndarray, ndarray]:
-    """The trainer's expert sets, written as what to change in the rollout's.
+    """The trainer's expert sets, written as changes to the rollout's.
 
-    A token that is the same in all layers takes no byte. Any other is, bit by bit: a mask of the L
-    layers, 1 where S ≠ S'; for each of those the number m = |S ∖ S'| of experts exchanged, less
-    one, in ⌈log2 min(K, E − K)⌉ bits; for each the rank of S ∖ S' among the m-subsets of the K
-    ascending members of S and that of S' ∖ S among the m-subsets of the E − K ascending others;
-    filled with 0 up to a whole byte.
+    A token that is the same in all layers takes no byte. Any other is written, bit by bit, as: a
+    mask of the L layers, 1 where S ≠ S'; for each of those the number m = |S ∖ S'| of experts
+    exchanged, less one, in ⌈log2 min(K, E − K)⌉ bits; for each the rank of S ∖ S' among the
+    m-subsets of the K ascending members of S and that of S' ∖ S among the m-subsets of the E − K
+    ascending others; filled with 0 up to a whole byte.
 
     Args:
         rollout_NLK: integers ``[N, L, K]``: S, the rollout engine's expert sets.
@@ -151,8 +151,8 @@ def decode_difference(
 
     Raises:
         UserError: as `encode_sets` for the rollout's routes; offsets that are not N + 1 ascending
-            integers from 0 to M; bytes that no difference is written as, naming the token and,
-            where one can be named, the layer.
+            integers from 0 to M; bytes that encode no difference, naming the token and, where
+            possible, the layer.
     """
     rollout_NLK = _checked_shape("rollout routes", rollout_NLK, num_experts)
     N, L, _ = rollout_NLK.shape
@@ -199,7 +199,8 @@ def _encode_block(
         rows = (swaps_R == m).nonzero()[0]
         left_Rm = leaves_RK[rows].nonzero()[1].reshape(-1, m)
         came_Rm = train_RK[rows][comes_RK[rows]].reshape(-1, m).astype(np.int64)
-        # The index of an expert among those outside S: its id less the members of S below it.
+        # The index of an expert among those outside S: its id minus the number of members of S
+        # below it.
         came_Rm -= _members_below(rollout_RK[rows], came_Rm)
         at_R = payload_at_R[rows]
         for subsets_Rm, universe in ((left_Rm, K), (came_Rm, num_experts - K)):
@@ -208,7 +209,7 @@ def _encode_block(
                 bits[_spans(at_R, width)] = _to_bits(rank_R, width)
                 at_R = at_R + width
     data = np.packbits(bits)
-    masks = np.packbits(mask_DL, axis=1)  # a token's bits begin with a byte
+    masks = np.packbits(mask_DL, axis=1)  # a token's bits begin at a byte
     data[_spans(start_D // 8, masks.shape[1])] |= masks
     return data, bytes_n
 
@@ -223,7 +224,7 @@ def _decode_block(
         return train_nLK
     start_D, end_D = 8 * offsets[differing_D], 8 * offsets[differing_D + 1]
     swap_width, widths = _swap_width(K, num_experts), _payload_widths(K, num_experts)
-    # Filled up, so that what a truncated token seems to hold can be read before it is refused.
+    # Padded, so that a truncated token's apparent content can be read before it is refused.
     whole = padded(data, L + (L * (swap_width + max(widths)) + 7) // 8)
 
     def refuse(bad_D: ndarray, what: str) -> None:
@@ -283,7 +284,7 @@ def _decode_block(
 def _read_subsets(
     whole: ndarray, at_R: ndarray, size: int, universe: int
 ) -> tuple[ndarray, ndarray, ndarray]:
-    """Subsets that begin at these bits, as `_subsets`, and where each ends."""
+    """Subsets that begin at these bits, as from `_subsets`, and where each ends."""
     ranks_R = []
     for width in _widths(size, universe):
         ranks_R.append(read(whole, at_R, width))
@@ -356,7 +357,7 @@ def _width(size: int, universe: int) -> int:
 def _binomials(size: int, universe: int) -> ndarray:
     """int64 ``[size, universe]``: C(c, i) for i = 1..size, no larger than C(universe, size).
 
-    A larger one belongs to no subset of that size.
+    A larger value belongs to no subset of that size.
     """
     most = comb(universe, size)
     table = [[min(comb(c, i), most) for c in range(universe)] for i in range(1, size + 1)]
@@ -401,7 +402,7 @@ def _subsets(ranks_R: Sequence[ndarray], size: int, universe: int) -> tuple[ndar
 
 
 def _looked_up(size: int, universe: int) -> int:
-    """Count the lowest members of a subset that one look into `_low_members` gives."""
+    """The number of a subset's lowest members that one look-up in `_low_members` gives."""
     fit = (low for low in (3, 2) if low <= size and comb(universe, low) <= _LOOKED_UP)
     return next(fit, 1)
 
@@ -421,7 +422,7 @@ def _low_members(size: int, universe: int) -> ndarray:
 def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
     """The largest c with C(c, i + 1) ≤ each rank.
 
-    A rank's leading bits say it but for one: no two binomials near each other share them.
+    A rank's leading bits give it to within one: no two neighbouring binomials share them.
     """
     if i == 0:
         return np.minimum(rank_R, universe - 1)
@@ -431,16 +432,16 @@ def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
         return binomials.searchsorted(rank_R, side="right") - 1
     below, from_above = guesses
     lead_R = _leading_bits(rank_R)
-    member_R = below.take(lead_R, mode="clip")  # beyond them: no rank of a set
+    member_R = below.take(lead_R, mode="clip")  # beyond the table: no set's rank
     member_R += rank_R >= from_above.take(lead_R, mode="clip")
     return member_R
 
 
 @cache
 def _guesses(i: int, size: int, universe: int) -> tuple[ndarray, ndarray] | None:
-    """Largest c for all leading bits, whose C(c, i + 1) has lower ones, and C(c + 1, i + 1).
+    """For all leading bits: the largest c whose C(c, i + 1) has lower ones, and C(c + 1, i + 1).
 
-    None where two binomials share them, so that one step up may not reach the right c.
+    None where two binomials share leading bits, so that one step up may not reach the right c.
     """
     binomials = _binomials(size, universe)[i]
     bits = _leading_bits(binomials)
@@ -453,7 +454,7 @@ def _guesses(i: int, size: int, universe: int) -> tuple[ndarray, ndarray] | None
 
 
 def _leading_bits(values_R: ndarray) -> ndarray:
-    """The exponent and the first 7 bits behind it, of numbers from 0 to 2^63: ascending as they."""
+    """The exponent and the first 7 bits behind it of numbers from 0 to 2^63, in the same order."""
     return (values_R.astype(np.float32).view(np.int32) >> 16).astype(np.intp)
 
 

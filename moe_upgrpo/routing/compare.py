@@ -5,8 +5,8 @@ What was compared is part of the result (`ComparisonKind`): divergence with each
 hidden states, divergence under replay, and the noise floor are different quantities.
 
 Shape suffixes: T tokens, L MoE layers, K experts per token (top-k), R rows = (token, layer) pairs,
-G groups. E is the number of experts. A batch has sequences B and tokens T of each; what is said of
-`[T, …]` holds for its `[B, T, …]`.
+G groups. E is the number of experts. A batch has sequences B and tokens T of each; what is said
+about `[T, …]` also holds for its `[B, T, …]`.
 """
 
 import math
@@ -49,7 +49,7 @@ class ComparisonKind(StrEnum):
 
     @property
     def sides(self) -> tuple[str, str]:
-        """The two arguments of `compare_routes`, by what they are."""
+        """Names of the two sides that `compare_routes` is given."""
         noise = self in (ComparisonKind.REPEAT, ComparisonKind.BATCH_SHAPE)
         return ("first pass", "second pass") if noise else ("rollout", "training")
 
@@ -59,15 +59,15 @@ class RoutingCounts:
     """Counts of the experts that two sides' sets share, as two histograms.
 
     With S the rollout's and S' the trainer's expert set of a (token, layer), |S| = |S'| = K (in a
-    noise floor, those of the first and of the second pass of one side):
+    noise floor, the sets of the first and of the second pass of one side):
 
     - ``overlap_histogram`` ``[L, K+1]`` int64: tokens with |S ∩ S'| = k in layer l
     - ``token_histogram`` ``[L+1]`` int64: tokens with j layers in which S ≠ S'
     - ``kind``: what was compared; every figure made from the counts carries it
 
-    Every rate below is a ratio of sums over these, so that counts of micro-batches, ranks and steps
-    add up (``a + b``, or an all-reduce of both tensors) where means would not. Rates are floats in
-    [0, 1]; those ``by_layer`` are float64 tensors ``[L]``.
+    Every rate below is a ratio of sums over these. So counts of micro-batches, ranks and steps add
+    up (``a + b``, or an all-reduce of both tensors), where means would not. Rates are floats in [0,
+    1]; those ``by_layer`` are float64 tensors ``[L]``.
     """
 
     overlap_histogram: Tensor
@@ -188,7 +188,7 @@ class RoutingDivergence(RoutingCounts):
     - ``routers_per_token`` ``[T]`` int32: layers with S ≠ S'; 0 where the token is not valid
     - ``valid`` ``[T]`` bool
 
-    Of a batch ``[B, T, L, K]`` they are ``[B, T, L]`` and twice ``[B, T]``.
+    For a batch ``[B, T, L, K]``, they are ``[B, T, L]``, ``[B, T]`` and ``[B, T]``.
     """
 
     overlap: Tensor
@@ -258,7 +258,7 @@ class RoutingDivergence(RoutingCounts):
 
 
 def concatenated(parts: "Sequence[RoutingDivergence]") -> RoutingDivergence:
-    """The comparison of all tokens, from those of some of them, one after the other."""
+    """The comparison of all tokens, joined from comparisons of consecutive parts."""
     return RoutingDivergence(
         overlap_histogram=torch.stack([part.overlap_histogram for part in parts]).sum(dim=0),
         token_histogram=torch.stack([part.token_histogram for part in parts]).sum(dim=0),
@@ -282,16 +282,16 @@ def compare_routes(
     Row t of both must belong to the same token. Engines give a row for each *input*: the token at
     position p pairs with row p − 1, which produced its log-prob. The order of the experts within a
     row carries no meaning and is ignored. Definitions 1-6 of the routing metrics; the router
-    mismatch rate and its mean number per token are those of R3 (arXiv 2510.11370, §3).
+    mismatch rate and the mean number per token are those of R3 (arXiv 2510.11370, §3).
 
     Args:
         rollout_routes: ``[T, L, K]``, or a padded batch ``[B, T, L, K]``, as a tensor or a numpy
             array of any integer dtype that can hold ``num_experts − 1``.
         train_routes: the same shape; the dtype and the library may differ.
         num_experts: routed experts in each layer, shared experts not counted.
-        valid: ``[T]`` (``[B, T]``) bool, False for padding, whose ids are not looked at; all where
-            None.
-        kind: what the two are. For a noise floor, pass the routes of one side's two passes.
+        valid: ``[T]`` (``[B, T]``) bool, False for padding, whose ids are not looked at; None: all
+            valid.
+        kind: what is compared. For a noise floor, pass the routes of one side's two passes.
 
     Raises:
         UserError: the shapes, dtypes or devices do not fit; no such kind; no token is valid; a
@@ -310,7 +310,7 @@ def compare_routes(
     device = rollout_routes.device
     if valid is None:
         valid = torch.ones(tokens_shape, dtype=torch.bool, device=device)
-    # One row of tokens: views, but for a batch whose memory is in another order.
+    # One row of tokens: views, except for a batch whose memory is in another order.
     given = [(side, routes.reshape(-1, L, K)) for side, routes in sides.items()]
     valid, T = valid.reshape(-1), valid.numel()
     num_valid = int(valid.sum())
@@ -361,9 +361,9 @@ def _tensor(name: str, given: Tensor | np.ndarray) -> Tensor:
 
 
 def _as_if_writable(array: np.ndarray) -> np.ndarray:
-    """The same memory, of which torch does not warn that it is read-only: nothing is written to it.
+    """The same memory, without torch's warning that it is read-only: nothing is written to it.
 
-    Warnings are not silenced instead: their filters are the process's, and this runs in threads.
+    Silencing the warning would change the filters of the whole process, and this runs in threads.
     """
     interface = array.__array_interface__ | {"data": (array.ctypes.data, False)}
     return np.asarray(SimpleNamespace(__array_interface__=interface, kept=array))
@@ -410,7 +410,7 @@ def _check_shapes(sides: dict[str, Tensor], num_experts: int, valid: Tensor | No
 
 
 def _blocks(valid_T: Tensor, *, all_valid: bool, num_layers: int) -> Iterator[slice | Tensor]:
-    """Index the valid tokens block by block; a slice spares the copy where all are valid."""
+    """Index the valid tokens block by block; a slice saves the copy where all are valid."""
     rows = _ROWS_CPU if valid_T.device.type == "cpu" else _ROWS_GPU
     step = max(1, rows // num_layers)
     if all_valid:
@@ -431,7 +431,7 @@ def _refusal(
     num_experts: int,
     tokens_shape: Sequence[int],
 ) -> UserError:
-    """The error that names the first row of a side which is no set."""
+    """The error that names the first row of a side that is not a set."""
     for side, block_tLK in blocks.items():
         ids_RK = block_tLK.reshape(-1, block_tLK.shape[-1]).long()
         outside_R = ((ids_RK < 0) | (ids_RK >= num_experts)).any(dim=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the gap log p_train − log p_rollout comes from, token by token.
+"""Decompose the gap log p_train − log p_rollout by its sources, token by token.
 
 Let L(w, routes) be the trainer's log-prob of the sampled token with weights w, its routers free
 ("native") or held to given expert sets with the gates computed natively on them; log μ the engine's
@@ -18,9 +18,9 @@ then the update at the trainer's old routes, then the routing at the new weights
 takes the update at the engine's routes, L(θ, e) − L(θ_old, e): the `update` of
 `decompose_under_replay`, with L(θ, native) − L(θ, e) left over as all of the routing at once.
 
-All forwards need the same batch layout, eval mode and sampling temperature; without that, numerics
-of the trainer's own show up in every term. θ_old must be the weights the engine sampled with: with
-older ones in the engine, "numerics" holds the updates between as well.
+All forwards need the same batch layout, eval mode and sampling temperature; otherwise the trainer's
+own numerics show up in every term. θ_old must be the weights the engine sampled with: if the engine
+had older ones, "numerics" includes the updates between as well.
 """
 
 from dataclasses import dataclass
@@ -69,9 +69,9 @@ def decompose(
 ) -> Decomposition:
     """L(θ, native) − log μ in the four terms of the table above.
 
-    Without replay, ``current_native`` is the training forward and two forwards are extra. Under R2
-    (old routes replayed in the update) ``current_on_old_routes`` is the training forward: the
-    loss's own gap is ``total − routing_shift``, and ``routing_shift`` is a counterfactual.
+    Without replay, ``current_native`` is the training forward, and two more forwards are needed.
+    Under R2 (old routes replayed in the update) ``current_on_old_routes`` is the training forward:
+    the loss's own gap is ``total − routing_shift``, and ``routing_shift`` is a counterfactual.
 
     Args:
         rollout: log μ, the engine's log-probs.
@@ -108,7 +108,7 @@ def decompose_under_replay(
     [L(θ, e) − L(θ_old, e)] + [L(θ_old, e) − log μ] = update + numerics: routing has no share in
     it, and forwards on native routes are counterfactuals. R3: arXiv 2510.11370.
 
-    Args and errors as of `decompose`; ``current_on_rollout_routes`` is L(θ, e).
+    Args and errors as in `decompose`; ``current_on_rollout_routes`` is L(θ, e).
     """
     mu, old_e, current_e = _checked(
         rollout=rollout,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differences of two sides' routers beyond their choices: gates, distributions, margins.
 
-Every function gives one value for each (token, layer) and looks at no mask: values at padding mean
-nothing and are left out where they are summed, by `layer_sums`. Expert ids are compared and not
-checked: `compare_routes` checks the same routes.
+Every function gives one value for each (token, layer) and ignores masks: values at padding mean
+nothing, and `layer_sums` leaves them out. Expert ids are compared but not checked: `compare_routes`
+checks the same routes.
 
 Shape suffixes: T tokens, L MoE layers, K experts per token (top-k), E experts.
 """
@@ -21,7 +21,7 @@ def layer_sums(values_TL: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor
     """Numerator and denominator of the mean in each layer: Σ over valid tokens, and their number.
 
     Both add up over micro-batches, ranks and steps. Values at tokens that are not valid may be
-    anything, NaN too.
+    anything, even NaN.
 
     Returns:
         float64 ``[L]`` and the number of valid tokens, all T where ``valid_T`` is None.
@@ -51,9 +51,9 @@ def gate_overlap(
 
     Args:
         rollout_routes, train_routes: integers ``[T, L, K]``; slots may be in any order.
-        rollout_gates, train_gates: ``[T, L, K]``, ≥ 0, of the experts in the same slots. Gates as
-            the experts' outputs are weighted by them, which with bias-corrected routing are not
-            the scores that experts were chosen by.
+        rollout_gates, train_gates: ``[T, L, K]``, ≥ 0, of the experts in the same slots. Gates are
+            the weights on the experts' outputs; with bias-corrected routing these are not the
+            scores that experts were chosen by.
 
     Raises:
         UserError: the four are not of one shape, or gates are not floating point.
@@ -90,8 +90,8 @@ def gate_total_variation(
 def router_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(p‖q) = Σ_e p_e·(log p_e − log q_e), ``[T, L]``, nats, p and q the softmax of the logits.
 
-    Of routers that score by softmax, over all E experts, before top-k; both ways are two calls.
-    Definition 8 of the routing metrics. A logit of −∞ is a probability of 0.
+    For routers that score by softmax, over all E experts, before top-k; both directions take two
+    calls. Definition 8 of the routing metrics. A logit of −∞ is a probability of 0.
 
     Args:
         logits_p, logits_q: floating point ``[T, L, E]``; softmax in float32 at least.
@@ -119,8 +119,8 @@ def top_k_margin(scores: Tensor, *, top_k: int) -> Tensor:
     routing metrics.
 
     Args:
-        scores: ``[T, L, E]``: what experts are chosen by, in its own units: logits, or with
-            bias-corrected routing the biased scores.
+        scores: ``[T, L, E]``: the scores that experts are chosen by, in their own units: logits, or
+            with bias-corrected routing the biased scores.
 
     Raises:
         UserError: not 1 ≤ K < E.
@@ -150,8 +150,8 @@ class RouterShift:
 def router_shift(current: Tensor, old: Tensor, *, floor: float) -> RouterShift:
     """Movement of the router on the experts that the old policy activated.
 
-    Definition 9 of the routing metrics, of RSPO (arXiv 2510.23027): taken from a secondary source,
-    not from the paper's own text.
+    Definition 9 of the routing metrics, from RSPO (arXiv 2510.23027): taken from a secondary
+    source, not from the paper's own text.
 
     Args:
         current, old: router log-probs ``[T, L, K]`` of the old policy's experts, under the current
@@ -199,7 +199,7 @@ def _log_softmax(*both_logits: Tensor) -> list[Tensor]:
 
 
 def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """Σ_e p_e·values_e, where an expert of probability 0 counts nothing."""
+    """Σ_e p_e·values_e, where an expert of probability 0 adds nothing."""
     p = log_p.exp()
     return torch.where(p > 0, p * values, 0).sum(dim=-1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the routes that a router was given are those that it used, counted row by row.
+"""Count, row by row, whether a router used the routes that it was given.
 
 Sums of a handful of integers for each layer, cheap enough to be counted in every forward: nothing
 waits for the device, and no row is kept.
@@ -22,13 +22,13 @@ def count_rows(used_NE: Tensor, given_NK: Tensor | None = None, native_NK: Tenso
     - applied: given rows that used exactly the given set of experts
     - compared, differs: given rows of K different experts that are not zero-filled, and those of
       them for which the router would have chosen another set
-    - zero_filled: given rows of nothing but expert 0, as a buffer is that was never written; with
-      K = 1 that is a route like any other, and none is counted
+    - zero_filled: given rows of nothing but expert 0, like a buffer that was never written; with K
+      = 1 such a row is an ordinary route, and none is counted
     - repeated: given rows that name an expert twice, and are not zero-filled
 
-    used_NE: the router's own map of tokens to experts, after all that comes behind its top-k.
-    given_NK, native_NK: the routes that it was given, and what it would have chosen; None: it was
-    given none. held_N: rows that the given routes are meant for; None: all.
+    used_NE: the router's own map of tokens to experts, after every step behind its top-k.
+    given_NK, native_NK: the routes that it was given, and those that it would have chosen; None: it
+    was given none. held_N: rows that the given routes are meant for; None: all.
     """
     rows = used_NE.new_full((), len(used_NE), dtype=torch.int64)
     if given_NK is None:
@@ -43,7 +43,7 @@ def count_rows(used_NE: Tensor, given_NK: Tensor | None = None, native_NK: Tenso
     same_NKK = ids_NK[:, :, None] == ids_NK[:, None, :]
     repeats_N = same_NKK.sum(dim=(1, 2)) > top_k
     zero_N = (ids_NK == 0).all(dim=1) & repeats_N & given_N
-    # Of an expert's occurrences the first counts: same_NKK above the diagonal says who comes later.
+    # Only an expert's first occurrence counts: below its diagonal, same_NKK marks the later ones.
     different_N = (~same_NKK.tril(diagonal=-1).any(dim=2)).sum(dim=1)
     all_used_N = used_NE.gather(1, ids_NK).bool().all(dim=1)
     applied_N = given_N & all_used_N & (used_NE.bool().sum(dim=1) == different_N)
@@ -57,8 +57,8 @@ def count_rows(used_NE: Tensor, given_NK: Tensor | None = None, native_NK: Tenso
 def metrics_of(counts_LF: Tensor, layer_ids: list[int]) -> dict[str, float]:
     """Metrics of a step from the sums over its forwards and all ranks.
 
-    Without a row there is no metric but `replay/rows`, which then is 0. layer_ids: of the model,
-    from 0.
+    Without a row there is no metric but `replay/rows`, which then is 0. layer_ids: the model's
+    layers, from 0.
     """
     total = dict(zip(FIGURES, counts_LF.sum(dim=0).tolist(), strict=True))
     metrics = {"replay/rows": float(total["rows"])}

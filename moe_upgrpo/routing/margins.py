@@ -12,8 +12,8 @@ def top_k_margins(scores_NE: Tensor, top_k: int) -> Tensor:
 
     s are the scores that the top-k is taken over: logits (Qwen3-MoE), probabilities where the
     softmax comes first, scores with the selection bias where the router has one. Where the router
-    chooses groups of experts first, those of the chosen groups (`of_best_groups`): a set with
-    experts of another group may be nearer. Infinite where every expert is chosen.
+    chooses groups of experts first, s are the scores of the chosen groups (`of_best_groups`): a set
+    with experts of another group may be nearer. Infinite where every expert is chosen.
     """
     if top_k == scores_NE.shape[1]:
         return scores_NE.new_full(scores_NE.shape[:1], torch.inf, dtype=torch.float32)

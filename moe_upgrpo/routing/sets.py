@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of expert ids as sets: sorted, compared, subtracted.
+"""Sort, compare and subtract rows of expert ids as sets.
 
-numpy and torch do a row at a time along the last axis, some 80 ns to sort eight ids. Here each
-operation is on one column of all rows, which a CPU does for 16 to 64 rows in one instruction.
+numpy and torch work on one row at a time along the last axis: sorting eight ids takes some 80 ns.
+Here each operation is on one column of all rows, which a CPU does for 16 to 64 rows in one
+instruction.
 
 Shape suffixes: R rows, K experts per row.
 """
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 # Rows handled at once, so that their columns stay in the L2 cache.
 _ROWS = 1 << 14
-# Beyond it numpy's sort is as quick: K columns take some K·log²K/4 comparators.
+# Beyond this width numpy's sort is as quick: K columns take some K·log²K/4 comparators.
 _WIDEST = 32
 
 
@@ -40,9 +41,9 @@ def ascending(ids: ndarray) -> ndarray:
 
 
 def are_ascending(ids: ndarray) -> bool:
-    """Whether every row is in ascending order already, no expert twice; ids ``[..., K]``.
+    """Whether every row is already in ascending order, with no expert twice; ids ``[..., K]``.
 
-    A tenth of the time of `ascending`: neighbours are compared as they lie in memory.
+    Takes a tenth of the time of `ascending`: neighbours are compared as they lie in memory.
     """
     if not ids.flags.c_contiguous:
         return False
@@ -76,7 +77,7 @@ def zeros(ids: ndarray) -> NDArray[np.bool_]:
 
 
 def not_in(ids_RK: ndarray, others_RK: ndarray) -> ndarray:
-    """Which ids are no member of the same row of the others: bool ``[R, K]``."""
+    """Which ids are not in the same row of the others: bool ``[R, K]``."""
     columns_KR, others_KR = ids_RK.T.copy(), others_RK.T.copy()
     absent_KR = columns_KR != others_KR[0]
     for other_R in others_KR[1:]:
@@ -92,7 +93,7 @@ def _words(ids: ndarray) -> ndarray:
 
 @cache
 def comparators(size: int) -> tuple[tuple[int, int], ...]:
-    """Pairs (i < j) to put in order one after another, after which all `size` places are.
+    """Pairs (i < j) to put in order one after another, which sorts all `size` places.
 
     Merge exchange: Knuth, The Art of Computer Programming 3, 5.2.2, Algorithm M; 19 for 8 places.
     """

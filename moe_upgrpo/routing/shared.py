@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many experts two rows share, counted in the way that is quickest where the rows are.
+"""Count the experts that two rows share, in the quickest way for the device that holds the rows.
 
 Shape suffixes: R rows = (token, layer) pairs, K experts per row.
 """
@@ -18,7 +18,7 @@ from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, 
 def count_shared(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
     """|S ∩ S'| for each row, uint8 ``[R]``, and whether all rows are sets of K experts.
 
-    Where one is not (an id outside [0, num_experts), or twice) the counts say nothing.
+    Where one is not (an id outside [0, num_experts), or twice), the counts mean nothing.
     """
     count = form(first_RK.device.type, top_k=first_RK.shape[1], num_experts=num_experts)
     return count(first_RK, second_RK, num_experts=num_experts)
@@ -37,7 +37,7 @@ def form(device: str, *, top_k: int, num_experts: int) -> Callable[..., tuple[Te
 
 
 def _on_cpu(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
-    """Most rows are equal, which a CPU sees in one look at both sets in ascending order."""
+    """Compare sets in ascending order first: most rows are equal, and a CPU sees that at once."""
     K = first_RK.shape[1]
     first, second = (_ascending(ids_RK.numpy(), num_experts) for ids_RK in (first_RK, second_RK))
     if first is None or second is None:
@@ -49,7 +49,7 @@ def _on_cpu(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[T
 
 
 def _ascending(ids_RK: ndarray, num_experts: int) -> ndarray | None:
-    """The rows as sets in ascending order, in the narrowest type; None where one is none."""
+    """The rows as sets in ascending order, in the narrowest type; None where a row is not a set."""
     if ids_RK.min() < 0 or ids_RK.max() >= num_experts:
         return None
     ids_RK = ids_RK.astype(np.uint8 if num_experts <= 256 else np.int16, copy=False)
@@ -60,7 +60,8 @@ def _ascending(ids_RK: ndarray, num_experts: int) -> ndarray | None:
 
 
 def plain(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
-    """Equal pairs of slots among all K × K, in whole-array operations on the narrowest type."""
+    """Count the equal pairs of slots among all K × K, in whole-array operations on the narrowest
+    type."""
     R, K = first_RK.shape
     shared_KR = torch.zeros(K, R, dtype=torch.uint8, device=first_RK.device)
     first_2KR, second_2KR = (_columns(ids_RK, num_experts) for ids_RK in (first_RK, second_RK))
@@ -72,7 +73,7 @@ def plain(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Ten
 
 
 def _columns(ids_RK: Tensor, num_experts: int) -> Tensor | None:
-    """The K columns twice, ``[2K, R]``; None where a row is no set.
+    """The K columns twice, ``[2K, R]``; None where a row is not a set.
 
     Rows p and p + r then hold, for all p < K at once, slot p beside slot p + r (mod K), and K
     rotations pair every slot with every other.
@@ -83,7 +84,7 @@ def _columns(ids_RK: Tensor, num_experts: int) -> Tensor | None:
         return None
     narrow = torch.uint8 if num_experts <= 256 else torch.int16
     columns_2KR, K = ids_RK.t().to(narrow).repeat(2, 1), ids_RK.shape[1]
-    for rotation in range(1, K // 2 + 1):  # those beyond repeat the pairs of those before
+    for rotation in range(1, K // 2 + 1):  # later ones repeat the pairs of earlier ones
         if (columns_2KR[:K] == columns_2KR[rotation : rotation + K]).any():
             return None
     return columns_2KR

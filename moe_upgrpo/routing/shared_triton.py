@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many experts two rows share, in one kernel that reads each id once: Triton.
+"""Count the experts that two rows share, in one Triton kernel that reads each id once.
 
 For at most 16 experts per row of at most 1,024. `moe_upgrpo.routing.shared` has the plain form.
 
@@ -56,7 +56,7 @@ def _count(
     second_rk = tl.load(second + at_rk, mask=is_id_rk, other=0).to(tl.int32)
     outside_rk = (first_rk < 0) | (first_rk >= num_experts)
     outside_rk |= (second_rk < 0) | (second_rk >= num_experts)
-    # What fills up equals nothing in its own row and nothing in the other.
+    # The filling equals nothing in its own row and nothing in the other.
     first_rk = tl.where(is_id_rk, first_rk, -1 - place_k[None, :])
     second_rk = tl.where(is_id_rk, second_rk, -1 - PLACES - place_k[None, :])
     count_r = tl.sum(_equal(first_rk, second_rk), axis=1)
@@ -68,5 +68,5 @@ def _count(
 
 @triton.jit
 def _equal(a_rk, b_rk):
-    """For each place of a row the places of the other that hold the same, [r, k]."""
+    """For each place of a row, the number of places of the other with the same id, [r, k]."""
     return tl.sum((a_rk[:, :, None] == b_rk[:, None, :]).to(tl.int32), axis=2)
