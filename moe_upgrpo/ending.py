@@ -63,7 +63,7 @@ def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
 
 @contextlib.contextmanager
 def doing_before(do: Callable[[], None]) -> Iterator[None]:
-    """Have `fail` call `do` first inside this context, in any thread. It must return within
+    """Inside this context, have `fail` call `do` first, in any thread. `do` must return in
     seconds."""
     _before.append(do)
     try:

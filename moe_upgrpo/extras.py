@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that only some uses need: the extra that brings each, and the message where one is
-absent.
+"""Packages that only some uses need: the extra that brings each, and the message without it.
 
 The requirements themselves are in setup.py.
 """

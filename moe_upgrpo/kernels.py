@@ -116,8 +116,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _mkl_branch(torch) -> str | None:
-    """The value of MKL_CBWR that MKL follows. MKL fixes it at its first call, which may be this
-    one."""
+    """The value of MKL_CBWR that MKL follows, fixed at MKL's first call, which may be this one."""
     if not torch.backends.mkl.is_available():
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -76,8 +76,7 @@ def _agent(agent_words: Sequence[str], train_words: Sequence[str], failures: lis
 
 
 def _arguments(words: Sequence[str]) -> Any:
-    """Torchrun's options as it parses them; the ranks of a one-machine job meet at any free
-    port."""
+    """Torchrun's options as it parses them; one machine's ranks meet at any free port."""
     from torch.distributed import run
 
     said = io.StringIO()

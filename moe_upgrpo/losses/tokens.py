@@ -143,8 +143,7 @@ class Tokens:
             check_finite(named, self.mask_BT)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Call `make` once and keep its result, as both sides of a loss and its oracle ask for
-        it."""
+        """Call `make` once and keep its result: both sides of a loss and its oracle ask for it."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -322,8 +321,7 @@ def check_shapes(log_probs: Tensor, others: dict[str, Tensor | None]) -> None:
 
 
 def check_finite(named: dict[str, Tensor | None], mask_BT: Tensor) -> None:
-    """Raise NumericalFailure naming the first tensor with a NaN or infinity where the mask
-    selects."""
+    """Raise NumericalFailure naming the first tensor that is NaN or infinite inside the mask."""
     for name, x in named.items():
         if x is None:
             continue

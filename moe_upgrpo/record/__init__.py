@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a step: sequences as rollout and trainer saw them, and the figures made of them.
+"""The record of a step: sequences as rollout and trainer saw them, and the figures made from them.
 
-The one author of token rows, of a step's sums and of its alarms, for the trainer of this package
-and for the stacks of `moe_upgrpo.integrations`. Arrays are handed in: it knows no Megatron, no
-engine and no file.
+It alone makes token rows, a step's sums and its alarms, for this package's trainer and for the
+stacks of `moe_upgrpo.integrations`. Arrays are handed in: it knows no Megatron, engine or file.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from moe_upgrpo.record.step import StepRecord
     from moe_upgrpo.record.sums import Sums, count_sums, finish, measured, routing_sums
 
-# Options hold the limits of alarms: a command's help needs no torch.
+# Lazy, as options hold the alarms' limits and a command's help needs no torch.
 __getattr__ = exports(
     __name__,
     {

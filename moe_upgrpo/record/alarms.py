@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alarms: signs in a run's metrics that it goes wrong, each with a value, a cause and a command.
+"""Alarms: signs in a run's metrics that it is going wrong, each with a value, a cause and a
+command.
 
-`Watch` looks at one row of metrics.jsonl after the other and keeps what earlier ones said: the last
-noise floor, the best reward, how long nothing was learnt.
+`Watch` looks at the rows of metrics.jsonl one by one and keeps what it needs of earlier ones: the
+last noise floor, the best reward, and how long nothing was learnt.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Raised(NamedTuple):
 
 
 class Watch:
-    """Looks at a run's rows in their order.
+    """Looks at a run's rows in order.
 
     replay: none, R2 or R3, where the source says it.
     """
@@ -183,8 +184,8 @@ def _repeated(row: Row, watch: Watch) -> Seen:
     return _beyond(more, watch.limits.repeated_rows)
 
 
-_TOKENS_TO_TELL = 20  # whose rows are repeated; fewer may be chance
-_ROUTERS_TO_TELL = 10  # that differ; held to other experts, some log-prob of theirs moves
+_TOKENS_TO_TELL = 20  # with repeated rows; fewer may be chance
+_ROUTERS_TO_TELL = 10  # that differ; with other experts, at least one log-prob moves
 
 
 def _replay_unused(row: Row, watch: Watch) -> Seen:
@@ -240,9 +241,10 @@ def _entropy_collapse(row: Row, watch: Watch) -> Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """`fires` gives what was seen and the limit, or None; the texts say the rest.
+    """`fires` gives the value seen and the limit, or None; the texts explain them.
 
-    rings: when, in the defaults of `AlarmLimits`. limits: the fields of it that set them.
+    rings: when it rings, with the defaults of `AlarmLimits`. limits: the fields there that set
+    this.
     """
 
     fires: Callable[[Row, Watch], Seen]
@@ -260,7 +262,7 @@ class Alarm:
         return f"{self.rings}{set_to} Likely cause: {self.cause} Next: {self.command}"
 
     def means_at(self, limits: AlarmLimits) -> str:
-        """`means`, and the limits that were set otherwise."""
+        """`means`, with the limits that differ from the defaults."""
         changed = {n: getattr(limits, n) for n in self.limits}
         changed = {n: v for n, v in changed.items() if v != getattr(AlarmLimits(), n)}
         set_to = ", ".join(f"{name} {value:g}" for name, value in changed.items())

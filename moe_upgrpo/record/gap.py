@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log-prob gap of each token in its terms, as the token log has them: N response tokens."""
+"""The terms of each token's log-prob gap, as the token log has them: N response tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def gap_terms(
 
     The gap columns add up to train − rollout under every replay; what replay takes out of the loss
     is in the counterfactual columns. Formulas: `routing.decomposition`. Log-probs, [N]: `rollout`
-    μ; `native` L(θ_old, native); `held` L(θ_old, e); `counterpart` at the weights of `train`, what
-    its forward does not compute itself: L(θ, n(θ_old)) without replay, L(θ, native) under R2,
-    nothing under R3; `train` that of
-    the update's own forward; `behind` L(θ_engine, e) where the engine sampled with older weights
-    than θ_old: what lies between is then a term of its own, gap_staleness = L(θ_old, e) −
+    μ; `native` L(θ_old, native); `held` L(θ_old, e); `counterpart`, at the weights of `train`, is
+    what its forward does not compute itself: L(θ, n(θ_old)) without replay, L(θ, native) under R2,
+    nothing under R3; `train` that of the update's own forward; `behind` L(θ_engine, e) where the
+    engine sampled with older weights
+    than θ_old: the difference is then a term of its own, gap_staleness = L(θ_old, e) −
     L(θ_engine, e).
     """
     if behind is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sequence as the rollout and the trainer saw it, at its last optimizer visit.
+"""A sequence as the rollout and the trainer saw it, at its last optimizer step.
 
 Shapes: S tokens, N of them response tokens that count, L MoE layers, K experts each.
 """
@@ -15,19 +15,20 @@ from moe_upgrpo.routing.sets import ascending, repeated
 
 @dataclass(kw_only=True)
 class SequenceRecord:
-    """One sequence as its source knows it; a field that it cannot know is None, and has no column.
+    """One sequence as its source knows it; a field that the source cannot know is None, and has no
+    column.
 
-    Arrays of tokens are [N], in the order of `positions`; routes and what goes with them are
-    [S − 1, L, K] or [S − 1, L], row p − 1 for the token at p, with L = 0 for a dense model.
+    Arrays of tokens are [N], in the order of `positions`; routes and the arrays that go with them
+    are [S − 1, L, K] or [S − 1, L], row p − 1 for the token at p, with L = 0 for a dense model.
 
     prompt: index of its prompt within the step, counted over all ranks.
     positions: of the response tokens that count, in prompt + response, ascending.
     logp_old: None where no forward was made at the old weights. Routes and margins are then those
         of the first forward of the update.
-    known: [S − 1], the rows of which both sides' routes are known; None: all. Others are not
-        looked at, and how many mismatches came before a token is null where one of them did.
-    train_routes: native ones at the old weights. own_routes: what the routers would have chosen
-        where the trainer was held to the rollout's routes, at the same weights.
+    known: [S − 1], the rows whose routes are known on both sides; None: all. Other rows are
+        ignored, and a token's number of mismatches before it is null if such a row came before it.
+    train_routes: native routes at the old weights. own_routes: those that the routers would have
+        chosen while the trainer was held to the rollout's routes, at the same weights.
     margins: the trainer's top-k margins, native, at the old weights.
     gap: the terms of logp_train − logp_rollout by their columns (`gap_terms`).
     held_routes, held_gates, native_gates: the gates of the held forward, for the experts of
@@ -62,7 +63,7 @@ class SequenceRecord:
 def known_rows(*routes: np.ndarray, num_experts: int) -> np.ndarray:
     """Rows [S − 1] in which each of `routes` [S − 1, L, K] names K different experts everywhere.
 
-    Not those of padding, of tokens that an engine took from a cache, or that were never computed.
+    This leaves out padding, tokens that an engine took from a cache, and rows never computed.
     """
     known = np.ones(len(routes[0]), bool)
     for ids_SLK in routes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One RL step: rows of the token log, and sums from which its metrics are made.
+"""One RL step: its rows of the token log, and the sums that its metrics are made from.
 
 Every mean is carried as (numerator, denominator) until the data-parallel ranks are summed, so that
-a metric does not depend on how sequences lie on ranks. Names: `moe_upgrpo.store.metrics`.
+a metric does not depend on how sequences are spread over ranks. Names: `moe_upgrpo.store.metrics`.
 
 Shapes: N response tokens of this rank, R rows of whole sequences, L MoE layers, K experts each.
 """
@@ -41,17 +41,17 @@ class StepRecord:
     noise_layers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def knows(self, *names: str) -> bool:
-        """Whether the source of these sequences could fill the fields."""
+        """Whether the source of these sequences filled these fields."""
         return all(getattr(s, name) is not None for s in self.sequences for name in names)
 
     def of_tokens(self, name: str) -> np.ndarray:
-        """A field of [N] of each sequence, one after the other."""
+        """An [N] field of all sequences, one after the other."""
         return np.concatenate([getattr(s, name) for s in self.sequences])
 
     def pieces(self, name: str) -> list[np.ndarray]:
         """A field over whole sequences, at the rows of each one's tokens: row p - 1 for position p.
 
-        Views where the tokens follow on each other.
+        Views where the tokens are consecutive.
         """
         return [getattr(s, name)[_rows(s)] for s in self.sequences]
 
@@ -97,8 +97,8 @@ class StepRecord:
     def _compare(
         self, train: str, kind: ComparisonKind
     ) -> tuple[RoutingDivergence, RoutingDivergence]:
-        """Rollout's routes against those of the field `train`: of whole sequences [R], and of the
-        response tokens [N].
+        """Compare the rollout's routes with those of the field `train`, over whole sequences [R]
+        and over the response tokens [N].
 
         A fault in the routes names its sequence.
         """
@@ -114,7 +114,7 @@ class StepRecord:
 
         try:
             whole = concatenated([compare(run) for run in self._runs])
-        except (UserError, ValueError):  # numpy's, where the sequences' routes do not fit together
+        except (UserError, ValueError):  # ValueError: numpy's, where routes do not fit together
             for i, sequence in enumerate(self.sequences):
                 try:
                     compare([sequence])
@@ -125,7 +125,7 @@ class StepRecord:
 
     @property
     def _runs(self) -> list[Sequence[SequenceRecord]]:
-        """The sequences in runs of about so many rows that are compared at once."""
+        """The sequences, in runs with about as many rows as are compared at once."""
         if any(s.known is not None for s in self.sequences):
             return [self.sequences]  # a run may have no row that is known
         runs: list[list[SequenceRecord]] = [[]]
@@ -140,7 +140,7 @@ class StepRecord:
 
     @cached_property
     def _is_token(self) -> np.ndarray:
-        """Whether a row [R] is that of a token that counts."""
+        """Whether a row [R] belongs to a token that counts."""
         found = [np.zeros(len(s.train_routes), bool) for s in self.sequences]
         for i, (sequence, rows) in enumerate(zip(self.sequences, found, strict=True)):
             rows[sequence.positions - 1] = True
@@ -202,9 +202,9 @@ class StepRecord:
         return columns
 
     def token_rows(self) -> dict[str, np.ndarray | list[np.ndarray]]:
-        """The columns of the token log but `step`: [N], `overlap` [N, L], routes [N, L, K].
+        """The columns of the token log except `step`: [N], `overlap` [N, L], routes [N, L, K].
 
-        Routes come in pieces, one for each sequence: they are not held twice.
+        Routes come in pieces, one for each sequence, so that memory holds them once.
         """
         lengths = self._lengths
         sequence = self.first_sequence + np.arange(len(lengths))
@@ -270,7 +270,7 @@ class StepRecord:
         return sums if self.dense else sums | self._routing_sums()
 
     def _gap_sums(self) -> Sums:
-        """Sums of the gap and of the ratio, which take log-probs at the old weights."""
+        """Sums of the gap and of the ratio, which need log-probs at the old weights."""
         old_N, rollout_N = self.of_tokens("logp_old"), self.of_tokens("logp_rollout")
         gap_N, tokens = np.abs(old_N - rollout_N), len(old_N)
         sums = {
@@ -286,7 +286,7 @@ class StepRecord:
         return sums | position_sums("logp_gap", self.of_tokens("positions"), gap_N)
 
     def _routing_sums(self) -> Sums:
-        counts = self.divergence  # first: it names the sequence where routes cannot be
+        counts = self.divergence  # first: it names a sequence with impossible routes
         sums = routing_sums(counts, self.pieces("rollout_routes"))
         mismatched_N = counts.routers_per_token.numpy()
         positions_N = self.of_tokens("positions")
@@ -330,7 +330,8 @@ _COMPARED = 1 << 14
 def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     """Count, for each sequence, its tokens whose row of routes is that of another input.
 
-    The row before it, or, where all its rows are so, those of another sequence. Sets are compared,
+    This is the row before it or, where all of a sequence's rows repeat, a row of another sequence.
+    Sets are compared,
     in a few layers: a stale row is stale in all of them.
     """
     num_layers = getattr(sequences[0], side).shape[1]

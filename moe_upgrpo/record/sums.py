@@ -29,7 +29,7 @@ Sums = dict[str, Metric]
 
 
 def count_sums(prefix: str, counts: RoutingCounts) -> Sums:
-    """The sums of a comparison under the names of `store.metrics`; a histogram's are its counts."""
+    """The sums of a comparison, named as in `store.metrics`; a histogram's sums are its counts."""
     sums = {
         f"{prefix}/router_rate": Metric(counts.routers_mismatched, counts.routers_compared),
         f"{prefix}/token_any_rate": Metric(counts.tokens_mismatched, counts.tokens_compared),
@@ -42,7 +42,7 @@ def count_sums(prefix: str, counts: RoutingCounts) -> Sums:
 
 
 def routing_sums(counts: RoutingCounts, rollout: Sequence[np.ndarray]) -> Sums:
-    """Every metric of rollout against trainer that needs nothing but the two routes.
+    """Every metric of rollout against trainer that needs only the two sides' routes.
 
     rollout: the engine's, ``[N, L, K]`` in pieces of any number of tokens.
     """
@@ -58,13 +58,13 @@ def routing_sums(counts: RoutingCounts, rollout: Sequence[np.ndarray]) -> Sums:
 
 
 BEYOND = (2, 10)
-"""Factors that a ratio is further from 1 than, either way, in `beyond_2` and `beyond_10`."""
+"""Factors by which a ratio is further from 1, either way, in `beyond_2` and `beyond_10`."""
 
 
 def tail_sums(name: str, log_ratios_N: np.ndarray) -> Sums:
     """Distances of ratios from 1: those beyond a factor, and counts by size for `measured`."""
     size_N, total = np.abs(log_ratios_N), len(log_ratios_N)
-    # A ratio that is no number is not near 1.
+    # A ratio that is NaN is not near 1.
     sums = {
         f"{name}/beyond_{tau}": Metric(int((~(size_N <= math.log(tau))).sum()), total)
         for tau in BEYOND
@@ -92,7 +92,7 @@ def measured(sums: Sums) -> dict[str, Any]:
     """The metrics that do not come from the loss, from sums over all ranks.
 
     Names that end in a number are the entries of a list; a histogram's are counts, not rates, and
-    an entry of positions at which no token lies is None.
+    an entry for positions without tokens is None.
     """
     metrics: dict[str, Any] = {}
     tails: dict[str, dict[str, np.ndarray]] = {}
@@ -102,7 +102,7 @@ def measured(sums: Sums) -> dict[str, Any]:
             of_name[entry[2]][int(entry[3])] = int(numerator)
             continue
         if not denominator:
-            if "/by_position/" in name:  # no token lies there, and the others keep their place
+            if "/by_position/" in name:  # no token there; the others keep their place
                 metrics.setdefault(name.rpartition("/")[0], []).append(None)
             continue
         if entry := _LIST.fullmatch(name):

@@ -60,7 +60,7 @@ def _ascending(ids_RK: ndarray, num_experts: int) -> ndarray | None:
 
 
 def plain(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
-    """Count the equal pairs of slots among all K × K, in whole-array operations on the narrowest
+    """Count equal pairs of slots among all K × K, in whole-array operations on the narrowest
     type."""
     R, K = first_RK.shape
     shared_KR = torch.zeros(K, R, dtype=torch.uint8, device=first_RK.device)

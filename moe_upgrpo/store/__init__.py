@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a run leaves on disk, written and read: config, metrics, token log.
+"""Write and read the files that a run leaves on disk: config, metrics, token log.
 
-Each name is imported from its module when it is first used: options and messages need the light
-ones of them, and no pyarrow.
+Each name is imported from its module when it is first used: options and messages need only the
+light modules, and no pyarrow.
 """
 
 from typing import TYPE_CHECKING

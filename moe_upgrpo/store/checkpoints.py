@@ -2,7 +2,7 @@
 """The checkpoints that a run is resumed from, each a folder that is whole or absent.
 
 A checkpoint is written into a folder whose name begins with a dot, gets a manifest of its files,
-and becomes whole by one rename. Who writes what into it, this module does not know.
+and becomes whole by one rename. This module does not know who writes what into it.
 """
 
 import hashlib
@@ -32,14 +32,16 @@ class Checkpoints:
     folder: Path
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the state after ``step`` into; what was cut short is removed."""
+        """An empty folder to write the state after ``step`` into; earlier unfinished ones are
+        removed."""
         self.remove_unfinished()
         part = self.folder / f".{self._of(step).name}"
         part.mkdir(parents=True)
         return part
 
     def commit(self, part: Path, step: int, files: dict[str, Any], about: dict[str, Any]) -> Path:
-        """Make the checkpoint whole: its manifest, of ``files`` from `describe`, then its name."""
+        """Make the checkpoint whole: write its manifest, with ``files`` from `describe`, then
+        rename it."""
         manifest = {"version": VERSION, "step": step} | about | {"files": files}
         write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for folder in part.rglob("*/"):
@@ -48,14 +50,15 @@ class Checkpoints:
         return self._of(step)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest. Renamed first: what has the name stays whole."""
+        """Remove all but the ``keep`` newest. Each is renamed first, so that a folder with a
+        checkpoint's name is always whole."""
         for path in self.all()[:-keep]:
             _remove(path.rename(path.with_name(f".{path.name}")))
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed job left of a checkpoint half written, or half removed.
+        """Remove what a killed job left of half-written or half-removed checkpoints.
 
-        Nothing else: a hidden folder of somebody's own stays.
+        Nothing else is removed: a user's own hidden folder stays.
         """
         for path in self.folder.glob(".*/"):
             if _UNFINISHED.fullmatch(path.name):
@@ -71,7 +74,7 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or the link by which its owner keeps it elsewhere."""
+    """Remove a folder, or the link to it where its owner keeps it elsewhere."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -87,7 +90,7 @@ def step_of(path: Path) -> int | None:
 
 
 def names(part: Path) -> list[str]:
-    """The files in a checkpoint's folder but the manifest, relative to it."""
+    """The files in a checkpoint's folder except the manifest, relative to the folder."""
     found = (str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
     return sorted(name for name in found if name != _MANIFEST)
 
@@ -95,7 +98,7 @@ def names(part: Path) -> list[str]:
 def describe(part: Path, files: Iterable[str]) -> dict[str, Any]:
     """Name -> size and SHA-256 of files in ``part``, each synced to disk.
 
-    A disk works while the processor does: they are synced and read at the same time.
+    Files are synced and read at the same time, to use disk and processor at once.
     """
     files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -111,7 +114,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: there is none, it is not JSON, it is of a newer version than this one reads, or
-            of another step than the folder's name.
+            its step is not the one in the folder's name.
     """
     unreadable = UserError(f"{path} has no readable {_MANIFEST}: {_damaged(path)}")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation, problem by problem: runs of the same problems are compared in pairs."""
+"""An evaluation, problem by problem, so that runs on the same problems can be compared in pairs."""
 
 import re
 from collections.abc import Collection
@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("greedy", pa.bool_()),  # was the greedy response right
         ("samples", pa.int32()),
         ("correct", pa.int32()),  # how many of the samples were right
-        ("majority", pa.float32()),  # was their majority; between 0 and 1 where answers tie
+        ("majority", pa.float32()),  # was their majority right; between 0 and 1 where answers tie
     ]
 )
 

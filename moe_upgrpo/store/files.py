@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, also after a power cut: written aside, synced, renamed.
+"""Files that are whole or absent, even after a power cut: written aside, synced, renamed.
 
-And JSON of a file that anybody may have written or damaged.
+Also reads JSON that anybody may have written or damaged.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_upgrpo.errors import UserError
 
-# Of a number in JSON: what numpy, torch and a float can take. Python's own limit is 4,300.
+# Digits of a number in JSON that numpy, torch and a float can take. Python's own limit is 4,300.
 _DIGITS = 20
 
 
@@ -28,21 +28,23 @@ def sync(path: Path) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Give a finished file, or a folder whose files are synced, its name; on disk on return."""
+    """Give a finished file, or a folder whose files are synced, its name; it is on disk on
+    return."""
     sync(part)
     os.replace(part, path)
     sync(path.parent)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole: of several processes that write it at once, on any machine, one wins."""
+    """Write a file whole: if several processes write it at once, on any machine, one of them
+    wins."""
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)
 
 
 def new_folder(kind: str) -> Path:
-    """The folder runs/KIND-DATE-TIME, by a name that nothing has yet; it is not made."""
+    """The folder runs/KIND-DATE-TIME, under a name that is still free; it is not created."""
     started = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     names = (started + f"-{n}" * (n > 1) for n in count(1))
     return next(path for name in names if not (path := Path("runs") / name).exists())
@@ -62,7 +64,7 @@ def parse_json(written: bytes, where: str) -> Any:
 
 
 def shown(written: bytes) -> str:
-    """The beginning of what a file holds, as a message can show it."""
+    """The beginning of a file's content, in a form that a message can show."""
     return repr(written[:80].decode("utf-8", errors="backslashreplace"))[:120]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet files in which every flipped bit is noticed.
 
-Each page carries its checksum, which Parquet defines and other readers know; a page's header and
-the file's footer carry none. So the schema's metadata has, under ``moe_upgrpo.checksums``, the
+Each page carries a checksum that Parquet defines and other readers know; a page's header and the
+file's footer carry none. The schema's metadata therefore has, under ``moe_upgrpo.checksums``, the
 CRC-32 of each column's values and of every other entry of the metadata. Files that were written
 without either are read as they are.
 """
@@ -29,7 +29,7 @@ _KEY = b"moe_upgrpo.checksums"
 def write_checked(table: pa.Table, file: Path, **options: Any) -> None:
     """Write a table, compressed, with its checksums. ``options`` are those of `pq.write_table`."""
     metadata = dict(table.schema.metadata or {})
-    metadata.pop(_KEY, None)  # of the file that the table was read from
+    metadata.pop(_KEY, None)  # that of the file the table was read from
     checksums = {"columns": _columns(table), "metadata": _entries(metadata)}
     with opened(file, "wb") as sink:
         pq.write_table(
@@ -53,9 +53,9 @@ def read_checked(
     """Read a file, and check what is read.
 
     Args:
-        file: of `write_checked`, or any other Parquet file.
-        choose: is given the file's schema before any column is read, and names the columns to read
-            (None: all), or raises UserError.
+        file: from `write_checked`, or any other Parquet file.
+        choose: called with the file's schema before any column is read; returns the names of the
+            columns to read (None: all), or raises UserError.
 
     Raises:
         pa.ArrowException: not Parquet, truncated or damaged.
@@ -92,13 +92,13 @@ def _damage_named() -> Iterator[None]:
         yield
     except (UserError, pa.ArrowException, OSError):
         raise
-    # Damaged names are not UTF-8, damaged sizes no sizes.
+    # Damaged names are not UTF-8, damaged sizes are not sizes.
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
         raise pa.ArrowInvalid(f"damaged: {type(error).__name__}: {error}") from None
 
 
 def _check(table: pa.Table, schema: pa.Schema) -> None:
-    # pyarrow keeps the metadata twice in a file, and takes the one from here, the other from there.
+    # pyarrow keeps the metadata twice in a file, and reads either copy depending on the call.
     if table.schema.metadata != schema.metadata:
         raise pa.ArrowInvalid("damaged: its metadata says two things")
     metadata = dict(schema.metadata or {})
@@ -126,7 +126,7 @@ def _columns(table: pa.Table) -> dict[str, int]:
 
 
 def _kind(field: pa.Field) -> str:
-    """The type in words; of lists with the name that Parquet gives their items."""
+    """The type in words; for lists, with the name that Parquet gives their items."""
     kind = field.type
     if pa.types.is_nested(kind):
         named = kind.value_field.name not in ("item", "element")

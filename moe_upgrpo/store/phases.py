@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a step, and the times that rows of metrics have of them."""
+"""The phases of a step, and their times in the rows of metrics."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PHASES = {
     "update": "update",
     "logging": "logging",
 }
-"""In their order, with what a reader is shown; `time/PHASE` is each one's seconds."""
+"""In order, with the names that a reader sees; `time/PHASE` is each phase's seconds."""
 
 
 def waiting_share(rows: Iterable[Mapping[str, Any]], phase: str) -> float | None:
     """The share of a phase's time that the ranks waited, 0 to 1, over all steps of a run.
 
-    Each step's share weighs as many seconds as its phase took; None where none was measured.
+    Each step's share is weighted by its phase's seconds; None where none was measured.
     """
     measured = [row for row in rows if f"time/waiting/{phase}" in row]
     seconds = sum(row[f"time/{phase}"] for row in measured)

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pieces:
-    """Arrays ``[n, …]`` that are one ``[N, …]``, of which no second copy is made."""
+    """Arrays ``[n, …]`` that together are one ``[N, …]``, without a second copy in memory."""
 
     parts: Sequence[np.ndarray]
 
@@ -25,7 +25,7 @@ class Pieces:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the whole, or of the first part whose rows differ from the others in it."""
+        """The shape of the whole, or that of the first part whose rows have another shape."""
         first = self.parts[0].shape
         for part in self.parts:
             if part.shape[1:] != first[1:] or not first:
@@ -42,7 +42,7 @@ class Pieces:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def at(self, rows: slice | np.ndarray) -> Pieces:
-        """All rows (``slice(None)``), or those of ascending numbers."""
+        """All rows (``slice(None)``), or the rows with these ascending numbers."""
         if isinstance(rows, slice):
             return self
         first = int(rows[0])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to a token log: a quantity in each group, with intervals by prompt.
+"""Ask questions of a token log: a quantity in each group, with intervals by prompt.
 
 ``rate(table, "clipped", by="own")`` is the clip fraction as a function of the token's own
 mismatched layers. Every answer is a ratio of sums over tokens (or routers), with an interval that
-takes the prompt as what was drawn (`stats.clusters`); it describes the tokens of a group and does
-not say what made them so: tokens with many mismatches are also late, rare or uncertain ones. It is
-the decomposition, the columns gap_*, that isolates routing.
+treats prompts as the sampled units (`stats.clusters`); it describes the tokens of a group and does
+not say why they are so: tokens with many mismatches are also late, rare or uncertain ones. The
+decomposition, the columns gap_*, isolates routing.
 
 Shape suffixes: N rows (tokens), L MoE layers, P prompts, G groups, C columns of sums.
 """
@@ -52,7 +52,7 @@ def _beyond(tau: float, log_ratio: Measure) -> Measure:
 
 
 def _log_ratio(c: Columns) -> np.ndarray:
-    # A ratio that underflowed to 0 is beyond every τ; one that cannot be is NaN.
+    # A ratio that underflowed to 0 is beyond every τ; an impossible one is NaN.
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log(c["ratio"])
 
@@ -65,7 +65,7 @@ def _magnitude(name: str) -> Measure:
     return lambda c: np.abs(c[name])
 
 
-# Of the log-prob gap; the counterfactual ones are what replay keeps from the loss.
+# Terms of the log-prob gap; the counterfactual ones are what replay keeps out of the loss.
 _TERMS = (
     "gap_numerics",
     "gap_staleness",
@@ -209,7 +209,7 @@ def ask(
     confidence: float = 0.95,
     counted: dict[Any, Any] | None = None,
 ) -> Question:
-    """The question of `rate`, to be answered by `streamed.answer` from a log of that layout."""
+    """The question of `rate`, for `streamed.answer` to answer from a log of that layout."""
     if quantity not in QUANTITIES or by not in GROUPINGS:
         raise UserError(
             f"no question {quantity!r} by {by!r}: quantities are {', '.join(QUANTITIES)}; "
@@ -241,14 +241,14 @@ def clustering(table: pa.Table, *, confidence: float = 0.95) -> list[Rate]:
     With M a token's mismatched layers and r_l the mismatch rate of layer l:
 
     - ``any_layer``: share of tokens with M > 0
-    - ``any_layer_independent``: 1 − Π_l (1 − r_l), what it were if layers were independent; above
+    - ``any_layer_independent``: 1 − Π_l (1 − r_l), the share if layers were independent; above
       ``any_layer`` where mismatches come together
     - ``dispersion``: Var M / Σ_l r_l (1 − r_l); 1 if layers are independent, above 1 if they
       come together
     - ``consecutive_tokens``: Pearson's correlation of M at positions p and p + 1; 0 if tokens are
-      independent. Sequences of different rates raise it too.
+      independent. Sequences with different rates raise it too.
 
-    The last two are NaN where nothing mismatched. The intervals leave out a prompt at a time.
+    The last two are NaN where nothing mismatched. The intervals leave out one prompt at a time.
 
     Raises:
         UserError: a dense model, or no rows.
@@ -331,7 +331,7 @@ class Clustered:
 
 
 class AboveFloors:
-    """Mismatched routers less those of noise floors, by prompt, part by part."""
+    """Mismatched routers minus those of noise floors, by prompt, part by part."""
 
     def __init__(self, floors: Iterable[str]) -> None:
         """floors: columns noise_SIDE_KIND of the token log; only steps analysed have them."""
@@ -348,7 +348,7 @@ class AboveFloors:
                 sums.append((keys_P, np.bincount(prompt_N, more_N, minlength=len(keys_P))))
 
     def of(self, floor: str, steps: Collection[int]) -> np.ndarray | None:
-        """The differences of the prompts of some steps ``[P]``; None where no row has both."""
+        """The prompts' differences in some steps ``[P]``; None where no row has both counts."""
         if not self._sums[floor]:
             return None
         keys, sums = (np.concatenate(x) for x in zip(*self._sums[floor], strict=True))

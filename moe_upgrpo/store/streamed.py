@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A question answered part by part: a token log need not fit into memory.
+"""Answer a question part by part: a token log need not fit into memory.
 
 A log is read twice. The first time (`Question.look`) values are counted, for bins with about
 equally many tokens and the most frequent token ids; the second time (`Question.add`) the sums of
-each prompt and group are kept, which is little. A part is a table of whole prompts or sequences,
-such as a file.
+each prompt and group are kept, which take little memory. A part is a table of whole prompts or
+sequences, such as a file.
 
 Shape suffixes: N rows (tokens) of a part, P prompts, G groups.
 """
@@ -28,13 +28,13 @@ from moe_upgrpo.store.schema import COLUMNS, TokenLayout
 BINNED = ("position", "margin", "prefix")
 _SIGNS = ("positive", "negative", "zero")
 _MERGED_FROM = 4_000_000  # counted values; 64 MB
-# Of a float's 32 bits those left out where values are counted: bins end within 0.03% of a value.
+# Bits of a float's 32 that are dropped where values are counted: bins end within 0.03% of a value.
 _COARSE = 11
 
 
 @dataclass
 class Part:
-    """A table and what several questions need of it, made once."""
+    """A table, and what several questions need from it, computed once."""
 
     table: pa.Table
     _made: dict[Hashable, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Part:
         return tuple(sorted(name for name in set(names) if self.table[name].null_count))
 
     def rows(self, names: tuple[str, ...]) -> pa.Table:
-        """The rows without a null in any of the columns, which are `nullable`."""
+        """The rows without a null in any of these columns."""
 
         def make() -> pa.Table:
             if not names:
@@ -140,18 +140,18 @@ class Question:
         confidence: float,
         counted: dict[Hashable, Any] | None = None,
     ) -> None:
-        """asked: the `Quantity`. column: of the grouping. counted: one for all questions that are
-        answered together, which share their groups."""
+        """asked: the `Quantity`. column: the grouping's. counted: shared by all questions that are
+        answered together and have the same groups."""
         self.quantity, self.asked, self.by, self.column = quantity, asked, by, column
         self.layout, self.groups, self.confidence = layout, groups, confidence
-        # A layer's own rate is one of tokens.
+        # A layer's own rate is over tokens.
         self.weight = layout.num_layers if per_router and by != "layer" else 1
         self.columns = tuple(dict.fromkeys(("step", "prompt", *asked.columns, column)))
         optional = tuple(c for c in asked.columns if COLUMNS[c].optional)
         # The columns that say which tokens count.
         self.looked_at = (column, *(asked.columns if asked.counts else optional))
         counted = {} if counted is None else counted
-        # Questions of the same tokens have the same bins.
+        # Questions about the same tokens have the same bins.
         self.key = (by, optional, asked.counts)
         self._counted = counted.setdefault(self.key, Counted())
         self._sums: list[tuple[np.ndarray, ...]] = []
@@ -169,7 +169,8 @@ class Question:
         return names, columns, self.asked.counts(columns) if self.asked.counts else None
 
     def look(self, part: Part) -> None:
-        """Count what the groups are made from. Of questions that share it, one does."""
+        """Count the values that the groups are made from; one of the questions that share them does
+        so."""
         names = part.nullable(self.looked_at)
         values_N = part.array(names, self.column)
         if self.asked.counts:
@@ -179,7 +180,7 @@ class Question:
             self._counted.add(values_N)
 
     def add(self, part: Part) -> None:
-        """Sum up each prompt and group of the part."""
+        """Add the part's sums for each prompt and group."""
         if self.by == "layer":
             self._add_layers(part)
             return
@@ -220,7 +221,7 @@ class Question:
 
     @cached_property
     def _fixed(self) -> np.ndarray:
-        """The groups of what was counted: ends of bins, or token ids."""
+        """The groups from the counted values: ends of bins, or token ids."""
         if self.by == "own":  # 0, 1, 2, 3–4, 5–8, ...: each bin ends at a power of two
             return np.concatenate([[0], 2.0 ** np.arange(32)])
         if self.by == "token":
@@ -301,11 +302,11 @@ def answer(
 ) -> None:
     """Pass the parts to every question, twice where a question looks first.
 
-    questions: `Question`s, or others that `add` a part. parts: given the names of columns, yields
-        tables that have them.
+    questions: `Question`s, or other objects that `add` a part. parts: called with the names of
+        columns, yields tables that have them.
     """
     questions = list(questions)
-    # Those that share their groups have one that looks.
+    # One of the questions that share their groups looks.
     looking = {q.key: q for q in questions if isinstance(q, Question) and q.looks}
     if looking:
         for table in parts({c for q in looking.values() for c in q.looked_at}):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Words of a run: its prompts by step, and the text of each token id.
 
-A run keeps both, so that its responses can be read where its model is not. A token's text is bytes:
-byte-level tokenizers cut characters apart.
+A run keeps both, so that its responses can be read where its model is absent. A token's text is
+bytes: byte-level tokenizers cut characters apart.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from moe_upgrpo.store.files import publish
 from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _PROMPTS = re.compile(r"prompts-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
-_PART = "◌"  # of a token that ends within a character
+_PART = "◌"  # for a token that ends within a character
 
 
 def prompt_files(tokens: Path) -> list[tuple[Path, int]]:
@@ -39,7 +39,7 @@ def write_prompts(
         {
             "prompt": pa.array(list(prompts), pa.int32()),
             "length": pa.array([len(found) for found in ids], pa.int32()),
-            # As bytes: checksums of nested columns are for lists of one length.
+            # As bytes: checksums of nested columns work only for lists of one length.
             "token_ids": pa.array([found.astype("<i4").tobytes() for found in ids], pa.binary()),
         }
     )
@@ -49,7 +49,7 @@ def write_prompts(
 
 
 def read_prompts(run: str | Path, step: int) -> dict[int, np.ndarray]:
-    """The token ids of a step's prompts; of files that cannot be read none."""
+    """The token ids of a step's prompts; none from files that cannot be read."""
     found: dict[int, np.ndarray] = {}
     for file, of_step in prompt_files(Path(run) / "tokens"):
         if of_step != step:
@@ -91,7 +91,8 @@ def read_vocabulary(run: str | Path, ids: Collection[int]) -> dict[int, bytes] |
 
 
 def as_texts(ids: Sequence[int], vocabulary: Mapping[int, bytes]) -> list[str]:
-    """Each token's text in its place; a character that several tokens make is the last one's."""
+    """Each token's text in its place; a character made by several tokens goes to the last of
+    them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in ids:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the token log, one row per response token, into Arrow and numpy.
+"""Read the token log, one row per response token, into Arrow and numpy.
 
 Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.
 """
@@ -16,7 +16,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.store.parquet import read_checked
 from moe_upgrpo.store.schema import COLUMNS, TokenLayout, check_types, file_metadata, metadata
 
-# Zeros stand before a short number only: one step and rank have one name.
+# Only short numbers have leading zeros, so that a step and rank have one name.
 _FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 
 
@@ -46,8 +46,8 @@ def read_tokens(
         and ``polars.from_arrow`` the rest.
 
     Raises:
-        UserError: no row at all; a file is truncated, no token log, of an unknown version, with a
-            column missing or of another type, of another model or another share of sequences than
+        UserError: no row at all; a file is truncated, not a token log, of an unknown version, with
+            a column missing or of another type, of another model or another share of sequences than
             the first (the file is named); a column does not exist in any file.
     """
     path = Path(path)
@@ -133,8 +133,8 @@ def read_routes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     filter it first to unpack few rows. uint8 up to 256 experts, else uint16.
 
     Raises:
-        UserError: no route columns, rows without routes, or bytes that no routes are written as
-            (the step, the sequence and the layer are named).
+        UserError: no route columns, rows without routes, or bytes that encode no routes (the step,
+            the sequence and the layer are named).
     """
     from moe_upgrpo.routing.codec import decode_difference, decode_sets
 
@@ -180,7 +180,8 @@ def read_routes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_sequence(code: Callable[[Any], Any], step_N: np.ndarray, sequence_N: np.ndarray) -> Any:
-    """``code(rows)`` of all rows; where it refuses them, of each sequence, to name the bad one."""
+    """``code(rows)`` for all rows; where it refuses them, for each sequence, to name the bad
+    one."""
     try:
         return code(slice(None))
     except UserError:

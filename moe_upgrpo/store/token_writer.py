@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing the token log: one row per response token, a Parquet file for each step and rank.
+"""Write the token log: one row per response token, a Parquet file for each step and rank.
 
 Shape suffixes: N rows (response tokens), L MoE layers, K experts per token (top-k), B bytes.
 """
@@ -23,9 +23,9 @@ from moe_upgrpo.store.texts import write_prompts
 from moe_upgrpo.store.token_log import by_sequence
 
 Column = np.ndarray | list[np.ndarray]
-# Given to the writer in place of the packed columns.
+# Passed to the writer in place of the packed columns.
 _ROUTES = {"rollout_routes": "rollout_experts", "train_routes": "train_experts"}
-# Floats of a token's own and packed sets hardly repeat: a dictionary would only add its indices.
+# A token's own floats and packed sets hardly repeat: a dictionary would only add its indices.
 # A float's bytes, split into four streams, shrink under zstd.
 _SPLIT = {name for name, column in COLUMNS.items() if column.type == "float"}
 _SPLIT -= {"reward", "advantage"}
@@ -46,13 +46,13 @@ class _Packed(NamedTuple):
 class TokenLogWriter:
     """Writes one rank's rows of a step to ``FOLDER/step-000012-rank-0000.parquet``.
 
-    ``folder`` is the run's ``tokens`` folder. For a dense model pass ``layer_ids=()``; top_k and
-    num_experts then mean nothing. ``level`` is one of `LEVELS`; "sampled" needs ``share``, the
-    share of sequences to keep, between 0 and 1. The choice is the same on every rank and in a
-    resumed run, and a larger share keeps what a smaller one did.
+    ``folder`` is the run's ``tokens`` folder. For a dense model, pass ``layer_ids=()``; top_k and
+    num_experts are then ignored. ``level`` is one of `LEVELS`; "sampled" needs ``share``, the share
+    of sequences to keep, between 0 and 1. The choice is the same on every rank and in a resumed
+    run, and a larger share keeps what a smaller one did.
 
     Raises:
-        UserError: a layout that cannot be, an unknown level, or a share that does not go with it.
+        UserError: an impossible layout, an unknown level, or a share that does not go with it.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class TokenLogWriter:
             columns: names of `COLUMNS`, each ``[N]``, and ``overlap`` ``[N, L]`` of integers in
                 0..K (left out, or ``[N, 0]``, for a dense model). Floats are stored as float32.
                 Optional columns may be left out; masked entries of a masked array become nulls, in
-                those and in the nullable ones. In
-                place of the packed expert sets come the raw ones: ``rollout_routes`` and, only
-                beside it, ``train_routes``, integers ``[N, L, K]``, row p − 1 of each token. They
-                may be lists of arrays, one after the other: no second copy of them is made.
+                those and in the nullable ones. Instead of the packed expert sets, pass the raw
+                ones: ``rollout_routes`` and, only beside it, ``train_routes``, integers ``[N, L,
+                K]``, row p − 1 of each token. They may be lists of arrays, one after the other: no
+                second copy of them is made.
 
         Returns:
             The file, or None where the level keeps none of these rows.
 
         Raises:
-            UserError: a column is missing, unknown, or of another length or kind; no rows; routes
-                that cannot be (the sequence and the layer are named); overlap contradicts
+            UserError: a column is missing, unknown, or of another length or kind; no rows;
+                impossible routes (the sequence and the layer are named); overlap contradicts
                 layers_mismatched or the routes; the file exists already.
         """
         routes = {name: Pieces.of(columns[name]) for name in _ROUTES if name in columns}
@@ -136,7 +136,7 @@ class TokenLogWriter:
         return file
 
     def write_prompts(self, step: int, prompts: dict[int, np.ndarray]) -> Path | None:
-        """Keep the token ids of the prompts that this rank logs rows of.
+        """Keep the token ids of the prompts for which this rank logs rows.
 
         prompts: the token ids of each, by its index within the step.
         """
@@ -199,8 +199,8 @@ class TokenLogWriter:
         return columns
 
     def _packed(self, routes: dict[str, Pieces]) -> _Packed:
-        """The routes as they are kept, a run of tokens at a time."""
-        # Here: the routing package brings torch, which a reader of the log does without.
+        """The routes as they are stored, packed a run of tokens at a time."""
+        # Imported here: the routing package needs torch, which a reader of the log does without.
         from moe_upgrpo.routing import compare_routes
         from moe_upgrpo.routing.codec import encode_difference, encode_sets, set_bytes
 
@@ -297,7 +297,7 @@ def _fixed_binary(packed_NB: np.ndarray) -> pa.Array:
 
 
 def _kept(step: int, sequence_N: np.ndarray, share: float) -> np.ndarray:
-    """Rows whose sequence a share keeps: hash(step, sequence) below share · 2^64. bool ``[N]``."""
+    """Rows whose sequence is kept: hash(step, sequence) below share · 2^64. bool ``[N]``."""
     sequences, row_N = np.unique(sequence_N, return_inverse=True)
     keys = (f"{step}:{sequence}".encode() for sequence in sequences.tolist())
     hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys)
