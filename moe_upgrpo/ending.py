@@ -63,8 +63,7 @@ def how_to_resume(folder: Path | None = None, *, state: bool = True) -> str:
 
 @contextlib.contextmanager
 def doing_before(do: Callable[[], None]) -> Iterator[None]:
-    """Inside this context, have `fail` call `do` first, in any thread. `do` must return in
-    seconds."""
+    """Inside this context, `fail` calls `do` first, in any thread. `do` must return in seconds."""
     _before.append(do)
     try:
         yield

@@ -13,7 +13,7 @@ from moe_upgrpo.hugging_face.folder import check_folder, read_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Never another machine's files, and never code of the folder: the classes are transformers' own.
+# Never another machine's files, and never the folder's code: the classes are transformers' own.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -80,17 +80,17 @@ def _check_consistent(folder: str | Path, raw: dict[str, Any], hf: PretrainedCon
 
 
 def _scaling(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """The scaling of positions, under the names of transformers 5."""
+    """The scaling of positions, under transformers 5's names."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":  # nothing is scaled, whatever else is said
+    if kind == "default":  # nothing is scaled, whatever else is set
         return {"rope_type": kind}
     others = ("rope_type", "type", "rope_theta")
     return {"rope_type": kind} | {n: v for n, v in rope.items() if n not in others}
 
 
 def is_tied(hf: PretrainedConfig) -> bool:
-    """Whether the head is the embedding."""
+    """Whether the output head is the embedding itself."""
     return bool(getattr(hf.get_text_config(), "tie_word_embeddings", False))
 
 
@@ -119,8 +119,8 @@ def both_styles(hf: PretrainedConfig, dtype: str) -> dict[str, Any]:
     """config.json's fields under the names of transformers 4 and of transformers 5.
 
     transformers 5 writes the base of the rotary positions as rope_parameters.rope_theta, and the
-    number of Qwen3's experts as num_local_experts. transformers 4 finds neither, says nothing and
-    takes its defaults: a base of 10,000, 128 experts.
+    number of Qwen3's experts as num_local_experts. transformers 4 finds neither and silently takes
+    its defaults: a base of 10,000, 128 experts.
     """
     config = hf.to_dict() | {"dtype": dtype, "torch_dtype": dtype}
     for old, new in hf.attribute_map.items():
@@ -129,7 +129,7 @@ def both_styles(hf: PretrainedConfig, dtype: str) -> dict[str, Any]:
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    # Code of the folder that is not copied, and not needed.
+    # The folder's code is not copied, and not needed.
     auto_map = {
         n: v for n, v in (config.pop("auto_map", None) or {}).items() if n == "AutoTokenizer"
     }

@@ -43,9 +43,9 @@ SIDE_FILES = (
 def side_files(folder: str | Path) -> dict[str, bytes]:
     """Name -> content of the files of a model's tokenizer, chat templates and generation.
 
-    Kept in memory from the start of a run: what cannot be read is known then, and the folder may
-    be gone when the weights are written. Everything else stays behind: other formats of the old
-    weights, figures, caches.
+    They are kept in memory from the start of a run: unreadable files are noticed then, and the
+    folder may be gone when the weights are written. Everything else stays behind: other formats of
+    the old weights, figures, caches.
     """
     folder = check_folder(folder)
     paths = [path for pattern in SIDE_FILES for path in folder.glob(pattern)]
@@ -67,7 +67,7 @@ def side_files(folder: str | Path) -> dict[str, bytes]:
 
 def _with_own_code(folder: Path) -> list[Path]:
     """The tokenizer's own code, where it has some, and the files that the code names."""
-    # What is not there is not needed: the tokenizer was loaded without.
+    # Missing files are not needed: the tokenizer was loaded without them.
     code = [folder / name for name in own_code(folder) if (folder / name).is_file()]
     text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in code)
     return code + [
@@ -106,7 +106,7 @@ def write_beside(
 
 
 def try_export(hf: PretrainedConfig, files: Mapping[str, bytes], folder: Path | None) -> None:
-    """Write what stands beside the weights below `folder` (None: anywhere), and remove it again.
+    """Write the files beside the weights below `folder` (None: anywhere), and remove them again.
 
     Raises UserError where the export at the end of a run would fail.
     """
@@ -120,9 +120,9 @@ def try_export(hf: PretrainedConfig, files: Mapping[str, bytes], folder: Path | 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """An empty folder that gets the name `folder` once it is filled, and goes where that fails.
+    """An empty folder that gets the name `folder` once it is filled, and is removed if that fails.
 
-    What killed jobs left of such folders of a run is removed.
+    Such folders that killed jobs of a run left are removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = _part(folder)
@@ -139,7 +139,7 @@ def writing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         publish(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # where it has not got its name
+        shutil.rmtree(part, ignore_errors=True)  # if it has not got its name
 
 
 def _part(folder: Path) -> Path:
@@ -147,9 +147,9 @@ def _part(folder: Path) -> Path:
 
 
 def by_umask(folder: Path) -> None:
-    """Give a folder and all in it the modes that the umask asks for.
+    """Give a folder and everything in it the modes that the umask asks for.
 
-    tempfile and safetensors keep other users out, also those whose server is to read the weights.
+    tempfile and safetensors keep other users out, even those whose server is to read the weights.
     """
     with tempfile.TemporaryDirectory(dir=folder) as probe:
         made = Path(probe, "folder"), Path(probe, "file")
@@ -166,7 +166,7 @@ def drop_exports(folder: Path, step: int) -> list[Path]:
     there = folder.iterdir() if folder.is_dir() else ()
     found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in there)
     later = sorted(path for match, path in found if match and int(match[1]) > step)
-    for path in later:  # renamed first: what has the name is whole
+    for path in later:  # renamed first: a folder with the name is whole
         shutil.rmtree(path.rename(_part(path)))
     return later
 
@@ -182,7 +182,7 @@ def needs_view(weights: Weights) -> bool:
 
 
 def make_view(weights: Weights, view: Path) -> None:
-    """Links in the empty folder `view` to what belongs to the model, and nothing else."""
+    """Fill the empty folder `view` with links to the model's own files, and nothing else."""
     for path in weights.folder.iterdir():
         if path.suffix not in WEIGHT_SUFFIXES and path.name != INDEX and path.is_file():
             (view / path.name).symlink_to(path.absolute())

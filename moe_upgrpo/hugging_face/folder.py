@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face model folder: its config.json and its weights, by their index.
 
-The trainer, the engines, plan and probe read weights through `Weights`, so that they hold the same
-tensors: where there is a model.safetensors.index.json, those of the files that it names; else those
-of model.safetensors. Every other file is ignored.
+The trainer, the engines, plan and probe read weights through `Weights`, so that they read the same
+tensors: those of the files that model.safetensors.index.json names, where it exists; else those of
+model.safetensors. Every other file is ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 def check_folder(path: str | Path) -> Path:
     """Check that the path is a folder of this machine, and return it.
 
-    Raises UserError, without asking the network: transformers would take any other text for a name
+    Raises UserError without asking the network; transformers would take any other text for a name
     on the Hugging Face hub.
     """
     path = Path(path)
@@ -59,10 +59,10 @@ def check_folder(path: str | Path) -> Path:
 
 
 def downloaded(name: str | Path) -> Path:
-    """The folder of a model that a program names as it likes: a path, or a name on the Hugging Face
-    hub of which a download lies in this machine's cache.
+    """The folder of a model that is named by a path, or by a name on the Hugging Face hub whose
+    download is in this machine's cache.
 
-    Raises UserError, without asking the network: neither is here.
+    Raises UserError, without asking the network, where neither is here.
     """
     if HUB_NAME.fullmatch(str(name)) and not os.path.isdir(name):
         from huggingface_hub import snapshot_download
@@ -85,18 +85,18 @@ def read_json(file: Path) -> Any:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is any safetensors file or index; plan does with a config.json alone."""
+    """Whether there is any safetensors file or index; for plan, a config.json alone is enough."""
     return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
 
 
 class Weights:
     """The tensors of a model folder, read one at a time.
 
-    tied: config.json's tie_word_embeddings. A copy of the embedding that lies there as lm_head is
-    then no tensor of its own; a head that differs from the embedding is refused.
+    tied: config.json's tie_word_embeddings. A copy of the embedding stored as lm_head is then not a
+    tensor of its own; a head that differs from the embedding is refused.
 
     Raises:
-        UserError: no weights, or an index that cannot be followed: no JSON, a file outside the
+        UserError: no weights, or an index that cannot be followed: not JSON, a file outside the
             folder, a missing or torn file, a tensor that is not where it says.
     """
 
@@ -207,7 +207,7 @@ class Weights:
         return self._opened[self._by_name[name]].get_slice(name)
 
     def held(self, file: Path) -> set[str]:
-        """The tensors that lie in one of `files`."""
+        """The tensors in one of `files`."""
         return self._held[file]
 
     def ignored(self) -> list[str]:
@@ -218,7 +218,7 @@ class Weights:
         return [file.name for file in self.files if file.parent == self.folder]
 
     def note(self) -> str | None:
-        """A line for the screen where the folder holds weights that are not read."""
+        """A line for the screen if the folder holds weights that are not read."""
         if not (ignored := self.ignored()):
             return None
         named = f"those that {INDEX} names" if self._placed is not None else SINGLE
@@ -237,7 +237,7 @@ class Weights:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name of an index is of a file in the folder; links in it may lead elsewhere.
+    """Whether an index's name is that of a file in the folder; links in it may lead elsewhere.
 
     The hub's cache is made of such links.
     """

@@ -22,7 +22,7 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
     """The tokenizer of a model folder.
 
     Raises UserError: there is none, it cannot be loaded, or it needs Python code of its own from
-    the folder, which runs with `trust_remote_code` alone.
+    the folder, which runs only with `trust_remote_code`.
     """
     from transformers import AutoTokenizer
 
@@ -36,7 +36,7 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            # With the config given, no code of the folder is run for it.
+            # With the config passed in, no code of the folder is run for it.
             folder,
             config=hf,
             local_files_only=True,
@@ -49,7 +49,7 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
             f"{folder} has no tokenizer that can be loaded: {type(error).__name__}: {lines[0]}"
         ) from None
     if empty:
-        # transformers makes one of its own special tokens where there is no file.
+        # Without a file, transformers makes a tokenizer of its own special tokens.
         raise UserError(
             f"{folder} has no tokenizer that can be loaded: no tokenizer.json, tokenizer.model, "
             "vocab.json or the like. Copy those of the model into the folder."
@@ -80,13 +80,13 @@ def own_code(folder: Path) -> list[str]:
     for one in _auto_map(folder):
         file = folder / Path(f"{one.rpartition('.')[0]}.py").name  # never from elsewhere
         found[file.name] = None
-        with suppress(OSError):  # it, or what it imports, is not there: loading it says so
+        with suppress(OSError):  # it, or a file it imports, is missing: loading it says so
             found |= {Path(n).name: None for n in get_relative_import_files(file)}
     return list(found)
 
 
 def _needs_code(folder: Path) -> bool:
-    """Whether a class of transformers does not serve as well."""
+    """Whether no class of transformers would serve as well."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     name = _settings(folder / "tokenizer_config.json").get("tokenizer_class") or ""
@@ -99,7 +99,7 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-_ANSWER = "forty-two"  # of a turn that is written to see what follows it
+_ANSWER = "forty-two"  # in a turn that is written to see what follows it
 
 
 def note_on_turns(
@@ -137,8 +137,9 @@ def note_on_turns(
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """The bytes that each token id of a tokenizer stands for.
 
-    Decoded after another token, since some tokenizers drop the space of a text's first; one that is
-    a part of a character is read from its name (GPT-2's bytes, or <0xE2> as SentencePiece has it).
+    Tokens are decoded after another token, since some tokenizers drop the space of a text's first;
+    one that is a part of a character is read from its name (GPT-2's bytes, or <0xE2> as
+    SentencePiece has it).
     """
     ids = sorted(set(tokenizer.get_vocab().values()))
     names = tokenizer.convert_ids_to_tokens(ids)
@@ -178,7 +179,8 @@ def keep_vocabulary(run: str | Path, model: str | Path, *, trust_remote_code: bo
 
 
 def _bytes_of_signs() -> dict[str, int]:
-    """GPT-2's signs for bytes: printable ones themselves, the others from U+0100 on."""
+    """GPT-2's signs for bytes: printable ones stand for themselves, the others are U+0100 and
+    up."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     signs = {chr(byte): byte for byte in plain}

@@ -469,8 +469,7 @@ _EQUAL = 1e-5
 
 
 def _check_of_sequence(t: Tokens, amount_BT: Tensor, sign: str, branch: str) -> None:
-    """Raise UserError if a sequence has several advantages: a coupled f has no gradient for
-    each."""
+    """Refuse a sequence with several advantages: a coupled f has no gradient for each."""
     if not amount_BT.numel():
         return
     # All have one sign, and padding is 0: either every token has the largest, or some have less.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe-upgrpo patch`: small diffs for the stacks this package works with, and what keeps them safe.
+"""`moe-upgrpo patch`: small diffs for the stacks this package works with, applied safely.
 
-It imports none of the stacks, needs neither patch nor git, and changes nothing that it does not
-know to the last bit.
+It imports none of the stacks, needs neither patch nor git, and changes only files that it knows to
+the last bit.
 """
 
 from moe_upgrpo.patching.checkout import Checkout, UnknownRevision, find, recognise

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An installed or checked-out stack: its revision, its state, and changes of that.
+"""An installed or checked-out stack: its revision, its state, and how to change it.
 
-The state is read off the files' checksums alone, so that nothing that is remembered can be wrong:
+The state is read from the files' checksums alone, so that no stored state can be wrong:
 each file is at one of the contents of its chain (upstream's, then after each patch), or modified.
-A file is replaced by renaming a finished one over it. A process that is killed half-way leaves
-each file whole at the one or the other end, which `apply` and `revert` both start from.
+A file is replaced by renaming a finished one over it. A process that is killed half-way leaves each
+file whole, either old or new, and `apply` and `revert` can start from either.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ print(json.dumps({name: importlib.import_module(name).__file__ for name in sys.a
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A stack whose revision is known. `root`: the folder that holds the top-level package."""
+    """A stack whose revision is known. `root`: the folder with its top-level package."""
 
     series: Series
     root: Path
@@ -57,7 +57,7 @@ class Checkout:
             raise UserError(f"{self.root} cannot be read: {error}.") from error
 
     def modified(self) -> list[str]:
-        """The files whose content is none of their chain's."""
+        """The files whose content is not in their chain."""
         series = self.series
         return [f for f in series.files if checksum(self.read(f)) not in series.checksums(f)]
 
@@ -76,11 +76,12 @@ class Checkout:
         return "applied" if all(index == last for index, last in at) else "partly applied"
 
     def apply(self) -> list[str]:
-        """Bring every file to the end of its chain; the files changed, none where all are there."""
+        """Bring every file to the end of its chain; return the files changed, none if all were
+        there."""
         return self._bring({f: len(self.series.checksums(f)) - 1 for f in self.series.files})
 
     def revert(self) -> list[str]:
-        """Bring every file to what upstream has, bit for bit; the files changed."""
+        """Bring every file to upstream's content, bit for bit; return the files changed."""
         return self._bring(dict.fromkeys(self.series.files, 0))
 
     def _bring(self, ends: dict[str, int]) -> list[str]:
@@ -97,8 +98,8 @@ class Checkout:
         return sorted(changes)
 
     def _refuse_links(self, files: Iterable[str]) -> None:
-        """A file renamed over a link takes its place; what is written through one, or below a
-        folder that is one, changes files outside of the root."""
+        """Refuse links: a file renamed over a link replaces it, and a write through a link, or
+        below a folder that is one, changes files outside of the root."""
         below = {part for f in map(PurePath, files) for part in (f, *f.parents) if part.name}
         if links := sorted(str(part) for part in below if (self.root / part).is_symlink()):
             raise UserError(
@@ -121,14 +122,14 @@ class Checkout:
             try:
                 for file, content in changes.items():
                     target, new, old = self._places(file)
-                    old.unlink(missing_ok=True)  # of a process that was killed
+                    old.unlink(missing_ok=True)  # left by a killed process
                     if target.exists():
                         shutil.copy2(target, old, follow_symlinks=False)
                         _own(old, target)
                         _sync(old)
                     if content is not None:
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        new.unlink(missing_ok=True)  # were it a link, others' files would change
+                        new.unlink(missing_ok=True)  # through a link, others' files would change
                         new.write_bytes(content)
                         if target.exists():
                             _own(new, target)
@@ -163,14 +164,14 @@ class Checkout:
                         left.unlink(missing_ok=True)
 
     def _places(self, file: str) -> tuple[Path, Path, Path]:
-        """The file, and beside it what it becomes and what it was."""
+        """The paths of the file, of its new content and of its old content, side by side."""
         target = self.root / file
         name = f".{target.name}.moe_upgrpo"
         return target, target.with_name(f"{name}.new"), target.with_name(f"{name}.old")
 
     def verify(self, python: str) -> list[str]:
-        """Import the changed modules in a fresh process; their names. UserError if they are not
-        the patched ones or cannot be imported."""
+        """Import the changed modules in a fresh process and return their names. UserError if they
+        are not the patched ones or cannot be imported."""
         self._refuse_modified()
         if self.state != "applied":
             raise UserError(
@@ -196,7 +197,7 @@ class UnknownRevision(UserError):
 
 
 def find(stack: str, root: Path | None, python: str) -> Checkout:
-    """The stack below `root`, or else the one that `python` imports.
+    """Find the stack below `root`, or else the one that `python` imports.
 
     Raises UserError where there is none or its revision has no patches here.
     """
@@ -221,9 +222,9 @@ def installed(modules: list[str], python: str) -> dict[str, Path | None]:
 
 
 def recognise(versions: list[Series], root: Path) -> Checkout:
-    """Recognise by git's HEAD, the installed distribution, or else by the files themselves.
+    """Recognise a stack by git's HEAD, the installed distribution, or else by the files themselves.
 
-    Raises UnknownRevision, naming the known ones, where it is none of them.
+    Raises UnknownRevision, naming the known revisions, where none of them fits.
     """
     known = " or ".join(f"{s.version}{f' ({s.commit[:10]})' if s.commit else ''}" for s in versions)
     take = "Check out or install that, or go without."
@@ -287,7 +288,7 @@ def head(root: Path) -> str | None:
 
 
 def _name_in(file: Path) -> str:
-    """Decode what git wrote, paths and names of branches, as names of files in this locale."""
+    """Decode the paths and branch names that git wrote as file names in this locale."""
     return os.fsdecode(file.read_bytes()).strip()
 
 
@@ -306,7 +307,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _own(path: Path, like: Path) -> None:
-    """Restore a file's owner, which root alone may and has to do."""
+    """Restore a file's owner, which only root may do, and must."""
     with suppress(OSError):
         os.chown(path, like.stat().st_uid, like.stat().st_gid)
 

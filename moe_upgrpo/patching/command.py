@@ -33,7 +33,7 @@ class PatchCommand:
 
 
 def run(asked: PatchCommand, out: Console) -> None:
-    """Raises UserError where it cannot be done; nothing is changed then."""
+    """Run the command. Raises UserError where it cannot be done; nothing is changed then."""
     try:
         _run(asked, out)
     except OSError as error:  # such as a folder that may not be entered
@@ -71,7 +71,7 @@ def _run(asked: PatchCommand, out: Console) -> None:
 
 
 def show(series: Series, out: Console) -> None:
-    """Every patch with its reason, and the diff."""
+    """Show every patch with its reason and its diff."""
     revision = f" at {series.commit}" if series.commit else ""
     out.print(f"{series.stack} {series.version}: {series.repository}{revision}")
     out.print(f"upstream's license: {series.license}")
@@ -81,7 +81,7 @@ def show(series: Series, out: Console) -> None:
 
 
 def show_all(known: dict[str, list[Series]], root: Path | None, python: str, out: Console) -> None:
-    """A table of the stacks, their revisions and the state of what is here."""
+    """Show a table of the stacks, their revisions and the state of those found here."""
     table = Table(box=None)
     for title in ("stack", "revision", "patches", "state", "where"):
         table.add_column(title)

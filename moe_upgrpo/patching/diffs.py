@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unified diffs, applied without fuzz: every line where the diff says, or not at all."""
+"""Apply unified diffs without fuzz: every line is where the diff says, or nothing is applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_NEWLINE = b"\\ No newline at end of file"
 
 @dataclass(frozen=True, slots=True)
 class Hunk:
-    """Lines with their ends; those of `old` stand at index `start`, counted from 0."""
+    """Lines with their ends; those of `old` are at index `start`, counted from 0."""
 
     start: int
     old: list[bytes]
@@ -24,8 +24,8 @@ class Hunk:
 def parse(diff: bytes, name: str) -> dict[str, list[Hunk]]:
     """The hunks of each file, by its path without the leading a/ or b/.
 
-    Text before the first file is the diff's message. A file that the diff makes has one hunk with
-    no old lines. Raises UserError where it is not such a diff.
+    Text before the first file is the diff's message. A file that the diff creates has one hunk
+    without old lines. Raises UserError for anything else.
     """
     files: dict[str, list[Hunk]] = {}
     lines = _lines(diff)
@@ -66,21 +66,21 @@ def parse(diff: bytes, name: str) -> dict[str, list[Hunk]]:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path leads to a file below the folder that it is joined to, whatever is in that.
+    """Whether a path leads to a file below the folder that it is joined to, whatever that contains.
 
-    Links in the folder apart: `Checkout` looks for those.
+    Links in the folder are not considered: `Checkout` looks for those.
     """
     return path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def _lines(content: bytes) -> list[bytes]:
-    """Lines with their ends. Not splitlines: a carriage return is of its line."""
+    """Lines with their ends. Not splitlines: a carriage return belongs to its line."""
     return [line for line in re.split(rb"(?<=\n)", content) if line]
 
 
 def apply(content: bytes, hunks: list[Hunk]) -> bytes:
-    """The content with the hunks' new lines for their old ones. Raises ValueError where it has
-    other lines there."""
+    """The content with the hunks' old lines replaced by their new ones. Raises ValueError where it
+    has other lines there."""
     lines, shift = _lines(content), 0
     for hunk in hunks:
         start = hunk.start + shift

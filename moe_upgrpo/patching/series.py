@@ -35,7 +35,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def patches_folder() -> Path:
-    """Folder of the patches: in a wheel in the package (by setup.py), in a checkout beside it."""
+    """The folder of the patches: inside the package in a wheel (by setup.py), beside it in a
+    checkout."""
     inside = PACKAGE / "patches"
     return inside if inside.is_dir() else PACKAGE.parent / "patches"
 
@@ -78,9 +79,10 @@ class Series:
         return [chain[0][0], *(after for _, after in chain)]
 
     def move(self, file: str, content: bytes | None, to: int) -> bytes | None:
-        """The file's content after its first `to` patches, from that after any number of them.
+        """The file's content after its first `to` patches, from its content after any number of
+        them.
 
-        Raises UserError where it is not what series.yaml says.
+        Raises UserError where the content is not what series.yaml says.
         """
         known, patches = self.checksums(file), self.of_file(file)
         at = known.index(checksum(content))
@@ -106,7 +108,8 @@ def _file_beside(name: str) -> str:
 
 
 def load(folder: Path) -> Series:
-    """Raises UserError where series.yaml and the diffs beside it do not fit together."""
+    """Load a series. Raises UserError where series.yaml and the diffs beside it do not fit
+    together."""
     source = folder / "series.yaml"
     try:
         given = yaml.safe_load(source.read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alarms: signs in a run's metrics that it is going wrong, each with a value, a cause and a
-command.
+"""Alarms: signs in its metrics that a run is going wrong, each with a value, cause and command.
 
 `Watch` looks at the rows of metrics.jsonl one by one and keeps what it needs of earlier ones: the
 last noise floor, the best reward, and how long nothing was learnt.

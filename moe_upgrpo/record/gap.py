@@ -26,9 +26,8 @@ def gap_terms(
     μ; `native` L(θ_old, native); `held` L(θ_old, e); `counterpart`, at the weights of `train`, is
     what its forward does not compute itself: L(θ, n(θ_old)) without replay, L(θ, native) under R2,
     nothing under R3; `train` that of the update's own forward; `behind` L(θ_engine, e) where the
-    engine sampled with older weights
-    than θ_old: the difference is then a term of its own, gap_staleness = L(θ_old, e) −
-    L(θ_engine, e).
+    engine sampled with older weights than θ_old: the difference is then a term of its own,
+    gap_staleness = L(θ_old, e) − L(θ_engine, e).
     """
     if behind is not None:
         terms = gap_terms(

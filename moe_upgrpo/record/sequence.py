@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sequence as the rollout and the trainer saw it, at its last optimizer step.
+"""A sequence as the rollout and the trainer saw it, at its last optimizer visit.
 
 Shapes: S tokens, N of them response tokens that count, L MoE layers, K experts each.
 """
@@ -15,8 +15,7 @@ from moe_upgrpo.routing.sets import ascending, repeated
 
 @dataclass(kw_only=True)
 class SequenceRecord:
-    """One sequence as its source knows it; a field that the source cannot know is None, and has no
-    column.
+    """One sequence as its source knows it; an unknown field is None, and has no column.
 
     Arrays of tokens are [N], in the order of `positions`; routes and the arrays that go with them
     are [S − 1, L, K] or [S − 1, L], row p − 1 for the token at p, with L = 0 for a dense model.

@@ -331,8 +331,7 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     """Count, for each sequence, its tokens whose row of routes is that of another input.
 
     This is the row before it or, where all of a sequence's rows repeat, a row of another sequence.
-    Sets are compared,
-    in a few layers: a stale row is stale in all of them.
+    Sets are compared, in a few layers: a stale row is stale in all of them.
     """
     num_layers = getattr(sequences[0], side).shape[1]
     few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))

@@ -60,8 +60,7 @@ def _ascending(ids_RK: ndarray, num_experts: int) -> ndarray | None:
 
 
 def plain(first_RK: Tensor, second_RK: Tensor, *, num_experts: int) -> tuple[Tensor, bool]:
-    """Count equal pairs of slots among all K × K, in whole-array operations on the narrowest
-    type."""
+    """Count equal slots among all K × K pairs, in whole-array operations on the narrowest type."""
     R, K = first_RK.shape
     shared_KR = torch.zeros(K, R, dtype=torch.uint8, device=first_RK.device)
     first_2KR, second_2KR = (_columns(ids_RK, num_experts) for ids_RK in (first_RK, second_RK))

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ratios of sums over prompts, with intervals by prompt.
 
-The responses to a prompt share its difficulty, and the tokens of a response every earlier mismatch,
-so neither tokens nor sequences are independent: prompts are. A figure is a ratio of sums,
-r = Σ_p n_p / Σ_p d_p, and its spread that of the prompts. Linearised by leaving one out, prompt p
-moves it by e_p = g(r) − g(r without p), with g the logit for shares and the logarithm for
-magnitudes, where figures are closer to normal and stay inside of their bounds:
+The responses to a prompt share its difficulty, and the tokens of a response share every earlier
+mismatch, so neither tokens nor sequences are independent: prompts are. A figure is a ratio of sums,
+r = Σ_p n_p / Σ_p d_p, and its spread is that of the prompts. Linearised by leaving one out, prompt
+p moves it by e_p = g(r) − g(r without p), with g the logit for shares and the logarithm for
+magnitudes, where figures are closer to normal and stay within their bounds:
 
     se² = (P − 1) / P · Σ_p e_p²,    g⁻¹(g(r) ± t_{P−1} se)
 
 (Cochran, Sampling Techniques, 1977, §6.17; Efron and Tibshirani, An Introduction to the Bootstrap,
-1993, §11). Half an event is added for the logit, and for the logarithm where one prompt holds all
-of a sum, half of the smallest part. benchmarks/studies/coverage.py shows how often such intervals
-hold what is true.
+1993, §11). Half an event is added for the logit; for the logarithm, where one prompt holds all of a
+sum, half of the smallest part. benchmarks/studies/coverage.py shows how often such intervals
+contain the true value.
 
 Shape suffixes: P prompts, G groups, C columns of sums.
 """
@@ -31,11 +31,11 @@ from scipy.stats import t as student_t
 from moe_upgrpo.errors import UserError
 
 MIN_PROMPTS = 8
-"""With fewer there is no interval: the spread of so few says too little of the others."""
+"""With fewer there is no interval: the spread of so few says too little about the others."""
 
 UNSEEN_SPREAD = 2.0
-"""The standard deviation of prompts' shares, by their mean, where nothing was seen that would tell
-it: the widest that docs/intervals.md tries."""
+"""The standard deviation of prompts' shares, divided by their mean, where the data cannot tell it:
+the widest that docs/intervals.md tries."""
 
 Scale = Literal["share", "magnitude", "signed"]
 """A figure between 0 and 1, one above 0, one of either sign."""
@@ -51,9 +51,9 @@ _SCALES: dict[Scale, tuple[Callable[..., Any], Callable[..., Any]]] = {  # to it
 class Rate:
     """``numerator / denominator`` of a group, and its interval by prompt.
 
-    ``prompts`` of them have rows in the group. ``low`` and ``high`` are NaN with fewer than
-    `MIN_PROMPTS`, and where a share is 0 or 1 (or a magnitude 0): nothing was seen to differ, so
-    how much prompts differ is not known.
+    ``prompts`` is the number of prompts with rows in the group. ``low`` and ``high`` are NaN with
+    fewer than `MIN_PROMPTS`, and where a share is 0 or 1 (or a magnitude 0): no difference was
+    seen, so how much prompts differ is unknown.
     """
 
     group: Any
@@ -166,8 +166,9 @@ def unseen_bound(denominators_P: np.ndarray, *, confidence: float = 0.95) -> flo
     """The upper end of the interval of a share that was never seen; the lower one is 0.
 
     Prompts' shares are taken to spread by `UNSEEN_SPREAD` times their mean r, as a gamma
-    distribution does. None is then seen of d_p with probability (1 + c² r d_p)^(−1/c²), which of
-    all prompts is (1 − confidence) / 2 at the bound: 3.7 / Σ d_p for many, and more for few.
+    distribution does. None of d_p is then seen with probability (1 + c² r d_p)^(−1/c²); at the
+    bound, the product over all prompts is (1 − confidence) / 2: 3.7 / Σ d_p for many, and more for
+    few.
 
     Raises:
         UserError: no prompt, or a denominator that is not above 0.
@@ -193,11 +194,11 @@ def jackknifed(
     scale: Scale,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """A figure made of sums over prompts that is no ratio of two of them, and its interval.
+    """A figure made of sums over prompts that is not a ratio of two of them, and its interval.
 
     Args:
-        statistic: from sums ``[…, C]`` to figures ``[…]``; it is given the sums of all prompts, and
-            those of all but each one.
+        statistic: from sums ``[…, C]`` to figures ``[…]``; it is called with the sums of all
+            prompts, and with those of all but each one.
     """
     _check(confidence)
     total_C = sums_PC.sum(axis=0)
@@ -217,8 +218,8 @@ def _at_a_bound(figure: float, scale: Scale) -> bool:
 def _ends(
     figure: float, moved_P: np.ndarray, scale: Scale, confidence: float
 ) -> tuple[float, float]:
-    """The interval of a figure that each prompt moves by ``moved_P`` on its scale; NaN where one
-    moves it out of bounds."""
+    """The interval of a figure that each prompt moves by ``moved_P`` on its scale; NaN where a
+    prompt moves it out of bounds."""
     if not np.isfinite(moved_P).all():
         return math.nan, math.nan
     to_scale, back = _SCALES[scale]

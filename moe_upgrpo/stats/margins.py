@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a difference is above zero, below it, or so small that it does not matter.
+"""Judge whether a difference is above zero, below it, or so small that it does not matter.
 
-A difference that is "not significant" may be of any size. To say that two arms are equal takes a
+A difference that is "not significant" may be of any size. Saying that two arms are equal takes a
 margin, the smallest difference that would matter, and two one-sided tests against it (Schuirmann,
-J. Pharmacokinet. Biopharm. 15, 1987); to say that one is not worse, one of them.
+J. Pharmacokinet. Biopharm. 15, 1987); saying that one is not worse takes one such test.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Found = Literal["holds", "fails", "equal", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference with its standard error and the degrees of freedom of that."""
+    """A difference with its standard error and the error's degrees of freedom."""
 
     value: float
     error: float
@@ -53,10 +53,10 @@ def judge(
 ) -> list[Found]:
     """Judge what each difference of one claim shows.
 
-    Three tests each, with Holm's correction over the claim's differences: *equal* where it lies
+    Three tests for each, with Holm's correction over the claim's differences: *equal* where it lies
     within ± margin; else *holds* and *fails*. "more": above 0, or below it. "not less" ("not
     more"): above −margin (below margin), or beyond it on the other side; each of the two at half of
-    alpha, as the ends of a two-sided interval are. *open* otherwise.
+    alpha, like the ends of a two-sided interval. *open* otherwise.
 
     Raises:
         UserError: no difference, or a margin that is not above 0.
@@ -84,9 +84,9 @@ def judge(
 
 
 def together(found: Sequence[Found], claimed: Claimed) -> Found:
-    """One rule for all verdicts: more than half of the differences show it, none the opposite.
+    """Combine verdicts by one rule: more than half of the differences show it, none the opposite.
 
-    An equal one speaks for "not less" and "not more", and neither for nor against "more".
+    An equal difference speaks for "not less" and "not more", and neither for nor against "more".
     """
     count = {name: found.count(name) for name in ("holds", "fails", "equal")}
     most = len(found) / 2

@@ -29,7 +29,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
     With p_(1) ≤ ... ≤ p_(m): adjusted p_(i) = min(1, max_{j ≤ i} (m − j + 1) p_(j)). It bounds the
     chance of any false rejection whatever the dependence. Holm, Scand. J. Statist. 6 (1979); scipy
-    has Benjamini-Hochberg and no Holm.
+    has Benjamini-Hochberg but not Holm.
 
     Raises:
         UserError: no p-value, or one outside [0, 1].
@@ -76,13 +76,13 @@ def compare_pairs(
 
     Args:
         results: method → seed → figure.
-        pairs: what is compared, in this order.
-        common_seeds: take of each pair the seeds that both have, instead of raising where they
-            differ: for figures that not every run has.
+        pairs: the pairs to compare, in this order.
+        common_seeds: use the seeds that both methods of a pair have, instead of raising where they
+            differ; for figures that not every run has.
 
     Raises:
-        UserError: no pair, one of an unknown method or of a method with itself, a pair with other
-            seeds or fewer than two, or a figure that is not finite.
+        UserError: no pair, a pair with an unknown method or of a method with itself, a pair with
+            different seeds or fewer than two, or a figure that is not finite.
     """
     if not pairs:
         raise UserError("a comparison needs at least one pair")
@@ -132,14 +132,14 @@ def compare_pairs(
 def compare_paired(
     results: Mapping[str, Mapping[int, float]], *, baseline: str, confidence: float = 0.95
 ) -> list[Comparison]:
-    """Every other method against the baseline: `compare_pairs` of all with one.
+    """Compare every other method with the baseline: `compare_pairs` of all with one.
 
     Args:
         results: method → seed → figure.
         baseline: the method that the others are compared with.
 
     Raises:
-        UserError: no such baseline, nothing beside it, or as `compare_pairs`.
+        UserError: no such baseline, no other method, or as in `compare_pairs`.
     """
     if baseline not in results or len(results) < 2:
         raise UserError(

@@ -6,12 +6,12 @@ The run with training seed s is right on problem i with the chance
     p_i + a_i + u_s + v_si,    a_i only in the second arm,
 
 p_i the chance of the first arm, over problems of mean μ and standard deviation `problems`; a_i the
-second arm's gain on problem i, of mean δ and deviation `gain`; u_s what a seed moves all problems
-by (`seed`), v_si what it moves one by (`seed_problem`). An evaluation draws n samples of each of N
-problems. The closed forms take the terms as independent and additive and the mean as normal, after
-E. Miller, Adding Error Bars to Evals (arXiv 2411.00640, 2024), with training seeds added; what
-that costs, where difficulties are bimodal and gains are not additive, benchmarks/studies/power.py
-shows by simulation. All figures are shares, not percent.
+second arm's gain on problem i, of mean δ and deviation `gain`; u_s the amount by which a seed moves
+all problems (`seed`), v_si that by which it moves one (`seed_problem`). An evaluation draws n
+samples of each of N problems. The closed forms take the terms as independent and additive and the
+mean as normal, after E. Miller, Adding Error Bars to Evals (arXiv 2411.00640, 2024), with training
+seeds added; benchmarks/studies/power.py shows by simulation what that costs where difficulties are
+bimodal and gains are not additive. All figures are shares, not percent.
 
 Shape suffixes: S seeds (runs of an arm), N problems.
 """
@@ -26,7 +26,7 @@ from scipy import optimize, stats
 from moe_upgrpo.errors import UserError
 
 Question = Literal["these", "such"]
-"""Whether a figure is of the problems that were taken alone, or of problems like them."""
+"""Whether a figure is about these problems alone, or about problems like them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def variances(design: Design, spread: Spread, *, paired: bool = True) -> dict[st
 
     sampling 2w/(N n S), w = E[p(1 − p)]; seed_problem 2v²/(N S); seeds 2u²/S; problems g²/N where
     both arms answer the same problems, (2τ² + g²)/N where each has N of its own. "problems" counts
-    only where the question is of such problems, not of these (`standard_error`).
+    only where the question is about such problems, not just these (`standard_error`).
     """
     n, s = design.problems, design.seeds
     own = 0 if paired else 2 * spread.problems**2
@@ -92,7 +92,7 @@ def variances(design: Design, spread: Spread, *, paired: bool = True) -> dict[st
 def standard_error(
     design: Design, spread: Spread, *, question: Question, paired: bool = True
 ) -> float:
-    """The variance of the difference of two arms' avg@n; `variances` says of what it is made."""
+    """The standard error of the difference of two arms' avg@n; `variances` gives its parts."""
     parts = variances(design, spread, paired=paired)
     if question == "these":
         del parts["problems"]
@@ -100,11 +100,11 @@ def standard_error(
 
 
 def degrees_of_freedom(design: Design, spread: Spread, *, question: Question) -> float:
-    """The power of the paired t-test (`paired_test`) at the variances that `spread` says.
+    """Degrees of freedom of the paired t-test (`paired_test`) at the variances of `spread`.
 
     These problems: S − 1. Such problems: Satterthwaite's, V²/(V_seeds²/(S − 1) + V_problems²/(N −
     1)), V_seeds the part of V that differs from seed to seed, V_problems that from problem to
-    problem. 0 with one seed: what a seed is worth cannot be seen.
+    problem. 0 with one seed: the effect of a seed cannot be seen.
     """
     parts = variances(design, spread)
     by_seed = parts["sampling"] + parts["seed_problem"] + parts["seeds"]
@@ -123,7 +123,7 @@ def _satterthwaite(total: float, *parts: tuple[float, int]) -> float:
 def power(
     difference: float, standard_error: float, *, df: float = math.inf, alpha: float = 0.05
 ) -> float:
-    """Chance that a two-sided t-test at `alpha` finds a difference that is there.
+    """The chance that a two-sided t-test at `alpha` finds a difference that exists.
 
     P(|T| > t), T noncentral t with `df` degrees of freedom and noncentrality difference /
     standard_error, t the two-sided critical value: T² is noncentral F(1, df). Normal where df is
@@ -193,7 +193,7 @@ def detectable(design: Design, spread: Spread, *, question: Question, wanted: fl
 def problems_needed(
     difference: float, gain: float, *, wanted: float = 0.8, alpha: float = 0.05
 ) -> int:
-    """The fewest such problems with power `wanted`, where samples and seeds cost nothing.
+    """The fewest such problems with power `wanted`, if samples and seeds cost nothing.
 
     The t-test of N gains of standard deviation g: standard error g/√N, N − 1 degrees of freedom.
     With fewer no number of samples and seeds is enough.
@@ -206,10 +206,11 @@ def problems_needed(
 
 
 def false_positives(design: Design, spread: Spread, *, alpha: float = 0.05) -> float:
-    """Rate at which a paired test over problems, of one run each, tells equal methods apart.
+    """Rate at which a paired test over problems, with one run per method, tells equal methods
+    apart.
 
-    It sees what differs from problem to problem, sampling + seed_problem, and not u_s, which moves
-    all problems of a run together: 2Φ(−z·√(seen/(seen + 2u²))), with no gain anywhere.
+    The test sees what differs from problem to problem, sampling + seed_problem, but not u_s, which
+    moves all problems of a run together: 2Φ(−z·√(seen/(seen + 2u²))), with no gain anywhere.
     """
     parts = variances(design, spread)
     seen = parts["sampling"] + parts["seed_problem"]
@@ -220,7 +221,8 @@ def false_positives(design: Design, spread: Spread, *, alpha: float = 0.05) -> f
 def expected_maximum(count: int) -> float:
     """E max of `count` independent standard normals, ∫ z·K·φ(z)·Φ(z)^(K−1) dz.
 
-    The best of K evaluations of the same policy lies this many standard errors above its accuracy.
+    The best of K evaluations of a policy is, on average, this many standard errors above its
+    accuracy.
     """
     if count < 1:
         raise UserError(f"count={count}: at least 1 is needed.")
@@ -251,13 +253,13 @@ class PairedTest:
 
 
 def paired_test(first_SN: np.ndarray, second_SN: np.ndarray) -> PairedTest:
-    """Two arms compared run by run and problem by problem.
+    """Compare two arms run by run and problem by problem.
 
     With d_si = second − first, V_s = the variance of its S row means over S, V_p = that of its N
     column means over N, V_r = its two-way residuals' mean square over N·S: se_problems = √V_p,
     se_seeds = √V_s, se_both = √(V_s + V_p − V_r), because both hold the residual part once (the
     variance of a mean under two crossed random factors; Cornfield and Tukey, Ann. Math. Stat. 27,
-    1956). It is never taken below the larger of the two.
+    1956). se_both is never taken below the larger of the two.
 
     Args:
         first_SN, second_SN: share of right samples of each run on each problem; the same seeds and
@@ -312,16 +314,16 @@ def spread_of(correct_SN: np.ndarray, samples: int, second_SN: np.ndarray | None
 
     With `second_SN` the differences run by run are taken apart instead, with twice u², v² and w and
     with g² for τ²: `seed` and `seed_problem` are then what the two runs of a seed do *not* share,
-    for a start or an order of data that both have moves no difference. `problems` is the rest, so
-    that `within` is w; `gain` is 0 without `second_SN`.
+    since a start or an order of data that both have does not change the difference. `problems` is
+    the rest, so that `within` is w; `gain` is 0 without `second_SN`.
 
     Args:
         correct_SN: right samples of each run on each problem, of `samples`.
         second_SN: the same of the other arm, run by run.
 
     Raises:
-        UserError: fewer than two seeds, problems or samples, counts outside 0..n, or an arm that
-            is right always or never.
+        UserError: fewer than two seeds, problems or samples, counts outside 0..n, or an arm that is
+            always or never right.
     """
     if samples < 2:
         raise UserError(f"samples={samples}: at least 2 of each problem are needed.")

@@ -11,7 +11,7 @@ from moe_upgrpo.errors import UserError
 _EXACT = 14  # prompts up to which all 2^P signs are tried
 _DRAWS = 20_000
 _AT_ONCE = 1 << 22
-_MANY = 10_000  # prompts from which on those of the same size are drawn together
+_MANY = 10_000  # prompts; from here on, those of the same size are drawn together
 
 
 def sign_flip_test(differences_P: np.ndarray, *, seed: int = 0) -> float:
@@ -19,9 +19,9 @@ def sign_flip_test(differences_P: np.ndarray, *, seed: int = 0) -> float:
 
     One-sided: small where the differences are above 0. If the two figures of a prompt are drawn
     alike, each difference is as likely as its opposite, whatever the prompts' sizes and spreads, so
-    p < α comes in a share of at most α of such cases (Fisher, The Design of Experiments, 1935,
-    §21). Up to 14 prompts all signs are tried, from there on 20,000 draws of them, the observed
-    ones among them. Nothing differs: 1.
+    p < α occurs in at most a share α of such cases (Fisher, The Design of Experiments, 1935, §21).
+    Up to 14 prompts, all signs are tried; beyond that, 20,000 draws of them, the observed ones
+    included. If nothing differs, the result is 1.
 
     Raises:
         UserError: no prompt, or a difference that is not finite.
@@ -29,10 +29,10 @@ def sign_flip_test(differences_P: np.ndarray, *, seed: int = 0) -> float:
     d_P = np.asarray(differences_P, dtype=np.float64)
     if d_P.ndim != 1 or not len(d_P) or not np.isfinite(d_P).all():
         raise UserError(f"a paired test takes finite differences [P], got shape {list(d_P.shape)}")
-    d_P = d_P[d_P != 0]  # of no sign, and in no sum
+    d_P = d_P[d_P != 0]  # they have no sign and add nothing
     if not len(d_P):
         return 1.0
-    observed = d_P.sum() - 1e-9 * np.abs(d_P).sum()  # sums of the same numbers in another order
+    observed = d_P.sum() - 1e-9 * np.abs(d_P).sum()  # allows for sums in another order
     if len(d_P) <= _EXACT:
         bits = np.arange(2 ** len(d_P))[:, None] >> np.arange(len(d_P)) & 1
         return float((((2 * bits - 1) @ d_P) >= observed).mean())

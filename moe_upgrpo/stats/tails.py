@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "p99_99": 0.9999}
-"""Quantiles of |log ratio|; told where a token is beyond: the last from 10,000 tokens on."""
+"""Quantiles of |log ratio|; each is given if a token lies beyond it: the last from 10,000 tokens
+on."""
 
 POSITION_EDGES = tuple(16 * 2**i for i in range(12))
 """Bins of a token's position: below 16, then doubling, 16,384 to 32,767, and from 32,768 on."""
 
 _PER_DECADE, _SMALLEST, _LARGEST = 20, -7, 3
-# Bin 0 is below the first edge, the last from the last edge on.
+# Bin 0 is below the first edge; the last bin begins at the last edge.
 _EDGES = 10.0 ** (np.arange(_PER_DECADE * (_LARGEST - _SMALLEST) + 1) / _PER_DECADE + _SMALLEST)
 BINS = len(_EDGES) + 1
 
@@ -29,7 +30,7 @@ def position_bins(positions_N: np.ndarray) -> np.ndarray:
 def log_counts(log_ratios_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count log-ratios above 0, and those that are not, in each bin of their size, ``[B]``.
 
-    Bins are 12% wide. A log-ratio that is NaN is in neither.
+    Bins are 12% wide. NaN log-ratios are in neither.
     """
     x_N = np.asarray(log_ratios_N, np.float64)
     x_N = x_N[~np.isnan(x_N)]
@@ -40,8 +41,8 @@ def log_counts(log_ratios_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spread(counts_B: np.ndarray, most: int) -> np.ndarray:
-    """The largest sizes that the counts stand for, descending, at most `most`: those of a bin are
-    spread over it evenly in logarithms."""
+    """The largest sizes behind the counts, descending, at most `most`: a bin's sizes are spread
+    evenly over it in logarithms."""
     found, left = [], most
     for b in np.flatnonzero(counts_B)[::-1]:
         count = int(counts_B[b])
@@ -60,8 +61,8 @@ def _spread(counts_B: np.ndarray, most: int) -> np.ndarray:
 
 
 def quantiles(counts_B: np.ndarray) -> dict[str, float]:
-    """`QUANTILES` of sizes from their counts, to a bin's width; those beyond which no token lies
-    are left out."""
+    """`QUANTILES` of sizes from their counts, to a bin's width, without those beyond which no token
+    lies."""
     total = int(counts_B.sum())
     found = {}
     for name, q in QUANTILES.items():
@@ -73,18 +74,18 @@ def quantiles(counts_B: np.ndarray) -> dict[str, float]:
 
 
 def pareto_k_of_counts(above_B: np.ndarray, below_B: np.ndarray) -> float:
-    """The tail index k of the ratios behind `log_counts`, to a bin's width, as PSIS has it; NaN
-    where there is no tail to fit.
+    """The tail index k of the ratios behind `log_counts`, to a bin's width, as in PSIS; NaN where
+    there is no tail to fit.
 
     A generalised Pareto distribution is fitted to the M = min(N/5, 3√N) largest (Vehtari, Simpson,
     Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 25, 2024). Above .5 the
-    variance of the ratios is infinite, above .7 their mean is not to be had from a sample, above 1
-    there is none.
+    variance of the ratios is infinite, above .7 a sample does not give their mean, above 1 they
+    have none.
     """
     total = int(above_B.sum() + below_B.sum())
     wanted = _tail_size(total) + 1
     logs = _spread(above_B, wanted)
-    if len(logs) < wanted:  # the rest are below 1: the nearest to it first
+    if len(logs) < wanted:  # the rest are below 1, the nearest to 1 first
         less = -_spread(below_B, int(below_B.sum()))[::-1]
         logs = np.concatenate([logs, less[: wanted - len(logs)]])
     return _fitted(np.exp(np.minimum(logs, 700.0)))

@@ -32,16 +32,15 @@ class Checkpoints:
     folder: Path
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the state after ``step`` into; earlier unfinished ones are
-        removed."""
+        """An empty folder for the state after ``step``; earlier unfinished ones are removed."""
         self.remove_unfinished()
         part = self.folder / f".{self._of(step).name}"
         part.mkdir(parents=True)
         return part
 
     def commit(self, part: Path, step: int, files: dict[str, Any], about: dict[str, Any]) -> Path:
-        """Make the checkpoint whole: write its manifest, with ``files`` from `describe`, then
-        rename it."""
+        """Make the checkpoint whole: write its manifest of ``files`` from `describe`, then rename
+        it."""
         manifest = {"version": VERSION, "step": step} | about | {"files": files}
         write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for folder in part.rglob("*/"):
@@ -50,8 +49,7 @@ class Checkpoints:
         return self._of(step)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest. Each is renamed first, so that a folder with a
-        checkpoint's name is always whole."""
+        """Remove all but the ``keep`` newest, each renamed first: what has the name stays whole."""
         for path in self.all()[:-keep]:
             _remove(path.rename(path.with_name(f".{path.name}")))
 

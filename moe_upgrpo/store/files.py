@@ -28,16 +28,14 @@ def sync(path: Path) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Give a finished file, or a folder whose files are synced, its name; it is on disk on
-    return."""
+    """Give a finished file, or a folder whose files are synced, its name, on disk on return."""
     sync(part)
     os.replace(part, path)
     sync(path.parent)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole: if several processes write it at once, on any machine, one of them
-    wins."""
+    """Write a file whole; of several processes writing it at once, on any machine, one wins."""
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.write_text(text, encoding="utf-8")
     publish(part, file)

@@ -280,8 +280,7 @@ _PLAIN = bytes(range(32, 127)).replace(b"\\", b"") + b"\n"
 
 
 def has_plain_metrics(path: str | Path) -> bool:
-    """Whether metrics.jsonl holds only ASCII without escapes, so that any page can show it as
-    is."""
+    """Whether metrics.jsonl is ASCII without escapes, so that any page can show it as is."""
     with (Path(path) / "metrics.jsonl").open("rb") as file:
         return not any(
             block.translate(None, _PLAIN) for block in iter(lambda: file.read(1 << 20), b"")

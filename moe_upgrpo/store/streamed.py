@@ -48,7 +48,7 @@ class Part:
         return tuple(sorted(name for name in set(names) if self.table[name].null_count))
 
     def rows(self, names: tuple[str, ...]) -> pa.Table:
-        """The rows without a null in any of these columns."""
+        """The rows without a null in any of these columns, names from `nullable`."""
 
         def make() -> pa.Table:
             if not names:
@@ -169,8 +169,7 @@ class Question:
         return names, columns, self.asked.counts(columns) if self.asked.counts else None
 
     def look(self, part: Part) -> None:
-        """Count the values that the groups are made from; one of the questions that share them does
-        so."""
+        """Count the values that make the groups; one of the questions that share them does so."""
         names = part.nullable(self.looked_at)
         values_N = part.array(names, self.column)
         if self.asked.counts:

@@ -91,8 +91,7 @@ def read_vocabulary(run: str | Path, ids: Collection[int]) -> dict[int, bytes] |
 
 
 def as_texts(ids: Sequence[int], vocabulary: Mapping[int, bytes]) -> list[str]:
-    """Each token's text in its place; a character made by several tokens goes to the last of
-    them."""
+    """Each token's text in its place; a character made by several tokens is the last one's."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in ids:

@@ -180,8 +180,7 @@ def read_routes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_sequence(code: Callable[[Any], Any], step_N: np.ndarray, sequence_N: np.ndarray) -> Any:
-    """``code(rows)`` for all rows; where it refuses them, for each sequence, to name the bad
-    one."""
+    """``code(rows)`` for all rows; if it refuses them, for each sequence, to name the bad one."""
     try:
         return code(slice(None))
     except UserError:
