@@ -59,8 +59,8 @@ def check_folder(path: str | Path) -> Path:
 
 
 def downloaded(name: str | Path) -> Path:
-    """The folder of a model that is named by a path, or by a name on the Hugging Face hub whose
-    download is in this machine's cache.
+    """The folder of a model, given by path or by its name on the Hugging Face hub if this machine's
+    cache has it.
 
     Raises UserError, without asking the network, where neither is here.
     """

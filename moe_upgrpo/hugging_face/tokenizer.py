@@ -179,8 +179,7 @@ def keep_vocabulary(run: str | Path, model: str | Path, *, trust_remote_code: bo
 
 
 def _bytes_of_signs() -> dict[str, int]:
-    """GPT-2's signs for bytes: printable ones stand for themselves, the others are U+0100 and
-    up."""
+    """GPT-2's signs for bytes: printable ones are themselves, the others are U+0100 and up."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     signs = {chr(byte): byte for byte in plain}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class AppliedSide:
     """A side of the loss on this batch: what its rules cut, and its weight.
 
-    positive: A > 0, else A <= 0. below, above: cut by a bound of the loss; dropped: by the
+    positive: A > 0, else A <= 0. below, above: cut by a bound of the loss; dropped: cut by the
     correction or the off-policy mask; factor: detached weight. All `[B, T]`, `[B, 1]` or None.
     """
 
@@ -82,7 +82,7 @@ def union(*hits: Tensor | None) -> Tensor | None:
 
 
 class _OfSign:
-    """The tokens of one sign, and those of them that a rule hits, each rule counted once."""
+    """The tokens of one sign, and those among them that a rule hits; each rule is counted once."""
 
     def __init__(self, here_BT: Tensor):
         self.here_BT = here_BT

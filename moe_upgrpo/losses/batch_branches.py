@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that look at the whole batch: covariances, groups, counts. They need `Context`.
+"""Losses that depend on the whole batch: covariances, groups, counts. They need `Context`.
 
 The contract is `side.py`; the table of all losses is `branches.py`. A threshold is a statistic of
 the batch: `batch_statistics` computes it from all micro-batches and ranks; without it each
-micro-batch has its own, as in the stacks that these losses come from.
+micro-batch computes its own, as in the stacks that these losses come from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def means(t: Tokens, log_probs_BT: Tensor) -> dict[str, Tensor]:
-    """Means over the tokens of the batch; 0 where it has none."""
+    """Means over the batch's tokens; 0 if it has none."""
     tokens = t.lengths_B1.sum().clamp(min=1)
     return {
         "mean_advantage": t.advantages_BT.sum() / tokens,

@@ -35,7 +35,7 @@ def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """e^d − d − 1, d = log π_ref − log π_θ: unbiased, never negative.
 
     Beyond d = 20 it continues along its tangent, so that neither value nor gradient overflows and a
-    token that is too unlikely is still pulled up (with e^d cut alone, −d would push it further
+    token that is too unlikely is still pulled up (if only e^d were cut, −d would push it further
     down).
     """
     d = ref_log_probs - log_probs

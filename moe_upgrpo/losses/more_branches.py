@@ -86,9 +86,9 @@ def hinge_branch(
     shift: float = 0.0,
     guard: float = math.inf,
 ) -> Branch:
-    """The classifier is shifted by a constant: f = classifier − shift.
+    """A loss of the hinge family, with f = classifier − shift.
 
-    guard: log r beyond which the classifier's exp is cut, and its gradient with it.
+    guard: the log r beyond which the classifier's exp, and with it its gradient, is cut.
     """
 
     @kept

@@ -134,7 +134,7 @@ BLOCK = 2**16
 
 
 def keep(x: Tensor, cut: Tensor) -> Tensor:
-    """x, 0 where it is cut. x must be finite."""
+    """x, but 0 where it is cut. x must be finite."""
     kept: Tensor = _functions().Keep.apply(x, cut)
     return kept
 
@@ -153,7 +153,7 @@ def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
 
 
 def none_above(x: Tensor, limit: float) -> Tensor:
-    """x, 0 where it is at or above the limit. Without a gradient."""
+    """x, but 0 where it is at or above the limit. Without a gradient."""
     return torch.threshold(-x, -limit, 0.0).neg_()
 
 

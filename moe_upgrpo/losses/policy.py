@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""policy_loss: branches, correction and aggregation put together; the oracle of its gradient."""
+"""`policy_loss`, which puts branches, correction and aggregation together; its gradient's
+oracle."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An installed or checked-out stack: its revision, its state, and how to change it.
 
-The state is read from the files' checksums alone, so that no stored state can be wrong:
-each file is at one of the contents of its chain (upstream's, then after each patch), or modified.
-A file is replaced by renaming a finished one over it. A process that is killed half-way leaves each
-file whole, either old or new, and `apply` and `revert` can start from either.
+The state is read from the files' checksums alone, so that no stored state can be wrong: each file
+has one of the contents of its chain (upstream's, then after each patch), or modified. A file is
+replaced by renaming a finished one over it. A process that is killed half-way leaves each file
+whole, either old or new, and `apply` and `revert` can start from either.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class Checkout:
         return "applied" if all(index == last for index, last in at) else "partly applied"
 
     def apply(self) -> list[str]:
-        """Bring every file to the end of its chain; return the files changed, none if all were
-        there."""
+        """Bring every file to the end of its chain; return the files changed, if any."""
         return self._bring({f: len(self.series.checksums(f)) - 1 for f in self.series.files})
 
     def revert(self) -> list[str]:

@@ -35,8 +35,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def patches_folder() -> Path:
-    """The folder of the patches: inside the package in a wheel (by setup.py), beside it in a
-    checkout."""
+    """The folder of the patches: in a wheel inside the package (by setup.py), else beside it."""
     inside = PACKAGE / "patches"
     return inside if inside.is_dir() else PACKAGE.parent / "patches"
 
@@ -79,8 +78,7 @@ class Series:
         return [chain[0][0], *(after for _, after in chain)]
 
     def move(self, file: str, content: bytes | None, to: int) -> bytes | None:
-        """The file's content after its first `to` patches, from its content after any number of
-        them.
+        """The file's content after its first `to` patches, made from that after any number of them.
 
         Raises UserError where the content is not what series.yaml says.
         """
@@ -108,8 +106,7 @@ def _file_beside(name: str) -> str:
 
 
 def load(folder: Path) -> Series:
-    """Load a series. Raises UserError where series.yaml and the diffs beside it do not fit
-    together."""
+    """Load a series. Raises UserError where series.yaml and the diffs do not fit together."""
     source = folder / "series.yaml"
     try:
         given = yaml.safe_load(source.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ class Raised(NamedTuple):
 
 
 class Watch:
-    """Looks at a run's rows in order.
+    """A watcher of a run's rows, in order.
 
     replay: none, R2 or R3, where the source says it.
     """
@@ -49,7 +49,7 @@ class Watch:
         self.first_entropy: float | None = None
 
     def look(self, row: Row) -> list[Raised]:
-        """The alarms that ring at a row; those whose metrics it lacks do not."""
+        """The alarms that ring at a row; alarms whose metrics it lacks do not."""
         self._remember(row)
         found = []
         for name, alarm in ALARMS.items():
@@ -97,7 +97,7 @@ class Watch:
                 self.first_entropy = self.entropy()
 
     def reward(self) -> tuple[float, float] | None:
-        """Mean over the last steps and its standard error; None before there are enough."""
+        """Mean over the last steps and its standard error; None until there are enough steps."""
         if len(self._rewards) < self.limits.window:
             return None
         means, errors = zip(*self._rewards, strict=True)
@@ -121,7 +121,7 @@ def _signal(row: Row) -> bool | None:
 
 
 def _standard_error(row: Row) -> float:
-    """Standard error of a step's mean reward, doubled: responses to a prompt are alike."""
+    """Standard error of a step's mean reward, doubled because responses to a prompt are alike."""
     std, sampled = row.get("reward/std"), row.get("tokens/sampled")
     length = row.get("response/length_mean")
     if not (std and sampled and length):

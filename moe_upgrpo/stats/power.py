@@ -206,8 +206,7 @@ def problems_needed(
 
 
 def false_positives(design: Design, spread: Spread, *, alpha: float = 0.05) -> float:
-    """Rate at which a paired test over problems, with one run per method, tells equal methods
-    apart.
+    """Rate at which a paired test over problems, one run per method, tells equal methods apart.
 
     The test sees what differs from problem to problem, sampling + seed_problem, but not u_s, which
     moves all problems of a run together: 2Φ(−z·√(seen/(seen + 2u²))), with no gain anywhere.

@@ -3,8 +3,8 @@
 
 Each page carries a checksum that Parquet defines and other readers know; a page's header and the
 file's footer carry none. The schema's metadata therefore has, under ``moe_upgrpo.checksums``, the
-CRC-32 of each column's values and of every other entry of the metadata. Files that were written
-without either are read as they are.
+CRC-32 of each column's values and of every other entry of the metadata. Files without these are
+read as they are.
 """
 
 import json

@@ -42,8 +42,8 @@ def read_tokens(
 
     Returns:
         A table whose schema carries the `TokenLayout`, with nulls where a file lacks an optional
-        column that another has; `overlap_array` and `read_routes` give numpy, ``.to_pandas()``
-        and ``polars.from_arrow`` the rest.
+        column that another has; `overlap_array` and `read_routes` turn it into numpy,
+        ``.to_pandas()`` and ``polars.from_arrow`` into data frames.
 
     Raises:
         UserError: no row at all; a file is truncated, not a token log, of an unknown version, with
