@@ -59,8 +59,7 @@ def check_folder(path: str | Path) -> Path:
 
 
 def downloaded(name: str | Path) -> Path:
-    """The folder of a model, given by path or by its name on the Hugging Face hub if this machine's
-    cache has it.
+    """The folder of a model, by path or, if this machine's cache has it, by name on the hub.
 
     Raises UserError, without asking the network, where neither is here.
     """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`policy_loss`, which puts branches, correction and aggregation together; its gradient's
-oracle."""
+"""`policy_loss`: branches, correction and aggregation put together; its gradient's oracle."""
 
 from __future__ import annotations
 

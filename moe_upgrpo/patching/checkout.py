@@ -2,7 +2,7 @@
 """An installed or checked-out stack: its revision, its state, and how to change it.
 
 The state is read from the files' checksums alone, so that no stored state can be wrong: each file
-has one of the contents of its chain (upstream's, then after each patch), or modified. A file is
+has one of the contents of its chain (upstream's, then after each patch), or is modified. A file is
 replaced by renaming a finished one over it. A process that is killed half-way leaves each file
 whole, either old or new, and `apply` and `revert` can start from either.
 """

@@ -39,8 +39,7 @@ class Checkpoints:
         return part
 
     def commit(self, part: Path, step: int, files: dict[str, Any], about: dict[str, Any]) -> Path:
-        """Make the checkpoint whole: its manifest, with ``files`` from `describe`, then its
-        name."""
+        """Make the checkpoint whole: its manifest with ``files`` from `describe`, then its name."""
         manifest = {"version": VERSION, "step": step} | about | {"files": files}
         write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for folder in part.rglob("*/"):
