@@ -132,7 +132,7 @@ def _mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _attend_in_parts(query_sBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
-    """Attention [s, B, A, D] of this context-parallel rank's two chunks to the keys of all ranks."""
+    """[s, B, A, D], attention of this context-parallel rank's two chunks to all ranks' keys."""
     chunk = len(query_sBAD) // 2
     ends = [(number + 1) * chunk for number in context.chunks()]
     return torch.cat(
@@ -145,7 +145,7 @@ def _attend_in_parts(query_sBAD, key_SBGD, value_SBGD, scale: float) -> torch.Te
 
 def _takes_varlen(query_NAD: torch.Tensor) -> bool:
     """Whether torch has its kernel for sequences of mixed lengths, and it takes these: CUDA's
-    FlashAttention. Releases without the argument enable_gqa need as many key heads as query heads."""
+    FlashAttention. Without the argument enable_gqa it needs as many key heads as query heads."""
     here = varlen is not None and "enable_gqa" in signature(varlen.varlen_attn).parameters
     half = query_NAD.dtype in (torch.bfloat16, torch.float16)
     return here and query_NAD.is_cuda and half and query_NAD.shape[-1] <= 256

@@ -156,7 +156,7 @@ class _Stream:
 
 
 class _HostCopies(TorchFunctionMode):
-    """Every tensor counts as on the GPU, except those that went through `cpu()` and their copies."""
+    """Every tensor counts as on the GPU except those that went through `cpu()` and their copies."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-# Settings that make CUDA's libraries compute the same each time. cuBLAS takes one of these two sizes
+# Settings that make CUDA's libraries compute alike each time. cuBLAS takes one of these two sizes
 # of workspace; NCCL must not sum in the switch (NVLS); Transformer Engine asks when it is built.
 _WORKSPACES = (":4096:8", ":16:8")
 _SETTINGS = {
