@@ -118,7 +118,7 @@ class Learner:
     ) -> NoiseFloor:
         """On an analysed step, begin to take the gap apart and measure both sides' noise floors.
 
-        stale: whether the rollouts were sampled with other weights than engine and trainer now have.
+        stale: whether other weights sampled the rollouts than engine and trainer now have.
         """
         if not self.analyses(step):
             return NoiseFloor()
