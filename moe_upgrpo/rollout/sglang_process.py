@@ -56,7 +56,7 @@ class ServerProcess:
         self.process: subprocess.Popen | None = None
 
     def start(self, model_dir: Path, weight_version: str) -> None:
-        """Start it and wait until it is ready; after `start_timeout` seconds end it, MachineFault."""
+        """Start it and wait until it is ready; after `start_timeout` s end it: MachineFault."""
         options = {
             "model_path": model_dir,
             "host": "127.0.0.1",
