@@ -47,7 +47,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run's kept data. Rows are the entries of metrics.jsonl that are numbers or lists of numbers:
+    """A run's kept data. Rows are those entries of metrics.jsonl that are numbers or number lists:
     row 0 is the evaluation before the first step, then there is a row for each step."""
 
     about: About

@@ -248,7 +248,7 @@ def _contrasts(results: Results, plan: Mapping[str, Any]) -> list[Comparison]:
 
 
 def _verdict(c: Comparison, planned: int | None, confidence: float) -> dict[str, Any]:
-    """A contrast as a row; with `planned`, `needed` is the difference detectable with that many."""
+    """A contrast as a row; with `planned`, `needed`: the difference told apart beside any others."""
     half = (c.high - c.low) / 2
     if c.p_holm < 1 - confidence:
         verdict = "higher" if c.difference > 0 else "lower"
@@ -311,7 +311,7 @@ def _progress(loaded: Loaded) -> dict[str, Any]:
 def _matched(
     by_arm: Mapping[str, Sequence[RunData]], runs: Sequence[RunData]
 ) -> dict[str, Any] | None:
-    """Numbers of runs of each arm that reach R*, and that already start there."""
+    """Numbers of runs of each arm that reach R*, and that reach it in their first window."""
     level, width = matched_reward(runs), window(runs)
     if level is None:
         return None
