@@ -248,7 +248,7 @@ def _contrasts(results: Results, plan: Mapping[str, Any]) -> list[Comparison]:
 
 
 def _verdict(c: Comparison, planned: int | None, confidence: float) -> dict[str, Any]:
-    """A contrast as a row; with `planned`, `needed`: the difference told apart beside any others."""
+    """A contrast as a row; with `planned`, `needed`: the difference told apart beside any other."""
     half = (c.high - c.low) / 2
     if c.p_holm < 1 - confidence:
         verdict = "higher" if c.difference > 0 else "lower"
