@@ -30,7 +30,7 @@ from moe_upgrpo.store.files import write_text
 RESULTS = Path("benchmarks/results")
 SUMMARY = RESULTS / "summary.json"
 
-# What a report reads of a compared run. Of one that chose a learning rate, its evaluations stay.
+# What a report reads of a compared run. Of a run that chose a learning rate, the evaluations stay.
 COLUMNS = {
     "clip/negative",
     "clip/positive",
@@ -65,14 +65,14 @@ def comparisons() -> list[str]:
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """All figures of a comparison's report, as JSON has them."""
+    """All figures of a comparison's report, in their JSON form."""
     return json.loads(json.dumps(report._finite(report.numbers(report.load(folder)))))
 
 
 def keep(source: Path, target: Path) -> None:
-    """Write the data of a comparison that was run to one file, with what its report reads.
+    """Write the data of a comparison that was run to one file, with everything its report reads.
 
-    Raises UserError where the report made of it would not be the same.
+    Raises UserError if the report made from the file would differ.
     """
     runs = data.read_all(source) + data.read_all(source, tuning=True)
     target.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 COMPARISON = ROOT / "benchmarks/results/compare/fp8"
 FIGURE = ROOT / "docs/img/mismatch.svg"
 LINES = ("-", "--", ":")
-# metric -> what the line is
+# metric -> meaning of its line
 SHARES = {
     "mismatch/token_any_rate": "tokens with any such router",
     "mismatch/router_rate": "routers that choose other experts",
 }
-# Colours on white -> on the page of a reader in dark mode.
+# Colours on white -> the same on a page in dark mode.
 DARK = {
     "#ffffff": "#0d1117",
     "#000000": "#e6edf3",
@@ -65,7 +65,7 @@ def interval(values_by_step: dict[int, np.ndarray]) -> tuple[np.ndarray, ...]:
 
 
 def numbers() -> dict[str, list[float]]:
-    """The means that are drawn; the picture's file has them, so that a test can compare."""
+    """The means that are drawn; the picture's file contains them, so that a test can compare."""
     shown = load(COMPARISON).shown
     every = [run for runs in shown.values() for run in runs]
     drawn = {metric: curve(every, metric) for metric in SHARES}
@@ -120,7 +120,7 @@ def svg() -> str:
 
 
 def in_dark_mode() -> str:
-    """Rules that exchange the colours which matplotlib wrote into the elements."""
+    """Rules that replace the colours which matplotlib wrote into the elements."""
     rules = [
         f'[style*="{what}: {light.lower()}"] {{{what}: {dark} !important}}'
         for light, dark in DARK.items()

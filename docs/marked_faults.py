@@ -1,7 +1,7 @@
-"""The faults that tests hold, by `@pytest.mark.fault(AREA, FAULT, WHAT_HAPPENS)` above each.
+"""The faults that tests cover, from `@pytest.mark.fault(AREA, FAULT, WHAT_HAPPENS)` above each.
 
-The tables of docs/reliability.md. Read from the source: a table needs no test to be imported, and
-a test that is run elsewhere (GPU, servers, minutes) is in it too.
+They fill the tables of docs/reliability.md. Read from the source: no test need be imported, and a
+test that runs elsewhere (GPU, servers, minutes) is included too.
 """
 
 import ast

@@ -8,7 +8,7 @@ from tests.integrations.places import CHECKOUTS, WHEELS
 
 
 def rows(stack: str) -> list[list[str]]:
-    """Revision; how it is run; its functions that are not as at the revision that comes last."""
+    """Revision; how it is run; its functions that differ from the revision listed last."""
     kept = hooks.read()[stack]
     pin = CHECKOUTS[stack][1] if stack in CHECKOUTS else WHEELS[stack]
     found = []
@@ -22,7 +22,7 @@ def rows(stack: str) -> list[list[str]]:
 
 
 def _against(stack: str, pin: dict, here: dict) -> list[str]:
-    """The number of functions, and those that have another place, arguments or body."""
+    """The number of functions, and those whose place, arguments or body differ."""
     if here is pin:
         return [str(len(here)), "the revision that the others are held against"]
     elsewhere, arguments, body, gone = [], [], [], []

@@ -1,4 +1,4 @@
-"""The table of every option of `moe-upgrpo train`, made of the config's own fields and their texts.
+"""The table of every option of `moe-upgrpo train`, from the config's own fields and their texts.
 
 docs/make_tables.py puts it into docs/options.md.
 """

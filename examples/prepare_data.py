@@ -41,7 +41,7 @@ class Arguments:
 
 
 def frame(texts: Sequence[str]) -> tuple[str, str]:
-    """The words before and after every problem: what all texts begin and end with, whole lines."""
+    """The words before and after every problem: whole lines that all texts begin and end with."""
     before, after = beginning(texts), beginning([text[::-1] for text in texts])[::-1]
     before = before[: before.rfind("\n") + 1]
     after = after[after.find("\n") :] if "\n" in after else ""
@@ -50,13 +50,13 @@ def frame(texts: Sequence[str]) -> tuple[str, str]:
 
 
 def beginning(texts: Sequence[str]) -> str:
-    """The beginning that all share: what the first and the last in alphabetical order do."""
+    """The beginning shared by all: that of the first and the last in alphabetical order."""
     pairs = zip(min(texts), max(texts), strict=False)
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def bare(text: str, before: str, after: str) -> str:
-    """The problem without its frame, with single spaces: to see whether two are the same."""
+    """The problem without its frame, in single spaces, to see whether two are the same."""
     if text.startswith(before) and text.endswith(after):
         text = text[len(before) : len(text) - len(after)]
     return " ".join(text.split())
@@ -119,7 +119,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # problems have signs that no terminal may have
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack signs that problems use
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except UserError as error:

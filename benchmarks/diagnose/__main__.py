@@ -24,7 +24,7 @@ from moe_upgrpo.tools.diagnose.inputs import from_run
 
 @dataclass(frozen=True)
 class Outcome:
-    """A diagnosis of an injected fault, or of none."""
+    """A diagnosis of an injected fault, or of a pair without one."""
 
     name: str
     source: str
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def named(evidence: Evidence) -> Finding | None:
-    """The fault that is named first."""
+    """The fault named first."""
     found = verdict.look(evidence).findings
     return next((one for one in found if one.kind == "fault" or one.cause == "stale-weights"), None)
 

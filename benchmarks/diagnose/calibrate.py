@@ -5,7 +5,7 @@
 Run from the repository's root. Measures models whose experts, top-k and layers vary together, adds
 the rows of benchmarks/results/routing-mismatch at weights that both sides share, writes
 moe_upgrpo/tools/diagnose/calibration.json and prints the rule. --read measures nothing and prints
-the rule of the table that is there; --quick is two tiny models, and writes nothing.
+the rule of the existing table; --quick uses two tiny models, and writes nothing.
 """
 
 import json
@@ -66,7 +66,7 @@ def shapes(quick: bool) -> Study:
 
 
 def table_row(row: dict, source: str) -> dict:
-    """A row of the routing mismatch study as one of the calibration table."""
+    """Turn a row of the routing mismatch study into one of the calibration table."""
     names = ("weights", "layers", "hidden", "experts", "top_k")
     return {
         "engine": row["engine"],

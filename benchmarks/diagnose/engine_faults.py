@@ -1,4 +1,4 @@
-"""Faults put into a running engine of transformers, and the cause that each is to be named by."""
+"""Faults put into a running transformers engine, and the cause that should be named for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_upgrpo.tools.diagnose import models
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFault:
-    """A fault, put into a sound engine. cause: what is to be named first; None: nothing is."""
+    """A fault, put into a sound engine. cause: the one to be named first; None: none should be."""
 
     inject: Callable[[HFEngine], Engine]
     cause: str | None
@@ -25,10 +25,10 @@ class EngineFault:
 
 
 class Wrapped:
-    """An engine that is asked through something else: only the methods of `Engine` are seen.
+    """An engine that is called through a wrapper: only the methods of `Engine` are visible.
 
-    change: of each rollout. temperature: that it samples at, whatever it is asked for. before:
-    tokens that it puts before each prompt and says nothing of.
+    change: applied to each rollout. temperature: used for sampling, whatever is requested. before:
+    tokens silently put in front of each prompt.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ def _tensors(wanted: Callable[[str], bool], change: Callable[[str, torch.Tensor]
 
 
 def _moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """As some updates would move it."""
+    """Move a tensor as some updates would."""
     return tensor + 0.3 * tensor.float().std() * torch.randn(tensor.shape)
 
 
 def _made_anew(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """As a loader leaves a tensor that it has not found."""
+    """Make a tensor as a loader leaves one that it did not find."""
     return torch.randn(tensor.shape) * tensor.float().std()
 
 
@@ -190,7 +190,7 @@ CLEAN: dict[str, EngineFault] = {
 
 
 def options(model: Path, prompts: Path, **given) -> SimpleNamespace:
-    """The options of `moe-upgrpo diagnose` that a pair is started with."""
+    """The options of `moe-upgrpo diagnose` with which a pair is started."""
     usual = {
         "trust_remote_code": False,
         "samples": 4,

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.diagnose.engines [--figure docs/img/diagnose-knobs.svg]
 
 Run from the repository's root: minutes on a CPU. Prints tables in Markdown: each fault in each of
-some random models, with the cause that was named first and the part of the difference that mending
-it took away; pairs without a fault; and the time of a whole diagnosis of the 1M-parameter model of
+some random models, with the cause named first and the part of the difference that mending it
+removed; pairs without a fault; and the time of a whole diagnosis of the 1M-parameter model of
 `make train`, which `--only time` prints alone.
 """
 
@@ -65,7 +65,7 @@ def saved_model(folder: Path, *, seed: int = 0, **sizes) -> Path:
 
 
 def write_prompts(file: Path, count: int) -> Path:
-    """Additions, one a line, each another one."""
+    """Additions, one a line, all different."""
     rng = np.random.default_rng(0)
     lines = {f"{a}+{b}=" for a, b in rng.integers(1, 99, (4 * count, 2))}
     file.write_text("\n".join(sorted(lines)[:count]) + "\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def examined(fault: EngineFault, model: Path, prompts: Path, **given) -> Examine
 
 
 def rows_of_faults(folder: Path, prompts: Path, faults: dict[str, EngineFault]) -> Iterator[list]:
-    """A row for each fault: named first, in how many models, and the share that it explains."""
+    """A row for each fault: the cause named first, in how many models, and its share."""
     models = {name: saved_model(folder / name, **sizes) for name, sizes in SHAPES.items()}
     for name, fault in faults.items():
         found = [examined(fault, model, prompts) for model in models.values()]
@@ -100,13 +100,13 @@ def rows_of_faults(folder: Path, prompts: Path, faults: dict[str, EngineFault]) 
 
 
 def _first(of: Examined, fault: EngineFault) -> str | None:
-    """The cause named first; of a pair without a fault the first fault alone."""
+    """The cause named first; for a pair without a fault, only the first fault."""
     found = of.findings if fault.cause else [f for f in of.findings if f.kind == "fault"]
     return found[0].cause if found else None
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     return "\n".join(table_row(cells) for cells in (heads, ["---"] * len(heads), *rows))
 
 
@@ -116,7 +116,7 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def bisections(folder: Path, prompts: Path) -> dict[str, Bisection]:
-    """Turn the knobs of a bf16 engine, and of one whose weights are rounded to FP8 as well."""
+    """Turn the knobs of a bf16 engine, and of one that also has weights rounded to FP8."""
     model = saved_model(folder / "bisected", **SHAPES[BISECTED])
     found = {}
     for name, weights in (("bf16", "as-trained"), ("bf16, weights rounded to FP8", "fp8")):
@@ -127,7 +127,7 @@ def bisections(folder: Path, prompts: Path) -> dict[str, Bisection]:
 
 
 def drawing(found: dict[str, Bisection]) -> Figure:
-    """The share of the mismatch, and of the gap, that each knob takes away, with its interval."""
+    """Draw the share of mismatch and gap that each knob removes, with its interval."""
     drawn, axes = subplots(1, len(found), figsize=(8, 2.9), sharex=True)
     colours: dict[Measure, str] = {"routers": "#1f5fa8", "gap": "#c8641e"}
     for axis, (name, of) in zip(axes, found.items(), strict=True):
@@ -166,7 +166,7 @@ def drawing(found: dict[str, Bisection]) -> Figure:
 
 
 def timed(folder: Path, prompts: Path) -> str:
-    """Seconds of a whole diagnosis of the 1M-parameter model, knobs and all."""
+    """Seconds for a whole diagnosis of the 1M-parameter model, including all knobs."""
     model = saved_model(folder / "million", **SHAPES[MILLION])
     begun, cpu = time.monotonic(), time.process_time()
     found = examine(options(model, prompts), server_log=folder / "engine.log")

@@ -1,4 +1,4 @@
-"""Faults put into a pair that had none: the shared list of tests and of the figure in the docs."""
+"""Faults put into a pair that had none: shared by the tests and the figure in the docs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Inject = Callable[[Pair, np.random.Generator], Evidence]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An injection, and the cause that is to be named first.
+    """An injection, and the cause that should be named first.
 
-    storable: whether a token log can hold it: one that its writer refuses never gets into a run.
+    storable: whether a token log can hold it; one that its writer refuses never gets into a run.
     """
 
     inject: Inject
@@ -96,7 +96,7 @@ def _extra(pair: Pair, rng: np.random.Generator, at: int) -> Evidence:
 
 
 def _router_replaced(pair: Pair, rng: np.random.Generator) -> Evidence:
-    """The hook of one layer hangs on another module: its ids say nothing of this layer."""
+    """The hook of one layer is on another module: its ids are unrelated to this layer."""
     e = pair.evidence
     layer = e.rollout_routes[0].shape[1] // 2
     rollout = [x.copy() for x in e.rollout_routes]
@@ -116,7 +116,7 @@ def _renamed(pair: Pair, rng: np.random.Generator, per_layer: bool) -> Evidence:
 
 
 def _ids_from_one(routes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Numbers that begin after a shared expert's."""
+    """Ids that begin after a shared expert's."""
     return routes + 1
 
 
@@ -138,7 +138,7 @@ def _other_prompts(pair: Pair, rng: np.random.Generator) -> Evidence:
 
 
 def _routes_of_others(pair: Pair, rng: np.random.Generator) -> list[np.ndarray]:
-    """The trainer's routes of other tokens, of the same model."""
+    """The trainer's routes of other tokens, from the same model."""
     e = pair.evidence
     rows = np.concatenate(pair.hidden)
     top_k, wrong = e.train_routes[0].shape[-1], []
@@ -169,7 +169,7 @@ def _second_half_not_loaded(pair: Pair, rng: np.random.Generator) -> Evidence:
 
 
 def _weights(pair: Pair, rng: np.random.Generator, first: int) -> Evidence:
-    """Routers with other weights from a layer on, on the same hidden states."""
+    """Routers that have other weights from a layer on, with the same hidden states."""
     e = pair.evidence
     routers = pair.routers_LDE.copy()
     spread = routers.std()

@@ -1,8 +1,8 @@
-"""Pairs of engine and trainer that agree but for rounding: made up, of any shape.
+"""Made-up pairs of engine and trainer, of any shape, that agree except for rounding.
 
-A token's hidden state is its embedding, what came before it, and its layer; each router multiplies
-it by its own matrix. The engine's hidden states carry noise that grows with depth, so that experts
-are exchanged where they nearly tie, as they are in bf16. Log-probs are those of logits over a
+A token's hidden state consists of its embedding, the tokens before it, and its layer; each router
+multiplies it by its own matrix. The engine's hidden states carry noise that grows with depth, so
+experts are exchanged where they nearly tie, as in bf16. Log-probs come from logits over a
 vocabulary, which carry such noise as well; tokens are sampled from the engine's.
 
 Shape suffixes: S tokens, L MoE layers, K experts per token, E experts, D hidden size, V vocabulary.
@@ -40,7 +40,7 @@ class Pair:
 
     evidence: Evidence
     logits: list[np.ndarray]
-    """Those of the engine at the response tokens, B × [T, V]."""
+    """The engine's logits at the response tokens, B × [T, V]."""
     hidden: list[np.ndarray]
     """Hidden states of the trainer, B × [S−1, L, D]."""
     routers_LDE: np.ndarray
@@ -52,14 +52,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def chosen(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """The experts with the largest scores, the largest first."""
+    """The experts with the largest scores, in descending order."""
     return np.argsort(-scores, axis=-1, kind="stable")[..., :top_k].astype(np.int16)
 
 
 @cache
 def make_pair(shape: Shape | None = None, *, seed: int = 0) -> Pair:
-    """Both sides of the same tokens; they differ by rounding alone. Made once, and not to be
-    changed."""
+    """Both sides of the same tokens, which differ only by rounding. Made once; do not change it."""
     shape = shape or Shape()
     rng = np.random.default_rng(seed)
     L, D, E = shape.layers, shape.hidden, shape.experts
@@ -110,7 +109,7 @@ def _add_sequence(pair: Pair, shape: Shape, prompt: int, start, model, rng) -> N
         hidden.append(np.array(layers))
         noisy.append(np.array(engine))
         if len(hidden) >= len(start):
-            # Logits of a layer that has been normed.
+            # Logits of a layer that has been normalised.
             logits.append((x / np.sqrt((x**2).mean()) @ head, y / np.sqrt((y**2).mean()) @ head))
             p = np.exp(log_softmax(logits[-1][1]))
             tokens.append(int(rng.choice(len(p), p=p / p.sum())))
@@ -153,4 +152,4 @@ CLEAN: dict[str, Shape] = {
     "8 experts, top-7": Shape(experts=8, top_k=7, noise=0.02),
     "512 experts, top-10": Shape(experts=512, top_k=10, layers=2, prompts=8, samples=1, noise=0.02),
 }
-"""Pairs in which no fault is to be found, by their names."""
+"""Pairs in which no fault should be found, by name."""

@@ -12,7 +12,7 @@ from moe_upgrpo.tools.diagnose.matching import overlaps
 
 
 def write_dumps(folder: Path, evidence: Evidence) -> dict[str, Path]:
-    """Padded batches of both sides' routes and, where they are the responses', log-probs."""
+    """Write padded batches of both sides' routes and, if kept for responses alone, log-probs."""
     written = {}
     for side in ("rollout_routes", "train_routes"):
         written[side] = folder / f"{side}.npy"
@@ -24,7 +24,7 @@ def write_dumps(folder: Path, evidence: Evidence) -> dict[str, Path]:
 
 
 def _padded(values: list[np.ndarray], filler: float) -> np.ndarray:
-    """One array, filled at the end; of sequences whose axes are exchanged the axis that varies."""
+    """One array, filled at the end; if sequences have exchanged axes, along the one that varies."""
     shapes = np.array([x.shape for x in values])
     largest = shapes.max(axis=0)
     batch = np.full((len(values), *largest), filler, values[0].dtype)
@@ -34,7 +34,7 @@ def _padded(values: list[np.ndarray], filler: float) -> np.ndarray:
 
 
 def write_run(folder: Path, evidence: Evidence, *, routes: bool = True, **config) -> Path:
-    """A run of one step that kept the response tokens, and their routes if it is to."""
+    """Write a run of one step that kept the response tokens and, on request, their routes."""
     K = evidence.rollout_routes[0].shape[-1]
     run = RunFolder.create(
         folder,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu --carry [--carry-mb 40]
 
-Compiled packages (torch, numpy, pyarrow, …) run on one Python only and have to be there; so has
-what does not fit into the limit. A distribution is carried with all that it requires.
+Compiled packages (torch, numpy, pyarrow, …) run on one Python only and must already be installed;
+so must anything that does not fit the limit. A distribution is carried with all its requirements.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PACKAGE = "moe_upgrpo"
-FIRST = "megatron-core"  # the one that no GPU image has
-# Distributions with compiled files that do without them.
+FIRST = "megatron-core"  # no GPU image has it
+# Distributions with compiled files that also work without them.
 WITHOUT_BINARIES = {
     "megatron-core": "an index of pre-training data sets, which is not used here",
     "pyyaml": "the faster of two parsers",
 }
 _BINARY = re.compile(r"\.(so|pyd|dll|dylib)(\.|$)")
-# Of a distribution's own metadata, what says where it was installed from.
+# The files in a distribution's metadata that say where it was installed from.
 _LEFT_OUT = ("direct_url.json", "RECORD", "INSTALLER", "REQUESTED")
 
 
@@ -40,8 +40,8 @@ class Part:
 
 
 def parts(limit_mb: float) -> list[Part]:
-    """Every distribution that training requires, smallest first behind Megatron-Core, and whether
-    it is carried. What those require that have to be there anyway comes with them."""
+    """Every distribution that training requires, smallest first after Megatron-Core, and whether it
+    is carried, together with what it requires in turn."""
     found, left = [], limit_mb
     waiting, seen = [PACKAGE, FIRST], set()
     level: list[Distribution] = []
@@ -75,7 +75,7 @@ def parts(limit_mb: float) -> list[Part]:
 
 
 def build(folder: Path, found: list[Part]) -> float:
-    """Make `folder` anew with the carried parts under site/; its size in MB."""
+    """Make `folder` anew with the carried parts under site/; returns its size in MB."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
@@ -88,7 +88,7 @@ def build(folder: Path, found: list[Part]) -> float:
 
 
 def take_warm_start(folder: Path, source: Path, limit_mb: float) -> str:
-    """Copy the newest warm start below `source`, as `make train` leaves it; what was done."""
+    """Copy the newest warm start below `source`, as `make train` leaves it; says what was done."""
     made = sorted(source.glob("warm-start-*"), key=lambda path: path.stat().st_mtime)
     if not made:
         return f"no warm start in {source}: make train leaves one; without it the run is random"
@@ -105,7 +105,7 @@ def size_mb(folder: Path) -> float:
 
 
 def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:
-    """(file, where it goes below site/) of what is imported and of the metadata."""
+    """(file, its place below site/) for imported files and metadata."""
     for file in distribution.files or ():
         if ".." in file.parts or "__pycache__" in file.parts or _BINARY.search(file.name):
             continue
@@ -127,7 +127,7 @@ def _compiled(distribution: Distribution) -> bool:
 
 
 def _required(distribution: Distribution) -> list[str]:
-    """Names of what it requires to train, as far as it is installed here; others without extra."""
+    """Names of the requirements for training that are installed here; others without extra."""
     extra = "train" if _canonical(distribution.name) == _canonical(PACKAGE) else ""
     names = []
     for requirement in map(Requirement, distribution.requires or ()):

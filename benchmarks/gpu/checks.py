@@ -1,6 +1,6 @@
-"""The checks, in the order in which they run: what a broken path would cost least comes first.
+"""The checks, in the order in which they run: a path that is cheapest to find broken comes first.
 
-A module that cannot be imported takes only its own checks with it.
+If a module cannot be imported, only its own checks are lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A function `module.function(job) -> Outcome` with a time of its own.
+    """A function `module.function(job) -> Outcome` with its own time limit.
 
     on_cpu: it sees no GPU, on any machine.
     """

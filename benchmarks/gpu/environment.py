@@ -1,4 +1,4 @@
-"""`moe-upgrpo doctor` of this machine, in the file."""
+"""`moe-upgrpo doctor` of this machine, for the results file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The things that the checks need: which a machine has, how to go on. Standard library only."""
+"""The packages that the checks need: which a machine has, what to do. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DRIVER = Path("/dev/nvidiactl")
 CARRIED = ROOT / ".gpu-carry"
-# Import name -> distribution. What all checks need, and what most do.
+# Import name -> distribution: those that all checks need, and those that most do.
 NEEDED = {"torch": "torch", "numpy": "numpy"}
 USED = {
     "megatron.core": "megatron-core",
@@ -29,7 +29,7 @@ USED = {
 
 
 def use_carried(folder: Path = CARRIED) -> bool:
-    """Put the carried packages behind those of the machine, which win."""
+    """Put the carried packages after those of the machine, which take precedence."""
     site = folder / "site"
     if site.is_dir() and str(site) not in sys.path:
         sys.path.append(str(site))
@@ -37,7 +37,7 @@ def use_carried(folder: Path = CARRIED) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Versions by distribution (None: not there), Python, and the GPUs that the driver names."""
+    """Versions by distribution (None: not installed), Python, and the GPUs the driver names."""
     return {
         "python": platform.python_version(),
         "executable": Path(sys.executable).name,
@@ -61,7 +61,7 @@ def _version(module: str, name: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each; by torch where the driver's tool is not there. Other
+    """Name, memory and driver of each; through torch if the driver's tool is missing. Other
     processes ask, so that this one and its forks have not touched the GPU."""
     smi = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     names = "import torch.cuda as c; [print(c.get_device_name(i)) for i in range(c.device_count())]"
@@ -89,7 +89,7 @@ def card(found: dict[str, Any]) -> str | None:
 
 
 def advice(found: dict[str, Any]) -> list[str]:
-    """Name what cannot be done with what is there, and what would help."""
+    """Say what cannot be done with the installed packages, and what would help."""
     missing = {name for name, version in found["packages"].items() if version is None}
     said = []
     for name in sorted(missing & set(NEEDED.values())):

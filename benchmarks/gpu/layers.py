@@ -1,6 +1,6 @@
-"""Parts of a layer against what Megatron-Core has without them: time, peak memory, values.
+"""Parts of a layer against Megatron-Core's own: time, peak memory, values.
 
-S positions, N tokens by expert, H hidden size; forward and backward together, in bf16.
+S positions, N tokens sorted by expert, H hidden size; forward and backward together, in bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model, transformer_config
 from moe_upgrpo.megatron.optimizer import one_call
 
-BF16_LIMIT = 0.02  # relative, of whole tensors: between two orders of rounding
+BF16_LIMIT = 0.02  # relative, for whole tensors: between two orders of rounding
 
 
 def attention(job) -> Outcome:
@@ -97,7 +97,7 @@ def experts(job) -> Outcome:
 
 
 def _both(job, run: Callable, ours, plain) -> tuple[dict, float]:
-    """The costs of both, and the largest relative difference of what they give."""
+    """The costs of both, and the largest relative difference of their results."""
     pairs = zip(run(ours), run(plain), strict=True)
     off = max(relative(a, b) for a, b in pairs if b is not None and bool(b.any()))
     costs = {
@@ -110,7 +110,7 @@ def _both(job, run: Callable, ours, plain) -> tuple[dict, float]:
 
 
 def adam(job) -> Outcome:
-    """The call that torch's AdamW is told to make here, against the one that it makes untold."""
+    """The call that torch's AdamW is told to make here, against its default one."""
     count = job.sizes.adam_parameters
     steps, after = {}, {}
     for name, options in (("ours", {one_call(): True}), ("plain", {})):

@@ -17,13 +17,13 @@ def device() -> torch.device:
 
 
 def settle() -> None:
-    """Wait until the GPU has done what it was given."""
+    """Wait until the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that tensors of one call held, beside those that were there before it."""
+    """The most bytes that tensors of one call held, beyond those allocated before it."""
     if not torch.cuda.is_available():
         with Live(set()) as live:
             call()
@@ -50,7 +50,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def cost(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds and peak MB (1e6 bytes) of a call. Its results are let go at once."""
+    """Milliseconds and peak MB (1e6 bytes) of a call. Its results are released at once."""
 
     def once() -> None:
         call()
@@ -70,7 +70,7 @@ def compared(ours: dict[str, float], plain: dict[str, float]) -> str:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found − expected| / |expected|, of the whole tensors; inf where one is not finite."""
+    """|found − expected| / |expected| over whole tensors; inf where one is not finite."""
     found, expected = found.double(), expected.double()
     if not bool(found.isfinite().all()):
         return float("inf")

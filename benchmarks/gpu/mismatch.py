@@ -1,4 +1,4 @@
-"""Engine and trainer on this device: the gap of the log-probs taken apart, routes by layer."""
+"""Engine and trainer on this device: the log-prob gap split into terms, and routes by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moe_upgrpo.train.analysis import compare_responses, trainer_noise_floor
 
 
 def sampled(job, folder, **engine) -> tuple[list[Rollout], list[Sample]]:
-    """Responses of the hf engine in bf16, and the samples that they are."""
+    """Responses of the hf engine in bf16, and the same as samples."""
     made = HFEngine(folder, "bfloat16", **engine)
     prompts = [sample.tokens[: sample.prompt_length] for sample in models.samples(job.sizes)]
     rollouts = made.generate(
@@ -80,14 +80,14 @@ def decomposition(job) -> Outcome:
     return Outcome(
         line=f"mean |gap| {np.abs(gap).mean():.2g} nats: {parts}",
         figures={"mean |gap|": float(np.abs(gap).mean()), "terms": sizes, "left over": left},
-        # With bf16 on tiny sizes no router may shift: that is no fault of the arithmetic.
+        # With bf16 and tiny sizes no router may shift: the arithmetic is not at fault.
         faults=tuple(f for f in faults if job.on_card or "is 0 for" not in f),
     )
 
 
 def by_layer(job) -> Outcome:
-    """Routers whose experts differ between engine and trainer, for bf16 and FP8 weights, and what
-    the trainer differs from itself."""
+    """Routers whose experts differ between engine and trainer, for bf16 and FP8 weights, and how
+    much the trainer differs from itself."""
     folder = models.checkpoint(models.config(job.sizes.model), job.scratch / "model")
     figures = {}
     with groups.process_groups(Layout()):

@@ -26,7 +26,7 @@ def config(sizes: dict[str, int], positions: int = 40_960) -> Qwen3MoeConfig:
 
 
 def checkpoint(hf: Qwen3MoeConfig, folder: Path, *, dtype=torch.float32, device="cpu") -> Path:
-    """A folder of random weights of seed 0; what is there already is taken as it is."""
+    """A folder of random weights of seed 0; an existing one is used as it is."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         before = torch.get_default_dtype()

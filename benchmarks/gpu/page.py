@@ -14,7 +14,7 @@ NOT_RUN = "Not run: no file with a card's name lies in `benchmarks/results/gpu/`
 
 
 def section(folder: Path = RESULTS) -> str:
-    """A table for each file, or that nothing was run."""
+    """A table for each file, or a line saying that nothing was run."""
     files = sorted(folder.glob("*.json"))
     if not files:
         return NOT_RUN

@@ -22,15 +22,15 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 
 LOSS = PolicyLossConfig.preset("up-grpo")
-# Plain descent: the change of the weights is the gradient. A step so long that it is not lost in
-# the weights' own last places.
+# Plain descent: the change of the weights is the gradient. The step is long enough not to be lost
+# in the weights' own last digits.
 DESCENT = OptimizerSettings(algorithm="sgd", lr=100.0, warmup_steps=0, clip_grad=0.0)
-# Of Adam's first step, g / (|g| + eps): with a large eps it depends smoothly on the gradient, as
-# later steps do, and is no sign of noise where a gradient is nearly 0.
+# For Adam's first step, g / (|g| + eps): with a large eps it depends smoothly on the gradient, as
+# later steps do, and is not the sign of noise where a gradient is nearly 0.
 ADAM = OptimizerSettings(lr=1.0, eps=1.0, warmup_steps=0)
 # Between two orders of the same sums in fp32.
 LIMITS = {"log-probs": 2e-5, "entropy": 2e-5, "gradient": 1e-3, "step": 1e-3}
-BF16_LIMIT = 0.1  # of the mean |difference| of log-probs, in nats: far off, not rounded
+BF16_LIMIT = 0.1  # of the mean |difference| of log-probs, in nats: grossly wrong, not rounded
 
 
 def reference(job) -> Outcome:
@@ -59,7 +59,7 @@ def values(folder: Path, given: list[Sample], dtype: str) -> dict[str, np.ndarra
 
 
 def held_to(given: list[Sample], routes_RLK: np.ndarray) -> list[Sample]:
-    """The samples with their parts of the routes of all."""
+    """The samples with their parts of all the routes."""
     ends = np.cumsum([len(sample.tokens) - 1 for sample in given])[:-1]
     parts = np.split(routes_RLK, ends)
     return [replace(sample, routes=part) for sample, part in zip(given, parts, strict=True)]

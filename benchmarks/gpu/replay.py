@@ -48,7 +48,7 @@ def replay(job) -> Outcome:
                 if not np.array_equal(expected, array):
                     faults.append(f"{dtype}: planted experts were not used")
                     break
-            # Sums whose order is left to chance (atomic additions) are the noise of a repetition.
+            # Sums in random order (atomic additions) are the noise of a repetition.
             noise = max(4 * figures[dtype]["repetition"], 1e-5 if dtype == "float32" else 0.05)
             if not torch.cuda.is_available():
                 noise = 0.0

@@ -1,7 +1,7 @@
-"""Runs checks one after another, each in a process of its own with its own time.
+"""Run checks one after another, each in its own process with its own time limit.
 
-A check that fails, hangs or breaks the GPU's context takes nothing of the others with it. The
-processes are forks of one that has imported everything and never touched the GPU.
+A check that fails, hangs or breaks the GPU's context does not affect the others. The processes are
+forked from one that has imported everything and never touched the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.gpu.checks import Check, Outcome
 from benchmarks.gpu.sizes import Sizes
 
-LEAST_S = 5  # of what is left, for a check to be begun
+LEAST_S = 5  # seconds that must be left for a check to start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ def run_checks(
     say: Callable[[str], None],
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Name -> what came of it; `save` gets all of them after each check.
+    """Name -> its result; `save` gets all results after each check.
 
     state: "ok", "failed", "out of time", "cannot run" (its modules cannot be imported here) or
     "no time left".
@@ -68,7 +68,7 @@ def run_checks(
 
 
 def _import(module: str) -> str | None:
-    """Why the module cannot be imported here; None where it is there now."""
+    """Why the module cannot be imported here; None if it was imported."""
     try:
         with warnings.catch_warnings(action="ignore"):
             importlib.import_module(module)
@@ -103,7 +103,7 @@ def _in_process(method: str, check: Check, job: Job, budget_s: float, log: Path)
         process.join()
         return {"state": "failed", "line": f"ended with status {process.exitcode}"}
     finally:
-        process.kill()  # what it leaves is not waited for
+        process.kill()  # its later output is not waited for
         process.join(20)  # a driver may keep it longer
 
 
@@ -124,9 +124,9 @@ def _child(check: Check, job: Job, answer: Connection, log: Path) -> None:
         outcome: Outcome = getattr(importlib.import_module(check.module), check.function)(job)
         found = {"state": "failed" if outcome.faults else "ok", **asdict(outcome)}
         if torch.cuda.is_initialized():
-            # torch's allocator gives nothing back before the end, so that this is the most.
+            # torch's allocator returns nothing before the end, so this is the maximum.
             found["taken_GB"] = round(torch.cuda.memory_reserved() / 1e9, 3)
-        answer.send(json.loads(json.dumps(found)))  # what is no JSON is a failure here
+        answer.send(json.loads(json.dumps(found)))  # anything that is not JSON fails here
     except BaseException as error:
         traceback.print_exc()
         said = str(error).strip().partition("\n")[0][:300]
@@ -135,4 +135,4 @@ def _child(check: Check, job: Job, answer: Connection, log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         answer.close()
-        os._exit(0)  # nothing of the parent's is ended twice
+        os._exit(0)  # so that the parent's exit handlers do not run twice

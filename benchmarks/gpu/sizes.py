@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    # Of the whole model of the checks that compare values (fields of a Qwen3MoeConfig).
+    # For the whole model of the checks that compare values (fields of a Qwen3MoeConfig).
     model: dict[str, int]
     sequences: int
     prompt: int
     response: int
-    # Of one layer, for the checks of kernels, and of a model of two such layers.
+    # For one layer, in the checks of kernels, and for a model of two such layers.
     layer: dict[str, int]
     lengths: tuple[int, ...]  # of sequences
     adam_parameters: int
@@ -20,7 +20,7 @@ class Sizes:
     loss_shape: tuple[int, int]
     train_steps: int
     train_prompts: int
-    repeats: int  # timed calls, after one that is not
+    repeats: int  # timed calls, after one that is not timed
 
 
 CARD = Sizes(

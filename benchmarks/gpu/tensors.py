@@ -19,7 +19,7 @@ from moe_upgrpo.routing.shared import count_shared
 BF16_LIMIT = 0.02
 TEMPERATURE = 0.9
 COUNTING_GOAL = 0.8
-"""Share of a copy's bandwidth that the Triton kernel is to read ids at; never measured."""
+"""Share of a copy's bandwidth at which the Triton kernel should read ids; never measured."""
 
 
 def log_probs(job) -> Outcome:
@@ -72,7 +72,7 @@ def log_probs(job) -> Outcome:
     for what, most in (("score", 0.15), ("forward and backward", 0.30)):
         share = figures[what]["ours"]["peak_MB"] / logits_MB
         figures[what]["peak of one fp32 logits tensor"] = share
-        # The gradient of the head in its own dtype and in fp32 is not counted: a trainer has them.
+        # The head's gradient in its own dtype and in fp32 is not counted: a trainer has both.
         if what == "forward and backward":
             share -= 6 * weight_VH.numel() / 1e6 / logits_MB
         if job.on_card and share > most:

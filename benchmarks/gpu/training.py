@@ -94,7 +94,7 @@ def _held() -> int | None:
 
 
 def run(job) -> Outcome:
-    """`moe-upgrpo train` in one process: from the warm start that was carried, else random."""
+    """`moe-upgrpo train` in one process: from the carried warm start, else from random weights."""
     carried = next(iter(sorted(job.carried.glob("cache/warm-start-*"))), None)
     model = carried
     if model is None:

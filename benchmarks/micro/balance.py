@@ -31,7 +31,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "configs" / "models" / "qwen3-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One simulated mini-batch. sequences: of each rank."""
+    """One simulated mini-batch. sequences: for each rank."""
 
     ranks: int
     sequences: int = 32

@@ -71,7 +71,7 @@ def forget_the_most() -> None:
 
 
 def work(name: str, folder: Path) -> None:
-    """A rank of a job: does the calls that rank 0 is asked for, which sends seconds and bytes."""
+    """Run a rank of a job: make the calls that rank 0 is asked for; it sends seconds and bytes."""
     case, rank = CASES[name], int(os.environ["RANK"])
     asked = None if rank else Client(str(folder / "socket"))
     import torch
@@ -179,7 +179,7 @@ def compare(name: str, call: str, before: Path) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--work"]:
-        # This folder has a kernels.py, for which transformers takes a package of that name.
+        # This folder has a kernels.py, and transformers would take it for a package of that name.
         sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
         return work(sys.argv[2], Path(sys.argv[3]))
     import tyro

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.micro.checkpoint [--megabytes 400] [--repeats 3]
 
-One rank, a made-up Qwen3-MoE in fp32, after one step of Adam: 16 bytes a parameter. Saved is what a
-run saves (tensors, digests, manifest, synced), loaded what `--resume` loads (digests checked, then
-tensors). Raw: the same files written with a sync of each, and read whole, from and to memory.
-The four take turns; each figure is the median. Files are read from the page cache.
+One rank, a made-up Qwen3-MoE in fp32, after one step of Adam: 16 bytes a parameter. Saving covers
+what a run saves (tensors, digests, manifest, synced), loading what `--resume` loads (digests
+checked, then tensors). Raw: the same files written with a sync of each, and read whole, from and to
+memory. The four take turns; each figure is the median. Files are read from the page cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WIDTH, LAYERS, EXPERTS = 512, 4, 16
 
 
 def make_model(folder: Path, megabytes: float) -> None:
-    """A model folder whose training state takes about so many MB; experts are as wide as needed."""
+    """Make a model folder whose training state takes about that many MB, by the experts' width."""
     parameters = megabytes * 1e6 / 16
     expert = int(parameters / (LAYERS * EXPERTS * 3 * WIDTH))
     config = Qwen3MoeConfig(
@@ -76,7 +76,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure(megabytes: float, repeats: int) -> dict[str, float]:
-    """Seconds of each, and the checkpoint's bytes."""
+    """Seconds for each, and the checkpoint's bytes."""
     with tempfile.TemporaryDirectory() as name, groups.process_groups(Layout()):
         folder = Path(name)
         make_model(folder / "model", megabytes)

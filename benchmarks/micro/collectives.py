@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/micro/collectives.py --tp 2 --ep 2
 
-Median time of one `MegatronActor.update` of the default tiny
-model (64 sequences of 10 tokens, as in `make train`), and the share of it inside a collective's
-wait, by Python's profiler on rank 0 (which slows the rest, so the share is a lower bound).
+Prints the median time of one `MegatronActor.update` of the default tiny model (64 sequences of 10
+tokens, as in `make train`), and the share of it spent waiting in collectives, by Python's profiler
+on rank 0 (which slows the rest, so the share is a lower bound).
 """
 
 import cProfile

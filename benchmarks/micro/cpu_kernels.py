@@ -2,11 +2,11 @@
 
     python -m benchmarks.micro.cpu_kernels [--rounds 7]
 
-One process for each value of MKL_CBWR, all at once and asked in turn, so that what else the machine
-does falls on all of them alike. Processor time of fp32 products (rows × inputs × outputs; the first
-four are those of `make train`) and of an optimizer step of `make train`'s model on 64 sequences, as
-ratios to no value at all: medians over rounds. The last column counts products of the same numbers
-that come out otherwise at another address.
+One process for each value of MKL_CBWR, all running at once and asked in turn, so that other work on
+the machine affects all of them alike. Processor time of fp32 products (rows × inputs × outputs; the
+first four are those of `make train`) and of an optimizer step of `make train`'s model on 64
+sequences, as ratios to no value at all: medians over rounds. The last column counts products of the
+same numbers whose result differs at another address.
 """
 
 import multiprocessing
@@ -75,7 +75,7 @@ def main(rounds: int = 7) -> None:
             here, there = context.Pipe()
             process = context.Process(target=worker, args=(there, folder), daemon=True)
             process.start()
-            there.close()  # an end that a dead worker leaves is seen
+            there.close()  # so that a dead worker's end is noticed
             workers.append((here, process))
         (names, *_) = [here.recv() for here, _ in workers]
         ratios = {(value, name): [] for value in VALUES for name in names}

@@ -1,9 +1,9 @@
-"""Accuracies that `make train` reaches on several CPUs and seeds, of the run folders that it left.
+"""Accuracies that `make train` reaches on several CPUs and seeds, from the run folders it left.
 
     bash examples/train_moe.sh --seed S --cache-dir runs/cache-CPU --output-dir runs/CPU-S   # each
     python -m benchmarks.micro.cpus runs/*-[0-9]
 
-A warm start of its own (--cache-dir) for each CPU. One machine stands for an older CPU by
+Each CPU needs its own warm start (--cache-dir). A machine can imitate an older CPU with
 MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
@@ -28,7 +28,7 @@ def kernels_of(environment: dict) -> str:
 
 
 def make_table(runs: list[Path]) -> str:
-    """Rows of CPUs, and the range over all; UserError for runs that are no fair comparison."""
+    """Rows of CPUs, and the range over all; UserError for runs that cannot be compared fairly."""
     if not runs:
         raise UserError("no run given; usage: python -m benchmarks.micro.cpus RUN [RUN …].")
     by_cpu = defaultdict(list)

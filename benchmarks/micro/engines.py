@@ -6,14 +6,14 @@ A random model of 1.0M parameters (the tiny model of `make train`), one thread i
 every round each engine samples the same prompts and takes the same weights, in turn, so that ratios
 are of neighbours in time. Printed: medians over the rounds, with the quartiles of ratios.
 
-CPU seconds are those of the engine's processes and this one together, which other programs on the
-machine stretch less than the clock's. Memory is what this process grew by and what the engine's own
-processes hold, pages that they share counted once; both when the engine has started. Loading vLLM
+CPU seconds are those of the engine's processes and this one together; other programs on the machine
+stretch them less than wall-clock seconds. Memory is the growth of this process plus that of the
+engine's own processes, counting shared pages once; both once the engine has started. Loading vLLM
 counts as its start-up; transformers was loaded before.
 
-Routes on and off: vLLM's are switched in the running engine. An SGLang server goes on capturing
-what a request does not ask for, so that there is a third: a server that was started without routes.
-SGLang runs in an environment of its own (docs/engines.md); `--engines hf vllm` leaves it out.
+Routes on and off: vLLM's are switched in the running engine. An SGLang server keeps capturing even
+what a request does not ask for, so there is a third case: a server started without routes. SGLang
+runs in an environment of its own (docs/engines.md); `--engines hf vllm` leaves it out.
 """
 
 import statistics
@@ -51,7 +51,7 @@ RATIOS = (
 
 
 def server_processes(engine: Engine) -> list[psutil.Process]:
-    """Those of a server that the engine started; none where it runs in this process."""
+    """Processes of a server that the engine started; none where it runs in this process."""
     server = getattr(engine, "_server", None)
     if server is None:
         return []
@@ -61,7 +61,7 @@ def server_processes(engine: Engine) -> list[psutil.Process]:
 
 @contextmanager
 def timed(engine: Engine) -> Iterator[Seconds]:
-    """Seconds of CPU and of the clock, in the list that it yields, when it ends."""
+    """Put CPU seconds and wall-clock seconds into the list that it yields, when it ends."""
     processes, seconds = server_processes(engine), []
 
     def now() -> tuple[float, float]:
@@ -74,7 +74,7 @@ def timed(engine: Engine) -> Iterator[Seconds]:
 
 
 def started(make: Callable[[], Engine]) -> tuple[Engine, float, float]:
-    """The engine, the clock's seconds that it took and the MiB that it holds."""
+    """The engine, the wall-clock seconds that it took and the MiB that it holds."""
     here = psutil.Process()
     before, begin = here.memory_info().rss, time.perf_counter()
     engine = make()
@@ -107,7 +107,7 @@ def without_routes(engine: VLLMEngine) -> Iterator[None]:
 
 @contextmanager
 def not_asked_for(engine: SGLangEngine) -> Iterator[None]:
-    """Requests as those of a dense model, and no routes expected back."""
+    """Send requests like those of a dense model, and expect no routes back."""
     kept, engine.moe_layer_ids = engine.moe_layer_ids, ()
     try:
         yield

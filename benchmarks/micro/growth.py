@@ -1,4 +1,4 @@
-"""Does a long run keep taking memory? What its ranks hold more of for each step.
+"""Does a long run keep taking memory? The growth of what its ranks hold, for each step.
 
     python -m benchmarks.micro.growth                     # 2,000 steps of two ranks, TP2·EP2
     python -m benchmarks.micro.growth --steps 300 --track wandb tensorboard
@@ -38,7 +38,7 @@ SMALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A job at one moment; of each rank, by its number."""
+    """A job at one moment; values by rank number."""
 
     step: int
     resident_kb: list[int]
@@ -100,7 +100,7 @@ def watched(folder: Path, *options: str, steps: int, after: int, ranks: int = 2)
             while agent.poll() is None:
                 time.sleep(POLL_S)
                 step = last_step(run)
-                # Not of the last step, after which everything is closed.
+                # Not at the last step, after which everything is closed.
                 if after <= step < steps and (not samples or step > samples[-1].step):
                     try:
                         samples.append(sampled(agent.pid, ranks, step, run, temporary))
@@ -117,7 +117,7 @@ def watched(folder: Path, *options: str, steps: int, after: int, ranks: int = 2)
 
 
 def last_step(run: Path) -> int:
-    """The last step of the metrics; -1 before the first row."""
+    """The last step in the metrics; -1 before the first row."""
     file = run / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines[-2:] if line.endswith(b"\n")]

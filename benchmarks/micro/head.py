@@ -30,7 +30,7 @@ def plain(hidden_NH, weight_VH, targets_N, mask_N, *, temperature, group, entrop
 
 
 def measure(form: str, purpose: str, tokens: int, vocabulary: int, ranks: int) -> tuple:
-    """(peak in units of the rank's logits, seconds, sum of the log-probs)"""
+    """Return (peak in units of the rank's logits, seconds, sum of the log-probs)."""
     torch.set_num_threads(1)
     function = {"plain": plain, "ours": log_probs_and_entropy}[form]
     with groups.process_groups(Layout(tp=ranks)):

@@ -43,7 +43,7 @@ KINDS = {
     "kl-cov": "kl_cov",
     "dro": "dro",
 }
-# They read the router's log-probs, or are another's formula with other numbers.
+# They read the router's log-probs, or are another loss's formula with other numbers.
 LEFT_OUT = ("pro-grpo", "rspo", "up-rspo")
 # verl's functions that count nothing of tokens
 WITHOUT_COUNTS = ("gpg", "dro", "sapo", "kl_cov")
@@ -78,7 +78,7 @@ def seconds(call: Callable[[Tensor], tuple], log_probs: Tensor) -> float:
     synchronize = torch.cuda.synchronize if leaf.is_cuda else lambda: None
     synchronize()
     start = time.perf_counter()
-    returned = call(leaf)  # held through backward, as a trainer holds it
+    returned = call(leaf)  # kept through backward, as a trainer keeps it
     returned[0].backward()
     synchronize()
     return time.perf_counter() - start
@@ -108,7 +108,7 @@ def peak_bytes(call: Callable[[Tensor], tuple], log_probs: Tensor) -> int:
 
 
 def context(arguments: Arguments, mask: Tensor) -> Context:
-    """Make all that a loss looks at; groups of 8."""
+    """Make all inputs of a loss; groups of 8."""
     g = torch.Generator().manual_seed(1)
     draws = torch.rand(mask.shape, generator=g).to(mask.device)
     groups = torch.arange(arguments.sequences, device=mask.device) // 8
@@ -173,7 +173,7 @@ def main(arguments: Arguments) -> int:
             f"{our_peak / 2**20:11.1f}{their_peak / 2**20:11.1f}",
             flush=True,
         )
-        # A tensor of tokens is 2 MiB; numbers of sequences do not count.
+        # A tensor of tokens is 2 MiB; numbers per sequence are negligible.
         heavier = our_peak > their_peak + 2**15
         if ratio > (1 if preset in CLAIMED else 1.2) or heavier:
             worse.append(preset)

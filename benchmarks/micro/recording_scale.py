@@ -76,7 +76,7 @@ def make_routes(tokens: int, model: argparse.Namespace) -> tuple[np.ndarray, np.
 
 
 def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
-    """The trainer's side: visits of 16 sequences, as the routers left them."""
+    """Measure the trainer's side: visits of 16 sequences, as the routers left them."""
     import torch
 
     from moe_upgrpo.megatron import groups, tap
@@ -105,7 +105,7 @@ def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
 
 
 def record_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
-    """From both sides' sequences to Parquet."""
+    """Measure the way from both sides' sequences to Parquet."""
     from moe_upgrpo.record import SequenceRecord, StepRecord
     from moe_upgrpo.store import TokenLogWriter
 
@@ -184,7 +184,7 @@ def _work(stage: str, tokens: int, model: argparse.Namespace, environment: dict,
 
 
 def _twice(stage, tokens: int, model: argparse.Namespace, clock: Clock) -> None:
-    """Run the stage on few tokens first: for imports and tables."""
+    """Run the stage on few tokens first, for imports and tables."""
     stage(SEQUENCE, model, clock)
     stage(tokens, model, clock)
 

@@ -1,11 +1,11 @@
-"""The part that replaying the engine's routes takes off the divergence between engine and trainer.
+"""The part of the divergence between engine and trainer that replaying the engine's routes removes.
 
     OMP_NUM_THREADS=1 python benchmarks/micro/replay.py [--engine vllm]
 
 Random Qwen3-MoE models of about 8M parameters; a bf16 engine samples 64 sequences of up to 32
 tokens from each, the trainer scores them in fp32 and in bf16, on its own routes and on the
 engine's. k3 is the mean of exp(d) − 1 − d, d = log p_train − log p_rollout; rates are over whole
-sequences. One run each, seed 0; what is random is the models, and another seed gives other figures.
+sequences. One run each, seed 0; the models are random, and another seed gives other figures.
 """
 
 import tempfile

@@ -69,7 +69,7 @@ def job(layout: Layout, model: Path, source: Path | None, target: Path) -> str:
 
 
 def as_rank(values: dict) -> None:
-    """A rank of torchrun."""
+    """Run as a rank of torchrun."""
     target = Path(values["target"])
     with (target / f"stack-{os.environ['RANK']}").open("w", encoding="utf-8") as file:
         faulthandler.register(signal.SIGUSR1, file)

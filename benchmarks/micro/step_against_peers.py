@@ -184,7 +184,7 @@ def cpu_per_token(steps: list[Step]) -> float:
 
 
 def check_idle() -> None:
-    """UserError where others use the machine."""
+    """Raise UserError where others use the machine."""
     if (busy := psutil.cpu_percent(interval=1.0) / 100) > BUSY:
         raise UserError(
             f"The machine is busy: {busy:.0%} of its cores are used by others, {BUSY:.0%} are "
@@ -213,7 +213,7 @@ def one_round(
             taken = ours(row, work, scratch / f"run-{side.replace(' ', '')}", *OURS[side])
         else:
             program, ranks = PEERS[side]
-            # TRL knows no order by length.
+            # TRL cannot sort by length.
             taken = peer(replace(work, sort=row.sort and program == "plain"), program, ranks)
         found[side] = cpu_per_token(taken)
     return found

@@ -45,7 +45,7 @@ PACKAGES = ("transformer_engine", "megatron-core", "torch")
 
 @contextmanager
 def as_with_a_gpu() -> Iterator[None]:
-    """`moe_upgrpo.megatron.model` chooses as on a machine with CUDA.
+    """Let `moe_upgrpo.megatron.model` choose as on a machine with CUDA.
 
     On one without, weights are on the CPU, and Transformer Engine's modules are told that there is
     a GPU: they ask when they are made (module/base.py: "TransformerEngine needs CUDA.").

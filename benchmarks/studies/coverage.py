@@ -88,7 +88,7 @@ def coverage(case: Case, *, sets: int, seed: int = 0) -> Coverage:
 def false_alarms(case: Case, *, sets: int, alpha: float = 0.01) -> tuple[float, float]:
     """Shares of data sets in which the paired test by prompt and Fisher's on tokens say p < alpha.
 
-    Real prompts, so to say, halved at random: two prompts make a pair, and nothing differs.
+    As if real prompts were halved at random: two prompts make a pair, and nothing differs.
     """
     rng = np.random.default_rng(case.prompts)
     paired, tokens = 0, 0

@@ -1,4 +1,4 @@
-"""Evidence on the papers' claims: what a comparison or a page says, and how a claim is judged."""
+"""Evidence on the papers' claims: the words of a comparison or page, and how a claim is judged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFOUNDED = {("up-grpo", "dapo"): "dual clip 3 and 10"}
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Two arms' difference in words; `why_not` it is not judged, where it is not."""
+    """Two arms' difference in words; `why_not`: the reason if it is not judged."""
 
     text: str
     difference: Difference
@@ -47,7 +47,7 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A row: `contrasts` that the claim judges, or a `verdict` of whoever read the page."""
+    """A row: `contrasts` for the claim to judge, or the `verdict` of whoever read the page."""
 
     where: str
     what: str
@@ -89,7 +89,7 @@ class Trained:
         return self.loaded.by_arm[arm][0].about.lr
 
     def contrasts(self, measure: str) -> Iterator[dict]:
-        """Those of an UP loss with one that it is compared with."""
+        """Contrasts of an UP loss with one that it is compared with."""
         if measure == "primary":
             rows = self.numbers["primary"]
         else:
@@ -100,7 +100,7 @@ class Trained:
     def evidence(
         self, measure: str, what: str, unit: Callable[[float], str], scale: float = 1
     ) -> Evidence:
-        """The contrasts of a measure, multiplied by `scale`. `what`: is measured, in words."""
+        """The contrasts of a measure, multiplied by `scale`. `what`: the measure in words."""
         rows = list(self.contrasts(measure))
         if not rows:
             raise UserError(f"{self.name}: no contrast of {measure}.")

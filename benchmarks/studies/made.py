@@ -1,4 +1,4 @@
-"""How long something took, and on what; tables and figures as small as they get."""
+"""The time something took, and the machine; tables and figures as small as possible."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from moe_upgrpo.store.files import write_text
 
 
 class Stopwatch:
-    """Wall-clock and CPU time since it was made."""
+    """Wall-clock and CPU time since its creation."""
 
     def __init__(self):
         self.begun, self.cpu = time.time(), time.process_time()
@@ -67,7 +67,7 @@ def write_small(frame: pd.DataFrame, file: Path) -> None:
 
 
 def subplots(rows: int = 1, columns: int = 1, **style) -> tuple[Figure, Axes]:
-    """Axes of a figure that no window knows of, as `plt.subplots` gives them."""
+    """Axes of a figure that is not tied to a window, as `plt.subplots` gives them."""
     figure = Figure(figsize=style.pop("figsize"))
     return figure, figure.subplots(rows, columns, **style)
 
@@ -84,7 +84,7 @@ def draw_all(folder: Path, salt: str, figures: Mapping[str, Callable[[], Figure]
 
 
 def smaller(svg: str) -> str:
-    """The same drawing in half the bytes: to a hundredth of a point, without what no one sees."""
+    """The same drawing in half the bytes: to hundredths of a point, invisible parts gone."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'="[^"]*"', lambda attribute: _NUMBER.sub(_shorter, attribute[0]), svg)
     return re.sub(r"\s*\n\s*", "\n", svg)
@@ -98,7 +98,7 @@ def _shorter(found: re.Match) -> str:
 
 
 def marked(sections: Mapping[str, Callable[[], str]], command: str) -> dict[str, str]:
-    """Sections as a page has them: a reader sees that they are made, and by which command."""
+    """Sections as on a page, with a note for readers that a command generated them, and which."""
     return {name: f"{make()}\n\n<sub>made by `{command}`</sub>" for name, make in sections.items()}
 
 

@@ -68,7 +68,7 @@ Axis = Literal[
 MODULE = "benchmarks.studies.routing_mismatch"
 INITIALIZER_RANGE = 0.06  # of a hidden size of 128: weights this wide make routers that decide
 POSITION_BINS = 12
-NEVER_SAMPLED = len(VOCABULARY)  # as the end token: all responses are of one length
+NEVER_SAMPLED = len(VOCABULARY)  # used as the end token: all responses then have one length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def studies(quick: bool) -> list[Study]:
         ),
         Study(
             axis="top-k",
-            # Top-1 is left out: Megatron wants its gates from another softmax.
+            # Top-1 is left out: Megatron takes its gates from another softmax.
             models=tuple((str(k), replace(BASE, top_k=k)) for k in (2, 4, 8, 16)),
         ),
         Study(
@@ -191,7 +191,7 @@ def saved_model(
     model: Model, seed: int, folder: Path, positions: int, *, eos: int = NEVER_SAMPLED
 ) -> Path:
     """A random-init checkpoint, written once. Widths are initialised so that products keep the
-    scale that they have at a hidden size of 128."""
+    scale they have at a hidden size of 128."""
     name = "-".join(str(v) for v in asdict(model).values()) + f"-{seed}-{positions}-{eos}"
     path = folder / name
     if path.exists():
@@ -486,8 +486,8 @@ def run_study(study: Study, work: Path, cache_dir: Path) -> Iterator[Measured]:
 
 
 def _plays(study: Study, model: Model, side: Side, folders: list[Path]) -> list[Played]:
-    """Samples of every seed's model by one engine, which gets them as from a trainer."""
-    if side.engine == "sglang":  # with more time to start in than `make_engine` gives
+    """Samples of every seed's model from one engine, which gets the weights as from a trainer."""
+    if side.engine == "sglang":  # needs more time to start than `make_engine` gives
         engine = SGLangEngine(folders[0], side.dtype, timeout=600, start_timeout=1800)
     else:
         engine = make_engine(
@@ -627,7 +627,7 @@ def run_staleness(models, training: Training, cache_dir: Path) -> Iterator[Measu
 
 
 def _stale(actor: MegatronActor, first: Played, scored: tuple) -> Measured:
-    """The first rollouts, scored before any update, against the weights of now."""
+    """The first rollouts, scored before any update, against the present weights."""
     native, _ = scored
     now = actor.score(first.samples, record=("routes",))
     on_old = actor.score(
@@ -693,7 +693,7 @@ TABLES = ("runs", "sequences", "positions", "layers")
 
 def engine_study(name: EngineName) -> Study:
     sides = (Side(engine=name, dtype="float32"), Side(engine=name))
-    # vLLM takes no end token from outside of the vocabulary.
+    # vLLM accepts no end token from outside the vocabulary.
     return Study(axis="engine", models=((name, BASE),), sides=sides, eos=EOS_ID)
 
 
@@ -718,9 +718,9 @@ def results(axis: Axis, arguments: Arguments, work: Path) -> Iterator[tuple[str,
 
 
 def save(found: list[Measured], folder: Path, about: dict) -> None:
-    """The tables of an axis in place of those that the folder held.
+    """Replace the tables of an axis in its folder.
 
-    Raises UserError where there is none: no success without data.
+    Raises UserError where there is nothing to write: no success without data.
     """
     if not found:
         raise UserError("no run was made: nothing to save")

@@ -1,7 +1,7 @@
 """Tables and figures of `studies.routing_mismatch`, from its Parquet files. Computes no model.
 
 A rate is a ratio of sums over the prompts of all seeds, its 95% interval is by prompt, and "seeds
-a to b" are the least and the largest rate of one seed's model.
+a to b" are the smallest and largest rates of a single seed's model.
 """
 
 import json
@@ -126,7 +126,7 @@ class Report:
         return cls(**frames, about=about[0])
 
     def write(self, folder: Path) -> None:
-        """Write all axes into one file for each table; `read` reads these as well."""
+        """Write all axes into one file for each table; `read` reads these too."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             write_small(getattr(self, name), folder / f"{name}.parquet")
@@ -139,7 +139,7 @@ class Report:
         return self.sequences[chosen & (self.sequences["comparison"] == comparison)]
 
     def groups(self, *axes: str) -> list[tuple[dict, pd.DataFrame]]:
-        """The runs of axes that differ in their seed alone, in the order they were made."""
+        """Runs of the axes that differ only in their seed, grouped, in the order they were made."""
         keys = ["axis", "setting", "engine", "rollout", "trainer", "updates"]
         chosen = self.runs[self.runs["axis"].isin(axes)]
         found = chosen.groupby(keys, sort=False)
@@ -506,7 +506,7 @@ def _after_one_update(report: Report) -> str:
     return "not run"
 
 
-# The sources are those of the papers; (C) is GSPO and the IcePop blog, read second-hand.
+# The sources are the papers' own; (C) is GSPO and the IcePop blog, read second-hand.
 PUBLISHED = (
     (
         "experts changed by one gradient update, same sample, Qwen3-30B-A3B-Base, 48 layers",

@@ -49,10 +49,10 @@ def nats(value: float) -> str:
 
 
 def claims(trained: Sequence[Trained]) -> list[Claim]:
-    """Every claim with all that was found on it.
+    """Every claim with all the evidence on it.
 
-    What was trained under stress, where a run is meant to break, and `relatives`, three seeds each,
-    say something of collapse alone.
+    Training under stress, where a run is meant to break, and `relatives`, three seeds each, are
+    evidence on collapse only.
     """
     exact = "exact.md"
     usual = [t for t in trained if t.name not in ("stress", "relatives")]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Parquet file of each run: its metrics by step, and about the run as the file's metadata.
+"""The Parquet file of each run: its metrics by step, with facts about the run as file metadata.
 
-A comparison that is kept for long has one file of all its runs, `runs.parquet`, a fortieth of the
-size: there a column says of each row which run it belongs to.
+A comparison kept for long has one file for all its runs, `runs.parquet`, a fortieth of the size:
+there a column says which run each row belongs to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOGETHER = "runs.parquet"
 @dataclass(frozen=True, kw_only=True)
 class About:
     """status: finished, or crashed where the run ended by itself with an error, `message`.
-    seconds: wall-clock of the whole run, its start included; None where it is not known."""
+    seconds: wall-clock time of the whole run, including its start; None where it is not known."""
 
     arm: str
     seed: int
@@ -47,8 +47,8 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run's kept data. Rows are those of metrics.jsonl that are numbers or lists of numbers:
-    row 0 the evaluation before the first step, then a row for each step."""
+    """A run's kept data. Rows are those entries of metrics.jsonl that are numbers or number lists:
+    row 0 is the evaluation before the first step, then there is a row for each step."""
 
     about: About
     rows: Sequence[dict[str, Any]]
@@ -65,7 +65,7 @@ def write(file: Path, run: RunData) -> None:
 
 
 def write_together(file: Path, runs: Sequence[RunData]) -> None:
-    """Write all runs to one file, as small as it gets."""
+    """Write all runs to one file, as small as possible."""
     rows = [run.rows or [{}] for run in runs]  # one that crashed at its start has none
     columns = _columns([row for of_run in rows for row in of_run])
     floats = [name for name, column in columns.items() if pa.types.is_floating(column.type)]
@@ -97,7 +97,7 @@ def _publish(table: pa.Table, file: Path, **options: Any) -> None:
 
 
 def _kind(given: list) -> pa.DataType | None:
-    """The Arrow type of numbers, or of lists of numbers; None where they are neither."""
+    """The Arrow type of numbers, or of lists of numbers; None where the values are neither."""
 
     def numeric(values) -> bool:
         return all(isinstance(value, numbers.Real) for value in values)
@@ -111,7 +111,7 @@ def _kind(given: list) -> pa.DataType | None:
 
 
 def read(file: Path) -> RunData:
-    """Raises UserError where the file is none of these."""
+    """Read a run's file. Raises UserError where the file is not one."""
     table = _read(file)
     about = (table.schema.metadata or {}).get(_ABOUT)
     if about is None:
@@ -120,7 +120,7 @@ def read(file: Path) -> RunData:
 
 
 def read_together(file: Path) -> list[RunData]:
-    """Read all runs of a file of `write_together`. Raises UserError where it is none."""
+    """Read all runs from a file of `write_together`. Raises UserError where it is not one."""
     table = _read(file)
     if _RUN not in table.column_names:
         raise UserError(f"{file} holds no runs of a comparison: it has no column {_RUN!r}.")
@@ -141,7 +141,7 @@ def _read(file: Path) -> pa.Table:
 
 
 def _about(written: bytes, file: Path) -> About:
-    # The log of a run that crashed has a terminal's colours.
+    # The log of a run that crashed contains a terminal's colour codes.
     return About(**printable(parse_json(written, f"{file}: what it says of its run")))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a comparison, and their drawing. One colour for each arm, everywhere."""
+"""Figures of a comparison, and their drawing. Each arm has one colour everywhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from moe_upgrpo.compare.measures import KL, REWARD, curve, evaluation_metrics, s
 from moe_upgrpo.report.plots import COLORS, SOFT, STYLE
 from moe_upgrpo.stats import Comparison, mean_interval
 
-# The report's, and three more; those are dashed as well.
+# The report's colours, and three more; those are dashed as well.
 _ARMS = (*COLORS, "#332288", "#882255", "#999933")
 _MARKERS = "os^DvPX<>*"
 _SIZE = (5.6, 3.5)
-_LOG_FROM = 30  # times the median, of the largest: then a linear axis shows nothing but that
+_LOG_FROM = 30  # the largest over the median: above it a linear axis would show only the largest
 
 ByArm = Mapping[str, Sequence[RunData]]
 Drawing = dict[str, Any]
@@ -74,7 +74,7 @@ CURVES = [
 def over_seeds(
     runs: Sequence[RunData], metric: str, confidence: float, width: int = 1
 ) -> dict[str, list]:
-    """Mean and pointwise t interval of each step over the runs that have it, and their number.
+    """Mean and pointwise t interval at each step over the runs that have it, and their number.
 
     A run's value is its mean over the `width` values up to that step.
     """
@@ -100,7 +100,7 @@ def draw_all(
     confidence: float,
     width: int,
 ) -> list[Drawing]:
-    """All figures that there is data for: curves of `by_arm`, the strip of `all_runs`.
+    """All figures that have data: curves of `by_arm`, the strip of `all_runs`.
 
     `primary`: arm → seed → figure; `width`: steps that curves of training are smoothed over.
     """

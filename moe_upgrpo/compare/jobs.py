@@ -3,8 +3,8 @@
 
     python -m moe_upgrpo.compare.jobs PLAN FOLDER [--start RUN | --end RUN | --crashed RUN]
 
-Without a run: those to be done now, one a line. Several machines may start the same run. FOLDER is
-that of `moe-upgrpo compare`, which makes the report once no run is to be done.
+Without a run, it lists those to be done now, one a line. Several machines may start the same run.
+FOLDER is that of `moe-upgrpo compare`, which makes the report once no run is left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def to_do(plan: Comparison, folder: Path) -> list[Run]:
 
 
 def start(plan: Comparison, folder: Path, key: str) -> list[str]:
-    """The options of `train` for the run `key`; none where it is done."""
+    """The options of `train` for the run `key`; none if it is done."""
     if _done(folder, key):
         return []
     run = _named(plan, folder, key)
@@ -50,7 +50,7 @@ def start(plan: Comparison, folder: Path, key: str) -> list[str]:
 
 
 def end(plan: Comparison, folder: Path, key: str, *, crashed: bool = False) -> None:
-    """Keep the run's data. UserError where it is not at its last step, unless it `crashed`."""
+    """Keep the run's data. UserError if it is not at its last step, unless it `crashed`."""
     if _done(folder, key):
         return
     run = _named(plan, folder, key)
@@ -76,7 +76,7 @@ def _done(folder: Path, key: str) -> bool:
 
 
 def _named(plan: Comparison, folder: Path, key: str) -> Run:
-    """Raises UserError where there is no such run, or it waits for others."""
+    """The run called `key`. Raises UserError if there is none, or if it waits for others."""
     known = {run.key: run for run in to_do(plan, folder)}
     if key not in known:
         raise UserError(f"{key} is not a run to be done now: {', '.join(known) or 'none is'}.")

@@ -2,7 +2,7 @@
 """Figures of one run, each a pure function of its kept data.
 
 An evaluation that a crashed run did not reach counts as accuracy 0, and a training step as reward
-0; every other figure is of the steps that there are. Values that are not finite are left out.
+0; every other figure uses the steps that exist. Values that are not finite are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_upgrpo.errors import UserError
 REWARD = "reward/correct_rate"
 KL = "kl/warm_start"
 ESS = "effective_sample_size"
-"""A curve of its own: `loss/ratio_effective_sample_size` over the tokens that were visited."""
+"""A curve of its own: `loss/ratio_effective_sample_size` over the visited tokens."""
 SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda values: float(np.mean(values)),
     "last": lambda values: float(values[-1]),
@@ -32,7 +32,7 @@ REACHED_BY = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """`of` gives the figure, None where the run has none; `is_share`: shown in per cent."""
+    """`of` gives the figure, None where the run has none; `is_share`: shown in percent."""
 
     key: str
     label: str
@@ -52,7 +52,7 @@ def evaluation_metrics(runs: Sequence[RunData]) -> list[str]:
 
 
 def evaluations_due(run: RunData) -> list[int]:
-    """The steps after which the run was to be evaluated: each eval_every-th, and the last."""
+    """The steps after which the run was due for evaluation: each eval_every-th, and the last."""
     steps, every = run.about.steps, run.about.config.get("eval_every")
     if not every:
         raise UserError(f"{_name(run)}: its config has no eval_every.")
@@ -62,7 +62,7 @@ def evaluations_due(run: RunData) -> list[int]:
 def evaluations(run: RunData, metric: str) -> dict[int, float]:
     """Step → value, step 0 (before training) where it was measured.
 
-    A crashed run has 0 at what it missed. Raises UserError: a finished run lacks an evaluation.
+    A crashed run has 0 for those it missed. Raises UserError: a finished run lacks an evaluation.
     """
     found = _finite(run, metric)
     missing = [step for step in evaluations_due(run) if step not in found]
@@ -74,7 +74,7 @@ def evaluations(run: RunData, metric: str) -> dict[int, float]:
 def summary(run: RunData, metric: str, how: str) -> float:
     """mean, last or best of the evaluations after step 0.
 
-    They are evenly spaced but for the last, so that the mean is the area under the curve over its
+    They are evenly spaced except for the last, so the mean is the area under the curve over its
     length.
     """
     return SUMMARIES[how]([x for step, x in evaluations(run, metric).items() if step > 0])
@@ -102,15 +102,15 @@ def window(runs: Sequence[RunData]) -> int:
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Means of `width` consecutive values: entry i is of values i to i + width − 1."""
+    """Means of `width` consecutive values: entry i covers values i to i + width − 1."""
     return [float(np.mean(values[i : i + width])) for i in range(len(values) - width + 1)]
 
 
 def matched_reward(runs: Sequence[RunData]) -> float | None:
     """R*: the highest smoothed training reward that three quarters of all runs reach.
 
-    With n runs and M the maxima of their smoothed reward, the ⌈3n/4⌉-th largest M. Which arm a run
-    belongs to plays no part. None where a run has no training reward.
+    For n runs, with M the maxima of their smoothed reward, it is the ⌈3n/4⌉-th largest M. Which arm
+    a run belongs to plays no part. None where a run has no training reward.
     """
     width = window(runs)
     maxima = [max(smoothed(list(curve(run, REWARD).values()), width), default=None) for run in runs]
@@ -137,7 +137,7 @@ def kl_at_reward(run: RunData, level: float, width: int) -> float | None:
 
 
 def ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the first and of the last five values, of fewer than ten of each half."""
+    """Means of the first and of the last five values; with fewer than ten, of each half."""
     if len(values) < 2:
         return None
     n = min(5, len(values) // 2)
@@ -150,7 +150,7 @@ def router_rate(run: RunData) -> float | None:
 
 
 def token_any_rate(run: RunData) -> float | None:
-    """Share of all the run's tokens with another choice in at least one layer."""
+    """Share of all the run's tokens that have another choice in at least one layer."""
     histograms = [row["mismatch/histogram"] for row in run.rows if row.get("mismatch/histogram")]
     total = sum(sum(counts) for counts in histograms)
     return sum(sum(counts[1:]) for counts in histograms) / total if total else None
@@ -166,7 +166,7 @@ def by_tokens(run: RunData, metric: str) -> float | None:
 
 
 def measures(runs: Sequence[RunData]) -> list[Measure]:
-    """All secondary measures that a run of `runs` has; those at matched reward are of all runs."""
+    """All secondary measures that any of `runs` has; those at matched reward depend on all runs."""
     level, width = matched_reward(runs), window(runs)
 
     def over_steps(metric: str, how: Callable[[list[float]], float]):

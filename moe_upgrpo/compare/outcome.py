@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endings of a run's job: done, refused, through its own numbers, or through its machine."""
+"""Endings of a run's job: done, refused, ended by its own numbers, or by its machine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Outcome:
 
     @property
     def of_machine(self) -> bool:
-        """Whether its machine ended it, so that it is run again."""
+        """Whether its machine ended it, so that it must be run again."""
         return self.status == MachineFault.status
 
 
 def outcome(status: int, said: str) -> Outcome:
-    """Tell how a job of `moe_upgrpo.launch` ended, by its status and what it printed.
+    """Tell how a job of `moe_upgrpo.launch` ended, from its status and what it printed.
 
-    Any other status than those of `moe_upgrpo.errors` is a signal's, to the launcher or the job:
-    nobody's numbers.
+    Any status other than those of `moe_upgrpo.errors` comes from a signal to the launcher or the
+    job, not from the run's numbers.
     """
     if status == 0:
         return Outcome(0, "")

@@ -25,7 +25,7 @@ _OF_SAMPLES = ("avg", "best", "maj", "pass")
 class Primary:
     """The endpoint that the comparison is decided by.
 
-    mean: over the evaluations after step 0, the area under the curve in steps; last; best.
+    mean: over the evaluations after step 0 (the area under the curve in steps); last; best.
     """
 
     metric: str = "eval/pass@1"
@@ -40,11 +40,11 @@ class Primary:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Choice of every arm's learning rate: the same values, seeds and steps for each.
+    """Choice of every arm's learning rate, from the same values, seeds and steps for each.
 
-    The value with the highest mean of `metric` over the last half of the steps, averaged over
-    `seeds`, which no compared run uses; the metric is of training, so that held-out problems choose
-    nothing. A run that ended early counts with 0 for the steps it lacks.
+    It takes the value with the highest mean of `metric` over the last half of the steps, averaged
+    over `seeds`, which no compared run uses. The metric is of training, so that held-out problems
+    choose nothing. A run that ended early counts as 0 for the steps it lacks.
     """
 
     values: tuple[float, ...]
@@ -67,7 +67,7 @@ class LearningRates:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Arms × seeds of one training job, and what will be asked of the results."""
+    """Arms × seeds of one training job, and the questions asked of the results."""
 
     name: str
     question: str
@@ -80,9 +80,9 @@ class Comparison:
     """Pairs (arm, the arm it is compared with), tested together: Holm's correction is over them."""
     primary: Primary = field(default_factory=Primary)
     learning_rates: LearningRates | None = None
-    """None: the options say the learning rate."""
+    """None: the options give the learning rate."""
     warm_start_by_seed: bool = True
-    """Where the model is a warm-started one: seed s starts from warm start s."""
+    """Where the model is warm-started: seed s starts from warm start s."""
     nproc: int = 1
     """Ranks of a run."""
     confidence: float = 0.95
@@ -91,13 +91,13 @@ class Comparison:
         if len(self.arms) < 2 or not self.contrasts:
             raise UserError("a comparison needs at least 2 arms and 1 contrast.")
         for what, name in (("name", self.name), *(("arm", arm) for arm in self.arms)):
-            # They are parts of file names, and arms are keys of plan.json.
+            # Names are parts of file names, and arms are keys of plan.json.
             if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
                 raise UserError(f"{what} {name!r}: letters, digits and . _ + - are needed.")
         for arm in (arm for pair in self.contrasts for arm in pair):
             if arm not in self.arms:
                 raise UserError(f"contrasts: {arm!r} is not an arm; known: {', '.join(self.arms)}.")
-        # The report could not test these, and would say so after the last run only.
+        # The report could not test these, but would say so only after the last run.
         pairs = {frozenset(pair) for pair in self.contrasts}
         if len(pairs) < len(self.contrasts) or any(len(pair) < 2 for pair in pairs):
             raise UserError("contrasts: a pair is an arm with itself, or is listed more than once.")
@@ -134,7 +134,7 @@ class Comparison:
             )
 
     def options(self, run: Run) -> dict[str, Any]:
-        """The options of `train` of one run."""
+        """The options of `train` for one run."""
         found = _merged(self.base, self.arms[run.arm], {"seed": run.seed, "report": False})
         if self.warm_start_by_seed and "model" not in found:
             found = _merged(found, {"warm_start": {"seed": run.seed}})
@@ -146,7 +146,7 @@ class Comparison:
         return found
 
     def config(self, run: Run) -> TrainConfig:
-        """The checked config of one run. Raises UserError that names the arm."""
+        """The checked config of one run. Raises UserError naming the arm."""
         try:
             words = folded(mapping_arguments(self.options(run)))
             return parsed(TrainConfig, words, "moe-upgrpo train")
@@ -174,7 +174,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run of a comparison; lr None: as the options say."""
+    """One training run of a comparison; lr None: as in the options."""
 
     arm: str
     seed: int
@@ -189,7 +189,7 @@ class Run:
 
 
 def read_plan(path: Path) -> Comparison:
-    """The comparison in a YAML (or JSON) file. Raises UserError that names the file."""
+    """Read the comparison in a YAML (or JSON) file. Raises UserError naming the file."""
     needed = "fields of a comparison (name, question, base, arms, ...)"
     return read_yaml(path, from_values, named=str(path), needed=needed)
 
@@ -210,7 +210,7 @@ def from_values(values: dict[str, Any]) -> Comparison:
             made["primary"] = Primary(**values["primary"])
         if values.get("learning_rates") is not None:
             rates = values["learning_rates"]
-            # 1e-4, without a dot, is a word in YAML.
+            # 1e-4, without a dot, is a string in YAML.
             lists = {"values": tuple(map(float, rates["values"])), "seeds": tuple(rates["seeds"])}
             made["learning_rates"] = LearningRates(**rates | lists)
         return Comparison(**made)

@@ -45,16 +45,16 @@ Results = dict[str, dict[int, float]]
 def write_report(folder: Path, output_dir: Path | None = None) -> Path:
     """Write report.html, report.json and figures/*.svg of a comparison, by default into its folder.
 
-    They are made of plan.json, learning_rates.json, not_run.json and data/*.parquet (or, where it
-    was kept for long, runs.parquet) alone, and are the same whenever they are made. The JSON is
-    strict (null for what is not finite) and holds:
+    They are made only from plan.json, learning_rates.json, not_run.json and data/*.parquet (or
+    runs.parquet in a comparison kept for long), and are the same whenever they are made. The JSON
+    is strict (null for what is not finite) and holds:
 
-    - ``plan``, ``learning_rates``: as they were written
+    - ``plan``, ``learning_rates``: as written
     - ``progress``: runs done, planned and crashed; missing ones by name, and whether their
       machine failed
     - ``runs``: arm, seed, status, message, lr, seconds, ``primary`` and all measures of each
     - ``primary``: a row for each planned contrast (`compare_pairs`) with its verdict and half-width
-    - ``arms``: of each measure and arm mean, low, high (t interval over seeds) and runs
+    - ``arms``: mean, low, high (t interval over seeds) and runs for each measure and arm
     - ``exploratory``: the contrasts of every measure but the primary one
     - ``matched_reward``: the level R*, the window, and how many runs of each arm reach it
     - ``figures``: key, title, read and the numbers drawn
@@ -95,12 +95,12 @@ def write_report(folder: Path, output_dir: Path | None = None) -> Path:
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """Contents of a comparison's folder. `by_arm`: all runs, in the order of the plan; `shown`:
-    those of tables and curves, of the seeds that every arm has."""
+    those in tables and curves, from the seeds that every arm has."""
 
     written: dict[str, Any]
     rates: dict[str, Any] | None
     tuning: list[RunData]
-    not_run: set[tuple[str, int]]  # arm and seed of those that their machine failed
+    not_run: set[tuple[str, int]]  # arm and seed of the runs that failed because of their machine
     by_arm: dict[str, list[RunData]]
     shown: dict[str, list[RunData]]
     measures: list[Measure]
@@ -134,7 +134,7 @@ class Loaded:
 
 
 def load(folder: Path) -> Loaded:
-    """Raises UserError as `write_report`."""
+    """Read the folder. Raises UserError as `write_report` does."""
     written = _read_plan(folder)
     asked = written["plan"]["learning_rates"]
     runs = read_all(folder)
@@ -146,7 +146,7 @@ def load(folder: Path) -> Loaded:
         tuning=read_all(folder, tuning=True),
         not_run=_read_not_run(folder / "not_run.json"),
         by_arm=by_arm,
-        # Means over other seeds would not be comparable. Before the first full seed: all there is.
+        # Means over other seeds would not be comparable. Before the first full seed: all runs.
         shown={
             arm: [run for run in found if not seeds or run.about.seed in seeds]
             for arm, found in by_arm.items()
@@ -161,7 +161,7 @@ def full_seeds(by_arm: Mapping[str, Sequence[RunData]]) -> set[int]:
 
 
 def numbers(loaded: Loaded) -> dict[str, Any]:
-    """Data that `write_report` puts into the JSON, but for the figures."""
+    """Data that `write_report` puts into the JSON, except the figures."""
     plan, confidence, primary = loaded.plan, loaded.confidence, loaded.primary
     exploratory = []
     for m in loaded.measures:
@@ -195,7 +195,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json and the plan in it: not checked again, options of that time may have gone since."""
+    """plan.json and its plan, not checked again: options of that time may have been removed."""
     written = _read_json(folder / "plan.json")
     needed = {"name", "question", "base", "arms", "seeds", "contrasts", "primary", "confidence"}
     plan = written.get("plan", {}) if isinstance(written, dict) else {}
@@ -215,7 +215,7 @@ def _read_not_run(file: Path) -> set[tuple[str, int]]:
 def _by_arm(
     runs: Sequence[RunData], plan: Mapping[str, Any], folder: Path
 ) -> dict[str, list[RunData]]:
-    """The runs of every arm, arms in the order of the plan, also those without a run yet."""
+    """The runs of every arm, in the order of the plan, including arms without a run yet."""
     found: dict[str, list[RunData]] = {arm: [] for arm in plan["arms"]}
     for run in sorted(runs, key=lambda run: run.about.seed):
         arm, seed = run.about.arm, run.about.seed
@@ -240,7 +240,7 @@ def _results(measure: Measure, by_arm: Mapping[str, Sequence[RunData]]) -> Resul
 
 
 def _contrasts(results: Results, plan: Mapping[str, Any]) -> list[Comparison]:
-    """The planned pairs over the seeds that both have; without those that have fewer than two."""
+    """The planned pairs over the seeds that both have; without pairs that have fewer than two."""
     pairs = [(a, b) for a, b in plan["contrasts"] if len({*results[a]} & {*results[b]}) > 1]
     if not pairs:
         return []
@@ -248,7 +248,7 @@ def _contrasts(results: Results, plan: Mapping[str, Any]) -> list[Comparison]:
 
 
 def _verdict(c: Comparison, planned: int | None, confidence: float) -> dict[str, Any]:
-    """A contrast as a row; `needed` with `planned`: the difference that shows beside any others."""
+    """A contrast as a row; with `planned`, `needed`: the difference told apart beside any other."""
     half = (c.high - c.low) / 2
     if c.p_holm < 1 - confidence:
         verdict = "higher" if c.difference > 0 else "lower"
@@ -311,7 +311,7 @@ def _progress(loaded: Loaded) -> dict[str, Any]:
 def _matched(
     by_arm: Mapping[str, Sequence[RunData]], runs: Sequence[RunData]
 ) -> dict[str, Any] | None:
-    """Numbers of runs of each arm that reach R*, and that are there in their first window."""
+    """Numbers of runs of each arm that reach R*, and that reach it in their first window."""
     level, width = matched_reward(runs), window(runs)
     if level is None:
         return None
@@ -324,7 +324,7 @@ def _matched(
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have, and numpy's as Python's."""
+    """The same value with None for numbers that JSON lacks, and Python's numbers for numpy's."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -338,7 +338,7 @@ def _finite(value: Any) -> Any:
 
 
 def points(value: float, signed: bool = True) -> str:
-    """A difference of shares in points: 0.021 is +2.1; smaller ones with more digits."""
+    """A difference of shares in points: 0.021 is +2.1; smaller ones get more digits."""
     shown = 100 * value
     digits = 1 if abs(shown) >= 0.1 or shown == 0 else 2
     text = f"{shown:+.{digits}f}" if signed else f"{shown:.{digits}f}"
@@ -394,7 +394,7 @@ def _cell_mean(entry: Mapping[str, Any], is_share: bool, full: int) -> str:
         digits = 1 if mean >= 0.01 else 2
         text = f"{100 * mean:.{digits}f}"
         text += f" ± {100 * half:.{digits}f}" if math.isfinite(half) else ""
-    elif math.isfinite(half) and half > 0:  # both to the second digit of the second
+    elif math.isfinite(half) and half > 0:  # both to the second significant digit of the second
         digits = max(0, 1 - math.floor(math.log10(half)))
         small = digits > 5
         text = f"{mean:.2e} ± {half:.1e}" if small else f"{mean:.{digits}f} ± {half:.{digits}f}"
@@ -429,7 +429,7 @@ def _commit(git: Mapping[str, Any] | None) -> str:
 
 
 def _counted(texts: Sequence[str]) -> str:
-    """'a' where all are alike, else 'a (3 runs); b (2 runs)'."""
+    """'a' where all are the same, else 'a (3 runs); b (2 runs)'."""
     counts = Counter(texts)
     if len(counts) == 1:
         return texts[0]
@@ -455,7 +455,7 @@ def _start(run: RunData) -> datetime | None:
 
 
 def _ran(loaded: Loaded) -> list[tuple[str, str]]:
-    """Rows (name, text): with what, where and for how long."""
+    """Rows (name, text): with what, where and for how long the runs ran."""
     runs, tuning = loaded.runs, loaded.tuning
     seconds = [run.about.seconds for run in runs if run.about.seconds is not None]
     rows = []
@@ -500,7 +500,7 @@ def _ran(loaded: Loaded) -> list[tuple[str, str]]:
 
 
 def _warnings(loaded: Loaded, gains: Mapping[str, tuple[float, float, float]]) -> list[str]:
-    """Notes that a reader must have before the answer."""
+    """Notes that a reader needs before the answer."""
     found, runs, tuning = [], loaded.runs, loaded.tuning
     said = datetime.fromisoformat(loaded.written["written"])
     early = [

@@ -2,8 +2,8 @@
 """Runs of a comparison: the missing ones are started, as many at a time as there are cores.
 
 A folder holds plan.json, learning_rates.json, data/RUN.parquet, runs/RUN and logs/RUN.log, and
-not_run.json where machines failed. A run whose Parquet file is there is done. Stopped at any
-moment, the same command goes on.
+not_run.json where machines failed. A run is done once its Parquet file exists. If stopped at any
+moment, the same command continues.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from moe_upgrpo.train.warm_start import warm_start
 
 _LIBC = ctypes.CDLL(None)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-TRIES = 3  # of a run that its machine fails
+TRIES = 3  # of a run that fails because of its machine
 PAUSE_S = 30  # before the next try
 
 
 def compare(
     plan: Comparison, folder: Path, *, parallel: int | None, say: Callable[[str], None]
 ) -> str | None:
-    """Run what `folder` lacks of `plan`; returns in words which runs their machines failed.
+    """Run what `folder` lacks of `plan`; returns a text naming runs that their machines failed.
 
     These are tried `TRIES` times. Raises UserError: the folder holds another comparison, another
-    command works in it, or a run was refused; MachineFault where nothing can be reported on, as
-    the learning rates are not known or no run is done. A SIGTERM ends it as Ctrl-C does, with
+    command works in it, or a run was refused; MachineFault where there is nothing to report on,
+    because the learning rates are not known or no run is done. A SIGTERM ends it like Ctrl-C, with
     KeyboardInterrupt (Terminated) and its runs stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _compare(
 
 
 def _not_run(folder: Path, runs: Sequence[Run], left: dict[Run, Outcome]) -> str | None:
-    """Keep which runs their machines failed, for the report, and say it."""
+    """Record, for the report, which runs failed because of their machines, and say so."""
     file = folder / "not_run.json"
     kept = [
         {"arm": run.arm, "seed": run.seed, "tuning": run.tuning, "message": ended.message}
@@ -121,7 +121,7 @@ def _not_run(folder: Path, runs: Sequence[Run], left: dict[Run, Outcome]) -> str
 
 
 def write_plan(plan: Comparison, folder: Path) -> None:
-    """plan.json, before anything runs: the plan, when it was written and by which code."""
+    """Write plan.json before anything runs: the plan, when it was written and by which code."""
     file = folder / "plan.json"
     if file.exists():
         written = parse_json(file.read_bytes(), str(file))["plan"]
@@ -145,7 +145,7 @@ def choose_rates(plan: Comparison, folder: Path) -> dict[str, float]:
     scores: dict[str, dict[float, list[float]]] = {arm: {} for arm in plan.arms}
     kept_runs = {run: data.read(data_file(folder, run)) for run in plan.tuning()}
     if not any(found.series(asked.metric)[0] for found in kept_runs.values()):
-        # Every score would be 0, and the first value the choice.
+        # Every score would be 0, and the first value would be chosen.
         raise UserError(f"learning_rates.metric={asked.metric!r} is in none of the runs' metrics.")
     for run, found in kept_runs.items():
         found = dict(zip(*found.series(asked.metric), strict=True))
@@ -171,7 +171,7 @@ def data_file(folder: Path, run: Run) -> Path:
 
 
 def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[str], None]) -> None:
-    """Make the warm-started models, each once, before several runs ask for the same."""
+    """Make the warm-started models, each once, before several runs need the same one."""
     configs = {}
     for run in runs:
         config = plan.config(run)
@@ -180,7 +180,7 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
             configs[repr((start.warm_start, start.tiny, problems.digits))] = config
     if not configs:
         return
-    # Fresh processes: torch's threads, kernels and random state are those of a run.
+    # Fresh processes: torch's threads, kernels and random state are then those of a run.
     context = get_context("spawn")
     with ProcessPoolExecutor(pool, mp_context=context, initializer=kernels.pin) as processes:
         for number, made in enumerate(processes.map(_warm_started, configs.values()), 1):
@@ -189,7 +189,7 @@ def _prepare(plan: Comparison, runs: Sequence[Run], pool: int, say: Callable[[st
 
 
 def _warm_started(config: TrainConfig) -> str | None:
-    """The folder's name where it had to be made."""
+    """The folder's name if it had to be made."""
     start = config.start
     start.cache_dir.mkdir(parents=True, exist_ok=True)
     before = {path.name for path in start.cache_dir.iterdir()}
@@ -205,7 +205,7 @@ def _warm_started(config: TrainConfig) -> str | None:
 def _run_all(
     plan: Comparison, folder: Path, runs: Sequence[Run], pool: int, say: Callable[[str], None]
 ) -> dict[Run, Outcome]:
-    """Run what is missing, up to `TRIES` times where the machine failed; returns what is left."""
+    """Run what is missing, up to `TRIES` times where the machine failed; returns what remains."""
     left: dict[Run, Outcome] = {}
     for attempt in range(1, TRIES + 1):
         missing = [run for run in runs if not data_file(folder, run).exists()]
@@ -226,7 +226,7 @@ def _run_all(
 def _run_each(
     plan: Comparison, folder: Path, missing: Sequence[Run], pool: int, say: Callable[[str], None]
 ) -> dict[Run, Outcome]:
-    """Run each once; returns those that failed for their machine's sake."""
+    """Run each once; returns those that failed because of their machine."""
     begin, done, stopped = time.monotonic(), 0, threading.Event()
     children: dict[Run, subprocess.Popen] = {}
     failed: dict[Run, Outcome] = {}
@@ -260,8 +260,8 @@ def _run_each(
 def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> tuple[Outcome, str]:
     """Run it to its end and keep its data; returns how it ended, and a line about it.
 
-    Of a run that its machine failed nothing is kept, and nothing of it is removed. Raises UserError
-    where the job was refused, or failed by a fault of ours: no further run would do better.
+    If its machine failed, nothing of the run is kept, and nothing is removed. Raises UserError
+    where the job was refused, or failed by a fault of ours: further runs would do no better.
     """
     path, log = folder / "runs" / run.key, folder / "logs" / f"{run.key}.log"
     begin, ended, resumed = time.monotonic(), Outcome(0, ""), True
@@ -289,7 +289,7 @@ def _run_one(plan: Comparison, folder: Path, run: Run, children: dict) -> tuple[
 
 
 def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict) -> Outcome:
-    """The job of a run, to its end; its log has that of all tries."""
+    """Run the job of a run to its end; its log covers all tries."""
     with log.open("a", encoding="utf-8") as out:
         before = out.tell()
         child = subprocess.Popen(
@@ -310,14 +310,14 @@ def _start(nproc: int, what: Sequence[str], log: Path, run: Run, children: dict)
 def _end_with_parent() -> None:
     """Have this process told to stop (SIGTERM) when the thread that started it is gone.
 
-    A comparison that is killed could not tell its jobs; they would train on, unseen, while the same
+    A comparison that is killed could not tell its jobs: they would train on, unseen, while the same
     command starts them again.
     """
     _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
 def is_trained(folder: Path, run: Run) -> bool:
-    """Whether its last step is done: it was stopped before its data were kept."""
+    """Whether its last step is done: it may have been stopped before its data were kept."""
     path = RunFolder(folder / "runs" / run.key)
     if not path.config_path.is_file():
         return False
@@ -331,7 +331,7 @@ def train_words(plan: Comparison, folder: Path, run: Run) -> list[str]:
     write_text(options, yaml.safe_dump(plan.options(run)))
     if path.exists() and Checkpoints(RunFolder(path).checkpoints).all():
         return ["--resume", str(path)]
-    shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before a checkpoint
+    shutil.rmtree(path, ignore_errors=True)  # left by a run stopped before its first checkpoint
     return ["--config", str(options), "--output-dir", str(path)]
 
 
@@ -343,7 +343,7 @@ def keep(
     crashed: str | None,
     seconds: float | None,
 ) -> None:
-    """Write the data of a run that has ended; with that it is done. `crashed`: by which error."""
+    """Write the data of a run that has ended, which makes it done. `crashed`: by which error."""
     path = folder / "runs" / run.key
     config = read_config(path)
     about = data.About(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places where each stack is hooked into, as data: file, name, signature, checksum.
+"""The places where each stack is hooked, as data: file, name, signature, checksum.
 
-    python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # keeps them in hooks.json
+    python -m moe_upgrpo.integrations.hooks slime REVISION CHECKOUT   # stores them in hooks.json
 
-hooks.json has what was found at each revision that was tested, and at a few that were only read. A
-revision in which one of them is gone, takes other arguments or computes otherwise is another one;
-`difference` says how. Read with ast: nothing of a stack is imported. `kit.revisions` looks at
-start-up, `stack_doctor` when asked.
+hooks.json holds them for each revision that was tested, and for a few that were only read. A
+revision counts as another one if one of them is gone, takes other arguments or computes otherwise;
+`difference` says how. Files are read with ast: nothing of a stack is imported. `kit.revisions`
+checks at start-up, `stack_doctor` on request.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ HOOKS: dict[str, list[tuple[str, str]]] = {
         ("swift/rl_core/data.py", "GRPOSample"),
     ],
 }  # fmt: skip
-# Where a release has what a later revision moved.
+# Where a release has things that a later revision moved.
 BEFORE: dict[tuple[str, str], tuple[str, str]] = {
     (f"{_TRAINING}/loss_hub/logit_processors.py", "get_log_probs_and_entropy"):
         (f"{_TRAINING}/loss.py", "get_log_probs_and_entropy"),
@@ -175,7 +175,7 @@ BEFORE: dict[tuple[str, str], tuple[str, str]] = {
     ("slime/observability/metric_utils.py", "compute_rollout_step"):
         ("slime/utils/metric_utils.py", "compute_rollout_step"),
 }  # fmt: skip
-# Those that the losses need; the routing log needs all of them.
+# Those that the losses need; the routing log needs all hooks.
 LOSS: dict[str, set[str]] = {
     "verl": {"register_policy_loss", "POLICY_LOSS_REGISTRY", "PolicyLossConfig"},
     "slime": {
@@ -195,7 +195,7 @@ LOSS: dict[str, set[str]] = {
         "pad_logps_back_to_batch", "build_completion_mask_and_seq_lengths", "GRPOBatch",
     },
 }  # fmt: skip
-# Those that the health figures of a replay need.
+# Those that a replay's health figures need.
 HEALTH: dict[str, set[str]] = {
     "verl": {
         "MegatronEngine.forward_backward_batch", "MegatronEngine.is_mp_src_rank_with_outputs",
@@ -210,9 +210,9 @@ HEALTH: dict[str, set[str]] = {
         "MegatronGRPOTrainer.train_step", "MegatronGRPOTrainer._aggregated_metrics",
     },
 }  # fmt: skip
-# Revisions of hooks.json that were read and never run.
+# Revisions in hooks.json that were read but never run.
 NOT_RUN: dict[str, set[str]] = {"verl": {"0.9.0"}}
-# What older revisions lack, where the integration does without.
+# Hooks that older revisions lack and the integration can do without.
 NEWER: dict[str, list[tuple[str, str]]] = {
     "nemo-rl": [  # the single controller, which v0.7.0 does not have
         (_WORKER, f"MegatronPolicyWorkerImpl.{part}_train_step")
@@ -223,12 +223,12 @@ NEWER: dict[str, list[tuple[str, str]]] = {
 
 
 def places(hook: tuple[str, str]) -> list[tuple[str, str]]:
-    """File and name of a hook, the newest first."""
+    """File and name of a hook in each known place, the newest first."""
     return [hook, *([BEFORE[hook]] if hook in BEFORE else [])]
 
 
 def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
-    """`FILE:NAME` → signature and checksum, of every hook that is there."""
+    """`FILE:NAME` → signature and checksum of every hook that the checkout has."""
     found, parsed = {}, functools.cache(_parsed)
     for hook in [*HOOKS[stack], *NEWER.get(stack, [])]:
         for file, name in places(hook):
@@ -239,7 +239,7 @@ def found_in(checkout: Path, stack: str) -> dict[str, dict[str, str]]:
 
 
 def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """File and name of the hooks that are not among what `found_in` found."""
+    """File and name of the hooks that `found_in` did not find."""
     return [
         hook
         for hook in HOOKS[stack]
@@ -250,10 +250,10 @@ def missing(stack: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _about(
     parsed: Callable[[Path], ast.Module], root: Path, file: str, name: str, seen: tuple = ()
 ) -> dict[str, str] | None:
-    """Signature and checksum of a name of a file; None: it is not there.
+    """Signature and checksum of a name in a file; None if it is not there.
 
-    A method may also be that of a base class, in whichever file of the checkout that is. parsed:
-    `_parsed`, kept.
+    A method may also come from a base class, in whichever file of the checkout. parsed: a cache of
+    `_parsed`.
     """
     path = root / file
     if (file, name) in seen or not path.is_file():
@@ -265,7 +265,7 @@ def _about(
         alias = next(x for x in node.names if (x.asname or x.name) == rest[0])
         there = _imported_from(root, file, node)
         if there is None:
-            if rest[0] == owner:  # the class itself, from elsewhere: nothing speaks against it
+            if rest[0] == owner:  # the class itself, from elsewhere: accepted
                 return _described(node)
             continue
         inside = ".".join([alias.name, *rest[1:]])
@@ -277,7 +277,7 @@ def _about(
 def _parsed(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:  # the second: not UTF-8, a null byte
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a null byte
         here = ".".join(map(str, sys.version_info[:2]))
         raise UserError(
             f"{path}: not Python {here} ({error}); read it with the Python of the stack, or mend it"
@@ -301,7 +301,7 @@ def _described(node: ast.stmt) -> dict[str, str]:
 
 
 def _imported_from(root: Path, file: str, node: ast.ImportFrom) -> str | None:
-    """The file of the checkout that is imported from; None: there is none."""
+    """The file of the checkout that an import reads from; None if there is none."""
     package = list(Path(file).parent.parts)
     before = package[: len(package) + 1 - node.level] if node.level else []
     module = Path(*before, *(node.module or "").split("."))
@@ -312,7 +312,7 @@ def _imported_from(root: Path, file: str, node: ast.ImportFrom) -> str | None:
 
 
 def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements of a module or class, those under its `if` and `try` among them."""
+    """The statements of a module or class, including those under its `if` and `try`."""
     found = []
     for node in body:
         if isinstance(node, ast.If | ast.Try | ast.With):
@@ -325,8 +325,8 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _named(body: list[ast.stmt], parts: list[str]) -> Iterator[tuple[ast.stmt, list[str]]]:
-    """Statements that bind a name there, a method's own class first, then its bases; behind an
-    import also what is to be looked up where that leads."""
+    """Statements that bind a name there; for a method, in its own class first, then in its bases.
+    With an import also come the names to look up in the imported file."""
     bound = [node for node in body if parts[0] in _names(node)]
     if not bound:
         return
@@ -336,7 +336,7 @@ def _named(body: list[ast.stmt], parts: list[str]) -> Iterator[tuple[ast.stmt, l
     match bound[-1]:
         case ast.ClassDef() as owner:
             yield from _named(_statements(owner.body), parts[1:])
-            others = [node for node in body if node is not owner]  # bases in a circle end
+            others = [node for node in body if node is not owner]  # ends circular bases
             for base in owner.bases:
                 if isinstance(base, ast.Name):
                     yield from _named(others, [base.id, *parts[1:]])
@@ -362,7 +362,7 @@ def _names(node: ast.stmt) -> set[str]:
 def _computed(node: Any) -> str:
     """A function's syntax tree without comments and layout: the same text on every Python.
 
-    ast.dump's is not: of empty fields, 3.12 has more and 3.13 shows none.
+    ast.dump's is not: 3.12 has more empty fields than earlier ones, and 3.13 shows none.
     """
     if isinstance(node, list):
         return f"[{','.join(map(_computed, node))}]"
@@ -373,18 +373,18 @@ def _computed(node: Any) -> str:
 
 
 def read() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
-    """Stack → revision → hook → what was found of it."""
+    """Stack → revision → hook → its signature and checksum."""
     return json.loads(FOUND.read_text(encoding="utf-8"))
 
 
 def tested(stack: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Revision → hook → what was found of it, of those that were run."""
+    """Revision → hook → its signature and checksum, for the revisions that were run."""
     not_run = NOT_RUN.get(stack, set())
     return {name: found for name, found in read().get(stack, {}).items() if name not in not_run}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Hook of a tested revision → how another one has it; those that are the same are left out."""
+    """Hook of a tested revision → how another revision has it; equal ones are left out."""
     found = {}
     for hook, of_before in before.items():
         of_now = now.get(hook)
@@ -398,7 +398,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def difference(stack: str, checkout: Path, revision: str) -> list[str]:
-    """Hooks of a checkout that are not as they were at a tested revision, one line each."""
+    """Hooks of a checkout that differ from a tested revision, one line each."""
     found = differences(read()[stack][revision], found_in(checkout, stack))
     return [f"{hook}: {how}" for hook, how in found.items()]
 

@@ -5,8 +5,8 @@
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.miles.loss
     --custom-megatron-init-path moe_upgrpo.integrations.miles.init
 
-Flags, metrics and limits: docs/slime.md. Between the released 0.0.2 and its newer checkouts names
-moved and arguments came in; what is found decides (`slime_miles.revisions`).
+Flags, metrics and limits: docs/slime.md. Between the released 0.0.2 and newer checkouts, names
+moved and arguments were added; the code follows what it finds (`slime_miles.revisions`).
 """
 
 from argparse import Namespace
@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 from moe_upgrpo.integrations.kit import revisions
 
-revisions.check("miles", "loss")  # before what may have moved is imported
+revisions.check("miles", "loss")  # before importing what may have moved
 
 from miles.backends.training_utils import cp_utils
 from miles.utils.misc import load_function
@@ -49,7 +49,7 @@ def sequence_sum(total_lengths, response_lengths, loss_masks, calculate_per_toke
 
 
 def check_layout(args: Namespace) -> None:
-    """UserError where miles itself takes the log-probs of other tokens."""
+    """Raise UserError where miles itself takes the log-probs of other tokens."""
     if is_padded(args) and splits_the_whole(args) and args.micro_batch_size > 1:
         raise UserError(
             f"--micro-batch-size: {args.micro_batch_size} given with --qkv-format "
@@ -62,9 +62,9 @@ def init(args: Namespace) -> None:
     """--custom-megatron-init-path: check the settings before the model is built; install the log.
 
     Raises:
-        UserError: settings that cannot be; a run folder that holds a run already.
+        UserError: impossible settings; a run folder that already holds a run.
     """
-    # Megatron's model code: not for the loss alone.
+    # Megatron's model code: not needed for the loss alone.
     from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss", losses)
@@ -112,7 +112,7 @@ class Miles:
     losses = losses
 
     def __init__(self, args: Namespace):
-        # The actor's module calls the init hook, so that it is loaded.
+        # The init hook is called from the actor's module, so that module is loaded.
         from miles.backends.megatron_utils import actor, model
 
         self.args, self.actor, self.model = args, actor, model
@@ -139,7 +139,7 @@ class Miles:
     @contextmanager
     def extra_forward(self, stage: str):
         """The indexer's replay (--use-indexer-replay, --use-rollout-indexer-replay) is left alone:
-        what it records it does not record here, what it replays it replays here, too."""
+        what it records is not recorded here, and what it replays is replayed here too."""
         with ExitStack() as undo:
             for manager in all_replay_managers:
                 if manager is routing_replay_manager:
@@ -155,7 +155,7 @@ class Miles:
 
     @contextmanager
     def watched(self, see):
-        """Through the place where miles' tests compare the two sides."""
+        """Watch through the place where miles' tests compare the two sides."""
         manager = routing_replay_manager
         checks, check = manager.enable_check_replay_result, manager.check_replay_result
 
@@ -168,7 +168,7 @@ class Miles:
             yield
 
     def watch_replay(self, look):
-        """Watch for good, at the stack's own wrapper of a top-k."""
+        """Watch permanently, in the stack's own wrapper of a top-k."""
         manager = routing_replay_manager
         wrapped = manager.get_topk_fn
 
@@ -176,7 +176,7 @@ class Miles:
             topk = wrapped(old_topk_fn, return_probs)
 
             def watching(scores, *args, **kwargs):
-                def shown():  # before the routes are used: miles puts others in the place of -1
+                def shown():  # before the routes are used: miles replaces -1 by other ids
                     replay = manager.get_current()
                     given = replay.top_indices_list[replay.forward_index].to(scores.device)
                     return given, old_topk_fn(scores.detach(), *args, **kwargs)[1]

@@ -3,7 +3,7 @@
 
 from moe_upgrpo.integrations.kit import revisions
 
-revisions.check("nemo-rl", "loss")  # before what may have moved is imported
+revisions.check("nemo-rl", "loss")  # before importing what may have moved
 
 from moe_upgrpo.integrations.nemo_rl.loss import PolicyLossFn  # noqa: E402
 

@@ -10,7 +10,7 @@ from moe_upgrpo.integrations.nemo_rl.log import logged as with_log  # noqa: E402
 
 
 def logged(worker_class: type) -> type:
-    """The class itself with the log, and with health figures of a replay."""
+    """Return the class with the log, and with a replay's health figures."""
     if revisions.has("nemo-rl", "health"):
         worker_class = health.reported(worker_class)
     return with_log(worker_class)

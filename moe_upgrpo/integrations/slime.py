@@ -5,8 +5,8 @@
     --loss-type custom_loss --custom-loss-function-path moe_upgrpo.integrations.slime.loss
     --custom-megatron-init-path moe_upgrpo.integrations.slime.init
 
-Flags, metrics and limits: docs/slime.md. Between the releases and the newer checkouts names moved
-and arguments came in and went; what is found decides (`slime_miles.revisions`).
+Flags, metrics and limits: docs/slime.md. Between the releases and newer checkouts, names moved and
+arguments were added or removed; the code follows what it finds (`slime_miles.revisions`).
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from moe_upgrpo.integrations.kit import revisions
 
-revisions.check("slime", "loss")  # before what may have moved is imported
+revisions.check("slime", "loss")  # before importing what may have moved
 
 from slime.backends.megatron_utils import cp_utils
 from slime.backends.megatron_utils import loss as losses
@@ -47,7 +47,7 @@ def sequence_sum(total_lengths, response_lengths, loss_masks, calculate_per_toke
 
 
 def check_layout(args: Namespace) -> None:
-    """UserError where slime's own gathering over context-parallel ranks is of another layout."""
+    """Raise UserError where slime's gathering over context-parallel ranks has another layout."""
     if is_padded(args) and args.context_parallel_size > 1:
         raise UserError(
             f"--qkv-format: {args.qkv_format} given with --context-parallel-size "
@@ -60,10 +60,10 @@ def init(args: Namespace) -> None:
     """--custom-megatron-init-path: check the settings before the model is built; install the log.
 
     Raises:
-        UserError: settings that cannot be; a run folder that holds a run already; something that
-            the log needs of slime and that the installed revision does not have.
+        UserError: impossible settings; a run folder that already holds a run; something of slime
+            that the log needs and the installed revision lacks.
     """
-    # Megatron's model code: not for the loss alone.
+    # Megatron's model code: not needed for the loss alone.
     from moe_upgrpo.integrations.slime_miles import health, log
 
     check_loss(args, f"{HERE}.loss", losses)
@@ -104,7 +104,7 @@ class Slime:
     losses = losses
 
     def __init__(self):
-        # The actor's module calls the init hook, so that it is loaded.
+        # The init hook is called from the actor's module, so that module is loaded.
         from slime.backends.megatron_utils import actor, model
 
         need(routing_replay, "get_routing_replay_compute_topk")
@@ -139,7 +139,7 @@ class Slime:
             routing_replay.RoutingReplay.clear_all_forward()
 
     def watched(self, see):
-        """slime's patch of Megatron looks get_routing_replay_compute_topk up at each call."""
+        """Watch: slime's patch of Megatron looks get_routing_replay_compute_topk up each time."""
         original = routing_replay.get_routing_replay_compute_topk
 
         def watching(old_compute_topk):
@@ -155,7 +155,7 @@ class Slime:
         return replaced(routing_replay, get_routing_replay_compute_topk=watching)
 
     def watch_replay(self, look):
-        """Watch for good; as `watched`."""
+        """Watch permanently, in the same way as `watched`."""
         original = routing_replay.get_routing_replay_compute_topk
 
         def watching(old_compute_topk):

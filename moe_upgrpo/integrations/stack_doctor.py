@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe-upgrpo doctor --stack NAME`: what of a stack is hooked into, and how it is found here."""
+"""`moe-upgrpo doctor --stack NAME`: which functions of a stack are hooked, and their state here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moe_upgrpo.integrations.kit import revisions
 
 
 def diagnose(stack: str, root: Path | None = None) -> dict[str, Any]:
-    """As `--json` prints it. root: the folder of a checkout; None: what this Python finds.
+    """Return what `--json` prints. root: a checkout's folder; None: what this Python finds.
 
     Raises:
-        UserError: another stack, or one that is not there.
+        UserError: an unknown stack, or one that is not installed.
     """
     if stack not in revisions.MODULES:
         raise UserError(f"--stack: {stack!r} given; allowed: {', '.join(revisions.MODULES)}")
@@ -76,7 +76,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     heads = ["needed by", "here", *(f"against {name}" for name in found["tested"])]
     table = Table(
         Column("hook", no_wrap=True), *(Column(head, overflow="fold") for head in heads)
-    )  # names and places are there to be copied
+    )  # names and places are meant to be copied
     for hook in found["hooks"]:
         table.add_row(
             f"{hook['name']}\n{hook['file']}",
@@ -102,5 +102,5 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _short(how: str) -> str:
-    """Difference of a hook from a revision, without signatures, longer than a page is wide."""
+    """Difference of a hook from a revision, without signatures, which are wider than a page."""
     return "other arguments" if how.startswith("takes ") else how

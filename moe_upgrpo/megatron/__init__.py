@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Megatron edge: the only folder that imports megatron.
 
-Some of its modules do without. Where Megatron-Core is absent, importing another says which extra
-brings it.
+Some of its modules do without Megatron. Where Megatron-Core is absent, importing one of the others
+says which extra brings it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from moe_upgrpo import extras
 
 
 class _NamesTheExtra:
-    """Finds this folder's modules as they would be found, and adds to the error of an import."""
+    """Finds this folder's modules as usual, and names the extra in the error of an import."""
 
     @staticmethod
     def find_spec(

@@ -56,26 +56,27 @@ class Update:
     loss: float  # this rank's share; the sum over data-parallel ranks is the loss
     metrics: dict[str, Metric]  # of moe_upgrpo.losses, this rank's sums
     grad_norm: float  # over all ranks, before clipping
-    # Terms beside the policy loss by name, this rank's shares, as `loss`; sums of what they are of.
+    # Terms beside the policy loss by name: this rank's shares, as `loss`, and their metrics' sums.
     terms: dict[str, float] = field(default_factory=dict)
     term_metrics: dict[str, Metric] = field(default_factory=dict)
     scored: list[Scored] | None = None  # the training forward as `score` has it, where asked for
     # (token, layer) pairs whose router, run again in the backward, would have chosen other experts
-    # than in the forward; it was held to those of the forward. 0 where kernels are deterministic.
+    # than in the forward; the forward's were used. 0 where kernels are deterministic.
     recompute_flips: int = 0
 
 
 class MegatronActor:
     """Scores and updates this data-parallel rank's samples; every method is a collective.
 
-    All ranks of one copy of the model (pipeline stages, tensor- and context-parallel ranks) give
+    All ranks of one copy of the model (pipeline stages, tensor- and context-parallel ranks) pass
     the same samples and get the same results. Without `optimizer` the model is frozen: a reference
     policy.
-    micro_batch_tokens: a budget of each micro-batch in the place of micro_batch_size; sequences
-    are then computed on whichever data-parallel rank balances them, see `moe_upgrpo.megatron.work`.
+    micro_batch_tokens: the tokens that a micro-batch may hold, instead of micro_batch_size;
+    sequences are then moved between data-parallel ranks to balance the work, see
+    `moe_upgrpo.megatron.work`.
     packing: everything but attention computes real tokens only (`moe_upgrpo.megatron.packing`).
     recompute: "full" keeps each layer's input only and runs the layer again in the backward.
-    megatron: options of Megatron-Core's own, name -> value as text (`passthrough`).
+    megatron: Megatron-Core's own options, name -> value as text (`passthrough`).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class MegatronActor:
         self._split = False  # whether other ranks hold newer values of some weights
         self.hf = read_model_config(self.model_dir)
         self._cost = Cost.of(self.hf)
-        # Read now: what cannot be copied is known before anything is trained.
+        # Read now, so that a file that cannot be copied is known before anything is trained.
         self._side_files = side_files(self.model_dir) if optimizer and groups.rank() == 0 else {}
         with passthrough.told(self._given):
             self.chunks = build_model(
@@ -158,10 +159,10 @@ class MegatronActor:
                 gather_before(chunk)
 
     def make_whole(self) -> None:
-        """Gather what the last step left on the ranks that own it. A collective.
+        """Gather the weights that the last step left on the ranks that own them. A collective.
 
-        With overlap_param_gather each weight is gathered where the next update's forward comes to
-        it; whatever else reads weights needs them whole.
+        With overlap_param_gather each weight is gathered when the next update's forward reaches
+        it; everything else that reads weights needs them whole.
         """
         if self._split:
             for chunk in self.chunks:
@@ -170,7 +171,7 @@ class MegatronActor:
 
     @property
     def layer_ids(self) -> list[int]:
-        """The MoE layers of the whole model, in the order of the routes' axis L; dense: none."""
+        """The MoE layers of the whole model, in the order of the routes' axis L; none if dense."""
         return self.tap.layer_ids
 
     @property
@@ -210,7 +211,7 @@ class MegatronActor:
     @property
     def _multiple_of(self) -> int:
         """The number that padded lengths are multiples of."""
-        # FP8 and FP4 kernels of Transformer Engine take rows of each rank in blocks of 32.
+        # Transformer Engine's FP8 and FP4 kernels take each rank's rows in blocks of 32.
         config = get_model_config(self.chunks[0])
         each = self.layout.tp * (32 if config.fp8 or config.fp4 else 1)
         return each * (2 * self.layout.cp if self.layout.cp > 1 else 1)
@@ -225,12 +226,12 @@ class MegatronActor:
         entropy: bool = True,
         entropy_gradient: bool = False,
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
-        """Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
+        """Run Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
 
         output: [B, S, 2], log-probs and entropy of the response's rows, or [B, S, 1] without
-        `entropy`. On every rank of the copy: what `on_output` returned for each, what was recorded
-        of each input's rows by name ([B, S, L, ...] or [1, N, L, ...]), and the number of
-        recomputed routers that chose other experts.
+        `entropy`. Returns, on every rank of the copy: the results of `on_output`, the records of
+        each input's rows by name ([B, S, L, ...] or [1, N, L, ...]), and the number of recomputed
+        routers that chose other experts.
         """
         if unknown := set(record) - set(RECORDS):
             raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
@@ -288,7 +289,7 @@ class MegatronActor:
         runs: Sequence[slice],
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
-        # Of its rows: context-parallel ranks have parts of them, and shard those.
+        # The shard of the rows: context-parallel ranks have parts of them, and shard those.
         shard = context.rank() * self.layout.tp + parallel_state.get_tensor_model_parallel_rank()
         problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
         part = {
@@ -317,7 +318,7 @@ class MegatronActor:
         record: Collection[str] = ("routes", "margins"),
         micro_batch_size: int | None = None,
     ) -> list[Scored]:
-        """Log-probs and entropy of each sample, and what `record` names of its routing.
+        """Log-probs and entropy of each sample, and the records of its routing that `record` names.
 
         Samples that carry routes are scored with those replayed. record: any of "routes",
         "margins" and "gates".
@@ -348,12 +349,12 @@ class MegatronActor:
     ) -> Update:
         """One optimizer step on this rank's part of a mini-batch, replaying the samples' routes.
 
-        Every rank gives the same number of samples. terms: added to the loss. record: as of
-        `score`; with any, what this forward saw is handed over as `score` would. at: weights of
-        `weights_now` that the gradient is taken at, and with it all that is recorded; None: those
-        that the step changes. seed: of what the loss draws at random. Raises NumericalFailure on
-        every rank: before any weight changes, where a log-prob or the loss is not finite; after it,
-        where the gradient is not.
+        Every rank passes the same number of samples. terms: added to the loss. record: as in
+        `score`; if not empty, this forward's results are returned in the form that `score` has.
+        at: weights from `weights_now` at which the gradient, and all that is recorded, is computed;
+        None: the weights that the step changes. seed: for the loss's random draws. Raises
+        NumericalFailure on every rank: before any weight changes, where a log-prob or the loss is
+        not finite; after it, where the gradient is not.
         """
         statistics = None
         if "statistics" in loss.arguments:
@@ -452,14 +453,14 @@ class MegatronActor:
     def save(self, output_dir: Path) -> None:
         """Write the weights as a Hugging Face checkpoint folder that transformers loads.
 
-        The tokenizer of `model_dir` is in it, as it was when this actor was made to be trained.
+        The tokenizer of `model_dir` is in it, as it was when this actor was made.
         """
         self.make_whole()
         write_checkpoint(self.chunks, self.hf, self._side_files, output_dir)
 
     def try_saving(self, folder: Path) -> None:
-        """Raise UserError where what stands beside the weights cannot be written below `folder`.
+        """Raise UserError where the files beside the weights cannot be written below `folder`.
 
-        No collective; for the rank that writes, before anything is trained.
+        Not a collective: for the rank that writes, before anything is trained.
         """
         try_export(self.hf, self._side_files, folder)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core attention by torch's kernels, where Transformer Engine is not used.
 
-S positions, B sequences, A query heads, G key/value heads of this rank, D their width. N tokens of
-packed sequences.
+S positions, B sequences, A query heads and G key/value heads of this rank, D their width, N tokens
+of packed sequences.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ try:
 except ImportError:  # torch before 2.10
     varlen = None
 
-# What a config can ask of DotProductAttention and not of this class, with the value that asks
-# nothing. A release without a field cannot be asked for it.
+# Fields by which a config asks for more than this class does, with the values that ask for nothing.
+# A release without a field cannot ask for it.
 _PLAIN = {
     "attention_dropout": 0.0,
     "window_size": None,
@@ -39,8 +39,8 @@ class CausalAttention(MegatronModule):
     """Causal attention whose kernels keep neither scores nor their softmax.
 
     DotProductAttention (dot_product_attention.py:155) makes both for every pair of positions, in
-    the forward and again in the backward. Padding on the right needs no mask: what stands before it
-    does not look there. k_channels, v_channels: MLA's head widths, which the tensors show too.
+    the forward and again in the backward. Padding on the right needs no mask: the tokens before it
+    do not attend to it. k_channels, v_channels: MLA's head widths, which the tensors show too.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CausalAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params=None,
     ):
-        """[S, B, A·D], D the values' width; with `packed_seq_params`, of [N, A, D], [N, A·D]."""
+        """[S, B, A·D], D the values' width; with `packed_seq_params`, [N, A, D] -> [N, A·D]."""
         for name, given in {
             "attention_mask": attention_mask,
             "attention_bias": attention_bias,
@@ -105,7 +105,7 @@ class CausalAttention(MegatronModule):
 
 
 def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
-    """[S, B, A, D], D the one width of all. The queries are those of the last S keys."""
+    """[S, B, A, D], D the width of queries, keys and values; queries are at the last S keys."""
     query, key, value = (
         tensor.permute(1, 2, 0, 3) for tensor in (query_SBAD, key_SBGD, value_SBGD)
     )
@@ -127,12 +127,12 @@ def _attend(query_SBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
 
 @lru_cache(maxsize=8)  # one of each length, and not one of each layer
 def _mask(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask that CUDA's kernels do without: -inf where a key stands behind the query."""
+    """A mask that CUDA's kernels do without: -inf where a key comes after the query."""
     return torch.full((queries, keys), -math.inf, dtype=dtype).triu_(keys - queries + 1)
 
 
 def _attend_in_parts(query_sBAD, key_SBGD, value_SBGD, scale: float) -> torch.Tensor:
-    """[s, B, A, D] of this context-parallel rank's two chunks, to the keys of all ranks."""
+    """[s, B, A, D], attention of this context-parallel rank's two chunks to all ranks' keys."""
     chunk = len(query_sBAD) // 2
     ends = [(number + 1) * chunk for number in context.chunks()]
     return torch.cat(
@@ -144,15 +144,15 @@ def _attend_in_parts(query_sBAD, key_SBGD, value_SBGD, scale: float) -> torch.Te
 
 
 def _takes_varlen(query_NAD: torch.Tensor) -> bool:
-    """Whether torch's kernel for sequences of mixed lengths is there and takes these: CUDA's
-    FlashAttention. Before its argument enable_gqa it took as many keys as queries alone."""
+    """Whether torch has its kernel for sequences of mixed lengths, and it takes these: CUDA's
+    FlashAttention. Without the argument enable_gqa it needs as many key heads as query heads."""
     here = varlen is not None and "enable_gqa" in signature(varlen.varlen_attn).parameters
     half = query_NAD.dtype in (torch.bfloat16, torch.float16)
     return here and query_NAD.is_cuda and half and query_NAD.shape[-1] <= 256
 
 
 def _attend_packed(query_NAD, key_NGD, value_NGD, scale: float, packed) -> torch.Tensor:
-    """[N, A, D] in one call. Was not run: it takes a GPU."""
+    """Attention [N, A, D] in one call. Never run yet: it takes a GPU."""
     return varlen.varlen_attn(
         query_NAD,
         key_NGD,
@@ -168,8 +168,8 @@ def _attend_packed(query_NAD, key_NGD, value_NGD, scale: float, packed) -> torch
 
 
 def _one_width(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors with zeros up to the widest head: MLA's values have a width of their own, for
-    which torch falls back to making all scores. Zeros add nothing to a product."""
+    """The tensors, padded with zeros to the widest head: MLA's values have another width than its
+    keys, for which torch falls back to making all scores. Zeros add nothing to a product."""
     widest = max(tensor.shape[-1] for tensor in tensors)
     return [
         tensor if tensor.shape[-1] == widest else F.pad(tensor, (0, widest - tensor.shape[-1]))

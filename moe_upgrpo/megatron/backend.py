@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to Megatron-Core at run time: mends for every machine, a backend for CPU.
+"""Changes to Megatron-Core at run time: fixes for every machine, and a backend for CPU.
 
 Line numbers are those of the released megatron-core 0.16.1, where no other release is named.
-`apply()` is a context manager: what it replaces it puts back. On a machine with CUDA only `mends()`
-act, and only where they are needed.
+`apply()` is a context manager, which undoes its replacements on leaving. On a machine with CUDA
+only `mends()` act, and only where they are needed.
 """
 
 from __future__ import annotations
@@ -115,13 +115,13 @@ def mends() -> list[Replacement]:
 class _CpuForCuda(TorchFunctionMode):
     """Torch calls that ask for CUDA get the CPU.
 
-    A mode and not replaced functions: torch and transformers tell factories apart by identity.
+    A mode rather than replaced functions: torch and transformers tell factories apart by identity.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # clip_grads.py:90, optimizer.py:473, schedules.py:596, transformer/utils.py:35 and more
-        # write device="cuda". Nearly no call has a device: a step of a small model makes 400,000.
+        # write device="cuda". Hardly any call has a device: a small model's step makes 400,000.
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
         if kwargs.get("pin_memory"):  # hybrid_optimizer.py:116
@@ -156,7 +156,7 @@ class _Stream:
 
 
 class _HostCopies(TorchFunctionMode):
-    """Every tensor counts as on the GPU but those that went through `cpu()`, and their copies."""
+    """Every tensor counts as on the GPU except those that went through `cpu()` and their copies."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ def _as_numpy_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False
 
 
 def cpu_replacements() -> list[Replacement]:
-    """Stand-ins for CUDA. Every entry is a place that Megatron-Core assumes a GPU."""
+    """Stand-ins for CUDA. Every entry is a place where Megatron-Core assumes a GPU."""
 
     def nothing(*args, **kwargs):
         return None
@@ -252,9 +252,9 @@ def cpu_replacements() -> list[Replacement]:
 
 
 def _instead_of_kernels() -> list[Replacement]:
-    """Replacements by what Megatron-Core takes without Transformer Engine and Apex.
+    """Replacements by what Megatron-Core uses without Transformer Engine and Apex.
 
-    It asks whether they can be imported, which they can without a GPU; their kernels take one.
+    It only asks whether they can be imported. They can without a GPU, but their kernels need one.
     """
     taken = {
         megatron_optimizer: {  # optimizer/__init__.py:13
@@ -286,8 +286,8 @@ def _instead_of_kernels() -> list[Replacement]:
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """Without the mode that `apply` put into this thread, for code of others: it slows every call
-    of torch, and vLLM's and transformers' have thousands in a step."""
+    """Lift the mode that `apply` put into this thread, for other libraries' code: it slows every
+    call of torch, and vLLM and transformers make thousands in a step."""
     with contextlib.ExitStack() as stack:
         if torch._C._len_torch_function_stack() and isinstance(
             torch.overrides._get_current_function_mode(), _CpuForCuda
@@ -300,7 +300,7 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-# Of CUDA's libraries: what makes each compute alike each time. cuBLAS takes one of these two sizes
+# Settings that make CUDA's libraries compute alike each time. cuBLAS takes one of these two sizes
 # of workspace; NCCL must not sum in the switch (NVLS); Transformer Engine asks when it is built.
 _WORKSPACES = (":4096:8", ":16:8")
 _SETTINGS = {
@@ -316,8 +316,8 @@ def deterministic() -> Iterator[None]:
 
     Megatron-Core asks torch for the mode where it has two ways (moe_utils.py:453, 731), and its
     config for the embedding's gradient (layers.py:283; `model.transformer_config` sets it).
-    Raises UserError for a kernel that has no deterministic form, in whose place nothing else is
-    taken, and for settings of the user that forbid it. What was set before holds again afterwards.
+    Raises UserError for a kernel that has neither a deterministic form nor a substitute, and for
+    settings of the user that forbid it. Afterwards the earlier settings hold again.
     """
     for name, allowed in (("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES),
                           ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", ("0",))):  # fmt: skip
@@ -352,7 +352,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def apply() -> Iterator[list[Replacement]]:
-    """Make Megatron-Core run here, and yield what was replaced; on leaving, all is as it was."""
+    """Make Megatron-Core run here, and yield the replacements, which are undone on leaving."""
     stand_ins = [] if has_cuda() else cpu_replacements()
     for r in stand_ins:  # a mend may add what is not there; a stand-in for nothing would do nothing
         if not hasattr(r.owner, r.name):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences of mixed lengths shared out to data-parallel ranks and micro-batches. No Megatron.
 
-All of it is a function of the lengths: every rank computes the same shares, and so does a run that
-is resumed.
+The shares depend on the lengths alone: every rank computes the same ones, and so does a resumed
+run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from moe_upgrpo.megatron.families import family, head_dim, moe_layers, top_k
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# One more micro-batch of each rank has to save this share of the busiest rank's work: its kernels
-# are smaller, and it has its own time to start them.
+# One more micro-batch on each rank has to save this share of the busiest rank's work: its kernels
+# are smaller, and starting them takes time.
 _WORTH = 0.02
-_MORE = 4  # numbers of micro-batches that are compared, from the least
+_MORE = 4  # numbers of micro-batches that are compared, from the least one up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """The most that one micro-batch may hold: so many sequences, or so many tokens with padding.
+    """The most that one micro-batch may hold: a number of sequences, or of tokens with padding.
 
     packed: the sequences are not padded to the longest (`moe_upgrpo.megatron.packing`).
     """
@@ -63,10 +63,10 @@ class Cost:
 
     @classmethod
     def of(cls, hf: PretrainedConfig) -> Cost:
-        """Make that of a model; its sizes are close enough for latent attention, shared experts.
+        """Make the cost of a model; close enough with latent attention and shared experts too.
 
         linear: q, k, v and output projections, the chosen experts or the MLP with their gates, the
-        head's share. quadratic: scores and weighted values, of which a causal mask leaves half.
+        head's share. quadratic: scores and weighted values, halved by the causal mask.
         """
         h, layers, sparse = hf.hidden_size, hf.num_hidden_layers, len(moe_layers(hf))
         queries = hf.num_attention_heads * head_dim(hf)
@@ -88,10 +88,10 @@ def shares(
     """Micro-batches of at most `tokens` tokens each (rows × longest) for each of `ranks` ranks.
 
     Sorted by length, the sequences are cut into pieces of like cost, which are dealt out so that
-    the ranks' costs are close. Each rank's are in falling order of cost: ranks that share experts
-    wait for each other in every micro-batch, and the first takes the most memory. Ranks may have
-    different numbers of them, at most one apart of what all could have. lengths: of the sequences
-    of all ranks; each is padded to a multiple of `multiple_of`, and none is above `tokens`.
+    the ranks' costs are close. Each rank's pieces are in falling order of cost: ranks that share
+    experts wait for each other in every micro-batch, and the first takes the most memory. Numbers
+    of micro-batches may differ between ranks. lengths: of the sequences of all ranks; each is
+    padded to a multiple of `multiple_of`, and none is above `tokens`.
     """
     padded = [-(-length // multiple_of) * multiple_of for length in lengths]
     order = sorted(range(len(padded)), key=lambda i: (-padded[i], i))
@@ -112,10 +112,10 @@ def shares(
 def packed_shares(
     lengths: Sequence[int], *, ranks: int, tokens: int, multiple_of: int = 1, cost: Cost
 ) -> list[Share]:
-    """The same where micro-batches are packed, and hold any sequences of `tokens` tokens together.
+    """`shares` of packed micro-batches, which hold any sequences of `tokens` tokens together.
 
-    All micro-batches are of like cost, as many on each rank as have to be: those that share experts
-    or follow each other through pipeline stages wait for the slowest.
+    All micro-batches are of like cost, and each rank has as few as it can: micro-batches that share
+    experts or follow each other through pipeline stages wait for the slowest.
     """
     room, costs = tokens - tokens % multiple_of, [cost(length) for length in lengths]
     each = -(-sum(lengths) // (ranks * room))
@@ -130,14 +130,14 @@ def packed_shares(
 def equal_shares(
     lengths: Sequence[int], *, ranks: int, tokens: int, multiple_of: int = 1
 ) -> tuple[list[Share], tuple[int, int]]:
-    """The same where all micro-batches have one shape, which is given too: (rows, length).
+    """`shares` where all micro-batches have one shape; returns the shape too: (rows, length).
 
-    Every sequence costs what the longest does, and the ranks get like numbers of them.
+    Every sequence costs as much as the longest, and the ranks get about equal numbers of them.
     """
     length = -(-max(lengths) // multiple_of) * multiple_of
     most = max(1, tokens // length)
     each = -(-len(lengths) // ranks)  # sequences of a rank
-    rows = -(-each // -(-each // most))  # no emptier a last micro-batch than it must be
+    rows = -(-each // -(-each // most))  # the last micro-batch is no emptier than it must be
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     dealt = [order[r::ranks] for r in range(ranks)]
     return [[d[i : i + rows] for i in range(0, len(d), rows)] for d in dealt], (rows, length)
@@ -148,8 +148,7 @@ def useful_share(
 ) -> float:
     """Share of the ranks' time that goes into sequences, and not into padding or waiting.
 
-    The sequences' cost over the number of ranks times the cost, padded where not `packed`, of the
-    slowest.
+    The sequences' cost over (number of ranks · cost of the slowest rank, padded unless `packed`).
     """
 
     def cost_of(batch: list[int]) -> float:
@@ -173,7 +172,7 @@ def _pieces(falling: list[int], tokens: int, cost: Cost, most: float) -> list[tu
 
 
 def _even(falling: list[int], tokens: int, cost: Cost, count: int) -> list[tuple[int, int]]:
-    """Cut the sorted lengths into at most `count` parts, the costliest cheap to .2%."""
+    """Cut the sorted lengths into at most `count` parts, the costliest within .2% of the least."""
     low = max(cost(falling[0]), sum(map(cost, falling)) / count)
     high = low
     while len(cuts := _pieces(falling, tokens, cost, high)) > count:
@@ -191,8 +190,8 @@ def _even(falling: list[int], tokens: int, cost: Cost, count: int) -> list[tuple
 def _deal(
     costs: Sequence[float], sizes: Sequence[int], places: int, room: int
 ) -> list[list[int]] | None:
-    """Indices dealt out, the costliest first and each to the place that has the least so far and
-    room for its size; None where one finds no room."""
+    """Deal out indices, the costliest first, each to the place with the least cost so far that has
+    room for its size; None where there is no room for one."""
     dealt: list[list[int]] = [[] for _ in range(places)]
     left = [room] * places
     by_load = [(0.0, place) for place in range(places)]

@@ -24,14 +24,14 @@ class Sample:
 
     tokens: np.ndarray  # [P+T] integers
     prompt_length: int
-    # [T] float32; this and the next for updates only. None: those of the update's own forward.
+    # [T] float32; this and the next are for updates only. None: from the update's own forward.
     old_log_probs: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None  # [T] float32
     reference_log_probs: np.ndarray | None = None  # [T] float32, for the KL term
     advantage: float | np.ndarray = 0.0  # or [T] float32
-    number: int = 0  # its own among the sequences of the batch, on all ranks
+    number: int = 0  # unique among the sequences of the batch, over all ranks
     group: int = 0  # equal for the responses to one prompt
-    token_weights: np.ndarray | None = None  # [T] float32, of a loss that has them
+    token_weights: np.ndarray | None = None  # [T] float32, for a loss that uses them
     routes: np.ndarray | None = None  # [P+T-1, L, K] expert sets to replay; None: native routing
     sampled: np.ndarray | None = None  # [T] bool: response tokens that count; None: all
 
@@ -42,13 +42,13 @@ class Sample:
 
     @property
     def counted(self) -> np.ndarray | slice:
-        """Response tokens that count, as an index of what there is for each of them."""
+        """Response tokens that count, as an index into arrays over the response."""
         return slice(None) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One micro-batch. Padding is on the right, where causal attention keeps it out of the rest."""
+    """One micro-batch. Padding is on the right, where causal attention does not see it."""
 
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor  # the token after each row; the last row's is arbitrary
@@ -78,7 +78,7 @@ def make_batch(
 ) -> Batch:
     """Pad to the longest sequence, rounded up to `multiple_of` (sequence parallelism shards S).
 
-    shape: the least (B, S); rows without a sequence are padding altogether.
+    shape: the least (B, S); rows without a sequence are all padding.
     """
     longest = max([shape[1]] + [len(s.tokens) for s in samples])
     shape = max(shape[0], len(samples)), -(-longest // multiple_of) * multiple_of
@@ -135,8 +135,8 @@ def make_batch(
 def _check_routes(routes_TLK: np.ndarray) -> None:
     """Raise UserError where a set names an expert twice.
 
-    A router that is held to it would send the token to fewer experts, which Megatron's dispatchers
-    take for dropped tokens, or end with the sizes of a split.
+    A router that replays it would send the token to fewer than K experts. Megatron's dispatchers
+    take that for dropped tokens, or fail with an error about the sizes of a split.
     """
     twice_TL = repeated(ascending(routes_TLK))
     if twice_TL.any():

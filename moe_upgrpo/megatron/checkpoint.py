@@ -2,9 +2,9 @@
 """A training state in Megatron's distributed checkpoints: written in one layout, read in any.
 
 Every tensor is kept under its name in the whole model, with the part that each rank holds: weights,
-and of the optimizer its fp32 weights and moments (`fully_reshardable`: of Megatron-Core 0.16.1's
-formats the one that other tensor-, expert- and pipeline-parallel sizes can read). Line numbers are
-those of the released megatron-core 0.16.1.
+and the optimizer's fp32 weights and moments (in `fully_reshardable`, the one format of
+Megatron-Core 0.16.1 that other tensor-, expert- and pipeline-parallel sizes can read). Line numbers
+are those of the released megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.actor import MegatronActor
 
-# What torch's writer pickles into `.metadata`.
+# The objects that torch's writer pickles into `.metadata`.
 _OBJECTS = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -66,17 +66,18 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 _OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
 
 
-# Each writes a file of its own, so that a rank's files can be checked in as many threads.
+# Threads of a rank; each writes its own file, so that files can be checked in as many threads.
 _THREADS = 2
 
 
 class _Writer(TorchDistSaveShardedStrategy):
     """Megatron's format, by torch's own writer, in this process.
 
-    Files are written but not synced: whoever describes them does that (`store.checkpoints`).
+    Files are written but not synced: the code that describes them does that (`store.checkpoints`).
 
     Megatron's writer forks a process for each file and starts a server to hear from them
-    (filesystem_async.py:53), seconds for any save, and waits for ever for one that is killed.
+    (filesystem_async.py:53). That takes seconds for any save, and it waits forever for a process
+    that is killed.
     """
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
@@ -98,9 +99,9 @@ def save_state(
     frozen: MegatronActor | None = None,
     reference: MegatronActor | None = None,
 ) -> None:
-    """Write an actor's weights, optimizer and schedule, and the weights of those that are frozen.
+    """Write an actor's weights, optimizer and schedule, and the weights of the frozen actors.
 
-    Into an empty folder that every rank sees; a collective, after at least one optimizer step. The
+    folder: empty, and visible to every rank. A collective, after at least one optimizer step. The
     files are not synced yet. Raises OSError where a file cannot be written.
     """
     actor.make_whole()
@@ -121,7 +122,7 @@ def save_state(
 
 
 def _told(error: BaseException) -> BaseException:
-    """Name a full disk: torch says only where the file then ended (inline_container.cc:672)."""
+    """Name a full disk: torch says only at which byte the file ended (inline_container.cc:672)."""
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
         return OSError(errno.ENOSPC, f"torch could not write all of a file: {error}")
     return error
@@ -135,8 +136,8 @@ def load_state(
 ) -> None:
     """Read what `save_state` wrote, in this or another layout, bit for bit. A collective.
 
-    Raises UserError where the folder holds another model's state, not all that is asked for, or
-    an object that no state of ours has. Nothing in it is run: it may be somebody else's.
+    Raises UserError where the folder holds another model's state, lacks a part that is asked for,
+    or has an object that no state of ours has. No code in it is run: it may be somebody else's.
     """
     _check_objects(folder)
     try:
@@ -151,7 +152,7 @@ def load_state(
             "frozen": _frozen_state(frozen, "frozen"),
             "reference": _frozen_state(reference, "reference"),
         }
-        with warnings.catch_warnings():  # of what torch will one day do otherwise
+        with warnings.catch_warnings():  # about future changes of torch
             warnings.simplefilter("ignore", FutureWarning)
             loaded = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
@@ -168,7 +169,7 @@ def load_state(
 
 
 def _model_state(actor: MegatronActor) -> dict:
-    """Chunk -> its parameters' names, and for each its name in the whole model and this part."""
+    """Chunk -> parameter name -> its name in the whole model, and this rank's part of it."""
     # Each layer under its own number: layers may be of different kinds.
     return {
         str(i): chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
@@ -177,7 +178,7 @@ def _model_state(actor: MegatronActor) -> dict:
 
 
 class _OnlyOurs(pickle.Unpickler):
-    """Unpickles what torch's reader finds in `.metadata`, and refuses anything else."""
+    """Unpickles the objects that torch's writer puts into `.metadata`, and refuses all others."""
 
     def find_class(self, module: str, name: str):
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -188,10 +189,10 @@ class _OnlyOurs(pickle.Unpickler):
 
 
 def _check_objects(folder: Path) -> None:
-    """Refuse a folder whose pickled objects are others than those of a state.
+    """Refuse a folder with pickled objects that do not belong to a state.
 
-    torch unpickles `.metadata` (filesystem.py:930) and what lies beside the tensors
-    (default_planner.py:387) without a question, and with them whatever code they name.
+    torch unpickles `.metadata` (filesystem.py:930) and the objects beside the tensors
+    (default_planner.py:387) unchecked, and so runs whatever code they name.
     """
     try:
         with (folder / ".metadata").open("rb") as file:
@@ -231,7 +232,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _optimizer_state(optimizer: MegatronOptimizer, model: dict, *, is_loading: bool) -> dict:
     """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`."""
     states = (_part_state(part, model, is_loading) for part in _parts(optimizer))
-    # Without the empty ones of SGD: how many parts there are depends on the layout.
+    # Without SGD's empty parts: the number of parts depends on the layout.
     return {str(i): state for i, state in enumerate(states) if state}
 
 
@@ -239,8 +240,8 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
     """fp32 weights and moments of one part.
 
     Not `part.sharded_state_dict`: that keeps the parameter groups as well, whose number depends on
-    the layout (they follow from the settings and the schedule), and it needs the state of torch's
-    Adam before it makes it (distrib_optimizer.py:659).
+    the layout (and which follow from the settings and the schedule), and it needs the state of
+    torch's Adam before that exists (distrib_optimizer.py:659).
     """
     if isinstance(part, DistributedOptimizer):
         gathered = partial(_gathered, part)
@@ -249,7 +250,7 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
             mock.patch.object(part, "get_parameter_state_dp_zero", gathered),
         ):
             return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
-    # SGD without momentum has no state but the fp32 weights of a bf16 model.
+    # The only state of SGD without momentum is the fp32 weights of a bf16 model.
     parameters = {id(sharded.data): sharded for sharded in _sharded(model)}
     return {
         str(i): make_sharded_optimizer_tensor(
@@ -268,9 +269,9 @@ def _gathered(
 ) -> dict | None:
     """Buffer -> dtype -> fp32 weights and moments of all data-parallel ranks, on the first.
 
-    Upstream (distrib_optimizer.py:977) copies every element five times on its way: into zeros,
-    gathered into others, joined, and into the whole. Here it is gathered to its place. In
-    `_padding_counted`. return_on_all_ranks: room for what is loaded, with empty_data.
+    Upstream (distrib_optimizer.py:977) copies every element several times on its way. Here it is
+    gathered straight to its place. To be called inside `_padding_counted`. return_on_all_ranks:
+    with empty_data, room on every rank for the values to be loaded.
     """
     group = part.data_parallel_group_gloo
     first, is_first, ranks = dist.get_process_group_ranks(group)[0], group.rank() == 0, group.size()
@@ -304,11 +305,11 @@ def _gathered(
 
 @contextmanager
 def _padding_counted(part: DistributedOptimizer) -> Iterator[None]:
-    """Let a state be written with every element where it is read.
+    """Let a state be written with every element at the place from which it is read.
 
     Where gradients travel in several buckets, distrib_optimizer.py:1114 leaves out the padding
-    between them and 1501 looks for each weight as if it were there: all states behind the first
-    padding are those of other elements, without an error.
+    between them and 1501 looks for each weight as if the padding were there: all states after the
+    first padding are those of other elements, without an error.
     """
     with ExitStack() as stack:
         for buffer in part.buffers:
@@ -326,7 +327,7 @@ def _sharded(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
 
 
 def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter, its fp32 copy) of an optimizer that is not distributed."""
+    """(parameter, its fp32 copy) pairs of an optimizer that is not distributed."""
     groups = zip(
         getattr(part, "float16_groups", ()),
         getattr(part, "fp32_from_float16_groups", ()),
@@ -338,8 +339,9 @@ def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, to
 
 def _allocate(part: MegatronOptimizer, *, steps: int) -> None:
     if _is_offloaded(part):
-        # Its own loading of a state looks for fp32 copies of weights that are fp32
-        # (hybrid_optimizer.py:369). The step is of random gradients; all that it changes is loaded.
+        # Its own loading of a state looks for fp32 copies even of fp32 weights
+        # (hybrid_optimizer.py:369). The step is on random gradients; loading replaces all that it
+        # changes.
         part.optimizer.dummy_step()
     elif isinstance(part, DistributedOptimizer):
         param_groups = [
@@ -357,8 +359,8 @@ def _set_state(part: MegatronOptimizer, values: dict, *, steps: int) -> None:
     if _is_offloaded(part):
         _set_offloaded(part, values, steps=steps)
         return
-    # distrib_optimizer.py:941 looks for the step of torch's Adam among the tensors of the
-    # checkpoint, where it is not.
+    # distrib_optimizer.py:941 looks for the step of torch's Adam among the checkpoint's tensors,
+    # and it is not there.
     states = list(part.optimizer.state.values())
     counted = [state for state in states if state.pop("step", None) is not None]
     part.load_parameter_state_from_fully_reshardable(values)
@@ -371,7 +373,7 @@ def _is_offloaded(part: MegatronOptimizer) -> bool:
 
 
 def _set_offloaded(part: DistributedOptimizer, values: dict, *, steps: int) -> None:
-    """Set the state where the optimizers of host and GPU hold it, copies of weights included."""
+    """Set the state that the optimizers of host and GPU hold, copies of weights included."""
     hybrid = part.optimizer
 
     def set_one(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:

@@ -15,17 +15,17 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 
 def size() -> int:
-    """C."""
+    """C, the number of context-parallel ranks."""
     return parallel_state.get_context_parallel_world_size()
 
 
 def rank() -> int:
-    """r."""
+    """r, this rank's index among them."""
     return parallel_state.get_context_parallel_rank()
 
 
 def chunks() -> tuple[int, int]:
-    """This rank's."""
+    """The numbers of this rank's two chunks."""
     return rank(), 2 * size() - 1 - rank()
 
 
@@ -36,7 +36,7 @@ def mine(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def places(length: int) -> torch.Tensor:
-    """[S]: for each position its place among the parts of all ranks, one after the other."""
+    """[S]: the place of each position where the parts of all ranks follow one another."""
     C = size()
     chunk_S = torch.arange(length) // (length // (2 * C))
     first_S = chunk_S < C
@@ -50,10 +50,10 @@ def in_order(array_BS: np.ndarray) -> np.ndarray:
 
 
 def whole(part: torch.Tensor, *, sums_gradient: bool) -> torch.Tensor:
-    """All S positions along the first dimension, of each rank's part of them. A collective.
+    """Join the ranks' parts to all S positions along the first dimension. A collective.
 
-    The gradient of a part is the sum over what the ranks do with the whole, with `sums_gradient`;
-    else this rank's alone, where all do the same with it.
+    With `sums_gradient` the gradient of a part is the sum over all ranks' uses of the whole; else
+    this rank's alone, for a whole that all ranks use in the same way.
     """
     group = parallel_state.get_context_parallel_group()
     gathered = gather_from_sequence_parallel_region(

@@ -23,13 +23,13 @@ def _settings(hf: PretrainedConfig) -> dict[str, Any]:
         qk_head_dim=hf.qk_nope_head_dim,
         qk_pos_emb_head_dim=hf.qk_rope_head_dim,
         v_head_dim=hf.v_head_dim,
-        kv_channels=hf.v_head_dim,  # what DotProductAttention takes the width of its output from
+        kv_channels=hf.v_head_dim,  # DotProductAttention takes the width of its output from it
         rope_type="rope",
         rotary_base=rope["rope_theta"],
         moe_shared_expert_intermediate_size=hf.n_shared_experts * hf.moe_intermediate_size,
         moe_router_score_function="sigmoid",
         moe_router_topk_scaling_factor=hf.routed_scaling_factor,
-        # The bias is added for the choice only. It stays as the checkpoint has it: nothing in RL
+        # The bias is added only to choose experts. It stays as in the checkpoint: nothing in RL
         # balances the experts.
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=0.0,
@@ -58,7 +58,7 @@ def _limits(hf: PretrainedConfig) -> list[Limit]:
     dense, layers = hf.first_k_dense_replace, hf.num_hidden_layers
     fixed = {
         "rope_interleave": True,
-        # Of the published config.json files; transformers reads none of them.
+        # Fields of the published config.json files; transformers reads none of them.
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,

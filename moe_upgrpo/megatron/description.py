@@ -35,8 +35,8 @@ class Family:
     all families share (MLATransformerConfig's where multi_latent_attention is among them).
     tp_sizes: fields that tensor parallelism divides. experts, expert_size: the fields with the
     number of experts and their intermediate size. moe_layers: the layers that hold experts.
-    counts: further fields that must be whole numbers. limits: what of the config is supported.
-    norms_all_heads: norms of queries and keys are over all heads together, not over each.
+    counts: further fields that must be whole numbers. limits: the supported values of fields.
+    norms_all_heads: queries and keys are normed over all heads together, not over each.
     """
 
     rules: Callable[[PretrainedConfig], tuple[Rule, ...]]

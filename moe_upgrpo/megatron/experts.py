@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's local experts, all of a rank in two grouped products, without Transformer Engine.
 
-N tokens that were dispatched here, by expert; E experts of this rank, H hidden size, F of an
-expert's share on this rank; I → O one of its two linear layers.
+N tokens that were dispatched here, by expert; E experts of this rank, H hidden size, F the inner
+size of an expert's share on this rank; I → O one of its two linear layers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class GroupedExperts(SequentialMLP):
 
     experts.py:916 calls one expert after the other, each through Megatron's linear layers: with 64
     small experts nine tenths of a step went into calls. Those layers communicate nothing for an
-    expert (layers.py:1011, 1286: the dispatcher does), so that two products are all that they are:
-    y = (silu(x W_gateᵀ) ⊙ x W_upᵀ ⊙ p) W_downᵀ, p the token's gate, in the layout of any rank.
+    expert (layers.py:1011, 1286: the dispatcher does), so two products do all their work, in any
+    layout: y = (silu(x W_gateᵀ) ⊙ x W_upᵀ ⊙ p) W_downᵀ, p the token's gate.
     """
 
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
@@ -30,7 +30,7 @@ class GroupedExperts(SequentialMLP):
         out_of = [expert.linear_fc2.weight for expert in self.local_experts]
         gate_NF, up_NF = _GroupedProduct.apply(tokens_NH, ends_E, *into).chunk(2, dim=-1)
         inner_NF = silu(gate_NF) * up_NF
-        del gate_NF, up_NF  # where no gradient is asked for, nothing else keeps them
+        del gate_NF, up_NF  # without a gradient, nothing else keeps them
         inner_NF = (inner_NF * permuted_probs[:, None]).to(inner_NF.dtype)
         return _GroupedProduct.apply(inner_NF, ends_E, *out_of), None
 
@@ -61,7 +61,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def gather_before(chunk: DistributedDataParallel) -> None:
-    """Let grouped experts wait for their weights under overlap_param_gather.
+    """Make grouped experts wait for their weights under overlap_param_gather.
 
     Megatron waits where a module that holds a weight is called (distributed_data_parallel.py:470),
     and the linear layers of grouped experts never are: stale weights would be used silently.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of models that the trainer takes: each one's counterpart in Megatron-Core.
 
-A family is one description: its fields in Megatron-Core's config, the names of its weights (of the
-parts in `moe_upgrpo.megatron.rules`), and what of its config is not supported. docs/models.md says
-how to add one. Imports no Megatron.
+A family is one description: its fields in Megatron-Core's config, the names of its weights (put
+together from `moe_upgrpo.megatron.rules`), and the limits of its config. docs/models.md says how to
+add one. Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Models that people ask for and that are not taken, and why.
+# Models that people ask for and the trainer does not take, and why.
 NOT_TAKEN = {
     "qwen3_next": "three quarters of its layers are gated delta nets, which Megatron-Core 0.16 "
     "builds with fla's kernels alone (ssm/gated_delta_net.py:103), on a GPU: whether they compute "
@@ -183,7 +183,7 @@ NOT_TAKEN = {
 def register_family(model_type: str, description: Family) -> None:
     """Register a family of models, by the `model_type` of its config.json.
 
-    Raises UserError where there is another description of it.
+    Raises UserError where it is already registered with another description.
     """
     if FAMILIES.get(model_type, description) is not description:
         raise UserError(
@@ -213,9 +213,9 @@ def top_k(hf: PretrainedConfig) -> int:
 
 
 def read_model_config(model_dir: Path) -> PretrainedConfig:
-    """The Hugging Face config of a checkpoint folder, refused by name where it is not supported.
+    """The Hugging Face config of a checkpoint folder; raises UserError for unsupported fields.
 
-    So are weights that are there and not those that it describes; a folder may have none.
+    It also refuses weights other than those that the config describes; a folder may have none.
     """
     model_dir = Path(model_dir)
     model_type = read_raw_config(model_dir).get("model_type")
@@ -230,7 +230,7 @@ def read_model_config(model_dir: Path) -> PretrainedConfig:
             f"{', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}."
         )
     hf = read_config(model_dir)
-    # One after the other: a field that is no number would trip the limits behind it.
+    # One after the other: a field that is not a number would trip the later limits.
     for limits in (_counts, _common_limits, family(hf).limits):
         for limit in limits(hf):
             if not limit.ok:
@@ -257,9 +257,9 @@ def tensor_names(hf: PretrainedConfig) -> set[str]:
 
 
 def check_weights(weights: Weights, hf: PretrainedConfig) -> None:
-    """Raise UserError unless the tensors have the names that config.json makes them have.
+    """Raise UserError unless the tensors have the names that follow from config.json.
 
-    Their shapes are compared where they are loaded.
+    Their shapes are compared when they are loaded.
     """
     found, expected, folder = weights.names(), tensor_names(hf), weights.folder
     if behind := sorted(name for name in found if _layer(name) >= hf.num_hidden_layers):
@@ -288,7 +288,7 @@ def check_weights(weights: Weights, hf: PretrainedConfig) -> None:
         )
 
 
-_FROM_0 = ("num_experts", "first_k_dense_replace")  # all layers dense; none
+_FROM_0 = ("num_experts", "first_k_dense_replace")  # 0: all layers are dense; none is
 
 
 def _counts(hf: PretrainedConfig) -> list[Limit]:

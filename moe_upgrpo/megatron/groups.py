@@ -26,7 +26,7 @@ _ALIGNED = 64  # bytes
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU where CUDA is there, else the CPU."""
+    """The device of this rank: its GPU where the machine has CUDA, else the CPU."""
     if backend.has_cuda():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -39,10 +39,9 @@ def process_groups(
     """Start torch.distributed (where it is not running) and Megatron's groups; end both on leaving.
 
     Expects the environment of torchrun; a single process needs none. The backend of
-    `moe_upgrpo.megatron.backend` is applied inside. A rank that is silent for `timeout_s`, or
-    that many seconds in a collective, end this process; errors of the transport become PeerLost,
-    with the name of the rank that was lost where it can be seen. deterministic: see
-    `backend.deterministic`.
+    `moe_upgrpo.megatron.backend` is applied inside. This process ends when a rank is silent for
+    `timeout_s`, or a collective takes that long. Errors of the transport become PeerLost, which
+    names the lost rank where that can be seen. deterministic: see `backend.deterministic`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout.check_world(world_size)
@@ -78,8 +77,8 @@ def process_groups(
                 tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield
         except BaseException as error:
-            # With other ranks the groups stay up until this one has said why it ends: closed, they
-            # would make the others report a lost connection first.
+            # With other ranks the groups stay up until this one has said why it ends: if they were
+            # closed, the others would report a lost connection first.
             if world_size == 1:
                 _end_groups()
             elif lost := heartbeat.explain(error):
@@ -137,12 +136,12 @@ def gather_over_data_parallel(items: list) -> list:
 
 
 def exchange_over_data_parallel(parts: Sequence[list]) -> list[list]:
-    """The list that each data-parallel rank has for this one, where `parts` has one for each."""
+    """The lists that all data-parallel ranks have for this one; `parts` has one for each rank."""
     group = parallel_state.get_data_parallel_group()
     if group.size() == 1:
         return list(parts)
     mine = group.rank()
-    # What stays here is not copied.
+    # The part that stays on this rank is not copied.
     sent = [[] if r == mine else _pickled(part) for r, part in enumerate(parts)]
     sizes = [_size(buffers) for buffers in sent]
     coming = torch.empty(len(sizes), dtype=torch.int64, device=device())
@@ -167,7 +166,7 @@ def gather_everywhere(items: list) -> list:
 def _gather(items: list, group: dist.ProcessGroup) -> list:
     """As `all_gather_object`, but arrays travel as they lie in memory, and are not copied again.
 
-    An array that comes of it is a view of all that its rank sent.
+    A received array is a view of everything that its rank sent.
     """
     if group.size() == 1:
         return list(items)
@@ -185,7 +184,7 @@ def _gather(items: list, group: dist.ProcessGroup) -> list:
 def _pickled(items: list) -> list[np.ndarray]:
     """Buffers for `_lay_out`: their sizes, the pickle, and the arrays as they lie in memory.
 
-    The sizes begin with how many they are.
+    The sizes begin with their number.
     """
     arrays: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(items, protocol=5, buffer_callback=arrays.append)
@@ -195,7 +194,7 @@ def _pickled(items: list) -> list[np.ndarray]:
 
 
 def _lay_out(buffers: Sequence[np.ndarray], flat_B: np.ndarray) -> None:
-    """Write what `_pickled` gave into `_size` bytes, for `_unpacked`."""
+    """Write the buffers of `_pickled` into `_size` bytes, for `_unpacked`."""
     for offset, buffer in zip(_offsets(map(len, buffers)), buffers, strict=False):
         flat_B[offset : offset + len(buffer)] = buffer
 
@@ -214,7 +213,7 @@ def _size(buffers: Sequence[np.ndarray]) -> int:
 
 
 def _offsets(lengths: Iterable[int]) -> list[int]:
-    """Where parts of these lengths begin, and the end of all."""
+    """The places where parts of these lengths begin, and where the last one ends."""
     aligned = (-(-length // _ALIGNED) * _ALIGNED for length in lengths)
     return list(itertools.accumulate(aligned, initial=0))
 
@@ -227,21 +226,21 @@ def from_rank_0(value):
 
 
 def largest_everywhere(number: int) -> int:
-    """The largest of every rank's numbers. A collective of all."""
+    """The largest of all ranks' numbers. A collective of all ranks."""
     largest = torch.tensor(number, device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
 def summed_everywhere(values: Sequence[float]) -> list[float]:
-    """Each value's sum over all ranks. A collective of all, of as many values on each."""
+    """Each value's sum over all ranks. A collective of all, with as many values on each."""
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Numerators and denominators summed over the data-parallel ranks; all give the same names."""
+    """Numerators and denominators summed over the data-parallel ranks; all pass the same names."""
     flat = _over_data_parallel([x for pair in metrics.values() for x in pair], dist.ReduceOp.SUM)
     return {
         name: Metric(*pair)
@@ -255,7 +254,7 @@ def summed(values: Sequence[float]) -> list[float]:
 
 
 def largest(values: dict[str, float]) -> dict[str, float]:
-    """The largest of each value over the data-parallel ranks; all give the same names."""
+    """The largest of each value over the data-parallel ranks; all pass the same names."""
     flat = _over_data_parallel(list(values.values()), dist.ReduceOp.MAX)
     return dict(zip(values, flat, strict=True))
 

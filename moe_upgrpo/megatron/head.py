@@ -22,7 +22,7 @@ from moe_upgrpo.megatron.logprobs import log_probs_and_entropy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """Quantities to compute of a micro-batch."""
+    """Quantities to compute for a micro-batch."""
 
     targets_BS: torch.Tensor
     mask_BS: torch.Tensor  # the rows to compute; the others are 0
@@ -32,10 +32,10 @@ class Wanted:
 
 
 class ScoringModel(GPTModel):
-    """GPTModel whose output is [B, S, 1 or 2] in fp32: what the call's `wanted` asks for.
+    """GPTModel whose output is [B, S, 1 or 2] in fp32: the quantities that the call `wanted`.
 
-    Log-probs, with gradient, and entropy, with one where it is asked for. A stage that is not the
-    last one gives its hidden states, as GPTModel does.
+    Log-probs, with gradient, and entropy, with a gradient where it is asked for. A stage that is
+    not the last one returns its hidden states, as GPTModel does.
     """
 
     def __init__(self, *args, **kwargs):
@@ -61,7 +61,7 @@ class ScoringModel(GPTModel):
 
 
 class _Head(ColumnParallelLinear):
-    """Megatron's output layer, with its parameter and its place, that makes no logits."""
+    """Megatron's output layer, with its parameter and in its place, but without making logits."""
 
     wanted: Wanted | None = None
 

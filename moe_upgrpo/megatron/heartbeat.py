@@ -2,8 +2,9 @@
 """Signs of life of every rank, so that a silent one can be named.
 
 A transport says at best that a connection closed, and after minutes that something timed out. Here
-each rank writes a growing number into the store in which the job's ranks found each other. Who sees
-another's number stand still for the time limit, or cannot reach the store, ends the job by name.
+each rank writes a growing number into the store in which the job's ranks found each other. A rank
+that sees another's number stand still for the time limit, or cannot reach the store, ends the job
+and names the silent one.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import torch.distributed as dist
 from moe_upgrpo.errors import LOST_RANK, UserError, machine_fault
 
 _ENDED = "ended"
-_READS_ALL = 64  # ranks; of more each reads the next one only, so that the store is not flooded
+_READS_ALL = 64  # with more ranks each reads only the next one's, so as not to flood the store
 
 
 class Heartbeat:
-    """This rank's signs of life, and an eye on those of others.
+    """This rank's signs of life, and a watch over those of the others.
 
-    limit_s: silence after which `on_silence` is called, from a thread, with who is silent in words.
+    limit_s: silence after which `on_silence` is called, from a thread, with the name of the silent.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Heartbeat:
         self._over = threading.Event()
         self._read_all = world_size <= _READS_ALL
         self._reached = time.monotonic()  # the store, the last time
-        # rank -> what it wrote last, and since when that stands there
+        # rank -> what it wrote last, and since when that has not changed
         self._seen: dict[int, tuple[str, float]] = {}
 
     def start(self) -> None:
@@ -52,7 +53,7 @@ class Heartbeat:
             threading.Thread(target=target, daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
-        """Announce that this rank ends regularly."""
+        """Announce that this rank ends as it should."""
         self._over.set()
 
     def silent(self, for_s: float) -> list[str]:
@@ -70,7 +71,7 @@ class Heartbeat:
             return None
         first = str(error).strip().partition("\n")[0][:200]
         self._read_all = True
-        time.sleep(4 * self.interval_s)  # whose signs stop now?
+        time.sleep(4 * self.interval_s)  # long enough to see whose signs stop
         if names := self.silent(for_s=3 * self.interval_s):
             return f"rank {self.rank} lost {', '.join(names)}, which ended or was cut off"
         if "time" in first.lower():
@@ -96,7 +97,7 @@ class Heartbeat:
                 return
             except (RuntimeError, OSError):
                 if self._over.wait(self.interval_s):
-                    return  # the store has gone with the job
+                    return  # the store is gone with the job
 
     def _see(self, other: int, store: dist.Store) -> None:
         if not store.check([str(other)]):
@@ -110,7 +111,7 @@ class Heartbeat:
         while not self._over.wait(self.interval_s):
             now = time.monotonic()
             if now - last > min(5 * self.interval_s + 5, self.limit_s / 2):
-                # This process was stopped itself: what it saw of others is as old as that.
+                # This process itself was stopped, so what it saw of the others is out of date.
                 self._reached = now
                 self._seen = {rank: (said, now) for rank, (said, _) in self._seen.items()}
             last = now

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of the model on ranks, and what must divide by what. Imports no Megatron."""
+"""The layout of the model on ranks, and which sizes must divide which. Imports no Megatron."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Layout:
     etp: tensor parallelism inside an expert. None means 1 with ep > 1, and tp with ep = 1.
     pp: pipeline stages, each an equal share of the layers.
     vpp: chunks of layers on each pipeline stage, run interleaved.
-    dispatcher: how tokens get to their experts. alltoall sends each to its experts' ranks;
-        allgather sends all to every rank of the experts, and a rank sums what its experts add.
+    dispatcher: how tokens get to their experts. alltoall sends each token to its experts' ranks;
+        allgather sends all tokens to every expert rank, which sums its own experts' outputs.
     """
 
     tp: int = 1
@@ -84,8 +84,8 @@ class Layout:
         vpp: int = 1,
         dispatcher: Dispatcher = "alltoall",
     ) -> Layout:
-        """Sizes not given: 2 where each pipeline stage, and each part of the sequences, has an even
-        number of ranks, else 1."""
+        """Make a layout for `world_size` ranks. A size that is None becomes 2 where each pipeline
+        stage, and each part of the sequences, has an even number of ranks, else 1."""
         default = 2 if world_size // max(pp * cp, 1) % 2 == 0 else 1
         return cls(
             tp=default if tp is None else tp,

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-# Of one fp32 buffer for logits. Large enough that the product with the head keeps a GPU busy, small
-# beside what else a micro-batch needs.
+# Size of one fp32 buffer for logits: large enough that the product with the head keeps a GPU busy,
+# small beside the rest of a micro-batch.
 BUFFER_BYTES = 2**27
 
 
@@ -39,11 +39,11 @@ def log_probs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log p(target) and −Σ p log p in nats, p = softmax(logits / temperature): both [N] in fp32.
 
-    0 outside `mask_N`, whose rows are left out. The log-probs have a gradient, the entropy has one
-    where `entropy_gradient` says so (it is None without `entropy`). group: over which the
-    vocabulary is split; each rank gives the same hidden states and gets its part of their gradient,
-    to be summed. Where the weight has a `main_grad` (Megatron-Core's buffer of summed gradients),
-    its gradient is added to that.
+    Rows outside `mask_N` are not computed: 0. The log-probs have a gradient, the entropy only with
+    `entropy_gradient` (without `entropy` it is None). group: the ranks over which the vocabulary
+    is split; each passes the same hidden states and gets its part of their gradient, to be summed.
+    Where the weight has a `main_grad` (Megatron-Core's buffer of summed gradients), its gradient is
+    added to that.
     """
     index_M = mask_N.nonzero()[:, 0]
     log_probs_N, entropy_N = _FromHidden.apply(

@@ -49,7 +49,7 @@ class Sizes:
 
     @classmethod
     def of(cls, hf) -> Sizes:
-        """Raises UserError for a family whose layers are not counted here."""
+        """Make the sizes; raises UserError for a family whose layers are not counted here."""
         kind = family(hf)
         settings = kind.settings(hf)
         if settings.get("multi_latent_attention"):
@@ -81,7 +81,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """Parameters on each rank of a pipeline stage, all of which hold the same shapes."""
+    """Parameters on each rank of a pipeline stage; all its ranks hold tensors of equal shapes."""
 
     index: int
     shared: int  # parameters outside of experts: copies on all data-parallel ranks
@@ -98,8 +98,8 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Sequences of padded length S in one forward of a rank; with context parallelism S is that of
-    the rank's parts."""
+    """Sequences of padded length S in one forward of a rank; with context parallelism S is the
+    length of the rank's parts."""
 
     sequences: int
     length: int
@@ -115,7 +115,7 @@ def expert_copies(layout: Layout, world_size: int) -> int:
 
 
 def dense_copies(layout: Layout, world_size: int) -> int:
-    """Ranks that hold the same weights of what is no expert."""
+    """Ranks that hold the same weights outside of experts."""
     return world_size // (layout.tp * layout.pp)
 
 
@@ -269,7 +269,7 @@ def head(model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, purpose
 def working_space(
     model: Sizes, layout: Layout, batch: MicroBatch, *, dtype: str, imbalance: float = 1.0
 ) -> float:
-    """Bytes of one layer while it is computed, beside what is kept: the larger of
+    """Bytes of one layer while it is computed, beside those that are kept: the larger of
 
     attention  n/t·((heads + 4·kv)·D·c + 12·heads·D): the fused projection, keys and values once
                more, and three of the queries in fp32 in their norm. With context parallelism the
@@ -297,12 +297,12 @@ def working_space(
 
 
 def traces(model: Sizes, layout: Layout, *, tokens: float, layers: int) -> float:
-    """Bytes that a rank recorded of `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
+    """Bytes that a rank records for `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
     return tokens / layout.tp * layers * (2 * model.top_k + 4)
 
 
 def gathered_layer(model: Sizes, *, dtype: str) -> float:
-    """The largest that is made whole at once when the weights leave for an engine: a layer's
+    """Bytes of the largest weights that are whole at one time on the way to an engine: a layer's
     experts (or its MLP), or the embedding, once gathered and once joined."""
     h, c = model.hidden, DTYPE_BYTES[dtype]
     inner = max(model.inner, model.experts * model.expert_inner, model.shared_inner)
@@ -340,8 +340,8 @@ def communication(
     backwards: int,
     optimizer_steps: int,
 ) -> Bytes:
-    """Bytes that a rank of `stage` sends in an RL step in which it, or with tensor parallelism the
-    ranks that share them, pass `tokens`.
+    """Bytes that a rank of `stage` sends in an RL step over `tokens`: its own, or with tensor
+    parallelism those of the ranks that share them.
 
     tensor-parallel   for each layer and forward n·h·c·(t − 1)/t for each of two gathers and two
                       reductions (attention, and a dense MLP or shared expert); half as much again

@@ -33,7 +33,7 @@ from moe_upgrpo.megatron.layout import Layout
 
 RECOMPUTE = {
     "none": {},
-    # The smallest units: what has to be kept beside their inputs is one layer's activations.
+    # The smallest units: beside their inputs only one layer's activations have to be kept.
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
 
@@ -51,10 +51,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class AllHeadsNorm(torch.nn.Module):
-    """RMSNorm over all heads together, those that other tensor-parallel ranks hold among them.
+    """RMSNorm over all heads together, including those of other tensor-parallel ranks.
 
-    In the place of a norm over each head (attention.py:1280), which gets [S, B, A, D], A heads of
-    this rank. Every rank has the whole weight, as of all norms, and takes its heads' part of it.
+    Replaces a norm over each head (attention.py:1280), which gets [S, B, A, D], A heads of
+    this rank. Every rank has the whole weight, as of all norms, and uses its heads' part of it.
     heads: the config's field with the heads of all ranks.
     """
 
@@ -93,7 +93,7 @@ class AllKeysNorm(AllHeadsNorm):
     heads = "num_query_groups"
 
 
-LATENT_EPS = 1e-6  # of MLA's latents: transformers takes it whatever rms_norm_eps is
+LATENT_EPS = 1e-6  # for MLA's latents: transformers uses it whatever rms_norm_eps is
 
 
 class LatentNorm(RMSNorm):
@@ -114,8 +114,8 @@ class LatentSelfAttention(MLASelfAttention):
         super().__init__(*args, **kwargs)
         for name in ("linear_q_up_proj", "linear_kv_up_proj"):
             projection = getattr(self, name, None)
-            # Transformer Engine's has the latent's norm in it, which Megatron gives the epsilon of
-            # all others (extensions/transformer_engine.py: eps=self.config.layernorm_epsilon).
+            # Transformer Engine's projection includes the latent's norm, which Megatron gives all
+            # norms' epsilon (extensions/transformer_engine.py: eps=self.config.layernorm_epsilon).
             if hasattr(projection, "layer_norm_weight"):
                 projection.eps = LATENT_EPS
 
@@ -126,7 +126,7 @@ class LatentSelfAttention(MLASelfAttention):
 
 
 def uses_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: where it is installed on a machine with CUDA."""
+    """Whether layers are Transformer Engine's: it is installed, on a machine with CUDA."""
     return gpt_layer_specs.HAVE_TE and has_cuda()
 
 
@@ -145,8 +145,8 @@ def _fuses_gradient_accumulation() -> bool:
 def code_paths() -> dict[str, str]:
     """The implementations used on this machine where Megatron-Core has several.
 
-    The paths through Transformer Engine and Apex were not run: their kernels take a GPU. What could
-    be tried of Transformer Engine's layers without one is benchmarks/micro/te_layers.py. The router
+    The paths through Transformer Engine and Apex were not run: their kernels take a GPU. All that
+    could be tried of its layers without one is in benchmarks/micro/te_layers.py. The router
     is Megatron's Python class on all of them; its fused kernel stays off (moe_router_fusion),
     because it returns before anything is recorded or replayed (moe_utils.py:652).
     """
@@ -277,8 +277,8 @@ def _use_torch(config: TransformerConfig, block: TransformerBlockSubmodules) -> 
         if config.multi_latent_attention:
             attention.q_layernorm = attention.kv_layernorm = LatentNorm
             # Whole on every tensor-parallel rank, as in the spec with Transformer Engine. The local
-            # spec splits them by columns and gathers their output with a backward that takes the
-            # rank's own gradient alone (multi_latent_attention.py:607): that of the rotary key, a
+            # spec splits them by columns and gathers their output with a backward that takes only
+            # the rank's own gradient (multi_latent_attention.py:607): the rotary key's gradient, a
             # sum over the heads of all ranks, is then wrong without an error.
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         elif config.qk_layernorm:

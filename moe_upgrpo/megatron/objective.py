@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a micro-batch, as Megatron's schedule calls it, and what is kept of it.
+"""The loss of a micro-batch, as Megatron's schedule calls it, and its results.
 
 B sequences, S padded length.
 """
@@ -50,9 +50,10 @@ class Seen:
 class Objective:
     """The policy loss and the terms beside it, over all micro-batches and ranks.
 
-    tokens, sequences: of all of them. undo_means: what gradients are divided by afterwards, once
-    for the micro-batches and once for the ranks; the loss has the global denominators already.
-    seed: of the random numbers that a loss draws for its tokens. statistics: of `statistics_of`.
+    tokens, sequences: their global numbers. undo_means: the number by which gradients are divided
+    later, once for the micro-batches and once for the ranks; the loss already has the global
+    denominators. seed: for the random numbers that a loss draws for its tokens. statistics: from
+    `statistics_of`.
     """
 
     loss: PolicyLossConfig
@@ -65,8 +66,8 @@ class Objective:
 
     @classmethod
     def over(cls, batches: Sequence[Batch], samples: int, **given: Any) -> Objective:
-        """Make that of these micro-batches of `samples` sequences and of those of the other
-        data-parallel ranks; a collective of them."""
+        """Make the objective over these micro-batches of `samples` sequences and those of the other
+        data-parallel ranks. A collective of these ranks."""
         group = parallel_state.get_data_parallel_group()
         counts = torch.tensor(
             [sum(int(batch.mask_BS.sum()) for batch in batches), samples],
@@ -75,13 +76,13 @@ class Objective:
         )
         dist.all_reduce(counts, group=group)
         # DistributedDataParallel divides gradients by the data-parallel ranks and the schedule by
-        # the micro-batches. The one divides by the context-parallel ranks too, the other multiplies
-        # by them (schedules.py:268).
+        # the micro-batches. The former also divides by the context-parallel ranks, the latter
+        # multiplies by them (schedules.py:268).
         undo = group.size() * len(batches)
         return cls(tokens=counts[0], sequences=counts[1], undo_means=undo, **given)
 
     def __call__(self, batch: Batch, output_BSx: torch.Tensor) -> tuple[torch.Tensor, Seen]:
-        """The loss to be backpropagated. output_BSx: log-probs, and entropy where it is there."""
+        """The loss to be backpropagated. output_BSx: log-probs, and entropy if it is computed."""
         log_probs_BS, *entropy_BS = output_BSx.unbind(-1)
         bad = ~log_probs_BS.isfinite() & batch.mask_BS
         if bad.any():
@@ -140,7 +141,7 @@ def _context(
     seed: int,
     statistics: Mapping[str, torch.Tensor] | None,
 ) -> Context:
-    """The inputs that only some losses look at, those that this one does."""
+    """The optional inputs of losses that this loss uses."""
     draws_BS = None
     if "draws" in loss.arguments:
         draws_BS = token_draws(seed, batch.numbers_B, batch.mask_BS.shape[1])
@@ -156,10 +157,10 @@ def _context(
 def statistics_of(
     samples: Sequence[Sample], scored: Sequence[Any] | None, loss: PolicyLossConfig, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Statistics of a mini-batch over all data-parallel ranks; a collective of them.
+    """Statistics of a mini-batch over all data-parallel ranks; a collective of these ranks.
 
-    scored: log-probs and entropy of this rank's samples at the weights of the update, as of
-    `MegatronActor.score`; None: the statistics look at neither.
+    scored: log-probs and entropy of this rank's samples at the weights of the update, as from
+    `MegatronActor.score`; None: the statistics use neither.
     """
     if scored is None:
         found = [(np.float32(0), np.float32(0))] * len(samples)

@@ -28,9 +28,9 @@ TORCH = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 class ReleasedWithItsActor(DistributedDataParallel):
     """DistributedDataParallel whose gradient hooks do not keep it alive.
 
-    Each hook holds its wrapper, which holds the weights' gradient nodes, which hold their hooks in
-    C++ where Python's collector cannot see the ring. Every actor of a process would leave its
-    weights and process groups (gloo: some fifty threads) there until the end.
+    Each hook refers to its wrapper, the wrapper to the weights' gradient nodes, and these to their
+    hooks, in C++, where Python's collector cannot see the cycle. Every actor of a process would
+    leave its weights and process groups (gloo: some fifty threads) in memory until the end.
     """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter):
@@ -42,7 +42,7 @@ def optimizer_config(
     settings: OptimizerSettings,
     passed: Mapping[str, Any] | None = None,
 ) -> OptimizerConfig:
-    """Megatron's config of the optimizer of a model with `config`; `passed` are the user's own."""
+    """Megatron's config of the optimizer of a model with `config`; `passed`: the user's values."""
     own = dict(
         optimizer=settings.algorithm,
         lr=settings.lr,
@@ -58,9 +58,9 @@ def optimizer_config(
     )
     passed = dict(passed or {})
     if passed.get("optimizer_cpu_offload"):
-        # Of bf16 weights the offloading optimizer keeps the fp32 copies; without this Megatron
-        # would keep others on the GPU. Of fp32 weights it then takes gradients from where they are
-        # not (hybrid_optimizer.py:89), and trains only what is offloaded.
+        # With bf16 weights the offloading optimizer keeps the fp32 copies; without this Megatron
+        # would keep others on the GPU. With fp32 weights this would make it look for gradients in
+        # the wrong place (hybrid_optimizer.py:89), and train only the offloaded weights.
         own["use_precision_aware_optimizer"] = config.bf16
     return OptimizerConfig(**(own | passed))
 
@@ -68,7 +68,7 @@ def optimizer_config(
 def ddp_config(
     settings: OptimizerSettings, passed: Mapping[str, Any] | None = None
 ) -> DistributedDataParallelConfig:
-    """Megatron's config of how gradients and weights travel; `passed` are the user's own."""
+    """Megatron's config of how gradients and weights travel; `passed`: the user's values."""
     own = dict(use_distributed_optimizer=settings.splits_state, grad_reduce_in_fp32=True)
     return DistributedDataParallelConfig(**(own | dict(passed or {})))
 
@@ -103,15 +103,15 @@ def make_optimizer(
 def one_call() -> str:
     """The option by which torch's optimizers take one call for all weights on this machine.
 
-    fused needs no temporaries, of which foreach has two as large as the weights; on a CPU fused
+    fused needs no temporaries, where foreach needs two as large as the weights; on a CPU fused
     takes one weight after the other.
     """
     return "fused" if has_cuda() else "foreach"
 
 
 def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
-    """Have torch's optimizers take all weights in one call. On a GPU they do of their own accord,
-    and Megatron leaves it there (optimizer/__init__.py:363); others know no such option."""
+    """Make torch's optimizers take all weights in one call. On a GPU they do so by default, and
+    Megatron leaves it so (optimizer/__init__.py:363); other optimizers have no such option."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if type(getattr(part, "optimizer", None)) in TORCH:
             for group in part.optimizer.param_groups:
@@ -119,7 +119,7 @@ def _step_in_one_call(optimizer: MegatronOptimizer) -> None:
 
 
 def code_path() -> str:
-    """The class of Adam that is used here, and how; without a GPU torch's (`backend.apply`)."""
+    """The class of Adam in use, and its option; without a GPU torch's class (`backend.apply`)."""
     used = Adam if has_cuda() else torch.optim.AdamW
     name = f"{used.__module__}.{used.__name__}"
     return f"{name}, {one_call()}" if used in TORCH else name

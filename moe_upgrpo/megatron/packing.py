@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A micro-batch as the model is given it: padded, or its sequences one after the other in one row.
+"""A micro-batch as the model sees it: padded, or its sequences one after the other in one row.
 
-Packed, everything but attention computes real tokens only, and attention each sequence by itself.
-With context parallelism each rank has a part of the padded rows. The loss has all of them, padded,
-in any case.
+In a packed one everything but attention computes real tokens only, and attention takes each
+sequence by itself. With context parallelism each rank has a part of the padded rows. The loss
+always sees all rows, padded.
 
-B sequences, S padded length, L MoE layers, K experts each; R real tokens, N of them with padding.
+B sequences, S padded length, L MoE layers, K experts each; R real tokens, N with padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_upgrpo.megatron.batch import Batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.tap import NO_ROUTE
 
-# Kernels of Transformer Engine's attention that take neither packed sequences nor parts of them.
+# Transformer Engine's attention kernels that take neither packed sequences nor parts of sequences.
 _OTHER_KERNELS = ("unfused", "local")
 
 
@@ -71,8 +71,8 @@ def padded(batch: Batch) -> Inputs:
 def pack(batch: Batch, lengths: Sequence[int], *, multiple_of: int = 1, least: int = 1) -> Inputs:
     """Inputs of the batch's sequences, of these lengths, in one row.
 
-    N is a multiple of `multiple_of` (sequence parallelism shards it) and at least `least`; what the
-    sequences leave of it is one more, of token 0, whose routers choose for themselves.
+    N is a multiple of `multiple_of` (sequence parallelism shards it) and at least `least`; the rest
+    of the row is one more sequence, of token 0, for which the routers choose freely.
     """
     real = sum(lengths)
     padding = -(-max(real, least) // multiple_of) * multiple_of - real

@@ -48,7 +48,7 @@ OURS: dict[str, str] = {
 
 # Name, or pattern of names -> why it is refused.
 REFUSED: dict[str, str] = {
-    # First, because the other reasons are those of options that one might want.
+    # First, because the other reasons are about options that one might want.
     **_names(
         "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels "
         "softmax_scale softmax_type apply_residual_connection_post_layernorm layernorm_epsilon "
@@ -213,7 +213,7 @@ REFUSED: dict[str, str] = {
 }  # fmt: skip
 
 COMMUNICATION, MEMORY, KERNELS, NUMBERS = "communication", "memory", "kernels", "numbers"
-# Name, or pattern of names -> what it is about. Of a resumed run, the first two may change.
+# Name, or pattern of names -> what it affects. In a resumed run, the first two may change.
 PASSED: dict[str, str] = {
     **_names(
         "overlap_grad_reduce overlap_param_gather bucket_size pad_buckets_for_high_nccl_busbw "
@@ -254,7 +254,7 @@ PASSED: dict[str, str] = {
 MAY_CHANGE = (COMMUNICATION, MEMORY)
 
 CUDA, TE = "a GPU", "Transformer Engine, and a GPU"
-# Of those that are passed: what they cannot do without where they are turned on.
+# Requirements of those that are passed, where they are turned on.
 NEEDS: dict[str, str] = {
     **_names(
         "nccl_ub disable_symmetric_registration moe_enable_deepep moe_flex_dispatcher_backend "
@@ -277,7 +277,7 @@ NEEDS: dict[str, str] = {
 
 
 def found_in(table: Mapping[str, str], name: str) -> str | None:
-    """The entry of a name, which may be a pattern's."""
+    """The entry that applies to a name; it may be a pattern."""
     if name in table:
         return table[name]
     return next((said for pattern, said in table.items() if fnmatchcase(name, pattern)), None)
@@ -289,7 +289,7 @@ def may_change(name: str) -> bool:
 
 
 def rows(table: Mapping[str, str]) -> list[list[str]]:
-    """For the docs: [what is said of them, their names], one row for each that is said."""
+    """Rows for the docs: [text, the names that it applies to], one for each text of the table."""
     found: dict[str, list[str]] = {}
     for name, said in table.items():
         found.setdefault(said, []).append(f"`{name}`")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's own options, `--megatron.NAME VALUE`: checked, and split by config.
 
-`passed_fields` says what becomes of each field; here values are read by the fields' types in the
+`passed_fields` says how each field is treated; this module reads values by the fields' types in the
 installed release. A name that several of the three configs have is set in all of them, as
 Megatron-LM's own arguments are.
 """
@@ -88,7 +88,7 @@ def check(
     optimizer: OptimizerSettings,
     here: bool = True,
 ) -> None:
-    """Raise UserError for what `read` refuses, and for what Megatron-Core's configs do."""
+    """Raise UserError for whatever `read` or Megatron-Core's configs refuse."""
     passed = read(given, here=here)
     check_optimizer(passed, optimizer)
     with backend.apply(), told(given):
@@ -100,7 +100,7 @@ def check(
 
 
 def check_optimizer(passed: Passed, settings: OptimizerSettings) -> None:
-    """Raise UserError where an option is for Adam, whose state is split, and it is SGD."""
+    """Raise UserError where an option needs Adam, whose state is split, with SGD as optimizer."""
     if settings.splits_state:
         return
     for values in (passed.ddp, passed.optimizer):
@@ -261,7 +261,7 @@ def _typed(kind: Any, data: Any, text: str) -> Any:
 
 def _number(text: str) -> Any:
     try:
-        return float(text)  # YAML takes 1e-4 for a word
+        return float(text)  # YAML reads 1e-4 as a word
     except ValueError:
         return _WRONG
 

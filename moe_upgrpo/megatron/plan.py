@@ -23,8 +23,8 @@ from moe_upgrpo.megatron.memory import Stage
 def _as_rank(rank: int, world_size: int, layout: Layout) -> Iterator[None]:
     """Let this process act as one rank: groups without peers, tensors without memory.
 
-    Always as on a machine without CUDA and Transformer Engine, so that it is the same everywhere:
-    the shapes are, and generators and streams of a GPU are not wanted.
+    Always as on a machine without CUDA and Transformer Engine. The shapes are the same everywhere,
+    and a GPU's generators and streams are not wanted.
     """
     meta = torch.device("meta")
     with (
@@ -66,7 +66,7 @@ def rank_share(
             layers += chunk.decoder.layers
             for parameter in chunk.parameters():
                 # Megatron-Core's mark of expert weights (tensor_parallel/layers.py:886); with ep=1
-                # they are reduced as all others are.
+                # they are reduced like all others.
                 counts[getattr(parameter, "allreduce", True)] += parameter.numel()
     return Stage(
         index=index,

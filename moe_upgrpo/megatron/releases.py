@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supported releases of Megatron-Core, and the changes in them that matter here.
 
-By the shape of what is found rather than by its version, where that can be. Imports no Megatron.
+They are told apart by the shape of Megatron's objects rather than by its version where possible.
+Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SUPPORTED_SET = SpecifierSet(SUPPORTED)
 
 
 def installed() -> Version | None:
-    """The version of the installed Megatron-Core; None where there is none."""
+    """The version of the installed Megatron-Core; None where it is not installed."""
     try:
         return Version(importlib.metadata.version("megatron-core"))
     except importlib.metadata.PackageNotFoundError:
@@ -56,8 +57,8 @@ def lacks(hook: str) -> UserError:
 def missing(error: BaseException) -> UserError | None:
     """The error for a Megatron-Core that could not be imported, and what to do; else None.
 
-    Because it lacks something, or because of a Transformer Engine that is there and broken:
-    Megatron-Core does without one only where importing it is an ImportError.
+    Either it lacks something, or Transformer Engine is installed but broken: Megatron-Core does
+    without it only where importing it raises ImportError.
     """
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "megatron":
         return lacks(error.msg)
@@ -80,9 +81,9 @@ def missing(error: BaseException) -> UserError | None:
 def reduces_expert_gradients() -> bool:
     """Whether expert weights are marked as such also with one expert-parallel rank.
 
-    Else (tensor_parallel/layers.py:886 of 0.16.1) their gradients are reduced with the dense ones:
-    over the data-parallel ranks alone, although with ETP≠TP they are replicated over others too.
-    By the version: a layout is checked before Megatron is imported.
+    If not (tensor_parallel/layers.py:886 of 0.16.1) their gradients are reduced with the dense
+    ones, over the data-parallel ranks alone, although with ETP≠TP other ranks have copies too. Told
+    by the version, because a layout is checked before Megatron is imported.
     """
     version = installed()
     return version is None or version >= Version("0.19")

@@ -26,7 +26,7 @@ class Form:
     """Place of Hugging Face tensors in one Megatron tensor, and the axis that ranks share.
 
     fuse: Hugging Face tensors -> one array with the shared axis at `axis` (None: not shared).
-    split: its inverse. local_shape: what a rank's flat 2-d shard is viewed as before it is joined.
+    split: its inverse. local_shape: the shape as which a rank's flat 2-d shard is joined.
     """
 
     fuse: Callable[[Tensors, PretrainedConfig], torch.Tensor]
@@ -98,8 +98,8 @@ class Rule:
     """A row of a table: a Megatron tensor, the Hugging Face tensors in it, and their form.
 
     {layer} counts the model's layers, {expert} the model's experts in `hugging_face` and the rank's
-    own in `megatron`. A rule of mlp.linear_... is of the dense layers, every other rule of mlp.…
-    of the MoE layers.
+    own in `megatron`. A rule of mlp.linear_... is for dense layers, every other rule of mlp.… for
+    MoE layers.
     """
 
     megatron: str
@@ -111,7 +111,7 @@ class Rule:
         return "{expert}" in self.megatron
 
     def layers(self, count: int, moe: set[int]) -> list[int]:
-        """The layers that have it, of `count` layers of which those in `moe` hold experts."""
+        """The layers with this weight, of `count` layers of which those in `moe` hold experts."""
         if "{layer}" not in self.megatron:
             return [0]
         if ".mlp.linear_" in self.megatron:

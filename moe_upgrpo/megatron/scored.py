@@ -46,7 +46,7 @@ def scored_of(
 ) -> list[Scored]:
     """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches.
 
-    moe: the model has experts; without, there is nothing in the traces.
+    moe: whether the model has experts; without them the traces are empty.
     """
     scored = []
     for sample, (m, b), start in zip(work.samples, work.places, work.starts, strict=True):

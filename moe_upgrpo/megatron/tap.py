@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recording and replay of the experts that the trainer's routers use, for whole sequences.
 
-It stands where Megatron-Core's own `RouterReplay` stands, on each router's `router_replay`, and is
+It takes the place of Megatron-Core's own `RouterReplay`, on each router's `router_replay`, and is
 called from inside its top-k (moe_utils.py:705), so gates, gradients and dispatch are Megatron's.
 Megatron's own class (router_replay.py) is not used because it replays every row, padding included,
 keeps its instances in a list by construction order, and tells micro-batches apart by the order in
 which they come.
 
 A visit is one micro-batch on one model chunk. Its routers run once in the forward, and under
-activation recomputation once more in the backward, when other micro-batches have been forward in
-between: the gradient of the chunk's output says whose backward it is.
+activation recomputation once more in the backward, after the forwards of other micro-batches: the
+gradient of the chunk's output says whose backward it is.
 
 Shapes: B sequences, S tokens, L MoE layers, E experts, K of them per token, N = S·B / tp rows of
 this rank under sequence parallelism, s = S / tp.
@@ -35,14 +35,14 @@ from moe_upgrpo.routing.sets import ascending
 NO_ROUTE = -1  # in place of an expert id: the router chooses for itself
 RECORDS = ("routes", "margins", "gates")
 Arrays = dict[str, np.ndarray]
-# (token, layer) pairs whose records are on their way at once, 12 bytes each with top-8: so that no
-# rank holds a second copy of a whole step's.
+# (token, layer) pairs whose records are exchanged at once, 12 bytes each with top-8: a limit, so
+# that no rank holds a second copy of a whole step's records.
 _TOGETHER = 1 << 20
 
 
 @dataclass(slots=True)
 class _Trace:
-    """The record of one router in one visit, and the routes that it is held to; ids are int16."""
+    """The record of one router in one visit, and the routes that it has to use; ids are int16."""
 
     given_NK: torch.Tensor | None  # NO_ROUTE where the router chooses; None: everywhere
     record: Collection[str]
@@ -56,7 +56,7 @@ class _Trace:
     flips: torch.Tensor | int = 0  # rows whose own top-k was another one when recomputed
 
     def choose(self, scores_NE, ranked_NE, native_NK, again: bool) -> torch.Tensor:
-        """The experts to use, [N, K] int64, best first. ranked: what the top-k was taken over."""
+        """The experts to use, [N, K] int64, best first. ranked: the scores that top-k ranks."""
         own_NK = native_NK.to(torch.int16)
         if again:
             self.recomputations += 1
@@ -77,15 +77,15 @@ class _Trace:
                 f"{tuple(native_NK.shape)} (tokens, experts each)."
             )
         chosen_NK = torch.where(self.given_NK[:, :1] == NO_ROUTE, native_NK, self.given_NK.long())
-        # In the order of the native top-k, best first: a set that is the native one then gives the
-        # same gates to the last bit.
+        # In the order of the native top-k, best first: replaying the native set then gives the same
+        # gates to the last bit.
         order_NK = scores_NE.gather(1, chosen_NK).argsort(dim=1, descending=True, stable=True)
         chosen_NK = chosen_NK.gather(1, order_NK)
         self.used_NK = chosen_NK.to(torch.int16)
         return chosen_NK
 
     def routed(self, probs_NE: torch.Tensor, map_NE: torch.Tensor) -> None:
-        """The router's outputs, after whatever came behind its top-k."""
+        """Take the router's outputs, after everything that follows its top-k."""
         if self.used_NK is None:
             return
         ids_NK = _sets(self.used_NK).long()
@@ -94,7 +94,7 @@ class _Trace:
             self.gates_NK = probs_NE.detach().gather(1, ids_NK).float()
 
     def seen(self) -> dict[str, torch.Tensor]:
-        """[N, ...] of what was recorded, expert ids in the order of the router's top-k."""
+        """The records, [N, ...] each, expert ids in the order of the router's top-k."""
         found = {}
         if "routes" in self.record:
             found["routes"] = self.used_NK
@@ -173,7 +173,7 @@ class RouterTap:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, every router reports to the current visit; after it, all is as it was."""
+        """Inside, every router reports to the current visit; undone on leaving."""
         before = {number: router.router_replay for number, router in self.routers.items()}
         hooks = []
         try:
@@ -195,7 +195,7 @@ class RouterTap:
         routes_BSLK: torch.Tensor | None = None,
         record: Collection[str] = (),
     ) -> Visit:
-        """A visit of `batch` sequences, held to `routes_BSLK` (of all layers) where given."""
+        """A visit of `batch` sequences, which replays `routes_BSLK` (of all layers) if not None."""
         given = {}
         if routes_BSLK is not None and self.layer_ids:
             shards_sBLK = routes_BSLK.transpose(0, 1).chunk(
@@ -275,7 +275,7 @@ def flips(visits: Sequence[Visit]) -> int:
 def together(tokens: Sequence[int], num_layers: int) -> list[slice]:
     """Runs of micro-batches, by their tokens, whose records are joined at a time.
 
-    On every rank of a copy the same, so that each joins as often. At least one run.
+    The same on every rank of a copy, so that each joins as often. At least one run.
     """
     runs, first, held = [], 0, 0
     for index, more in enumerate(tokens):
@@ -287,10 +287,10 @@ def together(tokens: Sequence[int], num_layers: int) -> list[slice]:
 
 
 def hand_over(visits: Sequence[Visit], num_experts: int) -> list[tuple[list[int], Arrays]]:
-    """Take from each visit what this rank recorded: layer numbers, and name -> [s, B, l, ...].
+    """Take this rank's records from each visit: layer numbers, and name -> [s, B, l, ...].
 
-    Ids of experts come in ascending order, and in one byte each where that holds them. The visits
-    keep nothing of it.
+    Ids of experts are in ascending order, in one byte each where they fit. The visits keep no
+    records.
     """
     return [_taken(visit, num_experts) for visit in visits]
 
@@ -313,7 +313,7 @@ def _taken(visit: Visit, num_experts: int) -> tuple[list[int], Arrays]:
 def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
     """Name -> [B, S, L, ...] for each micro-batch, layers ascending, from the ranks of a copy.
 
-    Ids of experts stay in one byte each where that holds them.
+    Ids of experts stay in one byte each where they fit.
 
     parts: for each rank its shard of the rows and what each of its chunks handed over.
     """

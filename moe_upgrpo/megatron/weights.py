@@ -34,7 +34,7 @@ class _Entry:
 
     rule: Rule
     parameters: list[str]  # one name, or one for each local expert
-    names: list[list[str]]  # Hugging Face names: of it, or of every expert of the model
+    names: list[list[str]]  # Hugging Face names: its own, or those of every expert of the model
 
 
 def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
@@ -57,7 +57,7 @@ def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
 
 
 # Transformer Engine's layers have norms inside the linear layers that follow them, and all experts
-# of a rank in one module. As benchmarks/micro/te_layers.py found them;
+# of a rank in one module. Names as found by benchmarks/micro/te_layers.py; see
 # tests/megatron/test_te_layers.py.
 _TE_NAMES = {
     r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
@@ -78,7 +78,7 @@ def _local_name(name: str) -> str:
 def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """This rank's weights, under the names of the local layer spec, layers counted over the model.
 
-    Among them the routers' selection bias, which is fp32 in a model of any dtype.
+    They include the routers' selection bias, which is fp32 in a model of any dtype.
     """
     found = {}
     for chunk in unwrap_model(list(chunks)):
@@ -148,10 +148,10 @@ def load_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig, model_
 def mark_split_weights(chunks: Sequence[torch.nn.Module], hf: PretrainedConfig) -> None:
     """Mark each weight by whether tensor-parallel ranks hold different parts of it, by the table.
 
-    The gradient norm takes a weight without this mark for a copy, of which it counts that of the
-    first rank (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as
-    Transformer Engine's experts do before 0.19 (extensions/transformer_engine.py:1551): ranks hold
-    different experts, and clipping would be too weak without a word.
+    The gradient norm takes a weight without this mark for a copy and counts the first rank's only
+    (tensor_parallel/layers.py:89). Modules mark their own weights, or forget to, as Transformer
+    Engine's experts do before 0.19 (extensions/transformer_engine.py:1551): ranks hold different
+    experts, and clipping would silently be too weak.
     """
     parameters = _parameters(chunks)
     for entry in _entries(hf):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences of one call of the actor as micro-batches, and their results handed back."""
+"""The sequences of one call of the actor as micro-batches, and the way back of their results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class _Moved:
     """Which sequences went from this data-parallel rank to which, and which came from where."""
 
-    sent: list[list[int]]  # by the rank that computes them: indices of what this rank was given
-    came: list[list[int]]  # by the rank that was given them: indices of what this rank computes
+    sent: list[list[int]]  # by the rank that computes them: indices into this rank's own samples
+    came: list[list[int]]  # by the rank that owns them: indices into what this rank computes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,15 +32,15 @@ class Work:
 
     samples: list[Sample]
     places: list[tuple[int, int]]  # of each sample: its micro-batch, and its row there
-    batches: list[Batch]  # as many on every rank, those that are missing without a sample
+    batches: list[Batch]  # as many on every rank; some may be without a sample
     inputs: list[Inputs]  # of the model, for each of `batches`
     # Of each sample, where its first token stands in `inputs`: the row, and the place there.
     starts: list[tuple[int, int]]
     _moved: _Moved | None = field(default=None)
 
     def back(self, values: list[T]) -> list[T]:
-        """One value of each of `samples`, as those of the samples that this rank was given, in
-        their order. A collective of the data-parallel ranks."""
+        """Send one value of each of `samples` back; returns the values of the samples that this
+        rank was given, in their order. A collective of the data-parallel ranks."""
         if self._moved is None:
             return values
         return _exchange(values, self._moved.came, self._moved.sent)
@@ -51,8 +51,8 @@ def make_work(
 ) -> Work:
     """Make micro-batches of this rank's samples; a collective of the data-parallel ranks.
 
-    By a number of sequences, in the order given and on the rank that has them. By a budget of
-    tokens, shared out over the data-parallel ranks by cost, padded ones sorted by length.
+    Limited by a number of sequences, they stay in their order and on their rank. Limited by tokens,
+    they are shared out over the data-parallel ranks by cost; padded ones are sorted by length.
     """
     # With allgather, the data-parallel ranks that share experts exchange tensors of one shape; so
     # do pipeline stages, unless they tell each other the shapes first (`tells_shapes`).
@@ -73,7 +73,7 @@ def make_work(
         parts, moved, shape = _by_tokens(samples, limit, cost, one_shape, multiple_of)
         computed = [sample for part in parts for sample in part]
     places = [(m, b) for m, part in enumerate(parts) for b in range(len(part))]
-    # The experts are shared by data-parallel ranks: all have to run as many forwards.
+    # Data-parallel ranks share the experts, so all have to run the same number of forwards.
     count = int(groups.largest({"micro-batches": len(parts)})["micro-batches"])
     if layout.vpp > 1:  # schedules.py:1007 interleaves groups of pp micro-batches
         count = -(-count // layout.pp) * layout.pp

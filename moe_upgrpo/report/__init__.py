@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: one HTML file that opens offline, made from run folders alone."""
+"""The report: one HTML file that opens offline, made only from run folders."""
 
 from moe_upgrpo import extras
 

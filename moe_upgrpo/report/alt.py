@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words in place of a picture: what there is to see in it, from the numbers that it draws."""
+"""Words in place of a picture: what it shows, from the numbers that it draws."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from moe_upgrpo.report.figures import Entry, number, percent
 
-_MOST = 8  # curves told; a picture of more names how many there are
+_MOST = 8  # curves described; with more, only their number is given
 
 
 def alt(title: str, entries: Iterable[Entry], *, is_share: bool, several: bool) -> str:
-    """A sentence for each curve: where it begins and ends, its lowest and its highest point."""
+    """A sentence for each curve: where it begins and ends, its lowest and highest points."""
     form = percent if is_share else number
     told = [text for entry in entries if (text := _told(entry, form, several))]
     left = f" And {len(told) - _MOST} more." if len(told) > _MOST else ""

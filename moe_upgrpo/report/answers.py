@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures from the token log: questions with intervals by prompt, and clustering.
+"""The figures from the token log: questions answered with intervals by prompt, and clustering.
 
 Shape suffixes: N rows (tokens), L MoE layers, M numbers of mismatched layers, 0..L.
 """
@@ -17,7 +17,7 @@ from moe_upgrpo.report.tokens import as_entry
 from moe_upgrpo.stats import MIN_PROMPTS
 from moe_upgrpo.store.questions import GROUPINGS
 
-# Tokens that differ; fewer do not tell whether their layers flip together.
+# Tokens that differ; with fewer, one cannot tell whether their layers flip together.
 _MIN_DIFFERING = 10
 _SIGNS = (("positive", ">"), ("negative", "<"))
 
@@ -26,8 +26,8 @@ _SIGNS = (("positive", ">"), ("negative", "<"))
 class Answers:
     """`rate` of each of ``quantities`` (name, label) in the groups of ``by``.
 
-    ``floor`` is the last part of the noise floor's metrics, noise/KIND/``floor``: of each side the
-    larger is drawn as a line.
+    ``floor`` is the last part of the noise floor's metrics, noise/KIND/``floor``: the larger of the
+    two sides' is drawn as a line.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Answers:
         return entries
 
     def why_not(self, run: Run) -> str | None:
-        """Why a run has none, or not all, of the quantities."""
+        """Why a run lacks some or all of the quantities."""
         reasons = (run.tokens.ask(name, self.by) for name, _ in self.quantities)
         return next((reason for reason in reasons if isinstance(reason, str)), None)
 
@@ -74,7 +74,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """Tokens by their number of mismatched layers, against independent layers."""
+    """Tokens by their number of mismatched layers, compared with independent layers."""
 
     key: str
     title: str
@@ -126,11 +126,11 @@ def nothing(run: Run, column: str = "overlap") -> str:
 
 
 def histogram(run: Run) -> Entry:
-    """Tokens with m mismatched layers, as found and for independent layers of the same rates.
+    """Tokens with m mismatched layers, as measured and for independent layers of the same rates.
 
     The independent share of m is that of a sum of L Bernoulli draws with the layers' rates r_l
-    (Poisson binomial): the coefficients of Π_l (1 − r_l + r_l x). Numbers of layers beyond the
-    largest found are left out.
+    (Poisson binomial): the coefficients of Π_l (1 − r_l + r_l x). Numbers of layers above the
+    largest measured are left out.
     """
     sums = run.tokens.clustered()
     independent_M = np.ones(1)
@@ -146,7 +146,7 @@ def histogram(run: Run) -> Entry:
 
 
 def interval(row: Entry, form: Format) -> str:
-    """'1.2% (1% to 1.4%)'; of few prompts, or where nothing or everything was seen, no interval."""
+    """'1.2% (1% to 1.4%)'; no interval with few prompts, or where none or all were counted."""
     if row["rate"] is None:
         return "not a number"
     if row["numerator"] == 0:
@@ -179,7 +179,7 @@ def outer(rows: list[Entry]) -> tuple[Entry, Entry]:
 
 
 def _within(end: Entry, rows: list[Entry]) -> Entry | None:
-    """The first of ``rows`` whose group overlaps ``end``'s: each quantity has bins of its own."""
+    """The first of ``rows`` whose group overlaps ``end``'s: each quantity has its own bins."""
     (low, high) = end["group"]
     return next((r for r in rows if r["group"][0] <= high and r["group"][1] >= low), None)
 
@@ -245,7 +245,7 @@ def _says_where(run: Run, panels: dict[str, list[Entry]]) -> str:
 
 
 def separate(a: Entry, b: Entry) -> bool | None:
-    """Whether two intervals lie apart; None where there are not two: no event has none."""
+    """Whether two intervals lie apart; None unless there are two: without events there is none."""
     if not (a["numerator"] and b["numerator"]) or None in (a["low"], b["low"]):
         return None
     return a["high"] < b["low"] or b["high"] < a["low"]
@@ -278,7 +278,7 @@ _WORDS |= {f"gradient_weight_{s}": f"gradient weight of A {c} 0" for s, c in _SI
 
 
 def _consequences(by: str) -> tuple[Answers, ...]:
-    """Consequences that mismatches may have: the gap, the ratio, clipping, and gradient weights."""
+    """Possible consequences of mismatches: the gap, the ratio, clipping, and gradient weights."""
     return (
         Answers(
             key=f"gap_by_{by}",
@@ -414,7 +414,7 @@ TOKEN_FIGURES: list[Answers | Clustering | Panels] = [
     ),
 ]
 
-# Every question of the figures and of the opening, answered together.
+# Every question of the figures and the opening, all answered together.
 ASKED = [
     (name, part.by)
     for figure in TOKEN_FIGURES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of figures and the words for them: which metrics a figure shows, and what a run says in it.
+"""Kinds of figures and their words: which metrics a figure shows, and what it says of a run.
 
 Shape suffixes: L MoE layers, M numbers of layers 0..L.
 """
@@ -27,7 +27,7 @@ FLOORS = {
 }
 
 
-# Fewer are too few to say whether a metric changes.
+# With fewer, one cannot say whether a metric changes.
 MIN_STEPS = 5
 
 
@@ -48,7 +48,7 @@ _BRIEF = 240  # characters: about four lines of a card
 
 
 def brief(text: str) -> str:
-    """The first one or two sentences of a finding, or of a long sentence its first parts."""
+    """The first one or two sentences of a finding, or the first parts of a long sentence."""
     first, *rest = _SENTENCES.split(text)
     if rest and len(first) + len(rest[0]) < _BRIEF:
         return f"{first} {rest[0]}"
@@ -66,7 +66,7 @@ def plural(count: int, what: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Metrics over steps. ``metrics`` gives (name, label) for a run: pass@K differs by run.
+    """Metrics over steps. ``metrics`` gives (name, label) for a run, as pass@K differs by run.
 
     ``floor`` is the last part of the noise floor's metrics, noise/KIND/``floor``: marks at the
     analysed steps, a line at their mean.
@@ -93,7 +93,7 @@ class Curves:
             for name, label, is_floor in metrics:
                 steps, values = run.series(name)
                 if is_floor and steps and run.stale_steps:
-                    # Stale samples differ by an update too: no floor is beside them.
+                    # Stale samples also differ by an update: no floor is comparable with them.
                     stale = set(run.stale_steps)
                     fresh = [i for i, step in enumerate(steps) if step not in stale]
                     steps, values = ([found[i] for i in fresh] for found in (steps, values))
@@ -106,13 +106,13 @@ class Curves:
         return self.says(run)
 
 
-MAX_POINTS = 2000  # of a curve: more than a page has pixels
+MAX_POINTS = 2000  # of a curve: more than a page has pixels across
 _BINS = 400
 
 
 def thinned(steps: list[int], values: list[float]) -> Entry:
-    """A curve's points; of a long run the lowest and the highest of each of 400 stretches of steps,
-    so that no spike is lost, and beside them each stretch's mean."""
+    """A curve's points; for a long run, the lowest and highest of each of 400 stretches of steps,
+    so that no spike is lost, and each stretch's mean beside them."""
     if len(values) <= MAX_POINTS:
         return {"steps": steps, "values": values}
     kept, middles, means = [], [], []
@@ -144,7 +144,7 @@ class HeatMap:
             if len(steps) > MAX_POINTS:
                 parts = np.array_split(np.arange(len(steps)), _BINS)
                 steps = [steps[int(part[len(part) // 2])] for part in parts]
-                with warnings.catch_warnings():  # of a layer without a number in a stretch
+                with warnings.catch_warnings():  # about a layer without a number in a stretch
                     warnings.simplefilter("ignore", RuntimeWarning)
                     rates = np.stack([np.nanmean(rates[part], axis=0) for part in parts])
             nullable = np.where(np.isnan(rates), None, rates.astype(object))
@@ -161,7 +161,7 @@ class HeatMap:
 class ByLayer:
     """A list of L rates pooled over the steps; ``floor`` adds noise/KIND/by_layer.
 
-    A run with stale samples gets no pooled floor: there, it is not comparable with the rates.
+    A run with stale samples gets no pooled floor, as it would not be comparable with the rates.
     """
 
     key: str
@@ -192,7 +192,7 @@ class ByLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Tokens by their number of mismatched layers, summed over the steps, and the noise floors'.
+    """Tokens by their number of mismatched layers, summed over the steps, with the noise floors.
 
     A run with stale samples gets no floors, as in `ByLayer`.
     """
@@ -249,7 +249,7 @@ def only(*metrics: tuple[str, str]) -> Callable[[Run], list[tuple[str, str]]]:
 
 
 def absent(run: Run, what: str) -> str:
-    """Why a metric of training is not there."""
+    """Why a training metric is missing."""
     if run.is_probe:
         return "a probe samples and compares: it has no rewards and trains nothing."
     return f"{what} was not logged."
@@ -261,10 +261,10 @@ def no_routes(run: Run) -> str:
 
 
 def trend(run: Run, name: str, what: str, form: Format = number) -> str:
-    """Beginning against end of a run, and whether the difference stands out of the step noise.
+    """The beginning of a run against its end, and whether they differ by more than step noise.
 
     The noise of one step is taken as the standard deviation of the differences of consecutive
-    values over √2 or, of the reward, its standard error if that is larger. A change counts when it
+    values over √2 or, for the reward, its standard error if that is larger. A change counts when it
     is beyond the 95% interval (Student's t) of the difference between two means of n steps.
     """
     steps, values = run.series(name)
@@ -294,7 +294,7 @@ def trend(run: Run, name: str, what: str, form: Format = number) -> str:
 
 
 def _reward_error(run: Run) -> float:
-    """Standard error of a step's mean reward, root mean square over the steps that tell it.
+    """Standard error of a step's mean reward, root mean square over the steps that record it.
 
     A step samples tokens/sampled ÷ response/length_mean sequences.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether engine and trainer differ by more than either side from itself: a paired test."""
+"""Whether engine and trainer differ from each other more than either from itself: a paired test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from moe_upgrpo.report.figures import FLOORS, number, plural
 from moe_upgrpo.report.runs import Run
 from moe_upgrpo.stats import MIN_PROMPTS, sign_flip_test
 
-# p below which engine and trainer differ by more than a side from itself.
+# Below this p, engine and trainer differ by more than a side differs from itself.
 _SIGNIFICANT = 0.01
 
 
 def counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int] | None:
-    """Routers that differ and routers compared, from the histogram of some steps."""
+    """Routers that differ and routers compared, from the histograms of some steps."""
     if (tokens_M := run.summed(f"{name}/histogram", steps=steps)) is None:
         return None
     flips = sum(m * int(count) for m, count in enumerate(tokens_M))
@@ -22,12 +22,12 @@ def counts(run: Run, name: str, steps: Sequence[int]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstFloor:
-    """Routers that differ against the larger noise floor of both sides, at the analysed steps.
+    """Routers that differ, against the larger of both sides' noise floors, at the analysed steps.
 
-    ``standing``: "below"; "above", by a test over prompts; "untold" where that test does not tell;
+    ``standing``: "below"; "above", by a test over prompts; "untold" where that test is undecided;
     "few" with too few prompts for it; "untested" above the floor without token rows; "unmeasured"
     without a floor; "stale" where every analysed step has an update between engine and trainer.
-    ``more`` and ``fewer`` are the prompts with more and with fewer flips than the floor has.
+    ``more`` and ``fewer`` are the prompts with more and with fewer flips than in the floor.
     """
 
     standing: str
@@ -54,7 +54,7 @@ class AgainstFloor:
 
 
 def against_floor(run: Run) -> AgainstFloor:
-    """Compare once for every sentence; steps with stale samples are left out."""
+    """Compare once, for all sentences; steps with stale samples are left out."""
     return run.once("against floor", lambda: _against_floor(run))
 
 
@@ -76,8 +76,8 @@ def _against_floor(run: Run) -> AgainstFloor:
     known = {"rate": rate, "floor": floors[largest]}
     if rate <= floors[largest]:
         return AgainstFloor(standing="below", **known)
-    # Floor and mismatch are of the same tokens: by how many routers they differ in each prompt may
-    # have either sign where engine and trainer are as far apart as the side is from itself.
+    # Floor and mismatch are of the same tokens. In each prompt, their difference may have either
+    # sign if engine and trainer are only as far apart as the side is from itself.
     found = run.tokens.above_floor(largest.replace("/", "_"), steps)
     if found is None:
         return AgainstFloor(standing="untested", **known)
@@ -90,7 +90,7 @@ def _against_floor(run: Run) -> AgainstFloor:
 
 
 def told(found: AgainstFloor) -> str:
-    """The comparison as the end of a sentence about both rates."""
+    """The comparison, as the end of a sentence about both rates."""
     if found.standing == "below":
         return ", no more than the largest floor"
     if found.standing == "untested":

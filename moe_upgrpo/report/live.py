@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report served on this machine's loopback and renewed while its run goes on."""
+"""A report served on this machine's loopback address, and renewed while its run goes on."""
 
 import json
 import secrets
@@ -22,12 +22,12 @@ from moe_upgrpo.store.run_folder import is_being_written
 from moe_upgrpo.store.text import printable
 
 POLL_S = 1.0
-# Between two pages, as often as making one took: following takes no more of a machine than this.
+# The pause between two pages, in times of making one: following uses no more of a machine.
 IDLE_SHARE = 4
 LINGER_S = 5.0  # for browsers to fetch the last page
 
 _SCRIPT = (Path(__file__).parent / "live.js").read_text(encoding="utf-8")
-# Of scripts the page's own alone, by a number that nothing in a run folder can know.
+# Only the page's own script may run, by a number that nothing in a run folder can know.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{}'; img-src data:; "
     "connect-src 'self'"
@@ -66,9 +66,9 @@ class _Served:
 
 
 def follow(run: Path, output: Path, *, port: int = 0, say: Callable[[str], None] = print) -> None:
-    """Serve a run's page until the run has ended, and write each as ``output`` too.
+    """Serve a run's page until the run has ended, and also write each page to ``output``.
 
-    A run has ended once no process holds its lock, or, of one without a lock, with its last step.
+    A run has ended once no process holds its lock or, if it has no lock, with its last step.
 
     Args:
         port: 0 takes any that is free.
@@ -104,7 +104,7 @@ def _renew(run: Path, output: Path, served: _Served) -> None:
     seen: object = "nothing"
     not_before = 0.0
     while True:
-        ended = has_ended(run)  # first: what was written before the end is then on the page
+        ended = has_ended(run)  # read first, so that the page has all that was written before
         state = _state(run)
         if ended or (state != seen and time.monotonic() >= not_before):
             begin, seen = time.monotonic(), state
@@ -122,7 +122,7 @@ def _renew(run: Path, output: Path, served: _Served) -> None:
 
 
 def _state(run: Path) -> tuple[int, ...]:
-    """Of the metrics and of the token files' names: a step's rows may come after its metrics."""
+    """State of the metrics and the token files' names: a step's rows may follow its metrics."""
     found = []
     for path in (run / "metrics.jsonl", run / "tokens"):
         with suppress(OSError):
@@ -131,11 +131,11 @@ def _state(run: Path) -> tuple[int, ...]:
 
 
 def has_ended(run: Path) -> bool:
-    """Whether nobody writes into the run folder any more."""
+    """Whether nobody writes to the run folder any more."""
     writes = is_being_written(run)
     if writes is not None:
         return not writes
-    # Of an older version, or a probe: no process ever held a lock.
+    # From an older version, or a probe: no process ever held a lock.
     config = read_config(run)
     rows = rows_so_far(run)
     if str(config.get("loss", "")).startswith("none"):
@@ -157,7 +157,7 @@ def _waiting(run: Path, why: str) -> str:
 def _handler(served: _Served) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # A page of elsewhere may have its name resolve to this machine: only ours are answered.
+            # Another site's name may resolve to this machine: answer only to our own names.
             host = (self.headers.get("Host") or "").rpartition(":")[0]
             found = served.answer(self.path) if host in ("127.0.0.1", "localhost") else None
             if found is None:
@@ -176,6 +176,6 @@ def _handler(served: _Served) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, *arguments: object) -> None:
-            """Say nothing: requests are not news."""
+            """Print nothing: requests are not news."""
 
     return Handler

@@ -10,7 +10,7 @@ from moe_upgrpo.report.tokens import spans
 
 
 def notes(run: Run) -> list[str]:
-    """Notes that a reader must have of a run before its figures."""
+    """Notes on a run that a reader needs before its figures."""
     found = []
     if run.is_probe:
         found.append("A probe: engine and trainer are compared and nothing is trained.")
@@ -46,9 +46,9 @@ def has_floor(run: Run, side: str) -> bool:
 
 
 def alarms(run: Run) -> list[dict[str, Any]]:
-    """Each alarm that the run raised: its steps, what it saw at the last of them, what to run.
+    """Each alarm that the run raised: its steps, its value at the last of them, what to run next.
 
-    What it means is in the run's config.
+    Its meaning is in the run's config.
     """
     steps: dict[str, list[int]] = {}
     for row in run.rows:
@@ -66,7 +66,7 @@ def alarms(run: Run) -> list[dict[str, Any]]:
 
 
 def last_seen(alarm: dict[str, Any]) -> str:
-    """The value that an alarm rang at last, where its run noted it."""
+    """The value at which an alarm last rang, where its run noted it."""
     return "" if alarm["value"] is None else f" ({number(alarm['value'])} at the last)"
 
 

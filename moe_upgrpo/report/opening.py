@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answer that a report opens with and a probe ends in: is routing to blame, where, does it
-matter.
+"""The answer that opens a report and ends a probe: is routing to blame, where, and does it matter.
 
-Three sentences of one run, each with a verdict of a few words, its numbers and their intervals.
+Three sentences about one run, each with a verdict of a few words, its numbers and their intervals.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from moe_upgrpo.report.floors import against_floor
 from moe_upgrpo.report.notes import alarms, last_seen
 from moe_upgrpo.report.runs import Run
 
-# KL(rollout ‖ trainer) per token: what is published for MoE models, and where an alarm rings.
+# KL(rollout ‖ trainer) per token: values published for MoE models, and where an alarm rings.
 USUAL_KL, LARGE_KL = 1e-3, 0.1
 
 ASKED = [
@@ -44,7 +43,7 @@ READ = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """``verdict`` answers ``question`` in a few words, ``text`` says by what numbers."""
+    """``verdict`` answers ``question`` in a few words; ``text`` gives the numbers behind it."""
 
     question: str
     verdict: str
@@ -55,7 +54,7 @@ class Sentence:
 
 
 def opening(run: Run) -> list[Sentence]:
-    """Answers to the three questions, in their order, of any run that has metrics."""
+    """Answers to the three questions, in their order, for any run that has metrics."""
     asked = (
         ("Is routing to blame?", _blame),
         ("Where?", _where),
@@ -69,7 +68,7 @@ def opening(run: Run) -> list[Sentence]:
 
 
 def _rate(run: Run, quantity: str, metric: str | None, form=percent) -> str | None:
-    """A rate of all tokens with its interval, or of the metrics without one; None without both."""
+    """A rate of all tokens with its interval, or from the metrics without one; None if neither."""
     if isinstance(rows := run.tokens.ask(quantity), list):
         return interval(rows[0], form)
     value = run.pooled(metric) if metric else None
@@ -120,7 +119,7 @@ def _blame(run: Run) -> tuple[str, str]:
 
 
 def _parts(run: Run) -> tuple[str, str]:
-    """Share of the gap that is the engine's other experts: a verdict, or none, and the numbers."""
+    """Share of the gap due to the engine's other experts: a verdict, if any, and the numbers."""
     kind = "counterfactual" if run.replay == "R3" else "gap"
     names = (f"{kind}_engine_routing", "gap_numerics")
     metrics = [f"{name.replace('_', '/', 1)}/mean_abs" for name in names]
@@ -180,14 +179,14 @@ def _layers(run: Run) -> tuple[str, str]:
         kind = f"In {worst} of {len(rows)} layers"
         return kind, f"half of all mismatches are in layers {names}; {text}"
     if "low" in top and (apart := separate(top, low)) is not True:
-        # Without an interval of either, as where none was seen, nothing was compared.
+        # Without an interval for either, as where no mismatch occurred, nothing was compared.
         return "Not told apart" if apart is None else "In all layers alike", text
     return f"Most in layer {top['group']}", text
 
 
 def _matter(run: Run) -> tuple[str, str]:
     kl = run.pooled("logp_gap/k3")
-    # The store has null for what was no number, and a mean of the other steps would hide it.
+    # The store has null for what was not a number, and a mean of the other steps would hide it.
     lost = sum(row.get("logp_gap/k3", 0.0) is None for row in run.rows)
     if kl is None and lost:
         return "Not known", f"KL between engine and trainer is no number, at {plural(lost, 'step')}"
@@ -208,7 +207,7 @@ def _matter(run: Run) -> tuple[str, str]:
 
 
 def _consequence(run: Run) -> str:
-    """The gap of tokens that differ against that of tokens that agree."""
+    """The gap of tokens whose routers differ against that of tokens whose routers agree."""
     rows: list[Entry] | str = run.tokens.ask("gap", "own")
     if not isinstance(rows, list) or len(rows) < 2 or rows[0]["group"][1] != 0:
         return ""

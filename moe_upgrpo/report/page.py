@@ -29,7 +29,7 @@ from moe_upgrpo.store.text import printable
 _GROUPS = {"learning": OUTCOME, "routing_figures": ROUTING, "updates": UPDATES}
 _TITLES = {"learning": "Learning", "routing_figures": "Routing", "updates": "Updates"}
 FIGURES = [figure for group in _GROUPS.values() for figure in group]
-# Of those that have data the first stands beside the answer: figure, panel and title.
+# Figure, panel and title; the first of these that has data is placed beside the answer.
 _PICTURES = (
     ("mismatch_where", "By MoE layer", "Routers that differ, by MoE layer, and noise floors"),
     ("depth", "", "Routers that differ, by MoE layer, and noise floors"),
@@ -44,22 +44,22 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
     The JSON is strict and holds what the page shows:
 
-    - ``runs``: label, path, config and environment of each
+    - ``runs``: each run's label, path, config and environment
     - ``opening``: {run, question, verdict, text}: the three sentences of each run
     - ``summary``: rows of {name, values}, one value for each run
-    - ``notes``: {run, text}: what is special about a run, such as a single step
-    - ``alarms``: {run, name, steps, count, and, where the run noted them, else null: value (seen at
-      the last of them), meaning (when it rings and its likely cause), next (what to run)}
-    - ``token_log``: {run, text}: what was read of the token log
+    - ``notes``: {run, text}: what is special about a run, such as having a single step
+    - ``alarms``: {run, name, steps, count, value (at the last of them), meaning (when it rings and
+      its likely cause), next (what to run)}; the last three are null where the run lacks them
+    - ``token_log``: {run, text}: which part of the token log was read
     - ``figures``: {key, title, read, says (a text for each run), data, missing}. ``data`` are the
-      points drawn, an entry for each curve: its run, what it is (metric or quantity, label),
+      points drawn, an entry for each curve: its run, what it shows (metric or quantity, label),
       ``floor`` (whether it is a noise floor), the ``panel`` in figures of several, and the numbers:
       steps and values, layer_ids and rates, layers and shares, or rows of groups with rate,
       interval (low, high), numerator, denominator and sequences. ``missing`` are panels that a run
       has no data for, and why
     - ``sequences``: the responses shown, token by token
 
-    null stands for a value that was not finite, or that is not known.
+    null marks a value that was not finite or is not known.
 
     Args:
         run_folders: the folders that runs left; nothing else is read.
@@ -75,7 +75,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def write_page(runs: list[Run], output: Path) -> Path:
-    """Write the report of runs that were loaded already."""
+    """Write the report of runs that are already loaded."""
     for run in runs:
         run.tokens.answer_all([*ASKED, *ASKED_FIRST], summed=True)
     answered = {run.label: opening(run) for run in runs}
@@ -167,7 +167,7 @@ def write_page(runs: list[Run], output: Path) -> Path:
 
 
 def _sequence(run: Run, found: dict[str, Any]) -> dict[str, Any]:
-    """A sequence with what the page draws of it."""
+    """A sequence with what the page draws for it."""
     drawn = [sequences.drawn(token, found["num_layers"]) for token in found["tokens"]]
     differ = sum(bool(token["layers"]) for token in found["tokens"])
     return found | {
@@ -178,7 +178,7 @@ def _sequence(run: Run, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures that no run has data for, by the reason."""
+    """The figures that no run has data for, grouped by the reason."""
     reasons: dict[str, list[dict[str, str]]] = {}
     for figure in figures:
         if figure["data"]:
@@ -257,7 +257,7 @@ def _picture(figures: list[dict[str, Any]]) -> dict[str, Any] | None:
         images = next(figure["images"] for figure in figures if figure["key"] == key)
         for image in images:
             if image["caption"] == caption:
-                # Once more on the page: under ids of its own.
+                # It appears twice on the page, so here it has ids of its own.
                 source = image["source"].replace(f"{key}0-", "opening-")
                 return {"caption": title, "source": Markup(source)}
     return None

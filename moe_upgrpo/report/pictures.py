@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drawing as part of a page: an SVG in its HTML, with real text and the page's colours.
+"""A drawing as part of a page: an SVG inside its HTML, with real text and the page's colours.
 
-A page that is dark, printed or read aloud needs more than an image: its text is text, its colours
-are the page's variables (style.css), and it says in words what is seen.
+A page that is dark, printed or read aloud needs more than an image: here text is text, colours are
+the page's variables (style.css), and words say what is to be seen.
 """
 
 import re
@@ -23,12 +23,12 @@ _COLOR = re.compile("|".join(_VARIABLES), re.IGNORECASE)
 
 
 def themed(color: str) -> str:
-    """The page's variable of a drawing's colour, or the colour where it has none."""
+    """The page's variable for a drawing's colour, or the colour itself where there is none."""
     return _VARIABLES.get(color.lower(), color)
 
 
 def inline(drawing: str, *, key: str, alt: str) -> Markup:
-    """An SVG of `plots.svg` as an element of a page. ``key`` makes its ids its own there."""
+    """Turn an SVG of `plots.svg` into an element of a page. ``key`` makes its ids unique there."""
     root = ElementTree.fromstring(drawing)
     text = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
@@ -44,7 +44,7 @@ def inline(drawing: str, *, key: str, alt: str) -> Markup:
 
 
 def _tidy(element: ElementTree.Element, key: str, named: set[str]) -> None:
-    """Leave out what a page does without; name, colour and round the rest."""
+    """Drop what a page can do without; name, colour and round the rest."""
     for child in list(element):
         kind = child.tag.rpartition("}")[2]
         if kind in ("metadata", "style"):

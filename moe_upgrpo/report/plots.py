@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from moe_upgrpo.report.answers import Answers, Clustering
 from moe_upgrpo.report.figures import ByLayer, Curves, HeatMap, Histogram, Panels, sentence
 
-# Distinct also for colour-blind readers (Okabe and Ito's set, its yellow left out).
+# Distinct for colour-blind readers too (Okabe and Ito's set, without its yellow).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# With several runs each has a mark too, on the page as a sign: told apart in grey, and by anybody.
+# With several runs each also has a mark, a sign on the page, for grey print and any reader.
 MARKERS, SIGNS = "os^DvPX", "●■▲◆▼✚✖"
 _LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 SOFT, EDGE, GRID = "#475569", "#94a3b8", "#e2e8f0"
@@ -46,7 +46,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "text.color": SOFT,
-    "svg.fonttype": "none",  # text that can be read, searched and read aloud
+    "svg.fonttype": "none",  # text can be read, searched and read aloud
     "svg.hashsalt": "moe_upgrpo",  # the same data gives the same file
 }
 # Wide enough for one column of a desktop page, and legible when a phone shrinks it a little.
@@ -60,7 +60,7 @@ def color_of(run: int) -> str:
 
 
 def draw(figure: Any, data: list[dict[str, Any]], labels: list[str]) -> list[tuple[str, Figure]]:
-    """A figure's drawings with their captions; ``labels`` are all runs, in the order of colours."""
+    """A figure's drawings with their captions; ``labels`` are all runs', in order of colours."""
     if isinstance(figure, Panels):
         drawn = []
         for part in figure.parts:
@@ -100,7 +100,7 @@ def _canvas(**style: Any) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _legend(canvas: Figure, handles: list[Any], labels: list[str], *, ncols: int) -> None:
-    """Above the axes; more than two rows make the drawing higher, not the axes lower."""
+    """Draw it above the axes; more than two rows make the drawing higher, not the axes lower."""
     canvas.legend(handles, labels, loc="outside upper left", ncols=ncols)
     rows = -(-len(labels) // ncols)
     canvas.set_size_inches(_SIZE[0], _SIZE[1] + _LEGEND_ROW * max(0, rows - 2))
@@ -109,7 +109,7 @@ def _legend(canvas: Figure, handles: list[Any], labels: list[str], *, ncols: int
 def _draw_curves(
     figure: Curves, data: list[dict[str, Any]], labels: list[str], canvas: Figure, axes: Axes
 ) -> None:
-    """Curves over steps: with one run a colour for each metric, with several one for each run."""
+    """Draw curves over steps: a colour for each metric of one run, or for each of several runs."""
     curves = [entry for entry in data if not entry["floor"]]
     floors = [entry for entry in data if entry["floor"]]
     metrics = list(dict.fromkeys(entry["label"] for entry in curves))
@@ -121,7 +121,7 @@ def _draw_curves(
         style = {"color": color, "ls": _LINES[metric % len(_LINES)], "marker": _marker(run)}
         _draw_line(axes, entry, style, points=figure.points_only, marked=several)
     handles = [_metric_handle(i, several) for i in range(len(metrics))]
-    # A curve with zeros has no logarithm; a floor of 0 does not take it from the others.
+    # A curve with zeros has no logarithm; a floor of 0 does not keep the others from one.
     above = [entry["values"] for entry in curves or floors]
     is_log = figure.log_scale and (np.concatenate(above) > 0).all()
     for entry in floors:
@@ -175,7 +175,7 @@ def _two_legends(
 
 
 def _kind(entry: dict[str, Any]) -> str:
-    """KIND of an entry's noise/KIND/… metric."""
+    """KIND in an entry's noise/KIND/… metric."""
     return entry["metric"].split("/")[1]
 
 
@@ -185,7 +185,7 @@ def _floor_style(entry: dict[str, Any], labels: list[str]) -> tuple[str, tuple[s
 
 
 def _floor_legend(floors: list[dict[str, Any]], key: str) -> tuple[list[Line2D], list[str]]:
-    """One handle for each kind; a kind that is 0 throughout is said to be."""
+    """One handle for each kind; the legend says so if a kind is 0 throughout."""
     handles, names = [], []
     for label in dict.fromkeys(entry["label"] for entry in floors):
         mine = [entry for entry in floors if entry["label"] == label]
@@ -199,7 +199,7 @@ def _floor_legend(floors: list[dict[str, Any]], key: str) -> tuple[list[Line2D],
 def _draw_line(
     axes: Axes, entry: dict[str, Any], style: dict[str, Any], *, points: bool, marked: bool
 ) -> None:
-    """A curve; ``marked`` gives it some of its run's marks where it has too many points for all."""
+    """Draw a curve; ``marked`` gives it its run's marks, only some if it has too many points."""
     steps, values = np.array(entry["steps"]), np.array(entry["values"])
     smooth = not points and ("means" in entry or len(values) >= _SMOOTHED_FROM)
     if smooth:
@@ -221,7 +221,7 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_heat_map(entry: dict[str, Any]) -> Figure:
-    """One run's mismatch, layer × step."""
+    """Draw one run's mismatch, layer × step."""
     with _canvas(**{"axes.grid": False}) as (canvas, axes):
         steps, rates = entry["steps"], np.array(entry["rates"], dtype=float)
         # A cell reaches half way to the neighbouring steps: steps need not be evenly spaced.
@@ -250,7 +250,7 @@ def _draw_heat_map(entry: dict[str, Any]) -> Figure:
 def _draw_by_layer(
     figure: ByLayer, data: list[dict[str, Any]], labels: list[str], canvas: Figure, axes: Axes
 ) -> None:
-    """Mismatch of each layer over the whole run, runs overlaid."""
+    """Draw the mismatch of each layer over the whole run, with runs overlaid."""
     for entry in data:
         run = labels.index(entry["run"])
         style = {"color": color_of(run), "marker": _marker(run), "ls": "-"}
@@ -268,7 +268,7 @@ def _draw_by_layer(
 def _draw_histogram(
     figure: Histogram, data: list[dict[str, Any]], labels: list[str], canvas: Figure, axes: Axes
 ) -> None:
-    """Shares above 0, on a log scale, by number of differing layers."""
+    """Draw the shares above 0 on a log scale, by number of differing layers."""
     shares = [share for entry in data for share in entry["shares"] if share]
     for entry in data:
         run = labels.index(entry["run"])
@@ -304,7 +304,7 @@ def _measured_and_floors(data: list[dict[str, Any]], key: str, canvas: Figure) -
 def _draw_answers(
     figure: Answers, data: list[dict[str, Any]], labels: list[str], canvas: Figure, axes: Axes
 ) -> None:
-    """Rates with intervals by group; by sign, the quantities stand on the x axis instead."""
+    """Draw rates with intervals by group; by sign, the x axis shows the quantities instead."""
     several, answers = len(labels) > 1, [entry for entry in data if not entry["floor"]]
     quantities = list(dict.fromkeys(entry["label"] for entry in answers))
     if figure.by == "sign":
@@ -417,7 +417,7 @@ def _label_groups(axes: Axes, by: str) -> None:
 def _draw_clustering(
     figure: Clustering, data: list[dict[str, Any]], labels: list[str], canvas: Figure, axes: Axes
 ) -> None:
-    """Tokens by number of mismatched layers: found (filled) and independent (hollow)."""
+    """Draw tokens by number of mismatched layers: measured (filled) and independent (hollow)."""
     for entry in data:
         run = labels.index(entry["run"])
         color, mark = color_of(run), _marker(run)
@@ -433,7 +433,7 @@ def _draw_clustering(
         Line2D([], [], color=SOFT, marker="o", mfc="none", ls=":"),
     ]
     _legend(canvas, kinds, ["found", "if independent"], ncols=2)
-    # Independent layers would make many mismatches absurdly rare: down to what was found.
+    # Independent layers make many mismatches absurdly rare: cut the axis at the measured shares.
     _share_scale(axes, min(share for entry in data for share in entry["shares"] if share))
     axes.set_xlabel("MoE layers of the token that differ")
 

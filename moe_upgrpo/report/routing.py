@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing of engine and trainer, what it does to log-probs, and the noise floor of it all."""
+"""Routing of engine and trainer, its effect on log-probs, and the noise floors of both."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,8 @@ def _says_floor(
 ) -> str:
     """Each side's own noise floor, and how far ``measured`` is above it on the same steps.
 
-    Steps with stale samples are left out where others were analysed: what differs there is an
-    update too.
+    Steps with stale samples are left out where others were analysed: there, an update is part of
+    the difference.
     """
     names = [f"noise/{side}_{kind}" for side in sides for kind in _PASSES[side]]
     analysed = sorted({step for name in names for step in run.series(f"{name}/{metric}")[0]})
@@ -83,13 +83,13 @@ def _says_floor(
 def _counted(
     run: Run, name: str, rate: float, steps: Sequence[int], metric: str, form: Format
 ) -> str:
-    """'0.2%, 1 of 496': a rate and, of routers, its counts where they were logged."""
+    """'0.2%, 1 of 496': a rate and, for routers, its counts where they were logged."""
     found = counts(run, name, steps) if metric == "router_rate" else None
     return form(rate) + (f", {found[0]:,} of {found[1]:,}" if found else "")
 
 
 def stale(run: Run) -> str:
-    """Say how many steps compare the trainer with an engine of older weights, if any."""
+    """Say how many steps compare the trainer with an engine on older weights, if any."""
     if not (steps := run.stale_steps):
         return ""
     found = run.series("staleness/mean")

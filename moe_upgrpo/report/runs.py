@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as the report knows it: its config, environment and metrics, read from the store."""
+"""A run as the report sees it: its config, environment and metrics, read from the store."""
 
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,7 +16,7 @@ from moe_upgrpo.store import read_config, read_environment, read_metrics
 from moe_upgrpo.store.run_folder import has_plain_metrics
 from moe_upgrpo.store.text import printable
 
-# Means of this many steps stand for the beginning and the end of a run: one step is noisy.
+# Means of this many steps represent the beginning and the end of a run: one step is noisy.
 END_STEPS = 5
 
 
@@ -33,13 +33,13 @@ class Run:
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Make a value of the rows once: figures, texts and tables ask for the same."""
+        """Make a value from the rows once: figures, texts and tables ask for the same."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it was logged and finite (else it is null)."""
+        """Steps and values of a metric, where it was logged and finite (otherwise it is null)."""
         return self.once(("series", name), lambda: self._series(name))
 
     def _series(self, name: str) -> tuple[list[int], list[float]]:
@@ -47,7 +47,7 @@ class Run:
         return [self.rows[i]["step"] for i in at], [float(value) for value in values]
 
     def _numbers(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Columns by metric: the places of the rows that have a number for it, and the numbers."""
+        """Columns by metric: the indices of the rows that have a number for it, and the numbers."""
         return self.once("numbers", self._made_numbers)
 
     def _made_numbers(self) -> dict[str, tuple[list[int], list[float]]]:
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def stale_steps(self) -> list[int]:
-        """Steps whose samples are of older weights than the trainer's: generation overlaps."""
+        """Steps whose samples come from older weights than the trainer's: generation overlaps."""
         series = self.series("staleness/mean")
         return self.once(
             "stale", lambda: [step for step, value in zip(*series, strict=True) if value]
@@ -96,7 +96,7 @@ class Run:
         return self.config.get("replay") or "none"
 
     def pooled(self, name: str, *, steps: Sequence[int] | None = None) -> float | None:
-        """Mean over the run, or over ``steps``, each step weighted by what was compared in it."""
+        """Mean over the run, or over ``steps``, each step weighted by how much it compared."""
         return self.once(
             ("pooled", name, None if steps is None else tuple(steps)),
             lambda: self._pooled(name, steps),
@@ -109,7 +109,7 @@ class Run:
         return float(np.average([row[name] for row in rows], weights=_weights(rows)))
 
     def summed(self, name: str, *, steps: Sequence[int] | None = None) -> np.ndarray | None:
-        """A list of counts summed over the run, or over ``steps`` ``[M]``; None if none was logged.
+        """A list of counts summed over the run, or over ``steps`` ``[M]``; None if never logged.
 
         Raises:
             UserError: lists of different lengths.
@@ -118,7 +118,7 @@ class Run:
         return self._matrix(name, rows).sum(axis=0).astype(np.int64) if rows else None
 
     def pass_at_k(self) -> list[str]:
-        """The eval/pass@K keys that occur, by K."""
+        """The eval/pass@K keys that occur, sorted by K."""
         names = self.once(
             "pass@",
             lambda: {name for row in self.rows for name in row if name.startswith("eval/pass@")},
@@ -126,7 +126,7 @@ class Run:
         return sorted(names, key=lambda name: int(name.removeprefix("eval/pass@")))
 
     def by_layer(self, name: str) -> tuple[list[int], np.ndarray] | None:
-        """Steps and the rates ``[steps, L]`` of a metric by layer; None where there is none."""
+        """Steps and the rates ``[steps, L]`` of a metric by layer; None if there are none."""
         return self.once(("by_layer", name), lambda: self._by_layer(name))
 
     def _by_layer(self, name: str) -> tuple[list[int], np.ndarray] | None:
@@ -154,7 +154,7 @@ class Run:
         return np.array([row[name] for row in rows], dtype=float)  # null: NaN
 
     def layer_ids(self, num_layers: int) -> list[int]:
-        """The model's numbers of the MoE layers; 0..L-1 where the config does not tell."""
+        """The MoE layers' numbers in the model; 0..L-1 where the config does not tell."""
         ids = self.config.get("moe_layers")
         known = isinstance(ids, list) and len(ids) == num_layers
         return ids if known else list(range(num_layers))
@@ -167,7 +167,7 @@ def _of(rows: list[dict[str, Any]], steps: Sequence[int] | None) -> list[dict[st
 
 
 def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
-    """The (token, layer) pairs that each row compared, of a dense model its tokens; else None."""
+    """The (token, layer) pairs that each row compared; a dense model's tokens; otherwise None."""
     for name in ("mismatch/router_denominator", "tokens/sampled"):
         weights = [row.get(name) or 0 for row in rows]
         if all(weights):
@@ -177,7 +177,7 @@ def _weights(rows: list[dict[str, Any]]) -> list[float] | None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Switch the garbage collector off, which would double the time for millions of objects."""
+    """Switch off the garbage collector, which would double the time for millions of objects."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -201,11 +201,11 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        # Somebody else's run may hold anything: a page must show it and do nothing.
+        # A run from a stranger may hold anything: a page must show it and execute nothing.
         config = printable(read_config(path))
         with _no_collection():
             rows = read_metrics(path)
-        if not has_plain_metrics(path):  # the usual case, and of a long run a matter of minutes
+        if not has_plain_metrics(path):  # usually plain: this saves minutes on a long run
             rows = printable(rows)
         runs.append(
             Run(

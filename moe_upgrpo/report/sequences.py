@@ -23,10 +23,10 @@ from moe_upgrpo.store.text import printable
 from moe_upgrpo.store.texts import as_texts, read_prompts, read_vocabulary
 from moe_upgrpo.store.token_log import token_files
 
-OF_EACH = 2  # sequences of each kind; together at most ten
+OF_EACH = 2  # sequences of each kind; ten at most in all
 MAX_TOKENS = 400  # shown of one response, around its largest |gap|
-_MAX_LAYERS = 12  # named of a token
-# |gap| and |log ratio| in nats at which a token starts to be coloured, and is fully so.
+_MAX_LAYERS = 12  # listed for a token
+# |gap| and |log ratio| in nats at which a token begins to be coloured, and is fully coloured.
 COLORED_FROM, COLORED_TO = 0.01, 1.0
 FULL_ENTROPY, FULL_ADVANTAGE = 3.0, 2.0
 
@@ -69,7 +69,7 @@ def sequences(run: Run) -> list[dict[str, Any]]:
 
 
 def _chosen(table: pa.Table) -> list[tuple[int, str]]:
-    """Sequences and why each is shown; none twice."""
+    """Sequences and why each is shown; none occurs twice."""
     gap_N, known_N = np.abs(_gap(table)), table["logp_old"].is_valid().to_numpy()
     gap_N[np.isnan(gap_N)] = math.inf
     gap_N[~known_N] = 0.0
@@ -91,14 +91,14 @@ def _chosen(table: pa.Table) -> list[tuple[int, str]]:
     for score, why in kinds:
         rest = [i for i in np.argsort(-score, kind="stable").tolist() if i not in chosen]
         chosen |= dict.fromkeys(rest[:OF_EACH], why)
-    # Few kinds apply to a run without rewards or mismatches: more by chance.
+    # Few kinds apply to a run without rewards or mismatches: then more are drawn at random.
     rest = [i for i in drawn_at_random.tolist() if i not in chosen]
     chosen |= dict.fromkeys(rest[: max(0, 4 * OF_EACH - len(chosen))], "drawn at random")
     return [(int(ids[i]), why) for i, why in chosen.items()]
 
 
 def _with_texts(run: Path, step: int, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The texts of prompts and tokens, where the run keeps them."""
+    """Add the texts of prompts and tokens, where the run keeps them."""
     prompts = read_prompts(run, step)
     ids = {token["token_id"] for one in found for token in one["tokens"]}
     ids |= {int(i) for one in found for i in prompts.get(one["prompt"], ())}
@@ -136,8 +136,8 @@ def _experts(
 ) -> tuple[dict[tuple[int, int], np.ndarray], list[str]]:
     """Both sides' experts ``[2, L, K]`` by (sequence, position), where routes are logged.
 
-    And, for each file that refused, why. A file is read at a time and reduced to the sequences
-    asked for.
+    Also returned: for each file that was refused, why. Files are read one at a time and reduced to
+    the requested sequences.
     """
     found, refused = {}, []
     columns = ("step", "sequence", "position", "rollout_experts", "train_experts")
@@ -161,8 +161,8 @@ def _experts(
 def _sequence(table: pa.Table, experts: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
     """Reward, advantage and tokens of one sequence, by position.
 
-    A token has no logp_old, ratio, gap and entropy where its source does not know them; None stands
-    for what is no number.
+    A token has no logp_old, ratio, gap or entropy where its source does not know them; None means
+    that a value is not a number.
     """
     layout = TokenLayout.of(table.schema)
     table = table.sort_by("position")
@@ -234,7 +234,7 @@ def says(run: Run, shown: list[dict[str, Any]]) -> str:
 
 
 def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Show a token on the page: text, how full each colour is, its line, and what it tells."""
+    """Prepare a token for the page: text, how full each colour is, its line, and its details."""
     lines = [
         f"position {token['position']}, token id {token['token_id']}"
         + (f": {token['text']!r}" if "text" in token else ""),
@@ -271,14 +271,14 @@ def drawn(token: dict[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _log_fill(value: float | None) -> float:
-    """0..1 on a log scale; a value that is no number is shown as the largest."""
+    """0..1 on a log scale; a value that is not a number is shown as the largest."""
     size = COLORED_TO if value is None else abs(value)
     size = min(max(size, COLORED_FROM), COLORED_TO)
     return round(math.log(size / COLORED_FROM) / math.log(COLORED_TO / COLORED_FROM), 2)
 
 
 def strip(found: dict[str, Any], layer_ids: Sequence[int]) -> str:
-    """The mismatched cells of token × layer as the path of an SVG, a unit each."""
+    """The mismatched cells of token × layer as the path of an SVG, one unit each."""
     row_of = {layer: row for row, layer in enumerate(layer_ids)}
     return "".join(
         f"M{column} {row_of[layer['layer']]}h1v1h-1z"

@@ -60,7 +60,7 @@ def about(runs: list[Run]) -> list[dict[str, Any]]:
         return git and git["commit"][:12] + (" with changes" if git["changed"] else "")
 
     rows: list[tuple[str, Callable[[Run], Any]]] = [
-        # Older runs, and those of other trainers, have the preset's name alone.
+        # Older runs, and those of other trainers, have only the preset's name.
         ("Loss", lambda run: run.config.get("loss_in_words") or run.config.get("loss")),
         ("Model", model),
         ("Routing", moe),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages made of a template: a run report, a comparison and a diagnosis share style and rules."""
+"""Pages made from a template: a run report, a comparison and a diagnosis share style and rules."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _HERE = Path(__file__).parent
 
 
 def render(template: Path, /, **values: Any) -> str:
-    """Fill a template, which may include the report's style. A value that is not given raises."""
+    """Fill a template, which may include the report's style. A missing value raises."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _HERE]),
         autoescape=True,

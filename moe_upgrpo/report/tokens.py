@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's token log as the report reads it: file by file, the narrow columns."""
+"""A run's token log as the report reads it: file by file, only the narrow columns."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from moe_upgrpo.store.schema import check_types, metadata
 from moe_upgrpo.store.streamed import Question, answer
 from moe_upgrpo.store.token_log import token_files
 
-# Files are read one by one, so that any number of rows fits; opening so many takes seconds.
+# Files are read one by one, so any number of rows fits; but opening this many takes seconds.
 MAX_FILES = 1500
 _COLUMNS = (
     "step",
@@ -51,9 +51,9 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLog:
-    """The rows of a run's token files, which are read one by one and never all at once.
+    """The rows of a run's token files, read one by one and never all at once.
 
-    ``layout`` is None where there are none; ``note`` says what is read and what is not.
+    ``layout`` is None where there are no files; ``note`` says what is read and what is not.
     """
 
     note: str
@@ -72,7 +72,7 @@ class TokenLog:
     def parts(
         self, columns: Collection[str], steps: Collection[int] | None = None
     ) -> Iterator[pa.Table]:
-        """A table of each file; a column that it lacks is null in it."""
+        """A table from each file; a column that a file lacks is null."""
         wanted = [c for c in COLUMNS if c in columns and c in self.column_names]
         for file, step in self.files:
             if steps is not None and step not in steps:
@@ -81,7 +81,7 @@ class TokenLog:
                 held = set(column_names(file))
                 table = read_tokens(file, columns=[c for c in wanted if c in held])
             except (UserError, pa.ArrowException, OSError):
-                continue  # damaged in what was not looked at before
+                continue  # damaged in a part that was not checked before
             for name in wanted:
                 if name not in held:
                     kind = pa.type_for_alias(COLUMNS[name].type)
@@ -98,9 +98,9 @@ class TokenLog:
         return self._answered[quantity, by]
 
     def answer_all(self, asked: Iterable[tuple[str, str]], *, summed: bool = False) -> None:
-        """Answer many questions while the files are read once, or twice for bins.
+        """Answer many questions in one reading of the files, or two for bins.
 
-        summed: with the sums behind `clustered` and `above_floor`.
+        summed: also the sums behind `clustered` and `above_floor`.
         """
         questions, counted = {}, {}
         for quantity, by in dict.fromkeys(asked):
@@ -137,11 +137,11 @@ class TokenLog:
         return ask(quantity, by=by, layout=self.layout, counted=counted)
 
     def clustered(self) -> Clustered:
-        """The sums behind how clustered mismatches are; of a model with MoE layers."""
+        """The sums that tell how clustered mismatches are, for a model with MoE layers."""
         return self._sums()[0]
 
     def above_floor(self, column: str, steps: Collection[int]) -> np.ndarray | None:
-        """Mismatched routers less those of a noise floor, by prompt ``[P]``; None without rows."""
+        """Mismatched routers minus those of a noise floor, by prompt ``[P]``; None without rows."""
         if column not in self.column_names:
             return None
         return self._sums()[1].of(column, steps)
@@ -159,14 +159,14 @@ def read_token_log(
     rows: Sequence[dict[str, Any]] = (),
     max_files: int = MAX_FILES,
 ) -> TokenLog:
-    """Find the token files that can be read; of each, only what describes it is read here.
+    """Find the readable token files; only their metadata is read here.
 
-    ``config`` and ``rows`` are the run's settings and metrics: the note says where the log is not
-    of that model, lacks a logged step or, at level full, rows of one.
+    ``config`` and ``rows`` are the run's settings and metrics: the note says where the log is of
+    another model, lacks a logged step or, at level full, lacks rows of one.
 
-    A file holds whole sequences of one step. One that cannot be read, or whose model or share of
-    sequences differs from that of the newest, is left out and named in the note. Of more than
-    ``max_files``, whole steps are read at even distances, the newest among them.
+    A file holds whole sequences of one step. A file that cannot be read, or whose model or share of
+    sequences differs from the newest file's, is left out and named in the note. If there are more
+    than ``max_files``, whole steps are read at even distances, including the newest.
     """
     config = config or {}
     files = token_files(run / "tokens")
@@ -239,7 +239,7 @@ def _layout(about: dict[str, Any]) -> TokenLayout:
 
 
 def _why(error: UserError) -> str:
-    """Say why a file cannot be read: damaged, or of a newer schema, whose version is named."""
+    """Say why a file cannot be read: damaged, or of a newer schema (its version is named)."""
     text = str(error)
     return text.split(":")[0] if text.startswith("schema version") else "not readable"
 
@@ -253,7 +253,7 @@ def _few(texts: list[str]) -> list[str]:
 
 
 def _other_model(logged: TokenLayout, config: dict[str, Any]) -> str:
-    """Both models, where the routes of a token log are not of the one that the config names."""
+    """Name both models if a token log's routes are not those of the model in the config."""
     layers, *top = (config.get(key) for key in ("moe_layers", "top_k", "num_experts"))
     ids = list(logged.layer_ids)
     if layers is None or (layers == ids and (not ids or top == [logged.top_k, logged.num_experts])):
@@ -267,12 +267,12 @@ def _other_model(logged: TokenLayout, config: dict[str, Any]) -> str:
 def _gaps(
     held: dict[int, int], share: float, rows: Sequence[dict[str, Any]], found: set[int]
 ) -> str:
-    """Which logged steps have no file, and which, at level full, fewer or more rows than tokens."""
+    """Logged steps without a file and, at level full, those with more or fewer rows than tokens."""
     logged = {row["step"]: row.get("tokens/sampled") for row in rows if row["step"] > 0}
     text = ""
     if missing := {step for step in logged if step not in found}:
         verb = "are" if len(missing) > 1 else "is"
-        # By chance, a sample may hold no sequence of a step.
+        # A sample may, by chance, hold no sequence of a step.
         how = f"{verb} missing" if share == 1 else f"{verb} not in it"
         text += f"; {spans(missing)} {how}"
     if logged and (unfinished := held.keys() - logged):
@@ -293,7 +293,7 @@ def finite(value: Any) -> Any:
 
 
 def as_entry(row: Rate) -> dict[str, Any]:
-    """A row of an answer; ends that are not known are null."""
+    """A row of an answer; interval ends that are not known are null."""
     return {name: finite(value) for name, value in asdict(row).items()}
 
 
@@ -301,7 +301,7 @@ _MAX_SPANS = 12
 
 
 def spans(steps: Collection[int]) -> str:
-    """'steps 1, 4 to 7 and 9'; of many spans the first and how many more."""
+    """'steps 1, 4 to 7 and 9'; for many spans, the first ones and the number of the others."""
     found: list[list[int]] = []
     for step in sorted(set(steps)):
         if found and step == found[-1][1] + 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that a model wrote, judged by unit tests in a process that is shut in (`sandbox`)."""
+"""Programs that a model wrote, judged by unit tests in a sandboxed process (`sandbox`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"```([\w+-]*)[^\S\n]*\n(.*?)```", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One test: Python that must run through after the program, or what it prints for an input."""
+    """One test: Python that must run through after the program, or the output for an input."""
 
     test: str = ""
     given: str = ""
@@ -36,7 +36,7 @@ def code(problem: Question, response: str, row: Mapping[str, Any]) -> float:
     """1 where the program in the response passes all tests of the problem, else 0.
 
     The program is the last block of Python in the response, else the last block, else all of it.
-    The tests, the first of these that is there:
+    The tests are the first of these that exists:
 
     - in the answer, JSON as verl's data sets have it: {"inputs": [...], "outputs": [...]}, a text
       for standard input and what is printed for each, with "fn_name": the arguments and the result

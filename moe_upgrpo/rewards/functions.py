@@ -13,7 +13,7 @@ from typing import Any
 from moe_upgrpo.rewards.question import Question
 
 Row = Mapping[str, Any]
-# In \boxed{\text{(B)}}, **B**, (B): what may stand before a letter.
+# What may precede a letter, as in \boxed{\text{(B)}}, **B**, (B).
 _OPENED = r"(?:\*\*|\$|\(|\[|\\boxed\{|\\text\{|\\textbf\{|\\mathrm\{|\s)*"
 _BOXED = re.compile(r"\\boxed\{" + _OPENED + r"([A-Ja-j])\b")
 _SAID = re.compile(
@@ -41,9 +41,9 @@ def choice(problem: Question, response: str, row: Row, _: str = "") -> float:
     """1 where the response chooses the answer's letter, A to J.
 
     The letter is the last in a \\boxed{}, else the last that "answer is", "answer:", "option" or
-    "choice" names, else that of the last line that is a letter alone or begins with `B)`. Who names
-    two ("A or B") chooses none. The answer is a letter; or a number, the place in the row's
-    `choices` or `options`, from 0 on.
+    "choice" names, else that of the last line that is a letter alone or begins with `B)`. Naming
+    two ("A or B") chooses none. The answer is a letter, or a number: the place in the row's
+    `choices` or `options`, counted from 0.
     """
     return float(chosen(response) == _reference_letter(problem.answer, row))
 
@@ -96,8 +96,8 @@ def _number(text: str) -> Decimal | None:
 
 
 def regex(problem: Question, response: str, row: Row, pattern: str) -> float:
-    """1 where the last match of the pattern has the answer in its first group; of a pattern without
-    a group, where it matches at all."""
+    """1 where the last match of the pattern has the answer in its first group; for a pattern
+    without a group, where it matches at all."""
     compiled = re.compile(pattern)
     if not compiled.groups:
         return float(compiled.search(response) is not None)

@@ -43,7 +43,7 @@ SOURCES = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reward:
     """One of the words. label: its name in metrics. place: module:function, None where it has none.
-    text: what stands after the colon of a built-in one."""
+    text: the text after the colon of a built-in one."""
 
     label: str
     place: str | None
@@ -52,7 +52,7 @@ class Reward:
 
     @property
     def is_one_number(self) -> bool:
-        """Whether it is known to give no names; your own, and a plug-in's, may."""
+        """Whether it is known to return one number; your own, and a plug-in's, may return names."""
         return self.place is None or self.place.startswith("moe_upgrpo.rewards.")
 
 
@@ -86,7 +86,7 @@ def read_rewards(words: Sequence[str]) -> list[Reward]:
 
 
 def is_own_code(word: str) -> bool:
-    """Whether the word names a module or a file, no built-in reward and no plug-in's."""
+    """Whether the word names a module or a file, not a built-in reward or a plug-in's."""
     return _read(word).place not in REWARDS.values()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A problem without its tokens. tokens: how many of them the response has that were sampled."""
+    """A problem without its tokens. tokens: the number of sampled tokens in the response."""
 
     prompt: str
     answer: str

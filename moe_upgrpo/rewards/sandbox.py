@@ -7,9 +7,9 @@ Standard input is the program's own. Shut in means: no sockets, no other process
 any, nothing that outlives it but files in its folder, none of the kernel's settings; processor
 time, memory and file sizes are limited, and it ends with the process that started it.
 
-By the kernel's own means, which no privilege is needed for: seccomp (a filter of system calls that
-stays to the end), Landlock (files), resource limits; and a network namespace of its own where that
-is allowed, besides. Reading files is not forbidden.
+It uses the kernel's own means, which need no privilege: seccomp (a filter of system calls that
+stays to the end), Landlock (files), resource limits; besides, where that is allowed, its own
+network namespace. Reading files is not forbidden.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ _DENIED = {
     "kernel": (169, 167, 168, 175, 313, 176, 246, 320, 321, 298, 248, 249, 250, 323, 164, 227,
                159, 170, 171, 163),
 }  # fmt: skip
-# Calls whose second argument says what they do: what is allowed of them.
+# Calls whose second argument says what they do, and its allowed values.
 _ALLOWED = {
     # fcntl: F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC, the size of a pipe. F_SETOWN and F_SETSIG would
     # send any signal to any process.
@@ -121,7 +121,7 @@ def _filter() -> bytes:
 
 
 def _argument(i: int) -> int:
-    """The place of a call's argument in what seccomp sees: its lower half."""
+    """The offset of (the lower half of) a call's argument in seccomp's data."""
     return 16 + 8 * i
 
 

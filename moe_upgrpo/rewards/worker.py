@@ -28,8 +28,8 @@ VERL = {"solution_str", "ground_truth"}  # parameters of verl's compute_score
 
 def main(place: str, timeout_s: float) -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a reward prints is no reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which ends this one
+    os.dup2(2, 1)  # text that a reward prints is not a reply
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this one
     try:
         function = load(place)
         call = called(function)
@@ -123,7 +123,7 @@ async def _together(call: Callable, asked: list[tuple], timeout_s: float) -> lis
 
 
 def plain(value: Any) -> float | dict[str, float]:
-    """A number, or named ones, as JSON has them. Raises ValueError that says what was given."""
+    """A number, or named numbers, as in JSON. Raises ValueError that says what was returned."""
     if isinstance(value, dict):
         if not value:
             raise ValueError("it gave an empty dict; a number or named numbers are needed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes of one reward, asked many at a time, each answer behind a limit that holds."""
+"""Worker processes of one reward, asked many at a time, with a hard time limit on each answer."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Outcome:
 class Workers:
     """Up to `count` processes that call the function at `place` (module:function).
 
-    A call that has no answer after `timeout_s` of wall-clock is ended with its process, and only
-    it has no value. Raises UserError where the function cannot be imported or called so.
+    A call that has no answer after `timeout_s` of wall-clock is ended with its process, and it
+    alone has no value. Raises UserError where the function cannot be imported or called.
     """
 
     def __init__(self, place: str, *, timeout_s: float, count: int):
@@ -118,7 +118,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._ended_by_us = False
-        # Its temporary files go with it, also where it is killed amid them.
+        # Its temporary files are removed with it, even where it is killed.
         self._folder = tempfile.TemporaryDirectory(
             prefix="moe_upgrpo_reward_", ignore_cleanup_errors=True
         )

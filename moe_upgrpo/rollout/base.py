@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of rollout engines, and what they return.
+"""The protocol of rollout engines, and the rollouts that they return.
 
 P prompt tokens, T response tokens, S = P + T, L MoE layers, K experts per token.
 
@@ -146,9 +146,9 @@ def check_prompts(prompts: Sequence[np.ndarray], samples_per_prompt: int) -> Non
 
 
 def broken_weights(version: int) -> type[UserError]:
-    """The kind of error that log-probs which are not finite are, by the weights that gave them.
+    """The kind of error for log-probs that are not finite, by the weights that gave them.
 
-    The trainer's weights have diverged; those of version 0 were given so.
+    The trainer's weights have diverged; those of version 0 were like that from the start.
     """
     return NumericalFailure if version else UserError
 
@@ -186,7 +186,8 @@ class Engine(Protocol):
         """The routes `[S-1, L, K]` of whole sequences `[S]`, S >= 2, each computed in one pass.
 
         Nothing is taken from a cache: two calls are two computations, and their difference is the
-        engine's own noise floor; that to the routes of `generate` is its noise over batch shapes.
+        engine's own noise floor; the difference to the routes of `generate` is its noise over batch
+        shapes.
         """
 
     def update_weights(

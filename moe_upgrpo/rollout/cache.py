@@ -2,8 +2,8 @@
 """Rollouts kept in files, so that an update can be repeated and debugged without an engine.
 
 One Parquet file for each step and writing rank, one row for each response. Lists and scalars are
-Parquet's own; the routes `[P+T-1, L, K]` are the bytes of the array, whose type, L and K stand in
-the schema's metadata.
+Parquet's own; the routes `[P+T-1, L, K]` are the bytes of the array, whose type, L and K are in the
+schema's metadata.
 """
 
 import json
@@ -22,8 +22,8 @@ from moe_upgrpo.store.parquet import read_checked, write_checked
 
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
-_WITH_RESULTS = 2  # and a column more: which tokens were sampled, where not all were
-# Zeros stand before a short number only: one step has one name.
+_WITH_RESULTS = 2  # one more column, where not all tokens were sampled: those that were
+# Only short numbers have leading zeros, so that a step has one name.
 _FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 _SCHEMA = pa.schema(
     {

@@ -47,7 +47,7 @@ def check_weights(
 def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
     """The layers whose checkpoint tensors belong to routed experts, `...layers.<i>...experts...`.
 
-    Those behind the model's `layers` (multi-token prediction) are not among them.
+    Layers after the model's `layers` (multi-token prediction) are not among them.
     """
     found = {int(m[1]) for m in (re.search(r"\.(\d+)\..*\bexperts\.", n) for n in names) if m}
     return tuple(sorted(layer for layer in found if layer < layers))
@@ -55,10 +55,10 @@ def moe_layers(names: Iterable[str], layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFolder:
-    """The facts of a model folder that an engine has to know before it starts on it.
+    """The facts about a model folder that an engine needs before it starts.
 
-    `view` is the folder that an engine reads which takes all *.safetensors that it finds: the
-    folder itself, or one of links to what belongs to the model, which lives as long as this.
+    `view` is the folder for an engine that reads every *.safetensors file in it: the folder itself,
+    or one with links to the model's own files, which lives as long as this object.
     """
 
     config: PretrainedConfig  # of the language model
@@ -70,7 +70,7 @@ class ModelFolder:
 
     @classmethod
     def read(cls, model_dir: str | Path, view_in: str | Path | None = None) -> ModelFolder:
-        """See `moe_upgrpo.hugging_face` for what is refused. view_in: where a view may be made."""
+        """Read a folder; refusals: `moe_upgrpo.hugging_face`. view_in: where a view may be made."""
         hf = read_config(model_dir)
         config, links = hf.get_text_config(), None
         with Weights(model_dir, tied=is_tied(hf)) as weights:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engines by name: a record of each, for code that does not run it, and how each is made.
 
-Nothing outside this folder compares engine names: who must know what an engine is like asks
-`ENGINES`. It imports no engine, and no torch; each engine's module is imported only when it is
-used.
+Nothing outside this folder compares engine names: code that needs to know an engine's traits asks
+`ENGINES`. This module imports no engine, and no torch; each engine's module is imported only when
+it is used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Found:
     state: Literal["ok", "missing", "wrong"]
     note: str = ""
     get: str = ""  # how to get it, where it is missing or wrong
-    never_run: bool = False  # no machine of ours could
+    never_run: bool = False  # none of our machines could
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,15 +63,15 @@ class EngineRecord:
     Fields:
         title: its name in a sentence.
         make: makes it, from a folder and the keywords of `make_engine`.
-        look: says what of it is installed; None where it comes with what training needs. It gets
-            what knows the installed distributions (`tools.doctor.Installed`), and as keywords
+        look: says how far it is installed; None where it comes with the packages that training
+            needs. It gets the installed distributions (`tools.doctor.Installed`), and as keywords
             `cuda`, whether torch finds a GPU, and `source`, how this project itself is installed.
         without_url: where it runs unless a URL names a server.
-        takes_url: whether it can be a server that runs already.
+        takes_url: whether it can be a server that is already running.
         weights: the forms in which it samples with the trainer's weights.
     Memory where it runs in each rank:
-        cache_setting: the setting of the GiB that it holds for keys and values, as a path in the
-            configuration; None where it allocates them as it generates, and frees them.
+        cache_setting: the setting of the GiB that it reserves for keys and values, as a path in
+            the configuration; None where it allocates them as it generates, and frees them.
         in_flight: most sequences with keys and values at a time, where it allocates them.
         copies_to_cast: whether an update to another number type than the trainer's makes a second
             model beside the first.
@@ -196,7 +196,7 @@ def register_engine(name: str, record: EngineRecord) -> None:
 
 
 def with_servers() -> list[str]:
-    """The engines that can be a server which runs already."""
+    """The engines that can be a server that is already running."""
     return [name for name, record in ENGINES.items() if record.takes_url]
 
 
@@ -240,8 +240,8 @@ def make_engine(
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
     It runs where its record says: one in each rank, or one server for all, which is at `url` or is
-    started by rank 0, with its output in `server_log`. `max_tokens`: of the longest sequence,
-    prompt and response together. `weights`: a form that its record has.
+    started by rank 0, with its output in `server_log`. `max_tokens`: length of the longest
+    sequence, prompt and response together. `weights`: one of the forms in its record.
     """
     return check_engine(name, weights=weights, url=url).make(
         model_dir,

@@ -39,8 +39,8 @@ class HFEngine:
     expert indices that each MoE layer hands to its experts. `moe_layer_ids` maps the L rows of the
     routes to the model's layers; a dense model has L = K = 0.
 
-    Sampling is an explicit loop over a KV cache and not `model.generate`: a prompt is computed
-    once for all its samples, and finished sequences leave the batch, which is several times
+    Sampling is an explicit loop over a KV cache rather than `model.generate`: a prompt is computed
+    once for all its samples, and finished sequences leave the batch, which makes it several times
     faster. At most `max_sequences` are in flight at once.
 
     weights="fp8" stands in for an engine that serves quantised weights: see `fp8_rounded`.
@@ -81,9 +81,9 @@ class HFEngine:
         self._use(model)
 
     def _built(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, str]:
-        """A model of these weights, and in words which of them are not its own.
+        """A model with these weights, and in words the missing and unexpected ones.
 
-        transformers would make up what is missing, and say so among many lines.
+        transformers would make up missing weights, and say so among many lines.
         """
         with no_progress_bar():
             model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].from_pretrained(
@@ -144,8 +144,8 @@ class HFEngine:
         check_prompts(prompts, samples_per_prompt)
         generator = torch.Generator(self.device).manual_seed(seed)
         step = max(1, self.max_sequences // samples_per_prompt)
-        # The trainer's CPU backend is a torch function mode; transformers needs none of it, and a
-        # fifth of the time would go into it.
+        # The trainer's CPU backend is a torch function mode; transformers does not need it, and it
+        # would take a fifth of the time.
         with torch._C.DisableTorchFunction():
             return [
                 rollout
@@ -175,7 +175,7 @@ class HFEngine:
         logp_BT = np.zeros((count, sampling.max_new_tokens), dtype=np.float32)
         response_length_B = np.full(count, sampling.max_new_tokens)
         finished_B = np.zeros(count, dtype=bool)
-        # By step, the sequences then unfinished and the routes of the token fed in.
+        # For each step, the sequences unfinished at that time and the routes of the token fed in.
         fed: list[tuple[np.ndarray, np.ndarray]] = []
         alive_A = np.arange(count)
         for position in range(sampling.max_new_tokens):
@@ -240,7 +240,7 @@ class HFEngine:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Log-probs `[S-1]` of the tokens of whole sequences `[S]`, and their routes `[S-1, L, K]`.
 
-        As `routes`, each sequence in one pass and nothing from a cache. at_once: sequences of a
+        As in `routes`, each sequence in one pass and nothing from a cache. at_once: sequences in a
         batch, at most `max_sequences`.
         """
         check_sequences(sequences)
@@ -260,7 +260,7 @@ class HFEngine:
     def _prefill(
         self, sequences: Sequence[np.ndarray], cache: DynamicCache, keep: int = 1
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """`_forward` of whole sequences padded on the left; their lengths and attention mask.
+        """Run `_forward` on whole sequences padded on the left; adds their lengths and mask.
 
         keep: 0 for the logits of all positions, `[N, W, V]`.
         """
@@ -318,7 +318,7 @@ class HFEngine:
         return logits[:, -1] if keep else logits, self._read_taps(*ids_AX.shape)
 
     def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
-        """Give what the taps hold after one forward, as `[sequences, tokens, L, K]`."""
+        """Empty the taps after one forward: their routes as `[sequences, tokens, L, K]`."""
         for name, tap in self._taps.items():
             if len(tap) != 1 or tap[0].ndim != 2 or len(tap[0]) != sequences * tokens:
                 raise RuntimeError(
@@ -349,8 +349,8 @@ class HFEngine:
         self.model = None
 
 
-# Kept by published FP8 recipes: the router, a shared expert's gate, the embedding, the head and the
-# norms' vectors.
+# Left unrounded by published FP8 recipes: the router, a shared expert's gate, the embedding, the
+# head and the norms' vectors.
 _KEPT = ("embed_tokens", "lm_head", "mlp.gate.weight", "shared_expert_gate", "norm")
 
 
@@ -360,10 +360,10 @@ def is_rounded(name: str, weight: torch.Tensor) -> bool:
 
 
 def fp8_rounded(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as e4m3 with one scale for each matrix would have it, in its own dtype.
+    """The weight rounded to e4m3 with one scale for each matrix, in its own dtype.
 
-    s = max|w| / 448; w' = e4m3(w / s) · s, where 448 is the largest e4m3 number; the matrices of
-    stacked experts `[E, ...]` have a scale each. Activations stay as they are.
+    s = max|w| / 448; w' = e4m3(w / s) · s, where 448 is the largest e4m3 number; each matrix of
+    stacked experts `[E, ...]` has its own scale. Activations stay as they are.
     """
     scale = weight.float().abs().amax(dim=(-2, -1), keepdim=True) / 448
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP client of engines that are servers: one question, or many at once.
 
-It is the standard library's, so that a process which only asks needs none of a server's packages.
-A proxy named in the environment is for other addresses, and is not used.
+It uses the standard library, so that a process that only asks needs none of a server's packages. A
+proxy named in the environment is meant for other addresses, and is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ask = Callable[[Any, list[HTTPConnection]], Any]
 
 
 class _Lost(Exception):
-    """An exchange that the server did not finish: a MachineFault yet without the server's log."""
+    """An exchange that the server did not finish: a MachineFault before the log is added."""
 
 
 class ServerClient:
@@ -38,7 +38,7 @@ class ServerClient:
     request is refused, MachineFault where the server is gone, late or broken.
 
     key_variable: where the key comes from, for errors.
-    late: how a request is called that was not answered in time; may name {path} and {timeout}.
+    late: the error for a request that was not answered in time; may name {path} and {timeout}.
     unknown: what to do where the server does not know a path, or forbids it.
     log: what the server's log says, or where it is, at the end of a MachineFault.
     """
@@ -57,7 +57,7 @@ class ServerClient:
         try:
             parts = urlsplit(url)
             usable = parts.scheme in KINDS and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number, say
+        except ValueError:  # for example a port that is not a number
             usable = False
         if not usable:
             raise UserError(f"url is {url!r}; http://HOST:PORT is needed.")
@@ -74,10 +74,10 @@ class ServerClient:
         timeout: float,
         opened: list[HTTPConnection] | None = None,
     ) -> Any:
-        """Give the server's answer to a GET, or to a POST of `body`: its JSON, None if empty.
+        """The server's answer to a GET, or to a POST of `body`: its JSON, None if empty.
 
-        `timeout` seconds are for each wait: to be connected, and for the next bytes. The connection
-        is added to `opened` before it is used, so that `answers` can cut it.
+        Each wait, for the connection and for the next bytes, takes at most `timeout` seconds. The
+        connection is added to `opened` before it is used, so that `answers` can cut it.
         """
         try:
             text = self._exchange(path, body, timeout, opened)
@@ -94,7 +94,7 @@ class ServerClient:
             ) from None
 
     def is_alive(self, timeout: float, path: str = "/health") -> bool:
-        """Whether it grants a GET within `timeout` seconds, with any content."""
+        """Whether it answers a GET with success within `timeout` seconds, whatever the content."""
         try:
             self._exchange(path, None, timeout)
         except (UserError, _Lost):
@@ -145,10 +145,10 @@ class ServerClient:
     ) -> Iterator[tuple[int, Any] | None]:
         """Send all at once (up to `MAX_REQUESTS`); yields (i, answer to body i) as each arrives.
 
-        None comes where no answer did for `beat` seconds: time to see whether the server lives.
-        `ask` gets a body and what `call` takes as `opened`; what it raises is raised here. However
-        the iteration ends, nothing more is asked and open connections are cut, so that the server
-        can drop what nobody waits for: `contextlib.closing` ends it early.
+        Yields None after `beat` seconds without an answer: time to see whether the server lives.
+        `ask` gets a body and the `opened` of `call`; its errors are raised here. However the
+        iteration ends, nothing more is asked and open connections are cut, so that the server can
+        drop requests that nobody waits for: `contextlib.closing` ends it early.
         """
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         arrived: queue.SimpleQueue = queue.SimpleQueue()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key that an engine's server asks for: from the environment, never on a command line.
 
-`ps` shows the command lines of all users, and the environment of none but one's own.
+`ps` shows the command lines of all users, but the environment only of one's own processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moe_upgrpo.errors import UserError
 
 
 def read_key(variable: str, given: str | None = None) -> str | None:
-    """The key `given`, else that of the environment; None where there is neither."""
+    """The key `given`, else the one in the environment; None where there is neither."""
     key = given if given is not None else os.environ.get(variable)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UserError(

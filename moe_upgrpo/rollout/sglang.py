@@ -66,14 +66,14 @@ class SGLangEngine:
     has the version, which must be a new one. `SGLangEngine.shared` arranges that.
 
     Log-probs are those of log_softmax(logits / temperature). A response never spans two versions
-    of the weights: what an update cuts off is sampled again. Every request has a seed of its own;
-    a server with a GPU heeds it only with enable_deterministic_inference=True.
+    of the weights: one that an update cuts off is sampled again. Every request has its own seed; a
+    server with a GPU heeds it only with enable_deterministic_inference=True.
 
-    Where the server gives no sign of life for `timeout` seconds, has not generated after
-    `generate_timeout` or is not up after `start_timeout`, UserError is raised; so it is when it
-    died. An update takes at most `timeout`. `restart` brings a server that was started here back
-    with the weights it held. The server's output is appended to `log`, which stays; without it only
-    its end is seen, in errors.
+    UserError is raised where the server gives no sign of life for `timeout` seconds, has not
+    generated after `generate_timeout`, is not up after `start_timeout`, or has died. An update
+    takes at most `timeout`. `restart` brings a server that was started here back with the weights
+    it had. The server's output is appended to `log`, which stays; without it only its end is
+    shown, in errors.
     """
 
     def __init__(
@@ -156,9 +156,9 @@ class SGLangEngine:
 
     @classmethod
     def shared(cls, model_dir: str | Path, dtype: str = "bfloat16", **arguments) -> SGLangEngine:
-        """The engines of all ranks of torch.distributed on one server; a collective of them.
+        """Make the engines of all ranks of torch.distributed on one server; a collective of all.
 
-        Rank 0 leads. Where it fails, every rank raises what it raised.
+        Rank 0 leads. Where it fails, every rank raises its error.
         """
         dist = torch.distributed
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -277,7 +277,7 @@ class SGLangEngine:
         """See `Engine.routes`; in one pass up to `chunked_prefill_size` tokens."""
         check_sequences(sequences)
         held = self._usable_version()
-        # One token is always sampled; in the place of the last, which is never fed in.
+        # One token is always sampled: it takes the place of the last, which is never fed in.
         answers = self._ask(
             [
                 {
@@ -362,7 +362,7 @@ class SGLangEngine:
         if self.leader and self.transfer == "disk":
             self._update_through_files(named_tensors, version)
             return
-        # Followers go through the tensors; what is sent is kept until all are known to fit.
+        # Followers go through the tensors; the leader keeps them until all are known to fit.
         given = {
             name: tensor.detach().clone() if self.leader else tensor.to("meta")
             for name, tensor in named_tensors
@@ -395,7 +395,7 @@ class SGLangEngine:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the tensors on, and leave them in `folder` as a checkpoint."""
         for file in self.model_dir.glob("*.json"):
-            if not file.name.endswith(".index.json"):  # of files that have other names here
+            if not file.name.endswith(".index.json"):  # it lists files that have other names here
                 shutil.copy(file, folder)
         shard, size, written = {}, 0, 0
         for name, tensor in named_tensors:
@@ -409,7 +409,7 @@ class SGLangEngine:
             save_file(shard, folder / f"model-{written:05d}.safetensors")
 
     def _hand_over(self, give: Callable[[], None], version: int) -> None:
-        """The server's weights by `give`, while it generates nothing."""
+        """Replace the server's weights by calling `give`, while it generates nothing."""
         try:
             self._call("/pause_generation", {"mode": "abort"})
             self._half_updated_to = version
@@ -433,7 +433,7 @@ class SGLangEngine:
         )
 
     def _send(self, state: dict[str, torch.Tensor], version: int) -> None:
-        """`state` as tensors, in parts; SGLang takes them between begin and end only."""
+        """Send `state` as tensors, in parts; SGLang takes them only between begin and end."""
         ranks = self._call("/server_info")["tp_size"]
         self._call("/begin_weight_update", {})
         try:
@@ -462,7 +462,7 @@ class SGLangEngine:
                         )
                     self._group.broadcast(part, about)
         except BaseException:
-            self._group = None  # of no more use; the next update makes another
+            self._group = None  # no longer usable; the next update makes another
             self._try("/end_weight_update", {})
             raise
         self._call("/end_weight_update", {})
@@ -483,7 +483,7 @@ class SGLangEngine:
     # --- HTTP ------------------------------------------------------------------------------------
 
     def _ask(self, bodies: Sequence[dict]) -> list[list[dict]]:
-        """The answers of `/generate` to bodies, each of a prompt with its samples."""
+        """The answers of `/generate` to bodies, each for a prompt with its samples."""
         asked = {
             "return_logprob": True,
             "return_routed_experts": bool(self.moe_layer_ids),
@@ -514,7 +514,7 @@ class SGLangEngine:
         return found
 
     def _sign_of_life(self, alive: float) -> float:
-        """The time of the server's last answer; UserError where that is `timeout` seconds ago."""
+        """The time of the server's last answer; UserError if that is `timeout` seconds ago."""
         if self._client.is_alive(max(alive + self.timeout - time.monotonic(), 0.1)):
             return time.monotonic()
         if time.monotonic() - alive < self.timeout:
@@ -541,9 +541,9 @@ class SGLangEngine:
         return self._client.is_alive(self.timeout)
 
     def restart(self) -> None:
-        """End the server, whatever its state, and start it with the weights that it held.
+        """End the server, whatever its state, and start it with the weights that it had.
 
-        With `transfer` other than disk they went with the server: the engine then refuses to
+        With `transfer` other than disk these are lost with the server: the engine then refuses to
         sample until it is updated.
         """
         if self._server is None:

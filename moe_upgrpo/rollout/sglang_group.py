@@ -22,14 +22,14 @@ Call = Callable[[str, dict], Any]  # POST a body to a path of the server; UserEr
 class WeightGroup:
     """The process group of `transfer="distributed"`: rank 0 here, the server's ranks after it.
 
-    It is none of torch.distributed's groups, so that the trainer's need not know of it; the names
-    in the store are those of SGLang's `init_custom_process_group` (utils/common.py:2859).
+    It is not registered with torch.distributed, so that the trainer's groups need not know of it;
+    the names in the store are those of SGLang's `init_custom_process_group` (utils/common.py:2859).
     """
 
     def __init__(self, call: Call, host: str, server_ranks: int, *, cuda: bool, timeout: float):
         self._call, self._name = call, uuid.uuid4().hex
         limit = timedelta(seconds=timeout)
-        # The address of this machine as the server's sees it.
+        # The address of this machine as the server's machine sees it.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
             route.connect((host, 9))
             address = route.getsockname()[0]
@@ -98,7 +98,7 @@ class WeightGroup:
 
 
 class _Asked:
-    """A request whose answer comes while this side does its part."""
+    """A request that is answered while this side does its part."""
 
     def __init__(self, call: Call, path: str, body: dict):
         self._error: Exception | None = None
@@ -112,7 +112,7 @@ class _Asked:
             self._error = error
 
     def check(self) -> None:
-        """Raise what the request ended with, if it did."""
+        """Raise the request's error, if it has ended with one."""
         if self._error is not None:
             raise self._error
 

@@ -18,7 +18,7 @@ from moe_upgrpo.rollout.engines import Found
 from moe_upgrpo.rollout.server_client import ServerClient
 
 LOG_LINES = 12  # of the server, in an error
-# Of torchrun and this environment: SGLang would take them for its own.
+# Variables of torchrun and this environment: SGLang would take them for its own.
 NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
                  "PYTHONPATH", "PYTHONHOME")  # fmt: skip
 INSTALL = (
@@ -56,7 +56,7 @@ class ServerProcess:
         self.process: subprocess.Popen | None = None
 
     def start(self, model_dir: Path, weight_version: str) -> None:
-        """Return once it is ready; MachineFault, and no server, after `start_timeout` seconds."""
+        """Start it and wait until it is ready; after `start_timeout` s end it: MachineFault."""
         options = {
             "model_path": model_dir,
             "host": "127.0.0.1",
@@ -95,7 +95,7 @@ class ServerProcess:
             time.sleep(0.25)
 
     def stop(self) -> None:
-        """End it and all that it started, at once and in whatever state."""
+        """End it and all that it started, at once and whatever its state."""
         if self.process is None:
             return
         # The group: its scheduler is a process too, and may outlive it.

@@ -2,8 +2,8 @@
 """Conversations of several turns: model, tool, model.
 
 A task takes part with `max_turns` above 1, `observe` and `max_observation_tokens`. Each turn is a
-response of the engine to all that came before. In the rollout the tokens of results stand among
-the response's, and are not `sampled`: neither loss nor log counts them, and the routes have them.
+response of the engine to all that came before. In the rollout the tokens of results are among the
+response's, but not `sampled`: neither loss nor log counts them, but the routes include them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.tasks.base import TOOLS_AT_ONCE, Tokens
 
-_TURN = 0x7E57  # the seed of a later turn is drawn of this, the first one's and its number
+_TURN = 0x7E57  # a later turn's seed is made from this, the first turn's seed and its number
 
 
 def turns_of(task: Task) -> int:
@@ -45,7 +45,7 @@ def converse(
 ) -> list[Rollout]:
     """Whole conversations on each problem, `samples_per_prompt` each, in the order of `generate`.
 
-    A turn that was cut off, without an end token, is the last. `max_new_tokens` is of each turn.
+    A turn that was cut off, without an end token, is the last. `max_new_tokens` is per turn.
     """
     rollouts = engine.generate(
         [problem.prompt_ids for problem in problems],
@@ -82,7 +82,7 @@ def converse(
 
 
 def _observed(task: Task, asked: Sequence[tuple[Problem, Tokens]]) -> list[Tokens | None]:
-    """The tool's results for each of these, in their order; several are asked at a time."""
+    """The tool's result for each of these, in their order; several calls run at a time."""
     at_once = min(len(asked), getattr(task, "tools_at_once", TOOLS_AT_ONCE))
     if at_once <= 1:
         return [task.observe(*one) for one in asked]
@@ -90,14 +90,14 @@ def _observed(task: Task, asked: Sequence[tuple[Problem, Tokens]]) -> list[Token
     try:
         return list(pool.map(lambda one: task.observe(*one), asked))
     finally:
-        # Without waiting: what ends generation may come while a tool hangs.
+        # Without waiting: generation may be ended while a tool hangs.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def joined(before: Rollout, result: np.ndarray, reply: Rollout) -> Rollout:
     """A rollout continued by the result of a tool and the engine's reply to all of it.
 
-    Routes of rows that were fed in before are those of then, which gave the tokens of then.
+    Rows that were fed in before keep their routes, with which the earlier tokens were sampled.
     """
     if reply.weight_version != before.weight_version:
         raise UserError(

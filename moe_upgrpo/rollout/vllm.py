@@ -48,9 +48,9 @@ class VLLMEngine:
     `max_num_batched_tokens` are prefilled in chunks. `options` go to `vllm.LLM` as they are.
 
     With torch.distributed running, making the engine is a collective of all its ranks: each makes
-    groups of its own; `close` before torch.distributed ends. vLLM's state is that of the process:
-    one engine at a time. Every request has its own seed, so that a response does not depend on the
-    others in its batch (but for rounding).
+    its own groups; call `close` before torch.distributed ends. vLLM's state belongs to the process:
+    one engine at a time. Every request has its own seed, so that, rounding aside, a response does
+    not depend on the others in its batch.
     """
 
     _is_open = False
@@ -191,7 +191,7 @@ class VLLMEngine:
         """See `Engine.routes`; in one pass up to `max_num_batched_tokens` tokens."""
         check_sequences(sequences)
         self._check_length("A sequence", sequences, 0)
-        # One token is always sampled; in the place of the last, which is never fed in.
+        # One token is always sampled: it takes the place of the last, which is never fed in.
         params = self._vllm.SamplingParams(
             temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True
         )
@@ -214,8 +214,8 @@ class VLLMEngine:
     def _run(self, prompts_N: Sequence[np.ndarray], params_N: list) -> list:
         """The completion of each prompt."""
         with self._whole("A generation"):
-            # Its keys, values and routes may be of older weights; of the same weights, they would
-            # decide the shapes of batches, and so the rounding.
+            # Its keys, values and routes may be from older weights; even from the same weights they
+            # would decide the shapes of batches, and so the rounding.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache.")
             # Without the trainer's CPU backend, whose mode looks at every call of torch.
@@ -255,7 +255,7 @@ class VLLMEngine:
     def _whole(self, what: str) -> Iterator[None]:
         """Refuse to go on with an engine in which an update failed half-way.
 
-        It holds weights of two versions, or requests that would answer the next call.
+        It has weights of two versions, or requests whose answers would go to the next call.
         """
         if self._failed:
             raise RuntimeError(f"{self._failed} failed half-way: close this engine, make another.")
@@ -265,7 +265,7 @@ class VLLMEngine:
         self._failed = None
 
     def close(self) -> None:
-        """See `Engine.close`; torch.distributed stays as it was found."""
+        """See `Engine.close`; torch.distributed stays as it was."""
         if self._llm is None:
             return
         from vllm.v1.engine import core

@@ -2,8 +2,8 @@
 """A vLLM server's key on all of its paths: `--middleware moe_upgrpo.rollout.vllm_guard.RequireKey`.
 
 vLLM 0.32 asks for `VLLM_API_KEY` under /v1, /v2, /inference and /cohere alone
-(serve/middleware/authenticate.py:11): the development endpoints, which load any weights that they
-are told to and call any method of a worker, answer everybody.
+(serve/middleware/authenticate.py:11): the development endpoints, which load any weights and call
+any method of a worker on request, answer everybody.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-OPEN = ("/health",)  # says nothing but that the server is there
+OPEN = ("/health",)  # says only that the server is up
 VARIABLE = "VLLM_API_KEY"
 
 

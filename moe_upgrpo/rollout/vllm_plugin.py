@@ -74,10 +74,10 @@ def _around(owner: type, name: str) -> Callable:
 
 
 def _allow_amx() -> None:
-    """v1/attention/backends/cpu_attn.py:544 takes AMX kernels in bf16; Linux wants to be asked.
+    """Ask Linux for AMX, which cpu_attn.py:544 (v1/attention/backends) uses in bf16 unasked.
 
-    vLLM does not ask. torch and oneDNN do at a process's first large enough matrix product; where
-    an AMX kernel comes before that, Linux ends the process (SIGILL). Without AMX nothing is done.
+    torch and oneDNN ask at a process's first large enough matrix product; where an AMX kernel runs
+    before that, Linux ends the process (SIGILL). Without AMX nothing is done.
     """
     torch.cpu._init_amx()
 
@@ -153,8 +153,8 @@ def _return_routed_experts() -> None:
 def _keep_generators_of_partial_prompts() -> None:
     """gpu_model_runner.py:3502 rewinds the generator of a seeded request after a chunk of prompt.
 
-    A CPU's generator cannot be rewound: the engine fails. Out of the sampler's sight meanwhile, it
-    is not drawn from.
+    A CPU's generator cannot be rewound: the engine fails. Here it is hidden from the sampler for
+    that time, so that nothing is drawn from it.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

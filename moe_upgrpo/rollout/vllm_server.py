@@ -39,7 +39,7 @@ FLAGS = (
     "--enable-scale-out --logprobs-mode processed_logprobs --enable-return-routed-experts "
     "(the last for MoE models)"
 )
-SIGN_OF_LIFE = 5.0  # seconds between looks whether the server is there
+SIGN_OF_LIFE = 5.0  # seconds between checks that the server is alive
 HALF = "half of "  # the name of the weights while they are loaded
 
 
@@ -54,13 +54,13 @@ class VLLMServerEngine:
     see under the same path, and has them loaded; making the engine and `update_weights` are
     collectives, and where rank 0 fails all ranks raise. The other calls are each rank's own.
 
-    An update waits for what is being generated. The server names the weights that it holds, and
-    those that sampled each response; with others than this engine's nothing is asked or taken:
+    An update waits for running generations. The server names the weights that it has, and those
+    that sampled each response. Where these are not this engine's, nothing is asked or accepted:
     after an update that failed half-way, when the server was started again or when another trainer
     updated it. A further `update_weights` makes the server usable again.
 
     UserError is raised where the server does not answer a small question within `timeout` seconds,
-    also while it generates, a request within `generate_timeout`, or an update within
+    even while it generates, a request within `generate_timeout`, or an update within
     `update_timeout`.
     """
 
@@ -104,7 +104,7 @@ class VLLMServerEngine:
         self._on_rank_0(self._first_response)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Give every rank what `action` returns on rank 0; where it raises there, all do."""
+        """Give every rank the result of `action` on rank 0; where it raises there, all do."""
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         told = [None, None]
         if alone or dist.get_rank() == 0:
@@ -157,7 +157,7 @@ class VLLMServerEngine:
         return model["max_model_len"]
 
     def _first_response(self) -> None:
-        """Give the server the weights of version 0, and see what it answers."""
+        """Give the server the weights of version 0, and check a first response."""
         self._load(self._model.view, 0)
         prompt = np.zeros(min(3, self.max_model_len - 1), dtype=np.int64)
         sampling = SamplingConfig(max_new_tokens=min(2, self.max_model_len - len(prompt)))
@@ -219,7 +219,7 @@ class VLLMServerEngine:
         choices = self._ask(
             [
                 {
-                    # One token is always sampled; in the place of the last, never fed in.
+                    # One token is always sampled, in the place of the last, never fed in.
                     "token_ids": np.asarray(sequence[:-1]).tolist(),
                     "cache_salt": uuid.uuid4().hex,
                     "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False},
@@ -233,7 +233,7 @@ class VLLMServerEngine:
         ]
 
     def _check_length(self, what: str, sequences: Sequence[np.ndarray], new_tokens: int) -> None:
-        """Before anything is sampled: vLLM cuts a response that does not fit."""
+        """Check before anything is sampled: vLLM cuts a response that does not fit."""
         longest = max(len(sequence) for sequence in sequences)
         if longest + new_tokens > self.max_model_len:
             raise UserError(
@@ -348,11 +348,11 @@ class VLLMServerEngine:
     def _load(self, folder: Path, version: int) -> None:
         try:
             self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
-            # After a load that broke off the next one completes it: vLLM 0.32 keeps what it had
-            # read and drops the surplus (reload/layerwise.py:105, :156), so that experts of both
-            # are mixed, without an error. The one after that is whole.
+            # After a load that broke off the next one completes it: vLLM 0.32 keeps the tensors
+            # already read and drops the surplus (reload/layerwise.py:105, :156), so that experts of
+            # both loads are mixed, without an error. The load after that is whole.
             broke_off = self._call("/weight_info")["weight_version"].startswith(HALF)
-            # Until all is loaded: what is sampled from a mixture bears this name.
+            # Until all is loaded: a response sampled from a mixture bears this name.
             self._call("/update_weight_version", {"new_version": HALF + self._name(version)})
             for _ in range(2 if broke_off else 1):
                 self._call(

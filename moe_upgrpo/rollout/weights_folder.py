@@ -20,9 +20,9 @@ class WeightsFolder:
     In a `parent` that was named for it, a server of another user may read it, where the umask lets
     others read; in the system's temporary folder nobody else may.
 
-    It goes with `cleanup`, with this object or with the interpreter. One whose process was killed
-    goes when the next one of this prefix is made in `parent`: the system frees a process' lock
-    however it ends. A file system that has no locks for folders (NFS) keeps it.
+    It is removed by `cleanup`, with this object or with the interpreter. One whose process was
+    killed is removed when the next one with this prefix is made in `parent`: the system frees a
+    process's lock however it ends. A file system without locks for folders (NFS) keeps it.
     """
 
     def __init__(self, prefix: str, parent: str | Path | None = None):

@@ -17,8 +17,8 @@ TOOLS_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One question with its reference answer; both also as text, for logs. row: all that its data
-    says of it, for rewards."""
+    """One question with its reference answer; both also as text, for logs. row: its row of the
+    data, for rewards."""
 
     prompt: str
     prompt_ids: np.ndarray
@@ -28,15 +28,15 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """A response judged.
+    """The judgement of a response.
 
     Fields:
-        reward: what it earns, before what training takes off for its length.
+        reward: its reward, before training's penalty for length.
         correct: whether it counts as right, 1 or 0.
         parts: named rewards behind it, for the metrics reward/of/NAME.
-        terms: the rewards that add up to it, where they are several: Σ weight·value is `reward`.
+        terms: the rewards that add up to it, where there are several: Σ weight·value is `reward`.
         failed: why there is no reward, which is 0 then; empty where there is one.
-        killed: times that it took the verifier too long.
+        killed: number of times that it took the verifier too long.
     """
 
     reward: float
@@ -112,8 +112,8 @@ def judged(
 ) -> list[Verdict]:
     """A verdict for each response to the problem at its place. sampled: as `Rollout` has it.
 
-    By `task.judge`, with the same arguments, where the task has it: all responses of a step at a
-    time. Else by `task.reward`, one after the other.
+    Where the task has `judge`, it gets the same arguments: all responses of a step at a time. Else
+    `task.reward` judges one after the other.
     """
     if judge := getattr(task, "judge", None):
         return judge(problems, responses, sampled)

@@ -34,8 +34,8 @@ Message = tuple[str, str]  # role, content
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A question as text or as the messages of a chat, its answer, where it was read, and what
-    else is kept of what stands there."""
+    """A question as text or as the messages of a chat, its answer, where it was read, and the
+    other fields that are kept."""
 
     prompt: str | tuple[Message, ...]
     answer: str
@@ -138,7 +138,7 @@ def _kept(row: dict, whole: bool) -> dict:
 def _rows(
     file: Path, prompts: tuple[str, ...], answers: tuple[str, ...], whole: bool
 ) -> Iterator[tuple[str, dict | UserError]]:
-    """Where each row stands and the row, or what is wrong with it."""
+    """(place, row) of each row, or (place, error) for a broken one."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"{file}: data files end with {', '.join(SUFFIXES)}.")
     try:

@@ -15,12 +15,12 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.extras import install
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-# Of wall-clock: ten times what the worker allows an answer of processor time, and its imports.
+# Wall-clock limits: ten times the processor time that an answer may take, and the imports.
 ANSWER_S, START_S = 30.0, 120.0
 
 
 class MathVerifier:
-    """math-verify (the extra `math`) behind a limit that holds: 3 s of processor time, 4 GiB.
+    """math-verify (the extra `math`) with hard limits: 3 s of processor time, 4 GiB.
 
     An answer beyond the limit is wrong and counted in `killed`: `9^{9^{9^9}}` neither hangs a rank
     nor ends the run. A worker that gives no answer in 30 s though it may run no longer than 3 was

@@ -28,8 +28,8 @@ def register_task(name: str, make: Callable[..., Task]) -> None:
 
 
 def check_task(word: str, options: str) -> dict[str, Any]:
-    """The options of a task. Raises UserError where they are no JSON object, or for a word that is
-    neither a known name nor module:Class."""
+    """The options of a task. Raises UserError where they are not a JSON object, or for a word that
+    is neither a known name nor module:Class."""
     if ":" not in word and word not in TASKS:
         known = f"; known names: {', '.join(TASKS)}" if TASKS else ""
         raise UserError(
@@ -47,7 +47,7 @@ def check_task(word: str, options: str) -> dict[str, Any]:
 def make_task(word: str, model_dir: Path, options: str) -> Task:
     """The task `word`, made of the folder of the model and its options as keywords.
 
-    Raises UserError: it cannot be imported or made, or lacks what a task has.
+    Raises UserError: it cannot be imported or made, or lacks an attribute that a task must have.
     """
     keywords = check_task(word, options)
     if (here := os.getcwd()) not in sys.path:

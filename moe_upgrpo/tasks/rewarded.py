@@ -29,7 +29,7 @@ from moe_upgrpo.tasks.math_task import MathTask
 from moe_upgrpo.tasks.math_verifier import MathVerifier
 
 _SHOWN = 3  # failures of a kind
-# Of the names that a reward gives: the one that is the reward, and whether the response is right.
+# Names among a reward's values: the reward itself, and whether the response is right.
 SCORE, RIGHT = "score", "acc"
 
 
@@ -104,7 +104,7 @@ class RewardedTask:
         return self.judge([problem], [response_ids])[0].reward
 
     def observe(self, problem: Problem, response_ids: Tokens) -> np.ndarray | None:
-        """The task's `observe`, whose failures end the conversation and are those of a reward.
+        """Call the task's `observe`; a failure ends the conversation and counts as a reward's.
 
         May be called in several threads at a time, each with its own limit.
         """
@@ -254,7 +254,7 @@ class RewardedTask:
             print(f"reward failed, rank {rank}, {message}{last}", file=sys.stderr, flush=True)
 
     def answer_classes(self, responses: Sequence[Tokens]) -> list[int | None]:
-        """Equal answers by the first reward; of rewards that know no answers, equal texts."""
+        """Equal answers by the first reward; for rewards without answers, equal texts."""
         if not self._rewards or self._rewards[0].label == "data-source":
             own = getattr(self._task, "answer_classes", _equal_tokens)
             return own(responses)
@@ -284,8 +284,8 @@ def text_of(response_ids: Tokens) -> str:
 
 
 def reward_by_source(task: MathTask) -> str:
-    """Rewards other than math-verify that the problems' `data_source` means, in words; empty where
-    there is none."""
+    """The rewards other than math-verify that the problems' `data_source` implies, in words; empty
+    where there is none."""
     counts = Counter(
         by_source(problem.row, otherwise="math")
         for problem in [*task.all_training_problems, *task.heldout_problems()]
@@ -301,7 +301,7 @@ def _equal_tokens(responses: Sequence[Tokens]) -> list[int | None]:
 
 
 def value_of(given: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The reward and the named ones. Of names `score` is the reward; without it they add up."""
+    """The reward and the named values: `score` is the reward, or else their sum is."""
     if not isinstance(given, Mapping):
         return given, {}
     if SCORE in given:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`moe-upgrpo doctor`: the installed packages, which of them a run would use, how to get others.
 
-Packages are looked up, not imported (but torch and Megatron-Core, to see that they can be), so that
-one that is broken is found and does no harm.
+Packages are looked up, not imported (except torch and Megatron-Core, to see that they can be), so a
+broken one is found and does no harm.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SOURCE = "make setup, or pip install -e '.[train,report]' in the repository"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One package. state: "ok", "missing", "wrong" (there, but not usable) or "unused"."""
+    """One package. state: "ok", "missing", "wrong" (installed, but not usable) or "unused"."""
 
     name: str
     version: str | None
@@ -64,7 +64,7 @@ class Diagnosis:
 
 
 class Installed:
-    """The distributions in the folders of `path`, by name as PyPI has it."""
+    """The distributions in the folders of `path`, by their names on PyPI."""
 
     def __init__(self, path: Sequence[str]):
         self.path = list(path)
@@ -89,7 +89,7 @@ class Installed:
         return any((Path(folder) / file).is_file() for folder in folders)
 
     def has_library(self, name: str) -> bool:
-        """Whether a compiled library of Transformer Engine lies where it looks for it."""
+        """Whether a compiled library of Transformer Engine is where that package looks for it."""
         places = ("", "transformer_engine", "transformer_engine/wheel_lib")
         folders = [Path(folder) / place for folder in self.path for place in places]
         return any(any(folder.glob(f"{name}*.so")) for folder in folders)
@@ -101,8 +101,8 @@ def diagnose(
     torch_facts: Callable[[], dict[str, Any]] | None = None,
     code_paths: Callable[[], dict[str, str]] | None = None,
 ) -> Diagnosis:
-    """Look into the folders of `path` (None: of this Python). The other two are for tests:
-    what torch says of itself and its devices, and the code paths of `moe_upgrpo.megatron.model`."""
+    """Look into the folders of `path` (None: this Python's). The other two are for tests: what
+    torch says about itself and its devices, and the code paths of `moe_upgrpo.megatron.model`."""
     installed = Installed(sys.path if path is None else path)
     problems: list[str] = []
     facts: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def diagnose(
 
 
 def _base(installed: Installed, problems: list[str]) -> list[Item]:
-    """Requirements of this package's own metadata, with those of training."""
+    """Requirements in this package's own metadata, with those of training."""
     items = []
     try:
         requires = importlib.metadata.requires("moe_upgrpo") or []
@@ -150,7 +150,7 @@ def _base(installed: Installed, problems: list[str]) -> list[Item]:
     for requirement in map(Requirement, requires):
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
-        requirement.marker = None  # it is met, and pip would be told of an extra that it is not of
+        requirement.marker = None  # it holds, and pip would be given an extra it does not belong to
         version = installed.version(requirement.name)
         right = version is not None and requirement.specifier.contains(version, prereleases=True)
         items.append(
@@ -247,7 +247,7 @@ def _gpu_packages(installed: Installed, cuda: bool) -> list[Item]:
     return items
 
 
-_TE_PARTS = (  # as PyPI has it; what is built from a checkout is one part
+_TE_PARTS = (  # by their names on PyPI; a build from a checkout is one part
     "transformer_engine",
     "transformer_engine_torch",
     "transformer_engine_cu12",
@@ -256,8 +256,8 @@ _TE_PARTS = (  # as PyPI has it; what is built from a checkout is one part
 
 
 def _transformer_engine(installed: Installed, here: str) -> Item:
-    """Its parts are installed one by one, and without one of them nothing of it can be imported,
-    nor can Megatron-Core (`releases.missing`)."""
+    """Its parts are installed one by one; without one of them none of it can be imported, and
+    neither can Megatron-Core (`releases.missing`)."""
     parts = {name: v for name in _TE_PARTS if (v := installed.version(name))}
     about = dict(name="transformer_engine", feature="faster layers on GPUs")
     about["version"] = parts.get("transformer_engine")
@@ -312,7 +312,7 @@ def _extras(installed: Installed) -> list[Item]:
 
 
 def show(found: Diagnosis, console: Console) -> None:
-    """Print it: packages, code paths, and what is in the way."""
+    """Print the packages, the code paths, and what prevents training."""
     torch = found.torch
     devices = ", ".join(torch.get("devices", [])) or "no GPU"
     console.print(

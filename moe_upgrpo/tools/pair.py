@@ -37,8 +37,8 @@ class PairOptions(Protocol):
 
 
 def start_actor(options: PairOptions, dtype: str | None = None) -> MegatronActor:
-    """The trainer, in this process; inside of `groups.process_groups`. dtype: another number type
-    than the one asked for."""
+    """Start the trainer in this process, inside `groups.process_groups`. dtype: a number type other
+    than the requested one."""
     return MegatronActor(
         options.model,
         Layout(),
@@ -49,7 +49,7 @@ def start_actor(options: PairOptions, dtype: str | None = None) -> MegatronActor
 
 
 def read_lines(options: PairOptions) -> list[str]:
-    """The prompts of a file, one a line."""
+    """Read the prompts of a file, one a line."""
     try:
         lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ def read_lines(options: PairOptions) -> list[str]:
 
 
 def read_prompts(options: PairOptions, actor: MegatronActor) -> list[np.ndarray]:
-    """The token ids of each prompt, checked against the model's number of positions."""
+    """Read the token ids of each prompt, checked against the model's number of positions."""
     tokenizer = read_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     prompts = [np.array(tokenizer(line).input_ids) for line in read_lines(options)]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -81,7 +81,7 @@ def start_engine(
     server_log: Path,
     weights: EngineWeights = "as-trained",
 ) -> Engine:
-    """The engine that is asked for, or the server at its URL."""
+    """Start the requested engine, or connect to the server at its URL."""
     return make_engine(
         options.engine,
         options.model,
@@ -98,7 +98,7 @@ def start_engine(
 def sampled(
     options: PairOptions, prompts: Sequence[np.ndarray], engine: Engine
 ) -> tuple[list[Rollout], list[Sample]]:
-    """The engine's responses to the prompts, and the same tokens as samples for the trainer."""
+    """Return the engine's responses to the prompts, and the same tokens as trainer's samples."""
     sampling = SamplingConfig(
         temperature=options.temperature, max_new_tokens=options.max_new_tokens
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe-upgrpo plan`: what a run needs of each GPU, computed before a GPU is asked for it.
+"""`moe-upgrpo plan`: what a run needs of each GPU, computed before any GPU is requested for it.
 
 The model's parts are counted in the model that each rank would build (`moe_upgrpo.megatron.plan`);
 the rest is arithmetic (`moe_upgrpo.megatron.memory`) on the longest sequences that the config
@@ -33,7 +33,7 @@ from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.tiny import TinyModel
 
 GB = 1e9
-RESERVE = 2 * GB, 0.06  # of each GPU, and of its memory
+RESERVE = 2 * GB, 0.06  # of each GPU: bytes, and a share of its memory
 FIXED_WIDTH = {"int16": 2, "int32": 4, "int64": 8, "float": 4, "bool": 1 / 8}  # columns of the log
 
 
@@ -43,7 +43,7 @@ class DoesNotFit(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The ranks of one pipeline stage: what each holds, and what comes on top at each moment."""
+    """The ranks of one pipeline stage: what each holds, and the extra bytes at each moment."""
 
     stage: Stage
     ranks: range
@@ -140,7 +140,7 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def _sequences(config: PlanConfig, layout: Layout) -> int:
-    """Sequences of one copy of the model, in a step."""
+    """Sequences that one copy of the model has in a step."""
     return config.batch.sequences // layout.data_parallel(config.ranks)
 
 
@@ -218,7 +218,7 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
 
 
 def _offloaded(config: PlanConfig) -> float:
-    """The share of the optimizer's state that the host holds."""
+    """The share of the optimizer's state that is kept in the host's memory."""
     passed = config.trainer.megatron
     if passed.get("optimizer_cpu_offload") != "true":
         return 0.0
@@ -226,8 +226,8 @@ def _offloaded(config: PlanConfig) -> float:
 
 
 def _fullest(most: Limit, sequences: int, length: int, layout: Layout) -> MicroBatch:
-    """The largest micro-batch of so many sequences that all have the greatest length; a rank's
-    part of it."""
+    """The largest micro-batch of that many sequences, all of the greatest length; a rank's part of
+    it."""
     if most.packed:  # one row, and shorter ones may fill a budget to its end
         tokens = most.tokens or most.sequences * length
         return MicroBatch(sequences=1, length=min(tokens, sequences * length))
@@ -250,7 +250,7 @@ def _moments(
     moments = {}
 
     def computing(batch: MicroBatch, purpose: str) -> Bytes:
-        """The larger of the head and one layer's working space; not both at a time."""
+        """The larger of the head's and one layer's working space; they are not needed at once."""
         options = {
             "layer in work": memory.working_space(
                 model, layout, batch, imbalance=config.imbalance, **given
@@ -281,7 +281,7 @@ def _moments(
         **given,
     ) | computing(update, _purpose(config))
     if stage.moe_layers:
-        # Pickled, and over NCCL: what is sent, and that of every rank of the copy.
+        # Pickled, and over NCCL: the bytes sent, and those of every rank of the copy.
         tokens = sequences * length / layout.cp
         each = memory.traces(model, layout, tokens=tokens, layers=stage.moe_layers)
         of_copy = layout.tp * layout.cp * layout.pp
@@ -307,12 +307,12 @@ def _purpose(config: PlanConfig) -> str:
 
 
 def _old_from_update(config: PlanConfig) -> bool:
-    """Whether the update's only forward is the old policy's too, as `Learner` has it."""
+    """Whether the update's only forward pass is also the old policy's, as `Learner` has it."""
     return config.objective.replay == "none" and config.batch.optimizer_steps == 1
 
 
 def _passes(config: PlanConfig) -> tuple[int, int]:
-    """Forward and backward passes of each token in a step; without the analyses."""
+    """Forward and backward passes of each token in a step, without the analyses."""
     held = config.objective.replay == "R3"
     before = (not _old_from_update(config)) + held + config.has_reference
     again = 2 if config.trainer.recompute == "full" else 1
@@ -339,10 +339,10 @@ def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens
 
 
 def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Bytes:
-    """The most that the ranks of the first machine have in its own memory at a time."""
+    """The most host memory that the ranks of the first machine use at a time."""
     host: Bytes = {}
     if model.moe_layers:
-        # Every rank of a copy gets all of it, as it was sent and joined.
+        # Every rank of a copy gets all of it, both as sent and joined.
         tokens = _sequences(config, layout) * length * layout.tp
         each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
@@ -430,7 +430,7 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     )
 
 
-# What may help, by option; tried one at a time on the same config.
+# Options that may help; tried one at a time on the same config.
 def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if config.trainer.dtype == "float32":
@@ -461,12 +461,12 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
 def _peak(config: PlanConfig, change: dict[str, Any]) -> float | None:
     try:
         return make_plan(config.but(**change)).fullest.peak
-    except UserError:  # the layout does not divide, say
+    except UserError:  # for example, the layout does not divide
         return None
 
 
 def check_fits(plan: Plan) -> None:
-    """Raise DoesNotFit, with what is too large and what would help, where the plan does not fit."""
+    """Raise DoesNotFit, naming what is too large and what would help, if the plan does not fit."""
     if plan.fits:
         return
     worst = plan.fullest

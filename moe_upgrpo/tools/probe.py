@@ -65,7 +65,7 @@ def _compare_dumps(config: ProbeConfig, run: RunFolder) -> tuple[dict, dict[str,
 
 
 def _intervals(run: RunFolder) -> dict[str, Rate]:
-    """The figures that have an interval, by their metric, from the token rows."""
+    """The figures that have an interval, by metric, from the token rows."""
     table = read_tokens(run.tokens)
     names = {"logp_gap/mean_abs": "gap"}
     if TokenLayout.of(table.schema).num_layers:
@@ -125,7 +125,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
     )
     log.write_prompts(1, step.prompts())
     log.write(1, step.token_rows())
-    # Nothing was rewarded or updated: what says so would only look like a result.
+    # Nothing was rewarded or updated: figures about that would only look like a result.
     without = ("reward/", "advantage/", "ratio/", "staleness/", "gap/update", "gap/routing_shift")
     return {"step": 1} | {
         name: value
@@ -137,7 +137,7 @@ def _probe_model(config: ProbeConfig, run: RunFolder) -> dict:
 def _step(
     config: ProbeConfig, prompts: Sequence[np.ndarray], actor: MegatronActor, engine: Engine
 ) -> tuple[StepRecord, Sums]:
-    """The record that a step of training would make, without its update, and the noise floors."""
+    """The record that a training step would make, without its update, and the noise floors."""
     rollouts, samples = pair.sampled(config, prompts, engine)
     native = actor.score(samples, record=("routes", "margins", "gates"))
     old = analysis.OldScores(native=native, held=None)

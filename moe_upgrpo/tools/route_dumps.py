@@ -2,7 +2,7 @@
 """Dumps of other programs: expert ids or log-probs in .npy, .npz or torch files.
 
 A dump may come from a stranger: nothing in it is run (no pickled objects, torch's restricted
-unpickler), and what a header claims is held against what is there.
+unpickler), and a header's claims are checked against the file's contents.
 """
 
 import pickle
@@ -18,8 +18,8 @@ import torch
 from moe_upgrpo.errors import UserError
 
 NAME, LOG_PROBS = "routes", "logp"
-"""The array that is taken where a file holds several."""
-_SHOWN = 200  # characters of a library's reason
+"""The array to read where a file holds several."""
+_SHOWN = 200  # characters of a library's error message
 
 
 def read_routes(path: Path) -> np.ndarray:
@@ -39,12 +39,12 @@ def read_routes(path: Path) -> np.ndarray:
 
 
 def read_log_probs(path: Path) -> np.ndarray:
-    """The log-probs in a dump, float64 [tokens] or [sequences, tokens]; NaN where there is none.
+    """The log-probs in a dump, float64 [tokens] or [sequences, tokens]; NaN where one is missing.
 
     A file of several arrays has one called `logp`.
 
     Raises:
-        UserError: as `read_routes`, for a dump of other shape than those, or one above 0.
+        UserError: as for `read_routes`, or a dump of another shape, or a log-prob above 0.
     """
     needed = "an .npy, .npz or torch file of floats [tokens] or [sequences, tokens] is needed"
     found = _dump(path, LOG_PROBS, "f", "log-probs", needed).astype(np.float64)
@@ -61,12 +61,12 @@ def read_log_probs(path: Path) -> np.ndarray:
 def _dump(path: Path, name: str, kinds: str, what: str, needed: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a header's overflowing sizes, an archive's kind
+            warnings.simplefilter("ignore")  # a header's overflowing sizes, an archive's kind
             array = _array(_read(path, name), name, kinds)
         if array.dtype.kind not in kinds:
             raise _Refused(f"it holds {array.dtype}")
         return array
-    except Exception as error:  # the readers raise whatever broken bytes lead them to
+    except Exception as error:  # the readers raise anything on broken bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = " ".join(reason.split()) or type(error).__name__
         raise UserError(
@@ -79,7 +79,7 @@ class _Refused(Exception):
 
 
 def _read(path: Path, name: str) -> Any:
-    """An array or a tensor, or several by their names."""
+    """Read an array or a tensor, or several by their names."""
     if path.exists() and not path.is_file():
         raise _Refused("it is no file")
     with path.open("rb") as file:

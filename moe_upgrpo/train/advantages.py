@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages of a step's responses, and of their tokens, where a kind or a loss has such.
+"""Advantages of a step's responses, and of their tokens where a kind or a loss defines them.
 
-Some kinds need the sums of all data-parallel ranks. B responses of this rank, T tokens of one.
+Some kinds need sums over all data-parallel ranks. B responses of this rank, T tokens of one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def advantages_of(
     kind: str,
     terms_B: Sequence[Terms] = (),
 ) -> np.ndarray:
-    """`[B]` float32, of this data-parallel rank's responses. A collective.
+    """Advantages `[B]` float32 of this data-parallel rank's responses. A collective.
 
-    terms_B: the rewards that add up to a response's, for kinds that take several.
+    terms_B: the rewards that add up to a response's reward, for kinds that take several.
     """
     given = {"lengths": torch.tensor([int(one.sampled_or_all.sum()) for one in rollouts])}
     rewards = torch.from_numpy(rewards_B)
@@ -47,7 +47,7 @@ def advantages_of(
 def _several(terms_B: Sequence[Terms], kind: str) -> tuple[torch.Tensor, list[float]]:
     """The rewards `[K, B]` and their weights, in one order on all ranks.
 
-    One that a response has not, as it has none where it failed, is 0.
+    A reward that a response lacks is 0; one that failed lacks all.
     """
     mine = {name: weight for terms in terms_B for name, (weight, _) in terms.items()}
     weights: Mapping[str, float] = dict(groups.gather_over_data_parallel([*mine.items()]))
@@ -67,8 +67,8 @@ def with_token_weights(
 ) -> list[Sample]:
     """The samples with GTPO's token weights and its advantages (`gtpo_weights`).
 
-    The G of a prompt are adjacent. scored: at the old weights, whose entropy is taken; the authors
-    take that of the policy at each update.
+    The G responses to a prompt are adjacent. scored: at the old weights, whose entropy is used; the
+    authors use the entropy of the policy at each update.
     """
     found = []
     for first in range(0, len(samples), group):

@@ -29,25 +29,25 @@ class OldScores:
     """The trainer on the step's sequences, at the weights that the engine sampled with."""
 
     native: Sequence[Scored]  # routers free
-    held: Sequence[Scored] | None  # held to the rollout's routes: under R3, and on analysed steps
+    held: Sequence[Scored] | None  # with the rollout's routes: under R3, and on analysed steps
     analysed: bool = False
-    # At the weights of each sequence's last visit, [T], what its update does not compute itself:
+    # Log-probs [T] at the weights of each sequence's last visit that its update does not compute:
     # L(θ, n(θ_old)) without replay, L(θ, native) under R2, nothing under R3.
     counterpart: list[np.ndarray | None] | None = None
-    behind: list[np.ndarray] | None = None  # L(θ_engine, e), [T], where the engine held older ones
+    behind: list[np.ndarray] | None = None  # L(θ_engine, e), [T], where the engine's were older
     seconds: float = 0.0  # spent in forwards that only the decomposition needs
 
     def policy(self, replay: str) -> Sequence[Scored]:
-        """The old policy of the loss: under R3 the trainer held to the rollout's routes."""
+        """The old policy of the loss: under R3 the trainer with the rollout's routes."""
         return self.held if replay == "R3" else self.native
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """Differences of sides from themselves: this rank's sums, and the tokens behind them.
+    """Differences of engine and trainer from themselves: this rank's sums, and the tokens' counts.
 
-    layers: the columns of the token log by their names, [N]: MoE layers of each response token that
-        differ between two passes.
+    layers: column name of the token log -> [N]: for each response token the number of MoE layers
+        that differ between two passes.
     """
 
     sums: Sums = field(default_factory=dict)
@@ -73,7 +73,7 @@ def compare_responses(
     num_experts: int,
     kind: ComparisonKind,
 ) -> RoutingDivergence:
-    """Two sides' whole-sequence routes `[P+T-1, L, K]`, on the tokens that count."""
+    """Compare two sides' whole-sequence routes `[P+T-1, L, K]`, on the tokens that count."""
     sides_NLK = [
         torch.from_numpy(
             np.concatenate(
@@ -88,13 +88,13 @@ def compare_responses(
 def trainer_noise_floor(actor: MegatronActor, samples: Sequence[Sample]) -> NoiseFloor:
     """Measure how far the trainer differs from itself: identical forwards, another batch shape.
 
-    The same metrics as between engine and trainer, over response tokens, this rank's sums; of a
-    dense model the log-probs' alone. A collective.
+    The same metrics as between engine and trainer, over response tokens, as this rank's sums; for a
+    dense model those of log-probs alone. A collective.
     """
     first = actor.score(samples, record=("routes",))
     # In reverse order and in halves: other neighbours, other padding, other sizes of every product.
-    # A budget of tokens holds for the longest; where it takes no more than one at a time, so does
-    # this pass, without the shorter ones that were beside it.
+    # A budget of tokens is counted by the longest sequence. Where it allows only one at a time, so
+    # does this pass, without the shorter ones that were beside it.
     size = min(len(samples), actor.limit.rows(max(len(sample.tokens) for sample in samples)))
     other = size // 2 if size > 1 else (2 if actor.limit.tokens is None else 1)
     reshaped = actor.score(samples[::-1], record=("routes",), micro_batch_size=other)[::-1]
@@ -132,7 +132,7 @@ def engine_noise_floor(
 ) -> NoiseFloor:
     """Measure how far the engine differs from itself, by two `engine_passes` and its sampling.
 
-    `rollouts`: of the same weights; None where the engine has others by now.
+    `rollouts`: sampled with the same weights; None where the engine has others by now.
     """
     pairs = {ComparisonKind.REPEAT: passes}
     if rollouts is not None:

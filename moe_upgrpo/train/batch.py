@@ -32,12 +32,12 @@ class Group:
 
     @property
     def rewards_G(self) -> np.ndarray:
-        """Rewards, before what is taken off for the lengths."""
+        """Rewards, before the penalty for length."""
         return np.array([verdict.reward for verdict in self.verdicts])
 
     @property
     def correct_G(self) -> np.ndarray:
-        """Whether each is right, 1 or 0."""
+        """Whether each response is right, 1 or 0."""
         return np.array([verdict.correct for verdict in self.verdicts], np.float32)
 
     @property
@@ -57,7 +57,7 @@ class Sampled:
     responses: int
     correct: int
     killed: int  # responses that took the verifier too long
-    failed: int = 0  # responses that no reward could be given
+    failed: int = 0  # responses for which there was no reward
     parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # sums of named rewards
 
     def shares(self) -> dict[str, tuple[float, int]]:
@@ -92,14 +92,14 @@ class Batch:
 
     @property
     def terms_B(self) -> list[Terms]:
-        """The rewards that add up to each response's, where they are several."""
+        """The rewards that add up to each response's reward, where there are several."""
         return [verdict.terms for group in self.groups for verdict in group.verdicts]
 
 
 def collect(sample: Callable[[int], Sequence[Group]], *, groups: int, max_refills: int) -> Batch:
-    """The batch of `groups` groups from generation batches: `sample(r)` makes batch r.
+    """Make a batch of `groups` groups from generation batches: `sample(r)` makes batch r.
 
-    Without refills the first batch is it. With them DAPO's dynamic sampling (arXiv 2503.14476,
+    Without refills it is batch 0. With refills it is DAPO's dynamic sampling (arXiv 2503.14476,
     eq. 11): only mixed groups are kept, and batches 1 to `max_refills` are sampled until there
     are enough; the surplus of the last one is dropped.
 
@@ -115,7 +115,7 @@ def collect(sample: Callable[[int], Sequence[Group]], *, groups: int, max_refill
         pairs = dynamic_sampling(generate, groups, 1 + max_refills) if max_refills else generate()
     except UserError:
         if len(batches) <= max_refills:
-            raise  # of a batch itself
+            raise  # the error is one of a batch itself
         sampled = [group for batch in batches for group in batch]
         mixed = sum(group.mixed for group in sampled)
         last = " All problems were tried." if not batches[-1] else ""
@@ -153,8 +153,8 @@ def shaped_rewards(
     overlong_buffer: int = 0,
     overlong_factor: float = 1.0,
 ) -> np.ndarray:
-    """The rewards `[B]` float32: 1 where 1 was earned, `wrong` where 0 was, between in proportion,
-    and with a buffer DAPO's penalty for overlong ones added (`overlong_penalty`), right or wrong.
+    """The rewards `[B]` float32: 1 where 1 was earned, `wrong` for 0, in proportion between them;
+    with a buffer, plus DAPO's penalty for overlong responses (`overlong_penalty`), right or wrong.
     """
     rewards_B = np.where(earned_B == 1, 1.0, wrong + (1 - wrong) * earned_B)
     if overlong_buffer:
@@ -165,9 +165,9 @@ def shaped_rewards(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewarding:
-    """Rewards: what a response earns by its verdict and its length.
+    """The rewards that responses earn by their verdicts and lengths.
 
-    false_positives: share of the wrong responses that pass for right, drawn at random.
+    false_positives: share of the wrong responses that pass as right, drawn at random.
     """
 
     seed: int
@@ -180,9 +180,9 @@ class Rewarding:
     def rewards(self, batch: Batch, step: int, *, first_prompt: int) -> np.ndarray:
         """Rewards of the batch's responses, [B] float32.
 
-        Which wrong ones pass for right is drawn for each problem of the step and each response to
-        it, so that every layout has the same errors. first_prompt: the batch's first, among those
-        of all ranks.
+        The wrong responses that pass as right are drawn for each problem of the step and each
+        response to it, so that every layout has the same errors. first_prompt: index of the batch's
+        first prompt among those of all ranks.
         """
         draws = [
             np.random.default_rng(seed_of(self.seed, VERDICTS, step, first_prompt + i)).random(

@@ -14,10 +14,10 @@ from pathlib import Path
 class Clock:
     """Seconds since it was made, and those spent in each named phase.
 
-    waited: seconds of each phase in which the calling thread neither ran nor was ready to: it
+    waited: seconds of each phase in which the calling thread neither ran nor was ready to run: it
     waited for other ranks, an engine or a disk. Empty where the system does not say, and on CUDA
-    (`busy_waits`), where a thread that waits for its GPU looks busy to the system. With several
-    threads a process, waiting for one's own other threads counts too.
+    (`busy_waits`), where a thread that waits for its GPU looks busy to the system. In a process
+    with several threads, waiting for its own other threads counts too.
     """
 
     def __init__(self, *, busy_waits: bool = False):
@@ -49,8 +49,8 @@ class Clock:
 def _occupied() -> float | None:
     """Seconds that the calling thread ran or stood in the queue for a core; None: unknown.
 
-    Linux gives both in nanoseconds in its schedstat. Time in the queue is no waiting for another
-    rank: on shared cores it is the machine's load.
+    Linux gives both in nanoseconds in its schedstat. Time in the queue is not time spent waiting
+    for another rank: on shared cores it is the machine's load.
     """
     try:
         text = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text(

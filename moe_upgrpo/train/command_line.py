@@ -29,7 +29,7 @@ def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> An
     try:
         with redirect_stderr(said):
             return tyro.cli(what, args=words, prog=prog, console_outputs=speaks)
-    except UserError as error:  # of a part without a prefix, which tyro lets through
+    except UserError as error:  # raised by a part without a prefix, and let through by tyro
         wrong = str(error).removesuffix(".")
     except SystemExit as end:
         if not end.code:
@@ -41,7 +41,7 @@ def parsed(what: Any, words: list[str], prog: str, *, speaks: bool = True) -> An
 
 
 def _near(wrong: str, what: Any, prog: str) -> str:
-    """The options whose names come nearest to the first that is not known.
+    """The options whose names are nearest to the first unknown one.
 
     tyro's own list has every option of a group with its help, and none for a part's name.
     """

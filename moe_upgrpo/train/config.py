@@ -52,7 +52,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """Make a config of some options, by the names that they have on the command line."""
+        """Make a config from options, by the names that they have on the command line."""
         return cls().but(**options)
 
     def but(self, **options: Any) -> Self:
@@ -188,7 +188,7 @@ class TrainConfig:
 
     @property
     def stop_ratio(self) -> float | None:
-        """Largest mean |ratio − 1| of an epoch after which another one follows; None: any."""
+        """Largest mean |ratio − 1| of an epoch that another one may follow; None: no limit."""
         asked = self.terms.stop_ratio
         if asked is None and self.objective.loss.endswith("ppo-early-stop"):
             return 0.25
@@ -221,8 +221,8 @@ class TrainConfig:
 
 
 def _check_several_rewards(config: TrainConfig) -> None:
-    """Refuse a kind of advantage that takes several rewards where there is one, or their sum is
-    changed."""
+    """Refuse a kind of advantage that takes several rewards where there is only one, or where their
+    sum is changed."""
     kind = config.objective.advantage
     if not ADVANTAGES[kind].several:
         return
@@ -250,7 +250,7 @@ def _check_several_rewards(config: TrainConfig) -> None:
 
 
 def _check_whole_groups(config: TrainConfig) -> None:
-    """Refuse micro-batches that hold no whole group, where the loss compares within them."""
+    """Refuse micro-batches too small for a whole group, where the loss compares within groups."""
     if not config.compares_groups:
         return
     trainer, loss = config.trainer, config.objective.loss
@@ -270,7 +270,7 @@ def _check_whole_groups(config: TrainConfig) -> None:
 def _is_dense(model: Path) -> bool:
     """Whether the config.json of a model folder says that it has no experts.
 
-    What is wrong with the folder is said where the model is read.
+    Errors in the folder are reported where the model is read.
     """
     from moe_upgrpo.hugging_face.config import read_raw_config  # here: they bring transformers
     from moe_upgrpo.megatron.families import FAMILIES
@@ -283,7 +283,7 @@ def _is_dense(model: Path) -> bool:
 
 
 def _kept(value: Any) -> Any:
-    """A value as JSON can keep it: an infinite number as its word, which the options read."""
+    """A value as JSON can keep it: an infinite number as a word that the options can read."""
     if isinstance(value, dict):
         return {name: _kept(inner) for name, inner in value.items()}
     return str(value) if isinstance(value, float) and math.isinf(value) else value

@@ -12,9 +12,9 @@ import rich.console
 
 
 class Console(rich.console.Console):
-    """rich's, which calls `closed` when nobody reads any more; rich's own ends the process there.
+    """rich's console, but it calls `closed` when its reader is gone; rich would end the process.
 
-    What is printed after that goes nowhere.
+    Anything printed after that is dropped.
     """
 
     def __init__(self, closed: Callable[[], None], **options: Any):

@@ -76,7 +76,7 @@ def finish(shares: Sequence[EvalCounts], *, ks: Sequence[int] = ()) -> dict[str,
 
     Means over problems: eval/greedy, right under greedy decoding; eval/pass@k, `pass_at_k`, for
     k = 1, each of `ks` and the number of samples n; eval/avg@n, c/n; eval/maj@n, `majority_vote`;
-    eval/best@n, 1[c >= 1]. By their formulas avg@n is pass@1 and best@n is pass@n: they stand here
+    eval/best@n, 1[c >= 1]. By their formulas avg@n is pass@1 and best@n is pass@n: they are here
     under the names by which results are published. eval/problems = N.
 
     Raises UserError if there are no problems, the shares' numbers of samples differ, or k > n.

@@ -34,7 +34,7 @@ class Checkpoint:
 def find(run: RunFolder, steps: int, *, restart: bool = False) -> Checkpoint:
     """The run's newest checkpoint. Every rank reads it.
 
-    restart: without one, begin again where that deletes what was logged.
+    restart: without a checkpoint, begin again even though that deletes what was logged.
 
     Raises UserError where it is not readable, where nothing is left to do up to `steps`, or where
     steps would be lost.
@@ -61,8 +61,8 @@ def find(run: RunFolder, steps: int, *, restart: bool = False) -> Checkpoint:
 
 
 def _refuse_loss(run: RunFolder) -> None:
-    """Raise UserError where a run without a state has logged steps, unless it was killed before
-    its first state: the same steps follow then."""
+    """Raise UserError where a run without a state has logged steps, unless it was killed before its
+    first state: then the same steps follow again."""
     last = run.last_logged()
     if not last:
         return

@@ -10,11 +10,11 @@ from functools import cache
 def give_back() -> None:
     """Return free memory of the C library's heap to the system; takes milliseconds, once a step.
 
-    Each step allocates tensors of other sizes, as responses have other lengths, between weights
-    that stay: the holes that are left fit the next step badly, and the heap grows by hundreds of kB
-    a step though no more of it is in use. glibc returns of its own accord only what lies free at
-    the heap's end. Every step and not now and then: the more holes there are, the more of them the
-    steps in between would fill. Other C libraries have no such call, and none is made.
+    Responses differ in length, so each step allocates tensors of other sizes, between weights that
+    stay. The holes that are left fit the next step badly, and the heap grows by hundreds of kB a
+    step though no more of it is in use. glibc itself returns only free memory at the heap's end.
+    Called every step rather than now and then: the more holes there are, the more of them the steps
+    in between would fill. Other C libraries have no such call, and nothing is done there.
     """
     if trim := _malloc_trim():
         trim(0)

@@ -29,7 +29,7 @@ from moe_upgrpo.train.writing import TokenLogThread
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The objects that sample, reward, train, write down and keep the state."""
+    """The objects that sample, reward, train, log and keep the state."""
 
     rollouts: Rollouts
     rewarding: Rewarding
@@ -156,7 +156,7 @@ def make_job(
 def _terms(
     config: TrainConfig, reference: MegatronActor | None, run: RunFolder, done: int
 ) -> Terms:
-    """The KL and entropy terms, in a resumed run as after its last step."""
+    """The KL and entropy terms; in a resumed run, as they were after its last step."""
     options = config.terms
     terms = Terms(
         reference=reference if options.kl_coef else None,

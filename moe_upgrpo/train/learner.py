@@ -31,10 +31,10 @@ OLD_RECORDS = ("routes", "margins")  # what is recorded of the old policy's rout
 class Learner:
     """Scores and trains this data-parallel rank's samples; its methods are collectives.
 
-    reference: of the KL divergence. behind: at the weights that sampled the batch, where they are
-    older. gradient_at: "old" takes the gradient of every optimizer step of a batch at the weights
-    before the first. stop_ratio: no epoch follows one whose tokens' mean |ratio − 1| is above it.
-    group: responses to a prompt, adjacent samples.
+    reference: the reference of the KL divergence. behind: an actor with the weights that sampled
+    the batch, where they are older. gradient_at: "old" takes the gradient of every optimizer step
+    of a batch at the weights before the first. stop_ratio: no epoch follows one whose tokens' mean
+    |ratio − 1| is above it. group: responses to a prompt, adjacent samples.
     """
 
     actor: MegatronActor
@@ -57,7 +57,7 @@ class Learner:
     def old_from_update(self) -> bool:
         """Whether the update starts at the old policy and ends after one optimizer step.
 
-        Its forward is the old policy's then: ratios are exactly 1, and no other forward is needed.
+        Then its forward is the old policy's: ratios are exactly 1, and no other forward is needed.
         """
         return self.replay == "none" and self.minibatches * self.epochs == 1
 
@@ -68,8 +68,8 @@ class Learner:
     def score_old(
         self, step: int, samples: Sequence[Sample], rollouts: Sequence[Rollout]
     ) -> OldScores | None:
-        """The trainer's scores at the old weights: native, and under R3 held to the rollout's
-        routes too. None: the step's only optimizer step makes the same forward, see `update`."""
+        """The trainer's scores at the old weights: native, and under R3 with the rollout's routes
+        too. None: the step's only optimizer step makes the same forward, see `update`."""
         weighs = "token_weights" in self.loss.arguments
         needed = weighs or self.terms.needs_old or self.analyses(step)
         if self.old_from_update and not needed:
@@ -92,18 +92,18 @@ class Learner:
         old: OldScores | None,
         reference: Sequence[Scored] | None,
     ) -> tuple[np.ndarray, Sums]:
-        """The rewards that advantages are made of, and sums of what the KL term took off."""
+        """The rewards from which advantages are made, and the sums of the KL term's penalty."""
         policy = old and old.policy(self.replay)
         return self.terms.penalised(rewards_B, samples, policy, reference)
 
     def weighed(self, samples: Sequence[Sample], old: OldScores | None) -> Sequence[Sample]:
-        """The samples with the token weights that the loss is defined with, where it has such."""
+        """The samples with token weights, where the loss is defined with them."""
         if "token_weights" not in self.loss.arguments:
             return samples
         return with_token_weights(samples, old.policy(self.replay), group=self.group)
 
     def of_start_model(self, reference: Sequence[Scored] | None) -> Sequence[Scored] | None:
-        """The reference's scores where it is the start model still."""
+        """The reference's scores where it is still the start model."""
         return None if self.terms.reference_every else reference
 
     def analyse(
@@ -116,9 +116,9 @@ class Learner:
         engine: Engine | None,
         stale: bool,
     ) -> NoiseFloor:
-        """Begin to take the gap apart, and the noise floors of both sides, where this step does.
+        """On an analysed step, begin to take the gap apart and measure both sides' noise floors.
 
-        stale: whether other weights sampled the rollouts than engine and trainer hold now.
+        stale: whether other weights sampled the rollouts than engine and trainer now have.
         """
         if not self.analyses(step):
             return NoiseFloor()
@@ -147,7 +147,7 @@ class Learner:
         )
 
     def keep_behind(self) -> None:
-        """Keep a copy of the current weights beside those that the update makes."""
+        """Keep a copy of the current weights, which the update is about to change."""
         if self.behind is not None:
             self.behind.take_weights(self.actor)
 
@@ -158,7 +158,8 @@ class Learner:
         old: OldScores | None,
         step: int,
     ) -> Updated:
-        """All optimizer steps on a batch. Without `old`, the one step's own forward is it."""
+        """Take all optimizer steps on a batch. Without `old`, the only step's forward takes its
+        place."""
         if self.replay == "R2":
             samples = _held(samples, old.native)
         elif self.replay == "R3":
@@ -180,7 +181,7 @@ class Learner:
         for epoch in range(1, self.epochs + 1):
             for indices in self._mini_batches(shuffle, len(samples)):
                 batch = [samples[i] for i in indices]
-                # Of the last visit, which is any epoch's where epochs may be left out.
+                # For the last visit, which may be in any epoch where epochs may be left out.
                 may_be_last = epoch == self.epochs or self.stop_ratio is not None
                 if old and old.counterpart is not None and may_be_last:
                     self._score_counterpart(batch, indices, old)
@@ -212,7 +213,7 @@ class Learner:
         )
 
     def _mini_batches(self, shuffle: np.random.Generator, samples: int) -> list[np.ndarray]:
-        """Samples of each mini-batch, at random; groups as a whole where the loss compares them."""
+        """Samples of each mini-batch, at random; whole groups where the loss compares them."""
         size = self.group if "groups" in self.loss.arguments else 1
         order_P1 = shuffle.permutation(samples // size)[:, None]
         return np.split((order_P1 * size + np.arange(size)).ravel(), self.minibatches)
@@ -220,7 +221,7 @@ class Learner:
     def _stops(self, samples: Sequence[Sample], visited: Sequence[np.ndarray]) -> bool:
         """Whether the policy is too far from the old one for another epoch (arXiv 2202.00079).
 
-        visited: log-probs of the epoch that ends. As `losses.stops_early`, over all ranks' tokens.
+        visited: log-probs of the ending epoch. As `losses.stops_early`, over all ranks' tokens.
         """
         if self.stop_ratio is None:
             return False
@@ -236,7 +237,7 @@ class Learner:
     def _score_counterpart(
         self, batch: Sequence[Sample], indices: np.ndarray, old: OldScores
     ) -> None:
-        """The forward at a mini-batch's weights that its update does not make itself."""
+        """Run the forward at a mini-batch's weights that its update does not make itself."""
         begin = time.perf_counter()
         if self.replay == "R2":
             others = [replace(sample, routes=None) for sample in batch]
@@ -247,7 +248,7 @@ class Learner:
         old.seconds += time.perf_counter() - begin
 
 
-# Of `LastVisit`, and of `Update`.
+# Field of `LastVisit` -> field of `Update`.
 _OF_LAST_VISIT = {
     "logp_train": "log_probs",
     "clipped": "clipped",
@@ -282,7 +283,7 @@ def for_update(
 ) -> list[Sample]:
     """The samples as the actor learns from them: one advantage for each, the reference's scores.
 
-    first_sequence: index, over all ranks, of the first. group: responses to a prompt.
+    first_sequence: index of the first sample over all ranks. group: responses to a prompt.
     """
     scores = [one.log_probs for one in reference] if reference else [None] * len(samples)
     return [

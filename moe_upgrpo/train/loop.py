@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop, on one screen; what it stands on is built in `moe_upgrpo.train.start`."""
+"""The training loop, on one screen; `moe_upgrpo.train.start` builds the objects that it uses."""
 
 from __future__ import annotations
 

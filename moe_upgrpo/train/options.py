@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of a run from YAML files, a run folder and the command line, as command-line words.
 
-tyro reads the words; what is wrong with a value it says, whichever way the value came.
+tyro reads the words, and reports a wrong value, whichever way the value came.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moe_upgrpo.train.passed_words import as_words
 
 T = TypeVar("T")
 
-# What may be given anew where a run is resumed: it says where the run is computed, how far it goes
-# and how it is watched. Everything else says what the run is.
+# Settings that may be given anew where a run is resumed: they say where it is computed, how far it
+# goes and how it is watched. All others say what the run is.
 MAY_CHANGE = {
     "steps": "a run goes on where it ended; fewer than are done is refused",
     "tp": "the layout, and with it the number of ranks: checkpoints are of the whole model",
@@ -59,17 +59,17 @@ MAY_CHANGE = {
     "stop_within": "how long a signal waits for a checkpoint",
     "report": "how the run is watched",
 }
-# Of the command line only.
+# Only for the command line.
 _OF_THE_START = ("config", "resume", "restart")
-# Which folder, how the options came, and what may be done on this machine.
+# The folder, the sources of the options, and permissions on this machine.
 _NO_SETTINGS = (*_OF_THE_START, "output_dir", "trust_remote_code")
 
 
 def changes(stored: dict[str, Any], config: TrainConfig) -> dict[str, list]:
-    """Setting -> [the run's value, the value now] of what a resumed run changes.
+    """Setting -> [the run's value, the value now] for the changes of a resumed run.
 
-    `stored` is the run's config.json; a setting that it does not know had its default. Raises
-    UserError naming both values of a setting that may not change.
+    `stored` is the run's config.json; a setting that is not in it had its default. Raises UserError
+    naming both values of a setting that may not change.
     """
     output_dir, run = config.run.output_dir, config.run.resume
     if output_dir is not None and output_dir.resolve() != run.resolve():
@@ -113,7 +113,7 @@ _PACKED = "here it is packing, which goes with micro_batch or micro_batch_tokens
 _BUDGET = (
     "here it is micro_batch_tokens N, a budget of each micro-batch; packing leaves padding out."
 )
-# By the names that Megatron-LM, verl, slime and NeMo-RL give them.
+# Options by the names that Megatron-LM, verl, slime and NeMo-RL give them.
 NOT_SUPPORTED = {
     "context_parallel_size": "here it is cp.",
     "packed_sequences": _PACKED,
@@ -149,16 +149,16 @@ def run_arguments(path: Path) -> list[str]:
     return [
         word
         for name, value in _settings(read_config(path))
-        # None is the default of most settings that can be None; of the others it is a value.
+        # None is the default of most settings that can be None; for the others it is a value.
         if value is not None or default.get(name) is not None
         for word in _option(name, value)
     ]
 
 
 def check_own_code(run: Path, words: Sequence[str]) -> None:
-    """Raise UserError where a run that is resumed names code, and the words do not name it again.
+    """Raise UserError where a resumed run names code that the words do not name again.
 
-    A run folder may be somebody else's; its settings are followed, and none of its code is run.
+    A run folder may be somebody else's: its settings are followed, but none of its code is run.
     """
     from moe_upgrpo.store import read_config
 
@@ -178,7 +178,7 @@ def check_own_code(run: Path, words: Sequence[str]) -> None:
 
 
 def mapping_arguments(values: dict[str, Any]) -> list[str]:
-    """Options as the command line would have them, of a mapping as `file_arguments` reads it.
+    """Options as the command line would have them, from a mapping such as `file_arguments` reads.
 
     Raises UserError where a field is not known.
     """
@@ -189,11 +189,11 @@ def mapping_arguments(values: dict[str, Any]) -> list[str]:
 def file_arguments(path: Path) -> list[str]:
     """The options in a YAML (or JSON) file as the command line would have them.
 
-    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: kinds of values and their mistakes
-    are those of the command line, whose own options come after and win.
+    `optimizer: {lr: 3.0e-4}` becomes `--optimizer.lr 3.0e-4`: values are read, and mistakes
+    reported, as on the command line, whose own options come after and win.
 
     Raises UserError, which names the file: it cannot be read, or a field is not known (the nearest
-    one is named) or stands there twice.
+    one is named) or occurs twice.
     """
     needed = "lines of `option: value`"
     return read_yaml(path, mapping_arguments, named=f"--config {path}", needed=needed)
@@ -219,7 +219,7 @@ def read_yaml(path: Path, make: Callable[[dict], T], *, named: str, needed: str)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate fields, of which the last would win silently."""
+    """YAML loader that refuses duplicate fields, where the last would silently win."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}

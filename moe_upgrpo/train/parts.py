@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a training run by theme, each declared, documented and checked in its part.
 
-What concerns two parts is checked in `moe_upgrpo.train.config`. Imports no Megatron.
+Rules that concern two parts are checked in `moe_upgrpo.train.config`. Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SERVED = {"rollout_log_probs", "entropy", "draws", "statistics", "groups", "tok
 
 
 def at_least(part: Any, least: int, *names: str) -> None:
-    """Raise UserError where a field of `part` is below `least`, 0 or 1; None is not."""
+    """Raise UserError where a field of `part` is below `least`, 0 or 1; None is allowed."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -116,12 +116,12 @@ class ObjectiveOptions:
             )
 
     def policy_loss(self) -> PolicyLossConfig:
-        """The preset, with what this run asks of it."""
+        """The preset, with this run's changes."""
         return resolved(self.loss, self.policy, self.correction)
 
     @property
     def loss_in_words(self) -> str:
-        """The preset's name, and what is changed of it."""
+        """The preset's name and this run's changes to it."""
         changed = [f"{n} {'none' if v is None else v}" for n, v in asked(self.policy).items()]
         return f"{self.loss} with {', '.join(changed)}" if changed else self.loss
 
@@ -375,7 +375,7 @@ class ParallelOptions:
     experts; allgather: every one of those ranks gets all tokens."""
 
     def layout(self, world_size: int, *, dense: bool) -> Layout:
-        """The layout on `world_size` ranks, checked. dense: the model is known to be."""
+        """The layout on `world_size` ranks, checked. dense: the model is known to be dense."""
         layout = Layout.for_world(
             world_size,
             tp=self.tp,

@@ -15,7 +15,7 @@ OPTION = "--megatron"
 
 
 def as_text(value: Any) -> str:
-    """A value as `config.json` keeps it: that of YAML, a word as it is."""
+    """A value from YAML as `config.json` keeps it; a word stays as it is."""
     if isinstance(value, str):
         try:
             read = yaml.safe_load(value)

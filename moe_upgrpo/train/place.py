@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a rank stands in the job, its share of what all work on, and its random numbers."""
+"""A rank's place in the job, its share of the common work, and its random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from moe_upgrpo.megatron import groups
 
-# What a stream of random numbers is for; the step and the rank complete its seed.
+# Purposes of streams of random numbers; the step and the rank complete a stream's seed.
 SAMPLING, SHUFFLING, EVALUATION, GLOBAL, VERDICTS, DRAWS = range(6)
 
 
@@ -29,7 +29,7 @@ class Place:
 
     @classmethod
     def here(cls) -> Place:
-        """Tell this process's place, once the process groups are there."""
+        """This process's place; the process groups must be up."""
         dp_rank, dp_size = groups.data_parallel()
         copy_rank, copy_size = groups.model_parallel()
         return cls(
@@ -42,11 +42,11 @@ class Place:
         )
 
     def of_copy(self, everyone: Sequence) -> list:
-        """Give the part of this rank's copy of the model; items divide evenly."""
+        """The items for this rank's copy of the model; they divide evenly."""
         return _share(everyone, self.dp_rank, self.dp_size)
 
     def of_rank(self, of_copy: Sequence) -> list:
-        """Give this rank's part of what its copy of the model has; items divide evenly."""
+        """This rank's part of the items of its copy of the model; they divide evenly."""
         return _share(of_copy, self.copy_rank, self.copy_size)
 
 
@@ -62,7 +62,7 @@ def seed_of(seed: int, purpose: int, step: int, which: int, refill: int = 0) -> 
 
 
 def seed_global_generators(seed: int, step: int, rank: int) -> None:
-    """Have whatever draws from them give in a resumed run what it would have given."""
+    """Seed the global generators, so that a resumed run draws the same from them."""
     drawn = seed_of(seed, GLOBAL, step, rank)
     random.seed(drawn)
     np.random.seed(drawn)

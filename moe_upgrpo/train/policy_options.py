@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--policy.NAME VALUE`: every field of `PolicyLossConfig` as an option over the preset's value.
 
-The options are made of the config's own fields: what a loss adds there is an option at once.
+The options are made from the config's own fields: a field that a loss adds there is an option.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def help_for(loss: str) -> Iterator[None]:
 
 
 def _reader(hint: Any) -> PrimitiveConstructorSpec | None:
-    """Make a value of one of the simple kinds, None among them, of a word."""
+    """Make a reader of one word as a value of a simple kind, None included."""
     kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
     if len(kinds - {NoneType}) > 1 or not kinds - {NoneType} <= _METAVARS.keys():
         return None
@@ -83,7 +83,7 @@ def _option(one: Field, hint: Any, doc: str) -> tuple[str, Any, Any]:
         return f"(default: the preset's, {'none' if value is None else value})"
 
     shown, reader = arg(help=doc, help_behavior_hint=default), _reader(hint)
-    # Of other kinds, pairs of numbers say, tyro reads the words.
+    # Words for other kinds, such as pairs of numbers, are read by tyro.
     kind = Annotated[Any, reader] if reader else hint | Literal[PRESET]
     return one.name, Annotated[kind, shown], field(default=PRESET)
 
@@ -99,7 +99,7 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 def _options(cls: type) -> type:
-    """A class of options, one for each field of `cls` but those that are groups of their own."""
+    """A class of options, one for each field of `cls` except those that are groups themselves."""
     hints, docs = get_type_hints(cls), field_texts(cls)
     own = (one for one in fields(cls) if not is_dataclass(hints[one.name]))
     return make_dataclass(
@@ -123,10 +123,10 @@ def asked(options: PolicyOptions) -> dict[str, Any]:
 
 
 def resolved(loss: str, options: PolicyOptions, correction: RolloutCorrection) -> PolicyLossConfig:
-    """The preset `loss` with what is asked of it.
+    """The preset `loss` with the options that were set.
 
-    Raises UserError that names the option: no such name, a value that cannot be, or one that this
-    loss would not read.
+    Raises UserError that names the option: an unknown name, an impossible value, or an option that
+    this loss would not read.
     """
     if loss in _NO_LOSSES:
         raise UserError(f"loss: {loss!r} given, which is no loss of its own: {_NO_LOSSES[loss]}")

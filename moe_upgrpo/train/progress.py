@@ -45,14 +45,17 @@ class Display:
         self.console.print(line, markup=False)
 
     def _alarms(self, step: int, raised: Sequence[Raised]) -> None:
-        """Each alarm is explained when it is first raised, then only named."""
+        """Explain each alarm when it is first raised; afterwards only name it."""
         for one in raised:
             means = "" if one.name in self._explained else f": {ALARMS[one.name].means}"
             self._explained.add(one.name)
             self.say(f"ALARM at step {step}: {one.short}{means}")
 
     def resumed(self, done: int, changed: dict[str, list], edited: dict[str, list]) -> None:
-        """changed: by options of this start; edited: in config.json, by somebody."""
+        """Say from where the run goes on, and which settings differ.
+
+        changed: by options of this start; edited: in config.json, by somebody.
+        """
         self._bar.update(self._task, completed=done)
         if edited:
             named = "; ".join(f"{name} {old} → {new}" for name, (old, new) in edited.items())
@@ -61,7 +64,7 @@ class Display:
         self.say(f"resumed after step {done}{anew}")
 
     def step(self, row: dict, raised: Sequence[Raised] = ()) -> None:
-        """One finished step; a line of its own where there is no bar, or where it was evaluated."""
+        """Show a finished step; on its own line where there is no bar, or it was evaluated."""
         routing = (
             f"routers differing {row['mismatch/router_rate']:.2%}  "
             if "mismatch/router_rate" in row

@@ -34,7 +34,7 @@ class Updated:
     last: LastVisit
     epochs: int = 1  # passes over the samples
     terms: Sums = field(default_factory=dict)  # beside the policy loss
-    weights: Metric | None = None  # tensors that changed, of all
+    weights: Metric | None = None  # tensors that changed, out of all
 
 
 def sequence_records(
@@ -50,11 +50,11 @@ def sequence_records(
     reference: Sequence[Scored] | None,
     last: LastVisit,
 ) -> list[SequenceRecord]:
-    """This data-parallel rank's sequences.
+    """The records of this data-parallel rank's sequences.
 
-    first_sequence: index, over all ranks, of the first. group: responses to each prompt.
-    weight_version: the trainer's, before the step's first update. advantages: of a response, or of
-    each of its tokens.
+    first_sequence: index of the first one over all ranks. group: responses to each prompt.
+    weight_version: the trainer's, before the step's first update. advantages: one for a response,
+    or one for each of its tokens.
     """
     records = []
     for i, rollout in enumerate(rollouts):
@@ -104,7 +104,7 @@ def sequence_records(
 
 @dataclass(kw_only=True)
 class TrainedStep:
-    """One step of this data-parallel rank: its sequences, its updates and what lies beside them."""
+    """One step of this data-parallel rank: its sequences, its updates and other measurements."""
 
     record: StepRecord
     old: OldScores
@@ -114,7 +114,7 @@ class TrainedStep:
     epochs: int = 1  # passes over the sequences
     terms: Sums = field(default_factory=dict)  # of the KL and entropy terms
     sampled: Sampled | None = None  # None: nothing was sampled for training
-    weights: Metric | None = None  # parameter tensors that the updates changed, of all
+    weights: Metric | None = None  # parameter tensors that the updates changed, out of all
 
     def loss_metrics(self) -> Sums:
         """The loss library's metrics over all optimizer steps, this rank's share."""
@@ -145,8 +145,8 @@ def record_step(
 ) -> TrainedStep:
     """The record of a step of training.
 
-    counts_updates: on the first data-parallel rank, since every one makes the same optimizer steps.
-    penalty: sums of what was taken off the rewards for the KL divergence, if anything was.
+    counts_updates: true on the first data-parallel rank: all take the same optimizer steps.
+    penalty: sums of the amounts taken off the rewards for the KL divergence, if any.
     of_sequences: see `sequence_records`.
     """
     sequences = sequence_records(
@@ -183,9 +183,9 @@ def record_without_update(
     logp_train: Sequence[np.ndarray] | None = None,
     noise: NoiseFloor | None = None,
 ) -> StepRecord:
-    """The record of sequences that nothing was rewarded or updated for.
+    """The record of sequences without rewards or an update.
 
-    logp_train: of other weights than the old ones, where some are to be compared with.
+    logp_train: log-probs at other weights than the old ones, where those are to be compared.
     """
     native = [scored.log_probs for scored in old.native]
     nothing = np.zeros(len(native), np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run: token rows, metrics and evaluations of its steps, and what is shown."""
+"""The record of a run: token rows, metrics and evaluations of its steps, and lines on screen."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Evaluation:
         return None if self.task.heldout_problems() else "no --eval-data: no evaluation"
 
     def of(self, step: int) -> dict[str, float]:
-        """Metrics of the engine's weights after `step`, and a file of each problem's counts."""
+        """Metrics of the engine's weights after `step`; writes a file of each problem's counts."""
         problems: list[Problem] = self.task.heldout_problems()[: self.most_problems]
         counts = evaluate.count_correct(
             self.engine,
@@ -75,7 +75,7 @@ class Recorder:
     watch: Watch
 
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
-        """Have this data-parallel rank's token rows written."""
+        """Hand this data-parallel rank's token rows to the thread that writes them."""
         if self.place.copy_rank == 0:
             record = trained.record
             self.token_log.write(step, record.token_rows(), record.prompts())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a run: what is kept of a job after a step, and how a job goes on from it.
+"""The checkpoints of a run: saving the state of a job after a step, and going on from it.
 
 Random numbers need no keeping: every stream is seeded by the run's seed, its purpose, the step and
 the rank. Nor does the engine: it gets the weights again.
@@ -23,7 +23,7 @@ from moe_upgrpo.store import RunFolder
 from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names
 from moe_upgrpo.train.found import ROLLOUTS, Checkpoint
 
-# Of a Hugging Face config: who wrote it and how it is to be loaded, not what the model is.
+# Fields of a Hugging Face config about its writer and its loading, not about the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
 
 
@@ -35,7 +35,7 @@ def load(
 ) -> None:
     """Put a checkpoint's state into the actors, once it is known to be whole and of this model.
 
-    A collective. Raises UserError on every rank: files damaged, another model.
+    A collective. Raises UserError on every rank for damaged files or another model.
     """
     if found.path is None:
         return
@@ -64,8 +64,8 @@ def save(
 ) -> None:
     """Keep the state after `step`, then prune. A collective.
 
-    reference: where it is not the start model for good. ahead: this data-parallel rank's rollouts
-    of the next step, on one rank of each model copy.
+    reference: passed where it does not stay the start model. ahead: this data-parallel rank's
+    rollouts of the next step, on one rank of each model copy.
     """
     checkpoints = Checkpoints(run.checkpoints)
     first = groups.rank() == 0

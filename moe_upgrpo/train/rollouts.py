@@ -24,8 +24,8 @@ from moe_upgrpo.train.stopping import GivenUp, Stopping
 class Rollouts:
     """One rank's part in the rollouts of all steps.
 
-    engine: None where rollouts are loaded, from `load_from`. done: steps, before this process.
-    ahead: everyone's rollouts of the next step, where they were sampled ahead.
+    engine: None where rollouts are loaded, from `load_from`. done: steps before this process.
+    ahead: all ranks' rollouts of the next step, where they were sampled ahead.
     """
 
     task: Task
@@ -73,7 +73,7 @@ class Rollouts:
     def batch(self, step: int) -> Batch | None:
         """This data-parallel rank's groups of the step, sampled or loaded, and judged.
 
-        None where a signal came meanwhile and generation was given up: `leave_if_asked` is next.
+        None where a signal came meanwhile and generation was given up: call `leave_if_asked` next.
         """
         groups_needed = self.prompts // self.place.dp_size
         if self.engine is None:
@@ -101,8 +101,8 @@ class Rollouts:
     def _judged(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Group]:
         """The rollouts in groups with the verifier's verdicts.
 
-        Each rank of a model copy judges a part, so that all have the same verdicts: whether an
-        answer takes too long may differ from one call to the next.
+        Each rank of a model copy judges a part and shares it, so that all have the same verdicts:
+        whether an answer takes too long may differ from one call to the next.
 
         Raises UserError where no response could be judged: nothing would be trained on.
         """
@@ -144,7 +144,7 @@ class Rollouts:
         return rollouts
 
     def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
-        """This rank's part of the responses; touches no other rank, so that a thread may do it."""
+        """This rank's part of the responses; not a collective, so that a thread may call it."""
         with backend.suspended():
             return converse(
                 self.engine,
@@ -158,7 +158,7 @@ class Rollouts:
     def generate_ahead(self, step: int) -> bool:
         """Begin, with overlap, to generate a step's batch with the weights that the engine has.
 
-        Tells whether it did.
+        Returns whether it did.
         """
         if not self.overlap or step > self.steps:
             return False
@@ -166,9 +166,10 @@ class Rollouts:
         return True
 
     def ahead_of(self, step: int) -> list[Rollout] | None:
-        """This copy's rollouts that were sampled ahead of a state after `step`, to be kept with it.
+        """This copy's rollouts sampled ahead of the state after `step`, to be kept with it.
 
-        A collective; on one rank of each copy, None on the others and where there are none.
+        A collective. One rank of each copy gets them; the others get None, as all do where there
+        are none.
         """
         if not self.overlap or step >= self.steps:
             return None
@@ -200,7 +201,7 @@ class Rollouts:
         return problems, mine
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Refuse rollouts that other weights than the expected ones have sampled."""
+        """Refuse rollouts that were sampled with other weights than the expected ones."""
         expected = step - 1 - self.stale(step)
         expected -= expected % self.engine_every
         for i, rollout in enumerate(rollouts):

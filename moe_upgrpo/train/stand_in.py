@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model of another's architecture, to try its config on a CPU."""
+"""A tiny model with another model's architecture, to try its config on a CPU."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
         run = _run_folder(config.run, config.objective.loss)
         found, changed, edited = _found(config, run, ranks.rank)
         task, model_dir = _task_and_model(config, ranks)
-        # Are there that many?
+        # Raises UserError where there are not that many.
         task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
         actor, reference, behind = _actors(config, model_dir, ranks.layout)
         if ranks.rank == 0:
@@ -87,7 +87,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                     keep_vocabulary(
                         run.path, model_dir, trust_remote_code=config.start.trust_remote_code
                     )
-            groups.from_rank_0(None)  # nobody writes into the folder before it is there
+            groups.from_rank_0(None)  # nobody writes into the folder before it exists
             ending.remember(run.path)
             ranks.display.say(_first_line(about, actor, run))
             if config.run.resume:
@@ -127,7 +127,7 @@ class _Ranks:
 
 @contextmanager
 def _ranks(config: TrainConfig) -> Iterator[_Ranks]:
-    """Inside, the process groups are there, and signals and a closed terminal are heard."""
+    """Inside, the process groups are up, and signals and a closed terminal are handled."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     layout = config.layout(world_size)
@@ -157,7 +157,7 @@ def _run_folder(options: RunOptions, loss: str) -> RunFolder:
 def _found(
     config: TrainConfig, run: RunFolder, rank: int
 ) -> tuple[Checkpoint, dict[str, list], dict]:
-    """The checkpoint to go on from, what is given anew, and edits of the run's config.json."""
+    """The checkpoint to go on from, the changed settings, and edits of the run's config.json."""
     if config.run.resume:
         changed = changes(read_config(run.path), config)
         edited = run.edits()
@@ -203,7 +203,7 @@ def _about(config: TrainConfig, actor: MegatronActor, ranks: _Ranks) -> dict[str
         "plugins": plugins.load(),
         "alarms": alarms.texts(config.log.alarm),
         "loss_in_words": config.objective.loss_in_words,
-        # What the options come to.
+        # The loss that follows from the options.
         "policy_loss": asdict(config.objective.policy_loss()),
     }
 
@@ -251,13 +251,13 @@ def _cut_back(
     changed: dict[str, list],
     display: Display,
 ) -> None:
-    """Remove from a resumed run what it did after the checkpoint."""
+    """Remove from a resumed run everything that it wrote after the checkpoint."""
     if config.rollouts.save_rollouts:
         drop_after(config.rollouts.save_rollouts, found.step)
     step = found.step if found.path else None
     RunFolder.resume(run.path, step=step, config=about, changed=changed)
-    # Killed between a checkpoint and its pruning, or asked to keep fewer; what is kept has been
-    # read by now.
+    # The run may have been killed between a checkpoint and the pruning, or may now keep fewer. The
+    # checkpoint has been read by now.
     Checkpoints(run.checkpoints).prune(config.run.keep)
     for path in drop_exports(run.checkpoints, found.step if found.path else -1):
         display.say(f"{path} is removed: its steps are run again")
@@ -265,14 +265,14 @@ def _cut_back(
 
 @contextmanager
 def machine_fault_named(run: RunFolder) -> Iterator[None]:
-    """Raise MachineFault that says how to go on where the machine failed, in whatever words."""
+    """Turn any error of a failing machine into a MachineFault that says how to go on."""
     try:
         yield
     except Exception as error:
         what = machine_fault(error)
         if isinstance(error, MachineFault):
             said = str(error)
-        elif what in (None, LOST_RANK):  # the process groups know which rank
+        elif what in (None, LOST_RANK):  # the process groups name the rank
             raise
         else:
             first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -291,7 +291,7 @@ def routing(actor: MegatronActor) -> str:
 
 
 def _task_and_model(config: TrainConfig, ranks: _Ranks) -> tuple[Task, Path]:
-    """The task and the folder of the model, which speaks its tokens."""
+    """The task and the folder of the model, which uses the task's tokens."""
     start, problems = config.start, config.problems
     if start.model:
         _say_of_model(start, ranks)

@@ -22,7 +22,7 @@ class States:
     run: RunFolder
     actor: MegatronActor
     behind: MegatronActor | None
-    reference: MegatronActor | None  # where it has not the start model's weights for good
+    reference: MegatronActor | None  # where it does not keep the start model's weights
     rollouts: Rollouts
     token_log: TokenLogThread
     stopping: Stopping
@@ -31,15 +31,15 @@ class States:
     keep: int
 
     def save_if_due(self, step: int) -> None:
-        """Keep the state to resume from, where it is due: the last that a step does."""
+        """Keep the state to resume from, where it is due: a step's last action."""
         if self.every and (step == self.steps or step % self.every == 0):
             self._save(step)
 
     def leave_if_asked(self, done: int, *, in_step: bool = False) -> None:
         """End the run where a signal asked any rank to; the state after step `done` is kept.
 
-        in_step: the next step has begun and is given up, which it is not where it was sampled
-        ahead. Raises Stopped on every rank.
+        in_step: the next step has begun. It is given up, unless it was sampled ahead. Raises
+        Stopped on every rank.
         """
         if done == self.steps or (in_step and self.rollouts.overlap):
             return
@@ -55,7 +55,7 @@ class States:
         whole = Checkpoints(self.run.checkpoints).all()
         if groups.from_rank_0(not whole or step_of(whole[-1]) != done):
             self._save(done)
-            # The first rank to leave has the others ended: not before the state has its name.
+            # When the first rank leaves, the others are ended: not before the state has its name.
             groups.from_rank_0(None)
         raise self.stopping.error(f"with its state after step {done} kept")
 

@@ -19,7 +19,7 @@ from moe_upgrpo import ending
 from moe_upgrpo.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LOOK_S = 1.0  # how often for the launcher
+LOOK_S = 1.0  # between checks that the launcher lives
 
 
 class GivenUp(BaseException):
@@ -27,7 +27,7 @@ class GivenUp(BaseException):
 
 
 class Stopping:
-    """Hears SIGTERM and SIGINT while it is entered; the main thread enters it.
+    """Handler of SIGTERM and SIGINT while it is entered; the main thread enters it.
 
     asked: the signal that came, or None. `within_s` seconds after it, or at a second signal, the
     process ends wherever it is.
@@ -40,8 +40,8 @@ class Stopping:
         self._limit: threading.Timer | None = None
 
     def __enter__(self) -> Stopping:
-        # A signal that comes while the main thread waits in a collective is heard by a thread:
-        # Python's own handlers wait for the main thread.
+        # A thread hears signals that come while the main thread waits in a collective: Python's
+        # own handlers would have to wait for the main thread.
         self._heard, self._bell = socket.socketpair()
         self._bell.setblocking(False)
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -72,7 +72,7 @@ class Stopping:
                 self.ask(heard[0])
 
     def _look(self) -> None:
-        """Stop where the launcher was killed and can pass no signal on."""
+        """Stop where the launcher was killed and cannot pass on a signal."""
         while not self._left.wait(LOOK_S):
             if ending.launcher_is_gone():
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -103,7 +103,7 @@ class Stopping:
 
     @contextmanager
     def giving_up(self) -> Iterator[None]:
-        """Raise GivenUp inside as soon as a signal comes. For what waits for no other rank."""
+        """Raise GivenUp inside as soon as a signal comes. For code that waits for no other rank."""
         self._may_give_up = True
         try:
             if self.asked is not None:

@@ -18,14 +18,14 @@ from moe_upgrpo.megatron.actor import MegatronActor, Scored, Update
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.record import Sums
 
-ENTROPY = "entropy/mean"  # of a row of metrics.jsonl: what the entropy is controlled by
+ENTROPY = "entropy/mean"  # field of metrics.jsonl by which the entropy is controlled
 
 
 @dataclass(kw_only=True)
 class Terms:
     """The terms over the steps of a run.
 
-    reference: the policy that the KL divergence is from; the start model, or, every
+    reference: the policy from which the KL divergence is taken: the start model or, renewed every
         `reference_every` steps, the policy as it is then. None: no KL term.
     entropies: mean entropies of the steps done, from which the controlled coefficient follows.
     """
@@ -64,8 +64,8 @@ class Terms:
     ) -> tuple[np.ndarray, Sums]:
         """Rewards less β·Σ_t k(log π_old, log π_ref), where the KL term is in them, and its sums.
 
-        As PPO for language models and verl's `apply_kl_penalty` take it off each token's reward,
-        which GRPO adds up over the response. Advantages of the group are made of what is left.
+        PPO for language models and verl's `apply_kl_penalty` take it off each token's reward, and
+        GRPO adds these up over the response. The group's advantages are made from what is left.
         """
         if not self.needs_old:
             return rewards_B, {}
@@ -100,10 +100,10 @@ class Terms:
 def term_sums(
     terms: LossTerms, updates: Sequence[Update], *, counted: bool, controlled: bool = False
 ) -> Sums:
-    """Sums of what a step's optimizer steps had of the terms, this rank's share.
+    """Sums of the terms over a step's optimizer steps, this rank's share.
 
-    counted: on one data-parallel rank, as every one makes the same optimizer steps. controlled:
-    whether the bonus's coefficient changes, which is said where it is 0 too.
+    counted: true on one data-parallel rank, because all take the same optimizer steps. controlled:
+    whether the bonus's coefficient changes; if so it is logged even where it is 0.
     """
     steps = len(updates) if counted else 0
     found: Sums = {}

@@ -38,10 +38,10 @@ def check(names: Sequence[Tracker]) -> None:
 
 
 class Tracking:
-    """Every number of a metrics row, under its name; those of a list as name/0, name/1, …
+    """Logs every number of a metrics row, under its name; those of a list as name/0, name/1, …
 
     tensorboard: events in RUN/tensorboard. wandb: project `moe_upgrpo` (WANDB_PROJECT), the run
-    named as its folder, its files in RUN/wandb; WANDB_MODE=offline needs no network. Of a resumed
+    named as its folder, its files in RUN/wandb; WANDB_MODE=offline needs no network. For a resumed
     run the first `done` steps are kept; later ones are shown again. `done` is None for a new run.
     """
 

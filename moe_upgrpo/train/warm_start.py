@@ -100,12 +100,12 @@ def warm_start(
     cache_dir: str | Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Make a warm-started Hugging Face checkpoint with tokenizer, unless it exists; its folder.
+    """Make a warm-started Hugging Face checkpoint with tokenizer, unless it exists.
 
-    Its name is a hash of everything that makes it: settings, model, task, this recipe's code and
-    the versions of torch and transformers. It is complete or absent: written elsewhere, then
-    renamed. `warm_start.json` in it says how it was made and what it reached. `progress` gets a
-    line before, and one every 50 steps.
+    Returns its folder, whose name is a hash of everything that determines it: settings, model,
+    task, this recipe's code and the versions of torch and transformers. It is complete or absent:
+    written elsewhere, then renamed. `warm_start.json` in it says how it was made and the accuracy
+    that it reached. `progress` gets a line at the start, and one every 50 steps.
 
     Raises UserError if `max_steps` do not reach the target.
     """
@@ -158,7 +158,8 @@ def _train(
 ) -> tuple[PreTrainedModel, dict]:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        # A copy: transformers writes into the configuration of a model, and it names the folder.
+        # A copy: transformers writes into a model's configuration, and the folder's name depends on
+        # it.
         model = AutoModelForCausalLM.from_config(deepcopy(model_config), dtype=torch.float32)
     if model_config.model_type == "qwen3_moe":
         model.set_experts_implementation("grouped_mm")  # the fastest on one CPU thread

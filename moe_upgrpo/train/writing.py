@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token log written by a thread of its own, while the next step goes on."""
+"""The token log's own thread, which writes while the next step goes on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LAST_S = 15.0
 class TokenLogThread:
     """Hands a rank's token rows to a thread that packs and writes them, one step at a time.
 
-    A failure of it is raised where the next step's rows are handed over, or in `settle`, which
-    comes before a checkpoint is begun and at the end of the run: what a checkpoint stands for is on
-    disk before it has its name. A run that ends otherwise ends inside `with` this: the rows of its
-    last step are waited for, as its row of metrics is there already.
+    Its failure is raised where the next step's rows are handed over, or in `settle`, which is
+    called before a checkpoint is begun and at the end of the run: the rows up to a checkpoint are
+    on disk before it has its name. A run that ends otherwise leaves the `with` block of this, which
+    waits for the rows of the last step, because its row of metrics is already written.
     """
 
     def __init__(self, writer: TokenLogWriter) -> None:
@@ -47,16 +47,16 @@ class TokenLogThread:
     def write(
         self, step: int, columns: Mapping[str, Column], prompts: dict[int, np.ndarray]
     ) -> None:
-        """Have a step's rows and prompts written; waits for those of the step before it.
+        """Hand over a step's rows and prompts; waits for those of the step before.
 
-        Nothing that was handed over may change afterwards. Raises what the writing of the step
-        before it raised.
+        Nothing that was handed over may change afterwards. Raises any error of writing the step
+        before.
         """
         self.settle()
         self._last = self._thread.submit(self._write, step, columns, prompts)
 
     def settle(self) -> None:
-        """Wait until all that was handed over is on disk. Raises what the writing raised."""
+        """Wait until all that was handed over is on disk. Raises any error of the writing."""
         if self._last is not None:
             try:
                 self._last.result()
@@ -64,7 +64,7 @@ class TokenLogThread:
                 self._last = None
 
     def _linger(self) -> None:
-        """Wait a while for what was handed over; say what became of it, where that is a failure."""
+        """Wait a while for the rows that were handed over; report a failure to write them."""
         last = self._last
         if last is None:
             return

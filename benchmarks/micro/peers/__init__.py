@@ -1,4 +1,4 @@
-"""The same RL step by others, each a program of its own; `benchmarks.micro.step_against_peers`.
+"""The same RL step in other programs, each run on its own; `benchmarks.micro.step_against_peers`.
 
 Each is run by torchrun with a `Work` as JSON, and writes a list of (tokens, CPU seconds of all
 ranks, seconds), one for each RL step.
@@ -15,8 +15,8 @@ from pathlib import Path
 class Work:
     """A model's folder and the batch of an RL step.
 
-    minibatches: optimizer steps on a batch. micro_batch: sequences of a forward, all where None.
-    sort: the mini-batches' micro-batches are of sequences of like length.
+    minibatches: optimizer steps on a batch. micro_batch: sequences in a forward pass; None: all.
+    sort: micro-batches are formed of sequences of similar length.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""An RL step in plain PyTorch: what no framework can be much faster than.
+"""An RL step in plain PyTorch: hardly any framework can be much faster.
 
 transformers' model with its grouped experts, generation that drops finished sequences, forward,
 backward, AdamW; data-parallel by one all-reduce. Nothing is recorded.
@@ -63,7 +63,7 @@ def log_probs(model: nn.Module, ids_BS: Tensor, width: int, longest: int) -> Ten
 
 
 def all_reduce_gradients(model: nn.Module, ranks: int) -> None:
-    """The mean over ranks, in one flat tensor."""
+    """Average over ranks, in one flat tensor."""
     gradients = [p.grad for p in model.parameters()]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
@@ -118,7 +118,7 @@ def train_on(
 
 
 def run(work: Work, *, rank: int = 0, ranks: int = 1) -> None:
-    """All steps of one rank; rank 0 writes them."""
+    """Run all steps of one rank; rank 0 writes them."""
     torch.manual_seed(rank)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")

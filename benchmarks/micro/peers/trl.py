@@ -1,4 +1,4 @@
-"""An RL step by TRL's GRPOTrainer, its own generation included.
+"""An RL step by TRL's GRPOTrainer, including its own generation.
 
 torchrun --nproc-per-node N -m benchmarks.micro.peers.trl WORK_AS_JSON
 """
@@ -16,8 +16,8 @@ from benchmarks.micro.peers import Work, write_steps
 
 
 def run(work: Work, *, rank: int = 0, ranks: int = 1) -> None:
-    """All steps of one rank; rank 0 writes them."""
-    # What is read of the environment while TRL is imported.
+    """Run all steps of one rank; rank 0 writes them."""
+    # Read from the environment while TRL is imported.
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     import torch.distributed as dist
@@ -75,7 +75,7 @@ def run(work: Work, *, rank: int = 0, ranks: int = 1) -> None:
             callbacks=[Clock()],
         )
         trainer.train()
-    # The end of an RL step is that of its last optimizer step; the first has no beginning.
+    # An RL step ends with its last optimizer step; the beginning of the first is not known.
     own = ends[work.minibatches - 1 :: work.minibatches]
     everyone = [(own, tokens)]
     if ranks > 1:

@@ -36,7 +36,7 @@ def _corrected(preset: str, positive: bool, changes: dict | None = None, **corre
     return PolicyLossConfig.preset(preset, correction=correction, **(changes or {}))
 
 
-# The losses with presets when the study was made: its results are of these.
+# The losses with presets when the study was made: its results are for these.
 _X = (
     *("grpo", "dapo", "deepseek-v3.2", "gspo", "gspo-token", "tic-grpo", "tic-grpo-min", "gmpo"),
     *("rspo", "cispo", "dppo-tv", "dppo-kl", "aspo", "sapo"),
@@ -188,7 +188,7 @@ def moments(c_SNT: Tensor, samples: Samples, tangent: Tangent) -> Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How rewards become advantages, with what is random in it marginalised exactly.
+    """How rewards become advantages, with its random parts marginalised exactly.
 
     For n sequences in groups of G with C right ones, C ~ Binomial(G, p), advantages A₊(C), −A₋(C):
     the estimator (1/G)·Σ_i |A_i|·u_i of a group has, for signs s and ū_s, Σ_s the mean and the

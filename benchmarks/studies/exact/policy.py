@@ -1,8 +1,8 @@
 """A mixture-of-experts policy small enough to be enumerated: every prefix, every sequence, float64.
 
 Sequences have exactly T tokens, there is no end token, and one prompt (a begin token). A prefix is
-a node of a tree, and a forward gives the next-token distribution of every node at once. A causal
-attention carries what an earlier position's experts did into the later ones, as in a real model.
+a node of a tree, and one forward pass gives the next-token distribution of every node. Causal
+attention carries the effects of earlier positions' experts to later ones, as in a real model.
 
 Shapes: M prefixes (nodes), N = V^T sequences, T positions, V tokens, L MoE layers, E experts, K
 experts per token, D hidden, F expert width, P parameters. θ is one flat vector `[P]`.
@@ -242,7 +242,7 @@ class Policy:
 
         def log_probs_V(theta_P, prefix_T, depth, routes_TLK):
             every_TV, _, _ = self.forward(theta_P, prefix_T, routes_TLK=routes_TLK)
-            # a sum with one-hot weights: an index that differs by element is not for vmap
+            # a sum with one-hot weights: vmap cannot index differently for each element
             return ((torch.arange(tree.T) == depth)[:, None] * every_TV).sum(0)
 
         routes = (self.outputs(theta_P).routes_MLK if routes_MLK is None else routes_MLK)[

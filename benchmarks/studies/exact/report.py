@@ -122,7 +122,7 @@ def crossings(cells: pd.DataFrame) -> pd.DataFrame:
         a, b = fixed.loc[first], fixed.loc[second]
         for target in TARGETS:
             bias = f"bias_{target}"
-            # what two sums of other order differ by is no difference
+            # the rounding between two orders of a sum is no difference
             scale = ROUNDING * a[f"norm_{target}"]
             more_bias, more_variance = a[bias] - b[bias], a["variance"] - b["variance"]
             more_bias = more_bias.where(more_bias.abs() > scale, 0.0)
@@ -223,9 +223,9 @@ def names_in(frame: pd.DataFrame, column: str) -> list:
 
 
 class Report:
-    """Tables and figures of one run; `mismatch` and `step` are those looked at closest.
+    """Tables and figures of one run; `mismatch` and `step` are the ones examined most closely.
 
-    Made of all cells, or of those that `shown` chose and the checks that `meta` has of all.
+    Made from all cells, or from those that `shown` chose, with the checks that `meta` has of all.
     """
 
     def __init__(self, cells: pd.DataFrame, conditions: pd.DataFrame, meta: dict):
@@ -251,7 +251,7 @@ class Report:
     def shown(self) -> pd.DataFrame:
         """The cells that a section or a figure looks at, a fiftieth of all.
 
-        Their norms are those of the whole target, which the other parts are not needed for then.
+        Their norms are those of the whole target, so the other parts are not needed for them.
         """
         for make in (*self.sections().values(), self._draw_bias, self._draw_mse):
             make()
@@ -360,7 +360,7 @@ class Report:
         return "\n\n".join(blocks)
 
     def positives_table(self) -> str:
-        """UP's right side only, over all mismatches and steps."""
+        """Compute UP's right side only, over all mismatches and steps."""
         rows = []
         for step in self.steps:
             for target in TARGETS:
@@ -376,7 +376,7 @@ class Report:
         return table(["inner step", "target", *self.mismatches], rows)
 
     def losses_table(self) -> str:
-        """Every estimator at the central cell."""
+        """Show every estimator at the central cell."""
         rows = []
         every = self._at(inner_step=self.step, part=["all", "right", "wrong"])
         for name in names_in(every, "estimator"):
@@ -399,7 +399,7 @@ class Report:
         return table(heads, rows)
 
     def steps_by_loss_table(self) -> str:
-        """Bias, variance and MSE by inner step, a few losses."""
+        """Bias, variance and MSE by inner step, for a few losses."""
         rows = []
         for name in [n for n in DRAWN if n in set(self.fixed["estimator"])]:
             row = [code(name)]
@@ -623,7 +623,7 @@ POLICY = {"train": "trainer's policy", "deployed": "deployed policy"}
 
 
 def outcome(here: pd.DataFrame) -> str:
-    """Who is better at few samples, who at many, and where they cross: counts and a median."""
+    """Which is better at few samples, which at many, and where they cross: counts and a median."""
     parts = []
     for (few, many), group in here.groupby(["few", "many"], sort=False):
         count = f" [{len(group)}]" if len(group) < len(here) else ""

@@ -209,7 +209,7 @@ def cells(
             columns = {
                 "mean_norm": estimate.mean_SP.norm(dim=-1),
                 "variance": estimate.variance_S,
-                # largest difference of a coefficient from GRPO's, and from likelihood's ±1
+                # largest difference between a coefficient and GRPO's, and likelihood's ±1
                 "off_grpo": (c_part_SNT - grpo_NT[of_part[part]]).abs().amax((1, 2)),
                 "off_likelihood": (c_part_SNT - sign_N1[of_part[part]]).abs().amax((1, 2)),
                 # tokens of the part that carry no gradient

@@ -1,1 +1,1 @@
-"""Whether training breaks where it is pushed: learning rates, verifiers, data, staleness."""
+"""Whether training breaks under stress: learning rates, verifiers, data, staleness."""

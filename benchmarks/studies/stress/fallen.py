@@ -1,9 +1,9 @@
 """Positives whose probability has fallen: what each loss weighs them, its bias, what comes back.
 
-π_old is a random policy, and μ is it too (no mismatch). Half of the right sequences (every second
-one in order of probability) is pushed down by gradient steps until its total probability is e^-k
-of the old, while that of the other half is held. There every loss's exact gradient is compared
-with ∇J, and followed for some steps.
+π_old is a random policy, and so is μ, the same one (no mismatch). Half of the right sequences
+(every second one in order of probability) is pushed down by gradient steps until its total
+probability is e^-k of the old, while that of the other half is held. There every loss's exact
+gradient is compared with ∇J, and followed for some steps.
 
 Shapes: those of runs.py.
 """

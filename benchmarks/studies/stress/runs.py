@@ -272,7 +272,7 @@ def train(model: Model, loss: str, runs: Sequence[Run], plan: Plan) -> pd.DataFr
             norm_X = gradient_XP.norm(dim=-1)
             finite_X &= norm_X.isfinite()
             scale_X = (bound_X / norm_X).clamp(max=1).where(finite_X & (norm_X > 0), 1.0)
-            # a run that is not finite stays where it is
+            # a run that is not finite stays where it was
             gradient_XP = torch.where(finite_X[:, None], gradient_XP * scale_X[:, None], 0.0)
             theta_XP = adam.step(theta_XP, gradient_XP)
             pull_XB = pull_XBT.abs().sum(-1) * positive_XB

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variables by which a job of another stack says what it wants: of the log, of a loss."""
+"""The variables by which a job of another stack sets what it wants of the log and the loss."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SETTINGS = "MOE_UPGRPO_LOSS_SETTINGS"  # JSON, fields of a loss; unset: the pres
 
 
 def run_folder() -> Path | None:
-    """The folder that MOE_UPGRPO_RUN names; None: no routing log."""
+    """The folder named by MOE_UPGRPO_RUN; None: no routing log."""
     path = os.environ.get(RUN)
     return Path(path) if path else None
 
 
 def token_share() -> float:
-    """The share that MOE_UPGRPO_TOKENS names. Raises UserError where it is none."""
+    """The share set by MOE_UPGRPO_TOKENS. Raises UserError if it is not a share."""
     given = os.environ.get(TOKENS, "1")
     try:
         share = float(given)
@@ -41,7 +41,7 @@ def token_share() -> float:
 def loss_settings() -> Any:
     """The fields of a loss that MOE_UPGRPO_LOSS_SETTINGS sets, for `presets.resolve`; unset: none.
 
-    Raises UserError: no JSON.
+    Raises UserError: not JSON.
     """
     given = os.environ.get(SETTINGS) or "{}"
     try:
@@ -54,7 +54,7 @@ def loss_settings() -> Any:
 
 
 def alarm_limits() -> AlarmLimits:
-    """The limits that MOE_UPGRPO_ALARMS sets. Raises UserError for what is none of them."""
+    """The limits set by MOE_UPGRPO_ALARMS. Raises UserError for anything else."""
     given = os.environ.get(ALARMS, "")
     kinds = {field.name: int if field.type == "int" else float for field in fields(AlarmLimits)}
     limits = {}
@@ -74,7 +74,7 @@ def alarm_limits() -> AlarmLimits:
 
 
 def refuse(not_covered: Mapping[str, object]) -> None:
-    """Raise UserError with the first name whose value is true: what the log does not cover."""
+    """Raise UserError with the first name whose value is true, which the log does not cover."""
     for name, there in not_covered.items():
         if there:
             raise UserError(f"{RUN}: the routing log does not cover {name}; unset it")

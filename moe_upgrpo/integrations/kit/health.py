@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health figures of a replay, with and without a routing log: was it applied, how much it did.
+"""Health figures of a replay, with or without a routing log: was it applied, what did it change.
 
-The routers of a model are watched for good, by hooks that count on the device and wait for nothing;
+The routers of a model are watched permanently, by hooks that count on the device and never wait;
 `Health.take` adds the counts up over all ranks, once for each step. They count only inside
 `counting`, which a stack puts around its update. Figures: `routing.health`, docs/stacks.md.
 
@@ -31,8 +31,8 @@ _WATCHES = "moe_upgrpo_health"
 class Health:
     """Counts of a model's routers since the last `take`.
 
-    model: its chunks on this rank. One object for each model: make it after the stack has put its
-    own changes into RouterReplay.
+    model: its chunks on this rank. There is one object for each model, to be made after the stack
+    has put its own changes into RouterReplay.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module]):
@@ -40,7 +40,7 @@ class Health:
         self.num_layers = max([0, *(router.config.num_layers for router in watched)])
         self.counts: dict[int, Tensor] = {}  # layer number → [F]
         self.counts_now = False
-        self._at: TopKRouter | None = None  # the router that runs
+        self._at: TopKRouter | None = None  # the router now running
         self._given: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._again = False  # it runs a second time, for its gradient
         for router in watched:
@@ -52,7 +52,7 @@ class Health:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, forwards are counted."""
+        """Count forward passes inside this context."""
         self.counts_now = True
         try:
             yield
@@ -60,16 +60,16 @@ class Health:
             self.counts_now = False
 
     def replayed(self, given_NK: Tensor, native_NK: Tensor, held_N: Tensor | None = None) -> None:
-        """The router that runs is held to these routes; arguments as `count_rows` has them."""
+        """Count a running router that is held to these routes; arguments as in `count_rows`."""
         self._given = given_NK, native_NK, held_N
 
     def recomputed(self) -> None:
-        """The router that runs was counted before: its activations are recomputed."""
+        """Skip a running router that was counted before: its activations are recomputed."""
         self._again = True
 
     @property
     def looks(self) -> bool:
-        """Whether a router runs that is counted."""
+        """Whether the running router is one that is counted."""
         return self.counts_now and self._at is not None
 
     def _begin(self, router: TopKRouter, *_) -> None:
@@ -88,7 +88,7 @@ class Health:
     def take(self) -> dict[str, float]:
         """Metrics of all ranks and layers since the last call. A collective of all ranks.
 
-        Where tensor-parallel ranks see the same rows, each counts them: the rates are the same.
+        Where tensor-parallel ranks see the same rows, each counts them; the rates are unaffected.
         """
         counts, self.counts = self.counts, {}
         layers = torch.tensor([self.num_layers])
@@ -103,7 +103,7 @@ class Health:
 
 
 def _captures() -> bool:
-    """Whether a CUDA graph is captured, whose runs would not come by here."""
+    """Whether a CUDA graph is being captured: its later replays would not pass through here."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -113,9 +113,9 @@ def _device() -> torch.device:
 
 
 def _summed(values: Tensor, how: dist.ReduceOp) -> Tensor:
-    """Over the stages and shards of a replica, then over the replicas and context shards.
+    """Sum over the stages and shards of a replica, then over the replicas and context shards.
 
-    Not over all ranks of the job: where replicas are independent one of them may be gone.
+    Not over all ranks of the job: where replicas are independent, one of them may be gone.
     """
     for group in (
         parallel_state.get_model_parallel_group(),
@@ -126,7 +126,7 @@ def _summed(values: Tensor, how: dist.ReduceOp) -> Tensor:
 
 
 def _watch(replay_class: type) -> None:
-    """Let the class show what it was given and what its router would have chosen; once."""
+    """Let the class show the routes it was given and those its router would have chosen; once."""
     get = replay_class.get_replay_topk
     if getattr(get, _WATCHES, False):
         return
@@ -154,8 +154,8 @@ def _watch(replay_class: type) -> None:
 
 
 def reports_here() -> bool:
-    """Whether this rank is the one whose word reaches a stack's trackers: of the last stage the
-    first of its shards and replicas."""
+    """Whether this rank's values reach a stack's trackers: it is the first shard and replica of the
+    last stage."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and routers.first_of_stage()

@@ -21,9 +21,9 @@ def wrap(owner: type, name: str, around: Callable) -> None:
 
 
 def delegate(owner: type, attribute: str, names: Sequence[str]) -> None:
-    """Have the object at `attribute`, where it is not None, stand around the owner's methods.
+    """Wrap the owner's methods in those of the object at `attribute`, where that is not None.
 
-    By its methods of the same names, which take `original` first.
+    The object's methods have the same names and take `original` first.
     """
 
     def through(name: str) -> Callable:
@@ -41,7 +41,7 @@ def delegate(owner: type, attribute: str, names: Sequence[str]) -> None:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Inside, the owner's attributes have other values."""
+    """Give the owner's attributes other values inside this context."""
     there = vars(owner)
     before = {name: there[name] for name in values if name in there}
     for name, value in values.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A preset with what a stack's flags and settings change of it."""
+"""A preset together with the changes that a stack's flags and settings make to it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WHY_NOT = {
 class Flag:
     """A stack's own flag that sets a field of the loss.
 
-    A stack's config always holds a value, so that one other than the default is taken as set by
-    the user; the preset's holds otherwise.
+    A stack's config always holds a value, so a value other than the default is taken as set by the
+    user; otherwise the preset's value holds.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Flag:
 
 
 def served(not_handed_over: Iterable[str]) -> dict[str, PolicyLossConfig]:
-    """The presets, plug-ins' among them, that need none of the arguments of `policy_loss` that a
-    stack does not have."""
+    """The presets, including those of plug-ins, that need none of the arguments of `policy_loss`
+    that a stack lacks."""
     plugins.load()
     return {n: p for n, p in PRESETS.items() if not p.arguments & set(not_handed_over)}
 
@@ -55,12 +55,12 @@ def resolve(
 ) -> PolicyLossConfig:
     """The preset, changed by the flags, then by the settings.
 
-    option, settings_option: what the user calls the two. not_handed_over: arguments of
-    `policy_loss` that the stack cannot give. settings_win: a flag for a field that the settings
-    name is left alone, whatever it says. label: of the loss in messages, the preset if None.
+    option, settings_option: the user's names for the two. not_handed_over: arguments of
+    `policy_loss` that the stack cannot give. settings_win: if the settings name a field, its flag
+    is ignored, whatever it says. label: the loss's name in messages; None: the preset.
 
-    Raises UserError: no such preset or field, settings that cannot be, a flag for a field that the
-    loss does not have, a loss that needs what the stack does not hand over.
+    Raises UserError: no such preset or field, settings that are not possible, a flag for a field
+    that the loss does not have, a loss that needs what the stack does not hand over.
     """
     allowed = served(not_handed_over)
     if preset not in allowed:
@@ -99,7 +99,7 @@ def with_settings(
     stack: str,
     not_handed_over: Iterable[str],
 ) -> PolicyLossConfig:
-    """A config with fields changed. Raises UserError that names the option."""
+    """A config with some fields changed. Raises UserError that names the option."""
     settings = {} if settings is None else settings
     fields = vars(config)
     if not isinstance(settings, Mapping) or settings.keys() - fields.keys():

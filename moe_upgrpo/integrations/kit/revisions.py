@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed revision of a stack, and whether it has the functions that are hooked into.
+"""The installed revision of a stack, and whether it has the functions that are to be hooked.
 
-`check` is called as a stack's integration starts, before it imports anything of the stack that may
-have moved. Files are read with ast (`integrations.hooks`).
+`check` is called when a stack's integration starts, before it imports anything of the stack that
+may have moved. Files are read with ast (`integrations.hooks`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.integrations import hooks
 from moe_upgrpo.patching.checkout import head
 
-# What is looked for, and what the distribution of a release is called.
+# The package to look for, and the name of a release's distribution.
 MODULES = {
     "verl": ("verl", "verl"),
     "slime": ("slime", "slime"),
@@ -30,20 +30,20 @@ MODULES = {
 }
 
 Part = Literal["loss", "log", "health"]
-# What a message calls each, and how to do without; nothing to be done: it is left out by itself.
+# The name of each in messages, and how to do without it; empty: it is left out by itself.
 PARTS: dict[Part, tuple[str, str]] = {
     "loss": ("a loss", "or take the stack's own loss"),
     "log": ("the routing log", "or unset MOE_UPGRPO_RUN"),
     "health": ("the report of a replay's health", ""),
 }
-_said: set[tuple[str, str]] = set()  # what this process has said: stack, and of what
+_said: set[tuple[str, str]] = set()  # messages of this process: stack, and subject
 
 
 @dataclass(frozen=True)
 class Installed:
     """An installed stack. root: the folder that holds its top-level package.
 
-    found: what `hooks.found_in` found there.
+    found: the result of `hooks.found_in` there.
     """
 
     stack: str
@@ -67,7 +67,7 @@ class Installed:
 
     @property
     def tested(self) -> str | None:
-        """The tested revision that this is, all hooks as they were there; None: it is another."""
+        """The tested revision whose hooks all equal the installed ones; None: there is none."""
         same = [name for name, changed in self.differences().items() if not changed]
         if self.commit is None and self.version is None:
             return same[0] if same else None
@@ -79,7 +79,7 @@ class Installed:
         return name.removeprefix("v") == self.version
 
     def missing(self, part: Part) -> list[str]:
-        """`FILE: NAME` of the hooks that `part` needs and that are not there."""
+        """`FILE: NAME` of the hooks that `part` needs and that are missing."""
         return [
             f"{file}: {name}"
             for file, name in hooks.missing(self.stack, self.found)
@@ -104,7 +104,7 @@ class Installed:
 
 
 def needed_by(stack: str, name: str) -> list[Part]:
-    """The parts that need a hook; the log needs every one."""
+    """The parts that need a hook; the log needs all hooks."""
     of_parts = {"loss": hooks.LOSS, "health": hooks.HEALTH}
     return [*(part for part, names in of_parts.items() if name in names[stack]), "log"]
 
@@ -144,7 +144,7 @@ def check(stack: str, part: Part) -> None:
     """
     here = installed(stack)
     if here is None:
-        return  # not files, such as a zip archive: what is missing shows as it is imported
+        return  # not files, such as a zip archive: what is missing shows at import
     if gone := here.missing(part):
         needs, without = PARTS[part]
         raise UserError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routers of a stack's Megatron model: which ones count, and their choices in a forward.
+"""The routers of a stack's Megatron model: which ones count, and their choices in a forward pass.
 
-What a forward records travels as one integer table of a micro-batch, so that a stack's own layout
-functions (sequence and context parallelism, packing) can carry it: for each token and layer the K
-experts, and behind them the bits of the float32 margin.
+The record of a forward pass travels as one integer table per micro-batch, so that a stack's own
+layout functions (sequence and context parallelism, packing) can carry it: for each token and layer
+the K experts, followed by the bits of the float32 margin.
 
 Shapes: N rows of a micro-batch on this rank, S tokens of a sequence, R rows of one, L MoE layers,
 K experts each, X = K + 1.
@@ -34,8 +34,8 @@ Layers = dict[int, np.ndarray]  # layer number → [R, X] of one sequence
 def counted(chunk: torch.nn.Module) -> list[TopKRouter]:
     """The routers of a model chunk that belong to its decoder.
 
-    Not those of multi-token prediction, which carry the number of another layer, nor those of a
-    draft model: the rollout engine has no rows for them.
+    Those of multi-token prediction, which carry another layer's number, and those of a draft model
+    are left out: the rollout engine has no rows for them.
     """
     return [
         module
@@ -72,7 +72,7 @@ class Watch:
         self.current[number] = torch.cat([ids_NK.int(), bits_N1], dim=1)
 
     def take(self) -> tuple[list[int], Tensor | None]:
-        """Layer numbers and their table [N, L, X]; none and None of a chunk without MoE layers.
+        """Layer numbers and their table [N, L, X]; empty and None for a chunk without MoE layers.
 
         Raises UserError where a router of the chunk did not run.
         """
@@ -90,7 +90,7 @@ class Watch:
 
 @contextmanager
 def watched(routers: Sequence[TopKRouter]) -> Iterator[Watch]:
-    """Inside, what each of `routers` chose is seen, with its margin."""
+    """Record, inside this context, what each of `routers` chooses, with its margin."""
     watch, undo = Watch(routers), []
     try:
         for router in routers:
@@ -103,9 +103,9 @@ def watched(routers: Sequence[TopKRouter]) -> Iterator[Watch]:
 
 @contextmanager
 def watched_under_replay(routers: Sequence[TopKRouter]) -> Iterator[Watch]:
-    """Inside, what each router would have chosen without the replay that holds it is seen.
+    """Record, inside this context, what each router would choose without the replay that holds it.
 
-    By Megatron-Core's RouterReplay, whose `get_replay_topk` is given the default and drops it.
+    Through Megatron-Core's RouterReplay, whose `get_replay_topk` is given the default and drops it.
     """
     watch, undo = Watch(routers), []
     try:
@@ -119,7 +119,7 @@ def watched_under_replay(routers: Sequence[TopKRouter]) -> Iterator[Watch]:
 
 @contextmanager
 def at_work(routers: Sequence[TopKRouter]) -> Iterator[list[TopKRouter]]:
-    """Inside, the list holds the router that runs, if one of these does."""
+    """Inside this context, the list holds the running router if it is one of these."""
     running: list[TopKRouter] = []
     hooks = []
     for router in routers:
@@ -144,7 +144,7 @@ def _watch_choice(router: TopKRouter, watch: Watch) -> list:
     def chosen(_, inputs, outputs):
         map_NE = outputs[1]
         ids_NK = map_NE.int().topk(router.topk, dim=1).indices
-        # A token that was not sent to K experts has no K ids to compare.
+        # A token that was not sent to K experts lacks K ids to compare.
         whole_N1 = map_NE.sum(dim=1, keepdim=True) == router.topk
         watch.saw(router.layer_number, torch.where(whole_N1, ids_NK, -1), *margins)
         margins.clear()
@@ -168,7 +168,7 @@ def _watch_default(router: TopKRouter, watch: Watch):
 
 
 def _margins(router: TopKRouter, logits: Tensor) -> Tensor | None:
-    """Margins [N] of the scores that Megatron-Core takes the top-k over; None of other scores."""
+    """Margins [N] of the scores over which Megatron-Core takes the top-k; None for other scores."""
     config, scores_NE = router.config, logits.reshape(-1, logits.shape[-1])
     match config.moe_router_score_function:
         case "softmax" if config.moe_router_pre_softmax:
@@ -197,7 +197,7 @@ def whole_sequence_parallel(table_NLX: Tensor, sequence_parallel: bool) -> Tenso
 
 
 def whole_context_parallel(table: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
-    """`[B, T, L, X]` of all context-parallel ranks, by a stack's function that joins `[B, T]`."""
+    """`[B, T, L, X]` from all context-parallel ranks, by a stack's function that joins `[B, T]`."""
     columns = [join(column[..., 0]) for column in table.flatten(2).split(1, dim=2)]
     return torch.stack(columns, dim=2).unflatten(2, table.shape[2:])
 
@@ -205,9 +205,9 @@ def whole_context_parallel(table: Tensor, join: Callable[[Tensor], Tensor]) -> T
 def by_sequence(
     table: Tensor, rows: Sequence[int], lengths: Sequence[int] | None
 ) -> dict[int, Tensor]:
-    """Row of a batch → its `[T, L, X]` of a table `[B, T, L, X]`, or packed `[1, ΣT, L, X]`.
+    """Row of a batch → its `[T, L, X]`, from a table `[B, T, L, X]` or packed `[1, ΣT, L, X]`.
 
-    lengths: of the packed sequences in their order, of which there may be more (padding).
+    lengths: of the packed sequences in order; the table may hold more (padding).
     """
     if lengths is None:
         return dict(zip(rows, table, strict=True))
@@ -215,7 +215,7 @@ def by_sequence(
 
 
 def by_layer(numbers: Sequence[int], table_RLX: Tensor) -> Layers:
-    """Take a sequence's part of a micro-batch apart."""
+    """Split a sequence's part of a micro-batch by layer."""
     layers = table_RLX.int().cpu().numpy().swapaxes(0, 1)
     return dict(zip(numbers, layers, strict=True))
 
@@ -234,7 +234,7 @@ class Routes:
 
     @classmethod
     def of(cls, by_row: Mapping[int, Layers]) -> Routes:
-        """Raises UserError: no row, or no router."""
+        """Raises UserError if there is no row, or no router."""
         numbers = sorted(next(iter(by_row.values()), {}))
         if not numbers:
             raise UserError(
@@ -250,7 +250,7 @@ class Routes:
 
 
 def first_of_stage() -> bool:
-    """Whether this rank is the first of its pipeline stage, which joins its shards."""
+    """Whether this rank is the first of its pipeline stage; that rank joins the stage's shards."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0
@@ -260,8 +260,7 @@ def first_of_stage() -> bool:
 def joined(mine: Mapping[int, Layers], *, writes: bool) -> Routes | None:
     """The layers of all pipeline stages, on the ranks that write; None on the others.
 
-    mine: row of the batch → layers of this stage. Every first rank of a stage takes part. A
-    collective of theirs.
+    mine: row of the batch → layers of this stage. A collective of the first ranks of all stages.
     """
     if not first_of_stage():
         return None
@@ -281,9 +280,9 @@ def joined(mine: Mapping[int, Layers], *, writes: bool) -> Routes | None:
 def moe_layers(
     name: str, routes_RLK: np.ndarray, *, layer_ids: Sequence[int], num_layers: int
 ) -> np.ndarray:
-    """Take the MoE layers alone of an engine that also fills rows for dense layers.
+    """Take only the MoE layers from an engine that also fills rows for dense layers.
 
-    Raises UserError that names the field: rows of another number of layers.
+    Raises UserError that names the field: rows with another number of layers.
     """
     layers = routes_RLK.shape[1]
     if layers == len(layer_ids):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run folder of another stack's trainer: token rows and metrics.
 
-One `RunLog` for each data-parallel rank; `write_step` is a collective over `group`. What a stack
-cannot tell is left out: a column that no sequence has, a metric that nothing was counted for.
+There is one `RunLog` for each data-parallel rank; `write_step` is a collective over `group`. What a
+stack cannot tell is left out: a column that no sequence has, a metric with nothing counted for it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def reported(metrics: dict[str, Any]) -> dict[str, float]:
 def gap_under_r3(
     logp_rollout: np.ndarray, logp_old: np.ndarray, native: np.ndarray, logp_train: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The gap's terms where old and current policy are held to the rollout's routes."""
+    """The gap's terms when old and current policy are held to the rollout's routes."""
     return gap_terms(
         "R3",
         rollout=logp_rollout,
@@ -65,9 +65,9 @@ def gap_under_r3(
 
 @dataclass
 class Step:
-    """Figures that one data-parallel rank gathered of a step besides its sequences.
+    """Figures, besides its sequences, that one data-parallel rank gathered in a step.
 
-    sequences: `prompt` is what tells their prompts from others of the step, on whatever rank.
+    sequences: `prompt` tells their prompts from others of the step, on any rank.
     """
 
     sequences: list[SequenceRecord] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Step:
     )  # token visits clipped, and all, by the sign of A
 
     def add(self, other: Step) -> None:
-        """Take in what another rank gathered of the same optimizer steps, sequences aside."""
+        """Add what another rank gathered in the same optimizer steps, except its sequences."""
         self.loss_metrics += other.loss_metrics
         self.loss_sum += other.loss_sum
         self.visited += other.visited
@@ -96,7 +96,7 @@ class Step:
 
 
 def check_free(path: Path) -> None:
-    """Raise UserError where the folder holds a run already."""
+    """Raise UserError if the folder already holds a run."""
     if RunFolder(path).config_path.exists():
         raise UserError(
             f"{path} already holds a run: name a new folder (a job that is resumed writes one of "
@@ -105,15 +105,16 @@ def check_free(path: Path) -> None:
 
 
 def keep_texts(run: Path, tokenizer: str | Path | None) -> None:
-    """Write the texts of tokens into a run folder, or say how they come into its report later.
+    """Write the texts of tokens into a run folder, or say how to get them into its report later.
 
-    A job does not end for them, whatever a tokenizer's library raises: its log is whole without.
+    The job never ends because of them, whatever a tokenizer's library raises: the log is complete
+    without.
     """
     try:
         if tokenizer is None:
             raise UserError("no tokenizer is named")
         keep_vocabulary(run, downloaded(tokenizer))
-    except Exception as error:  # where the disk is full, the log's own next write says so
+    except Exception as error:  # if the disk is full, the log's own next write says so
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         why = (str(error).splitlines() or ["no reason given"])[0]
         print(
@@ -142,7 +143,7 @@ class RunLog:
     ):
         """group: the data-parallel ranks. share: of the sequences whose rows are kept.
 
-        modules: the trained model, where it can be looked at whether a step changed its weights.
+        modules: the trained model, where one can check whether a step changed its weights.
         tokenizer: the folder or name of the model whose tokenizer gives tokens their texts.
         """
         self.group = group
@@ -174,7 +175,7 @@ class RunLog:
         if problem:
             raise UserError(problem)
         self.run = RunFolder(path)
-        # As long as the process lives: who follows the run sees its end by it.
+        # Held as long as the process lives: a follower of the run sees its end by it.
         self._lock = self.run.locked() if self.rank == 0 else nullcontext()
         self._lock.__enter__()
         if self.rank == 0:
@@ -255,7 +256,7 @@ class RunLog:
 
 
 def _added(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """Sum over ranks; one without a sequence may lack names."""
+    """Sum over ranks; a rank without a sequence may lack names."""
     names = dict.fromkeys(name for part in parts for name in part)
     pairs = {name: [part[name] for part in parts if name in part] for name in names}
     return {n: Metric(*map(sum, zip(*found, strict=True))) for n, found in pairs.items()}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second evaluation of a stack's policy loss, on detached log-probs.
 
-Its gradient says which tokens the loss's own rule cut, whatever loss it is, and how much each of
-the others weighs; the stack's own backward is not touched.
+Its gradient says which tokens the loss's own rule cut, whatever the loss is, and how much each of
+the others weighs; the stack's own backward pass is not touched.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moe_upgrpo.losses import Metric
 
 @dataclass(frozen=True)
 class SecondLook:
-    """loss: the value. pulls: ∂loss/∂log-prob, of the shapes of the log-probs.
+    """loss: the value. pulls: ∂loss/∂log-prob, in the shapes of the log-probs.
 
-    metrics: of the loss library, where the loss is one of it; else empty.
+    metrics: the loss library's, if the loss is one of its own; else empty.
     """
 
     loss: Tensor

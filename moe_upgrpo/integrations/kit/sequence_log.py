@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log of a trainer that generates sequences, scores them at the old weights and trains on them.
 
-A stack's own log hands over what its forward and its loss saw; the rest is the same everywhere.
+A stack's own log hands over what its forward pass and its loss saw; the rest is shared.
 
 Shapes: B sequences of a micro-batch, T positions of its log-probs, S tokens of a sequence, X as in
 `routers`, L MoE layers, K experts each.
@@ -30,8 +30,8 @@ from moe_upgrpo.record import SequenceRecord, known_rows
 class Generated:
     """A sequence of this data-parallel rank as its stack generated it.
 
-    routes: of the engine, a row for each token or for each but the last. native_logp [T]: at the
-    old weights, where a replay held those that the loss has.
+    routes: the engine's, a row for each token or for each but the last. native_logp [T]: at the old
+    weights without replay, where a replay held those that the loss uses.
     """
 
     token_ids: np.ndarray
@@ -46,9 +46,9 @@ class SequenceLog:
     """The sequences of a step on one rank, and the run folder."""
 
     def __init__(self, config: Any, model: nn.Module, *, replay: str | None):
-        """config: Megatron's, of the model, which is this rank's part of it. replay: R2, R3.
+        """config: Megatron's, for this rank's part of the model. replay: R2, R3.
 
-        Raises UserError: what the environment asks for cannot be.
+        Raises UserError: the environment asks for something impossible.
         """
         self.folder: Path = environment.run_folder()
         self.share, self.limits = environment.token_share(), environment.alarm_limits()
@@ -72,7 +72,7 @@ class SequenceLog:
         self.gathered = Step()
 
     def generated(self, sequences: Sequence[Generated], *, needed: str) -> list[int]:
-        """Take in sequences; their rows. needed: what gives them routes, for who lacks it."""
+        """Take in sequences; returns their rows. needed: what provides routes, for the message."""
         if any(sequence.routes is None for sequence in sequences):
             raise UserError(
                 f"{environment.RUN}: the engine gave no routed_experts; the routing log needs "
@@ -89,10 +89,10 @@ class SequenceLog:
         native_forward: Callable[[], Any],
         of_sequences: Callable[[Tensor], Mapping[int, Tensor]],
     ) -> Any:
-        """Call `forward`, that of the old log-probs, with its routers watched; its result.
+        """Call `forward`, that of the old log-probs, with its routers watched; returns its result.
 
-        native_forward: the same without replay, run where R3 holds the other. of_sequences: takes
-        the table [N, L, X] of a micro-batch apart, by row of `sequences`.
+        native_forward: the same without replay, run where R3 holds the other. of_sequences: splits
+        the table [N, L, X] of a micro-batch by row of `sequences`.
         """
         watched, into = routers.watched, "native"
         if self.replay == "R3":
@@ -137,7 +137,7 @@ class SequenceLog:
     ) -> None:
         """Record a micro-batch of the last visit of its sequences.
 
-        share: of this loss in that of the optimizer step. mask and columns [B, T] (advantage,
+        share: of this loss in the optimizer step's. mask and columns [B, T] (advantage,
         logp_old, logp_train): index t is the token at t + 1 or, where packed sequences have
         `lengths`, whose columns end together, at t + 1 − (T − length).
         """

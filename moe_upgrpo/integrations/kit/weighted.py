@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy loss with a stack's own weight of each token, such as for the rollout."""
+"""The policy loss with a stack's own weight for each token, such as a rollout correction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moe_upgrpo.losses.metrics import mean
 def check_rollout_weights(config: PolicyLossConfig, option: str, *, of_tokens: bool) -> None:
     """Raise UserError where the stack's weights for the rollout do not go with the loss.
 
-    option: as the user gave it. of_tokens: whether tokens of a sequence have different weights.
+    option: as the user wrote it. of_tokens: whether tokens of a sequence have different weights.
     """
     if "topr" in (config.positive, config.negative) or config.correction.active:
         raise UserError(
@@ -37,7 +37,7 @@ def check_rollout_weights(config: PolicyLossConfig, option: str, *, of_tokens: b
 
 
 def required(rollout_log_probs: Tensor | None, by: str) -> Tensor:
-    """The rollout's log-probs. Raises UserError: there are none, and `by` needs them."""
+    """The rollout's log-probs. Raises UserError if `by` needs them and there are none."""
     if rollout_log_probs is None:
         raise UserError(
             f"rollout_log_probs: None given; {by} needs one for each response token, and the "
@@ -58,12 +58,12 @@ def weighted_loss(
     global_tokens: float | None,
     global_sequences: float | None,
 ) -> tuple[Tensor, PolicyLoss]:
-    """Σ of the tokens' losses with `weights` [B, T], by the denominators of the unweighted loss.
+    """Σ of the tokens' losses with `weights` [B, T], over the denominators of the unweighted loss.
 
-    Raises UserError: a loss that needs the rollout's log-probs, and there are none.
+    Raises UserError: the loss needs the rollout's log-probs, and there are none.
     """
     reads = "rollout_log_probs" in config.arguments
-    # Without any token the sum is 0, whatever it is divided by.
+    # Without any token the sum is 0, whatever the divisor.
     totals = {"global_tokens": global_tokens or None, "global_sequences": global_sequences}
     result = policy_loss(
         log_probs,
@@ -84,9 +84,9 @@ def weighted_sum(
     config: PolicyLossConfig,
     **totals: float | None,
 ) -> Tensor:
-    """Σ of the tokens' losses with `weights`, by the denominators of the unweighted loss.
+    """Σ of the tokens' losses with `weights`, over the denominators of the unweighted loss.
 
-    mask: boolean [B, T]. totals: `global_tokens` and `global_sequences`, as of the loss itself.
+    mask: boolean [B, T]. totals: `global_tokens` and `global_sequences`, as for the loss itself.
     """
     per_sequence_B = aggregation_weights(
         mask.sum(-1).to(result.per_token.dtype),

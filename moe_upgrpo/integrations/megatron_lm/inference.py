@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experts that Megatron-LM's inference chose, of every finished request, on all ranks.
 
-With --moe-enable-routing-replay its engine records `routing_indices` of each request
-(inference_request.py:518) and nothing of megatron/rl reads them. Here they are put into the ledger
-of finished requests, which all ranks share, and out of the answer that goes over HTTP. Two things
-have to be seen to:
+With --moe-enable-routing-replay its engine records `routing_indices` for each request
+(inference_request.py:518), but nothing in megatron/rl reads them. This module puts them into the
+ledger of finished requests, which all ranks share, and keeps them out of the answer sent over HTTP.
+Two things need care:
 
-- The engine records every router of the process: those of the trainer too, where inference has a
-  model of its own (always under context parallelism), so that nothing is recorded at all or two
-  models in one table. Only the inference model's are left in the list that it reads.
+- The engine records every router of the process, including the trainer's where inference has a
+  model of its own (always under context parallelism); then it records nothing at all or puts two
+  models in one table. So only the inference model's routers stay in the list that it reads.
 - Under pipeline parallelism each stage has the routes of its own layers, and the first alone
   answers. The other stages keep theirs until the ledgers are merged, and give them to the first.
 
@@ -34,7 +34,7 @@ from moe_upgrpo.integrations.kit.environment import RUN
 
 @dataclass(frozen=True)
 class Finished:
-    """A request as a stage has it: each rank makes a `uid` of its own, the number is common."""
+    """A request as a stage has it: `uid` differs between ranks, the number is common to all."""
 
     number: int
     uid: str
@@ -42,8 +42,8 @@ class Finished:
 
 
 def listed(model: list) -> list[RouterReplay]:
-    """Leave the recorders of a model's own layers alone in the list that Megatron-LM's engine
-    reads: no other model's, and none of multi-token prediction."""
+    """Keep only the recorders of a model's own layers in the list that Megatron-LM's engine reads:
+    no other model's, and none of multi-token prediction."""
     found = [r for chunk in rl_utils.unwrap_model(model) for r in routers.counted(chunk)]
     found.sort(key=lambda router: router.layer_number)
     left = [router.router_replay for router in found]
@@ -84,7 +84,7 @@ class Stages:
             active, finished = process(engine, *args, **kwargs)
             if takes_part(engine):
                 for record in finished:
-                    # Of a request that was evicted on the way the engine has no routes.
+                    # If a request was evicted on the way, the engine has no routes for it.
                     routes = None if len(record.requests) > 1 else record[0].routing_indices
                     told = Finished(record[0].request_id, record[0].uid, routes)
                     self.finished.append(told)
@@ -138,6 +138,6 @@ def put_together(ledger: dict[str, Any], stages: list[tuple[int, list[Finished]]
 
 
 def takes_part(engine: DynamicInferenceEngine) -> bool:
-    """Whether this rank speaks for its stage, of several."""
+    """Whether this rank represents its stage, where there are several."""
     groups = engine.pg_collection
     return dist.get_world_size(groups.pp) > 1 and dist.get_rank(groups.tp) == 0

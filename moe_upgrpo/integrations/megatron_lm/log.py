@@ -7,10 +7,10 @@
   the update starts from; joined over sequence and context parallelism there, over the pipeline
   stages at the end of the collection, on the last;
 - update: the loss is evaluated a second time on detached log-probs; its gradient says which tokens
-  the loss's own rule cut, whatever loss it is.
+  the loss's own rule cut, whatever the loss is.
 
-A step of the log is a collection; it is written when the next begins, or at the end of the job. Of
-the ranks of a data-parallel replica one writes: the first of its last stage.
+A step of the log is a collection; it is written when the next begins, or at the end of the job. One
+rank of each data-parallel replica writes: the first of its last stage.
 
 Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
 """
@@ -43,7 +43,7 @@ from moe_upgrpo.record import SequenceRecord, known_rows
 
 @dataclass
 class Sequence:
-    """A row that this rank trains on. rollout: None where it only fills up the batch.
+    """A row that this rank trains on. rollout: None if it only fills up the batch.
 
     turn: of a rollout of several turns that are not a prefix chain, else None: all of them.
     """
@@ -96,7 +96,7 @@ class CollectionLog:
 
         @functools.wraps(compute)
         def compute_logprobs_batch(*args, **kwargs):
-            # The first of a collection is that of the old log-probs, the second the reference's.
+            # The first of a collection computes the old log-probs, the second the reference's.
             self.recording = not self.recorded
             try:
                 return compute(*args, **kwargs)
@@ -122,7 +122,7 @@ class CollectionLog:
     # --- a collection: rollouts, and the forward of the old log-probs
 
     def begin(self, model: list, groups, request_ledger: dict[str, Any]) -> None:
-        """Before Megatron-LM takes the requests' records out of the ledger."""
+        """Prepare, before Megatron-LM takes the requests' records out of the ledger."""
         self.finish()
         self._clear()
         self._watch(model)
@@ -218,7 +218,7 @@ class CollectionLog:
     def see(
         self, given: dict, loss_mask: torch.Tensor, tokens: torch.Tensor, config, counts
     ) -> None:
-        """A micro-batch of the update; arguments as `loss.evaluate` has them."""
+        """Record a micro-batch of the update; arguments as in `loss.evaluate`."""
         if not self.writes:
             return
         current = given["current_logprobs"].detach().float()
@@ -270,7 +270,7 @@ class CollectionLog:
         clipped = clipped_tokens(token["pull"], advantages, token["mask"])
         self.gathered.visit(clipped, advantages, token["mask"])
         rollout_SLK, logp_S = self._of_rollout(sequence, len(tokens_S))
-        # What inference did not compute: a token that an environment appended, evicted requests.
+        # Tokens that inference did not compute: appended by an environment, or evicted requests.
         there = (rollout_SLK[:, 0, 0] != -2) & np.isfinite(logp_S[1:])
         positions = positions[there[positions - 1]]
         if not len(positions):
@@ -307,7 +307,7 @@ class CollectionLog:
     def _of_rollout(self, sequence: Sequence, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Routes `[S - 1, L, K]`, -2 where there are none, and log-probs `[S]`, NaN likewise.
 
-        Of several turns in one row, the routes are those with which the token was generated.
+        If a row holds several turns, the routes are those with which each token was generated.
         """
         rollout, turn = sequence.rollout, sequence.turn
         routes_SLK = np.full_like(sequence.train_SLK, -2)
@@ -395,7 +395,7 @@ def _whole_context_parallel(table_NLX: torch.Tensor, partition: Any) -> torch.Te
 
 
 def _inference_layout(args) -> str:
-    """Say how inference is split where it has a model of its own: what differs from the trainer."""
+    """Say how inference is split where it has its own model, and how that differs from training."""
     sizes = {
         short: getattr(args, f"rl_inference_{name}_parallel_size", None)
         for short, name in (("tp", "tensor_model"), ("pp", "pipeline_model"),

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every preset in place of Megatron-LM's `calculate_grpo_loss`.
 
-The patched train_rl.py hands over the loss mask and the tokens. Which preset it is, the environment
-of all ranks says (`settings`).
+The patched train_rl.py hands over the loss mask and the tokens. The environment of all ranks says
+which preset to use (`settings`).
 
-Megatron-LM wants the losses of the tokens and divides their sum itself: with
---calculate-per-token-loss by the response tokens of the optimizer step, else by those of the
+Megatron-LM expects the losses of the tokens and divides their sum itself: with
+--calculate-per-token-loss by the response tokens of the optimizer step, otherwise by those of the
 micro-batch, averaging over micro-batches and ranks. A loss with one weight for each sequence is
-scaled so that this comes out as the mean over the sequences of the collection (what one call of
-`prepare_data_for_update` made of its rollouts).
+scaled so that the result is the mean over the sequences of the collection (everything that one call
+of `prepare_data_for_update` made from its rollouts).
 
-Shapes: B rows of a micro-batch (of a packed bin, its sequences), T positions; the log-prob at
+Shapes: B rows of a micro-batch (for a packed bin, its sequences), T positions; the log-prob at
 index t is that of the token at t + 1. Flags and limits: docs/megatron-lm.md.
 """
 
@@ -42,9 +42,9 @@ class Counts:
     micro_batches: float
 
     def divisor(self, per_token: bool, tokens: float) -> float:
-        """Divisor of a micro-batch's sum of token losses in the end, `tokens` its own.
+        """Divisor that a micro-batch's sum of token losses gets in the end; `tokens` are its own.
 
-        With --calculate-per-token-loss all tokens, else its tokens times the micro-batches.
+        With --calculate-per-token-loss all tokens, otherwise its tokens times the micro-batches.
         """
         return self.tokens if per_token else max(tokens, 1.0) * self.micro_batches
 
@@ -52,7 +52,7 @@ class Counts:
 @dataclass(frozen=True)
 class Rows:
     """The sequences of a micro-batch: `[B, T]` indices into its flattened tensors, and which of
-    them there are (the rows of a packed bin differ in length)."""
+    them are real (the rows of a packed bin differ in length)."""
 
     index_BT: Tensor
     there_BT: Tensor
@@ -62,7 +62,7 @@ class Rows:
         if seq_starts is None:
             index_BT = torch.arange(shape.numel(), device=device).view(shape)
             return cls(index_BT, torch.ones_like(index_BT, dtype=torch.bool))
-        # A sequence has a log-prob less than tokens. A bin that fills up the batch has none.
+        # A sequence has one log-prob less than tokens. A bin that fills up the batch has none.
         lengths = seq_lengths or [0]
         offsets_T = torch.arange(max(*lengths, 2) - 1, device=device)
         starts_B1, lengths_B1 = (
@@ -76,7 +76,7 @@ class Rows:
         return None if x is None else x.reshape(-1)[self.index_BT]
 
     def put_back(self, x_BT: Tensor, shape: torch.Size) -> Tensor:
-        """Zeros where no sequence is."""
+        """Zeros where there is no sequence."""
         flat = x_BT.new_zeros(shape.numel())
         return flat.index_put((self.index_BT[self.there_BT],), x_BT[self.there_BT]).view(shape)
 
@@ -87,8 +87,8 @@ def evaluate(
     """Result of `rl_utils.calculate_grpo_loss`, with the policy term of `config`, and the
     library's metrics. `given`: its arguments; counts: None, those of this micro-batch.
 
-    The fifth and sixth are Megatron-LM's only in form: positive, and negative, tokens whose
-    gradient the loss's own rule took away.
+    Its fifth and sixth entries are Megatron-LM's in form only: positive and negative tokens whose
+    gradient was removed by the loss's own rule.
     """
     terms = rl_utils.calculate_grpo_loss(**given)
     if config is None:

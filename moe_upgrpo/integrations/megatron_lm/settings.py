@@ -5,8 +5,8 @@
     MOE_UPGRPO_LOSS_SETTINGS  JSON, fields of `PolicyLossConfig`: {"clip_low": 0.1}
     MOE_UPGRPO_RUN            a new folder for the routing log (`log`); unset: none
 
-`check` says, of the arguments of a job, what the loss or the log cannot follow; Megatron is not
-imported for it.
+`check` tells, from the arguments of a job, what the loss or the log cannot follow; it does not
+import Megatron.
 """
 
 import os
@@ -35,7 +35,7 @@ class Refused:
 
 
 def _is(name: str, *allowed: Any) -> Callable[[Any], bool]:
-    """Whether an argument has another value than the allowed ones."""
+    """Whether an argument has a value other than the allowed ones."""
     return lambda args: getattr(args, name, allowed[0]) not in allowed
 
 
@@ -112,12 +112,12 @@ def check(args: Any, config: PolicyLossConfig | None, settings: set[str], *, log
 
 
 def asked() -> tuple[PolicyLossConfig | None, set[str]]:
-    """The preset that the environment names, with its settings, and the fields that these name.
+    """The preset named by the environment, with its settings, and the fields that these name.
 
     None: no preset.
 
     Raises:
-        UserError: a preset or settings that cannot be.
+        UserError: an impossible preset or setting.
     """
     name = os.environ.get(LOSS)
     if not name:
@@ -140,7 +140,7 @@ def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -
     """--grpo-clamp-eps-lower and -upper, where they are set and `settings` does not name the field.
 
     Raises:
-        UserError: a loss whose clip is on another scale than that of the ratio of a token.
+        UserError: a loss whose clip is not on the scale of a token's ratio.
     """
     changes = {
         name: value
@@ -160,7 +160,7 @@ def with_clamps(config: PolicyLossConfig, settings: set[str], **clamps: float) -
 def check_correction(config: PolicyLossConfig, given: bool, truncation: float | None) -> None:
     """Raise UserError where the loss and Megatron-LM's importance weights exclude each other.
 
-    given: the log-probs of inference are handed over. truncation: the bound of their weights.
+    given: whether the log-probs of inference are handed over. truncation: their weights' bound.
     """
     if "rollout_log_probs" in config.arguments:
         if not given or truncation is not None:

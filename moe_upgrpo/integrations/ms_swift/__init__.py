@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ms-swift 4.6.0, Megatron GRPO: every preset that it can be given, and the routing log.
+"""ms-swift 4.6.0, Megatron GRPO: every preset whose inputs it has, and the routing log.
 
 A file for `--external_plugins` imports this package: docs/ms-swift.md. `swift rollout`, data-loader
-workers and other trainers import it too; there nothing happens.
+workers and other trainers import it too; there it does nothing.
 """
 
 import sys

@@ -10,9 +10,9 @@ from moe_upgrpo.integrations.kit.health import Health
 
 
 def forward_step(original, trainer: Any, *args) -> Any:
-    """Count the forwards of the update; what is recomputed for the gradient runs outside."""
+    """Count the forward passes of the update; recomputation for the gradient runs outside."""
     counts = trainer.enable_routing_replay and trainer.unwrapped_models[0].training
-    if not counts or trainer.args.use_ray:  # whose workers have no model in the trainer
+    if not counts or trainer.args.use_ray:  # with Ray, its workers have no model in the trainer
         return original(*args)
     if trainer.moe_upgrpo_health is None:
         trainer.moe_upgrpo_health = Health(trainer.unwrapped_models)
@@ -29,14 +29,14 @@ def train_step(original, trainer: Any, *args) -> tuple:
 
 
 def ends_generation(trainer: Any) -> bool:
-    """Whether the update that was made is the last with the sequences of its generation."""
+    """Whether the latest update is the last with the sequences of its generation."""
     return trainer._step % trainer.steps_per_generation == 0
 
 
 def add(trainer: Any, metrics: Sequence[dict], found: Mapping[str, float]) -> None:
-    """Put a step's figures into the metrics of its micro-batches, of which ms-swift takes the mean.
+    """Put a step's figures into the metrics of its micro-batches, which ms-swift averages.
 
-    There are none but on the last pipeline stage.
+    Only the last pipeline stage has any.
     """
     found = {name: torch.tensor(float(x), device=trainer.device) for name, x in found.items()}
     for of_micro_batch in metrics:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts losses, log and health figures into Megatron-SWIFT's GRPO trainer."""
+"""Put losses, log and health figures into Megatron-SWIFT's GRPO trainer."""
 
 from swift.megatron.trainers import grpo_trainer
 
@@ -7,7 +7,7 @@ from moe_upgrpo.integrations.kit import environment, revisions
 from moe_upgrpo.integrations.kit.hooking import delegate, wrap
 from moe_upgrpo.integrations.ms_swift import health, log, loss
 
-# Methods of the trainer that methods of `log.TrainerLog` stand around.
+# Methods of the trainer that methods of `log.TrainerLog` wrap.
 LOGGED = ("_prepare_vllm_engine", "_colocate_rollout", "_score_completions", "train_step",
           "_generate_and_score_completions", "_maybe_compute_logps")  # fmt: skip
 

@@ -24,12 +24,12 @@ NEEDED = "vLLM 0.14 or newer, and enable_return_routed_experts of a server: docs
 
 
 class TrainerLog(SequenceLog):
-    """The log of one trainer on one rank; its methods that take `original` stand around hooks."""
+    """The log of one trainer on one rank; its methods that take `original` wrap hooks."""
 
     def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         mode = self.args.router_replay_mode
-        # The engine's log-probs are after these, the trainer's are not.
+        # The engine's log-probs are computed after these; the trainer's are not.
         sampling = {"top_p": 1, "top_k": -1, "repetition_penalty": 1}
         changed = {f"--{n} other than {x}": getattr(self.args, n) != x for n, x in sampling.items()}
         fused = mode != "disabled" and trainer.config.moe_router_fusion
@@ -44,7 +44,7 @@ class TrainerLog(SequenceLog):
         return batch.seq_lengths.tolist() if self.args.padding_free else None
 
     def _prepare_vllm_engine(self, original, *args):
-        # Under R3 alone ms-swift asks the engine for routes, and shares them among ranks.
+        # Only under R3 does ms-swift ask the engine for routes and share them among ranks.
         with replaced(self.args, router_replay_mode="R3"):
             return original(*args)
 
@@ -64,7 +64,7 @@ class TrainerLog(SequenceLog):
             ids = [np.array(s.encoded["input_ids"]) for s in samples]  # before it pads them
             model_inputs, batch = collate(samples, *args, **kwargs)
             if self.replay != "R3":
-                model_inputs.pop("routed_experts", None)  # the model's forward does not take them
+                model_inputs.pop("routed_experts", None)  # the model's forward does not accept them
             if trains:
                 made = [
                     Generated(
@@ -88,7 +88,7 @@ class TrainerLog(SequenceLog):
         return result
 
     def _maybe_compute_logps(self, original, batch, *args, **kwargs):
-        # The last forward in it of the model that is trained is that of the old log-probs.
+        # The last forward of the trained model in it computes the old log-probs.
         if not self.trains:
             return original(batch, *args, **kwargs)
         of_batch = batch["grpo_batch"]
@@ -134,7 +134,7 @@ class TrainerLog(SequenceLog):
             if trainer.moe_upgrpo_loss is not None:
                 value, result = evaluate(trainer, leaves[0], data)
                 return value, result.metrics
-            # Without its KL; what it notes for metrics of its own is noted once.
+            # Without its KL; what it notes for its own metrics is noted only once.
             alone = data | {"grpo_batch": replace(batch, ref_per_token_logps=None)}
             noted = {"_metrics": deepcopy(trainer._metrics), "_flush_log_completions": lambda: None}
             with replaced(trainer, **noted):
@@ -162,7 +162,7 @@ class TrainerLog(SequenceLog):
             if self.last_stage:
                 found = self.write(
                     self.args,
-                    tokenizer=self.args.model_info.model_dir,  # where ms-swift has it on this disk
+                    tokenizer=self.args.model_info.model_dir,  # ms-swift's copy on this disk
                     stack=f"ms-swift {swift.__version__}",
                     loss=self.args.loss_type,
                     engine="vLLM",

@@ -21,8 +21,8 @@ from moe_upgrpo.losses import CONTEXT, PolicyLoss, PolicyLossConfig
 
 PREFIX = "moe_upgrpo/"
 NOT_HANDED_OVER = ("router_log_probs", *CONTEXT)
-OWN = ("grpo", "dapo", "cispo", "sapo", "real", "fipo")  # of ms-swift's losses those called as ours
-# Aggregation -> the loss_type of ms-swift that averages KL so, or nearest to it.
+OWN = ("grpo", "dapo", "cispo", "sapo", "real", "fipo")  # ms-swift's losses with names like ours
+# Aggregation -> ms-swift's loss_type that averages KL in that way, or most nearly so.
 LIKE = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "grpo",
         "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
 
@@ -30,7 +30,7 @@ LIKE = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum
 def loss_config(args: Any) -> PolicyLossConfig | None:
     """The preset of --loss_type with its settings and ms-swift's clips; None: a loss of ms-swift.
 
-    Raises UserError: a preset or settings that cannot be, or that ms-swift's flags contradict.
+    Raises UserError: an impossible preset or setting, or one that ms-swift's flags contradict.
     """
     name, settings = args.loss_type, environment.loss_settings()
     if not name.startswith(PREFIX):
@@ -42,7 +42,7 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
         return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # ms-swift's rule
     if "cispo" in name and args.epsilon_high is not None:
-        high -= 1  # there it is the bound itself, not its distance from 1
+        high -= 1  # there it is the bound itself, not the distance from 1
     clips = (
         ("--epsilon", args.epsilon, 0.2, "clip_low"),
         ("--epsilon_high", high, 0.2, "clip_high"),
@@ -66,7 +66,7 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
             f"{name}, which says itself what its ratio is of; leave it out"
         )
     if args.off_policy_sequence_mask_delta is not None:
-        raise UserError(  # grpo_trainer.py:1039 takes every job for one with a teacher
+        raise UserError(  # grpo_trainer.py:1039 treats every job as one with a teacher
             f"--off_policy_sequence_mask_delta: given with --loss_type {name}; ms-swift 4.6.0 "
             f"itself ends a job with it in its first update. Take {PREFIX}deepseek-v3.2, whose "
             "off_policy_limit is such a mask, or leave it out"
@@ -78,7 +78,7 @@ def loss_config(args: Any) -> PolicyLossConfig | None:
 
 
 def parts(trainer: Any) -> int:
-    """Parts of the global batch: Megatron and its ranks average the losses of as many."""
+    """Parts of the global batch; Megatron and its ranks average the losses of that many."""
     return parallel_state.get_data_parallel_world_size() * trainer.args.num_microbatches
 
 
@@ -128,6 +128,6 @@ def loss_func(original, trainer: Any, log_probs: Tensor, data: dict) -> tuple[Te
     loss = loss + kl if has_kl else loss
     metrics = {name: x for name, x in metrics.items() if not name.startswith("clip_ratio/")}
     metrics |= trainer._all_reduce_metric({"loss": loss.detach().clone()})
-    # Two numbers are a numerator and a denominator to ms-swift (base.py:1035).
+    # ms-swift reads two numbers as a numerator and a denominator (base.py:1035).
     sums = weighted.summed_means(result, parallel_state.get_data_parallel_group())
     return loss, metrics | {f"{PREFIX}{name}": pair for name, pair in sums.items()}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choices of the routers of a NeMo-RL worker in one of its forwards, by row of its batch.
 
-NeMo-RL hands micro-batches to `megatron_forward_backward`; between two of them the watch of the
-routers is emptied, and the rows go back to their sequences: of padded batches, of sequences packed
-one after the other, and of those whose tokens context-parallel ranks share. The last are cut in
-the same way by NeMo-RL and by models that slice their inputs themselves (Transformer Engine's
-`thd_get_partitioned_indices`, for which data.py:446 asks): 2 × ranks pieces of each sequence, of
+NeMo-RL hands micro-batches to `megatron_forward_backward`; between two of them the routers' watch
+is emptied, and the rows are assigned to their sequences: in padded batches, in sequences packed one
+after the other, and in sequences whose tokens context-parallel ranks share. The last are cut in the
+same way by NeMo-RL and by models that slice their inputs themselves (Transformer Engine's
+`thd_get_partitioned_indices`, requested by data.py:446): each sequence into 2 × ranks pieces, of
 which rank r has pieces r and 2 × ranks − 1 − r.
 
 Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, X as in the kit.
@@ -39,14 +39,14 @@ class Recorder:
     def recorded(
         self, forward: Callable[[], Any], own: bool = False
     ) -> tuple[Any, dict[int, routers.Layers]]:
-        """Give `forward`'s result, and for each row and layer of this rank what was recorded.
+        """Return `forward`'s result, and the record for each row and layer of this rank.
 
         own: what the routers would choose without replay, else what they chose.
         """
         found: dict[int, routers.Layers] = defaultdict(dict)
         run = self.names[FORWARD]
         watched_routers = routers.watched_under_replay if own else routers.watched
-        before: list[Any] = []  # the micro-batch that the watch has seen
+        before: list[Any] = []  # the micro-batch that the watch has just seen
 
         with watched_routers(self.routers) as watch:
 
@@ -95,7 +95,7 @@ class Recorder:
 def names_of(function: Callable, name: str) -> dict[str, Any] | None:
     """The globals of `function`, or of one that it wraps, that have `name`.
 
-    Not the module's: Ray pickles the methods of an actor by value, with globals of their own.
+    Not the module's globals: Ray pickles an actor's methods by value, with globals of their own.
     """
     if name in function.__globals__:
         return function.__globals__

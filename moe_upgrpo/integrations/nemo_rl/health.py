@@ -11,9 +11,9 @@ from moe_upgrpo.integrations.kit.health import Health
 
 
 def reported(worker_class: type) -> type:
-    """The class itself, whose `train` reports the figures where it replays.
+    """Return the class, whose `train` now reports the figures where it replays.
 
-    The log goes around it: forwards that the log makes of its own are not counted.
+    The log is put around it, so that the log's own forward passes are not counted.
     """
     train = worker_class.train
 
@@ -28,7 +28,7 @@ def reported(worker_class: type) -> type:
         with health.counting():
             output = train(self, data, loss_fn, eval_mode, *args, **kwargs)
         found = health.take()
-        # The driver adds up what it hears from each replica.
+        # The driver adds up the values it gets from each replica.
         replica = dist.get_rank(parallel_state.get_data_parallel_group())
         if replica == 0 and routers.first_of_stage():
             for name, value in found.items():

@@ -4,11 +4,11 @@
     python -m moe_upgrpo.integrations.nemo_rl examples/run_grpo.py --config … \\
         ++loss_fn.moe_upgrpo.preset=up-grpo
 
-The name `ClippedPGLossFn` is bound anew before the script imports it (grpo.py:695, ppo.py:476 and
+The name `ClippedPGLossFn` is rebound before the script imports it (grpo.py:695, ppo.py:476 and
 single_controller_utils/setup.py:787 make the loss of a job). The loss is pickled by reference, so
-that the workers' environments need this package too. In a checkout that is patched
-(`moe-upgrpo patch apply nemo-rl`) grpo.py and setup.py take the loss by themselves. Flags:
-docs/nemo-rl.md. What is missing for what the job asks is said before it starts: start.py.
+the workers' environments need this package too. In a patched checkout (`moe-upgrpo patch apply
+nemo-rl`) grpo.py and setup.py pick the loss by themselves. Flags: docs/nemo-rl.md. If something
+that the job asks for is missing, start.py says so before it starts.
 """
 
 import runpy
@@ -22,7 +22,7 @@ from moe_upgrpo.integrations.nemo_rl import start
 
 
 def rebind() -> None:
-    """`ClippedPGLossFn` becomes `PolicyLossFn` wherever a job's loss is made; again is harmless."""
+    """Make `ClippedPGLossFn` `PolicyLossFn` wherever a job's loss is made; again is harmless."""
     revisions.check("nemo-rl", "loss")
     import nemo_rl.algorithms.loss as package
 
@@ -51,7 +51,7 @@ def main() -> None:
         import_module(start.POLICY)
         start.watch_policies()
         sys.argv = sys.argv[1:]
-        sys.path[0] = str(script.parent.absolute())  # as `python script` has it
+        sys.path[0] = str(script.parent.absolute())  # as with `python script`
         runpy.run_path(str(script), run_name="__main__")
     except UserError as error:
         sys.exit(str(error))

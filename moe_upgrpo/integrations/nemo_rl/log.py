@@ -4,21 +4,21 @@
 `moe-upgrpo patch apply nemo-rl` puts `logged` on `MegatronPolicyWorkerImpl`, the class of the
 workers of all tensor, pipeline, context and data ranks. It wraps
 
-- `get_logprobs`, the forward at the old weights: the routers' own choice is taken from forward
-  hooks. With replay that forward is held to the rollout's routes; one more without replay goes
-  before it, and of the held one what each router would have chosen is taken (NeMo-RL's and
-  Megatron-Core's `RouterReplay.get_replay_topk` drop it);
+- `get_logprobs`, the forward pass at the old weights: forward hooks record the routers' own choice.
+  With replay that pass is held to the rollout's routes; another one without replay goes before it,
+  and the held one shows what each router would have chosen (NeMo-RL's and Megatron-Core's
+  `RouterReplay.get_replay_topk` drop it);
 - `train`: the loss is evaluated a second time, on detached log-probs and without its KL term; the
   gradient says which tokens the loss's own rule cut. After the last optimizer step the token rows
   and metrics of the step are written;
 - `begin_train_step`, `train_microbatch`, `finish_train_step`, where a revision has them: the same
-  of the single controller, which hands a step over in chunks, with its loss as a sum that is
+  for the single controller, which hands a step over in chunks, with its loss as a sum that is
   divided by the number of tokens or sequences at the end.
 
 `policy.router_replay.observe_only` carries the rollout's routes to the workers as router_replay
-does, and there nothing is replayed.
+does, but nothing is replayed there.
 
-Row p - 1 of `routed_experts` is that of the token at p. A row of -1 is missing: its token is left
+Row p - 1 of `routed_experts` belongs to the token at p. A row of -1 is missing: its token is left
 out of the log, and counted.
 
 Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each.
@@ -50,7 +50,7 @@ from moe_upgrpo.record import SequenceRecord, known_rows
 
 
 def logged(worker_class: type) -> type:
-    """The class itself, with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
+    """Return the class with `observe_only` and, where MOE_UPGRPO_RUN is set, with the log."""
     init = worker_class.__init__
 
     @functools.wraps(init)
@@ -103,7 +103,7 @@ def _with_routes(get_logprobs):
             )
 
         log = _log(self)
-        if log is None or not require_router_replay:  # the reference's, or a calibration
+        if log is None or not require_router_replay:  # a pass of the reference, or a calibration
             return call()
         return log.score(data, call)
 
@@ -172,7 +172,7 @@ class _Scored:
 
 
 class _Seen:
-    """A loss that is called as the worker's, and shows what it is called with."""
+    """A loss that is called like the worker's, and shows its arguments."""
 
     def __init__(self, loss_fn: ClippedPGLossFn, see):
         self.loss_fn, self._see = loss_fn, see
@@ -209,7 +209,7 @@ class WorkerLog:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was gathered of a step."""
+        """Forget what was gathered in a step."""
         self.scored: dict[str, _Scored] = {}
         self.seen: dict[int, dict[str, np.ndarray]] = {}
         self.gathered = Step(without_routes=0)
@@ -218,7 +218,7 @@ class WorkerLog:
 
     @staticmethod
     def follows(loss_fn) -> bool:
-        """Whether it is a policy loss; says so where it is none."""
+        """Whether it is a policy loss; prints a line if not."""
         if not (known := isinstance(loss_fn, ClippedPGLossFn)) and dist.get_rank() == 0:
             start.warn(f"{environment.RUN}: no log of {type(loss_fn).__name__}, no policy loss")
         return known
@@ -226,7 +226,7 @@ class WorkerLog:
     # --- old log-probs
 
     def score(self, data, forward) -> Any:
-        """The worker's forward, with routes. `forward` calls its `get_logprobs`."""
+        """Run the worker's forward pass, with routes. `forward` calls its `get_logprobs`."""
         if "routed_experts" not in data:
             raise UserError(
                 "MOE_UPGRPO_RUN: the batch has no routed_experts; the routing log needs "
@@ -261,26 +261,26 @@ class WorkerLog:
     # --- update
 
     def update(self, data, loss_fn: ClippedPGLossFn, gbs: int | None, train) -> Any:
-        """All optimizer steps of a rollout batch. `train` calls the worker's with a loss."""
+        """Run all optimizer steps of a rollout batch. `train` calls the worker's with a loss."""
         output = self._visited(data, lambda: train(self._shown(loss_fn)))
         per_update = (gbs or self.worker.cfg["train_global_batch_size"]) // self.worker.dp_size
         self.gathered.updates = data.size // per_update
         return self._written(output, loss_fn)
 
     def open_step(self, loss_fn: ClippedPGLossFn) -> Any:
-        """The loss for an optimizer step whose batch comes in chunks."""
+        """Return the loss for an optimizer step whose batch comes in chunks."""
         self.open = loss_fn
         return self._shown(loss_fn)
 
     def chunk(self, data, train) -> Any:
-        """A part of the batch of an open step. `train` calls the worker's."""
+        """Train on a part of the batch of an open step. `train` calls the worker's."""
         sample_mask = data["sample_mask"]
         tokens = (data["token_mask"][:, 1:] * sample_mask.unsqueeze(-1)).sum()
         self.counted += [float(sample_mask.sum()), float(tokens)]
         return self._visited(data, train)
 
     def close_step(self, output) -> Any:
-        """The end of an open step. Its losses were sums: NeMo-RL divides the gradient only now."""
+        """End an open step. Its losses were sums: NeMo-RL divides the gradient only now."""
         loss_fn = self.open
         if self.writes:
             counted = [None] * dist.get_world_size(self.group)
@@ -349,7 +349,7 @@ class WorkerLog:
             self.seen[row] = {name: array[i] for name, array in arrays.items()}
 
     def _gather(self, data) -> None:
-        """A collective over the data-parallel ranks."""
+        """Gather the step's sequences; a collective over the data-parallel ranks."""
         keys = _keys(data)
         self._fetch(keys)
         if "total_reward" not in data or any(key not in self.scored for key in keys):
@@ -371,7 +371,7 @@ class WorkerLog:
         self.seen = {}
 
     def _fetch(self, keys: list[str]) -> None:
-        """Scores of sequences whose old log-probs another data-parallel rank computed.
+        """Fetch scores of sequences whose old log-probs another data-parallel rank computed.
 
         NeMo-RL shards a batch anew for `train`, by its global batches and packing.
         """
@@ -460,7 +460,7 @@ class WorkerLog:
         )
 
     def _reported(self, output: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-        """The driver reads the first pipeline stage, and adds up what data-parallel ranks say."""
+        """Add the metrics for the driver: it reads the first stage and adds up the replicas."""
         group = parallel_state.get_pipeline_model_parallel_group()
         if dist.get_world_size(group) > 1:
             shared = [metrics]
@@ -474,9 +474,9 @@ class WorkerLog:
 
 
 def _keys(data) -> list[str]:
-    """Key by which a sequence is known from its old log-probs to its training: its tokens.
+    """Keys that identify sequences, from old log-probs to training: their tokens.
 
-    Sequences of the same tokens have the same routes in the trainer, and share them.
+    Sequences with the same tokens have the same routes in the trainer, and share them.
     """
     ids, lengths = data["input_ids"].cpu(), data["input_lengths"].tolist()
     return [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo-RL: every preset that it has the inputs for, in the place of its `ClippedPGLossFn`.
+"""NeMo-RL: every preset whose inputs it has, in the place of its `ClippedPGLossFn`.
 
     loss_fn:
       moe_upgrpo: {preset: up-grpo, negative: gspo-token, clip_low: 0.1}
@@ -7,7 +7,7 @@
 Denominators, weights for the rollout, KL and VAPO's term are NeMo-RL's own, from its settings.
 Without `moe_upgrpo` the loss is NeMo-RL's. How it gets into a job: install.py, docs/nemo-rl.md.
 
-Shapes: B sequences of a micro-batch, T positions but the first; index t is the token at t + 1.
+Shapes: B sequences of a micro-batch, T positions except the first; index t is the token at t + 1.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def loss_config(cfg: ClippedPGLossConfig) -> PolicyLossConfig | None:
     """The preset of `loss_fn.moe_upgrpo` with its settings and NeMo-RL's clips; None: no preset.
 
     Raises:
-        UserError: a preset or settings that cannot be, or that NeMo-RL's own contradict.
+        UserError: an impossible preset or setting, or one that NeMo-RL's own contradict.
     """
     given = getattr(cfg, "moe_upgrpo", None)
     if given is None:
@@ -182,7 +182,7 @@ class PolicyLossFn(ClippedPGLossFn):
         if self.config is None:
             return super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
         totals = (global_valid_seqs, global_valid_toks)
-        # Without advantages NeMo-RL's loss is its other terms: KL, and the likelihood of VAPO.
+        # Without advantages NeMo-RL's loss has only its other terms: KL, and VAPO's likelihood.
         alone = {**data, "advantages": torch.zeros_like(data["advantages"])}
         has_others = self.reference_policy_kl_penalty != 0 or self.positive_example_nll_weight != 0
         with torch.set_grad_enabled(has_others and torch.is_grad_enabled()):

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings, at the start, of what a NeMo-RL job asks for and will not get.
+"""Warnings, at the start, about what a NeMo-RL job asks for and will not get.
 
-NeMo-RL's config allows keys that it does not know, and its processes run code of ours only where
-the launcher or the patch brought it there. Three places see what is missing:
+NeMo-RL's config allows keys that it does not know, and its processes run our code only where the
+launcher or the patch put it. Three places notice what is missing:
 
 - the launcher, before the script runs (`main` in install.py);
 - the driver, when it makes a policy: `watch_policies`, from the launcher, or from the loss that a
   patched checkout makes;
 - the worker of a patched checkout (log.py).
 
-Where neither is there, none of this runs: docs/nemo-rl.md says how to see it.
+Without launcher and patch none of this runs: docs/nemo-rl.md says how to notice that.
 """
 
 import functools
@@ -54,7 +54,7 @@ def is_patched() -> bool:
 
 
 def warn_of_missing_patch() -> None:
-    """Warn where a run folder is named and the workers cannot write into it."""
+    """Warn if a run folder is named but the workers cannot write to it."""
     if run_folder() is not None and not is_patched():
         warn(
             f"{RUN} is set, and no routing log is written: {root()} is not patched; "
@@ -63,7 +63,7 @@ def warn_of_missing_patch() -> None:
 
 
 def warn_of_missing_forward() -> None:
-    """Warn where a run folder is named and NeMo-RL may leave out the old log-probs."""
+    """Warn if a run folder is named but NeMo-RL may leave out the old log-probs."""
     if run_folder() is not None:
         warn(
             f"{RUN} is set: the routing log needs the forward of the old log-probs, which "
@@ -73,9 +73,9 @@ def warn_of_missing_forward() -> None:
 
 
 def watch_policies() -> None:
-    """Look at the config of every policy that this process makes; again is harmless.
+    """Check the config of every policy that this process makes; repeating is harmless.
 
-    Where the module of `Policy` was not imported yet, it is left alone.
+    If the module of `Policy` is not imported yet, it is left alone.
     """
     module = sys.modules.get(POLICY)
     policy_class = getattr(module, "Policy", None)
@@ -93,9 +93,9 @@ def watch_policies() -> None:
 
 
 def look_at(config: Mapping[str, Any]) -> None:
-    """Warn of what a policy's config leaves out of the routing log.
+    """Warn about what a policy's config keeps out of the routing log.
 
-    Raises UserError where `observe_only` would be read by nobody: routes would be replayed.
+    Raises UserError if nothing would read `observe_only`: the routes would be replayed.
     """
     replay = config.get("router_replay") or {}
     if replay.get("enabled") and replay.get("observe_only") and not is_patched():
@@ -117,7 +117,7 @@ def look_at(config: Mapping[str, Any]) -> None:
 
 
 def not_covered(worker, model_config, replay: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of what the routing log of a worker cannot follow → whether it is there.
+    """Features that a worker's routing log cannot follow, by name → whether they are in use.
 
     replay: policy.router_replay as the user set it.
     """

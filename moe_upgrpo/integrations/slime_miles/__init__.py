@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part that slime and miles share: a preset inside their policy loss, their actor's log.
+"""The part shared by slime and miles: a preset inside their policy loss, and their actor's log.
 
-`moe_upgrpo.integrations.slime` and `.miles` say where in each stack that is.
+`moe_upgrpo.integrations.slime` and `.miles` say where each stack has these.
 """

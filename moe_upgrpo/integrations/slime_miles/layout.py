@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layout of a micro-batch's tokens in a stack: context parallelism, packing, one length.
 
-thd: sequences behind one another; of several context-parallel ranks each has two pieces of every
-sequence, or with `--allgather-cp` one piece of all of them. bshd: padded to one length.
+thd: sequences one after another; with several context-parallel ranks, each has two pieces of every
+sequence, or with `--allgather-cp` one piece of the whole. bshd: padded to one length.
 
 Shapes: N rows of a micro-batch on this rank, B sequences of S positions each.
 """
@@ -21,7 +21,7 @@ KEYS = ["tokens", "loss_masks", "total_lengths", "response_lengths", "max_seq_le
 
 
 def is_padded(args: Namespace) -> bool:
-    """Whether sequences are padded to one length: bshd. slime has no flag for it any more."""
+    """Whether sequences are padded to one length: bshd. slime no longer has a flag for it."""
     return getattr(args, "qkv_format", "thd") != "thd"
 
 
@@ -31,8 +31,8 @@ def splits_the_whole(args: Namespace) -> bool:
 
 
 def split_places(args: Namespace, batch: dict[str, Any]) -> list[tuple]:
-    """Arguments of the stack's functions of context parallelism, for each sequence: its lengths,
-    and of padded ones the common length, too."""
+    """Arguments of the stack's functions for context parallelism, for each sequence: its lengths
+    and, if padded, also the common length."""
     places = list(zip(batch["total_lengths"], batch["response_lengths"], strict=True))
     if args.context_parallel_size == 1 or not is_padded(args):
         return places
@@ -43,7 +43,7 @@ def split_places(args: Namespace, batch: dict[str, Any]) -> list[tuple]:
 
 
 def reducer_of(function: Callable, args: Namespace, batch: dict[str, Any], **more: Any) -> Callable:
-    """The stack's get_sum_of_sample_mean, given what the revision's takes.
+    """The stack's get_sum_of_sample_mean, with the arguments that the revision's takes.
 
     more: arguments that not every revision has.
     """
@@ -64,10 +64,10 @@ def rows_of_routers(
     *,
     tensor_rank: int,
 ) -> list[Tensor]:
-    """For each micro-batch `[N]`: which row of the routes each row of this rank's routers is,
+    """For each micro-batch `[N]`: the row of the routes for each row of this rank's routers,
     counted over all of the rank's sequences; -1 at padding and at a sequence's last token.
 
-    The stack's get_batch lays the numbers of the rows out, from 1, in the tokens' place.
+    The stack's get_batch lays out the row numbers, from 1, in place of the tokens.
     """
     layout = taken(
         get_batch,

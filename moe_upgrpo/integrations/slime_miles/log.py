@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routing log of slime's and miles' Megatron actor: rollout against trainer, token by token.
 
-The init hook (`--custom-megatron-init-path`) puts this around three functions that the actor looks
-up in its module, and one that its training step does, on every rank:
+The init hook (`--custom-megatron-init-path`) wraps three functions that the actor looks up in its
+module, and one that its training step looks up, on every rank:
 
 - `get_data_iterator`: takes the rollout's routes before the actor deletes them;
-- `forward_only`: the forward of the old log-probs is native where nothing is replayed and where it
-  is recorded (R2): the routers' own outputs are taken from forward hooks. Under R3 it is held to
-  the rollout's routes; one more forward without replay gives the native routes, and the held one
-  what each router would have chosen. Where the stack makes no such forward, the log makes its own;
+- `forward_only`: the pass for the old log-probs is native where nothing is replayed and where it is
+  recorded (R2): forward hooks take the routers' own outputs. Under R3 it is held to the rollout's
+  routes; another pass without replay gives the native routes, and the held one what each router
+  would have chosen. Where the stack makes no such pass, the log makes its own;
 - `loss_function`: the policy loss is evaluated a second time, on detached log-probs: its gradient
-  says which tokens the loss's own rule cut, whatever loss it is;
+  says which tokens the loss's own rule cut, whatever the loss is;
 - `train`: afterwards the step's token rows and metrics are written.
 
 Shapes: S tokens of a sequence, R responses' tokens, N rows of a micro-batch on this rank, L MoE
@@ -57,33 +57,33 @@ class Stack(Protocol):
     losses: ModuleType
 
     def prepare(self) -> None:
-        """Before the log is put in place: look for what it alone needs, and watch how the stack
-        deals the sequences out."""
+        """Find, before the log is put in place, what it alone needs, and watch how the stack deals
+        out the sequences."""
 
     def extra_forward(self, stage: str) -> AbstractContextManager:
-        """A forward that the stack does not make, inside: its replay of routes is in the stage
+        """Enclose a forward pass that the stack does not make: its replay of routes is in stage
         `fallthrough` or `replay_forward`; what is replayed in it is replayed again afterwards."""
 
     def watched(self, see: Callable[[Tensor], None]) -> AbstractContextManager:
-        """Inside, `see` gets `[N, K]`: what the router at work would have chosen without replay."""
+        """Inside, `see` gets `[N, K]`: what the running router would have chosen without replay."""
 
     def forward_arguments(self, rollout_id: int) -> dict[str, Any]:
-        """Arguments of forward_only, for the old log-probs, besides the first five."""
+        """Arguments of forward_only for the old log-probs, after the first five."""
 
     def loss_of(self, args: Namespace, batch: dict) -> tuple[Callable, Callable]:
-        """The loss that args choose, and the reducer that it is called with."""
+        """The loss that args choose, and the reducer to call it with."""
 
     def rewards(self, data: dict) -> Sequence[float]:
-        """One for each of this rank's sequences."""
+        """One reward for each of this rank's sequences."""
 
     def report(self, args: Namespace, rollout_id: int, metrics: dict[str, float]) -> None:
-        """Report to the stack's trackers."""
+        """Report the metrics to the stack's trackers."""
 
 
 def check_replay(args: Namespace) -> str:
-    """Set the trainer's replay flags as `moe_upgrpo_replay` has it: none, R2 or R3.
+    """Set the trainer's replay flags as `moe_upgrpo_replay` says: none, R2 or R3.
 
-    The flags of the rollout's processes stay, so that the engine goes on returning its routes.
+    The flags of the rollout's processes stay, so that the engine keeps returning its routes.
     """
     asked = getattr(args, "moe_upgrpo_replay", "R3" if args.use_rollout_routing_replay else None)
     if asked not in (None, "observe", "R2", "R3"):
@@ -100,7 +100,7 @@ def check_replay(args: Namespace) -> str:
 
 
 def install(stack: Stack, args: Namespace, mode: str) -> None:
-    """The log of this process, once.
+    """Install the log of this process, once.
 
     mode: what `check_replay` returned.
     """
@@ -159,7 +159,7 @@ class TrainLog:
         self, original, rollout_id, model, optimizer, scheduler, data_iterator, num_microbatches,
         *rest, **kwargs,
     ):  # fmt: skip
-        """All optimizer steps of a rollout. rest[0]: of each, the rollouts that its loss counts."""
+        """All optimizer steps of a rollout. rest[0]: the rollouts that each step's loss counts."""
         call = functools.partial(
             original, rollout_id, model, optimizer, scheduler, data_iterator, num_microbatches,
             *rest, **kwargs,
@@ -225,7 +225,7 @@ class TrainLog:
         return output
 
     def _recorded(self, call, *, rows, model, chunks, own=False) -> tuple[Any, dict]:
-        """Give the forward's result; by layer number, what was recorded `[R, X]` of all of this
+        """Return the forward's result and, by layer number, the record `[R, X]` of all of this
         rank's sequences, complete on the first rank of each pipeline stage.
 
         own: what the routers would choose without replay, else what they chose.
@@ -244,7 +244,7 @@ class TrainLog:
             return call(), found
 
     def _end_of_chunk(self, watch, rows_of_batches, found: dict, *_) -> None:
-        """Take what a micro-batch's forward recorded."""
+        """Take the record of a micro-batch's forward pass."""
         ids_N, (numbers, table_NLX) = next(rows_of_batches), watch.take()
         if numbers:
             self._place(table_NLX, ids_N, numbers, found)
@@ -285,7 +285,7 @@ class TrainLog:
             whole[table[:, 0]] = of_rows[:, layer]
 
     def _moe_layers(self, routes: Any, i: int, tokens: int) -> np.ndarray:
-        """The rollout's of a sequence; of an engine with rows for dense layers the others alone."""
+        """The rollout's routes of a sequence, without rows that an engine has for dense layers."""
         routes_SLK = torch.as_tensor(routes).cpu().numpy()
         if len(routes_SLK) != tokens - 1:
             raise UserError(
@@ -302,7 +302,7 @@ class TrainLog:
     # --- update
 
     def _tokens_of_steps(self, data: dict, data_iterator) -> list[float] | None:
-        """Tokens that each step's loss is divided by, with --calculate-per-token-loss."""
+        """Tokens by which each step's loss is divided, with --calculate-per-token-loss."""
         if not self.args.calculate_per_token_loss:
             return None
         iterator, keys, start, mine = data_iterator[0].reset(), ["loss_masks"], 0, []
@@ -317,7 +317,7 @@ class TrainLog:
         return np.sum(ranks, axis=0).tolist()
 
     def _watching(self) -> Callable:
-        """The stack's loss_function, and after it the policy loss alone once more."""
+        """The stack's loss_function, followed by the policy loss alone once more."""
         stack, original = self.stack, self.stack.model.loss_function
 
         @functools.wraps(original)

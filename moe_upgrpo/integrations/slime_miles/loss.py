@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A preset inside slime's or miles' own policy_loss_function, which stays as it is around it.
 
-Log-probs, TIS, OPSM, the KL and entropy terms and the reducers are the stack's; replaced is its
-`compute_policy_loss`, for the length of a call. `moe_upgrpo.integrations.slime` and `.miles` say
-which module of the stack that is. Flags: docs/slime.md.
+Log-probs, TIS, OPSM, the KL and entropy terms and the reducers are the stack's; only its
+`compute_policy_loss` is replaced, for the length of a call. `moe_upgrpo.integrations.slime` and
+`.miles` say which module of the stack that is. Flags: docs/slime.md.
 
 Shapes: B sequences of a micro-batch, T tokens of the longest response.
 """
@@ -36,19 +36,19 @@ CLIPS = {
 }
 SUMS = "_numerator", "_denominator"
 REPLACED = "get_log_probs_and_entropy", "compute_policy_loss"
-# Arguments and micro-batch of the loss that is evaluated: a stack's own reducer is not told them.
+# Arguments and micro-batch of the loss being evaluated: a stack does not pass them to its reducer.
 AT_WORK: tuple[Namespace, dict[str, Any]] | None = None
 
 
 def loss_config(args: Namespace) -> PolicyLossConfig:
-    """The preset `moe_upgrpo_loss` with what the flags and `moe_upgrpo_settings` change.
+    """The preset `moe_upgrpo_loss` with the changes of the flags and `moe_upgrpo_settings`.
 
     Both names come from the stack's --custom-config-path. The aggregation is that of the stack's
-    reducer: token-mean with --calculate-per-token-loss; else the settings' or the preset's where
-    that is one over sequences, and the mean of sequence means otherwise.
+    reducer: token-mean with --calculate-per-token-loss; otherwise that of the settings or preset if
+    it is over sequences, and the mean of sequence means if not.
 
     Raises:
-        UserError: no such loss or field, settings that cannot be, or that the stack cannot do.
+        UserError: no such loss or field, or settings that are impossible or beyond the stack.
     """
     name = getattr(args, "moe_upgrpo_loss", None)
     settings = getattr(args, "moe_upgrpo_settings", None) or {}
@@ -88,7 +88,7 @@ def loss_config(args: Namespace) -> PolicyLossConfig:
 
 
 def check_loss(args: Namespace, path: str, module: ModuleType) -> None:
-    """UserError where the flags of the loss do not belong together, or the stack lacks a function.
+    """Raise UserError where the loss's flags do not go together, or the stack lacks a function.
 
     path: of our loss. module: as for `stack_loss`.
     """
@@ -116,7 +116,7 @@ def _check_stack(args: Namespace, name: str, config: PolicyLossConfig) -> None:
 
 
 def scored_by(found: Any) -> dict[str, list[Tensor]]:
-    """Take apart what get_log_probs_and_entropy returned: slime has a tensor before the dict."""
+    """Take apart the result of get_log_probs_and_entropy: slime has a tensor before the dict."""
     return found[1] if isinstance(found, tuple) else found
 
 
@@ -140,11 +140,11 @@ def stack_loss(
     logits: Tensor,
     sum_of_sample_mean: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of the stack's policy_loss_function with our loss for its inner one.
+    """(loss, metrics) of the stack's policy_loss_function with our loss as its inner one.
 
-    Metrics: the stack's, its pg_clipfrac being our `clipped`, and two sums for each of the
-    library's, NAME_numerator and NAME_denominator: the stack scales both alike, so that their
-    quotient is the metric over all micro-batches and ranks.
+    Metrics: the stack's, with our `clipped` as its pg_clipfrac, and two sums for each of the
+    library's, NAME_numerator and NAME_denominator: the stack scales both alike, so their quotient
+    is the metric over all micro-batches and ranks.
 
     module: has policy_loss_function and the functions that it calls. cp_utils: has the stack's
     slice_log_prob_with_cp, the reverse of all_gather_with_cp. sequence_sum_path: of the stack's
@@ -152,7 +152,7 @@ def stack_loss(
     """
     config = loss_config(args)
     ours = copy.copy(args)
-    # So that the stack makes no ratio of whole sequences and calls no other inner loss.
+    # Keeps the stack from making a ratio of whole sequences or calling another inner loss.
     ours.advantage_estimator = "grpo"
     if config.aggregation.startswith("seq-mean-token-sum"):
         ours.custom_pg_loss_reducer_function_path = sequence_sum_path
@@ -167,7 +167,7 @@ def stack_loss(
         return found
 
     def whole(parts: list[Tensor]) -> Tensor:
-        """`[B, T]`, of whole responses also where context parallelism has split them."""
+        """`[B, T]`, for whole responses even where context parallelism has split them."""
         rows = [
             module.all_gather_with_cp(part, *place)
             for part, place in zip(parts, places, strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a stack, found where its revision has them; its own layout of a rank's sequences."""
+"""Names in a stack, wherever its revision has them, and its own layout of a rank's sequences."""
 
 import inspect
 from argparse import Namespace
@@ -40,13 +40,13 @@ def need(module: ModuleType, *names: str) -> None:
 
 
 def taken(function: Callable, **arguments: Any) -> dict[str, Any]:
-    """The arguments that the installed revision's function has a name for."""
+    """The arguments whose names the installed revision's function has."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in names}
 
 
 class Partition:
-    """Sequences of the whole batch that this rank has: the stack drops that when it takes its
+    """Sequences of the whole batch that this rank has: the stack forgets which when it takes its
     shard of a rollout apart."""
 
     def __init__(self):
@@ -54,7 +54,7 @@ class Partition:
 
     @classmethod
     def from_ray(cls, module: ModuleType, data: ModuleType) -> "Partition":
-        """module: its process_rollout_data is called. data: that fetches with data.ray."""
+        """module: its process_rollout_data is called. data: its data.ray is used for fetching."""
         partition, process, get = cls(), module.process_rollout_data, data.ray.get
 
         def watched(*args):
@@ -77,7 +77,7 @@ class Partition:
         return shard
 
     def rewards(self, data: dict) -> Sequence[float]:
-        """Raw rewards of this rank's sequences: raw_reward has those of the whole batch."""
+        """Raw rewards of this rank's sequences: raw_reward holds those of the whole batch."""
         if "raw_reward" in data and len(self.indices) == len(data["tokens"]):
             return [data["raw_reward"][i] for i in self.indices]
         return data["rewards"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A forward of verl's Megatron engine, with what its routers chose for each sequence.
+"""A forward pass of verl's Megatron engine, with its routers' choices for each sequence.
 
 verl splits a batch into micro-batches, a micro-batch over the ranks of sequence and context
 parallelism, and, under dynamic context parallelism, the batch over groups of ranks of its own.
-What the routers chose is put together again by verl's own functions.
+verl's own functions put the routers' choices together again.
 
 Shapes: S tokens of a sequence, N rows of a micro-batch on this rank, L MoE layers, K experts each,
 X = K + 1 (`kit.routers`).
@@ -47,7 +47,7 @@ class Forward:
     def recorded(
         self, data, loss_function, *, forward_only: bool = True, own: bool = False
     ) -> tuple[Any, routers.Routes | None]:
-        """The forward, and on the rank that writes what the routers chose in it.
+        """Run the forward pass; on the rank that writes, also return its routers' choices.
 
         own: what they would choose without replay, instead.
         """
@@ -77,10 +77,10 @@ class Forward:
         return output, routers.joined(found, writes=self.writes)
 
     def from_all_replicas(self, value: Any) -> list[Any]:
-        """The value of every rank between which dynamic context parallelism deals out a batch.
+        """The value from every rank among which dynamic context parallelism deals out a batch.
 
-        On the first of them, its own first; none on the others. Without it, this rank's alone.
-        A collective of theirs.
+        The first of them gets the list, its own value first; the others get none. Without dynamic
+        context parallelism, this rank's value alone. A collective of these ranks.
         """
         if not self.dynamic:
             return [value]

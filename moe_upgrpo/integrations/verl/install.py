@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts routing log and health figures into verl's workers when verl imports them, not before.
+"""Put routing log and health figures into verl's workers when verl imports them, not before.
 
 verl's rollout servers and its driver load the plugin too; they need neither Megatron nor the log.
 """
@@ -18,8 +18,8 @@ WORKER = "verl.workers.engine_workers"
 
 
 def when_imported() -> None:
-    """`_into_engine` once verl's engine is there; with MOE_UPGRPO_RUN the check of a job's settings
-    once its worker is."""
+    """Call `_into_engine` once verl's engine is imported; with MOE_UPGRPO_RUN, also check a job's
+    settings once its worker is."""
     wanted = [(ENGINE, _into_engine)]
     if environment.run_folder() is not None:
         wanted.append((WORKER, _into_worker))
@@ -31,7 +31,7 @@ def when_imported() -> None:
 
 
 def _into_engine(module) -> None:
-    """The log where MOE_UPGRPO_RUN asks for one; the figures wherever verl has what they need."""
+    """Install the log if MOE_UPGRPO_RUN asks for one; the figures if verl has what they need."""
     logs = environment.run_folder() is not None
     if logs:
         revisions.check("verl", "log")

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routing log of verl's Megatron engine: rollout against trainer, token by token.
 
-Stands around `MegatronEngine.forward_backward_batch`, the one place that both the old log-probs and
-the update go through, on every rank:
+It wraps `MegatronEngine.forward_backward_batch`, the one place that both the old log-probs and the
+update go through, on every rank:
 
-- the forward of the old log-probs is native with router_replay.mode `disabled` and `R2` (which
-  records it): the routers' own outputs are taken from forward hooks. Under `R3` it is held to the
-  rollout's routes; one more forward without replay gives the native routes, and the held one what
-  each router would have chosen (`RouterReplay.get_replay_topk` computes that and drops it);
-- without such a forward (`bypass_mode`) the same is taken from the update's first forward of each
-  sequence. What the optimizer steps before it did, and what the rollout's weights were, then is in
-  all of it: `STALENESS` says so in the run's config;
+- the forward pass of the old log-probs is native with router_replay.mode `disabled` and `R2` (which
+  records it): forward hooks take the routers' own outputs. Under `R3` it is held to the rollout's
+  routes; another pass without replay gives the native routes, and the held one what each router
+  would have chosen (`RouterReplay.get_replay_topk` computes that and drops it);
+- without such a pass (`bypass_mode`) the same is taken from the update's first pass over each
+  sequence. It then includes the effects of earlier optimizer steps and of the rollout's weights:
+  `STALENESS` says so in the run's config;
 - in the update, the policy loss is evaluated a second time, on detached log-probs: its gradient
-  says which tokens the loss's own rule cut, whatever loss it is;
+  says which tokens the loss's own rule cut, whatever the loss is;
 - after the last mini-batch the step's token rows and metrics are written.
 
 The rows of verl's `routed_experts` are indexed by the input's position and padded with zeros: the
@@ -58,7 +58,7 @@ STALENESS = (
 
 
 def install(module) -> None:
-    """Wrap what the module's MegatronEngine does at start and for each batch; once."""
+    """Wrap the parts of the module's MegatronEngine that run at start and for each batch; once."""
     engine_class = module.MegatronEngine
     initialize = engine_class.initialize
     forward_backward = engine_class.forward_backward_batch
@@ -106,7 +106,7 @@ def install(module) -> None:
 
 
 def _check(engine) -> None:
-    """Raise UserError where the engine's settings are none that the log can follow."""
+    """Raise UserError if the log cannot follow the engine's settings."""
     replays = engine.engine_config.router_replay.mode != "disabled"
     by_verl = TopKRouter.routing is patched_routing  # which does not ask for the fused kernel
     if replays and not by_verl and getattr(engine.tf_config, "moe_router_fusion", False):
@@ -121,7 +121,7 @@ def _check(engine) -> None:
 class _Scored:
     """A sequence at the old weights; on ranks that write nothing, empty.
 
-    late: there was no forward at the old weights, and it is that of the update's first forward.
+    late: there was no pass at the old weights; this is from the update's first pass.
     """
 
     late: bool = False
@@ -170,7 +170,7 @@ class EngineLog:
     # --- old log-probs
 
     def score(self, data, loss_function) -> Any:
-        """A forward without update: the first of a batch is that of the old log-probs."""
+        """Run a forward pass without update: a batch's first computes the old log-probs."""
         keys = _keys(data)
         if set(keys) <= self.scored.keys():  # the same sequences again, such as for a reference
             return self.forward.plain(data, loss_function, True)
@@ -197,7 +197,7 @@ class EngineLog:
         return output
 
     def _native(self, data, loss_function) -> tuple[Any, routers.Routes | None]:
-        """One forward more, without replay, and what the routers chose in it."""
+        """Run another forward pass, without replay, and return the routers' choices too."""
         data = data.clone(recurse=False)
         tu.assign_non_tensor(data, enable_routing_replay=False)
         with torch.no_grad():
@@ -262,7 +262,7 @@ class EngineLog:
     # --- update
 
     def update(self, data, loss_function) -> Any:
-        """An optimizer step: what the loss sees of each token, and the log after the last one."""
+        """Run an optimizer step, recording what the loss sees of each token; log after the last."""
         keys = _keys(data)
         data[ROW] = torch.arange(len(keys))
         seen: dict[int, dict[str, Any]] = {}
@@ -292,7 +292,7 @@ class EngineLog:
     def _is_first_visit(self, keys: list[str]) -> bool:
         """Whether a sequence on any data-parallel rank has not been through a forward yet.
 
-        The same on all ranks: under replay the answer decides about a forward more.
+        The same on all ranks: under replay the answer decides on one more forward pass.
         """
         if not self.bypassed:
             return False
@@ -302,7 +302,7 @@ class EngineLog:
         return bool(new)
 
     def _first_visit(self, data, keys: list[str], loss_function) -> Any:
-        """The update's forward where none at the old weights came before it."""
+        """Run the update's forward pass where no pass at the old weights came before it."""
         own = None
         if self.mode == "disabled":
             output, native = self.forward.recorded(data, loss_function, forward_only=False)
@@ -319,7 +319,7 @@ class EngineLog:
         return output
 
     def _collect(self, seen: dict[int, dict[str, Any]]) -> None:
-        """Bring what dynamic context parallelism dealt out to the rank that writes."""
+        """Bring the parts dealt out by dynamic context parallelism to the rank that writes."""
         parts = self.forward.from_all_replicas((seen, self.gathered))
         for other, step in parts[1:]:
             seen |= other
@@ -329,7 +329,7 @@ class EngineLog:
 
     @contextmanager
     def _watched_loss(self, seen: dict[int, dict[str, Any]]):
-        """Gives a wrapper for verl's loss function; `seen` takes its tokens, by row."""
+        """Return a wrapper for verl's loss function; `seen` takes its tokens, by row."""
         rows: list[int] = []
         get = verl_losses.get_policy_loss_fn
 

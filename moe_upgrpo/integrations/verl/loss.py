@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl 0.9.1: every preset as a policy loss, registered by the entry point `verl.plugins`.
 
-verl imports this module when it is imported itself (verl/__init__.py:60), and says nothing where
-that fails but at level DEBUG (line 74): hence `check`, `LossConfig` and
+verl imports this module when it is imported itself (verl/__init__.py:60). If that fails, it says so
+only at level DEBUG (line 74): hence `check`, `LossConfig` and
 
     python -m moe_upgrpo.integrations.verl moe_upgrpo/up-grpo
 
@@ -57,8 +57,8 @@ def loss_config(preset: str, actor: Any, mode: str, length: int) -> PolicyLossCo
     verl divides under seq-mean-token-sum-norm where loss_scale_factor is not set.
 
     Raises:
-        UserError: a clip that the loss does not have, settings that cannot be, a loss that needs
-            what verl does not hand over.
+        UserError: a clip that the loss does not have, impossible settings, a loss that needs what
+            verl does not hand over.
     """
     settings = dict(actor.policy_loss.get("settings") or {})
     flags = []
@@ -109,11 +109,11 @@ class VerlLoss:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, PolicyLoss]:
-        """The scalar that verl wants and the library's result.
+        """The scalar that verl expects and the library's result.
 
-        verl's data-parallel ranks average gradients, so that its losses (core_algos.py:1140) are
-        dp_size times this rank's share of the global mean: Σ/(N/dp_size). rollout_is_weights
-        `[B, T]` multiply both signs, as in verl's own losses.
+        verl's data-parallel ranks average gradients, so its losses (core_algos.py:1140) are dp_size
+        times this rank's share of the global mean: Σ/(N/dp_size). rollout_is_weights `[B, T]`
+        multiply both signs, as in verl's own losses.
         """
         of_batch = config.global_batch_info
         ours = loss_config(self.preset, config, loss_agg_mode, response_mask.shape[-1])
@@ -178,7 +178,7 @@ LOSSES = {PREFIX + name: VerlLoss(name) for name in served(NOT_HANDED_OVER)}
 
 
 def check(loss_mode: str | None = None) -> list[str]:
-    """The names that verl finds in this process; print a line on them.
+    """The names that verl finds in this process; prints a line about them.
 
     Raises:
         UserError: the entry point is not installed or switched off, a name is missing from verl's
@@ -216,7 +216,7 @@ class LossConfig(VerlLossConfig):
     """verl's `policy_loss` config with a check and with `settings`: fields of `PolicyLossConfig`.
 
     Chosen by `actor_rollout_ref.actor.policy_loss._target_`, it is built in every worker before the
-    model is, so that a plugin that did not load or a wrong setting ends the job there.
+    model, so a plugin that did not load or a wrong setting ends the job there.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)

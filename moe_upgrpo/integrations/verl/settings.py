@@ -15,7 +15,7 @@ ROOT = "actor_rollout_ref"
 
 @dataclass(frozen=True)
 class Rule:
-    """accepts: what the setting may be. instead: what to change where it is not."""
+    """accepts: the values the setting may have. instead: what to change otherwise."""
 
     accepts: Callable[[Any], bool]
     instead: str

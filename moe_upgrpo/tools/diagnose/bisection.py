@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bisection: each knob is turned alone, and the mismatch that this removes is measured.
 
-An effect is paired, of the same tokens, with an interval by prompt. It stands out where it is more
-than another batch shape alone moves the same figure by, prompt by prompt.
+An effect is paired, on the same tokens, with an interval by prompt. It stands out where it is more
+than a change of batch shape alone moves the same figure by, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_upgrpo.tools.diagnose.live_faults import finding
 
 SURE = 0.05
 ROUNDING = 3e-5
-"""Log-probs of two programs in fp32 differ by about this (tests/engines/tolerance.py)."""
+"""Log-probs of two programs in fp32 differ by about this much (tests/engines/tolerance.py)."""
 MEASURES: tuple[Measure, ...] = ("routers", "gap")
 
 
@@ -37,7 +37,7 @@ class Turned:
     knob: Knob
     effects: dict[Measure, Removed]
     seconds: float
-    stands_out: bool = False  # more was taken away than the noise floor, by prompt, after Holm
+    stands_out: bool = False  # removed more than the noise floor, by prompt, after Holm
 
 
 @dataclass(kw_only=True)
@@ -59,13 +59,13 @@ def bisect(
     console: Console | None = None,
     knobs: tuple[Knob, ...] = KNOBS,
 ) -> Bisection:
-    """Turn each knob alone, the cheap and likely first, until the minutes are spent.
+    """Turn each knob alone, the cheap and likely ones first, until the minutes are spent.
 
     Nothing is turned where engine and trainer agree to the rounding of fp32.
     """
     begun, bench, result = time.monotonic(), Bench(live=live), Bisection()
     bench.whole()
-    unit = time.monotonic() - begun  # of a forward of all sequences; the first is the slowest
+    unit = time.monotonic() - begun  # seconds for all sequences once; the first pass is the slowest
     result.base = {m: live.base.rate(m) for m in MEASURES if live.base.has(m)}
     noise = bench.noise()
     result.floor = {m: noise.rate(m) for m in MEASURES if noise.has(m)}
@@ -94,7 +94,7 @@ def bisect(
 
 
 def _is_large(base: Differences, measure: Measure) -> bool:
-    """Whether there is something to explain: routers that differ, a gap beyond rounding."""
+    """Whether there is something to explain: routers that differ, or a gap beyond rounding."""
     return base.rate(measure) > (ROUNDING if measure == "gap" else 0)
 
 
@@ -114,8 +114,8 @@ def _reason(
 
 
 def _turn(knob: Knob, bench: Bench, measures: Sequence[Measure]) -> Turned:
-    """Turn it, and hold what it took away against what the batch shape moves, where that is known
-    and not the knob itself."""
+    """Turn a knob, and compare what it removed with what the batch shape moves, where that is known
+    and is not the knob itself."""
     begun = time.monotonic()
     before, after = knob.turned(bench)
     gc.collect()
@@ -131,7 +131,7 @@ def _turn(knob: Knob, bench: Bench, measures: Sequence[Measure]) -> Turned:
 
 
 def _judged(turned: list[Turned]) -> list[Turned]:
-    """Mark the knobs whose effect stands out, with Holm's correction over all that was tested."""
+    """Mark the knobs whose effect stands out, with Holm's correction over all that were tested."""
     effects = [(i, of) for i, one in enumerate(turned) for of in one.effects.values()]
     if not effects:
         return turned
@@ -144,7 +144,7 @@ def _judged(turned: list[Turned]) -> list[Turned]:
 
 
 def _finding(one: Turned) -> Finding:
-    """The knob's finding, of the routers where any differed before."""
+    """The knob's finding, for the routers where any differed before."""
     of = next(e for e in one.effects.values() if e.share is not None)
     return finding(one.knob.cause or one.knob.name, of, one.knob.does, kind="numerics")
 

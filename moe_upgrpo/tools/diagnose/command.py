@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe-upgrpo diagnose`: from what was given to a verdict, on the terminal and as files."""
+"""`moe-upgrpo diagnose`: from records or a model to a verdict, on the terminal and as files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _of_records(config: DiagnoseConfig) -> Diagnosis:
 
 def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     """The diagnosis of a checkpoint with an engine."""
-    from moe_upgrpo.tools.diagnose.examine import examine  # and with it Megatron
+    from moe_upgrpo.tools.diagnose.examine import examine  # imports Megatron
 
     show.make_folder(config.folder)
     examined = examine(
@@ -84,7 +84,7 @@ def _of_model(config: DiagnoseConfig, console: Console) -> Diagnosis:
     by_records = told <= {one.cause for one in faults.find(evidence).findings}
     if not told and evidence.rollout_routes:
         explained = any((one.share or 0) >= 0.5 for one in findings)
-        # Told last: it names no cause, and a knob may have.
+        # Listed last: it names no cause, and a knob may have named one.
         beyond = None if explained else signs.large_margins(evidence, matching.rate(evidence))
         findings = [one for one in (beyond, *findings, signs.near_ties(evidence)) if one]
     if config.contribute is not None:
@@ -129,7 +129,7 @@ def _check_known(evidence: Evidence, where: str) -> None:
 class _Model:
     """The precision that an expectation is made for.
 
-    top_k: experts of each token, where routes do not say it. said: what of it is assumed.
+    top_k: experts of each token, where routes do not say it. said: which of this is assumed.
     """
 
     precision: str
@@ -158,7 +158,7 @@ class _Model:
         )
 
     def expected(self, evidence: Evidence) -> tuple[Expected | None, str]:
-        """The range that is expected, or why none is."""
+        """The expected range, or why there is none."""
         if not evidence.layer_ids:
             return None, "there is no MoE layer in these records"
         routes = evidence.rollout_routes
@@ -204,7 +204,7 @@ def conclude(
 ) -> Diagnosis:
     """The verdict on findings, however they were made.
 
-    left: the evidence without its faults; None where a model told them.
+    left: the evidence without its faults; None where a model showed them.
     """
     measured = verdict.measure(evidence, left, by_layer)
     of = evidence if left is None else left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences of two sides on the same tokens, by prompt, and what a change removed.
+"""Differences between two sides on the same tokens, by prompt, and the part a change removed.
 
 Shape suffixes: P prompts.
 """
@@ -22,7 +22,7 @@ UNITS: dict[Measure, str] = {"routers": "of routers differ", "gap": "mean |gap|"
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One side's view of some sequences, at their response tokens alone; None: not known."""
+    """One side's view of some sequences, at their response tokens only; None: not known."""
 
     routes: list[np.ndarray] | None  # B × [T, L, K]
     log_probs: list[np.ndarray] | None  # B × [T]
@@ -30,7 +30,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """Sums by prompt: routers that differ of those compared, |gap| of the tokens."""
+    """Sums by prompt: differing routers among those compared, and |gap| of the tokens."""
 
     routers_P: np.ndarray | None
     pairs_P: np.ndarray
@@ -39,7 +39,7 @@ class Differences:
     by_layer: np.ndarray | None = None  # [L], the share of routers that differ
 
     def has(self, measure: Measure) -> bool:
-        """Whether it was measured."""
+        """Whether the measure was taken."""
         return (self.routers_P if measure == "routers" else self.gap_P) is not None
 
     def sums(self, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
@@ -68,8 +68,8 @@ def differences(
 ) -> Differences:
     """Two sides' differences, summed over the sequences of each prompt.
 
-    Of routes, in the rows that a router of each side wrote; that others are there is a fault of its
-    own.
+    Routes are compared in the rows that a router of each side wrote; the other rows are a fault of
+    their own.
 
     Raises:
         UserError: nothing to compare, or routes that cannot be those of the same tokens.
@@ -112,8 +112,9 @@ def differences(
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """The part of a difference that a change took away: 1 − after / before, and its interval by
-    prompt; below 0 where it made more. p: of nothing taken away, one-sided, signs by prompt."""
+    """The part of a difference that a change removed: 1 − after / before, and its interval by
+    prompt; below 0 where it added some. p: of the null that nothing was removed, one-sided, signs
+    by prompt."""
 
     measure: Measure
     before: float
@@ -131,9 +132,9 @@ class Removed:
 def removed(
     before: Differences, after: Differences, measure: Measure, *, floor_P: np.ndarray | None = None
 ) -> Removed:
-    """The part of a measure that a change took away; the same tokens before and after.
+    """The part of a measure that a change removed, on the same tokens before and after.
 
-    floor_P: what the same side differs by without any change, which counts as nothing.
+    floor_P: how much the same side differs from itself without any change; that much counts as 0.
     """
     before_P, size_P = before.sums(measure)
     after_P, _ = after.sums(measure)

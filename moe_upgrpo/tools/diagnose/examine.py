@@ -33,15 +33,15 @@ _BY_MODELS = (
     "other-temperature",
     "unrelated-tokens",
 )
-"""Causes that records suggest and a model tells: what it finds stands in their place."""
+"""Causes that records suggest and a model settles: the model's findings replace them."""
 
 
 @dataclass(kw_only=True)
 class Examined:
     """The findings, most likely cause first, and what was not tried, with the reason.
 
-    left: the evidence as it were without the faults that records show. tried: how many tests and
-    knobs there were. bisection: None where a fault explains most of the difference: knobs are
+    left: the evidence as it would be without the faults that records show. tried: how many tests
+    and knobs there were. bisection: None where a fault explains most of the difference: knobs are
     turned once it is mended. row: this measurement as a row of the calibration table; None where
     there is a fault.
     """
@@ -70,7 +70,7 @@ def examine(
 ) -> Examined:
     """Start both sides, and say what makes them differ.
 
-    engine: one that is there already. minutes: of the knobs' part; None: as long as it takes.
+    engine: one that already runs. minutes: for the knobs; None: as long as it takes.
     """
     with (
         groups.process_groups(Layout(), seed=options.seed),
@@ -83,7 +83,7 @@ def examine(
         if not _settled(sure):
             told, not_tried = live_faults(live)
             if isinstance(live.engine, HFEngine) and "weights" not in not_tried:
-                # Its tensors were looked at: what records suggest of weights is told or refuted.
+                # Its tensors were compared: they confirm or refute what records say of weights.
                 findings = [one for one in findings if one.cause not in _OF_WEIGHTS]
             findings = [*sure, *told] if _settled(told) else [*told, *findings]
         bisection = row = None
@@ -110,8 +110,8 @@ def examine(
 
 
 def _settled(findings: Sequence[Finding]) -> bool:
-    """Whether a fault explains so much that nothing else can be seen beside it, or is certain: the
-    engine's tensors are not the trainer's."""
+    """Whether a fault is certain (the engine's tensors are not the trainer's), or explains so much
+    that nothing else can be seen beside it."""
     return any(
         f.kind == "fault" and (f.share is None or f.share >= EXPLAINED or f.cause in tensors.CAUSES)
         for f in findings
@@ -119,8 +119,8 @@ def _settled(findings: Sequence[Finding]) -> bool:
 
 
 def row_of(live: Live) -> dict | None:
-    """The pair as a row of the calibration table; None for a dense model. Whether its routers are
-    trained a checkpoint does not say."""
+    """The pair as a row of the calibration table; None for a dense model. A checkpoint does not say
+    whether its routers are trained."""
     if not live.actor.layer_ids:
         return None
     base, hf = live.base, live.actor.hf

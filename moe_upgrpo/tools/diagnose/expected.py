@@ -7,16 +7,16 @@ benchmarks.diagnose.calibrate`), a rule is fitted by least squares:
     log r = b · (1, log E, log K, log L, FP8, bf16 trainer, trained, trained · FP8)
 
 with r the router mismatch rate, E experts, K of them per token, L MoE layers. Where it is not known
-whether the routers are trained, log m stands in the place of the last two, m the median over tokens
-of a token's smallest margin: beside them it adds nothing to what the rule can tell.
+whether the routers are trained, log m replaces the last two, m being the median over tokens of a
+token's smallest margin; beside them it adds nothing to the prediction.
 
-The error is that of models left out: a rule is fitted without all rows of one shape and weights,
-and misses those by some factor. The interval takes the root mean square of the misses' logarithms,
-of all models or, where that is larger, of those whose routers are trained as the asked one's are;
-and Student's t with one degree of freedom for each model.
+The error is that for models left out: a rule is fitted without all rows of one shape and weights,
+and misses those by some factor. The interval uses the root mean square of the misses' logarithms,
+over all models or, where that is larger, over those whose routers are trained like the given
+model's; and Student's t with one degree of freedom for each model.
 
-An fp32 engine against an fp32 trainer differs in no router of the table; its range is the Clopper
-and Pearson interval over the tokens seen.
+An fp32 engine differs from an fp32 trainer in no router of the table; its range is the
+Clopper-Pearson interval for the tokens seen.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ FIELDS = {
 }
 """The columns of a row. trained: whether the routers were; None: not known, and the
 rule without margins leaves the row out. differ of pairs (token, MoE layer)
-pairs had other experts. gap: mean |log-prob gap|. model: rows of one value are of one model."""
+pairs had other experts. gap: mean |log-prob gap|. model: rows of one model share a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """A range of router mismatch rates, 95%, and what it comes from."""
+    """A 95% range of router mismatch rates, and its source."""
 
     low: float
     middle: float
@@ -74,7 +74,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The fitted coefficients and the error of models left out (see the module)."""
+    """The fitted coefficients and the error on models left out (see the module)."""
 
     coefficients: np.ndarray
     with_margin: bool
@@ -83,8 +83,8 @@ class Rule:
     rows: int
 
     def error(self, trained: bool | None = None) -> float:
-        """Root mean square of a left-out model's log ratio, predicted against measured; of all, or
-        of those with such routers where that is larger."""
+        """Root mean square of a left-out model's log ratio of predicted to measured: over all, or
+        over those with such routers where that is larger."""
         kinds = (
             [self.misses]
             if trained is None
@@ -110,7 +110,7 @@ def _features(row: Mapping[str, Any], with_margin: bool) -> list[float]:
 
 
 def _log_rate(row: Mapping[str, Any]) -> float:
-    """log of the rate, with half an event: a rate of 0 of N is not one of −∞."""
+    """log of the rate, with half an event added: 0 of N would give −∞."""
     return math.log((row["differ"] + 0.5) / (row["pairs"] + 1))
 
 
@@ -118,7 +118,7 @@ def fit(rows: Sequence[Mapping[str, Any]], *, with_margin: bool) -> Rule:
     """The rule over rows that are not fp32 against fp32.
 
     Raises:
-        UserError: too few models to fit and to leave one out.
+        UserError: too few models to fit a rule and leave one out.
     """
     rows = [r for r in rows if not _is_exact(r["precision"], r["trainer"]) and r["margin"] > 0]
     rows = [r for r in rows if with_margin or r["trained"] is not None]
@@ -160,9 +160,9 @@ def expected_rate(
 ) -> Expected:
     """The range of the router mismatch rate of such a model where nothing is wrong.
 
-    precision: of the engine, see `PRECISIONS`. trainer: fp32 or bf16. layers: MoE layers. margins:
+    precision: the engine's, see `PRECISIONS`. trainer: fp32 or bf16. layers: MoE layers. margins:
     the median over tokens of a token's smallest margin, where it is known. trained: whether the
-    routers are; None: told by the margins, and without them the range takes in both.
+    routers are; None: the margins tell, and without them the range covers both.
 
     Raises:
         UserError: an unknown precision, or numbers that no model has.
@@ -231,8 +231,8 @@ def _of_fp32() -> Expected:
 
 
 def _source(of: Rule, row: Mapping[str, Any]) -> str:
-    """Numbers of rows and models, the error, and what lies outside of the rows whose routers
-    are trained as this one's are."""
+    """Numbers of rows and models, the error, and what lies outside the rows whose routers are
+    trained like this one's."""
     outside = []
     alike = [r for r in table() if row["trained"] in (None, r["trained"])]
     for name in ("experts", "top_k", "layers"):
@@ -269,7 +269,7 @@ def _types(kind: type | UnionType) -> tuple[type, ...]:
 
 
 def contribute(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row as a line of JSON, to be sent to the project; nothing of prompts is in it.
+    """Append a row as a line of JSON, to be sent to the project; it holds nothing of the prompts.
 
     Raises:
         UserError: a field is missing or of another type, or the file cannot be written.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The faults that two sides' records show, in the order in which they are tried.
 
-A test names a cause only by what that cause alone explains: a shift, a renaming, a division under
-which both sides agree. What it explained is taken out of the evidence before the next is looked
-for, so that of several faults each gets its own share.
+A test names a cause only by something that this cause alone explains: a shift, a renaming, a
+division after which both sides agree. What it explained is taken out of the evidence before the
+next test, so that each of several faults gets its own share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES: tuple[RouteTest, ...] = (
     shapes.other_top_k,
     shapes.extra_rows,
 )
-# Of these the one that explains most is named, the first of equals.
+# The one of these that explains most is named; among equals, the first.
 ROUTES: tuple[RouteTest, ...] = (
     rows.padding_side,
     ids.overflowed,
@@ -40,7 +40,7 @@ ROUTES: tuple[RouteTest, ...] = (
     shapes.orphan_layer,
     shapes.half_loaded,
 )
-# No change makes the sides agree: asked when the others have found all they can.
+# No change makes the sides agree: tried once the others have found all they can.
 BEYOND: tuple[RouteTest, ...] = (ids.unrelated, ids.other_weights)
 
 LOG_PROBS: tuple[Callable[[Evidence], Finding | None], ...] = (
@@ -51,16 +51,16 @@ LOG_PROBS: tuple[Callable[[Evidence], Finding | None], ...] = (
     logps.truncated,
 )
 _ALIKE = 0.03
-"""Two tests that explain as much as each other but for this: the first of them is named."""
+"""Two tests explain equally much if they differ by less than this; the first of them is named."""
 _MOST = 4
 _FEW = 8
-"""Routers that differ, up to which chance alone may look like any of these; rows that no router
-writes are none."""
+"""With no more differing routers than this, chance alone may look like any of these faults. Rows
+that no router writes do not count."""
 
 
 @dataclass(kw_only=True)
 class Found:
-    """Faults, those of shapes first, then by what they explain; and what is left without them."""
+    """Faults, of shapes first, then by how much they explain; and the evidence without them."""
 
     findings: list[Finding] = field(default_factory=list)
     left: Evidence
@@ -131,7 +131,7 @@ def _log_probs(found: Found, evidence: Evidence) -> None:
 
 
 def not_asked(evidence: Evidence) -> dict[str, str]:
-    """Questions that the evidence cannot answer, and what it lacks."""
+    """Questions that the evidence cannot answer, and what it lacks for each."""
     lacking = {}
     if evidence.rollout_routes is None or evidence.train_routes is None:
         lacking["routes: rows, layers, experts"] = "the routes of both sides are needed"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of ids, and routes that no change makes agree: other tokens' or other weights'.
+"""Faults of ids, and routes that no change brings to agree: other tokens' or other weights'.
 
-Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.
+Each takes an `Evidence` whose sides fit, and returns what it explains, or None; see
+`faults.ROUTES`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moe_upgrpo.tools.diagnose import matching
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.matching import Explained, empty, unlike
 
-_DRAWS = 24  # shifts of the rows that say what unrelated tokens have in common
+_DRAWS = 24  # shifts of the rows, to measure what unrelated tokens have in common
 
 
 def overflowed(evidence: Evidence) -> Explained | None:
@@ -38,7 +39,7 @@ def overflowed(evidence: Evidence) -> Explained | None:
 
 
 def local_ids(evidence: Evidence) -> Explained | None:
-    """Ids counted within a rank: the other side's, modulo the experts of a rank, are the same."""
+    """Ids counted within a rank: they are the other side's, modulo the experts of a rank."""
     E = evidence.num_experts
     for side, other in (("rollout_routes", "train_routes"), ("train_routes", "rollout_routes")):
         highest = max(int(x.max(initial=0)) for x in getattr(evidence, side))
@@ -47,7 +48,7 @@ def local_ids(evidence: Evidence) -> Explained | None:
                 continue
             folded = [x % (E // ranks) for x in getattr(evidence, other)]
             mended = replace(evidence, **{other: folded})
-            # Experts of several ranks under one number look like a row that was never written.
+            # Experts of several ranks with one number look like a row that was never written.
             both = zip(evidence.rollout_routes, folded, strict=True)
             mended = matching.leave_out(mended, [np.resize(empty(x), y.shape[:2]) for y, x in both])
             who = "engine" if side == "rollout_routes" else "trainer"
@@ -59,9 +60,9 @@ def local_ids(evidence: Evidence) -> Explained | None:
 
 
 def permuted(evidence: Evidence) -> Explained | None:
-    """Experts under other numbers: one renaming, or one for each layer, lets the sets agree.
+    """Experts under other numbers: one renaming, or one for each layer, makes the sets agree.
 
-    A renaming is judged by the tokens that it was not made from.
+    A renaming is judged on the tokens that it was not made from.
     """
     rollout, train = matching.sampled(evidence, 8192)
     before = unlike(rollout, train)
@@ -123,7 +124,7 @@ def _renamed(train: np.ndarray, names_LE: np.ndarray) -> np.ndarray:
 
 
 def unrelated(evidence: Evidence) -> Explained | None:
-    """Sets that agree as those of unrelated tokens do, in all sequences or in some."""
+    """Sets that agree no more than those of unrelated tokens, in all sequences or in some."""
     pairs = matching.sides(evidence)
     if matching.rate(evidence) < 0.02:
         return None
@@ -165,10 +166,10 @@ def unrelated(evidence: Evidence) -> Explained | None:
 
 
 def _dependence(rollout: np.ndarray, train: np.ndarray, E: int) -> float:
-    """Measure how far beyond unrelated rows one side's experts tell something of the other's.
+    """Measure how much more one side's experts tell about the other's than unrelated rows would.
 
-    Standard deviations of the chi-square of expert against expert from those of the same rows held
-    against each other at random distances, which keep what neighbours have in common.
+    In standard deviations: the chi-square of expert against expert, compared with that of the same
+    rows paired at random distances, which keep what neighbours have in common.
     """
     rng = np.random.default_rng(0)
     T = len(rollout)

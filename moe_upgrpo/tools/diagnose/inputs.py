@@ -19,18 +19,18 @@ from moe_upgrpo.tools import route_dumps
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 from moe_upgrpo.tools.diagnose.matching import empty, overlaps
 
-STEPS = 8  # of a run, spread over it: the first, the last and what lies between
+STEPS = 8  # of a run, spread over it: the first, the last and some between
 TOKENS = 200_000
 ROUTERS = 4_000_000
-"""(token, layer) pairs of dumps beyond which prompts spread over them stand for all."""
+"""(token, layer) pairs of dumps above which a spread of prompts represents all."""
 
 
 @dataclass(kw_only=True)
 class Source:
-    """Evidence, and what its source says beside it.
+    """Evidence, and what else its source says.
 
     by_layer: share of routers that differ, where the source has it without routes. top_k: experts
-    of each token; 0: not known.
+    per token; 0: not known.
     """
 
     evidence: Evidence
@@ -51,10 +51,10 @@ def from_dumps(
     train_logp: Path | None = None,
     samples: int | None = None,
 ) -> Source:
-    """Evidence of two dumps of routes, of log-probs, or of both.
+    """Evidence from two dumps of routes, of log-probs, or of both.
 
     Raises:
-        UserError: a dump that cannot be read, or dumps of other sequences than each other.
+        UserError: a dump that cannot be read, or dumps that hold different sequences.
     """
     named: list[Finding] = []
     routes = logps = None
@@ -108,7 +108,7 @@ def from_dumps(
 
 
 def _spread(routes: list[np.ndarray], samples: int) -> np.ndarray | None:
-    """Sequences that stand for all of a large batch, whole prompts; None: all of them."""
+    """Sequences that represent a large batch, in whole prompts; None: all of them."""
     pairs = max(x.size // x.shape[-1] for x in routes)
     prompts = len(routes[0]) // samples
     keep = max(8, prompts * ROUTERS // pairs)
@@ -218,10 +218,10 @@ _COLUMNS = (
 
 
 def from_run(run: Path) -> Source:
-    """Evidence of a run's token log, of steps spread over it.
+    """Evidence from a run's token log, from steps spread over it.
 
     Raises:
-        UserError: no run, or one whose log has no rows: which questions it still answers is said.
+        UserError: no run, or one whose log has no rows; it says which questions are still answered.
     """
     config, rows = read_config(run), read_metrics(run)
     steps = sorted({step for _, step in token_files(run / "tokens")})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that may make engine and trainer differ, and how each is turned to its exact form.
 
-Knobs of the engine are turned on a twin (`live`), of transformers, whatever the engine is: that it
-is a stand-in is the knob `engine`, for the engines that are not transformers'. `bisection` turns
-them, each alone.
+Knobs of the engine are turned on a twin (`live`), which is always transformers'. That the twin is a
+stand-in is itself the knob `engine`, for engines other than transformers. `bisection` turns the
+knobs, each alone.
 
 Shape suffixes: P prompts.
 """
@@ -34,9 +34,9 @@ class Knob:
     """A setting that may make engine and trainer differ.
 
     name: of the knob, and of its cause in `causes.CAUSES` unless `cause` says otherwise. does: what
-    turning it does, for a table. likely: 0 to 1, how often it is the cause. cost: forwards of all
-    sequences, twins made included. lacks: why it cannot be turned here; None where it can. turned:
-    (before, after), both against the trainer; None: nothing here turns it.
+    turning it does, for a table. likely: 0 to 1, how often it is the cause. cost: forward passes
+    over all sequences, including making twins. lacks: why it cannot be turned here; None where it
+    can. turned: (before, after), both against the trainer; None: nothing here turns it.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Knob:
 
 @dataclass(kw_only=True)
 class Bench:
-    """The pair, and the views that several knobs begin from, each computed once."""
+    """The pair, and the views that several knobs start from, each computed once."""
 
     live: Live
     _views: dict[str, Seen] = field(default_factory=dict)
     _differences: dict[str, Differences] = field(default_factory=dict)
 
     def view(self, name: str, look: Callable[[], Seen]) -> Seen:
-        """A view by a name, computed once."""
+        """The view of that name, computed once."""
         if name not in self._views:
             self._views[name] = look()
         return self._views[name]
@@ -70,7 +70,7 @@ class Bench:
 
     @property
     def is_twin(self) -> bool:
-        """Whether the engine is transformers', so that a twin is the engine made anew."""
+        """Whether the engine is transformers', so that a twin is the same engine made anew."""
         return isinstance(self.live.engine, HFEngine)
 
     def whole(self) -> Differences:
@@ -78,7 +78,7 @@ class Bench:
         return self.kept("whole", lambda: self.live.whole(self.live.engine))
 
     def reshaped(self) -> Differences:
-        """The engine with each sequence alone; a second pass where it chooses its batches."""
+        """The engine with each sequence alone; a second pass where it chooses its own batches."""
         return self.kept("reshaped", lambda: self.live.whole(self.live.engine, at_once=1))
 
     def twin(self) -> Differences:

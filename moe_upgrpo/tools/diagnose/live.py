@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint with an engine and the trainer, both here: what they see of the same tokens.
+"""A checkpoint with engine and trainer, both running here: their views of the same tokens.
 
 A *twin* is the engine of transformers made anew from the trainer's checkpoint, with the settings
-that the engine is said to have, or with one of them changed: what the engine is held against.
+that the engine is said to have, or with one of them changed. The engine is compared with it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Live:
     """An engine's responses, and the trainer on the same tokens at the same weights."""
 
     options: pair.PairOptions
-    weights: EngineWeights  # the form in which the engine is said to hold them
+    weights: EngineWeights  # the form in which the engine is said to hold its weights
     actor: MegatronActor
     engine: Engine
     prompts: list[np.ndarray]
@@ -43,7 +43,7 @@ class Live:
 
     @property
     def prompt(self) -> list[int]:
-        """The prompt that each sequence answers."""
+        """The prompt that each sequence answers, by number."""
         return [i // self.options.samples for i in range(len(self.samples))]
 
     @property
@@ -81,7 +81,7 @@ class Live:
         return self.seen([r.routes for r in self.rollouts], [r.logp_rollout for r in self.rollouts])
 
     def seen(self, routes: Sequence[np.ndarray] | None, log_probs: list[np.ndarray] | None) -> Seen:
-        """A side's view, of routes of whole sequences and log-probs of the responses."""
+        """A side's view, from routes of whole sequences and log-probs of the responses."""
         at_responses = None
         if routes is not None and self.actor.layer_ids:
             at_responses = [r[s.response_rows] for r, s in zip(routes, self.samples, strict=True)]
@@ -113,7 +113,7 @@ class Live:
         return self.seen([routes for _, routes in found], log_probs)
 
     def scored(self, actor: MegatronActor, samples: Sequence[Sample] | None = None) -> Seen:
-        """A trainer's view, of the same sequences or of others of the same responses."""
+        """A trainer's view of the same sequences, or of others with the same responses."""
         scores = actor.score(samples or self.samples, record=("routes",))
         routes = None if samples else _signed(scores)
         return self.seen(routes, [s.log_probs for s in scores])
@@ -141,7 +141,7 @@ class Live:
                 try:
                     prepare(engine.model)
                 except (ValueError, NotImplementedError, ImportError) as error:
-                    # transformers refuses what a model or this machine has not
+                    # transformers refuses what a model or this machine lacks
                     raise UserError(f"transformers: {str(error).splitlines()[0]}") from error
             yield engine
 
@@ -152,7 +152,7 @@ class Live:
 
 
 def _signed(scores: Sequence[Scored]) -> list[np.ndarray]:
-    """Routes in a type that differences of ids, and −1, fit."""
+    """Routes in a signed type, which also holds differences of ids, and −1."""
     return [scored.routes.astype(np.int16) for scored in scores]
 
 
@@ -164,9 +164,9 @@ def opened(
     weights: EngineWeights = "as-trained",
     engine: Engine | None = None,
 ) -> Iterator[Live]:
-    """Start both sides, sample, and score; inside of `groups.process_groups`.
+    """Start both sides, sample, and score; call it inside `groups.process_groups`.
 
-    engine: one that is there already, which is left open; else the one that is asked for.
+    engine: one that already runs, and is left open; otherwise the requested one is started.
     """
     actor = pair.start_actor(options)
     prompts = pair.read_prompts(options, actor)

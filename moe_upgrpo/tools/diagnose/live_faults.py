@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that are told by a model: something is changed on one side, and the difference vanishes.
+"""Faults that a model shows: something is changed on one side, and the difference vanishes.
 
-Each takes the pair (`live.Live`) and gives a finding or None; `LIVE_FAULTS` has them in the order
-in which they are tried. They come after the tests that need no model.
+Each takes the pair (`live.Live`) and returns a finding or None; `LIVE_FAULTS` lists them in the
+order in which they are tried. They come after the tests that need no model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from moe_upgrpo.tools.diagnose.evidence import Finding
 from moe_upgrpo.tools.diagnose.live import Live
 
 EXPLAINED = 0.8
-"""A fault is named where its test takes away at least this part of the difference."""
+"""A fault is named where its test removes at least this part of the difference."""
 SURE = 0.05
-_FITS = 6  # forwards in which a temperature is looked for
-_LEAST_CHANGE = 0.02  # of a temperature, relative, that is called another one
+_FITS = 6  # forward passes in the search for a temperature
+_LEAST_CHANGE = 0.02  # relative; a temperature that differs by less counts as the same
 
 
 def finding(
@@ -50,14 +50,14 @@ def finding(
 
 
 def _explains(of: Removed, prompts: int) -> bool:
-    """Whether a change removed most of the difference, more than prompts differ by. With fewer than
+    """Whether a change removed most of the difference, by more than prompts differ. With fewer than
     5 prompts no test by prompt can say so: 2^-4 is above 0.05."""
     return of.share is not None and of.share >= EXPLAINED and (of.p < SURE or prompts < 5)
 
 
 def tokens(live: Live) -> Finding | None:
-    """The engine answered other token ids: it gave them back, or its log-probs are those of one of
-    the other ways to write the same prompts."""
+    """The engine answered other token ids: it returned them, or its log-probs are those of another
+    way to write the same prompts."""
     sent = np.repeat(np.arange(len(live.prompts)), live.options.samples)
     other = [
         i
@@ -128,8 +128,8 @@ def _other_prompts(live: Live) -> Iterator[tuple[str, list[np.ndarray]]]:
 def temperature(live: Live) -> Finding | None:
     """The engine's log-probs are the trainer's with the logits divided by another number.
 
-    With β = 1/τ: ∂ log p(y) / ∂ log β = β (z_y − E z) = log p(y) + H, H the entropy. The slope of
-    the gap over that is the relative change of β that is missing, to first order.
+    With β = 1/τ: ∂ log p(y) / ∂ log β = β (z_y − E z) = log p(y) + H, H the entropy. To first
+    order, the slope of the gap over that is the relative change of β that is missing.
     """
     told = live.actor.temperature
     rollout_N = np.concatenate([r.logp_rollout for r in live.rollouts]).astype(np.float64)
@@ -182,10 +182,10 @@ def _measure(before, wished: Measure) -> Measure:
 
 
 def given_again(live: Live) -> Finding | None:
-    """The difference vanishes once the engine has been given the trainer's weights.
+    """The difference vanishes once the engine has received the trainer's weights again.
 
-    Not done to the server at a URL, which may have others to serve (`reload_refused`), nor where
-    `weights` has looked at the tensors.
+    Not done to the server at a URL, which may serve others too (`reload_refused`), nor where
+    `weights` has compared the tensors.
     """
     if isinstance(live.engine, HFEngine) or live.options.engine_url is not None:
         return None
@@ -222,7 +222,7 @@ def head(live: Live) -> Finding | None:
 
 
 def router_dtype(live: Live) -> Finding | None:
-    """The sets of an fp32 engine are those of routers that compute in bf16."""
+    """The sets of an fp32 engine match those of routers that compute in bf16."""
     if live.options.engine_dtype != "float32" or not live.actor.layer_ids:
         return None
     engine = live.whole(live.engine)
@@ -247,7 +247,7 @@ LIVE_FAULTS: dict[str, Callable[[Live], Finding | None]] = {
 def live_faults(live: Live) -> tuple[list[Finding], dict[str, str]]:
     """The faults found, first causes first, and the tests that could not be made, with the reason.
 
-    It ends with the first that explains most of the difference.
+    It stops at the first fault that explains most of the difference.
     """
     found, not_tried = [], {}
     if live.options.engine_url is not None:
@@ -258,7 +258,7 @@ def live_faults(live: Live) -> tuple[list[Finding], dict[str, str]]:
     for name, test in LIVE_FAULTS.items():
         try:
             one = test(live)
-        except UserError as error:  # no twin of this model, say
+        except UserError as error:  # for example, no twin of this model
             not_tried[name] = str(error)
             continue
         if one is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults that log-probs alone show: another temperature, unit, token, truncation or weights.
 
-Each takes an `Evidence` with the log-probs of both sides, and gives what it explains of the gap, or
-None; see `faults.LOG_PROBS`. Differences are log p_train − log p_rollout.
+Each takes an `Evidence` with the log-probs of both sides, and returns what it explains of the gap,
+or None; see `faults.LOG_PROBS`. Differences are log p_train − log p_rollout.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from moe_upgrpo.tools.diagnose import matching
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
 LEAST_GAP = 1e-3
-"""Mean |gap| in nats below which a fault is not looked for: rounding is of this size."""
+"""Mean |gap| in nats below which no fault is looked for: rounding is of this size."""
 _LEAST = 0.6
-_TO_TELL = 48  # tokens from which on a fault is looked for
+_TO_TELL = 48  # the fewest tokens in which a fault is looked for
 _CLOSE = 1e-6
 
 
 def gaps(evidence: Evidence) -> list[np.ndarray]:
-    """Differences at the response tokens, B × [T]; where a side has no number, none."""
+    """Differences at the response tokens, B × [T], without those where a side has no number."""
     return [d[np.isfinite(d)] for d in _differences(evidence)]
 
 
@@ -44,7 +44,8 @@ def mean_gap(evidence: Evidence) -> float:
 def _finding(
     evidence: Evidence, cause: str, after: Sequence[np.ndarray], done: str, *, least: float = _LEAST
 ) -> Finding | None:
-    """The gap that is left by a change of one side; `after` are absolute, for each sequence."""
+    """The finding from the gap that remains after a change of one side; `after` holds absolute gaps
+    for each sequence."""
     # Per token, because a shift leaves fewer of them.
     scale = [len(g) / max(len(x), 1) for g, x in zip(gaps(evidence), after, strict=True)]
     before = [float(np.abs(x).sum()) for x in gaps(evidence)]
@@ -58,7 +59,7 @@ def _finding(
 
 
 def constant(evidence: Evidence) -> Finding | None:
-    """A side whose log-probs are all the same, such as 0: they were never written."""
+    """A side whose log-probs are all the same number, such as 0: they were never written."""
     for side, who in (("logp_rollout", "engine"), ("logp_train", "trainer")):
         values = [np.asarray(x, float) for x in getattr(evidence, side)]
         flat = np.concatenate(values)
@@ -76,7 +77,7 @@ def constant(evidence: Evidence) -> Finding | None:
         )
         there = theirs[np.concatenate(values)[: len(theirs)] == value]
         there = there[np.isfinite(there)]
-        # Tokens of equal contexts have equal log-probs, on the other side too.
+        # Tokens with equal contexts have equal log-probs, on the other side too.
         if share < 0.02 or len(there) < 8 or there.std() < 0.3 * np.nanstd(theirs):
             continue
         after = [
@@ -90,7 +91,7 @@ def constant(evidence: Evidence) -> Finding | None:
 
 
 def shifted(evidence: Evidence) -> Finding | None:
-    """Log-probs of the token before or after: shifted by a row they agree."""
+    """Log-probs of the token before or after: shifted by one row they agree."""
     best = None
     for shift in (1, -1, 2, -2):
         after = []
@@ -137,11 +138,11 @@ def unit(evidence: Evidence) -> Finding | None:
 
 
 def temperature(evidence: Evidence) -> Finding | None:
-    """Log-probs of another temperature: on the scale of log p − log(1 − p) they lie on a line.
+    """Log-probs at another temperature: on the scale of log p − log(1 − p) they lie on a line.
 
-    Logits divided by T divide log p_a − log p_b of any two tokens by T, and so the log-odds of one
-    against the rest, but for a constant, where the rest are alike. The slope is 1 / T: that of the
-    engine if the trainer's log-probs are of temperature 1.
+    Logits divided by T divide log p_a − log p_b of any two tokens by T. Up to a constant, this also
+    divides the log-odds of one token against the rest, where the rest are alike. The slope is
+    1 / T, with T the engine's temperature if the trainer's log-probs are at temperature 1.
     """
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
@@ -175,8 +176,8 @@ def _log_p(log_odds: np.ndarray) -> np.ndarray:
 def truncated(evidence: Evidence) -> Finding | None:
     """Log-probs of a truncated distribution: one side's are never below the other's.
 
-    top-p and top-k leave some tokens out and give their probability to the others, so that the gap
-    is the logarithm of what was kept: between log p and 0, for top-p = p.
+    top-p and top-k leave some tokens out and give their probability to the others, so the gap is
+    the logarithm of the probability kept: between log p and 0, for top-p = p.
     """
     found = np.concatenate(gaps(evidence))
     if len(found) < 32:
@@ -190,7 +191,7 @@ def truncated(evidence: Evidence) -> Finding | None:
     kept = float(np.exp(-np.quantile(sign * found, 0.99)))
     if kept < 0.3:
         return None
-    # Rounding goes either way: what is beyond 0 is half of it.
+        # Rounding goes both ways: what lies beyond 0 is half of it.
     after = [np.where(sign * g < 0, 2 * np.abs(g), 0) for g in gaps(evidence)]
     done = (
         f"{one_sided:.1%} of the larger gaps have one sign and leave at least {kept:.2f} of the "
@@ -201,7 +202,7 @@ def truncated(evidence: Evidence) -> Finding | None:
 
 
 def unrelated(evidence: Evidence) -> Finding | None:
-    """Log-probs that say nothing of each other: they belong to other tokens."""
+    """Log-probs that are unrelated to each other: they belong to other tokens."""
     train, rollout = _both(evidence)
     t, r = np.concatenate(train), np.concatenate(rollout)
     if len(t) < 32 or t.std() == 0 or r.std() == 0:
@@ -214,7 +215,7 @@ def unrelated(evidence: Evidence) -> Finding | None:
 
 
 def staleness(evidence: Evidence) -> Finding | None:
-    """Tokens sampled with older weights, which have more of the gap than the others."""
+    """Tokens sampled with older weights, which have a larger gap than the others."""
     stale = evidence.columns.get("staleness")
     if stale is None:
         return None

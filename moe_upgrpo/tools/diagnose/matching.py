@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the two sides of an evidence, and say by prompt what a change of one of them explains.
+"""Compare the two sides of an evidence, and measure by prompt what a change of one side explains.
 
 Unlike `routing.compare_routes`, which refuses rows that no router can have written, this counts
-them as rows that differ: such rows are what is looked for.
+them as rows that differ, because such rows are what it looks for.
 
 Shape suffixes: T response tokens, L MoE layers, K experts per token, P prompts, E experts.
 """
@@ -19,15 +19,15 @@ from moe_upgrpo.routing.sets import ascending, unequal
 from moe_upgrpo.stats.clusters import ratio_interval
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
-SAMPLE = 2048  # tokens from which layers, experts and sequences are matched with each other
+SAMPLE = 2048  # tokens used to match layers, experts and sequences with each other
 LEAST_CHANCE = 0.4
-"""Share of unrelated tokens whose sets differ, below which agreement says nothing."""
-_TO_TELL = 16  # tokens from which on it is said what they agree beyond chance
+"""Share of unrelated tokens whose sets differ; below it, agreement says nothing."""
+_TO_TELL = 16  # the fewest tokens for which agreement beyond chance is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """A cause that was found, and the evidence with it undone."""
+    """A cause that was found, and the evidence with the cause undone."""
 
     finding: Finding
     mended: Evidence
@@ -66,7 +66,7 @@ def counted(evidence: Evidence) -> list[np.ndarray]:
 
 
 def unlike(a_TLK: np.ndarray, b_TLK: np.ndarray) -> np.ndarray:
-    """Where two sides with ascending sets differ [T, L]; everywhere if they do not fit."""
+    """Where two sides with ascending sets differ [T, L]; everywhere if their shapes do not fit."""
     if a_TLK.shape != b_TLK.shape:
         return np.ones(a_TLK.shape[:2], bool)
     return unequal(a_TLK, b_TLK)
@@ -85,7 +85,7 @@ def leave_out(evidence: Evidence, more: Sequence[np.ndarray]) -> Evidence:
 
 
 def without_tokens(evidence: Evidence, marks: list[np.ndarray]) -> Evidence:
-    """Leave out response tokens, given for each sequence [T]."""
+    """Leave out the marked response tokens, [T] for each sequence."""
     more = []
     for routes, rows, mark in zip(evidence.rollout_routes, evidence.response, marks, strict=True):
         whole = np.zeros(routes.shape[:2], bool)
@@ -98,7 +98,7 @@ def without_tokens(evidence: Evidence, marks: list[np.ndarray]) -> Evidence:
 def empty(routes: np.ndarray) -> np.ndarray:
     """Routers whose row no router wrote: one id in all its slots, or a negative one [T, L].
 
-    With one expert per token a zero is a choice like others, so that only negative ids tell.
+    With one expert per token a zero is a choice like any other, so only negative ids count.
     """
     if routes.shape[-1] == 1:
         return routes[..., 0] < 0
@@ -106,7 +106,7 @@ def empty(routes: np.ndarray) -> np.ndarray:
 
 
 def by_prompt(evidence: Evidence, sums: Sequence[float]) -> np.ndarray:
-    """Add up what each sequence has, for each prompt [P]."""
+    """Add up the sequences' sums for each prompt [P]."""
     _, prompt = np.unique(evidence.prompt, return_inverse=True)
     return np.bincount(prompt, np.asarray(sums, float))
 
@@ -145,12 +145,12 @@ def explained(
 ) -> dict[str, float | None]:
     """Share of a difference that is gone afterwards, with its interval by prompt.
 
-    before, after: what each sequence has of it, routers or nats; by prompt, because what one
-    sequence loses another may gain.
+    before, after: the difference in each sequence, in routers or nats. Summed by prompt, because
+    one sequence may gain what another loses.
     """
     before_P, after_P = by_prompt(evidence, before), by_prompt(evidence, after)
     share, low, high = _interval(np.clip(before_P - after_P, 0, None), before_P)
-    # Where some prompts have more of it afterwards the sums over all say less than those of parts.
+    # Where some prompts differ more afterwards, the sums over all say less than those of parts.
     total = before_P.sum()
     share = float(np.clip((total - after_P.sum()) / total, 0, 1)) if total else 0.0
     return {"share": share, "low": low, "high": high}
@@ -159,10 +159,10 @@ def explained(
 def explains(
     evidence: Evidence, mended: Evidence, *, cause: str, shown_by: str, least: float = 0.5
 ) -> Explained | None:
-    """A fault that a change explains, if `least` of the routers that differ agree after it.
+    """A fault that a change explains, if at least `least` of the differing routers agree after it.
 
-    shown_by: what was done; what it gave is added. Routers that are compared no more are taken to
-    differ as often as those that still are.
+    shown_by: what was done; its result is added. Routers that can no longer be compared are taken
+    to differ as often as those that still are.
     """
     before, after = rate(evidence), rate(mended)
     sizes = zip(counted(evidence), counted(mended), strict=True)
@@ -184,7 +184,7 @@ def sum_of(found: Sequence[np.ndarray]) -> list[float]:
 
 
 def sampled(evidence: Evidence, size: int = SAMPLE) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides' sets at response tokens spread over the whole, at most `size`: [T, L, K]."""
+    """Both sides' sets at up to `size` response tokens spread over the whole: [T, L, K]."""
     pairs = sides(evidence)
     rollout, train = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
     step = max(1, -(-len(rollout) // size))
@@ -198,11 +198,11 @@ def overlaps(a_TLK: np.ndarray, b_TLK: np.ndarray) -> np.ndarray:
 
 
 def agreement(evidence: Evidence) -> np.ndarray:
-    """Agreement of the sets beyond unrelated tokens', by layer [L]: 1 all, 0 by chance.
+    """Agreement of the sets beyond that of unrelated tokens, by layer [L]: 1 all, 0 by chance.
 
-    Unrelated are the trainer's rows of tokens that lie far away, of another prompt where there are
-    several. NaN for few tokens, and for a layer that sends most tokens to the same experts: any two
-    agree there.
+    Unrelated are the trainer's rows of tokens far away, of another prompt where there are several.
+    NaN for few tokens, and for a layer that sends most tokens to the same experts: there any two
+    agree.
     """
     rollout, train = sampled(evidence)
     if len(rollout) < _TO_TELL:

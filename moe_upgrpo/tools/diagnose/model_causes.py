@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The causes that are told by a model: faults of the engine's weights, and the knobs."""
+"""The causes that a model shows: faults of the engine's weights, and the knobs."""
 
 from __future__ import annotations
 

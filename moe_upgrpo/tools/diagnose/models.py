@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of a transformers model that a twin is made with."""
+"""Changes to a transformers model, to make a twin with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def routers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The module that chooses the experts, of each MoE layer: the sibling of its experts."""
+    """The module that chooses the experts in each MoE layer: the sibling of its experts."""
     modules = dict(model.named_modules())
     found = []
     for name in modules:
@@ -21,11 +21,11 @@ def routers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def route_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let the routers compute in `dtype`: their weights and inputs are cast to it, and what they
-    give back to the type that the experts had before."""
+    """Let the routers compute in `dtype`: their weights and inputs are cast to it, and their
+    outputs back to the types they had before."""
     for router in routers(model):
         weight = next(router.parameters())
-        with torch.no_grad():  # of what type each output is
+        with torch.no_grad():  # to learn the type of each output
             outputs = router(weight.new_zeros(1, weight.shape[-1]))
         types = [value.dtype if _is_float(value) else None for value in outputs]
         router.to(dtype)
@@ -44,5 +44,5 @@ def _is_float(value: object) -> bool:
 
 
 def tie_head(model: PreTrainedModel) -> None:
-    """Make the head that of a model which shares it with the embedding."""
+    """Share the head with the embedding, as in a model that ties them."""
     model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight.data)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of rows: at the wrong token, in the wrong sequence, never written, written again.
 
-Each takes an `Evidence` whose sides fit, and gives what it explains, or None; see `faults.ROUTES`.
+Each takes an `Evidence` whose sides fit, and returns what it explains, or None; see
+`faults.ROUTES`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moe_upgrpo.tools.diagnose.evidence import Evidence
 from moe_upgrpo.tools.diagnose.matching import Explained, empty, unlike
 
 SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
-_PAIRED = 256  # sequences up to which each is held against each other
+_PAIRED = 256  # with up to so many sequences, each is compared with each other
 
 
 def padding_side(evidence: Evidence) -> Explained | None:
@@ -56,13 +57,13 @@ def padding_side(evidence: Evidence) -> Explained | None:
 
 
 def _filled(routes: np.ndarray) -> tuple[int, int]:
-    """First row, and the one after the last, that is not empty throughout."""
+    """First row that is not empty throughout, and the one after the last such row."""
     rows = (~empty(routes).all(axis=1)).nonzero()[0]
     return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, len(routes))
 
 
 def zero_rows(evidence: Evidence) -> Explained | None:
-    """Rows that one side never wrote, while the other did."""
+    """Rows that one side never wrote although the other did."""
     lost, sizes = [], [0, 0]
     for a, b in zip(evidence.rollout_routes, evidence.train_routes, strict=True):
         common = min(len(a), len(b))
@@ -130,7 +131,7 @@ def row_shift(evidence: Evidence) -> Explained | None:
     usual = int(values[times.argmax()])
     late = sum(start > 0 for *_, shift, start in shifted if shift)
     told = sum(shift is not None for *_, shift, _ in shifted)
-    # The rows of a few may agree better from a later one on, by chance.
+    # With few rows, those from a later one on may agree better by chance.
     whole = sum(shift == usual and start == 0 for *_, shift, start in shifted)
     everywhere = whole >= 0.8 * told
     which = "rows" if everywhere else f"rows of {len(moved)} of {told} sequences"
@@ -144,10 +145,10 @@ def row_shift(evidence: Evidence) -> Explained | None:
 
 
 def _shifted(evidence: Evidence, i: int) -> tuple:
-    """A sequence with the shift, and the first row of it, that lets most sets agree.
+    """The shift of a sequence, and its first shifted row, that make most sets agree.
 
-    Both sides' response rows, the routers left out, the shift (0: none; None: too short to tell)
-    and where it begins.
+    Returns both sides' response rows, the routers left out, the shift (0: none; None: too short to
+    tell) and the row where it begins.
     """
     pair = evidence.rollout_routes[i], evidence.train_routes[i]
     common = min(map(len, pair))
@@ -169,7 +170,7 @@ def _shifted(evidence: Evidence, i: int) -> tuple:
         moved = b[np.clip(at, 0, len(b) - 1)]
         then_TL = unlike(plain[0], moved) & ~plain[2]
         then_T = np.where(inside, then_TL.sum(axis=1), now_T.mean())
-        # Rows before `first` stay, those from it on are shifted.
+        # Rows before `first` stay; those from it on are shifted.
         cost = np.concatenate([[0], now_T.cumsum()]) + np.concatenate(
             [then_T[::-1].cumsum()[::-1], [0]]
         )
@@ -186,7 +187,7 @@ def _shifted(evidence: Evidence, i: int) -> tuple:
 def pairing(evidence: Evidence) -> Explained | None:
     """Routes of another sequence: each side's sequences are matched by their sets."""
     pairs = matching.sides(evidence)
-    # Short sequences say little of which is which.
+    # Short sequences hardly tell which is which.
     long = [i for i, pair in enumerate(pairs) if min(map(len, pair)) >= 4][:_PAIRED]
     B = len(long)
     if B < 2 or matching.rate(evidence) < 0.05:
@@ -195,7 +196,7 @@ def pairing(evidence: Evidence) -> Explained | None:
     layers = np.unique(np.linspace(0, pairs[0][0].shape[1] - 1, 4).astype(int))
     rollout, train = (np.stack([pairs[i][side][:rows][:, layers] for i in long]) for side in (0, 1))
     cost = np.array([unequal(r, train).mean(axis=(1, 2)) for r in rollout])
-    # Of sequences that match equally well, such as equal responses, each keeps its own.
+    # Where sequences match equally well, such as equal responses, each keeps its own.
     cost[np.arange(B), np.arange(B)] -= 1e-6
     _, assigned = linear_sum_assignment(cost)
     moved = [i for i in range(B) if cost[i, assigned[i]] < 0.5 * cost[i, i]]
@@ -222,7 +223,7 @@ def pairing(evidence: Evidence) -> Explained | None:
 
 
 def repeated(evidence: Evidence) -> Explained | None:
-    """Rows that repeat the token's before, or another sequence's, where the other side's do not."""
+    """Rows that repeat the previous token's or another sequence's while the other side's do not."""
     for side, who in ((0, "engine"), (1, "trainer")):
         tokens, marks = _repeated_tokens(evidence, side)
         sequences, more = _repeated_sequences(evidence, side)
@@ -246,10 +247,10 @@ def repeated(evidence: Evidence) -> Explained | None:
 
 
 def _repeated_tokens(evidence: Evidence, side: int) -> tuple[int, list[np.ndarray]]:
-    """Tokens with the row before again, which is the other side's row of then and not of now; none
-    where that is rare, or no rarer the other way round.
+    """Tokens that repeat the row before, where that row matches the other side's previous row and
+    not its current one; none where this is rare, or no rarer with the sides exchanged.
 
-    Text that repeats itself has the row of now as well.
+    In text that repeats itself, the row also matches the current one.
     """
     pairs = matching.sides(evidence)
     marks = [_again(pair[side], pair[1 - side]) for pair in pairs]
@@ -263,17 +264,17 @@ def _repeated_tokens(evidence: Evidence, side: int) -> tuple[int, list[np.ndarra
 
 
 def _again(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Tokens with the row before again, where the other side has gone on [T]."""
+    """Tokens that repeat the row before while the other side has moved on [T]."""
     again = np.zeros(len(mine), bool)
     again[1:] = ~unlike(mine[1:], mine[:-1]).any(axis=1)
-    # Its first token is where the rows of a run of equal ones come from.
+    # A run of equal rows comes from its first token.
     source = np.maximum.accumulate(np.where(again, 0, np.arange(len(mine))))
     own, first = (unlike(mine, x).mean(axis=1) for x in (theirs, theirs[source]))
     return again & (own >= 0.5) & (first <= 0.5 * own)
 
 
 def _repeated_sequences(evidence: Evidence, side: int) -> tuple[int, list[np.ndarray]]:
-    """Whole sequences that hold the rows of the one before, where the other side's do not."""
+    """Whole sequences that hold the previous sequence's rows, while the other side's do not."""
     pairs = matching.sides(evidence)
     marks = [np.zeros(len(a), bool) for a, _ in pairs]
     for i in range(1, len(pairs)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that leave the two sides' routes in other shapes: tried first, nothing fits before.
+"""Faults that give the two sides' routes different shapes: tried first, as nothing fits before.
 
-Each takes an `Evidence` and gives what it explains, or None; see `faults.ROUTES`.
+Each takes an `Evidence` and returns what it explains, or None; see `faults.ROUTES`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AXES = ("tokens", "layers", "top-k")
 
 
 def transposed(evidence: Evidence) -> Explained | None:
-    """Axes of a side in another order: with them exchanged the shapes fit and the sets agree."""
+    """Axes of one side in another order: once exchanged, the shapes fit and the sets agree."""
     fits = matching.fit(evidence)
     before = matching.rate(evidence)
     if fits and before < 0.5:
@@ -43,7 +43,7 @@ def transposed(evidence: Evidence) -> Explained | None:
         return None
     after, order, side, mended = best
     if after > 0.5 and not fits and _lengths_fit(evidence):
-        return None  # layers or top-k differ, and the axes need not
+        return None  # layers or top-k differ, while the axes need not
     who = "trainer" if side == "train_routes" else "rollout"
     swapped = [_AXES[i] for i in range(3) if order[i] != i]
     said = (
@@ -77,7 +77,7 @@ def _fault(cause: str, share: float | None, shown_by: str, mended: Evidence) -> 
 
 
 def other_top_k(evidence: Evidence) -> Explained | None:
-    """More experts for each token on one side, the other's among them."""
+    """More experts for each token on one side, with the other's among them."""
     k = [x[0].shape[-1] for x in (evidence.rollout_routes, evidence.train_routes)]
     layers = [x[0].shape[1] for x in (evidence.rollout_routes, evidence.train_routes)]
     if k[0] == k[1] or layers[0] != layers[1] or not _sides_uniform(evidence):
@@ -90,7 +90,7 @@ def other_top_k(evidence: Evidence) -> Explained | None:
         f"the {many_side} records {max(k)} experts for each token and the {few_side} {min(k)}, "
         f"{shared:.1%} of which are among the {many_side}'s"
     )
-    # To go on, the experts that the larger sets have alone are taken out of them.
+    # To go on, the experts that only the larger sets have are taken out.
     names = (
         ("train_routes", "rollout_routes") if k[0] < k[1] else ("rollout_routes", "train_routes")
     )
@@ -100,7 +100,7 @@ def other_top_k(evidence: Evidence) -> Explained | None:
 
 
 def _reduced(large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Cut the larger sets to as many experts as the smaller have, shared ones first."""
+    """Cut the larger sets to as many experts as the smaller have, keeping shared ones first."""
     rows = min(len(large), len(small))
     within = (large[:rows, :, :, None] == small[:rows, :, None, :]).any(axis=-1)
     order = np.argsort(~within, axis=-1, kind="stable")[..., : small.shape[-1]]
@@ -108,7 +108,7 @@ def _reduced(large: np.ndarray, small: np.ndarray) -> np.ndarray:
 
 
 def extra_layers(evidence: Evidence) -> Explained | None:
-    """More routers on one side: the layers that find no counterpart are named."""
+    """More routers on one side: the layers without a counterpart are named."""
     layers = [x[0].shape[1] for x in (evidence.rollout_routes, evidence.train_routes)]
     if layers[0] == layers[1] or not _sides_uniform(evidence):
         return None
@@ -134,10 +134,10 @@ def extra_layers(evidence: Evidence) -> Explained | None:
 
 
 def extra_rows(evidence: Evidence) -> Explained | None:
-    """Sequences of which one side has more rows; the first ones, which both have, are compared.
+    """Sequences with more rows on one side; the first ones, which both have, are compared.
 
-    One or two more in each are said only where without them the sets agree: else another test
-    says what they come of.
+    One or two extra rows in each are reported only where the sets agree without them; otherwise
+    another test tells their cause.
     """
     rows = [[len(x) for x in side] for side in (evidence.rollout_routes, evidence.train_routes)]
     more = {a - b for a, b in zip(*rows, strict=True)}
@@ -172,7 +172,7 @@ def layer_order(evidence: Evidence) -> Explained | None:
     values, times = np.unique(offsets, return_counts=True)
     offset = int(values[times.argmax()])
     if offset and times.max() >= max(2, L - abs(offset)):
-        # An offset has no counterpart for the layers at one end; they are compared no more.
+        # With an offset, the layers at one end have no counterpart and are no longer compared.
         inside = np.arange(L) + offset
         alone = (inside < 0) | (inside >= L)
         mended = matching.leave_out(mended, _at_layers(mended, alone))
@@ -191,7 +191,7 @@ def _at_layers(evidence: Evidence, layers_L: np.ndarray) -> list[np.ndarray]:
 
 
 def orphan_layer(evidence: Evidence) -> Explained | None:
-    """A layer that agrees by chance alone, while all others agree."""
+    """A layer that agrees only by chance, while all others agree."""
     agree_L = matching.agreement(evidence)
     if len(agree_L) < 2:
         return None
@@ -200,7 +200,7 @@ def orphan_layer(evidence: Evidence) -> Explained | None:
         return None
     at_the_end = bool(alone[-int(alone.sum()) :].all())
     if alone.sum() > len(agree_L) // 2 or (at_the_end and alone.sum() > 1):
-        return None  # `half_loaded` looks at those from a layer on
+        return None  # `half_loaded` handles layers from one on
     names = _listed([evidence.layer_ids[i] for i in alone.nonzero()[0]])
     mended = matching.leave_out(evidence, _at_layers(evidence, alone))
     return matching.explains(
@@ -213,10 +213,10 @@ def orphan_layer(evidence: Evidence) -> Explained | None:
 
 
 def half_loaded(evidence: Evidence) -> Explained | None:
-    """Layers that agree up to one, and from there on hardly: their weights are others."""
+    """Layers that agree up to one, and hardly from there on: those have other weights."""
     agree_L = matching.agreement(evidence)
     for first in range(1, len(agree_L)):
-        # A layer of which nothing is known speaks for neither.
+        # A layer about which nothing is known counts for neither part.
         above = np.nanmin(agree_L[:first], initial=np.inf)
         below = np.nanmax(agree_L[first:], initial=-np.inf)
         if 0.9 < above < np.inf and -np.inf < below < 0.7:
@@ -234,7 +234,7 @@ def half_loaded(evidence: Evidence) -> Explained | None:
 
 
 def _layer_costs(rollout: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Share of tokens whose sets differ, each layer of one side against each of the other."""
+    """Share of tokens whose sets differ, for each layer of one side against each of the other."""
     return np.array(
         [
             [float(unequal(rollout[:, i], train[:, j]).mean()) for j in range(train.shape[1])]

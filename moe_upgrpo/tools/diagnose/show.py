@@ -23,7 +23,7 @@ LAYERS_SHOWN = 12  # on a terminal, those that differ most
 
 
 def on_terminal(diagnosis: Diagnosis, console: Console) -> None:
-    """Three sentences, the causes and their remedies, the layers, and what was not asked."""
+    """Print three sentences, the causes and their remedies, the layers, and what was not tested."""
 
     def say(text: str) -> None:
         console.print(printable(text), soft_wrap=True)
@@ -72,7 +72,7 @@ def _of(shown: int, all_of_them: int) -> str:
 
 
 def _to_mend(findings: list[Finding]) -> list[Finding]:
-    """The faults; without any, the finding that explains most."""
+    """The faults; without any, the finding that explains most of the difference."""
     faults = [one for one in findings if one.kind == "fault"]
     return faults or findings[:1]
 
@@ -93,7 +93,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> Path:
-    """Write diagnosis.json and diagnosis.html ; returns the page."""
+    """Write diagnosis.json and diagnosis.html; return the path of the page."""
     make_folder(folder)
     write_text(folder / "diagnosis.json", as_text(diagnosis))
     page = folder / "diagnosis.html"

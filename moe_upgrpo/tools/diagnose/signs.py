@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shares of a difference that are no fault: near ties, a side's own noise, arithmetic, an update.
 
-Told from margins and from the columns of a token log, without a model. Each takes an `Evidence` and
-gives what it finds; None or nothing where the evidence does not know.
+They show in margins and in the columns of a token log, without a model. Each takes an `Evidence`
+and returns its findings; None or nothing where the evidence does not tell.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TERMS = {
     "gap_routing_shift": ("routing-shift", "the experts after the update on its weights"),
 }
 _LARGE = 0.3
-"""Part that near ties explain below which margins say that rounding is not all."""
+"""If near ties explain less than this part, margins show that rounding is not the only cause."""
 
 
 def numerics(evidence: Evidence) -> list[Finding]:
@@ -42,7 +42,7 @@ def numerics(evidence: Evidence) -> list[Finding]:
 def near_ties(evidence: Evidence) -> Finding | None:
     """Mismatches at small margins: how many more there are than at margins above the median.
 
-    Rounding exchanges experts that nearly tie; a fault asks for no margin.
+    Rounding exchanges experts that nearly tie; a fault does so at any margin.
     """
     read = _margins(evidence)
     if read is None:
@@ -50,7 +50,7 @@ def near_ties(evidence: Evidence) -> Finding | None:
     margins, differ = read
     median = float(np.median(np.concatenate([x.ravel() for x in margins])))
     before = [float(x.sum()) for x in differ]
-    # As many as there were if all margins were like those above the median.
+    # As many as there would be if all margins were like those above the median.
     after = [2.0 * float((d & (m > median)).sum()) for d, m in zip(differ, margins, strict=True)]
     if not sum(before):
         return None
@@ -90,7 +90,7 @@ def _margins(evidence: Evidence) -> tuple[list[np.ndarray], list[np.ndarray]] | 
 def large_margins(evidence: Evidence, rate: float) -> Finding | None:
     """A fault without a name: experts are exchanged at any margin, which rounding does not do.
 
-    Told by each router's own margin: of a token's smallest, many layers say little.
+    Each router's own margin tells it: with many layers, a token's smallest margin says little.
     """
     found = None if evidence.margins is None else near_ties(evidence)
     if found is None or rate < 0.05 or found.share is None or found.share >= _LARGE:
@@ -101,7 +101,7 @@ def large_margins(evidence: Evidence, rate: float) -> Finding | None:
 
 
 def carried_on(evidence: Evidence) -> Finding | None:
-    """Mismatches that vanish in a forward with the engine's experts: earlier flips carried on."""
+    """Mismatches that vanish in a pass with the engine's experts: earlier flips passed on."""
     found = _paired(evidence, "layers_mismatched_conditional")
     if found is None:
         return None
@@ -121,7 +121,7 @@ def carried_on(evidence: Evidence) -> Finding | None:
 
 
 def floors(evidence: Evidence) -> list[Finding]:
-    """Share of the mismatch that a side has with itself."""
+    """Share of the mismatch that a side also has with itself."""
     found = []
     for name, (cause, done) in _FLOORS.items():
         pair = _paired(evidence, name)
@@ -140,7 +140,7 @@ def floors(evidence: Evidence) -> list[Finding]:
 
 
 def terms(evidence: Evidence) -> list[Finding]:
-    """Share of each term of the decomposition in all that moves the log-prob gap."""
+    """Share of each term of the decomposition in everything that moves the log-prob gap."""
     known = {n: evidence.columns[n] for n in _TERMS if n in evidence.columns}
     flat = {n: np.concatenate(x) for n, x in known.items()}
     known = {n: x for n, x in known.items() if np.isfinite(flat[n]).any()}
@@ -162,7 +162,7 @@ def terms(evidence: Evidence) -> list[Finding]:
 
 
 def replay_unused(evidence: Evidence, replay: str) -> Finding | None:
-    """A replay of the engine's routes that moves no log-prob where routers differ."""
+    """A replay of the engine's routes that changes no log-prob although routers differ."""
     name = "counterfactual_engine_routing"
     pair = _paired(evidence, name)
     if replay != "R3" or pair is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of two models of one architecture, and in which way some of them differ."""
+"""The tensors of two models of one architecture, and how some of them differ."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CAUSES = (
     "stale-weights",
     "tied-head",
 )
-"""The faults that tensors are told by; rounding to FP8 is numerics."""
-_MOST = 0.9  # of the tensors with rows and columns: then all of the weights are others
+"""The faults that tensors show; rounding to FP8 is numerics."""
+_MOST = 0.9  # of the tensors with rows and columns: above it, all of the weights are others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unlike:
-    """The cause that the differing tensors speak for, and its words."""
+    """The cause that the differing tensors point to, and its words."""
 
     cause: str
     says: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verdict: three sentences, a table, and the same as JSON.
 
-What differs; what causes how much of it; whether that is within what is expected of this model's
-shape and precision. The numbers are those of the response tokens; intervals are 95%, by prompt.
+They say what differs; what causes how much of it; and whether that is within what is expected for
+this model's shape and precision. Numbers are of the response tokens; intervals are 95%, by prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_upgrpo.tools.diagnose import faults, logps, matching, signs
 from moe_upgrpo.tools.diagnose.causes import CAUSES
 from moe_upgrpo.tools.diagnose.evidence import Evidence, Finding
 
-LEAST_TOLD = 0.01  # a cause of less stands in the table alone
+LEAST_TOLD = 0.01  # a cause of less appears in the table only
 
 if TYPE_CHECKING:
     from moe_upgrpo.tools.diagnose.expected import Expected
@@ -35,7 +35,7 @@ Form = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A measured number, its interval by prompt where there is one, and what it is of."""
+    """A measured number, its interval by prompt where there is one, and what it measures."""
 
     name: str
     value: float
@@ -66,7 +66,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """The causes that were found, faults first, and what was measured."""
+    """The causes that were found, faults first, and the measurements."""
 
     about: str
     measured: Measured
@@ -83,7 +83,7 @@ class Diagnosis:
 
     @property
     def first(self) -> Finding | None:
-        """The first cause: a fault, or without one what explains most."""
+        """The first cause: a fault, or else the one that explains most."""
         return self.findings[0] if self.findings else None
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def look(
 ) -> faults.Found:
     """The faults and shares that records show, without a model: faults first.
 
-    named: faults that reading the records showed already.
+    named: faults that reading the records has shown already.
     """
     found = faults.find(evidence)
     first = [*named, *found.findings]
@@ -202,7 +202,7 @@ def sentences(
 ) -> tuple[str, str, str]:
     """Exactly three: what differs, what causes it, and whether it is expected.
 
-    why_not: why nothing is expected, where nothing is.
+    why_not: why nothing is expected, in that case.
     """
     return (
         f"{_differs(measured)}.",
@@ -285,8 +285,8 @@ def _within(
 
 
 def _place(rate: Figure, expected: Expected) -> str:
-    """Where a rate lies beside what is expected; its own interval, where it has one, has to leave
-    the range."""
+    """Where a rate lies relative to the expected range; if it has an interval, the whole interval
+    must lie outside the range to count as outside."""
     low, high = (rate.value if end is None else end for end in (rate.low, rate.high))
     if expected.low <= rate.value <= expected.high:
         return "within"
@@ -316,7 +316,7 @@ def read_before(path: Path) -> dict[str, Any]:
 
 
 def since(before: dict[str, Any], diagnosis: Diagnosis) -> dict[str, Any]:
-    """Changes since an earlier diagnosis: figures, and causes that are gone or new."""
+    """Changes since an earlier diagnosis: in the figures, and causes that are gone or new."""
     changed: dict[str, Any] = {"figures": []}
     for name in ("routers", "gap"):
         now = getattr(diagnosis.measured, name)
@@ -363,5 +363,5 @@ def _said_since(changed: dict[str, Any]) -> str:
 
 
 def as_text(diagnosis: Diagnosis) -> str:
-    """diagnosis.json."""
+    """The diagnosis as the text of diagnosis.json."""
     return json.dumps(diagnosis.to_json(), indent=1, allow_nan=False) + "\n"
