@@ -81,7 +81,7 @@ class HFEngine:
         self._use(model)
 
     def _built(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, str]:
-        """A model with these weights, and in words the missing and unexpected ones.
+        """A model with these weights, and in words which of them do not match its own.
 
         transformers would make up missing weights, and say so among many lines.
         """
@@ -318,7 +318,7 @@ class HFEngine:
         return logits[:, -1] if keep else logits, self._read_taps(*ids_AX.shape)
 
     def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
-        """Empty the taps after one forward: their routes as `[sequences, tokens, L, K]`."""
+        """The routes in the taps after one forward, as `[sequences, tokens, L, K]`."""
         for name, tap in self._taps.items():
             if len(tap) != 1 or tap[0].ndim != 2 or len(tap[0]) != sequences * tokens:
                 raise RuntimeError(
