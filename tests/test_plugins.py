@@ -1,5 +1,6 @@
 """Plug-ins: losses, advantages, rewards, engines and families from outside of the package."""
 
+import math
 import sys
 from dataclasses import replace
 
@@ -228,6 +229,33 @@ def test_a_loss_with_an_extra_term_an_input_of_the_context_and_no_form_under_up(
     assert loss.gradient_weight.tolist() == [[0.5], [1.25]]
     with pytest.raises(UserError, match=r"context\.entropy: None given, and 'up-able' needs it"):
         policy_loss(log_probs, *given, config=config)
+
+
+@pytest.mark.parametrize("behind", [7.0, math.nan, math.inf])
+def test_an_extra_term_counts_at_tokens_alone_whatever_it_is_at_padding(behind, tables):
+    """e = H·log π − 1, of the negative token alone; f = log π."""
+    likelihood = BRANCHES["log-likelihood"].positive
+    mine = replace(
+        entropic(),
+        negative=replace(
+            likelihood,
+            extra=lambda t, cfg: torch.where(t.mask_BT, t.entropy_BT * t.log_probs_BT - 1, behind),
+            extra_slope=lambda t, cfg: torch.where(t.mask_BT, t.entropy_BT, behind),
+        ),
+    )
+    register_loss("offset", mine)
+    register_loss("offset", mine)  # the same again is no error
+    log_probs = torch.tensor([[-1.0, -4.0], [-2.0, -5.0]], requires_grad=True)
+    advantages = torch.tensor([[-2.0, -2.0], [3.0, 3.0]])
+    mask = torch.tensor([[1, 0], [1, 0]]).bool()
+    context = Context(entropy=torch.full((2, 2), 0.5))
+    loss = policy_loss(
+        log_probs, log_probs.detach(), advantages, mask, config=PRESETS["offset"], context=context
+    )
+    loss.loss.backward()
+    assert loss.loss.item() == pytest.approx((-2 - 0.5 - 1 + 6) / 2)
+    assert log_probs.grad.tolist() == [[(2 + 0.5) / 2, 0], [-1.5, 0]]
+    assert loss.gradient_weight.tolist() == [[1.25, 0], [1.5, 0]]
 
 
 def test_a_plugin_s_names_are_options_as_the_others_are(plugin):

@@ -19,7 +19,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive_clip,
 )
 from moe_upgrpo.losses.passes import exceeds, falls_below, keep
-from moe_upgrpo.losses.side import Branch, Side, above, token_ratio
+from moe_upgrpo.losses.side import Branch, Side, above, token_ratio, zero_at_padding
 from moe_upgrpo.losses.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -131,10 +131,12 @@ def free_clip(t: Tokens, cfg: Config) -> Bounds:
     return None, above(t.ratio_BT, t.log_ratio_BT, math.inf)
 
 
+@zero_at_padding
 def kl_cov_penalty(t: Tokens, cfg: Config) -> Tensor:
     return t.raw_log_ratio_BT.abs() * penalised(t, cfg)
 
 
+@zero_at_padding
 def kl_cov_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
     return t.raw_log_ratio_BT.sign() * penalised(t, cfg)
 
@@ -149,6 +151,7 @@ def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
     return {"tokens_per_positive": tokens / positive.clamp(min=1)}
 
 
+@zero_at_padding
 def vapo_nll(t: Tokens, cfg: Config) -> Tensor:
     """−μ·log π·N/N⁺: token-mean divides by N."""
     return t.log_probs_BT * (-cfg.positive_nll * t.statistics["tokens_per_positive"])

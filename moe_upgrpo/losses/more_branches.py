@@ -31,7 +31,16 @@ from moe_upgrpo.losses.passes import (
     none_above,
     scaled_square,
 )
-from moe_upgrpo.losses.side import Branch, Side, above, kept, one, starting_with, token_ratio
+from moe_upgrpo.losses.side import (
+    Branch,
+    Side,
+    above,
+    kept,
+    one,
+    starting_with,
+    token_ratio,
+    zero_at_padding,
+)
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
 
 if TYPE_CHECKING:
@@ -66,10 +75,12 @@ def vespo_side(sign: str) -> Side:
 # --- DRO (verl `dro`): REINFORCE with a quadratic penalty on Δ
 
 
+@zero_at_padding
 def dro_penalty(t: Tokens, cfg: Config) -> Tensor:
     return scaled_square(t.raw_log_ratio_BT, cfg.dro_beta / 2)
 
 
+@zero_at_padding
 def dro_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
     return t.raw_log_ratio_BT * cfg.dro_beta
 
@@ -177,10 +188,12 @@ def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     return Side(surrogate, token_ratio, clip, ipo_penalty, ipo_penalty_slope)
 
 
+@zero_at_padding
 def ipo_penalty(t: Tokens, cfg: Config) -> Tensor:
     return scaled_square(t.raw_log_ratio_BT, cfg.kl_tau)
 
 
+@zero_at_padding
 def ipo_penalty_slope(t: Tokens, cfg: Config) -> Tensor:
     return t.raw_log_ratio_BT * (2 * cfg.kl_tau)
 

@@ -21,7 +21,7 @@ from moe_upgrpo.losses.correction import (
 )
 from moe_upgrpo.losses.metrics import Metric
 from moe_upgrpo.losses.passes import keep, keep_
-from moe_upgrpo.losses.side import one
+from moe_upgrpo.losses.side import beside, one
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
     Context,
@@ -206,7 +206,7 @@ def gradient_coefficients(
         for side, here_BT in zip(_sides(t, config), here, strict=True):
             c = side.coefficient(t, config)
             if side.side.extra_slope is not None:
-                slope_BT = side.beside(t, side.side.extra_slope(t, config), config)
+                slope_BT = side.beside(t, beside(side.side.extra_slope, t, config), config)
                 c = c - slope_BT / torch.where(here_BT, t.advantages_BT, 1.0)
             c_BT = torch.where(here_BT, c, c_BT)
         return c_BT
@@ -337,9 +337,9 @@ def _extra(
         return None
     e = _of_both(config, name)
     if e is not None and not (positive.weighs or negative.weighs):
-        return t.of_tokens(e(t, config))
+        return t.of_tokens(beside(e, t, config))
     found = [
-        side.beside(t, function(t, config), config)
+        side.beside(t, beside(function, t, config), config)
         for side in (positive, negative)
         if (function := getattr(side.side, name)) is not None
     ]

@@ -8,7 +8,8 @@ the config, each of a few lines:
 - `slope`      the coefficient of ∇log π_θ(t) in ∇f where no rule removes the gradient.
 - `clip`       (below, above): where f's rule removes the gradient, by the bound that did it.
 - `extra`      e, differentiable and not multiplied by A: a penalty, for instance. Most have none.
-- `extra_slope`  ∂e/∂log π_θ(t). Both are 0 at padding, or `[B, 1]` for each token of a sequence.
+- `extra_slope`  ∂e/∂log π_θ(t). Both `[B, T]`, with any values at padding, or `[B, 1]` for each
+  token of a sequence.
 - `weight`     w, detached, where f = w·log π: two such sides need one product for both.
 - `factor`     detached, `[B, T]`: multiplies all of the above.
 
@@ -111,6 +112,23 @@ def kept(function: TensorFn) -> TensorFn:
         return t.once(function, lambda: function(t, cfg))
 
     return once
+
+
+_ZERO_AT_PADDING: set[TensorFn] = set()
+
+
+def zero_at_padding(function: TensorFn) -> TensorFn:
+    """Mark an extra term, or its slope, that is 0 at padding by itself: it saves a pass."""
+    _ZERO_AT_PADDING.add(function)
+    return function
+
+
+def beside(function: TensorFn, t: Tokens, cfg: Config) -> Tensor:
+    """An extra term, or its slope, 0 at padding; `[B, 1]` as it is."""
+    x = function(t, cfg)
+    if function in _ZERO_AT_PADDING or x.shape != t.advantages_BT.shape:
+        return x
+    return t.masked(x)
 
 
 def above(ratio: Tensor, log_ratio: Tensor, limit: float) -> Tensor:

@@ -234,9 +234,7 @@ def largest_everywhere(number: int) -> int:
 
 def summed_everywhere(values: Sequence[float]) -> list[float]:
     """Each value's sum over all ranks. A collective of all, with as many values on each."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    return _reduced(values, dist.ReduceOp.SUM, dist.group.WORLD)
 
 
 def sum_metrics(metrics: dict[str, Metric]) -> dict[str, Metric]:
@@ -259,7 +257,11 @@ def largest(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, flat, strict=True))
 
 
-def _over_data_parallel(values: list, op: dist.ReduceOp) -> list[float]:
+def _over_data_parallel(values: Sequence, op: dist.ReduceOp) -> list[float]:
+    return _reduced(values, op, parallel_state.get_data_parallel_group())
+
+
+def _reduced(values: Sequence, op: dist.ReduceOp, group: dist.ProcessGroup) -> list[float]:
     tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(tensor, op=op, group=group)
     return tensor.tolist()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,15 +144,14 @@ class Recorder:
 
 
 def _over_ranks(clock: Clock) -> dict[str, float]:
-    """Metrics of the step's time that are sums over all ranks, which all call this."""
-    phases = list(clock.waited)
-    sums = groups.summed_everywhere(
-        [
-            clock.cpu(),
-            *(clock.waited[phase] for phase in phases),
-            *(clock.seconds[phase] for phase in phases),
-        ]
-    )
-    waited, seconds = sums[1 : 1 + len(phases)], sums[1 + len(phases) :]
-    shares = zip(phases, waited, seconds, strict=True)
-    return {"time/cpu": sums[0]} | {f"time/waiting/{name}": w / s for name, w, s in shares}
+    """Metrics of the step's time that are sums over all ranks, which all call this.
+
+    A phase whose waiting one rank could not measure has no share.
+    """
+    phases = list(clock.seconds)
+    waited = [clock.waited.get(phase, math.nan) for phase in phases]
+    seconds = [clock.seconds[phase] for phase in phases]
+    cpu, *sums = groups.summed_everywhere([clock.cpu(), *waited, *seconds])
+    shares = [w / s for w, s in zip(sums[: len(phases)], sums[len(phases) :], strict=True)]
+    measured = {n: x for n, x in zip(phases, shares, strict=True) if not math.isnan(x)}
+    return {"time/cpu": cpu} | {f"time/waiting/{phase}": x for phase, x in measured.items()}

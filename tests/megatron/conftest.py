@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from moe_upgrpo.megatron.layout import Layout
+from tests.megatron import whole_work
 from tests.megatron.measured import LAYOUTS, measure
 from tests.ranks import run_ranks
 
@@ -140,5 +141,18 @@ def measured(checkpoints):
                 world_size, measure, layout, checkpoints[checkpoint], dtype
             )
         return done[name, dtype]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def fixed(checkpoints):
+    """The whole work by the checkpoint: one process, padded micro-batches of 3 in their order."""
+    made = {}
+
+    def of(name: str) -> dict:
+        if name not in made:
+            made[name] = whole_work.measure(Layout(), checkpoints[name], micro_batch_size=3)
+        return made[name]
 
     return of

@@ -84,7 +84,7 @@ def rows(chunk: torch.nn.Module) -> list[Row]:
 
 
 def read() -> dict[str, list[Row]]:
-    """ "checkpoint, layout" -> its rows."""
+    """The rows of each "checkpoint, layout"."""
     models = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
     return {
         name: [

@@ -1,6 +1,6 @@
 """Sequences in parts on the context-parallel ranks compute what one process does.
 
-By test_token_budgets.py's measurements: scores and records, updates with routes to replay,
+By whole_work.py's measurements: scores and records, updates with routes to replay,
 gradient, metrics, one step; TOLERANCE as between layouts. A replay of a layout's own routes changes
 no bit. Not covered: Transformer Engine's attention, CUDA, more than two parts.
 """
@@ -13,7 +13,7 @@ import torch
 
 from moe_upgrpo.megatron import context
 from moe_upgrpo.megatron.layout import Layout
-from tests.megatron.test_token_budgets import (
+from tests.megatron.whole_work import (
     assert_equals,
     assert_own_routes_change_no_bit,
     measure,
@@ -51,13 +51,12 @@ def measure_layout(layout: Layout, checkpoint, options: dict) -> dict:
 @pytest.mark.parametrize(
     "name", [n if n in MAIN else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
 )
-def test_a_layout_equals_one_process(name, checkpoints):
+def test_a_layout_equals_one_process(name, checkpoints, fixed):
     checkpoint, world_size, layout, options = LAYOUTS[name]
-    expected = measure(Layout(), checkpoints[checkpoint], micro_batch_size=3)
     ranks = run_ranks(
         world_size, measure_layout, layout, checkpoints[checkpoint], options, timeout_s=240
     )
-    assert_equals(ranks, expected)
+    assert_equals(ranks, fixed(checkpoint))
     assert_own_routes_change_no_bit(ranks)
     for rank in ranks:
         # Half of them, in two chunks, each divided again by sequence parallelism.

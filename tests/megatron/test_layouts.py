@@ -37,7 +37,7 @@ def one_process(name, measured):
 
 @pytest.mark.parametrize("part", ["scored", "one by one"])
 def test_scores_and_recorded_routing_equal_one_process(part, ranks, one_process):
-    """ "one by one" scores the same sequences in micro-batches of 1 instead of 3."""
+    """Part "one by one" scores the same sequences in micro-batches of 1 instead of 3."""
     expected = one_process["scored"]["native"]
     layers, top_k, *_ = one_process["about"]
     actual = in_order(ranks, lambda r: r["scored"]["native"] if part == "scored" else r[part])

@@ -1,6 +1,6 @@
 """Packed micro-batches compute what padded ones do, from real tokens only.
 
-Against padded micro-batches of 3 in one process, by test_token_budgets.py's measurements: scores
+Against padded micro-batches of 3 in one process, by whole_work.py's measurements: scores
 and records, updates with routes to replay, gradient, metrics, one step. TOLERANCE as between
 layouts. Not covered: attention on CUDA, Transformer Engine's among it; here every sequence is a
 call of its own.
@@ -19,8 +19,8 @@ from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.packing import check_attention, pack
 from moe_upgrpo.megatron.tap import NO_ROUTE
 from tests.megatron.measured import make_samples
-from tests.megatron.test_token_budgets import (
-    BUDGET,
+from tests.megatron.test_token_budgets import BUDGET
+from tests.megatron.whole_work import (
     FIELDS,
     assert_equals,
     assert_own_routes_change_no_bit,
@@ -44,19 +44,6 @@ LAYOUTS = {
     ),
 }
 MAIN = ("TP2·EP2",)  # processor time; the others are the same kind
-
-
-@pytest.fixture(scope="module")
-def fixed(checkpoints):
-    """By the checkpoint: one process, padded micro-batches of 3 in the order given."""
-    made = {}
-
-    def of(name: str) -> dict:
-        if name not in made:
-            made[name] = measure(Layout(), checkpoints[name], micro_batch_size=3)
-        return made[name]
-
-    return of
 
 
 @pytest.mark.bits

@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from benchmarks.micro.peers import Work, write_steps
 
@@ -25,11 +24,7 @@ def run(work: Work, *, rank: int = 0, ranks: int = 1) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    if (
-        ranks > 1
-        and work.minibatches > 1
-        and work.prompts * work.group % (ranks * work.minibatches)
-    ):
+    if work.prompts * work.group % (ranks * work.minibatches):
         sys.exit(f"{work.prompts} × {work.group} sequences do not divide over {ranks} ranks.")
     ends: list[tuple[float, float]] = []
     tokens: list[int] = []
@@ -102,5 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[3]))
     main()
