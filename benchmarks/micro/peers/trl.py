@@ -90,10 +90,17 @@ def run(work: Work, *, rank: int = 0, ranks: int = 1) -> None:
 
 def main() -> None:
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run(Work(**json.loads(sys.argv[1])), rank=rank, ranks=ranks)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    # What TRL leaves running aborts the interpreter's own end now and then ("terminate called
+    # without an active exception"), after all is written.
+    os._exit(0)
 
 
 if __name__ == "__main__":
