@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer_config
 from megatron.core.optimizer import optimizer as optimizer_module
@@ -34,7 +35,7 @@ from megatron.core.utils import (
 from torch.overrides import TorchFunctionMode
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import releases
+from moe_upgrpo.megatron import elementwise, releases
 
 _hybrid_init = HybridDeviceOptimizer.__init__
 
@@ -187,6 +188,26 @@ def _as_numpy_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+_rotary = rope_utils._apply_rotary_pos_emb_bshd
+
+
+def _rotary_in_few_passes(t, freqs, *args, mscale=1.0, **how):
+    plain = not args and not any(how.values())  # neither interleaved nor of latent attention
+    if plain and freqs.shape[-1] == t.shape[-1] and elementwise.takes(t):
+        cos, sin = ((function(freqs) * mscale).to(t.dtype) for function in (torch.cos, torch.sin))
+        return elementwise.rotate(t, cos, sin)
+    return _rotary(t, freqs, *args, mscale=mscale, **how)
+
+
+_sort_chunks = moe_utils.sort_chunks_by_idxs
+
+
+def _sort_chunks_out_of_order(input, split_sizes, sorted_idxs, probs=None, fused=False):
+    if sorted_idxs.tolist() == list(range(len(sorted_idxs))):
+        return input, probs
+    return _sort_chunks(input, split_sizes, sorted_idxs, probs=probs, fused=fused)
+
+
 def cpu_replacements() -> list[Replacement]:
     """Stand-ins for CUDA. Every entry is a place where Megatron-Core assumes a GPU."""
 
@@ -240,6 +261,19 @@ def cpu_replacements() -> list[Replacement]:
             "maybe_move_tensor_to_cpu",
             _as_numpy_on_cpu,
             "moe_utils.py:1093 converts CUDA tensors only; gloo refuses splits that are tensors",
+        ),
+        Replacement(
+            rope_utils,
+            "_apply_rotary_pos_emb_bshd",
+            _rotary_in_few_passes,
+            "rope_utils.py:118 makes six tensors of each head, and its backward as many",
+        ),
+        Replacement(
+            token_dispatcher,
+            "sort_chunks_by_idxs",
+            _sort_chunks_out_of_order,
+            "token_dispatcher.py:732 and 767 copy all tokens also where one rank has all experts, "
+            "whose chunks are in order",
         ),
         Replacement(
             torch._dynamo.config,

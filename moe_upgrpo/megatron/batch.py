@@ -82,33 +82,31 @@ def make_batch(
     """
     longest = max([shape[1]] + [len(s.tokens) for s in samples])
     shape = max(shape[0], len(samples)), -(-longest // multiple_of) * multiple_of
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    old, rollout, reference, advantages = (torch.zeros(shape) for _ in range(4))
-    numbers, groups = (torch.zeros(shape[0], dtype=torch.int64) for _ in range(2))
+    tokens = np.full(shape, pad_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=bool)
+    old, rollout, reference, advantages = (np.zeros(shape, dtype=np.float32) for _ in range(4))
+    numbers, groups = (np.zeros(shape[0], dtype=np.int64) for _ in range(2))
     without = sum(sample.token_weights is None for sample in samples)
     if 0 < without < len(samples):
         raise ValueError("Some samples have token weights and others have none.")
-    weights = None if without else torch.zeros(shape)
+    weights = None if without else np.zeros(shape, dtype=np.float32)
     routes = None
     for sample in samples:
         if sample.routes is not None:
-            size = (*shape, *sample.routes.shape[1:])
-            routes = torch.full(size, NO_ROUTE, dtype=torch.int16)
+            routes = np.full((*shape, *sample.routes.shape[1:]), NO_ROUTE, dtype=np.int16)
             break
     given_old = {sample.old_log_probs is not None for sample in samples}
     if len(given_old) > 1:
         raise ValueError("Some samples have old log-probs and others have none.")
     for b, sample in enumerate(samples):
         rows = sample.response_rows
-        tokens[b, : len(sample.tokens)] = torch.from_numpy(np.asarray(sample.tokens))
-        mask[b, rows] = True if sample.sampled is None else torch.from_numpy(sample.sampled)
-        advantages[b, rows] = torch.as_tensor(sample.advantage, dtype=torch.float32)
+        tokens[b, : len(sample.tokens)] = sample.tokens
+        mask[b, rows] = True if sample.sampled is None else sample.sampled
+        advantages[b, rows] = sample.advantage
         numbers[b], groups[b] = sample.number, sample.group
         if sample.routes is not None:
             _check_routes(sample.routes)
-            given = torch.from_numpy(sample.routes.astype(np.int16))
-            routes[b, : len(given)] = given
+            routes[b, : len(sample.routes)] = sample.routes
         for target, values in (
             (old, sample.old_log_probs),
             (rollout, sample.rollout_log_probs),
@@ -116,19 +114,23 @@ def make_batch(
             (weights, sample.token_weights),
         ):
             if values is not None:
-                target[b, rows] = torch.from_numpy(values)
+                target[b, rows] = values
+
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array)
+
     return Batch(
-        tokens_BS=tokens,
-        targets_BS=tokens.roll(-1, dims=1),
-        mask_BS=mask,
-        old_log_probs_BS=old if True in given_old else None,
-        rollout_log_probs_BS=rollout,
-        reference_log_probs_BS=reference,
-        numbers_B=numbers,
-        groups_B=groups,
-        token_weights_BS=weights,
-        advantages_BS=advantages,
-        routes_BSLK=routes,
+        tokens_BS=tensor(tokens),
+        targets_BS=tensor(tokens).roll(-1, dims=1),
+        mask_BS=tensor(mask),
+        old_log_probs_BS=tensor(old) if True in given_old else None,
+        rollout_log_probs_BS=tensor(rollout),
+        reference_log_probs_BS=tensor(reference),
+        numbers_B=tensor(numbers),
+        groups_B=tensor(groups),
+        token_weights_BS=tensor(weights),
+        advantages_BS=tensor(advantages),
+        routes_BSLK=tensor(routes),
     )
 
 

@@ -11,7 +11,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm
+
+from moe_upgrpo.megatron.elementwise import gated
 
 
 class GroupedExperts(SequentialMLP):
@@ -28,10 +30,7 @@ class GroupedExperts(SequentialMLP):
         ends_E = torch.as_tensor(tokens_per_expert).cumsum(0).to(tokens_NH.device, torch.int32)
         into = [expert.linear_fc1.weight for expert in self.local_experts]
         out_of = [expert.linear_fc2.weight for expert in self.local_experts]
-        gate_NF, up_NF = _GroupedProduct.apply(tokens_NH, ends_E, *into).chunk(2, dim=-1)
-        inner_NF = silu(gate_NF) * up_NF
-        del gate_NF, up_NF  # without a gradient, nothing else keeps them
-        inner_NF = (inner_NF * permuted_probs[:, None]).to(inner_NF.dtype)
+        inner_NF = gated(_GroupedProduct.apply(tokens_NH, ends_E, *into), permuted_probs)
         return _GroupedProduct.apply(inner_NF, ends_E, *out_of), None
 
 

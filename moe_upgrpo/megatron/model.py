@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from transformers import PretrainedConfig
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.megatron import optimizer, releases
+from moe_upgrpo.megatron import elementwise, optimizer, releases
 from moe_upgrpo.megatron.attention import CausalAttention
 from moe_upgrpo.megatron.backend import has_cuda
 from moe_upgrpo.megatron.experts import GroupedExperts
@@ -48,6 +48,9 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class AllHeadsNorm(torch.nn.Module):

@@ -173,15 +173,21 @@ class StepRecord:
     def _prefix_mismatched(self) -> np.ndarray:
         """(row, layer) pairs that differ before each token's row; null after an unknown row."""
         whole, _ = self._free_running
-        by_sequence = np.split(whole.routers_per_token.numpy(), self._ends)
-        before, unknown = [], []
-        for sequence, mismatched in zip(self.sequences, by_sequence, strict=True):
-            rows = sequence.positions - 1
-            before.append((mismatched.cumsum() - mismatched)[rows])
-            lost = np.zeros(len(mismatched), bool) if sequence.known is None else ~sequence.known
-            unknown.append((lost.cumsum() - lost)[rows] > 0)
-        counts_N, unknown_N = np.concatenate(before), np.concatenate(unknown)
-        return np.ma.masked_array(counts_N, unknown_N) if unknown_N.any() else counts_N
+        starts = np.concatenate([[0], self._ends]).astype(int)
+        rows_N = np.concatenate(
+            [s.positions - 1 + start for s, start in zip(self.sequences, starts, strict=True)]
+        )
+        first_N = np.repeat(starts, self._lengths)
+
+        def before(counted_R: np.ndarray) -> np.ndarray:
+            sums_R = np.concatenate([[0], counted_R.cumsum()])
+            return sums_R[rows_N] - sums_R[first_N]
+
+        counts_N = before(whole.routers_per_token.numpy())
+        known_R = _known(self.sequences)
+        if known_R is None or not (unknown_N := before(~known_R) > 0).any():
+            return counts_N
+        return np.ma.masked_array(counts_N, unknown_N)
 
     def _routing_columns(self) -> dict[str, np.ndarray | list[np.ndarray]]:
         if self.dense:
@@ -287,7 +293,10 @@ class StepRecord:
 
     def _routing_sums(self) -> Sums:
         counts = self.divergence  # first: it names a sequence with impossible routes
-        sums = routing_sums(counts, self.pieces("rollout_routes"))
+        rollout_routes = (
+            np.concatenate([s.rollout_routes[_rows(s)] for s in run]) for run in self._runs
+        )
+        sums = routing_sums(counts, rollout_routes)
         mismatched_N = counts.routers_per_token.numpy()
         positions_N = self.of_tokens("positions")
         sums |= position_sums("mismatch", positions_N, mismatched_N, counts.num_layers)
@@ -315,9 +324,9 @@ class StepRecord:
         }
 
 
-def _rows(sequence: SequenceRecord) -> slice | np.ndarray:
-    """The rows of a sequence's tokens."""
-    rows = sequence.positions - 1
+def _rows(sequence: SequenceRecord, start: int = 0) -> slice | np.ndarray:
+    """The rows of a sequence's tokens; start: the row of its first input."""
+    rows = sequence.positions - 1 + start
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # positions ascend
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return np.asarray(rows)
@@ -333,27 +342,30 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     This is the row before it or, where all of a sequence's rows repeat, a row of another sequence.
     Sets are compared, in a few layers: a stale row is stale in all of them.
     """
-    num_layers = getattr(sequences[0], side).shape[1]
-    few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))
-    sets = [ascending(getattr(sequence, side)[:, few]) for sequence in sequences]
+    routes = [getattr(sequence, side) for sequence in sequences]
+    few = np.unique(np.linspace(0, routes[0].shape[1] - 1, _LAYERS_LOOKED_AT).round().astype(int))
+    sets_R = ascending(np.concatenate([routes_TLK[:, few] for routes_TLK in routes]))
+    ids_R = np.concatenate(
+        [s.token_ids[: len(rows)] for s, rows in zip(sequences, routes, strict=True)]
+    )
+    starts = np.cumsum([0] + [len(routes_TLK) for routes_TLK in routes])[:-1]
+    # Of each row whether its set is that of the row before it, for another token.
+    again_R = np.zeros(len(sets_R), bool)
+    again_R[1:] = ~unequal(sets_R[1:], sets_R[:-1]).any(axis=1) & (ids_R[1:] != ids_R[:-1])
+    again_R[starts[starts < len(again_R)]] = False
+    if (known_R := _known(sequences)) is not None:
+        again_R[1:] &= known_R[:-1]
     inputs_of: dict[bytes, set[bytes]] = {}
-    keys = []
-    for sequence, routes in zip(sequences, sets, strict=True):
-        rows = sequence.positions - 1
-        keys.append(routes[rows].tobytes())
-        inputs_of.setdefault(keys[-1], set()).add(sequence.token_ids[rows].tobytes())
-    found = []
-    for sequence, routes, key in zip(sequences, sets, keys, strict=True):
-        rows, ids = sequence.positions - 1, sequence.token_ids
-        if len(inputs_of[key]) > 1:
-            found.append(len(rows))
-            continue
-        rows = rows[rows > 0]
-        if sequence.known is not None:
-            rows = rows[sequence.known[rows - 1]]
-        other_sets = unequal(routes[rows], routes[rows - 1]).any(axis=1)
-        found.append(int((~other_sets & (ids[rows] != ids[rows - 1])).sum()))
-    return found
+    found, keys = [], []
+    for sequence, start in zip(sequences, starts.tolist(), strict=True):
+        rows = _rows(sequence, start)
+        found.append(int(np.count_nonzero(again_R[rows])))
+        keys.append(sets_R[rows].tobytes())
+        inputs_of.setdefault(keys[-1], set()).add(ids_R[rows].tobytes())
+    return [
+        len(sequence.positions) if len(inputs_of[key]) > 1 else count
+        for sequence, key, count in zip(sequences, keys, found, strict=True)
+    ]
 
 
 def _known(sequences: Sequence[SequenceRecord]) -> np.ndarray | None:

@@ -8,7 +8,7 @@ Shapes: N response tokens, L MoE layers, K experts per token.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def count_sums(prefix: str, counts: RoutingCounts) -> Sums:
     return sums
 
 
-def routing_sums(counts: RoutingCounts, rollout: Sequence[np.ndarray]) -> Sums:
+def routing_sums(counts: RoutingCounts, rollout: Iterable[np.ndarray]) -> Sums:
     """Every metric of rollout against trainer that needs only the two sides' routes.
 
     rollout: the engine's, ``[N, L, K]`` in pieces of any number of tokens.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
-from moe_upgrpo.train import evaluate, heap
+from moe_upgrpo.train import evaluate
 from moe_upgrpo.train.clock import Clock
+from moe_upgrpo.train.heap import Heap
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.record import TrainedStep
@@ -74,6 +75,7 @@ class Recorder:
     eval_every: int
     report: bool
     watch: Watch
+    heap: Heap = field(default_factory=Heap)
 
     def log_tokens(self, step: int, trained: TrainedStep) -> None:
         """Hand this data-parallel rank's token rows to the thread that writes them."""
@@ -84,7 +86,7 @@ class Recorder:
     def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""
         with clock("logging"):
-            heap.give_back()
+            self.heap.give_back()
             metrics = finish(
                 groups.sum_metrics(trained.sums()),
                 groups.sum_metrics(trained.loss_metrics()),
