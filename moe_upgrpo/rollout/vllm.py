@@ -21,7 +21,13 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import vllm_plugin
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
+from moe_upgrpo.rollout.base import (
+    Rollout,
+    SamplingConfig,
+    check_prompts,
+    check_sequences,
+    request_seeds,
+)
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.vllm_install import INSTALL
@@ -157,7 +163,7 @@ class VLLMEngine:
                 f"{LEAST_TEMPERATURE}."
             )
         prompts_N = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
+        seeds_N = request_seeds(seed, len(prompts_N))
         outputs_N = self._run(
             prompts_N,
             [
