@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-_AT_ONCE = 1 << 20  # numbers of a tensor
+_AT_ONCE = 1 << 18  # numbers of a tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

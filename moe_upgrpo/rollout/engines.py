@@ -74,10 +74,6 @@ class EngineRecord:
         cache_setting: the setting of the GiB that it reserves for keys and values, as a path in
             the configuration; None where it allocates them as it generates, and frees them.
         in_flight: most sequences with keys and values at a time, where it allocates them.
-        copies_to_cast: whether an update to another number type than the trainer's makes a second
-            model beside the first.
-    Memory where it is a server:
-        update_on_host: whether rank 0 has the whole model in its host's memory for an update.
     """
 
     title: str
@@ -88,8 +84,6 @@ class EngineRecord:
     weights: tuple[EngineWeights, ...] = ("as-trained",)
     cache_setting: str | None = None
     in_flight: int | None = None
-    copies_to_cast: bool = False
-    update_on_host: bool = False
 
     def place(self, url: str | None) -> Place:
         """Where it runs, with the URL of a server or without one."""
@@ -166,7 +160,6 @@ ENGINES: dict[str, EngineRecord] = {
         make=_make_hf,
         weights=("as-trained", "fp8"),
         in_flight=HF_SEQUENCES,
-        copies_to_cast=True,
     ),
     "vllm": EngineRecord(
         title="vLLM",
@@ -174,7 +167,6 @@ ENGINES: dict[str, EngineRecord] = {
         look=_look_for_vllm,
         takes_url=True,
         cache_setting="vllm.kv_cache_gib",
-        update_on_host=True,
     ),
     "sglang": EngineRecord(
         title="SGLang",
