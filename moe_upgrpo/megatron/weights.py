@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import save_torch_state_dict
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
@@ -23,9 +22,12 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face import export
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.folder import Weights
+from moe_upgrpo.hugging_face.shards import ShardWriter
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.families import check_weights, family, moe_layers, num_experts
 from moe_upgrpo.megatron.rules import Rule, Tensors
+
+PART_BYTES = 2 << 30  # of a file of a checkpoint, and in the host's memory while it is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,20 @@ class _Entry:
 
 
 def _entries(hf: PretrainedConfig) -> Iterator[_Entry]:
-    """The table written out for one model, in the same order on every rank."""
+    """The table written out for one model, in the same order on every rank: layer by layer.
+
+    Who takes weights one after the other holds no more than a layer that is not complete.
+    """
+    rules = family(hf).rules(hf)
+    for layer in range(hf.num_hidden_layers):
+        yield from _entries_of(layer, rules, hf)
+
+
+def _entries_of(layer: int, rules: Sequence[Rule], hf: PretrainedConfig) -> Iterator[_Entry]:
     experts, moe = num_experts(hf), set(moe_layers(hf))
     experts_here = experts // parallel_state.get_expert_model_parallel_world_size()
-    for rule in family(hf).rules(hf):
-        for layer in rule.layers(hf.num_hidden_layers, moe):
+    for rule in rules:
+        if layer in rule.layers(hf.num_hidden_layers, moe):
             yield _Entry(
                 rule,
                 [
@@ -230,13 +241,16 @@ def write_checkpoint(
 
     The folder appears whole or not at all, in the place of an older one.
     """
-    state = {}
-    for name, tensor in export_weights(chunks, hf):
-        if dist.get_rank() == 0:  # copied: the tensors are views of the gathered ones
-            state[name] = tensor.to("cpu", copy=True).contiguous()
+    weights = export_weights(chunks, hf)
     if dist.get_rank() == 0:
         with export.writing(Path(output_dir)) as folder:
-            save_torch_state_dict(state, folder)
-            dtype = str(next(iter(state.values())).dtype).split(".")[-1]
+            writer, dtype = ShardWriter(folder, PART_BYTES), None
+            for name, tensor in weights:
+                dtype = dtype or str(tensor.dtype).split(".")[-1]
+                writer.add(name, tensor)
+            writer.finish()
             export.write_beside(folder, hf, dtype, files)
+    else:
+        for _ in weights:
+            pass
     dist.barrier()

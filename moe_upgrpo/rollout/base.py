@@ -134,6 +134,11 @@ class SamplingConfig:
         return self.temperature or 1.0
 
 
+def request_seeds(seed: int, count: int) -> np.ndarray:
+    """A seed below 2^63 for each of `count` requests `[N]`."""
+    return np.random.SeedSequence(seed).generate_state(count, np.uint64) >> 1
+
+
 def check_prompts(prompts: Sequence[np.ndarray], samples_per_prompt: int) -> None:
     """Raise UserError unless there is something to sample, from prompts of at least one token."""
     if not len(prompts) or samples_per_prompt < 1:

@@ -20,14 +20,11 @@ from moe_upgrpo.rollout.weights_folder import WeightsFolder
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def check_weights(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], *, held: int
-) -> None:
-    """Raise UserError unless `state` has the names and shapes `expected`, in bf16 or fp32.
-
-    `held` is the weight version that stays in use.
-    """
-    wrong = [f"{name} is missing" for name in expected if name not in state]
+def faults_of(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What is wrong with the names, shapes and types of some of the weights, in words."""
+    wrong = []
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
         if name not in expected:
@@ -36,11 +33,24 @@ def check_weights(
             wrong.append(f"{name} has shape {shape}, not {expected[name]}")
         elif tensor.dtype not in DTYPES:
             wrong.append(f"{name} is {tensor.dtype}, not bfloat16 or float32")
+    return wrong
+
+
+def check_weights(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], *, held: int | None
+) -> None:
+    """Raise UserError unless `state` has the names and shapes `expected`, in bf16 or fp32.
+
+    `held` is the weight version that stays in use; None where others were replaced already.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += faults_of(state, expected)
     if wrong:
         more = f"; and {len(wrong) - 5} more faults" if len(wrong) > 5 else ""
+        now = f"version {held} stays in use" if held is not None else "nothing is sampled till then"
         raise UserError(
             f"Weights refused: {'; '.join(wrong[:5])}{more}. The names and shapes of the "
-            f"checkpoint that the engine started from are needed; version {held} stays in use."
+            f"checkpoint that the engine started from are needed; {now}."
         )
 
 

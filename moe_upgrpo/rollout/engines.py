@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_upgrpo.rollout.base import Engine
 
 EngineName = Literal["hf", "vllm", "sglang"]
+WhenLost = Literal["end", "go-on"]
 EngineWeights = Literal["as-trained", "fp8"]
 Place = Literal["each rank", "a server", "a server started here"]
 HF_SEQUENCES = 512
@@ -73,10 +74,6 @@ class EngineRecord:
         cache_setting: the setting of the GiB that it reserves for keys and values, as a path in
             the configuration; None where it allocates them as it generates, and frees them.
         in_flight: most sequences with keys and values at a time, where it allocates them.
-        copies_to_cast: whether an update to another number type than the trainer's makes a second
-            model beside the first.
-    Memory where it is a server:
-        update_on_host: whether rank 0 has the whole model in its host's memory for an update.
     """
 
     title: str
@@ -87,8 +84,6 @@ class EngineRecord:
     weights: tuple[EngineWeights, ...] = ("as-trained",)
     cache_setting: str | None = None
     in_flight: int | None = None
-    copies_to_cast: bool = False
-    update_on_host: bool = False
 
     def place(self, url: str | None) -> Place:
         """Where it runs, with the URL of a server or without one."""
@@ -165,7 +160,6 @@ ENGINES: dict[str, EngineRecord] = {
         make=_make_hf,
         weights=("as-trained", "fp8"),
         in_flight=HF_SEQUENCES,
-        copies_to_cast=True,
     ),
     "vllm": EngineRecord(
         title="vLLM",
@@ -173,7 +167,6 @@ ENGINES: dict[str, EngineRecord] = {
         look=_look_for_vllm,
         takes_url=True,
         cache_setting="vllm.kv_cache_gib",
-        update_on_host=True,
     ),
     "sglang": EngineRecord(
         title="SGLang",
@@ -200,6 +193,11 @@ def with_servers() -> list[str]:
     return [name for name, record in ENGINES.items() if record.takes_url]
 
 
+def urls_of(url: str | None) -> list[str]:
+    """The URLs in an option, which names several with commas between them."""
+    return [] if url is None else [one.strip() for one in url.split(",")]
+
+
 def check_engine(
     name: str, *, weights: EngineWeights = "as-trained", url: str | None = None
 ) -> EngineRecord:
@@ -221,6 +219,12 @@ def check_engine(
             f"engine_url={url} with engine={name}: only {able} have servers. Name one, or leave "
             "engine_url out."
         )
+    named = [one.rstrip("/") for one in urls_of(url)]
+    if "" in named or len(set(named)) < len(named):
+        raise UserError(
+            f"engine_url={url}: different URLs are needed, with commas between them: "
+            "http://HOST:PORT,http://HOST:PORT."
+        )
     return record
 
 
@@ -234,23 +238,35 @@ def make_engine(
     max_tokens: int,
     seed: int = 0,
     url: str | None = None,
+    lost: WhenLost = "end",
     vllm: VLLMSettings | None = None,
     server_log: str | Path | None = None,
 ) -> Engine:
     """The engine `name` on a checkpoint; a collective of all ranks of the job.
 
     It runs where its record says: one in each rank, or one server for all, which is at `url` or is
-    started by rank 0, with its output in `server_log`. `max_tokens`: length of the longest
-    sequence, prompt and response together. `weights`: one of the forms in its record.
+    started by rank 0, with its output in `server_log`; or several, where `url` names several, and
+    `lost` what follows where one of them fails. `max_tokens`: length of the longest sequence,
+    prompt and response together. `weights`: one of the forms in its record.
     """
-    return check_engine(name, weights=weights, url=url).make(
-        model_dir,
-        dtype=dtype,
-        weights=weights,
-        device=device,
-        max_tokens=max_tokens,
-        seed=seed,
-        url=url,
-        vllm=vllm,
-        server_log=server_log,
-    )
+    record = check_engine(name, weights=weights, url=url)
+
+    def made(url: str | None) -> Engine:
+        return record.make(
+            model_dir,
+            dtype=dtype,
+            weights=weights,
+            device=device,
+            max_tokens=max_tokens,
+            seed=seed,
+            url=url,
+            vllm=vllm,
+            server_log=server_log,
+        )
+
+    urls = urls_of(url)
+    if len(urls) < 2:
+        return made(url)
+    from moe_upgrpo.rollout.servers import SeveralServers
+
+    return SeveralServers([made(one) for one in urls], lost=lost)

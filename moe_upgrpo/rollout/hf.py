@@ -6,6 +6,8 @@ V vocabulary, T response tokens, L MoE layers, K experts per token.
 """
 
 import inspect
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moe_upgrpo.errors import UserError
@@ -26,7 +31,7 @@ from moe_upgrpo.rollout.base import (
     check_sequences,
     routes_dtype,
 )
-from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.checkpoint import check_weights, faults_of
 from moe_upgrpo.rollout.engines import HF_SEQUENCES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,6 +71,7 @@ class HFEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.max_sequences = max_sequences
         self.weight_version = 0
+        self._half_updated_to: int | None = None
         self.config = read_config(model_dir)
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(
@@ -75,6 +81,7 @@ class HFEngine:
         self._eos_ids = torch.tensor(eos_ids(model_dir, self.config), device=self.device)
         with Weights(model_dir, tied=is_tied(self.config)) as weights:
             self._checkpoint_shapes = weights.shapes()
+            self._layer_sizes = Counter(map(layer_of, self._checkpoint_shapes))
             model, unlike = self._built(dict(weights.tensors()))
         if unlike:
             raise UserError(f"{model_dir} does not fit its config.json: {unlike}.")
@@ -125,7 +132,11 @@ class HFEngine:
         # Newer transformers warn of the older name, and on each rank once a step.
         takes = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(self.device)
+        self._finish_weights()
+
+    def _finish_weights(self) -> None:
+        self.model.eval().requires_grad_(False)
         if self.weights == "fp8":
             for name, weight in self.model.named_parameters():
                 if is_rounded(name, weight):
@@ -142,6 +153,7 @@ class HFEngine:
     ) -> list[Rollout]:
         """See `Engine.generate`."""
         check_prompts(prompts, samples_per_prompt)
+        self._check_whole()
         generator = torch.Generator(self.device).manual_seed(seed)
         step = max(1, self.max_sequences // samples_per_prompt)
         # The trainer's CPU backend is a torch function mode; transformers does not need it, and it
@@ -223,6 +235,7 @@ class HFEngine:
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`."""
         check_sequences(sequences)
+        self._check_whole()
         found = []
         for start in range(0, len(sequences), self.max_sequences):
             batch = sequences[start : start + self.max_sequences]
@@ -244,6 +257,7 @@ class HFEngine:
         batch, at most `max_sequences`.
         """
         check_sequences(sequences)
+        self._check_whole()
         found, size = [], min(at_once or self.max_sequences, self.max_sequences)
         for start in range(0, len(sequences), size):
             batch = sequences[start : start + size]
@@ -335,18 +349,59 @@ class HFEngine:
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
-        """See `Engine.update_weights`: a new model is built, and taken into use once complete."""
-        # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
-        # them would change the engine's weights behind its back.
-        state = {name: tensor.detach().clone() for name, tensor in named_tensors}
-        check_weights(state, self._checkpoint_shapes, held=self.weight_version)
-        self._use(self._built(state)[0])
-        self.weight_version = version
+        """See `Engine.update_weights`: layer by layer, each in the place of the old one.
+
+        So at most three layers are held beside the model. After an update that was refused or broke
+        off nothing is sampled until another one is whole.
+        """
+        self._half_updated_to = version
+        given: dict[str, torch.Tensor] = {}
+        held: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
+            given[name] = tensor.detach().to("meta")
+            if faults_of({name: given[name]}, self._checkpoint_shapes):
+                continue
+            # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
+            # them would change the engine's weights behind its back.
+            layer = held.setdefault(layer_of(name), {})
+            layer[name] = tensor.detach().clone()
+            if len(layer) == self._layer_sizes[layer_of(name)]:
+                self._put(held.pop(layer_of(name)))
+        check_weights(given, self._checkpoint_shapes, held=None)
+        self.model.tie_weights()
+        self._finish_weights()
+        self.weight_version, self._half_updated_to = version, None
+
+    def _put(self, state: dict[str, torch.Tensor]) -> None:
+        """Load the weights of one layer, as transformers loads a checkpoint of them alone."""
+        load = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": self.device},
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        with no_progress_bar():
+            found, _ = convert_and_load_state_dict_in_model(self.model, state, load)
+        if found.unexpected_keys or found.mismatched_keys or found.conversion_errors:
+            raise RuntimeError(f"transformers did not load these weights: {found}")
+
+    def _check_whole(self) -> None:
+        if self._half_updated_to is not None:
+            raise UserError(
+                f"The update to weight version {self._half_updated_to} failed half-way: the "
+                "engine's weights are of no version. Update them again."
+            )
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._taps.clear()
         self.model = None
+
+
+def layer_of(name: str) -> str:
+    """The part of a tensor's name that all tensors of its layer share; else the whole name."""
+    match = re.match(r".*?\d+\.", name)
+    return match[0] if match else name
 
 
 # Left unrounded by published FP8 recipes: the router, a shared expert's gate, the embedding, the

@@ -65,6 +65,7 @@ class ServerClient:
         self._name, self._server = name, f"{name} at {self.url}"
         self._key, self._key_variable = key, key_variable
         self._late, self._unknown, self.log = late, unknown, log
+        self._asking: list[list[HTTPConnection]] = []  # connections of each `answers`
 
     def call(
         self,
@@ -153,6 +154,7 @@ class ServerClient:
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         arrived: queue.SimpleQueue = queue.SimpleQueue()
         opened: list[HTTPConnection] = []
+        self._asking.append(opened)
         for item in enumerate(bodies):
             waiting.put(item)
 
@@ -187,7 +189,17 @@ class ServerClient:
             with suppress(queue.Empty):
                 while True:
                     waiting.get_nowait()
-            for connection in opened:
-                if (used := connection.sock) is not None:
-                    with suppress(OSError):
-                        used.shutdown(socket.SHUT_RDWR)
+            self._asking.remove(opened)
+            _cut(opened)
+
+    def cut(self) -> None:
+        """Cut the connections of every `answers`, which then raises a MachineFault."""
+        for opened in list(self._asking):
+            _cut(opened)
+
+
+def _cut(opened: list[HTTPConnection]) -> None:
+    for connection in list(opened):
+        if (used := connection.sock) is not None:
+            with suppress(OSError):
+                used.shutdown(socket.SHUT_RDWR)

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,20 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from moe_upgrpo.errors import MachineFault, UserError, as_user_error
 from moe_upgrpo.hugging_face.config import is_tied
-from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
     check_prompts,
     check_sequences,
+    request_seeds,
     routes_dtype,
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
+from moe_upgrpo.rollout.handover import PART_BYTES, check_whole, written
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import new_key, read_key
@@ -46,8 +46,6 @@ from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 ATTEMPTS = 3  # to sample a sequence that an update cut off
 Transfer = Literal["disk", "tensor", "distributed"]
-PART_BYTES = 256 << 20  # of the weights sent in one request
-SHARD_BYTES = 2 << 30  # of the files of an update
 
 
 class SGLangEngine:
@@ -121,6 +119,7 @@ class SGLangEngine:
         self._run = uuid.uuid4().hex[:8]  # the server's names for weights: run:version
         self._server: ServerProcess | None = None
         self._weights = WeightsFolder("moe_upgrpo-sglang-", weights_dir)
+        self.expected, self.weights_dir = self._model.shapes, self._weights.name
         if url is None:
             self._key = self._key or new_key()
             self._server = ServerProcess(
@@ -188,8 +187,15 @@ class SGLangEngine:
     ) -> list[Rollout]:
         """See `Engine.generate`."""
         check_prompts(prompts, samples_per_prompt)
+        seeds_N = request_seeds(seed, len(prompts) * samples_per_prompt)
+        return self.sample(prompts, seeds_N.reshape(len(prompts), -1), sampling)
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], seeds_NG: np.ndarray, sampling: SamplingConfig
+    ) -> list[Rollout]:
+        """See `SharedServer.sample`."""
+        samples_per_prompt = seeds_NG.shape[1]
         prompts_N = [np.asarray(p) for p in prompts for _ in range(samples_per_prompt)]
-        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
         params_N = [
             {
                 "temperature": sampling.temperature,
@@ -203,7 +209,7 @@ class SGLangEngine:
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
             }
-            for request_seed in seeds_N
+            for request_seed in seeds_NG.flat
         ]
         rollouts: list[Rollout | None] = [None] * len(prompts_N)
         # A key of this call's own: keys and values are shared by its samples, and by nothing else.
@@ -367,7 +373,7 @@ class SGLangEngine:
             name: tensor.detach().clone() if self.leader else tensor.to("meta")
             for name, tensor in named_tensors
         }
-        check_weights(given, self._model.shapes, held=self.weight_version)
+        check_weights(given, self.expected, held=self.weight_version)
         with self._updating:
             if self.leader:
                 self._hand_over(partial(self._send, given, version), version)
@@ -378,11 +384,13 @@ class SGLangEngine:
     def _update_through_files(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=self._weights.name))
+        folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=self.weights_dir))
         try:
-            given = {name: t.to("meta") for name, t in self._write(named_tensors, folder)}
-            check_weights(given, self._model.shapes, held=self.weight_version)
-            by_umask(folder)
+            given, _, failed = written(named_tensors, folder, beside=self.model_dir)
+            check_weights(given, self.expected, held=self.weight_version)
+            if failed is not None:
+                raise failed
+            check_whole(folder, self.expected, held=self.weight_version)
             with self._updating:
                 self._hand_over(partial(self._load, folder, version), version)
             folder, self._held_dir = self._held_dir, folder
@@ -390,23 +398,15 @@ class SGLangEngine:
             if folder != self._model.view:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _write(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors on, and leave them in `folder` as a checkpoint."""
-        for file in self.model_dir.glob("*.json"):
-            if not file.name.endswith(".index.json"):  # it lists files that have other names here
-                shutil.copy(file, folder)
-        shard, size, written = {}, 0, 0
-        for name, tensor in named_tensors:
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            size += tensor.nbytes
-            if size > SHARD_BYTES:
-                save_file(shard, folder / f"model-{written:05d}.safetensors")
-                shard, size, written = {}, 0, written + 1
-            yield name, tensor
-        if shard:
-            save_file(shard, folder / f"model-{written:05d}.safetensors")
+    def load(self, folder: Path, version: int, digest: str) -> str:
+        """See `SharedServer.load`; SGLang's checksum of the weights that it holds now."""
+        with self._updating:
+            self._hand_over(partial(self._load, folder, version), version)
+        return self._call("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
+
+    def took(self, version: int) -> None:
+        """See `SharedServer.took`."""
+        self.weight_version, self._half_updated_to = version, None
 
     def _hand_over(self, give: Callable[[], None], version: int) -> None:
         """Replace the server's weights by calling `give`, while it generates nothing."""
@@ -535,6 +535,10 @@ class SGLangEngine:
             self._call(path, body, min(5.0, self.timeout))
 
     # --- The server ------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """See `SharedServer.cut`."""
+        self._client.cut()
 
     def health(self) -> bool:
         """Whether the server answers, within `timeout` seconds."""

@@ -21,8 +21,14 @@ import torch
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import vllm_plugin
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
-from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
+from moe_upgrpo.rollout.base import (
+    Rollout,
+    SamplingConfig,
+    check_prompts,
+    check_sequences,
+    request_seeds,
+)
+from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights, faults_of
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.vllm_install import INSTALL
 
@@ -157,7 +163,7 @@ class VLLMEngine:
                 f"{LEAST_TEMPERATURE}."
             )
         prompts_N = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
+        seeds_N = request_seeds(seed, len(prompts_N))
         outputs_N = self._run(
             prompts_N,
             [
@@ -242,13 +248,21 @@ class VLLMEngine:
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
-        """See `Engine.update_weights`."""
-        state = {name: tensor.detach() for name, tensor in named_tensors}
-        check_weights(state, self._model.shapes, held=self.weight_version)
+        """See `Engine.update_weights`: vLLM takes one tensor after the other.
+
+        After weights that were refused this engine is not used any more.
+        """
+        given: dict[str, torch.Tensor] = {}
+
+        def fitting() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
+                given[name] = tensor.detach().to("meta")
+                if not faults_of({name: given[name]}, self._model.shapes):
+                    yield name, tensor.detach()
+
         with self._whole(f"The update to weight version {version}"):
-            self._llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": iter(state.items())}
-            )
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": fitting()})
+            check_weights(given, self._model.shapes, held=None)
         self.weight_version = version
 
     @contextmanager

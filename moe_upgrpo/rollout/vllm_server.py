@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import base64
 import io
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 
-from moe_upgrpo.errors import MachineFault, UserError, as_user_error
-from moe_upgrpo.hugging_face.export import by_umask
-from moe_upgrpo.hugging_face.folder import Weights
-from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
-from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
+from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.rollout.base import (
+    Rollout,
+    SamplingConfig,
+    check_prompts,
+    check_sequences,
+    request_seeds,
+)
+from moe_upgrpo.rollout.checkpoint import ModelFolder
+from moe_upgrpo.rollout.handover import check_taken, digest_of, on_rank_0, through_files
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import read_key
@@ -87,8 +89,9 @@ class VLLMServerEngine:
         self._top_k = config.num_experts_per_tok if self.moe_layer_ids else 0
         self._eos_ids = self._model.eos_ids
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
+        self.expected, self.weights_dir = self._model.shapes, self._weights.name
         self.weight_version = 0
-        self._key = self._on_rank_0(lambda: read_key(VARIABLE, api_key))
+        self._key = on_rank_0(lambda: read_key(VARIABLE, api_key))
         self._client = ServerClient(
             "vLLM",
             url,
@@ -99,24 +102,9 @@ class VLLMServerEngine:
         )
         self.url = self._client.url
         # Another run's version 3 is not this one's.
-        self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
-        self.max_model_len = self._on_rank_0(self._check_server)
-        self._on_rank_0(self._first_response)
-
-    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Give every rank the result of `action` on rank 0; where it raises there, all do."""
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        told = [None, None]
-        if alone or dist.get_rank() == 0:
-            try:
-                told[0] = action()
-            except Exception as error:
-                told[1] = as_user_error(error)
-        if not alone:
-            dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+        self._run = on_rank_0(lambda: uuid.uuid4().hex[:8])
+        self.max_model_len = on_rank_0(self._check_server)
+        on_rank_0(self._first_response)
 
     def _check_server(self) -> int:
         """The longest sequence that it takes."""
@@ -158,7 +146,7 @@ class VLLMServerEngine:
 
     def _first_response(self) -> None:
         """Give the server the weights of version 0, and check a first response."""
-        self._load(self._model.view, 0)
+        self.load(self._model.view, 0, digest_of(self._model.view))
         prompt = np.zeros(min(3, self.max_model_len - 1), dtype=np.int64)
         sampling = SamplingConfig(max_new_tokens=min(2, self.max_model_len - len(prompt)))
         self.generate([prompt], sampling, samples_per_prompt=1, seed=0)
@@ -175,6 +163,13 @@ class VLLMServerEngine:
     ) -> list[Rollout]:
         """See `Engine.generate`."""
         check_prompts(prompts, samples_per_prompt)
+        seeds_N = request_seeds(seed, len(prompts) * samples_per_prompt)
+        return self.sample(prompts, seeds_N.reshape(len(prompts), -1), sampling)
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], seeds_NG: np.ndarray, sampling: SamplingConfig
+    ) -> list[Rollout]:
+        """See `SharedServer.sample`."""
         self._check_length("A prompt", prompts, sampling.max_new_tokens)
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
@@ -182,9 +177,8 @@ class VLLMServerEngine:
                 f"{LEAST_TEMPERATURE}."
             )
         salt = uuid.uuid4().hex  # of the prefix cache: shared within this call alone
-        prompts_N = [np.asarray(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
-        seeds_N = np.random.SeedSequence(seed).generate_state(len(prompts_N), np.uint64) >> 1
-        choices_N = self._ask(
+        prompts_B = [np.asarray(prompt) for prompt in prompts for _ in range(seeds_NG.shape[1])]
+        choices_B = self._ask(
             [
                 {
                     "token_ids": prompt.tolist(),
@@ -204,12 +198,12 @@ class VLLMServerEngine:
                         "repetition_penalty": 1.0,
                     },
                 }
-                for prompt, request_seed in zip(prompts_N, seeds_N, strict=True)
+                for prompt, request_seed in zip(prompts_B, seeds_NG.flat, strict=True)
             ]
         )
         return [
             self._rollout(prompt, choice, sampling)
-            for prompt, choice in zip(prompts_N, choices_N, strict=True)
+            for prompt, choice in zip(prompts_B, choices_B, strict=True)
         ]
 
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -320,32 +314,24 @@ class VLLMServerEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`."""
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        state = {
-            name: tensor.detach().to("cpu" if writes else "meta").contiguous()
-            for name, tensor in named_tensors
-        }
-        check_weights(state, self._model.shapes, held=self.weight_version)
+        (error,) = through_files(
+            [self],
+            named_tensors,
+            self.expected,
+            version=version,
+            held=self.weight_version,
+            parent=self.weights_dir,
+            beside=self.model_dir,
+        )
+        if error is not None:
+            raise error
 
-        def hand_over() -> None:
-            with tempfile.TemporaryDirectory(dir=self._weights.name) as folder:
-                save_file(state, Path(folder) / "model.safetensors")
-                by_umask(Path(folder))
-                with Weights(folder) as written:
-                    whole = written.shapes() == self._model.shapes
-                if not whole:  # vLLM would load the rest and go on
-                    raise MachineFault(
-                        f"The weights written to {folder} are not whole: is it full? Version "
-                        f"{self.weight_version} stays in use."
-                    )
-                self._load(Path(folder), version)
-
-        if dist.is_initialized():
-            dist.barrier()  # a rank that still generates would meet the new weights
-        self._on_rank_0(hand_over)
+    def took(self, version: int) -> None:
+        """See `SharedServer.took`."""
         self.weight_version = version
 
-    def _load(self, folder: Path, version: int) -> None:
+    def load(self, folder: Path, version: int, digest: str) -> None:
+        """See `SharedServer.load`."""
         try:
             self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
             # After a load that broke off the next one completes it: vLLM 0.32 keeps the tensors
@@ -355,11 +341,12 @@ class VLLMServerEngine:
             # Until all is loaded: a response sampled from a mixture bears this name.
             self._call("/update_weight_version", {"new_version": HALF + self._name(version)})
             for _ in range(2 if broke_off else 1):
-                self._call(
+                taken = self._call(
                     "/collective_rpc",
-                    {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+                    {"method": "take_files", "kwargs": {"weights_path": str(folder)}},
                     timeout=self.update_timeout,
-                )
+                )["results"]
+            check_taken(f"vLLM at {self.url}", taken, digest)
             if not self._call("/reset_prefix_cache", {})["success"]:
                 raise UserError(f"vLLM at {self.url} did not reset its prefix cache.")
             self._call("/update_weight_version", {"new_version": self._name(version)})
@@ -414,6 +401,10 @@ class VLLMServerEngine:
         self, path: str, body: dict | None = None, timeout: float | None = None, **given
     ) -> Any:
         return self._client.call(path, body, timeout=timeout or self.timeout, **given)
+
+    def cut(self) -> None:
+        """See `SharedServer.cut`."""
+        self._client.cut()
 
     def health(self) -> bool:
         """Whether the server answers, within `timeout` seconds."""

@@ -286,16 +286,11 @@ def _moments(
         each = memory.traces(model, layout, tokens=tokens, layers=stage.moe_layers)
         of_copy = layout.tp * layout.cp * layout.pp
         moments["routes gathered"] = {"routes and margins": each * (1 + of_copy)}
-    if _in_process(config):
-        whole = memory.DTYPE_BYTES[trainer.dtype] * memory.model_parameters(model)
-        moments["weights to the engine"] = {"whole model": whole}
-        if engine.copies_to_cast and rollouts.engine_dtype != trainer.dtype:
-            width = memory.DTYPE_BYTES[rollouts.engine_dtype]
-            moments["weights to the engine"]["engine's next model"] = (
-                width * memory.model_parameters(model)
-            )
-    elif rollouts.load_rollouts is None:
-        moments["weights to the engine"] = {"one layer": memory.gathered_layer(model, **given)}
+    if rollouts.load_rollouts is None:
+        layer = memory.gathered_layer(model, **given)
+        moments["weights to the engine"] = {"one layer": layer}
+        if _in_process(config):
+            moments["weights to the engine"]["engine's next layer"] = layer
     return moments
 
 
@@ -346,11 +341,6 @@ def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Byte
         tokens = _sequences(config, layout) * length * layout.tp
         each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
-    rollouts = config.rollouts
-    to_server = rollouts.load_rollouts is None and not _in_process(config)
-    if to_server and ENGINES[rollouts.engine].update_on_host:
-        width = memory.DTYPE_BYTES[config.trainer.dtype]
-        host["weights for the server, rank 0"] = width * memory.model_parameters(model)
     return host
 
 

@@ -26,7 +26,13 @@ from moe_upgrpo.megatron.layout import Dispatcher, Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rewards import read_rewards
-from moe_upgrpo.rollout.engines import EngineWeights, VLLMSettings, check_engine
+from moe_upgrpo.rollout.engines import (
+    EngineWeights,
+    VLLMSettings,
+    WhenLost,
+    check_engine,
+    urls_of,
+)
 from moe_upgrpo.train.policy_options import PolicyOptions, asked, resolved
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
@@ -285,7 +291,11 @@ class RolloutOptions:
     """Rollout engine, in every rank or a server: hf (transformers), vllm, sglang, or a plug-in's:
     docs/engines.md."""
     engine_url: str | None = None
-    """A running server of the engine, http://HOST:PORT. None: in every rank, or started here."""
+    """A running server of the engine, http://HOST:PORT, or several with commas between them, which
+    share the prompts. None: in every rank, or started here."""
+    engine_lost: WhenLost = "end"
+    """Where one of several servers falls away, or has other weights: end, or go on with the
+    others."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number type of the engine."""
@@ -307,6 +317,11 @@ class RolloutOptions:
     def __post_init__(self):
         at_least(self, 1, "engine_every", "max_new_tokens")
         check_engine(self.engine, weights=self.engine_weights, url=self.engine_url)
+        if self.engine_lost == "go-on" and len(urls_of(self.engine_url)) < 2:
+            raise UserError(
+                f"engine_lost=go-on with engine_url={self.engine_url}: several servers are needed, "
+                "so that there are others. Leave engine_lost out."
+            )
         if self.overlap and self.load_rollouts is not None:
             raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
         if not 0 < self.temperature < math.inf:

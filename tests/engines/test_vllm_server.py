@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face import shards
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
@@ -381,14 +382,14 @@ def test_weights_that_do_not_arrive_whole_on_disk_never_reach_the_server(
 ):
     before = sample(engine)
 
-    def save(state, file):
+    def save(state, file, metadata):
         if fault == "a tensor less":
             state.pop("model.layers.1.mlp.experts.3.up_proj.weight")
         save_file(state, file)
         if fault == "half a file":
             cut(file)
 
-    monkeypatch.setattr(vllm_server, "save_file", save)
+    monkeypatch.setattr(shards, "save_file", save)
     with pytest.raises(UserError, match="not whole" if fault == "a tensor less" else "incomplete"):
         engine.update_weights(weights_of(other_dir).items(), version=1)
     assert same(before, sample(engine))

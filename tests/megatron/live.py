@@ -17,7 +17,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:
+            if isinstance(tensor, torch.Tensor) and not (tensor.is_sparse or tensor.is_meta):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.known.add(storage._cdata)

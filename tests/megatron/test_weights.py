@@ -3,15 +3,17 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.hugging_face.export import side_files
+from moe_upgrpo.megatron import weights
 from moe_upgrpo.megatron.families import read_model_config
 from moe_upgrpo.megatron.groups import process_groups
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model
 from moe_upgrpo.megatron.weights import export_weights, load_weights, write_checkpoint
+from tests.megatron.live import Live
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -66,6 +68,49 @@ def test_round_trip_is_exact_to_the_bit(name, checkpoints, tmp_path):
             for found in (written, *(dict(exported[dtype]) for exported in per_rank)):
                 assert found[tensor_name].dtype == expected.dtype
                 assert torch.equal(found[tensor_name], expected), tensor_name
+
+
+def test_an_export_goes_layer_by_layer_and_holds_a_fifth_of_the_weights(tmp_path, monkeypatch):
+    """Sixteen layers; a file of a checkpoint when a sixteenth of it has come together."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(source)
+    layout = Layout()
+    with process_groups(layout):
+        hf = read_model_config(source)
+        chunks = build_model(hf, layout, torch.float32)
+        load_weights(chunks, hf, source)
+        known = {p.untyped_storage()._cdata for chunk in chunks for p in chunk.parameters()}
+        size = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
+        names = []
+        with Live(set(known)) as exporting:
+            for name, tensor in export_weights(chunks, hf):
+                names.append(name)
+                del tensor
+        monkeypatch.setattr(weights, "PART_BYTES", size // 16)
+        with Live(set(known)) as writing:
+            write_checkpoint(chunks, hf, {}, tmp_path / "written")
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers) and set(layers) == set(range(16))
+    # Stacked experts, and gate and up of one of them, are views of a sixteenth.
+    assert exporting.peak / size < 0.15 and writing.peak / size < 0.2
+    assert len(list((tmp_path / "written").glob("model-*-of-*.safetensors"))) > 12
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "written").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(source).state_dict().items():
+        assert torch.equal(state[name], tensor)
 
 
 @pytest.mark.bits

@@ -1,5 +1,6 @@
 """A real HTTP server of the standard library on this machine's loopback."""
 
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,12 @@ def serving(answer):
         def log_message(self, *args):
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            if not isinstance(sys.exception(), ConnectionError):  # the client may go away
+                super().handle_error(request, client_address)
+
+    http = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(
         target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
     )

@@ -26,6 +26,7 @@ from transformers import (
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import SamplingConfig
 from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded, is_rounded
+from tests.megatron.live import Live
 
 EOS = 1
 VOCABULARY = 16
@@ -345,21 +346,43 @@ def integers(weights):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (missing, r"layers.1.mlp.experts.3.up_proj.weight is missing.*version 0 stays"),
+        (missing, r"layers.1.mlp.experts.3.up_proj.weight is missing.*nothing is sampled till"),
         (unexpected, r"layers.1.mlp.experts.8.up_proj.weight is unexpected"),
         (misshapen, r"experts.3.up_proj.weight has shape \(32, 33\), not \(32, 32\)"),
         (integers, r"model.norm.weight is torch.int64"),
         (dict.clear, r"is missing.*more faults"),
     ],
 )
-def test_refused_weights_leave_the_engine_as_it_was(engine, other_dir, break_it, message):
+def test_nothing_is_sampled_from_refused_weights_until_others_are_whole(
+    engine, model_dir, other_dir, break_it, message
+):
+    """All tensors are gone through: making them may be a collective."""
     before = sample(engine)
     weights = weights_of(other_dir)
     break_it(weights)
+    left = iter(weights.items())
     with pytest.raises(UserError, match=message):
-        engine.update_weights(weights.items(), version=1)
-    assert engine.weight_version == 0
+        engine.update_weights(left, version=1)
+    assert not list(left) and engine.weight_version == 0
+    for ask in (sample, lambda engine: engine.routes(prompts(3)), lambda e: e.score(prompts(3))):
+        with pytest.raises(UserError, match="update to weight version 1 failed half-way"):
+            ask(engine)
+    engine.update_weights(weights_of(model_dir).items(), version=2)
     assert same(before, sample(engine))
+
+
+def test_an_update_holds_three_layers_beside_the_model(tmp_path):
+    """Its copy, experts stacked by projection, and the new layer; of sixteen."""
+    config = Qwen3MoeConfig(**MOE | {"num_hidden_layers": 16, "num_experts": 16})
+    engine = HFEngine(saved(tmp_path, config, 0), "float32", "cpu")
+    whole = sum(weight.nbytes for weight in engine.model.state_dict().values())
+    weights = weights_of(tmp_path)
+    with Live({weight.untyped_storage()._cdata for weight in weights.values()}) as live:
+        engine.update_weights(weights.items(), version=1)  # the model is counted from now on
+        live.peak = before = live.now
+        engine.update_weights(weights.items(), version=2)
+    assert 0.9 < before / whole < 1.05
+    assert 1 / 16 < (live.peak - before) / whole < 0.2
 
 
 def test_non_finite_weights_are_named_when_sampling(engine, model_dir):

@@ -299,6 +299,11 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"loss": "ppo"}, "loss: 'ppo' given; allowed: grpo, dapo, .*up-grpo"),
         ({"engine": "hff"}, "engine='hff': allowed are hf, vllm, sglang"),
         ({"engine_url": "http://h:1"}, "engine_url=http://h:1 with engine=hf: only vllm and sgl"),
+        ({"engine": "vllm", "engine_url": "http://h:1,http://h:1"}, "different URLs are needed"),
+        (
+            {"engine": "vllm", "engine_url": "http://h:1", "engine_lost": "go-on"},
+            "engine_lost=go-on with engine_url=http://h:1: several servers are needed",
+        ),
         ({"engine": "vllm", "engine_weights": "fp8"}, "engine=vllm: allowed with engine=hf"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"reward_wrong": 1.0}, "reward_wrong=1.0"),
