@@ -33,6 +33,7 @@ from moe_upgrpo.rollout.base import (
 )
 from moe_upgrpo.rollout.checkpoint import check_weights, faults_of
 from moe_upgrpo.rollout.engines import HF_SEQUENCES
+from moe_upgrpo.rollout.hf_places import places, tensors_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,10 +82,14 @@ class HFEngine:
         self._eos_ids = torch.tensor(eos_ids(model_dir, self.config), device=self.device)
         with Weights(model_dir, tied=is_tied(self.config)) as weights:
             self._checkpoint_shapes = weights.shapes()
-            self._layer_sizes = Counter(map(layer_of, self._checkpoint_shapes))
-            model, unlike = self._built(dict(weights.tensors()))
-        if unlike:
-            raise UserError(f"{model_dir} does not fit its config.json: {unlike}.")
+            state = dict(weights.tensors())
+            model, unlike = self._built(state)
+            if unlike:
+                raise UserError(f"{model_dir} does not fit its config.json: {unlike}.")
+            self._places = places(model, state)
+            del state
+        converted = self._checkpoint_shapes.keys() - self._places
+        self._layer_sizes = Counter(map(layer_of, converted))
         self._use(model)
 
     def _built(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, str]:
@@ -349,17 +354,22 @@ class HFEngine:
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
-        """See `Engine.update_weights`: layer by layer, each in the place of the old one.
+        """See `Engine.update_weights`: each tensor in the place of the old one.
 
-        So at most three layers are held beside the model. After an update that was refused or broke
+        Those whose place is not known go through transformers' conversion, layer by layer, so that
+        at most three layers are held beside the model. After an update that was refused or broke
         off nothing is sampled until another one is whole.
         """
         self._half_updated_to = version
+        own = tensors_at(self.model, self._places)
         given: dict[str, torch.Tensor] = {}
         held: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
             given[name] = tensor.detach().to("meta")
             if faults_of({name: given[name]}, self._checkpoint_shapes):
+                continue
+            if name in own:
+                own[name].copy_(tensor.detach())
                 continue
             # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
             # them would change the engine's weights behind its back.

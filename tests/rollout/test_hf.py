@@ -287,8 +287,13 @@ def test_greedy_takes_the_best_token_whatever_else_is_in_the_batch(model_dir, dt
 
 
 @pytest.mark.bits
+@pytest.mark.parametrize("known", [True, False], ids=["places", "conversion"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(model_dir, other_dir, dtype):
+def test_updated_weights_are_bit_for_bit_those_of_a_fresh_engine(
+    model_dir, other_dir, dtype, known, monkeypatch
+):
+    if not known:
+        monkeypatch.setattr("moe_upgrpo.rollout.hf.places", lambda model, state: {})
     engine = HFEngine(model_dir, dtype, "cpu")
     before = sample(engine)
     engine.update_weights(weights_of(other_dir).items(), version=7)
@@ -371,10 +376,36 @@ def test_nothing_is_sampled_from_refused_weights_until_others_are_whole(
     assert same(before, sample(engine))
 
 
-def test_an_update_holds_three_layers_beside_the_model(tmp_path):
-    """Its copy, experts stacked by projection, and the new layer; of sixteen."""
-    config = Qwen3MoeConfig(**MOE | {"num_hidden_layers": 16, "num_experts": 16})
-    engine = HFEngine(saved(tmp_path, config, 0), "float32", "cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_place_of_every_tensor_is_known(tmp_path, family):
+    engine = HFEngine(saved(tmp_path, FAMILIES[family], 0), "bfloat16", "cpu")
+    assert engine._places.keys() == engine._checkpoint_shapes.keys()
+
+
+SIXTEEN = MOE | {"num_hidden_layers": 16, "num_experts": 16}
+
+
+def test_an_update_copies_each_tensor_to_its_place(tmp_path):
+    engine = HFEngine(saved(tmp_path, Qwen3MoeConfig(**SIXTEEN), 0), "float32", "cpu")
+    weights = {name: torch.randn_like(tensor) for name, tensor in weights_of(tmp_path).items()}
+    with Live({weight.untyped_storage()._cdata for weight in weights.values()}) as live:
+        engine.update_weights(weights.items(), version=1)  # the model is counted from now on
+        before = live.peak
+        engine.update_weights(weights.items(), version=2)
+    assert live.peak == live.now == before  # nothing was made
+    experts = engine.model.model.layers[5].mlp.experts
+    for name, held in (
+        ("gate_proj", experts.gate_up_proj[7, :32]),
+        ("up_proj", experts.gate_up_proj[7, 32:]),
+        ("down_proj", experts.down_proj[7]),
+    ):
+        assert torch.equal(held, weights[f"model.layers.5.mlp.experts.7.{name}.weight"])
+
+
+def test_a_tensor_without_a_known_place_goes_through_transformers(tmp_path, monkeypatch):
+    """Held are three layers: its copy, experts stacked by projection, and the new layer."""
+    monkeypatch.setattr("moe_upgrpo.rollout.hf.places", lambda model, state: {})
+    engine = HFEngine(saved(tmp_path, Qwen3MoeConfig(**SIXTEEN), 0), "float32", "cpu")
     whole = sum(weight.nbytes for weight in engine.model.state_dict().values())
     weights = weights_of(tmp_path)
     with Live({weight.untyped_storage()._cdata for weight in weights.values()}) as live:
