@@ -15,13 +15,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from moe_upgrpo.losses import nthr_factors, optimal_token_baseline
+from moe_upgrpo.losses import PolicyLossConfig, nthr_factors, optimal_token_baseline
 from moe_upgrpo.megatron import groups, logprobs
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.train.advantages import advantages_of, with_nthr
-from tests.megatron.compare import in_order
-from tests.megatron.measured import TEMPERATURE, make_samples
+from tests.megatron.compare import assert_close, cosine, flat, in_order
+from tests.megatron.measured import SGD, TEMPERATURE, gradients_by_name, make_samples
 from tests.megatron.test_token_budgets import BUDGET
 from tests.ranks import run_ranks
 
@@ -94,6 +94,30 @@ def measure(layout: Layout, checkpoint, options: dict, dtype: str = "float32") -
             "otb": otb,
             "nthr": [sample.advantage for sample in masked],
         }
+
+
+def stepped(layout: Layout, checkpoint) -> dict:
+    """On a rank: gradient and weights of a step with each kind of advantages."""
+    with groups.process_groups(layout):
+        actor = MegatronActor(
+            checkpoint, layout, temperature=TEMPERATURE, micro_batch_size=3, optimizer=SGD
+        )
+        start, found = actor.weights_now(), {}
+        mine = samples()
+        scored = actor.score(mine, record=("sum_pi_squared", "hidden"))
+        rewards = np.array([float(s.advantage > 0) for s in mine], np.float32)
+        rollouts = [SimpleNamespace(sampled_or_all=counted(sample)) for sample in mine]
+        otb = advantages_of(rewards, rollouts, group=GROUP, kind="otb", old=scored)
+        for name, batch in {
+            "plain": mine,
+            "otb": [replace(s, advantage=a) for s, a in zip(mine, otb, strict=True)],
+            "nthr": with_nthr(mine, scored, actor, group=GROUP, beta=BETA, eta=None),
+        }.items():
+            actor._put(start)
+            actor.update(batch, PolicyLossConfig.preset("up-grpo"))
+            gradient = gradients_by_name(actor)
+            found[name] = gradient, {n: w.clone() for n, w in actor.export_weights()}
+        return found
 
 
 def dense(checkpoint) -> dict:
@@ -177,3 +201,13 @@ def test_in_bfloat16_hidden_states_take_two_bytes_each(checkpoints):
     for hidden, sample in zip(found["hidden"], samples(), strict=True):
         assert hidden.dtype == torch.bfloat16 and len(hidden) == counted(sample).sum()
         assert hidden.untyped_storage().nbytes() == 2 * hidden.numel()
+
+
+def test_a_step_on_two_ranks_is_that_of_one_process(checkpoints):
+    (one,) = run_ranks(1, stepped, Layout(), checkpoints["tiny"])
+    for rank in run_ranks(2, stepped, Layout(tp=2, ep=2), checkpoints["tiny"]):
+        for name, expected in one.items():
+            for mine, theirs in zip(rank[name], expected, strict=True):
+                assert_close(mine, theirs)
+    plain = flat(one["plain"][0])
+    assert all(cosine(flat(one[name][0]), plain) < 0.99 for name in ("otb", "nthr"))
