@@ -187,9 +187,8 @@ def nthr_factors(
         (h_TH[mask_T].to(dtype), g_TV[mask_T].to(dtype))
         for h_TH, g_TV, mask_T in zip(hidden, residuals, mask_GT, strict=True)
     ]
-    pull_VH = sum(
-        nthr_pull(h_NH, g_NV) for (h_NH, g_NV), right in zip(rows, right_G, strict=True) if right
-    )
+    right = [row for row, is_right in zip(rows, right_G.tolist(), strict=True) if is_right]
+    pull_VH = nthr_pull(*(torch.cat(parts) for parts in zip(*right, strict=True)))
     scores_GT = factors_GT.new_zeros(mask.shape)
     for score_T, mask_T, (h_NH, g_NV) in zip(scores_GT, mask_GT, rows, strict=True):
         score_T[mask_T] = nthr_scores(h_NH, g_NV, pull_VH)
@@ -197,7 +196,7 @@ def nthr_factors(
 
 
 def nthr_pull(hidden_NH: Tensor, residuals_NV: Tensor) -> Tensor:
-    """One right response's summand of M, `[V, H]`: Σ g·hᵀ over its N tokens."""
+    """M, `[V, H]`: Σ g·hᵀ over N tokens of right responses."""
     return residuals_NV.t() @ hidden_NH
 
 
