@@ -126,6 +126,7 @@ def advantages_table() -> str:
                 ("several rewards", one.several),
                 ("lengths", one.lengths),
                 ("sums over the ranks", one.sums is not None),
+                ("π and Σπ² of each token", one.of_tokens is not None),
             )
             if needed
         ]

@@ -38,7 +38,7 @@ def log_probs(job) -> Outcome:
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
         return log_probs_and_entropy(
             hidden_NH, weight_VH, targets_N, mask_N, temperature=TEMPERATURE, group=dist.group.WORLD
-        )
+        )[:2]
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
         log_probs_NV = ((hidden_NH @ weight_VH.t()).float() / TEMPERATURE).log_softmax(-1)

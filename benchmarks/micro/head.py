@@ -46,7 +46,7 @@ def measure(form: str, purpose: str, tokens: int, vocabulary: int, ranks: int) -
             weight_vH.main_grad = torch.zeros_like(weight_vH)
         forget_the_most()
         before, begin = resident("VmRSS"), time.perf_counter()
-        log_probs_N, _ = function(
+        log_probs_N, *_ = function(
             hidden_NH, weight_vH, targets_N, torch.ones(tokens, dtype=torch.bool),
             temperature=0.9, group=dist.group.WORLD, entropy=purpose == "score",
         )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.names import check_name
+from moe_upgrpo.losses.per_token import optimal_token_baseline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,8 @@ class Advantage:
     several: rewards come as `[K, N]`, K kinds of them.
     whole_batch: a group with equal rewards may have an advantage other than 0.
     allowed: the lowest and the highest reward that it is defined for.
+    of_tokens: for one advantage of each token, in place of `of_group`: takes what
+        `optimal_token_baseline` does, of the old policy.
     """
 
     of_group: Callable[..., Tensor]
@@ -81,6 +84,7 @@ class Advantage:
     several: bool = False
     whole_batch: bool = False
     allowed: tuple[float, float] = (-math.inf, math.inf)
+    of_tokens: Callable[[Tensor, int, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def _token_moments(x_PG: Tensor, rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
@@ -194,6 +198,12 @@ ADVANTAGES: dict[str, Advantage] = {
         whole_batch=True,
         **_WHITENED,
     ),
+    "otb": Advantage(
+        _centred,
+        "R − Σ R·W_t/Σ W_t over the responses that reach t, W_t = Σ_{j≤t} (1 − 2π_j + Σπ²)",
+        "verl optimal_token_baseline",
+        of_tokens=optimal_token_baseline,
+    ),
 }
 
 
@@ -295,6 +305,12 @@ def _estimated(
     """The estimator, `of_group`'s advantages, rewards and lengths, each `[P, G]`."""
     check_name("kind", kind, ADVANTAGES)
     estimator = ADVANTAGES[kind]
+    if estimator.of_tokens is not None:
+        raise UserError(
+            f"kind: {kind!r} given, which has an advantage for each token and needs π_old and Σπ² "
+            "of each; allowed: ADVANTAGES[kind].of_tokens (optimal_token_baseline), or one of "
+            f"{', '.join(name for name, one in ADVANTAGES.items() if one.of_tokens is None)}"
+        )
     if estimator.several != (rewards.dim() == 2):
         wanted = "[K, N], a row for each kind of reward" if estimator.several else "[N]"
         several = [name for name, one in ADVANTAGES.items() if one.several]

@@ -7,6 +7,7 @@ Shapes: N responses, the `group_size` of a prompt adjacent, T positions, V ids, 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_upgrpo.errors import UserError
@@ -32,8 +33,8 @@ def optimal_token_baseline(
     `optimal_token_baseline`).
 
     W_t = Σ_{j≤t} (1 − 2π_j + Σπ²)·ρ², b_t = Σ R·W_t/(Σ W_t + 1e-8) over the group's responses that
-    reach t. Where only the longest response is left, its baseline is 0. The reward comes at the
-    end.
+    reach t. Where only the longest response is left, its baseline is 0; where several with one
+    reward are, they get exactly 0 (verl: R times the rounding). The reward comes at the end.
 
     Args:
         rewards: `[N]`.
@@ -48,7 +49,8 @@ def optimal_token_baseline(
     _check_tokens(named, tuple(old_log_probs.shape), group_size, rewards)
     mask_NT, _ = mask_and_lengths(mask)
     dtype = torch.promote_types(old_log_probs.dtype, torch.float32)
-    step_NT = 1 - 2 * old_log_probs.to(dtype).exp() + sum_pi_squared.to(dtype)
+    # (1 − π)² and the others' π², of which rounding may make a little less than nothing.
+    step_NT = (1 - 2 * old_log_probs.to(dtype).exp() + sum_pi_squared.to(dtype)).clamp(min=0)
     if rollout_weights is not None:
         step_NT = step_NT * rollout_weights.to(dtype).square()
     step_NT = torch.where(mask_NT, step_NT, 0.0)
@@ -59,6 +61,10 @@ def optimal_token_baseline(
     total_P1T = (rewards_N1 * energy_NT).view(grouped).sum(1, keepdim=True)
     baseline_P1T = total_P1T / (energy_PGT.sum(1, keepdim=True) + 1e-8)
     alone_P1T = mask_NT.view(grouped).sum(1, keepdim=True) == 1
+    live_PGT, rewards_PG1 = mask_NT.view(grouped), rewards_N1.view(-1, group_size, 1)
+    most_P1T = torch.where(live_PGT, rewards_PG1, -math.inf).amax(1, keepdim=True)
+    least_P1T = torch.where(live_PGT, rewards_PG1, math.inf).amin(1, keepdim=True)
+    baseline_P1T = torch.where(most_P1T == least_P1T, most_P1T, baseline_P1T)
     baseline_P1T = torch.where(alone_P1T, 0.0, baseline_P1T)
     baseline_NT = baseline_P1T.expand(-1, group_size, -1).reshape(mask_NT.shape)
     return torch.where(mask_NT, rewards_N1 - baseline_NT, 0.0)
@@ -177,15 +183,40 @@ def nthr_factors(
     right_G = positive.bool() & (lengths_G1[:, 0] > 0)
     if not right_G.any() or positive.all():
         return factors_GT
-    h_GTH = torch.where(mask_GT[..., None], hidden.to(dtype), 0.0)
-    g_GTV = torch.where(mask_GT[..., None], residuals.to(dtype), 0.0)
-    pull_VH = torch.einsum("gtv,gth->vh", g_GTV[right_G], h_GTH[right_G])
-    score_GT = torch.einsum("gtv,vh,gth->gt", g_GTV, pull_VH, h_GTH)
-    limit = beta * (score_GT.sum(-1) / lengths_G1[:, 0].clamp(min=1))[right_G].min()
-    share = positive.to(dtype).mean()
+    rows = [
+        (h_TH[mask_T].to(dtype), g_TV[mask_T].to(dtype))
+        for h_TH, g_TV, mask_T in zip(hidden, residuals, mask_GT, strict=True)
+    ]
+    right = [row for row, is_right in zip(rows, right_G.tolist(), strict=True) if is_right]
+    pull_VH = nthr_pull(*(torch.cat(parts) for parts in zip(*right, strict=True)))
+    scores_GT = factors_GT.new_zeros(mask.shape)
+    for score_T, mask_T, (h_NH, g_NV) in zip(scores_GT, mask_GT, rows, strict=True):
+        score_T[mask_T] = nthr_scores(h_NH, g_NV, pull_VH)
+    return nthr_rule(scores_GT, positive, mask_GT, beta=beta, eta=eta)
+
+
+def nthr_pull(hidden_NH: Tensor, residuals_NV: Tensor) -> Tensor:
+    """M, `[V, H]`: Σ g·hᵀ over N tokens of right responses."""
+    return residuals_NV.t() @ hidden_NH
+
+
+def nthr_scores(hidden_NH: Tensor, residuals_NV: Tensor, pull_VH: Tensor) -> Tensor:
+    """s = gᵀ·M·h of N tokens, `[N]`."""
+    return ((residuals_NV @ pull_VH) * hidden_NH).sum(-1)
+
+
+def nthr_rule(
+    scores: Tensor, positive: Tensor, mask: Tensor, *, beta: float, eta: float | None
+) -> Tensor:
+    """The factors `[G, T]` of a group that has both signs, of its tokens' s."""
+    mask_GT, lengths_G1 = mask_and_lengths(mask)
+    right_G = positive.bool() & (lengths_G1[:, 0] > 0)
+    scores_GT = torch.where(mask_GT, scores, 0.0)
+    limit = beta * (scores_GT.sum(-1) / lengths_G1[:, 0].clamp(min=1))[right_G].min()
+    share = positive.to(scores.dtype).mean()
     factor = 2 * (0.5 - share).abs() if eta is None else torch.full_like(share, eta)
-    hit_GT = (score_GT > limit) & ~positive.bool()[:, None] & mask_GT
-    return torch.where(hit_GT, factor, factors_GT)
+    hit_GT = (scores_GT > limit) & ~positive.bool()[:, None] & mask_GT
+    return torch.where(hit_GT, factor, 1.0)
 
 
 def token_draws(seed: int, sequences: Tensor, width: int) -> Tensor:

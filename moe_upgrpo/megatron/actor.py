@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
@@ -28,7 +28,7 @@ from moe_upgrpo.megatron.balance import Cost, Limit
 from moe_upgrpo.megatron.batch import Batch, Sample
 from moe_upgrpo.megatron.experts import gather_before
 from moe_upgrpo.megatron.families import moe_layers, num_experts, read_model_config, top_k
-from moe_upgrpo.megatron.head import Wanted
+from moe_upgrpo.megatron.head import HEAD_RECORDS, Wanted
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.model import build_model, uses_transformer_engine
 from moe_upgrpo.megatron.objective import NO_TERMS, Objective, statistics_of
@@ -97,6 +97,7 @@ class MegatronActor:
             raise UserError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
         self.model_dir = Path(model_dir)
         self.layout = layout
+        self._dtype = getattr(torch, dtype)
         self.temperature = temperature
         self.limit = Limit(sequences=micro_batch_size, tokens=micro_batch_tokens, packed=packing)
         self.recompute = recompute
@@ -116,7 +117,7 @@ class MegatronActor:
         self._side_files = side_files(self.model_dir) if optimizer and groups.rank() == 0 else {}
         with passthrough.told(self._given):
             self.chunks = build_model(
-                self.hf, layout, getattr(torch, dtype), recompute, self._passed.transformer
+                self.hf, layout, self._dtype, recompute, self._passed.transformer
             )
         if tells_shapes(self.limit, layout):
             for chunk in self.chunks:
@@ -223,15 +224,14 @@ class MegatronActor:
         *,
         train: bool,
         record: Collection[str],
-        entropy: bool = True,
-        entropy_gradient: bool = False,
+        **of_head: bool,
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Run Megatron's schedule over the micro-batches; `on_output(batch, output)` ends each.
 
-        output: [B, S, 2], log-probs and entropy of the response's rows, or [B, S, 1] without
-        `entropy`. Returns, on every rank of the copy: the results of `on_output`, the records of
-        each input's rows by name ([B, S, L, ...] or [1, N, L, ...]), and the number of recomputed
-        routers that chose other experts.
+        output: [B, S, x] of the response's rows: log-probs and, each where `of_head`, fields of
+        `Wanted`, asks for it, entropy, Σπ² and hidden states. Returns, on every rank of the copy:
+        the results of `on_output`, the records of each input's rows by name ([B, S, L, ...] or
+        [1, N, L, ...]), and the number of recomputed routers that chose other experts.
         """
         if unknown := set(record) - set(RECORDS):
             raise UserError(f"record={sorted(unknown)}: use any of {', '.join(RECORDS)}.")
@@ -248,8 +248,7 @@ class MegatronActor:
                 targets_BS=inputs.targets_BS,
                 mask_BS=inputs.mask_BS,
                 temperature=self.temperature,
-                entropy=entropy,
-                entropy_gradient=entropy_gradient,
+                **of_head,
             )
             with visit:
                 output = chunk(
@@ -289,8 +288,7 @@ class MegatronActor:
         runs: Sequence[slice],
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
-        # The shard of the rows: context-parallel ranks have parts of them, and shard those.
-        shard = context.rank() * self.layout.tp + parallel_state.get_tensor_model_parallel_rank()
+        shard = self._shard
         problems = [tap.wrong_uses(of_chunk, recomputations) for of_chunk in visits]
         part = {
             "outputs": outputs if shard == 0 else [],  # of the last stage; elsewhere none
@@ -310,6 +308,11 @@ class MegatronActor:
             traces = [{name: context.in_order(a) for name, a in t.items()} for t in traces]
         return outputs, traces, sum(part["flips"] for part in parts)
 
+    @property
+    def _shard(self) -> int:
+        """The shard of the rows: context-parallel ranks have parts of them, and shard those."""
+        return context.rank() * self.layout.tp + parallel_state.get_tensor_model_parallel_rank()
+
     @torch.no_grad()
     def score(
         self,
@@ -321,21 +324,49 @@ class MegatronActor:
         """Log-probs and entropy of each sample, and the records of its routing that `record` names.
 
         Samples that carry routes are scored with those replayed. record: any of "routes",
-        "margins" and "gates".
+        "margins", "gates", "sum_pi_squared" and "hidden". The last one costs, while a micro-batch
+        is scored, its last hidden states in fp32 once more on the device, and then those of the
+        tokens that count on the CPU of one rank of each copy of the model.
         """
         self.make_whole()
         for chunk in self.chunks:
             chunk.eval()
 
-        def on_output(batch: Batch, output_BS2: torch.Tensor, non_loss_data: bool):
-            return tuple(part_BS.numpy() for part_BS in output_BS2.cpu().unbind(-1))
+        of_head = {name: name in record for name in HEAD_RECORDS}
+        record = [name for name in record if name not in HEAD_RECORDS]
+        columns, hidden = 2 + of_head["sum_pi_squared"], []
+
+        def on_output(batch: Batch, output_BSx: torch.Tensor, non_loss_data: bool):
+            if of_head["hidden"]:
+                if self._shard == 0:
+                    mask_BS = batch.mask_BS
+                    mine_NH = output_BSx[..., columns:][mask_BS].to("cpu", self._dtype)
+                    hidden.append(mine_NH.split(mask_BS.sum(1).tolist()))
+                output_BSx = output_BSx[..., :columns].clone()
+            return tuple(part_BS.numpy() for part_BS in output_BSx.cpu().unbind(-1))
 
         limit = self.limit
         if micro_batch_size:
             limit = replace(limit, sequences=micro_batch_size, tokens=None)
         work = self._work(samples, limit)
-        outputs, traces, _ = self._run(work, on_output, train=False, record=record)
-        return work.back(scored_of(work, outputs, traces, record, moe=bool(self.layer_ids)))
+        outputs, traces, _ = self._run(
+            work,
+            on_output,
+            train=False,
+            record=record,
+            entropy=True,
+            squares=of_head["sum_pi_squared"],
+            hidden=of_head["hidden"],
+        )
+        moe = bool(self.layer_ids)
+        return work.back(scored_of(work, outputs, traces, record, moe=moe, hidden=hidden))
+
+    def head_rows(self, ids_V: torch.Tensor) -> torch.Tensor | None:
+        """The rows `[V, H]` of the output layer's weight that make these tokens' logits, in fp32.
+
+        A collective. None on ranks that are not of the last stage.
+        """
+        return unwrap_model(self.chunks[-1]).head_rows(ids_V)
 
     def update(
         self,

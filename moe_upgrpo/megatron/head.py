@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of the model: log-probs and entropy of tokens instead of logits.
 
-B sequences, S tokens, s = S / tp of this rank under sequence parallelism, H hidden size.
+B sequences, S tokens, s = S / tp of this rank under sequence parallelism, H hidden size, V token
+ids, v = vocabulary / tp of this rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -29,13 +31,20 @@ class Wanted:
     temperature: float
     entropy: bool
     entropy_gradient: bool = False
+    squares: bool = False  # Σ p² of each row
+    hidden: bool = False  # what the output layer takes, after the last norm
+
+
+# What `MegatronActor.score` records of the head where it is named: a field of `Scored` each.
+HEAD_RECORDS = ("sum_pi_squared", "hidden")
 
 
 class ScoringModel(GPTModel):
-    """GPTModel whose output is [B, S, 1 or 2] in fp32: the quantities that the call `wanted`.
+    """GPTModel whose output is [B, S, x] in fp32: the quantities that the call `wanted`.
 
-    Log-probs, with gradient, and entropy, with a gradient where it is asked for. A stage that is
-    not the last one returns its hidden states, as GPTModel does.
+    Log-probs, with gradient; entropy, with a gradient where it is asked for; Σ p²; the H values of
+    the last hidden state. A stage that is not the last one returns its hidden states, as GPTModel
+    does.
     """
 
     def __init__(self, *args, **kwargs):
@@ -59,6 +68,23 @@ class ScoringModel(GPTModel):
         finally:
             self.output_layer.wanted = None
 
+    @torch.no_grad()
+    def head_rows(self, ids_V: torch.Tensor) -> torch.Tensor | None:
+        """These ids' rows `[V, H]` of the output layer's weight, in fp32; None on a stage that is
+        not the last one. A collective of the tensor-parallel ranks."""
+        if not self.post_process:
+            return None
+        weight_vH = self.output_layer.weight
+        if weight_vH is None:  # that of the embedding, on this stage
+            weight_vH = self.shared_embedding_or_output_weight()
+        group, v = self.output_layer.tp_group, len(weight_vH)
+        local_V = ids_V.to(weight_vH.device) - group.rank() * v
+        mine_V1 = ((local_V >= 0) & (local_V < v))[:, None]
+        rows_VH = weight_vH[local_V.clamp(0, v - 1)].float().where(mine_V1, 0)
+        if group.size() > 1:
+            dist.all_reduce(rows_VH, group=group)  # one summand of each is not 0
+        return rows_VH
+
 
 class _Head(ColumnParallelLinear):
     """Megatron's output layer, with its parameter and in its place, but without making logits."""
@@ -66,7 +92,7 @@ class _Head(ColumnParallelLinear):
     wanted: Wanted | None = None
 
     def forward(self, input_, weight=None, runtime_gather_output=None):
-        """[S, B, 1 or 2], which GPTModel takes for logits, and no bias."""
+        """[S, B, x], which GPTModel takes for logits, and no bias."""
         wanted = self.wanted
         if self.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(input_, group=self.tp_group)
@@ -81,6 +107,10 @@ class _Head(ColumnParallelLinear):
             group=self.tp_group,
             entropy=wanted.entropy,
             entropy_gradient=wanted.entropy_gradient,
+            squares=wanted.squares,
         )
         parts_SB = [part.view(hidden_SBH.shape[:2]) for part in found if part is not None]
-        return torch.stack(parts_SB, dim=-1), None
+        output_SBx = torch.stack(parts_SB, dim=-1)
+        if wanted.hidden:
+            output_SBx = torch.cat([output_SBx, hidden_SBH.detach().float()], dim=-1)
+        return output_SBx, None

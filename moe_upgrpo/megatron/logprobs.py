@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probs and entropy from hidden states and the head's weight, a few rows of logits at a time.
+"""Log-probs, entropy and Σp² from hidden states and the head's weight, a few rows at a time.
 
 No tensor of the size of a micro-batch's logits is ever made; the backward computes each row's
 logits again. Imports no Megatron.
@@ -36,17 +36,19 @@ def log_probs_and_entropy(
     group: dist.ProcessGroup,
     entropy: bool = True,
     entropy_gradient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p(target) and −Σ p log p in nats, p = softmax(logits / temperature): both [N] in fp32.
+    squares: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """log p(target), −Σ p log p in nats and Σ p², p = softmax(logits / temperature): [N] in fp32.
 
     Rows outside `mask_N` are not computed: 0. The log-probs have a gradient, the entropy only with
-    `entropy_gradient` (without `entropy` it is None). group: the ranks over which the vocabulary
-    is split; each passes the same hidden states and gets its part of their gradient, to be summed.
+    `entropy_gradient`, Σ p² none; without `entropy` or `squares` that one is None. group: the ranks
+    over which the vocabulary is split; each passes the same hidden states and gets its part of
+    their gradient, to be summed.
     Where the weight has a `main_grad` (Megatron-Core's buffer of summed gradients), its gradient is
     added to that.
     """
     index_M = mask_N.nonzero()[:, 0]
-    log_probs_N, entropy_N = _FromHidden.apply(
+    log_probs_N, entropy_N, squares_N = _FromHidden.apply(
         hidden_NH,
         weight_vH,
         targets_N[index_M],
@@ -55,8 +57,9 @@ def log_probs_and_entropy(
         group,
         entropy,
         entropy_gradient,
+        squares,
     )
-    return log_probs_N, entropy_N if entropy else None
+    return log_probs_N, entropy_N if entropy else None, squares_N
 
 
 class _Rows:
@@ -97,10 +100,10 @@ class _Rows:
 
 
 class _FromHidden(torch.autograd.Function):
-    """With m the largest logit, z = Σ exp(l − m), w = Σ (l − m) exp(l − m):
+    """With m the largest logit, z = Σ exp(l − m), w = Σ (l − m) exp(l − m), q = Σ exp(2(l − m)):
 
-    log p(y) = l_y − m − log z, entropy = log z − w / z, ∂ log p(y) / ∂ l_i = [i = y] − p_i,
-    ∂ entropy / ∂ l_i = −p_i (log p_i + entropy).
+    log p(y) = l_y − m − log z, entropy = log z − w / z, Σ p² = q / z²,
+    ∂ log p(y) / ∂ l_i = [i = y] − p_i, ∂ entropy / ∂ l_i = −p_i (log p_i + entropy).
     """
 
     @staticmethod
@@ -114,44 +117,54 @@ class _FromHidden(torch.autograd.Function):
         group,
         entropy,
         entropy_gradient,
+        squares,
     ):
         rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
         largest_M = hidden_NH.new_empty(len(index_M), dtype=torch.float32)
-        sums_3M = largest_M.new_zeros(3, len(index_M))  # z, w, l_y: of this rank's vocabulary
+        # z, w, l_y and, where asked for, q: of this rank's vocabulary
+        sums_xM = largest_M.new_zeros(3 + squares, len(index_M))
         exps_Cv = torch.empty_like(rows.logits_Cv) if entropy else rows.logits_Cv
         for part, _, logits_Cv in rows:
             target_C = logits_Cv.gather(1, rows.local_M1[part])[:, 0]
-            sums_3M[2, part] = target_C.where(rows.mine_M[part], 0)
+            sums_xM[2, part] = target_C.where(rows.mine_M[part], 0)
             torch.amax(logits_Cv, dim=1, out=largest_M[part])
             logits_Cv -= largest_M[part, None]
             exp_Cv = torch.exp(logits_Cv, out=exps_Cv[: len(logits_Cv)])
-            torch.sum(exp_Cv, dim=1, out=sums_3M[0, part])
+            torch.sum(exp_Cv, dim=1, out=sums_xM[0, part])
             if entropy:
-                torch.sum(logits_Cv.mul_(exp_Cv), dim=1, out=sums_3M[1, part])
+                torch.sum(logits_Cv.mul_(exp_Cv), dim=1, out=sums_xM[1, part])
+            if squares:
+                torch.sum(exp_Cv.square_(), dim=1, out=sums_xM[3, part])
         if group.size() > 1 and len(index_M):
             here_M = largest_M.clone()
             dist.all_reduce(largest_M, op=dist.ReduceOp.MAX, group=group)
             below_M = here_M - largest_M
-            sums_3M[1] += below_M * sums_3M[0]
-            sums_3M[:2] *= below_M.exp()
-            dist.all_reduce(sums_3M, group=group)
-        log_z_M = sums_3M[0].log()
+            sums_xM[1] += below_M * sums_xM[0]
+            sums_xM[:2] *= below_M.exp()
+            if squares:
+                sums_xM[3] *= (2 * below_M).exp()
+            dist.all_reduce(sums_xM, group=group)
+        log_z_M = sums_xM[0].log()
         log_sum_M = largest_M + log_z_M
         ctx.given = temperature, group, entropy_gradient
         ctx.main_grad = getattr(weight_vH, "main_grad", None)
         log_probs_N, entropy_N = (largest_M.new_zeros(len(hidden_NH)) for _ in range(2))
-        log_probs_N[index_M] = sums_3M[2] - largest_M - log_z_M
+        log_probs_N[index_M] = sums_xM[2] - largest_M - log_z_M
         if entropy:
-            entropy_N[index_M] = log_z_M - sums_3M[1] / sums_3M[0]
+            entropy_N[index_M] = log_z_M - sums_xM[1] / sums_xM[0]
         entropy_M = entropy_N[index_M] if entropy_gradient else None
         ctx.save_for_backward(hidden_NH, weight_vH, targets_M, index_M, log_sum_M, entropy_M)
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropy_N)
-        return log_probs_N, entropy_N
+        squares_N = None
+        if squares:
+            squares_N = torch.zeros_like(entropy_N)
+            squares_N[index_M] = sums_xM[3] / sums_xM[0].square()
+        without = [None if entropy_gradient else entropy_N, squares_N]
+        ctx.mark_non_differentiable(*(x_N for x_N in without if x_N is not None))
+        return log_probs_N, entropy_N, squares_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_N, of_entropy_N):
+    def backward(ctx, gradient_N, of_entropy_N, _of_squares_N):
         hidden_NH, weight_vH, targets_M, index_M, log_sum_M, entropy_M = ctx.saved_tensors
         temperature, group, entropy_gradient = ctx.given
         rows = _Rows(hidden_NH, weight_vH, targets_M, index_M, temperature, group)
@@ -191,4 +204,4 @@ class _FromHidden(torch.autograd.Function):
                 of_weight_vH = weight_vH.new_empty(weight_vH.shape, layout=torch.sparse_coo)
             else:
                 of_weight_vH = of_weight_vH.to(weight_vH.dtype)
-        return of_hidden_NH, of_weight_vH, None, None, None, None, None, None
+        return of_hidden_NH, of_weight_vH, *[None] * 7

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One sequence as the trainer sees it, taken from the results of its micro-batch.
 
-P prompt and T response tokens, L MoE layers, K experts each.
+P prompt and T response tokens, N of which count, L MoE layers, K experts each, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.work import Work
@@ -34,25 +35,35 @@ class Scored:
     margins: np.ndarray | None = None
     # [P+T-1, L, K] float32: the final routing weight of each expert in `routes`, in its order.
     gates: np.ndarray | None = None
+    sum_pi_squared: np.ndarray | None = None  # [T] float32: Σ π² over the vocabulary
+    # [N, H] in the model's number type: what the output layer takes at each token that counts. On
+    # one rank of each copy of the model alone, see `holds_hidden`; None on the others.
+    hidden: torch.Tensor | None = None
 
 
 def scored_of(
     work: Work,
-    outputs: Sequence[tuple[np.ndarray, np.ndarray]],
+    outputs: Sequence[tuple[np.ndarray, ...]],
     traces: Sequence[dict[str, np.ndarray]],
     record: Collection[str],
     *,
     moe: bool,
+    hidden: Sequence[Sequence[torch.Tensor]] = (),
 ) -> list[Scored]:
-    """Each sequence's part of the (log-probs, entropy) and of the records of micro-batches.
+    """Each sequence's part of the outputs and of the records of micro-batches.
 
-    moe: whether the model has experts; without them the traces are empty.
+    outputs: log-probs, entropy and, where asked for, Σπ². moe: whether the model has experts;
+    without them the traces are empty. hidden: [N, H] of each row of each micro-batch, where
+    this rank holds them.
     """
     scored = []
     for sample, (m, b), start in zip(work.samples, work.places, work.starts, strict=True):
-        log_probs, entropy = (array[b][sample.response_rows] for array in outputs[m])
+        arrays = (array[b][sample.response_rows] for array in outputs[m])
+        named = dict(zip(("log_probs", "entropy", "sum_pi_squared"), arrays, strict=False))
         routing = _routing(traces[m], start, sample, record, moe)
-        scored.append(Scored(log_probs=log_probs, entropy=entropy, **routing))
+        # A copy: a part of the micro-batch's would be kept, and sent, with the whole.
+        kept = hidden[m][b].clone() if hidden else None
+        scored.append(Scored(**named, **routing, hidden=kept))
     return scored
 
 

@@ -303,7 +303,8 @@ def _purpose(config: PlanConfig) -> str:
 
 def _old_from_update(config: PlanConfig) -> bool:
     """Whether the update's only forward pass is also the old policy's, as `Learner` has it."""
-    return config.objective.replay == "none" and config.batch.optimizer_steps == 1
+    once = config.objective.replay == "none" and config.batch.optimizer_steps == 1
+    return once and not config.objective.head_records
 
 
 def _passes(config: PlanConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,12 @@ class OldScores:
     def policy(self, replay: str) -> Sequence[Scored]:
         """The old policy of the loss: under R3 the trainer with the rollout's routes."""
         return self.held if replay == "R3" else self.native
+
+    def forget_hidden(self) -> None:
+        """Let go of the hidden states, the largest of what was recorded."""
+        for name in ("native", "held"):
+            scores = getattr(self, name)
+            setattr(self, name, scores and [replace(one, hidden=None) for one in scores])
 
 
 @dataclass(frozen=True, kw_only=True)

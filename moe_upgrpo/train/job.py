@@ -115,6 +115,9 @@ def make_job(
             analyse_every=config.log.analyse_every,
             gradient_at=config.terms.gradient_at,
             stop_ratio=config.stop_ratio,
+            head_records=config.objective.head_records,
+            nthr_beta=config.objective.nthr_beta,
+            nthr_eta=config.objective.nthr_eta,
         ),
         recorder=Recorder(
             run=run,

@@ -18,7 +18,7 @@ from moe_upgrpo.record import Sums
 from moe_upgrpo.record.weights import changed, fingerprint
 from moe_upgrpo.rollout.base import Engine, Rollout
 from moe_upgrpo.train import analysis
-from moe_upgrpo.train.advantages import with_token_weights
+from moe_upgrpo.train.advantages import with_nthr, with_token_weights
 from moe_upgrpo.train.analysis import NoiseFloor, OldScores
 from moe_upgrpo.train.place import DRAWS, SHUFFLING, Place, seed_of
 from moe_upgrpo.train.record import LastVisit, Updated
@@ -34,7 +34,8 @@ class Learner:
     reference: the reference of the KL divergence. behind: an actor with the weights that sampled
     the batch, where they are older. gradient_at: "old" takes the gradient of every optimizer step
     of a batch at the weights before the first. stop_ratio: no epoch follows one whose tokens' mean
-    |ratio − 1| is above it. group: responses to a prompt, adjacent samples.
+    |ratio − 1| is above it. group: responses to a prompt, adjacent samples. head_records: what the
+    advantages need of the old policy's head. nthr_beta, nthr_eta: of NTHR's mask; None: none.
     """
 
     actor: MegatronActor
@@ -52,6 +53,9 @@ class Learner:
     analyse_every: int = 0
     gradient_at: str = "current"
     stop_ratio: float | None = None
+    head_records: Sequence[str] = ()
+    nthr_beta: float | None = None
+    nthr_eta: float | None = None
 
     @property
     def old_from_update(self) -> bool:
@@ -71,14 +75,16 @@ class Learner:
         """The trainer's scores at the old weights: native, and under R3 with the rollout's routes
         too. None: the step's only optimizer step makes the same forward, see `update`."""
         weighs = "token_weights" in self.loss.arguments
-        needed = weighs or self.terms.needs_old or self.analyses(step)
+        needed = weighs or self.terms.needs_old or self.analyses(step) or self.head_records
         if self.old_from_update and not needed:
             return None
         gates = ("gates",) if self.analyses(step) else ()
-        native = self.actor.score(samples, record=(*OLD_RECORDS, *gates))
+        of_head = () if self.replay == "R3" else self.head_records
+        native = self.actor.score(samples, record=(*OLD_RECORDS, *gates, *of_head))
         if self.replay != "R3":
             return OldScores(native=native, held=None)
-        held = self.actor.score(_held(samples, rollouts), record=("routes", *gates))
+        record = ("routes", *gates, *self.head_records)
+        held = self.actor.score(_held(samples, rollouts), record=record)
         return OldScores(native=native, held=held)
 
     def score_reference(self, samples: Sequence[Sample]) -> list[Scored] | None:
@@ -97,7 +103,18 @@ class Learner:
         return self.terms.penalised(rewards_B, samples, policy, reference)
 
     def weighed(self, samples: Sequence[Sample], old: OldScores | None) -> Sequence[Sample]:
-        """The samples with token weights, where the loss is defined with them."""
+        """The samples with NTHR's mask on their advantages, where it is asked for, and with token
+        weights, where the loss is defined with them."""
+        if self.nthr_beta is not None:
+            samples = with_nthr(
+                samples,
+                old.policy(self.replay),
+                self.actor,
+                group=self.group,
+                beta=self.nthr_beta,
+                eta=self.nthr_eta,
+            )
+            old.forget_hidden()
         if "token_weights" not in self.loss.arguments:
             return samples
         return with_token_weights(samples, old.policy(self.replay), group=self.group)
@@ -276,12 +293,14 @@ def samples_of(rollouts: Sequence[Rollout]) -> list[Sample]:
 
 def for_update(
     samples: Sequence[Sample],
-    advantages: np.ndarray,
+    advantages: Sequence[float | np.ndarray],
     reference: Sequence[Scored] | None,
     first_sequence: int,
     group: int = 1,
 ) -> list[Sample]:
-    """The samples as the actor learns from them: one advantage for each, the reference's scores.
+    """The samples as the actor learns from them, with advantages and the reference's scores.
+
+    advantages: one for each, or one for each of its tokens.
 
     first_sequence: index of the first sample over all ranks. group: responses to a prompt.
     """
@@ -289,7 +308,7 @@ def for_update(
     return [
         replace(
             sample,
-            advantage=float(advantage),
+            advantage=advantage if np.ndim(advantage) else float(advantage),
             reference_log_probs=log_probs,
             number=number,
             group=number // group,

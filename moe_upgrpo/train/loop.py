@@ -36,9 +36,13 @@ def train(config: TrainConfig) -> Path:
                 old = learner.score_old(step, samples, rollouts)
                 reference = learner.score_reference(samples)
                 shaped, penalty = learner.penalised(rewards, samples, old, reference)
-                kind = objective.advantage
                 advantages = advantages_of(
-                    shaped, rollouts, group=group, kind=kind, terms_B=batch.terms_B
+                    shaped,
+                    rollouts,
+                    group=group,
+                    kind=objective.advantage,
+                    terms_B=batch.terms_B,
+                    old=old and old.policy(objective.replay),
                 )
                 samples = for_update(samples, advantages, reference, first, group)
                 samples = learner.weighed(samples, old)

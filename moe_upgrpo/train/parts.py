@@ -33,7 +33,12 @@ from moe_upgrpo.rollout.engines import (
     check_engine,
     urls_of,
 )
-from moe_upgrpo.train.policy_options import PolicyOptions, asked, resolved
+from moe_upgrpo.train.policy_options import (
+    PolicyOptions,
+    asked,
+    check_token_advantages,
+    resolved,
+)
 from moe_upgrpo.train.tiny import TinyModel, WarmStartConfig
 from moe_upgrpo.train.tracking import Tracker
 
@@ -103,6 +108,11 @@ class ObjectiveOptions:
     advantage: str = "grpo"
     """How rewards of a group become advantages: grpo, dr-grpo, rloo, ..., or one that a plug-in has
     registered. An unknown name lists them all."""
+    nthr_beta: float | None = None
+    """NTHR's β: a wrong response's tokens that pull on the right ones by more than β times the
+    least of these pull on one another get η times their advantage: docs/losses.md. None: off."""
+    nthr_eta: float | None = None
+    """NTHR's η, from 0 to 1. None: 2·|.5 − share of right responses|."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Expert sets the trainer is held to. none: its own, the rollout's are only compared; R2: the
     old policy's in the update; R3: the rollout's, in the old log-probs and the update."""
@@ -115,11 +125,21 @@ class ObjectiveOptions:
                 f"loss={self.loss_in_words!r} needs {', '.join(sorted(lacking))}, which the "
                 f"trainer does not record; it serves {', '.join(served)}."
             )
+        check_token_advantages(
+            self.advantage, self.nthr_beta, self.nthr_eta, self.policy_loss(), self.loss_in_words
+        )
         if self.correction.active and self.old_log_probs == "rollout":
             raise UserError(
                 "correction with old_log_probs=rollout: the ratio is taken to the rollout already, "
                 "and would be corrected twice. Leave one out."
             )
+
+    @property
+    def head_records(self) -> tuple[str, ...]:
+        """What the advantages need of the old policy's head, beside log-probs."""
+        of_tokens = ADVANTAGES[self.advantage].of_tokens is not None
+        asked = {"sum_pi_squared": of_tokens, "hidden": self.nthr_beta is not None}
+        return tuple(name for name, is_asked in asked.items() if is_asked)
 
     def policy_loss(self) -> PolicyLossConfig:
         """The preset, with this run's changes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.losses import BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
+from moe_upgrpo.losses import ADVANTAGES, BRANCHES, PRESETS, PolicyLossConfig, RolloutCorrection
 from moe_upgrpo.losses.names import check_name
 
 PRESET = "preset"
@@ -144,6 +145,40 @@ def resolved(loss: str, options: PolicyOptions, correction: RolloutCorrection) -
         raise UserError(f"{prefix}{error}") from None
     _check_read(loss, config, changes)
     return config
+
+
+def _takes_tokens(loss: PolicyLossConfig) -> bool:
+    """Whether the tokens of a response may have advantages of their own under this loss."""
+    coupled = any(BRANCHES[name].coupled for name in (loss.positive, loss.negative))
+    return not coupled and "token_weights" not in loss.arguments
+
+
+def check_token_advantages(
+    advantage: str, beta: float | None, eta: float | None, loss: PolicyLossConfig, words: str
+) -> None:
+    """Raise UserError where advantages of tokens cannot be, or do not fit the loss or one another.
+
+    beta, eta: of NTHR's mask. words: what the loss is called.
+    """
+    if beta is None and eta is not None:
+        raise UserError(f"nthr_eta={eta} without nthr_beta: there is no mask. Give both.")
+    if beta is not None and not 0 <= beta < math.inf:
+        raise UserError(f"nthr_beta={beta}: 0 or more is needed; the paper has 1.")
+    if eta is not None and not 0 <= eta <= 1:
+        raise UserError(f"nthr_eta={eta}: from 0 to 1 is needed.")
+    of_tokens = ADVANTAGES[advantage].of_tokens is not None
+    if of_tokens and beta is not None:
+        raise UserError(
+            f"nthr_beta={beta} with advantage={advantage!r}: NTHR tells right responses from wrong "
+            "ones by the sign of their one advantage. Leave one out."
+        )
+    if (of_tokens or beta is not None) and not _takes_tokens(loss):
+        option = f"advantage={advantage!r}" if of_tokens else f"nthr_beta={beta}"
+        able = [name for name, preset in PRESETS.items() if _takes_tokens(preset)]
+        raise UserError(
+            f"{option} with loss={words!r}: each token gets an advantage of its own, and this loss "
+            f"takes one for a whole response. It goes with {', '.join(able)}."
+        )
 
 
 def _check_read(loss: str, config: PolicyLossConfig, changes: dict[str, Any]) -> None:

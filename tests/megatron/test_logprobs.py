@@ -1,4 +1,4 @@
-"""Log-probs, entropy and gradients from hidden states against logits in float64, and their memory.
+"""Log-probs, entropy, Σp² and gradients from hidden states against float64 logits; their memory.
 
 In whole models, with tied embeddings, pipeline stages and every layout: test_transformers.py and
 test_layouts.py. At the size of a real vocabulary: benchmarks/micro/head.py.
@@ -42,19 +42,20 @@ def computed(case: str, buffer_bytes: int, ranks: int) -> dict[str, np.ndarray]:
             weight_vH.main_grad = torch.ones_like(weight_vH)
         elif case == "frozen head":
             weight_vH.requires_grad_(False)
-        log_probs_N, entropy_N = logprobs.log_probs_and_entropy(
+        log_probs_N, entropy_N, squares_N = logprobs.log_probs_and_entropy(
             hidden_NH, weight_vH, targets_N, mask_N, temperature=TEMPERATURE,
             group=dist.group.WORLD, entropy_gradient=case == "entropy",
+            squares=case not in ("plain", "main_grad", "frozen head"),
         )  # fmt: skip
         found = (log_probs_N * along_N).sum()
         if case == "entropy":
             found = found + (entropy_N * along_N.cos()).sum()
         found.backward()
-        alone_N, none = logprobs.log_probs_and_entropy(
+        alone_N, *none = logprobs.log_probs_and_entropy(
             hidden_NH, weight_vH, targets_N, mask_N, temperature=TEMPERATURE,
             group=dist.group.WORLD, entropy=False,
         )  # fmt: skip
-        assert none is None and torch.equal(alone_N, log_probs_N)
+        assert none == [None, None] and torch.equal(alone_N, log_probs_N)
         assert entropy_N.requires_grad == (case == "entropy")
         of_hidden_NH = hidden_NH.grad.float()
         dist.all_reduce(of_hidden_NH)
@@ -65,6 +66,9 @@ def computed(case: str, buffer_bytes: int, ranks: int) -> dict[str, np.ndarray]:
         found = {"log_probs": log_probs_N, "entropy": entropy_N, "hidden": of_hidden_NH}
         if of_weight_vH is not None:
             found["weight"] = of_weight_vH
+        if squares_N is not None:
+            assert not squares_N.requires_grad
+            found["squares"] = squares_N
         return {name: tensor.detach().float().numpy() for name, tensor in found.items()}
 
 
@@ -84,6 +88,8 @@ def expected(case: str) -> dict[str, np.ndarray]:
     found = {"log_probs": log_probs_N, "entropy": entropy_N, "hidden": hidden_NH.grad}
     if case != "frozen head":
         found["weight"] = weight_VH.grad
+    if case not in ("plain", "main_grad", "frozen head"):
+        found["squares"] = all_NV.exp().square().sum(-1).where(mask_N, 0)
     return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
 
@@ -116,7 +122,7 @@ def test_a_logit_that_is_not_finite_shows():
         found = logprobs.log_probs_and_entropy(
             hidden_NH, weight_VH, targets_N, mask_N, temperature=1.0, group=dist.group.WORLD
         )
-    assert all(values_N[mask_N].isnan().all() for values_N in found)
+    assert all(values_N[mask_N].isnan().all() for values_N in found[:2])
 
 
 def peaks(ranks: int) -> dict[str, float]:
