@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_upgrpo.rollout.base import Engine
 
 EngineName = Literal["hf", "vllm", "sglang"]
+Transfer = Literal["disk", "distributed"]
 WhenLost = Literal["end", "go-on"]
 EngineWeights = Literal["as-trained", "fp8"]
 Place = Literal["each rank", "a server", "a server started here"]
@@ -114,13 +115,14 @@ def _make_vllm(
     max_tokens: int,
     seed: int,
     url: str | None,
+    transfer: Transfer,
     vllm: VLLMSettings | None,
     **_,
 ) -> Engine:
     if url is not None:
         from moe_upgrpo.rollout.vllm_server import VLLMServerEngine
 
-        return VLLMServerEngine(model_dir, url, dtype)
+        return VLLMServerEngine(model_dir, url, dtype, transfer=transfer)
     from moe_upgrpo.rollout.vllm import VLLMEngine
 
     vllm = vllm or VLLMSettings()
@@ -135,11 +137,17 @@ def _make_vllm(
 
 
 def _make_sglang(
-    model_dir: str | Path, *, dtype: str, url: str | None, server_log: str | Path | None, **_
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    url: str | None,
+    transfer: Transfer,
+    server_log: str | Path | None,
+    **_,
 ) -> Engine:
     from moe_upgrpo.rollout.sglang import SGLangEngine
 
-    return SGLangEngine.shared(model_dir, dtype, url=url, log=server_log)
+    return SGLangEngine.shared(model_dir, dtype, url=url, transfer=transfer, log=server_log)
 
 
 def _look_for_vllm(installed: Any, *, cuda: bool, source: str) -> Found:
@@ -238,6 +246,7 @@ def make_engine(
     max_tokens: int,
     seed: int = 0,
     url: str | None = None,
+    transfer: Transfer = "disk",
     lost: WhenLost = "end",
     vllm: VLLMSettings | None = None,
     server_log: str | Path | None = None,
@@ -246,7 +255,8 @@ def make_engine(
 
     It runs where its record says: one in each rank, or one server for all, which is at `url` or is
     started by rank 0, with its output in `server_log`; or several, where `url` names several, and
-    `lost` what follows where one of them fails. `max_tokens`: length of the longest sequence,
+    `lost` what follows where one of them fails; `transfer`: how a server gets weights.
+    `max_tokens`: length of the longest sequence,
     prompt and response together. `weights`: one of the forms in its record.
     """
     record = check_engine(name, weights=weights, url=url)
@@ -260,6 +270,7 @@ def make_engine(
             max_tokens=max_tokens,
             seed=seed,
             url=url,
+            transfer=transfer,
             vllm=vllm,
             server_log=server_log,
         )

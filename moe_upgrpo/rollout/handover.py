@@ -8,7 +8,8 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +20,17 @@ from moe_upgrpo.errors import MachineFault, UserError, as_user_error
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import INDEX, Weights
 from moe_upgrpo.hugging_face.shards import ShardWriter
-from moe_upgrpo.rollout.checkpoint import check_weights
+from moe_upgrpo.rollout.checkpoint import check_weights, faults_of
 from moe_upgrpo.rollout.digest import Digest
 
 PART_BYTES = 256 << 20  # of the weights in memory at a time
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Part = list[tuple[str, torch.Tensor]]
 
 
-class TakesFiles(Protocol):
-    """A server that loads weights from a folder that it sees under the same path."""
+class TakesWeights(Protocol):
+    """A server that takes new weights, with a digest of what it took."""
 
     url: str
 
@@ -38,6 +40,9 @@ class TakesFiles(Protocol):
         The server names them `version` only once they are whole. Returns its own checksum of what
         it holds, where it has one: that of its peers has to be the same.
         """
+
+    def take(self, parts: Iterator[Part], version: int, digest: Callable[[], str]) -> str | None:
+        """Send the server weights, on rank 0: else as `load`. digest: known after the last part."""
 
     def took(self, version: int) -> None:
         """Note, on every rank, the version that the server has."""
@@ -103,7 +108,7 @@ def at_once(
 
 
 def through_files(
-    servers: Sequence[TakesFiles],
+    servers: Sequence[TakesWeights],
     named_tensors: NamedTensors,
     expected: Mapping[str, tuple[int, ...]],
     *,
@@ -142,7 +147,99 @@ def through_files(
     return errors
 
 
-def failures(servers: Sequence[TakesFiles], said: Sequence[Any]) -> list[UserError | None]:
+def through_streams(
+    servers: Sequence[TakesWeights],
+    named_tensors: NamedTensors,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    version: int,
+) -> list[UserError | None]:
+    """Send weights to all servers at once, part by part: the error of each.
+
+    A collective. expected: names and shapes; others raise UserError, and no server can be sampled
+    from until it has taken whole weights. Three parts of `PART_BYTES` are held at most: one that
+    comes together, one that waits, one that is sent.
+    """
+    if not alone():
+        dist.barrier()  # a rank that still generates would meet the new weights
+    digest, given = Digest(), {}
+    feeds = [_Feed(s, version, digest.value) for s in servers] if leads() else []
+
+    def fitting() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
+            given[name] = tensor.detach().to("meta")
+            if feeds and not faults_of({name: given[name]}, expected):
+                digest.add(name, tensor)
+                yield name, tensor
+
+    for part in parts_of(fitting()):
+        for feed in feeds:
+            feed.put(part)
+    refused: Exception | None = None
+    try:
+        check_weights(given, expected, held=None)
+    except UserError as error:
+        refused = error
+    for feed in feeds:
+        feed.put(refused)
+    errors = on_rank_0(lambda: failures(servers, [feed.said() for feed in feeds]))
+    if refused is not None:
+        raise refused
+    for server, error in zip(servers, errors, strict=True):
+        if error is None:
+            server.took(version)
+    return errors
+
+
+def parts_of(named_tensors: NamedTensors) -> Iterator[Part]:
+    """Copies of the tensors in parts of about `PART_BYTES`."""
+    part, size = [], 0
+    for name, tensor in named_tensors:
+        part.append((name, tensor.detach().clone()))
+        size += tensor.nbytes
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+class _Feed:
+    """The parts on their way to one server, which takes them in a thread of its own."""
+
+    def __init__(self, server: TakesWeights, version: int, digest: Callable[[], str]):
+        self._waiting: queue.Queue = queue.Queue(1)
+        self._ended = threading.Event()
+        self._said: Any = None
+        threading.Thread(target=self._run, args=(server, version, digest), daemon=True).start()
+
+    def _run(self, server: TakesWeights, version: int, digest: Callable[[], str]) -> None:
+        try:
+            self._said = server.take(self._parts(), version, digest)
+        except Exception as error:
+            self._said = error
+        finally:
+            self._ended.set()
+
+    def _parts(self) -> Iterator[Part]:
+        while (part := self._waiting.get()) is not None:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def put(self, part: Part | Exception | None) -> None:
+        """Pass a part on, the end (None) or a reason to break off; nothing after a failure."""
+        while not self._ended.is_set():
+            with suppress(queue.Full):
+                return self._waiting.put(part, timeout=0.1)
+
+    def said(self) -> Any:
+        """What `take` returned or raised, when it has ended."""
+        self._ended.wait()
+        return self._said
+
+
+def failures(servers: Sequence[TakesWeights], said: Sequence[Any]) -> list[UserError | None]:
     """The error of each server: its own, or that it holds other weights than most.
 
     said: what each said of an update, its checksum or None, or the exception that it raised.

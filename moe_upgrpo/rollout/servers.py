@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from moe_upgrpo.errors import MachineFault
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
@@ -21,7 +21,15 @@ from moe_upgrpo.rollout.base import (
     request_seeds,
 )
 from moe_upgrpo.rollout.engines import WhenLost
-from moe_upgrpo.rollout.handover import NamedTensors, alone, at_once, leads, through_files
+from moe_upgrpo.rollout.handover import (
+    NamedTensors,
+    Part,
+    alone,
+    at_once,
+    leads,
+    through_files,
+    through_streams,
+)
 
 
 class SharedServer(Protocol):
@@ -32,7 +40,8 @@ class SharedServer(Protocol):
     moe_layer_ids: tuple[int, ...]
     expected: dict[str, tuple[int, ...]]  # names and shapes of its weights
     model_dir: Path
-    weights_dir: str  # a folder for weights that it sees too
+    weights_dir: str  # a folder for weights, which it sees where `transfer` is disk
+    transfer: str
 
     def sample(
         self, prompts: Sequence[np.ndarray], seeds_NG: np.ndarray, sampling: SamplingConfig
@@ -42,6 +51,10 @@ class SharedServer(Protocol):
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]: ...
 
     def load(self, folder: Path, version: int, digest: str) -> str | None: ...
+
+    def take(
+        self, parts: Iterator[Part], version: int, digest: Callable[[], str]
+    ) -> str | None: ...
 
     def took(self, version: int) -> None: ...
 
@@ -166,15 +179,7 @@ class SeveralServers:
         left = self._left()
         if not left:
             raise MachineFault(f"No engine server is left: {'; '.join(self._gone.values())}")
-        errors = through_files(
-            left,
-            named_tensors,
-            left[0].expected,
-            version=version,
-            held=self.weight_version,
-            parent=left[0].weights_dir,
-            beside=left[0].model_dir,
-        )
+        errors = hand_over(left, named_tensors, version=version, held=self.weight_version)
         self._lose(left, errors)
         self.weight_version = version
 
@@ -186,6 +191,24 @@ class SeveralServers:
         """See `Engine.close`."""
         for server in self._servers:
             server.close()
+
+
+def hand_over(
+    servers: Sequence[SharedServer], named_tensors: NamedTensors, *, version: int, held: int
+) -> list[UserError | None]:
+    """Give servers new weights in the way that their `transfer` says: the error of each."""
+    first = servers[0]
+    if first.transfer != "disk":
+        return through_streams(servers, named_tensors, first.expected, version=version)
+    return through_files(
+        servers,
+        named_tensors,
+        first.expected,
+        version=version,
+        held=held,
+        parent=first.weights_dir,
+        beside=first.model_dir,
+    )
 
 
 def _cut(servers: Sequence[SharedServer]) -> None:

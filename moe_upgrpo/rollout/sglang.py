@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,13 @@ from moe_upgrpo.rollout.base import (
     routes_dtype,
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
-from moe_upgrpo.rollout.handover import PART_BYTES, check_whole, written
+from moe_upgrpo.rollout.handover import PART_BYTES, Part, check_whole, written
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import new_key, read_key
-from moe_upgrpo.rollout.sglang_group import WeightGroup
 from moe_upgrpo.rollout.sglang_process import ServerProcess, find_python
 from moe_upgrpo.rollout.sglang_server import KEY
+from moe_upgrpo.rollout.weight_group import WeightGroup
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 ATTEMPTS = 3  # to sample a sequence that an update cut off
@@ -402,6 +402,16 @@ class SGLangEngine:
         """See `SharedServer.load`; SGLang's checksum of the weights that it holds now."""
         with self._updating:
             self._hand_over(partial(self._load, folder, version), version)
+        return self._checksum()
+
+    def take(self, parts: Iterator[Part], version: int, digest: Callable[[], str]) -> str:
+        """See `TakesWeights.take`; SGLang's checksum of the weights that it holds now."""
+        with self._updating:
+            self._hand_over(partial(self._send_parts, parts, version), version)
+        self._held_dir = None
+        return self._checksum()
+
+    def _checksum(self) -> str:
         return self._call("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
 
     def took(self, version: int) -> None:
@@ -433,13 +443,17 @@ class SGLangEngine:
         )
 
     def _send(self, state: dict[str, torch.Tensor], version: int) -> None:
-        """Send `state` as tensors, in parts; SGLang takes them only between begin and end."""
+        self._send_parts(iter(_parts(state)), version)
+
+    def _send_parts(self, parts: Iterator[Part], version: int) -> None:
+        """Send weights as tensors; SGLang takes them only between begin and end."""
         ranks = self._call("/server_info")["tp_size"]
         self._call("/begin_weight_update", {})
         try:
-            parts = _parts(state)
-            for part in parts:
-                last = part is parts[-1]
+            coming = next(parts, None)
+            while coming is not None:
+                part, coming = coming, next(parts, None)
+                last = coming is None
                 about = {
                     "flush_cache": last,
                     "weight_version": self._name(version) if last else None,

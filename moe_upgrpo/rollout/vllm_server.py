@@ -10,15 +10,17 @@ import base64
 import io
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
 from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
     Rollout,
     SamplingConfig,
@@ -27,13 +29,17 @@ from moe_upgrpo.rollout.base import (
     request_seeds,
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder
-from moe_upgrpo.rollout.handover import check_taken, digest_of, on_rank_0, through_files
+from moe_upgrpo.rollout.digest import Digest
+from moe_upgrpo.rollout.engines import Transfer
+from moe_upgrpo.rollout.handover import Part, check_taken, digest_of, on_rank_0, parts_of
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import read_key
+from moe_upgrpo.rollout.servers import hand_over
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_guard import VARIABLE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
+from moe_upgrpo.rollout.weight_group import send
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 FLAGS = (
@@ -53,8 +59,9 @@ class VLLMServerEngine:
     The server must serve `model_dir`, under this path or name, in `dtype` (None: in any). At the
     start it is asked for its settings, given the weights of `model_dir` and asked for a short
     response. Rank 0 of torch.distributed writes new weights to `weights_dir`, which the server must
-    see under the same path, and has them loaded; making the engine and `update_weights` are
-    collectives, and where rank 0 fails all ranks raise. The other calls are each rank's own.
+    see under the same path, and has them loaded; with transfer="distributed" it sends them to the
+    server's workers, by gloo. Making the engine and `update_weights` are collectives, and where
+    rank 0 fails all ranks raise. The other calls are each rank's own.
 
     An update waits for running generations. The server names the weights that it has, and those
     that sampled each response. Where these are not this engine's, nothing is asked or accepted:
@@ -77,11 +84,12 @@ class VLLMServerEngine:
         generate_timeout: float = 1800.0,
         update_timeout: float = 600.0,
         weights_dir: str | Path | None = None,
+        transfer: Transfer = "disk",
     ):
         if dtype not in (None, *DTYPES):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         self.timeout, self.generate_timeout = timeout, generate_timeout
-        self.update_timeout = update_timeout
+        self.update_timeout, self.transfer = update_timeout, transfer
         self.model_dir, self.dtype = Path(model_dir).absolute(), dtype
         self._model = ModelFolder.read(model_dir, weights_dir)
         config, self.moe_layer_ids = self._model.config, self._model.moe_layer_ids
@@ -142,11 +150,18 @@ class VLLMServerEngine:
             raise UserError(
                 f"The server at {self.url} cannot be used: {'; '.join(wrong)}. Start it as: {FLAGS}"
             )
+        self._workers = config["parallel_config"]["world_size"]
         return model["max_model_len"]
 
     def _first_response(self) -> None:
         """Give the server the weights of version 0, and check a first response."""
-        self.load(self._model.view, 0, digest_of(self._model.view))
+        if self.transfer == "disk":
+            self.load(self._model.view, 0, digest_of(self._model.view))
+        else:
+            with Weights(self._model.view) as weights:
+                digest = Digest()
+                parts = parts_of(digest.through(weights.tensors()))
+                self.take(parts, 0, digest.value)
         prompt = np.zeros(min(3, self.max_model_len - 1), dtype=np.int64)
         sampling = SamplingConfig(max_new_tokens=min(2, self.max_model_len - len(prompt)))
         self.generate([prompt], sampling, samples_per_prompt=1, seed=0)
@@ -314,15 +329,7 @@ class VLLMServerEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`."""
-        (error,) = through_files(
-            [self],
-            named_tensors,
-            self.expected,
-            version=version,
-            held=self.weight_version,
-            parent=self.weights_dir,
-            beside=self.model_dir,
-        )
+        (error,) = hand_over([self], named_tensors, version=version, held=self.weight_version)
         if error is not None:
             raise error
 
@@ -331,22 +338,51 @@ class VLLMServerEngine:
         self.weight_version = version
 
     def load(self, folder: Path, version: int, digest: str) -> None:
-        """See `SharedServer.load`."""
+        """See `TakesWeights.load`."""
+
+        def give(broke_off: bool) -> None:
+            for _ in range(2 if broke_off else 1):
+                taken = self._on_workers("take_files", weights_path=str(folder))
+            check_taken(f"vLLM at {self.url}", taken, digest)
+
+        self._replace(version, give)
+
+    def take(self, parts: Iterator[Part], version: int, digest: Callable[[], str]) -> None:
+        """See `TakesWeights.take`."""
+
+        def give(broke_off: bool) -> None:
+            if broke_off:
+                self._on_workers("reload_weights")
+            taken = send(
+                parts,
+                lambda where: self._on_workers("take_stream", timeout=self.timeout, **where),
+                urlsplit(self.url).hostname,
+                self._workers,
+                server=f"vLLM at {self.url}",
+                timeout=self.timeout,
+            )
+            check_taken(f"vLLM at {self.url}", taken, digest())
+
+        self._replace(version, give)
+
+    def _on_workers(self, method: str, **arguments: Any) -> list[Any]:
+        """The results of a method of the server's workers."""
+        body = {"method": method, "kwargs": arguments}
+        return self._call("/collective_rpc", body, timeout=self.update_timeout)["results"]
+
+    def _replace(self, version: int, give: Callable[[bool], None]) -> None:
+        """Replace the weights by calling `give`, while nothing is generated.
+
+        After a load that broke off, as `give` is told, the next one completes it: vLLM 0.32 keeps
+        the tensors already read and drops the surplus (reload/layerwise.py:105, :156), so that
+        experts of both loads are mixed, without an error. The load after that is whole.
+        """
         try:
             self._call("/pause?mode=wait", {}, timeout=self.update_timeout)
-            # After a load that broke off the next one completes it: vLLM 0.32 keeps the tensors
-            # already read and drops the surplus (reload/layerwise.py:105, :156), so that experts of
-            # both loads are mixed, without an error. The load after that is whole.
             broke_off = self._call("/weight_info")["weight_version"].startswith(HALF)
             # Until all is loaded: a response sampled from a mixture bears this name.
             self._call("/update_weight_version", {"new_version": HALF + self._name(version)})
-            for _ in range(2 if broke_off else 1):
-                taken = self._call(
-                    "/collective_rpc",
-                    {"method": "take_files", "kwargs": {"weights_path": str(folder)}},
-                    timeout=self.update_timeout,
-                )["results"]
-            check_taken(f"vLLM at {self.url}", taken, digest)
+            give(broke_off)
             if not self._call("/reset_prefix_cache", {})["success"]:
                 raise UserError(f"vLLM at {self.url} did not reset its prefix cache.")
             self._call("/update_weight_version", {"new_version": self._name(version)})

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.digest import Digest
+from moe_upgrpo.rollout.weight_group import received
 
 
 def take_files(worker: Any, weights_path: str) -> str:
@@ -22,4 +23,16 @@ def take_files(worker: Any, weights_path: str) -> str:
     return digest.value()
 
 
-METHODS = (take_files,)
+def take_stream(
+    worker: Any, *, address: str, port: int, name: str, ranks: int, timeout: float
+) -> str:
+    """Load the weights that the trainer sends (`weight_group.send`); the digest of the tensors."""
+    digest = Digest()
+    sent = received(
+        worker.rank + 1, address=address, port=port, name=name, ranks=ranks, timeout=timeout
+    )
+    worker.reload_weights(weights_iterator=digest.through(sent))
+    return digest.value()
+
+
+METHODS = (take_files, take_stream)

@@ -41,6 +41,7 @@ MAY_CHANGE = {
     "packing": "memory and time",
     "vllm": "memory",
     "engine_url": "where the engine is; which engine it is may not change",
+    "engine_transfer": "how the engine gets its weights",
     "engine_lost": "what happens where a server falls away",
     "cache_dir": "not used any more: the start model is there",
     "max_refills": "how long a step looks for groups",

@@ -27,7 +27,9 @@ from moe_upgrpo.megatron.settings import OptimizerSettings
 from moe_upgrpo.record.limits import AlarmLimits
 from moe_upgrpo.rewards import read_rewards
 from moe_upgrpo.rollout.engines import (
+    ENGINES,
     EngineWeights,
+    Transfer,
     VLLMSettings,
     WhenLost,
     check_engine,
@@ -313,6 +315,9 @@ class RolloutOptions:
     engine_url: str | None = None
     """A running server of the engine, http://HOST:PORT, or several with commas between them, which
     share the prompts. None: in every rank, or started here."""
+    engine_transfer: Transfer = "disk"
+    """How a server gets new weights: through a folder that it sees too, or over the network (gloo)
+    part by part."""
     engine_lost: WhenLost = "end"
     """Where one of several servers falls away, or has other weights: end, or go on with the
     others."""
@@ -337,6 +342,14 @@ class RolloutOptions:
     def __post_init__(self):
         at_least(self, 1, "engine_every", "max_new_tokens")
         check_engine(self.engine, weights=self.engine_weights, url=self.engine_url)
+        if (
+            self.engine_transfer != "disk"
+            and ENGINES[self.engine].place(self.engine_url) == "each rank"
+        ):
+            raise UserError(
+                f"engine_transfer={self.engine_transfer} with engine={self.engine} in each rank: "
+                "it is for servers. Name one with engine_url, or leave engine_transfer out."
+            )
         if self.engine_lost == "go-on" and len(urls_of(self.engine_url)) < 2:
             raise UserError(
                 f"engine_lost=go-on with engine_url={self.engine_url}: several servers are needed, "

@@ -238,6 +238,7 @@ def _engine(
         max_tokens=max_tokens,
         seed=config.run.seed,
         url=options.engine_url,
+        transfer=options.engine_transfer,
         lost=options.engine_lost,
         vllm=options.vllm,
         server_log=server_log,

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
-from moe_upgrpo.errors import MachineFault
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
+from moe_upgrpo.rollout import handover
 from moe_upgrpo.rollout.engines import make_engine
 from tests.engines.test_vllm_server import Server, metric
 from tests.engines.trainer import (
@@ -44,7 +45,7 @@ def servers(model_dir, tmp_path_factory, process_groups):
         server.kill()
 
 
-def engine_on(servers, model_dir, lost="end"):
+def engine_on(servers, model_dir, lost="end", transfer="disk"):
     return make_engine(
         "vllm",
         model_dir,
@@ -53,6 +54,7 @@ def engine_on(servers, model_dir, lost="end"):
         max_tokens=128,
         url=",".join(server.url for server in servers),
         lost=lost,
+        transfer=transfer,
     )
 
 
@@ -61,12 +63,15 @@ def other_dir(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("b"), Qwen3MoeConfig(**MOE), 1)
 
 
-def test_both_answer_as_the_trainer_through_three_updates(servers, model_dir):
-    """In fp32: log-probs and expert sets of every response, half of them from either server."""
+@pytest.mark.parametrize("transfer", ["disk", "distributed"])
+def test_both_answer_as_the_trainer_through_updates(transfer, servers, model_dir, monkeypatch):
+    """In fp32: log-probs and expert sets of every response, half of them from either server. Parts
+    of 64 KiB, a twentieth of the weights."""
+    monkeypatch.setattr(handover, "PART_BYTES", 64 << 10)
     torch.manual_seed(3)
     actor = MegatronActor(model_dir, Layout())
-    engine = engine_on(servers, model_dir)
-    for version in range(4):
+    engine = engine_on(servers, model_dir, transfer=transfer)
+    for version in range(3):
         if version:
             move_weights(actor)
             engine.update_weights(actor.export_weights(), version=version)
@@ -81,6 +86,22 @@ def test_both_answer_as_the_trainer_through_three_updates(servers, model_dir):
 
 def answered(one) -> float:
     return metric(one, "request_success_total")
+
+
+def test_after_an_update_that_broke_off_the_next_one_is_whole(servers, model_dir, other_dir):
+    """A tensor in the middle of a layer's experts does not fit. Without care the next load would
+    leave experts of both weights, without an error."""
+    actor = MegatronActor(model_dir, Layout())
+    engine = engine_on(servers, model_dir, transfer="distributed")
+    wrong = weights_of(other_dir)
+    wrong["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match=r"has shape \(2, 2\).*nothing is sampled"):
+        engine.update_weights(wrong.items(), version=1)
+    with pytest.raises(MachineFault, match="half of"):
+        sample(engine)
+    engine.update_weights(actor.export_weights(), version=2)
+    assert agrees_with_trainer(actor, sample(engine)) > 1000
+    engine.close()
 
 
 def test_a_server_that_took_other_weights_is_an_error_until_the_next_update(

@@ -8,11 +8,15 @@ import base64
 import io
 import json
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from moe_upgrpo.rollout.digest import Digest
 from moe_upgrpo.rollout.handover import digest_of
+from moe_upgrpo.rollout.weight_group import received
 from tests.rollout.local_server import serving
 
 KEY = "the-key"
@@ -59,7 +63,18 @@ def vllm(model_dir, state=None):
         },
         "aux_output_config": {"enable_return_routed_experts": True},
         "device_config": {"device": "cuda"},
+        "parallel_config": {"world_size": 1},
     }
+
+    def taken(method, weights_path=None, **where):
+        if method == "take_files":
+            return digest_of(Path(weights_path))
+        assert method == "take_stream"
+        digest = Digest()
+        for _, tensor in digest.through(received(1, **where)):
+            if not state.get("goes on", lambda tensor: True)(tensor):
+                raise ConnectionAbortedError
+        return digest.value()
 
     def generated(body):
         given = body["sampling_params"]
@@ -78,8 +93,8 @@ def vllm(model_dir, state=None):
     def answer(path, body):
         if path == "/update_weight_version":
             state["version"] = body["new_version"]
-        if path == "/collective_rpc":
-            state["digests"].append(digest_of(Path(body["kwargs"]["weights_path"])))
+        if path == "/collective_rpc" and body["method"] != "reload_weights":
+            state["digests"].append(taken(body["method"], **body["kwargs"]))
         return {
             "/collective_rpc": lambda: {"results": [state.get("says", state["digests"][-1])]},
             "/server_info": lambda: {"vllm_config": settings},
@@ -91,6 +106,16 @@ def vllm(model_dir, state=None):
         }.get(path, dict)()
 
     return answer
+
+
+def entered(body):
+    """The group of SGLang's `init_custom_process_group`, as the server's rank."""
+    limit = timedelta(seconds=20)
+    address, port = body["master_address"], body["master_port"]
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=limit)
+    for prefix in (body["group_name"], f"{body['group_name']}/", "cpu/"):
+        store = torch.distributed.PrefixStore(prefix, store)
+    return torch.distributed.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], limit)
 
 
 def sglang(model_dir, state=None):
@@ -118,10 +143,25 @@ def sglang(model_dir, state=None):
         if path == "/update_weights_from_disk":
             state["version"] = body["weight_version"]
             state["digests"].append(digest_of(Path(body["model_path"])))
+        if path == "/init_weights_update_group":
+            state["group"] = entered(body)
+        if path == "/begin_weight_update":
+            state["sent"] = Digest()
+        if path == "/update_weights_from_distributed":
+            for name, dtype, shape in zip(
+                body["names"], body["dtypes"], body["shapes"], strict=True
+            ):
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+                state["group"].broadcast(tensor, 0).wait()
+                state["sent"].add(name, tensor)
+            state["version"] = body["weight_version"] or state["version"]
+        if path == "/end_weight_update":
+            state["digests"].append(state["sent"].value())
         return {
             "/weights_checker": lambda: {
                 "per_engine_checksum": state.get("says", state["digests"][-1])
             },
+            "/server_info": lambda: {"tp_size": 1},
             "/generate": lambda: generated(body),
             "/model_info": lambda: {"weight_version": state["version"]},
         }.get(path, dict)()

@@ -28,7 +28,7 @@ def kind(request, monkeypatch):
 
 
 @contextmanager
-def engine_on(kind, model_dir, count=2, lost="end"):
+def engine_on(kind, model_dir, count=2, lost="end", transfer="disk"):
     """An engine on `count` stand-ins, and of each its state: `asked`, `hook`, `gone`."""
     stand_in, _ = STAND_INS[kind]
     states = [{"asked": [], "hook": None, "gone": False} for _ in range(count)]
@@ -46,12 +46,12 @@ def engine_on(kind, model_dir, count=2, lost="end"):
 
     with ExitStack() as stack:
         urls = [stack.enter_context(server(answering(state)))[0] for state in states]
-        engine = made(kind, model_dir, urls, lost)
+        engine = made(kind, model_dir, urls, lost, transfer)
         yield SimpleNamespace(engine=engine, states=states, urls=urls)
         engine.close()
 
 
-def made(kind, model_dir, urls, lost="end"):
+def made(kind, model_dir, urls, lost="end", transfer="disk"):
     return make_engine(
         kind,
         model_dir,
@@ -60,6 +60,7 @@ def made(kind, model_dir, urls, lost="end"):
         max_tokens=16,
         url=",".join(urls),
         lost=lost,
+        transfer=transfer,
     )
 
 
@@ -117,10 +118,12 @@ def digest(weights):
     return found.value()
 
 
-def test_all_take_the_same_weights_at_the_same_time(kind, tiny_checkpoint):
-    """Neither is told to resume before both have read: each waits here for the other."""
-    with engine_on(kind, tiny_checkpoint) as one:
-        loads = {"/collective_rpc", "/update_weights_from_disk"}
+@pytest.mark.parametrize("transfer", ["disk", "distributed"])
+def test_all_take_the_same_weights_at_the_same_time(transfer, kind, tiny_checkpoint, monkeypatch):
+    """Each waits here for the other. Over the network in parts of 32 KiB."""
+    monkeypatch.setattr(handover, "PART_BYTES", 32 << 10)
+    with engine_on(kind, tiny_checkpoint, transfer=transfer) as one:
+        loads = {"/collective_rpc", "/update_weights_from_disk", "/begin_weight_update"}
         both = threading.Barrier(2, timeout=20)
         for state in one.states:
             state["hook"] = lambda path, body: path in loads and both.wait()
@@ -129,6 +132,56 @@ def test_all_take_the_same_weights_at_the_same_time(kind, tiny_checkpoint):
         assert [state["digests"][-1] for state in one.states] == [digest(new)] * 2
         assert digest(new) != one.states[0]["digests"][0] == digest(weights_of(tiny_checkpoint))
         assert {r.weight_version for r in sample(one.engine)} == {one.engine.weight_version} == {1}
+
+
+@pytest.mark.fault(
+    "Servers and other people's files",
+    "an engine server falls away in the middle of the weights that are sent to it",
+    "one message; with --engine-lost go-on the others take all of them",
+)
+def test_a_server_that_falls_away_in_mid_transfer(tiny_checkpoint, monkeypatch, capsys):
+    """vLLM: after some tensors of many parts the third of three takes no more of them."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setattr(handover, "PART_BYTES", 8 << 10)
+    new = weights_of(tiny_checkpoint, 0.5)
+    for lost in ("go-on", "end"):
+        with engine_on("vllm", tiny_checkpoint, 3, lost, "distributed") as one:
+            left = iter(range(5))
+            one.states[2]["goes on"] = lambda _, left=left: next(left, None) is not None
+            seen = []
+            given = ((seen.append(name), (name, tensor))[1] for name, tensor in new.items())
+            if lost == "end":
+                with pytest.raises(MachineFault, match=f"at {one.urls[2]} is not there"):
+                    one.engine.update_weights(given, version=1)
+            else:
+                one.engine.update_weights(given, version=1)
+                assert one.engine.urls == one.urls[:2]
+                assert tokens(sample(one.engine)) == by_hand()
+                assert capsys.readouterr().err.count("engine server lost, 2 of 3 left") == 1
+            assert len(seen) == len(new)
+            assert [state["digests"][1:] for state in one.states] == [[digest(new)]] * 2 + [[]]
+
+
+def test_weights_that_do_not_fit_are_broken_off(kind, tiny_checkpoint, monkeypatch):
+    """All tensors are gone through; nothing is sampled until weights are whole again."""
+    monkeypatch.setattr(handover, "PART_BYTES", 8 << 10)
+    new = weights_of(tiny_checkpoint, 0.5)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    wrong = new | {name: torch.zeros(2, 2)}
+    with engine_on(kind, tiny_checkpoint, transfer="distributed") as one:
+        left = iter(wrong.items())
+        with pytest.raises(UserError, match=rf"{name} has shape \(2, 2\).*nothing is sampled"):
+            one.engine.update_weights(left, version=1)
+        assert not list(left)
+        with pytest.raises(UserError, match=r"half of|failed half-way"):
+            sample(one.engine)
+        one.engine.update_weights(new.items(), version=2)
+        if kind == "vllm":  # else the next load would complete the one that broke off
+            asked = [body.get("method") for _, body in one.states[0]["asked"]]
+            asked = [method for method in asked if method]
+            assert asked == ["take_stream"] * 2 + ["reload_weights", "take_stream"]
+        assert [state["digests"][-1] for state in one.states] == [digest(new)] * 2
+        assert {r.weight_version for r in sample(one.engine)} == {2}
 
 
 MOMENTS = ("while it samples", "between two calls", "during an update")

@@ -304,6 +304,10 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
             {"engine": "vllm", "engine_url": "http://h:1", "engine_lost": "go-on"},
             "engine_lost=go-on with engine_url=http://h:1: several servers are needed",
         ),
+        (
+            {"engine": "vllm", "engine_transfer": "distributed"},
+            "engine_transfer=distributed with engine=vllm in each rank: it is for servers",
+        ),
         ({"engine": "vllm", "engine_weights": "fp8"}, "engine=vllm: allowed with engine=hf"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"reward_wrong": 1.0}, "reward_wrong=1.0"),
