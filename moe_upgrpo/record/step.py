@@ -9,6 +9,7 @@ Shapes: N response tokens of this rank, R rows of whole sequences, L MoE layers,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,26 +95,34 @@ class StepRecord:
         """Ends of the sequences but the last among the rows R."""
         return np.cumsum([len(s.train_routes) for s in self.sequences])[:-1]
 
-    def _compare(
-        self, train: str, kind: ComparisonKind
-    ) -> tuple[RoutingDivergence, RoutingDivergence]:
-        """Compare the rollout's routes with those of the field `train`, over whole sequences [R]
-        and over the response tokens [N].
+    def _compare(self, train: str, kind: ComparisonKind) -> tuple[np.ndarray, RoutingDivergence]:
+        """Compare the rollout's routes with those of the field `train`: the layers that differ in
+        each row of the whole sequences [R], and the comparison of the response tokens [N].
 
         A fault in the routes names its sequence.
         """
 
         def compare(sequences: Sequence[SequenceRecord]) -> RoutingDivergence:
             sides = (
-                np.concatenate([getattr(s, name) for s in sequences])
-                for name in ("rollout_routes", train)
+                _joined([getattr(s, name) for s in sequences]) for name in ("rollout_routes", train)
             )
             return compare_routes(
                 *sides, num_experts=self.num_experts, valid=_known(sequences), kind=kind
             )
 
+        mismatched: list[np.ndarray] = []
+        of_tokens: list[RoutingDivergence] = []
+        end = 0
         try:
-            whole = concatenated([compare(run) for run in self._runs])
+            for run in self._runs:
+                whole = compare(run)
+                mismatched.append(whole.routers_per_token.numpy())
+                rows = slice(end, end + len(whole.valid))
+                end = rows.stop
+                # What is kept of a run is what its tokens need. Without any there is none, unless
+                # no run has one, which the last one says.
+                if self._is_token[rows].any() or (end == len(self._is_token) and not of_tokens):
+                    of_tokens.append(whole.select(torch.from_numpy(self._is_token[rows])))
         except (UserError, ValueError):  # ValueError: numpy's, where routes do not fit together
             for i, sequence in enumerate(self.sequences):
                 try:
@@ -121,11 +130,11 @@ class StepRecord:
                 except UserError as error:
                     raise UserError(f"sequence {self.first_sequence + i}: {error}") from None
             raise
-        return whole, whole.select(torch.from_numpy(self._is_token))
+        return np.concatenate(mismatched), concatenated(of_tokens)
 
     @property
     def _runs(self) -> list[Sequence[SequenceRecord]]:
-        """The sequences, in runs with about as many rows as are compared at once."""
+        """The sequences, in runs with about as many (row, layer) pairs as are compared at once."""
         if any(s.known is not None for s in self.sequences):
             return [self.sequences]  # a run may have no row that is known
         runs: list[list[SequenceRecord]] = [[]]
@@ -135,7 +144,7 @@ class StepRecord:
                 runs.append([])
                 held = 0
             runs[-1].append(sequence)
-            held += len(sequence.train_routes)
+            held += len(sequence.train_routes) * sequence.train_routes.shape[1]
         return [*runs[:-2], runs[-2] + runs[-1]] if len(runs) > 1 and not held else list(runs)
 
     @cached_property
@@ -154,7 +163,7 @@ class StepRecord:
         return np.concatenate(found)
 
     @cached_property
-    def _free_running(self) -> tuple[RoutingDivergence, RoutingDivergence]:
+    def _free_running(self) -> tuple[np.ndarray, RoutingDivergence]:
         return self._compare("train_routes", ComparisonKind.FREE_RUNNING)
 
     @property
@@ -172,8 +181,8 @@ class StepRecord:
 
     def _prefix_mismatched(self) -> np.ndarray:
         """(row, layer) pairs that differ before each token's row; null after an unknown row."""
-        whole, _ = self._free_running
-        by_sequence = np.split(whole.routers_per_token.numpy(), self._ends)
+        mismatched_R, _ = self._free_running
+        by_sequence = np.split(mismatched_R, self._ends)
         before, unknown = [], []
         for sequence, mismatched in zip(self.sequences, by_sequence, strict=True):
             rows = sequence.positions - 1
@@ -324,7 +333,7 @@ def _rows(sequence: SequenceRecord) -> slice | np.ndarray:
 
 
 _LAYERS_LOOKED_AT = 4
-_COMPARED = 1 << 14
+_COMPARED = 1 << 16
 
 
 def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
@@ -335,25 +344,31 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     """
     num_layers = getattr(sequences[0], side).shape[1]
     few = np.unique(np.linspace(0, num_layers - 1, _LAYERS_LOOKED_AT).round().astype(int))
-    sets = [ascending(getattr(sequence, side)[:, few]) for sequence in sequences]
-    inputs_of: dict[bytes, set[bytes]] = {}
-    keys = []
-    for sequence, routes in zip(sequences, sets, strict=True):
-        rows = sequence.positions - 1
-        keys.append(routes[rows].tobytes())
-        inputs_of.setdefault(keys[-1], set()).add(sequence.token_ids[rows].tobytes())
-    found = []
-    for sequence, routes, key in zip(sequences, sets, keys, strict=True):
+    inputs_of: dict[bytes, set[bytes]] = {}  # by digests, so that no step's sets are held
+    keys, found = [], []
+    for sequence in sequences:
+        routes = ascending(getattr(sequence, side)[:, few])
         rows, ids = sequence.positions - 1, sequence.token_ids
-        if len(inputs_of[key]) > 1:
-            found.append(len(rows))
-            continue
+        keys.append(_digest(routes[rows]))
+        inputs_of.setdefault(keys[-1], set()).add(_digest(ids[rows]))
         rows = rows[rows > 0]
         if sequence.known is not None:
             rows = rows[sequence.known[rows - 1]]
         other_sets = unequal(routes[rows], routes[rows - 1]).any(axis=1)
         found.append(int((~other_sets & (ids[rows] != ids[rows - 1])).sum()))
-    return found
+    return [
+        len(sequence.positions) if len(inputs_of[key]) > 1 else count
+        for sequence, key, count in zip(sequences, keys, found, strict=True)
+    ]
+
+
+def _digest(values: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).digest()
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _known(sequences: Sequence[SequenceRecord]) -> np.ndarray | None:
