@@ -25,7 +25,7 @@ from moe_upgrpo.record.sums import Sums, count_sums, position_sums, routing_sums
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.compare import concatenated
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
-from moe_upgrpo.routing.sets import ascending, unequal
+from moe_upgrpo.routing.sets import are_ascending, ascending, unequal
 
 
 @dataclass(kw_only=True)
@@ -347,7 +347,8 @@ def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
     inputs_of: dict[bytes, set[bytes]] = {}  # by digests, so that no step's sets are held
     keys, found = [], []
     for sequence in sequences:
-        routes = ascending(getattr(sequence, side)[:, few])
+        routes = getattr(sequence, side)[:, few]
+        routes = routes if are_ascending(routes) else ascending(routes)
         rows, ids = sequence.positions - 1, sequence.token_ids
         keys.append(_digest(routes[rows]))
         inputs_of.setdefault(keys[-1], set()).add(_digest(ids[rows]))
