@@ -79,6 +79,7 @@ def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     """Measure the trainer's side: visits of 16 sequences, as the routers left them."""
     import torch
 
+    from moe_upgrpo import heap
     from moe_upgrpo.megatron import groups, tap
 
     torch.manual_seed(0)
@@ -96,11 +97,12 @@ def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
         visits.append(tap.Visit(None, traces, batch))
     runs = tap.together([batch * SEQUENCE] * count, model.layers)
     with clock("gathered" if world > 1 else "taken and joined"):
-        joined = []
+        joined = [{} for _ in visits]
         for run in runs:
-            mine = [tap.hand_over(visits[run], model.experts)]
-            shares = groups.gather_in_model_copy([(groups.rank(), mine)])
-            joined += tap.join(shares, len(visits[run]))
+            mine = [tap.hand_over(visits, run, model.experts)]
+            tap.join(groups.gather_in_model_copy([(groups.rank(), mine)]), run, joined)
+            if run.part + 1 == run.parts:
+                heap.give_back()
     assert joined[-1]["routes"].shape == (batch, SEQUENCE, model.layers, model.top_k)
 
 

@@ -84,7 +84,7 @@ def ranks(sets: ndarray, universe: int) -> list[ndarray]:
 
 @cache
 def _pairs(i: int, size: int, universe: int) -> ndarray:
-    """What members i and i + 1 (from 0) add to a rank, by their two bytes: int64 ``[65536]``."""
+    """The share of members i and i + 1 in a rank, by their two bytes: int64 ``[65536]``."""
     first, second = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2).T
     added = np.zeros((2, 256), dtype=np.int64)
     added[:, :universe] = _binomials(size, universe)[i : i + 2]

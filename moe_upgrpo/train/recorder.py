@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_upgrpo import heap
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.record import finish
@@ -15,7 +16,7 @@ from moe_upgrpo.record.alarms import Watch
 from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
-from moe_upgrpo.train import evaluate, heap
+from moe_upgrpo.train import evaluate
 from moe_upgrpo.train.clock import Clock
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display

@@ -8,13 +8,14 @@ from functools import cache
 
 
 def give_back() -> None:
-    """Return free memory of the C library's heap to the system; takes milliseconds, once a step.
+    """Return free memory of the C library's heap to the system; takes milliseconds.
 
     Responses differ in length, so each step allocates tensors of other sizes, between weights that
     stay. The holes that are left fit the next step badly, and the heap grows by hundreds of kB a
     step though no more of it is in use. glibc itself returns only free memory at the heap's end.
-    Called every step rather than now and then: the more holes there are, the more of them the steps
-    in between would fill. Other C libraries have no such call, and nothing is done there.
+    The trainer calls it every step rather than now and then: the more holes there are, the more of
+    them the steps in between would fill. Other C libraries have no such call, and nothing is done
+    there.
     """
     if trim := _malloc_trim():
         trim(0)
