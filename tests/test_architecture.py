@@ -21,6 +21,7 @@ ORDER = (
     "extras",
     "lazy",
     "ending",
+    "heap",
     "kernels",
     "patching",
     "plugins",

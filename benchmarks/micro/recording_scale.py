@@ -1,6 +1,8 @@
 """Time and memory of the recording of routes, per token, by the number of tokens, layers and ranks.
 
     OMP_NUM_THREADS=1 python -m benchmarks.micro.recording_scale [--tokens 10000 100000 1000000]
+    OMP_NUM_THREADS=1 python -m benchmarks.micro.recording_scale --stages rows written \
+        --tokens 10000 100000 1000000 10000000          # 6 GB; other stages hold 1 to 2 kB a token
     OMP_NUM_THREADS=1 python -m benchmarks.micro.recording_scale --layers 12 24 48 --ranks 1 2 4
 
 One core, made-up routes in the shape of a real model (48 MoE layers, top-8 of 128, 10% of routers
@@ -15,8 +17,9 @@ response's. Stages, each in a process of its own:
 - difference encoded: the trainer's routes as what to change in the engine's, a part of "written"
 - decoded: both sides' routes read back from their bytes
 
-Printed: processor microseconds and extra peak bytes per token at each size, and the exponents
-of the growth of time and memory fitted over the sizes (1: linear).
+Printed: processor microseconds and extra peak bytes per token at each size; the exponents of the
+growth of time and memory fitted over the sizes (1: linear); and, since buffers of some MB weigh
+much at small sizes, the extra bytes of each further token between the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def _memory(name: str) -> int:
 
 
 def make_routes(tokens: int, model: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides' experts [T, L, K], ascending; a hundred sequences repeated where T is larger."""
+    """Both sides' experts [T, L, K], ascending; 10,000 tokens repeated where T is larger."""
     rng, base = np.random.default_rng(0), min(tokens, 10_000)
     scores = rng.random((base * model.layers, model.experts), dtype=np.float32)
     best = scores.argpartition(model.top_k, axis=1)[:, : model.top_k + 1].astype(np.uint8)
@@ -79,6 +82,7 @@ def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
     """Measure the trainer's side: visits of 16 sequences, as the routers left them."""
     import torch
 
+    from moe_upgrpo import heap
     from moe_upgrpo.megatron import groups, tap
 
     torch.manual_seed(0)
@@ -96,11 +100,12 @@ def tap_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
         visits.append(tap.Visit(None, traces, batch))
     runs = tap.together([batch * SEQUENCE] * count, model.layers)
     with clock("gathered" if world > 1 else "taken and joined"):
-        joined = []
+        joined = [{} for _ in visits]
         for run in runs:
-            mine = [tap.hand_over(visits[run], model.experts)]
-            shares = groups.gather_in_model_copy([(groups.rank(), mine)])
-            joined += tap.join(shares, len(visits[run]))
+            mine = [tap.hand_over(visits, run, model.experts)]
+            tap.join(groups.gather_in_model_copy([(groups.rank(), mine)]), run, joined)
+            if run.part + 1 == run.parts:
+                heap.give_back()
     assert joined[-1]["routes"].shape == (batch, SEQUENCE, model.layers, model.top_k)
 
 
@@ -111,14 +116,17 @@ def record_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
 
     rng = np.random.default_rng(0)
     count, response = max(1, tokens // SEQUENCE), SEQUENCE - PROMPT
-    rollout, train = make_routes(count * (SEQUENCE - 1), model)
+    own = min(count, 100)  # further sequences share the routes of these, so that 10⁷ tokens fit
+    rollout, train = make_routes(own * (SEQUENCE - 1), model)
+    train = train.astype(np.int16)
+    margins = rng.random((own * (SEQUENCE - 1), model.layers), dtype=np.float32)
 
     def numbers() -> np.ndarray:
         return rng.standard_normal(response).astype(np.float32)
 
     sequences = []
     for i in range(count):
-        rows = slice(i * (SEQUENCE - 1), (i + 1) * (SEQUENCE - 1))
+        rows = slice(i % own * (SEQUENCE - 1), (i % own + 1) * (SEQUENCE - 1))
         sequences.append(
             SequenceRecord(
                 prompt=i // 8,
@@ -132,8 +140,8 @@ def record_stage(tokens: int, model: argparse.Namespace, clock: Clock) -> None:
                 clipped=np.zeros(response, bool),
                 gradient_weight=numbers(),
                 rollout_routes=rollout[rows],
-                train_routes=train[rows].astype(np.int16),
-                margins=rng.random((SEQUENCE - 1, model.layers), dtype=np.float32),
+                train_routes=train[rows],
+                margins=margins[rows],
                 entropy=numbers(),
                 staleness=0,
                 finished=True,
@@ -233,6 +241,9 @@ def grown(
             f"{stage:18s}time grows as {of}^{exponent(sizes, time_of):.2f}, "
             f"memory as {of}^{exponent(sizes, memory_of):.2f}"
         )
+        if of == "tokens":
+            more = (memory_of[-1] - memory_of[0]) / (sizes[-1] - sizes[0])
+            yield f"{stage:18s}{more:,.0f} extra bytes for each further token"
 
 
 def main(words: list[str] | None = None) -> None:

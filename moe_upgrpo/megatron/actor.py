@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config, unwrap_model
 
+from moe_upgrpo import heap
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.hugging_face.export import side_files, try_export
 from moe_upgrpo.losses import LossTerms, Metric, PolicyLossConfig, merge_metrics
@@ -36,7 +37,7 @@ from moe_upgrpo.megatron.optimizer import ReleasedWithItsActor, ddp_config, make
 from moe_upgrpo.megatron.packing import Inputs, check_attention
 from moe_upgrpo.megatron.scored import Scored, scored_of
 from moe_upgrpo.megatron.settings import DTYPES, OptimizerSettings
-from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Visit
+from moe_upgrpo.megatron.tap import RECORDS, RouterTap, Run, Visit
 from moe_upgrpo.megatron.weights import (
     export_weights,
     load_weights,
@@ -44,6 +45,8 @@ from moe_upgrpo.megatron.weights import (
     write_checkpoint,
 )
 from moe_upgrpo.megatron.work import Work, check_samples, make_work, tells_shapes
+
+_RECORDS_GIVEN_BACK = 64 << 20  # bytes of records; below, faults of the pages cost more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +288,7 @@ class MegatronActor:
         outputs: list,
         visits: list[list[Visit]],
         recomputations: int,
-        runs: Sequence[slice],
+        runs: Sequence[Run],
     ) -> tuple[list, list[dict[str, np.ndarray]], int]:
         """Every stage's and every sequence shard's part of the results, joined on every rank."""
         shard = self._shard
@@ -299,13 +302,20 @@ class MegatronActor:
         for problem in (problem for part in parts for problem in part["problems"]):
             raise RuntimeError(problem)
         outputs = [output for part in parts for output in part["outputs"]]
-        traces = [] if runs else [{} for _ in outputs]
+        traces: list[dict[str, np.ndarray]] = [{} for _ in outputs]
+        handed_over = 0
         for run in runs:
-            mine = [tap.hand_over(of_chunk[run], self.tap.num_experts) for of_chunk in visits]
-            shares = groups.gather_in_model_copy([(shard, mine)])
-            traces += tap.join(shares, len(range(*run.indices(len(outputs)))))
+            mine = [tap.hand_over(of_chunk, run, self.tap.num_experts) for of_chunk in visits]
+            tap.join(groups.gather_in_model_copy([(shard, mine)]), run, traces)
+            handed_over += sum(
+                array.nbytes for chunk in mine for *_, arrays in chunk for array in arrays.values()
+            )
+            if run.part + 1 == run.parts and handed_over > _RECORDS_GIVEN_BACK:
+                heap.give_back()  # the visits' records: else a step would hold them twice
+                handed_over = 0
         if self.layout.cp > 1:
-            traces = [{name: context.in_order(a) for name, a in t.items()} for t in traces]
+            for trace in traces:
+                trace.update({name: context.in_order(array) for name, array in trace.items()})
         return outputs, traces, sum(part["flips"] for part in parts)
 
     @property

@@ -36,8 +36,8 @@ NO_ROUTE = -1  # in place of an expert id: the router chooses for itself
 RECORDS = ("routes", "margins", "gates")
 Arrays = dict[str, np.ndarray]
 # (token, layer) pairs whose records are exchanged at once, 12 bytes each with top-8: a limit, so
-# that no rank holds a second copy of a whole step's records.
-_TOGETHER = 1 << 20
+# that no rank holds a second copy of a whole step's records, or of a large micro-batch's.
+_TOGETHER = 1 << 17
 
 
 @dataclass(slots=True)
@@ -272,7 +272,20 @@ def flips(visits: Sequence[Visit]) -> int:
     return sum(int(trace.flips) for visit in visits for trace in visit.traces.values())
 
 
-def together(tokens: Sequence[int], num_layers: int) -> list[slice]:
+@dataclass(frozen=True)
+class Run:
+    """Micro-batches whose records are joined at once, or one of several parts of one's rows."""
+
+    visits: slice
+    part: int = 0
+    parts: int = 1
+
+    def rows(self, shard: int) -> slice:
+        """This part of the s rows of a shard, for each of its sequences."""
+        return slice(shard * self.part // self.parts, shard * (self.part + 1) // self.parts)
+
+
+def together(tokens: Sequence[int], num_layers: int) -> list[Run]:
     """Runs of micro-batches, by their tokens, whose records are joined at a time.
 
     The same on every rank of a copy, so that each joins as often. At least one run.
@@ -283,57 +296,71 @@ def together(tokens: Sequence[int], num_layers: int) -> list[slice]:
             runs.append(slice(first, index))
             first, held = index, 0
         held += more
-    return [*runs, slice(first, len(tokens))]
+    runs.append(slice(first, len(tokens)))
+    found = []
+    for run in runs:
+        # More than one part only where the run is one micro-batch.
+        parts = max(1, -(-sum(tokens[run]) * num_layers // _TOGETHER))
+        found += [Run(run, part, parts) for part in range(parts)]
+    return found
 
 
-def hand_over(visits: Sequence[Visit], num_experts: int) -> list[tuple[list[int], Arrays]]:
-    """Take this rank's records from each visit: layer numbers, and name -> [s, B, l, ...].
+def hand_over(
+    visits: Sequence[Visit], run: Run, num_experts: int
+) -> list[tuple[list[int], int, Arrays]]:
+    """This rank's records of a run: for each visit layer numbers, its rows s, and name -> [part of
+    s, B, l, ...].
 
     Ids of experts are in ascending order, in one byte each where they fit. The visits keep no
-    records.
+    records once their last part is taken.
     """
-    return [_taken(visit, num_experts) for visit in visits]
+    return [_taken(visit, run, num_experts) for visit in visits[run.visits]]
 
 
-def _taken(visit: Visit, num_experts: int) -> tuple[list[int], Arrays]:
-    traces, visit.traces = visit.traces, {}
+def _taken(visit: Visit, run: Run, num_experts: int) -> tuple[list[int], int, Arrays]:
+    traces = visit.traces
+    if run.part + 1 == run.parts:
+        visit.traces = {}
     by_layer = [trace.seen() for trace in traces.values()]
     narrow = torch.uint8 if num_experts <= 256 else torch.int16
-    arrays = {}
+    arrays, shard = {}, 0
     for name in list(by_layer[0]) if by_layer else ():
-        layers = [found.pop(name) for found in by_layer]
+        shard = len(by_layer[0][name]) // visit.batch
+        rows = run.rows(shard)
+        mine = slice(rows.start * visit.batch, rows.stop * visit.batch)
+        layers = [found.pop(name)[mine] for found in by_layer]
         if name in ("routes", "own_routes"):
             arrays[name] = ascending(torch.stack([x.to(narrow) for x in layers], 1).cpu().numpy())
         else:
             arrays[name] = torch.stack(layers, 1).cpu().numpy()
         arrays[name] = arrays[name].reshape(-1, visit.batch, *arrays[name].shape[1:])
-    return list(traces), arrays
+    return list(traces), shard, arrays
 
 
-def join(parts: Sequence[tuple[int, list]], visits: int) -> list[Arrays]:
-    """Name -> [B, S, L, ...] for each micro-batch, layers ascending, from the ranks of a copy.
+def join(parts: Sequence[tuple[int, list]], run: Run, joined: list[Arrays]) -> None:
+    """Write a run's records, from the ranks of a copy, into those of all micro-batches: name ->
+    [B, S, L, ...], layers ascending.
 
     Ids of experts stay in one byte each where they fit.
 
     parts: for each rank its shard of the rows and what each of its chunks handed over.
     """
-    return [
-        _whole([(shard, *chunk[index]) for shard, chunks in parts for chunk in chunks])
-        for index in range(visits)
-    ]
+    for index, whole in enumerate(joined[run.visits]):
+        _write([(shard, *chunk[index]) for shard, chunks in parts for chunk in chunks], run, whole)
 
 
-def _whole(shares: Sequence[tuple[int, list[int], Arrays]]) -> Arrays:
-    """One micro-batch of all shares: a shard of the rows, its layers, its arrays of them."""
-    place = {number: i for i, number in enumerate(sorted({n for _, ls, _ in shares for n in ls}))}
-    shards = 1 + max((shard for shard, _, _ in shares), default=0)
-    whole: Arrays = {}
-    for shard, numbers, arrays in shares:
-        layers = [place[number] for number in numbers]
+def _write(shares: Sequence[tuple[int, list[int], int, Arrays]], run: Run, whole: Arrays) -> None:
+    """One micro-batch of all shares: a shard of the rows, its layers and rows, arrays of a part."""
+    place = {number: i for i, number in enumerate(sorted({n for _, ls, *_ in shares for n in ls}))}
+    shards = 1 + max((shard for shard, *_ in shares), default=0)
+    for shard, numbers, s, arrays in shares:
+        layers: list[int] | slice = [place[number] for number in numbers]
+        if layers == list(range(len(place))):
+            layers = slice(None)  # several times as quick
+        rows = run.rows(s)
         for name, array_sBl in arrays.items():
-            s, B, _, *rest = array_sBl.shape
+            _, B, _, *rest = array_sBl.shape
             if name not in whole:
                 whole[name] = np.empty((B, shards * s, len(place), *rest), array_sBl.dtype)
-            out = whole[name]
-            out[:, shard * s : (shard + 1) * s, layers] = array_sBl.swapaxes(0, 1)
-    return whole
+            mine = whole[name][:, shard * s + rows.start : shard * s + rows.stop]
+            mine[:, :, layers] = array_sBl.swapaxes(0, 1)

@@ -9,7 +9,8 @@ Shapes: N response tokens of this rank, R rows of whole sequences, L MoE layers,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +25,7 @@ from moe_upgrpo.record.sums import Sums, count_sums, position_sums, routing_sums
 from moe_upgrpo.routing import ComparisonKind, RoutingDivergence, compare_routes
 from moe_upgrpo.routing.compare import concatenated
 from moe_upgrpo.routing.gates import gate_overlap, layer_sums
-from moe_upgrpo.routing.sets import ascending, unequal
+from moe_upgrpo.routing.sets import are_ascending, ascending, unequal
 
 
 @dataclass(kw_only=True)
@@ -94,26 +95,34 @@ class StepRecord:
         """Ends of the sequences but the last among the rows R."""
         return np.cumsum([len(s.train_routes) for s in self.sequences])[:-1]
 
-    def _compare(
-        self, train: str, kind: ComparisonKind
-    ) -> tuple[RoutingDivergence, RoutingDivergence]:
-        """Compare the rollout's routes with those of the field `train`, over whole sequences [R]
-        and over the response tokens [N].
+    def _compare(self, train: str, kind: ComparisonKind) -> tuple[np.ndarray, RoutingDivergence]:
+        """Compare the rollout's routes with those of the field `train`: the layers that differ in
+        each row of the whole sequences [R], and the comparison of the response tokens [N].
 
         A fault in the routes names its sequence.
         """
 
         def compare(sequences: Sequence[SequenceRecord]) -> RoutingDivergence:
             sides = (
-                np.concatenate([getattr(s, name) for s in sequences])
-                for name in ("rollout_routes", train)
+                _joined([getattr(s, name) for s in sequences]) for name in ("rollout_routes", train)
             )
             return compare_routes(
                 *sides, num_experts=self.num_experts, valid=_known(sequences), kind=kind
             )
 
+        mismatched: list[np.ndarray] = []
+        of_tokens: list[RoutingDivergence] = []
+        end = 0
         try:
-            whole = concatenated([compare(run) for run in self._runs])
+            for run in self._runs:
+                whole = compare(run)
+                mismatched.append(whole.routers_per_token.numpy())
+                rows = slice(end, end + len(whole.valid))
+                end = rows.stop
+                # What is kept of a run is what its tokens need. Without any there is none, unless
+                # no run has one, which the last one says.
+                if self._is_token[rows].any() or (end == len(self._is_token) and not of_tokens):
+                    of_tokens.append(whole.select(torch.from_numpy(self._is_token[rows])))
         except (UserError, ValueError):  # ValueError: numpy's, where routes do not fit together
             for i, sequence in enumerate(self.sequences):
                 try:
@@ -121,11 +130,11 @@ class StepRecord:
                 except UserError as error:
                     raise UserError(f"sequence {self.first_sequence + i}: {error}") from None
             raise
-        return whole, whole.select(torch.from_numpy(self._is_token))
+        return np.concatenate(mismatched), concatenated(of_tokens)
 
     @property
     def _runs(self) -> list[Sequence[SequenceRecord]]:
-        """The sequences, in runs with about as many rows as are compared at once."""
+        """The sequences, in runs with about as many (row, layer) pairs as are compared at once."""
         if any(s.known is not None for s in self.sequences):
             return [self.sequences]  # a run may have no row that is known
         runs: list[list[SequenceRecord]] = [[]]
@@ -135,7 +144,7 @@ class StepRecord:
                 runs.append([])
                 held = 0
             runs[-1].append(sequence)
-            held += len(sequence.train_routes)
+            held += len(sequence.train_routes) * sequence.train_routes.shape[1]
         return [*runs[:-2], runs[-2] + runs[-1]] if len(runs) > 1 and not held else list(runs)
 
     @cached_property
@@ -154,7 +163,7 @@ class StepRecord:
         return np.concatenate(found)
 
     @cached_property
-    def _free_running(self) -> tuple[RoutingDivergence, RoutingDivergence]:
+    def _free_running(self) -> tuple[np.ndarray, RoutingDivergence]:
         return self._compare("train_routes", ComparisonKind.FREE_RUNNING)
 
     @property
@@ -172,7 +181,7 @@ class StepRecord:
 
     def _prefix_mismatched(self) -> np.ndarray:
         """(row, layer) pairs that differ before each token's row; null after an unknown row."""
-        whole, _ = self._free_running
+        mismatched_R, _ = self._free_running
         starts = np.concatenate([[0], self._ends]).astype(int)
         rows_N = np.concatenate(
             [s.positions - 1 + start for s, start in zip(self.sequences, starts, strict=True)]
@@ -183,7 +192,7 @@ class StepRecord:
             sums_R = np.concatenate([[0], counted_R.cumsum()])
             return sums_R[rows_N] - sums_R[first_N]
 
-        counts_N = before(whole.routers_per_token.numpy())
+        counts_N = before(mismatched_R)
         known_R = _known(self.sequences)
         if known_R is None or not (unknown_N := before(~known_R) > 0).any():
             return counts_N
@@ -301,7 +310,7 @@ class StepRecord:
         positions_N = self.of_tokens("positions")
         sums |= position_sums("mismatch", positions_N, mismatched_N, counts.num_layers)
         for name, side in (("", "rollout_routes"), ("_trainer", "train_routes")):
-            repeated = sum(_repeats(self.sequences, side))
+            repeated = sum(_repeats(self._runs, side))
             sums[f"mismatch/repeated_rows{name}"] = Metric(repeated, len(mismatched_N))
         if self.conditional is not None:
             sums |= count_sums("conditional", self.conditional)
@@ -333,39 +342,56 @@ def _rows(sequence: SequenceRecord, start: int = 0) -> slice | np.ndarray:
 
 
 _LAYERS_LOOKED_AT = 4
-_COMPARED = 1 << 14
+_COMPARED = 1 << 16
 
 
-def _repeats(sequences: Sequence[SequenceRecord], side: str) -> list[int]:
+def _repeats(runs: Iterable[Sequence[SequenceRecord]], side: str) -> list[int]:
     """Count, for each sequence, its tokens whose row of routes is that of another input.
 
     This is the row before it or, where all of a sequence's rows repeat, a row of another sequence.
     Sets are compared, in a few layers: a stale row is stale in all of them.
     """
+    inputs_of: dict[bytes, set[bytes]] = {}  # by digests, so that no step's sets are held
+    counts, keys = [], []
+    for sequences in runs:
+        again_R, sets_R, ids_R, starts = _again(sequences, side)
+        for sequence, start in zip(sequences, starts, strict=True):
+            rows = _rows(sequence, start)
+            counts.append((int(np.count_nonzero(again_R[rows])), len(sequence.positions)))
+            keys.append(_digest(sets_R[rows]))
+            inputs_of.setdefault(keys[-1], set()).add(_digest(ids_R[rows]))
+    return [
+        tokens if len(inputs_of[key]) > 1 else count
+        for key, (count, tokens) in zip(keys, counts, strict=True)
+    ]
+
+
+def _again(
+    sequences: Sequence[SequenceRecord], side: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Of each row [R] whether its sets are those of the row before it, for another token; the sets
+    in a few layers, the tokens' ids, and each sequence's first row."""
     routes = [getattr(sequence, side) for sequence in sequences]
     few = np.unique(np.linspace(0, routes[0].shape[1] - 1, _LAYERS_LOOKED_AT).round().astype(int))
-    sets_R = ascending(np.concatenate([routes_TLK[:, few] for routes_TLK in routes]))
-    ids_R = np.concatenate(
-        [s.token_ids[: len(rows)] for s, rows in zip(sequences, routes, strict=True)]
-    )
+    sets_R = _joined([routes_TLK[:, few] for routes_TLK in routes])
+    sets_R = sets_R if are_ascending(sets_R) else ascending(sets_R)
+    ids_R = _joined([s.token_ids[: len(rows)] for s, rows in zip(sequences, routes, strict=True)])
     starts = np.cumsum([0] + [len(routes_TLK) for routes_TLK in routes])[:-1]
-    # Of each row whether its set is that of the row before it, for another token.
     again_R = np.zeros(len(sets_R), bool)
     again_R[1:] = ~unequal(sets_R[1:], sets_R[:-1]).any(axis=1) & (ids_R[1:] != ids_R[:-1])
     again_R[starts[starts < len(again_R)]] = False
     if (known_R := _known(sequences)) is not None:
         again_R[1:] &= known_R[:-1]
-    inputs_of: dict[bytes, set[bytes]] = {}
-    found, keys = [], []
-    for sequence, start in zip(sequences, starts.tolist(), strict=True):
-        rows = _rows(sequence, start)
-        found.append(int(np.count_nonzero(again_R[rows])))
-        keys.append(sets_R[rows].tobytes())
-        inputs_of.setdefault(keys[-1], set()).add(ids_R[rows].tobytes())
-    return [
-        len(sequence.positions) if len(inputs_of[key]) > 1 else count
-        for sequence, key, count in zip(sequences, keys, found, strict=True)
-    ]
+    return again_R, sets_R, ids_R, starts.tolist()
+
+
+def _digest(values: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).digest()
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _known(sequences: Sequence[SequenceRecord]) -> np.ndarray | None:

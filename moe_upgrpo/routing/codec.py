@@ -1,36 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Store expert sets exactly in few bytes: one side's by rank, the other's as a difference from it.
 
-A K-subset c_1 < … < c_K of E experts is numbered in the combinatorial number system,
-rank = Σ_i C(c_i, i) in 0..C(E, K) − 1 (Knuth, The Art of Computer Programming 4A, 7.2.1.3, eq. 20),
-and the rank is written in ⌈log2 C(E, K)⌉ bits, most significant first: 41 bits for top-8 of 128,
-where eight bytes in an int8 array take 64 and in an int32 array 256. Where C(E, K) ≥ 2^63, the
-ascending set is split into the fewest runs of near equal length whose ranks do fit, each numbered
-as a subset of all E experts. The code is lossless as sets: order within K is not kept.
+A K-subset of E experts has a rank in 0..C(E, K) − 1 (`routing.subsets`), which is written in
+⌈log2 C(E, K)⌉ bits, most significant first: 41 bits for top-8 of 128, where eight bytes in an int8
+array take 64 and in an int32 array 256. Where C(E, K) ≥ 2^63 it takes several ranks. The code is
+lossless as sets: order within K is not kept.
 
 Shape suffixes: N tokens, n tokens of a block, D those of them that differ, L MoE layers, K experts
 per token (top-k), R rows = (token, layer) pairs, B bytes per token, W bits per row, M bytes in all.
 E is the number of experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
-from math import comb
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.routing.bits import pack, padded, read, unpack
-from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, unequal
+from moe_upgrpo.routing.bits import as_bytes, blank, pack, padded, read, unpack, write
+from moe_upgrpo.routing.sets import are_ascending, ascending, not_in, repeated, unequal, words
+from moe_upgrpo.routing.subsets import id_type, members, rank_widths, ranks, set_width
 
 # Rows handled at once: each takes some 40 bytes of memory meanwhile, each call a microsecond.
 _ROWS = 1 << 17
-# A subset's three (or two) lowest members are looked up together where no more combinations than
-# this exist, in a table with 4 bytes for each: 10 bits for a member.
-_LOOKED_UP = 1 << 19
-_MEMBER_BITS = 10
 
 
 def set_bytes(num_layers: int, top_k: int, num_experts: int) -> int:
@@ -42,7 +36,7 @@ def set_bytes(num_layers: int, top_k: int, num_experts: int) -> int:
         UserError: not 1 ≤ K ≤ E, or L < 1.
     """
     _check_model(num_layers, top_k, num_experts)
-    return -(-num_layers * _width(top_k, num_experts) // 8)
+    return -(-num_layers * set_width(top_k, num_experts) // 8)
 
 
 def encode_sets(routes_NLK: ndarray, *, num_experts: int) -> ndarray:
@@ -60,12 +54,15 @@ def encode_sets(routes_NLK: ndarray, *, num_experts: int) -> ndarray:
     packed_NB = np.empty((N, set_bytes(L, K, num_experts)), dtype=np.uint8)
     for tokens in _blocks(N, L):
         sets_nLK = _ascending("routes", routes_NLK[tokens], tokens.start, num_experts)
-        columns_KR = sets_nLK.transpose(2, 1, 0).reshape(K, -1)  # layer by layer
-        ranks_R = _ranks(columns_KR, num_experts)
-        by_layer = zip(*(rank_R.reshape(L, -1) for rank_R in ranks_R), strict=True)
-        numbers = [rank_n for of_layer in by_layer for rank_n in of_layer]
-        packed_NB[tokens] = pack(numbers, _widths(K, num_experts) * L)
+        packed_NB[tokens] = _encode_sets(sets_nLK, num_experts)
     return packed_NB
+
+
+def _encode_sets(sets_nLK: ndarray, num_experts: int) -> ndarray:
+    _, L, K = sets_nLK.shape
+    by_layer = zip(*(rank_nL.T.copy() for rank_nL in ranks(sets_nLK, num_experts)), strict=True)
+    numbers = [rank_n for of_layer in by_layer for rank_n in of_layer]
+    return pack(numbers, rank_widths(K, num_experts) * L)
 
 
 def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts: int) -> ndarray:
@@ -83,23 +80,25 @@ def decode_sets(packed_NB: ndarray, *, num_layers: int, top_k: int, num_experts:
             f"shape [tokens, {B}], got {packed_NB.dtype} of shape {list(packed_NB.shape)}: "
             "truncated, or of another model"
         )
-    N, L, widths = len(packed_NB), num_layers, _widths(top_k, num_experts)
+    N, L, widths = len(packed_NB), num_layers, rank_widths(top_k, num_experts)
     filling = 8 * B - L * sum(widths)
-    routes_NLK: ndarray = np.empty((N, num_layers, top_k), dtype=_id_type(num_experts))
+    routes_NLK: ndarray = np.empty((N, num_layers, top_k), dtype=id_type(num_experts))
     for tokens in _blocks(N, num_layers):
         *numbers, filling_n = unpack(packed_NB[tokens], [*widths * L, filling])
         if filling_n.any():
             token = tokens.start + int((filling_n != 0).argmax())
             raise UserError(f"packed sets, token {token}: bits set behind the last layer: damaged")
         ranks_R = [np.concatenate(numbers[run :: len(widths)]) for run in range(len(widths))]
-        sets_KR, bad_R = _subsets(ranks_R, top_k, num_experts)
+        sets_KR, bad_R = members(ranks_R, top_k, num_experts)
         if bad_R.any():
             token, layer = np.argwhere(bad_R.reshape(L, -1).T)[0]
             raise UserError(
                 f"packed sets, token {tokens.start + token}, MoE layer {layer}: not the number of "
                 f"any {top_k} of {num_experts} experts: damaged, or of another model"
             )
-        routes_NLK[tokens] = sets_KR.reshape(top_k, L, -1).transpose(2, 1, 0)
+        # By rows, then layers, in whole rows: several times as quick as byte by byte.
+        rows_LnK = np.ascontiguousarray(sets_KR.T).reshape(L, -1, top_k)
+        words(routes_NLK[tokens])[:] = words(rows_LnK).swapaxes(0, 1)
     return routes_NLK
 
 
@@ -124,6 +123,66 @@ def encode_difference(
     Raises:
         UserError: as `encode_sets`, naming the side; the two shapes differ.
     """
+    parts = [part for _, part in _differences(rollout_NLK, train_NLK, num_experts)]
+    return _joined(parts)
+
+
+class Sides(NamedTuple):
+    """Both sides of N tokens, as the token log keeps them.
+
+    sets_NB: the rollout's, from `encode_sets`. data, offsets: from `encode_difference`. overlap_NL:
+    |S ∩ S'|, uint8 (uint16 for K > 255).
+    """
+
+    sets_NB: ndarray
+    data: ndarray
+    offsets: ndarray
+    overlap_NL: ndarray
+
+
+def encode_sides(
+    rollout_NLK: ndarray, train_NLK: ndarray, *, num_experts: int, first_token: int = 0
+) -> Sides:
+    """Both sides' sets in one pass, as `encode_sets` and `encode_difference`, and their overlaps.
+
+    Args:
+        first_token: the number that errors give to the first token.
+
+    Raises:
+        UserError: as `encode_difference`.
+    """
+    N, L, K = np.shape(rollout_NLK)
+    sets_NB = np.empty((N, set_bytes(L, K, num_experts)), dtype=np.uint8)
+    overlap_NL: ndarray = np.full((N, L), K, dtype=id_type(K + 1))
+    parts, start = [], 0
+    for rollout_nLK, part in _differences(rollout_NLK, train_NLK, num_experts, first_token):
+        tokens = slice(start, start + len(rollout_nLK))
+        sets_NB[tokens] = _encode_sets(rollout_nLK, num_experts)
+        overlap_NL[tokens].reshape(-1)[part.rows_R] -= part.swaps_R.astype(overlap_NL.dtype)
+        parts.append(part)
+        start = tokens.stop
+    return Sides(sets_NB, *_joined(parts), overlap_NL)
+
+
+class _Part(NamedTuple):
+    """A block's difference: its bytes, those of each token, and the rows and numbers of swaps."""
+
+    data: ndarray
+    bytes_n: ndarray
+    rows_R: ndarray
+    swaps_R: ndarray
+
+
+def _joined(parts: list[_Part]) -> tuple[ndarray, ndarray]:
+    data = np.concatenate([np.zeros(0, dtype=np.uint8), *(part.data for part in parts)])
+    ends_N = np.concatenate([np.zeros(1, dtype=np.int64), *(part.bytes_n for part in parts)])
+    return data, ends_N.cumsum()
+
+
+def _differences(
+    rollout_NLK: ndarray, train_NLK: ndarray, num_experts: int, first_token: int = 0
+) -> Iterator[tuple[ndarray, _Part]]:
+    """The rollout's sets, ascending, and the trainer's difference from them, block by block."""
     rollout_NLK = _checked_shape("rollout routes", rollout_NLK, num_experts)
     train_NLK = _checked_shape("training routes", train_NLK, num_experts)
     if rollout_NLK.shape != train_NLK.shape:
@@ -132,16 +191,11 @@ def encode_difference(
             f"{list(rollout_NLK.shape)}, training {list(train_NLK.shape)}"
         )
     N, L, _ = rollout_NLK.shape
-    parts, sizes_N = [], np.zeros(N, dtype=np.int64)
     for tokens in _blocks(N, L):
-        sides = (
-            _ascending("rollout routes", rollout_NLK[tokens], tokens.start, num_experts),
-            _ascending("training routes", train_NLK[tokens], tokens.start, num_experts),
-        )
-        data, sizes_N[tokens] = _encode_block(*sides, num_experts)
-        parts.append(data)
-    data = np.concatenate([np.zeros(0, dtype=np.uint8), *parts])
-    return data, np.concatenate([[0], sizes_N.cumsum()])
+        first = first_token + tokens.start
+        rollout_nLK = _ascending("rollout routes", rollout_NLK[tokens], first, num_experts)
+        train_nLK = _ascending("training routes", train_NLK[tokens], first, num_experts)
+        yield rollout_nLK, _encode_block(rollout_nLK, train_nLK, num_experts)
 
 
 def decode_difference(
@@ -158,7 +212,7 @@ def decode_difference(
     N, L, _ = rollout_NLK.shape
     data, offsets = np.asarray(data), np.asarray(offsets)
     _check_offsets(data, offsets, N)
-    train_NLK: ndarray = np.empty(rollout_NLK.shape, dtype=_id_type(num_experts))
+    train_NLK: ndarray = np.empty(rollout_NLK.shape, dtype=id_type(num_experts))
     for tokens in _blocks(N, L):
         first = tokens.start
         rollout_nLK = _ascending("rollout routes", rollout_NLK[tokens], first, num_experts)
@@ -170,16 +224,14 @@ def decode_difference(
     return train_NLK
 
 
-def _encode_block(
-    rollout_nLK: ndarray, train_nLK: ndarray, num_experts: int
-) -> tuple[ndarray, ndarray]:
+def _encode_block(rollout_nLK: ndarray, train_nLK: ndarray, num_experts: int) -> _Part:
     n, L, K = rollout_nLK.shape
     bytes_n = np.zeros(n, dtype=np.int64)
     mask_nL = unequal(rollout_nLK, train_nLK)
     differing_D = np.flatnonzero(mask_nL.any(axis=1))
-    if not len(differing_D):
-        return np.zeros(0, dtype=np.uint8), bytes_n
     rows_R = np.flatnonzero(mask_nL)
+    if not len(differing_D):
+        return _Part(np.zeros(0, dtype=np.uint8), bytes_n, rows_R, rows_R)
     rollout_RK, train_RK = (x.reshape(-1, K)[rows_R] for x in (rollout_nLK, train_nLK))
     leaves_RK, comes_RK = not_in(rollout_RK, train_RK), not_in(train_RK, rollout_RK)
     swaps_R = leaves_RK.sum(axis=1)
@@ -192,9 +244,9 @@ def _encode_block(
     bytes_n[differing_D] = -(-(L + layers_D * swap_width + payload_D) // 8)
     start_D = 8 * (bytes_n.cumsum() - bytes_n)[differing_D]
 
-    bits = np.zeros(8 * int(bytes_n.sum()), dtype=np.uint8)
+    bits = blank(int(bytes_n.sum()))
     swap_at_R, payload_at_R = _row_positions(start_D + L, token_R, layers_D, swap_width, width_R)
-    bits[_spans(swap_at_R, swap_width)] = _to_bits(swaps_R - 1, swap_width)
+    write(bits, swap_at_R, swaps_R - 1, swap_width)
     for m in np.unique(swaps_R):
         rows = (swaps_R == m).nonzero()[0]
         left_Rm = leaves_RK[rows].nonzero()[1].reshape(-1, m)
@@ -204,14 +256,14 @@ def _encode_block(
         came_Rm -= _members_below(rollout_RK[rows], came_Rm)
         at_R = payload_at_R[rows]
         for subsets_Rm, universe in ((left_Rm, K), (came_Rm, num_experts - K)):
-            ranks_R = _ranks(subsets_Rm.T, universe)
-            for rank_R, width in zip(ranks_R, _widths(m, universe), strict=True):
-                bits[_spans(at_R, width)] = _to_bits(rank_R, width)
-                at_R = at_R + width
-    data = np.packbits(bits)
+            of_runs = zip(ranks(subsets_Rm, universe), rank_widths(m, universe), strict=True)
+            for rank_R, bits_of_rank in of_runs:
+                write(bits, at_R, rank_R, bits_of_rank)
+                at_R = at_R + bits_of_rank
+    data = as_bytes(bits, int(bytes_n.sum()))
     masks = np.packbits(mask_DL, axis=1)  # a token's bits begin at a byte
     data[_spans(start_D // 8, masks.shape[1])] |= masks
-    return data, bytes_n
+    return _Part(data, bytes_n, rows_R, swaps_R)
 
 
 def _decode_block(
@@ -284,12 +336,12 @@ def _decode_block(
 def _read_subsets(
     whole: ndarray, at_R: ndarray, size: int, universe: int
 ) -> tuple[ndarray, ndarray, ndarray]:
-    """Subsets that begin at these bits, as from `_subsets`, and where each ends."""
+    """Subsets that begin at these bits, as from `members`, and where each ends."""
     ranks_R = []
-    for width in _widths(size, universe):
+    for width in rank_widths(size, universe):
         ranks_R.append(read(whole, at_R, width))
         at_R = at_R + width
-    return *_subsets(ranks_R, size, universe), at_R
+    return *members(ranks_R, size, universe), at_R
 
 
 def _members_below(members_RK: ndarray, ids_Rm: ndarray) -> ndarray:
@@ -327,145 +379,7 @@ def _swap_width(top_k: int, num_experts: int) -> int:
 def _payload_widths(top_k: int, num_experts: int) -> ndarray:
     """Bits that say which m experts left and which came, for m = 0..min(K, E − K)."""
     swaps = range(1, min(top_k, num_experts - top_k) + 1)
-    return np.array([0] + [_width(m, top_k) + _width(m, num_experts - top_k) for m in swaps])
-
-
-def _runs(size: int, universe: int) -> list[int]:
-    """Lengths of the runs that an ascending set is numbered in: the fewest whose ranks fit."""
-    for count in range(1, size + 1):
-        lengths = [size // count + (i < size % count) for i in range(count)]
-        if all(comb(universe, length) < 1 << 63 for length in lengths):
-            return lengths
-    raise AssertionError("a run of one always fits")
-
-
-def _rank_width(size: int, universe: int) -> int:
-    return (comb(universe, size) - 1).bit_length()
-
-
-@cache
-def _widths(size: int, universe: int) -> list[int]:
-    """Bits of the rank of each run of a subset."""
-    return [_rank_width(length, universe) for length in _runs(size, universe)]
-
-
-def _width(size: int, universe: int) -> int:
-    return sum(_widths(size, universe))
-
-
-@cache
-def _binomials(size: int, universe: int) -> ndarray:
-    """int64 ``[size, universe]``: C(c, i) for i = 1..size, no larger than C(universe, size).
-
-    A larger value belongs to no subset of that size.
-    """
-    most = comb(universe, size)
-    table = [[min(comb(c, i), most) for c in range(universe)] for i in range(1, size + 1)]
-    return np.array(table, dtype=np.int64)
-
-
-def _ranks(subsets_KR: ndarray, universe: int) -> list[ndarray]:
-    """Ascending subsets of 0..universe − 1 to the ranks of their runs, int64 ``[R]`` each."""
-    ranks_R, start = [], 0
-    for length in _runs(len(subsets_KR), universe):
-        binomials = _binomials(length, universe)
-        rank_R = binomials[0].take(subsets_KR[start])
-        for i in range(1, length):
-            rank_R += binomials[i].take(subsets_KR[start + i])
-        ranks_R.append(rank_R)
-        start += length
-    return ranks_R
-
-
-def _subsets(ranks_R: Sequence[ndarray], size: int, universe: int) -> tuple[ndarray, ndarray]:
-    """Undo `_ranks`: integers ``[size, R]``, and which rows hold no subset (bool ``[R]``)."""
-    subsets_KR: ndarray = np.empty((size, len(ranks_R[0])), dtype=_id_type(universe))
-    bad_R = np.zeros(len(ranks_R[0]), dtype=bool)
-    end = size
-    for rank_R, length in zip(reversed(ranks_R), reversed(_runs(size, universe)), strict=True):
-        bad_R |= rank_R >= comb(universe, length)
-        left_R, low = rank_R.copy(), _looked_up(length, universe)
-        for i in reversed(range(low, length)):
-            member_R = _largest(left_R, i, length, universe)
-            left_R -= _binomials(length, universe)[i].take(member_R)
-            subsets_KR[end - length + i] = member_R
-        if low == 1:
-            subsets_KR[end - length] = np.minimum(left_R, universe - 1)
-        else:
-            found_R = _low_members(low, universe).take(left_R, mode="clip")
-        for i in range(low if low > 1 else 0):
-            subsets_KR[end - length + i] = found_R >> _MEMBER_BITS * i & (1 << _MEMBER_BITS) - 1
-        end -= length
-    for lower_R, upper_R in pairwise(subsets_KR):
-        bad_R |= upper_R <= lower_R
-    return subsets_KR, bad_R
-
-
-def _looked_up(size: int, universe: int) -> int:
-    """The number of a subset's lowest members that one look-up in `_low_members` gives."""
-    fit = (low for low in (3, 2) if low <= size and comb(universe, low) <= _LOOKED_UP)
-    return next(fit, 1)
-
-
-@cache
-def _low_members(size: int, universe: int) -> ndarray:
-    """The subsets of a size by their ranks, the lowest member in the lowest bits: uint32."""
-    rank_R = np.arange(comb(universe, size))
-    found_R = np.zeros(len(rank_R), dtype=np.int64)
-    for i in reversed(range(size)):
-        member_R = _largest(rank_R, i, size, universe)
-        rank_R -= _binomials(size, universe)[i].take(member_R)
-        found_R |= member_R << _MEMBER_BITS * i
-    return found_R.astype(np.uint32)
-
-
-def _largest(rank_R: ndarray, i: int, size: int, universe: int) -> ndarray:
-    """The largest c with C(c, i + 1) ≤ each rank.
-
-    A rank's leading bits give it to within one: no two neighbouring binomials share them.
-    """
-    if i == 0:
-        return np.minimum(rank_R, universe - 1)
-    binomials = _binomials(size, universe)[i]
-    guesses = _guesses(i, size, universe)
-    if guesses is None:
-        return binomials.searchsorted(rank_R, side="right") - 1
-    below, from_above = guesses
-    lead_R = _leading_bits(rank_R)
-    member_R = below.take(lead_R, mode="clip")  # beyond the table: no set's rank
-    member_R += rank_R >= from_above.take(lead_R, mode="clip")
-    return member_R
-
-
-@cache
-def _guesses(i: int, size: int, universe: int) -> tuple[ndarray, ndarray] | None:
-    """For all leading bits: the largest c whose C(c, i + 1) has lower ones, and C(c + 1, i + 1).
-
-    None where two binomials share leading bits, so that one step up may not reach the right c.
-    """
-    binomials = _binomials(size, universe)[i]
-    bits = _leading_bits(binomials)
-    first = int((binomials > 0).argmax())  # C(c, i + 1) is 0 for c ≤ i
-    if (np.diff(bits[first:]) == 0).any():
-        return None
-    below = np.maximum(bits.searchsorted(np.arange(bits[-1] + 2), side="left") - 1, first - 1)
-    beyond = np.append(binomials, np.iinfo(np.int64).max)
-    return below, beyond[below + 1]
-
-
-def _leading_bits(values_R: ndarray) -> ndarray:
-    """The exponent and the first 7 bits behind it of numbers from 0 to 2^63, in the same order."""
-    return (values_R.astype(np.float32).view(np.int32) >> 16).astype(np.intp)
-
-
-def _to_bits(values_R: ndarray, width: int) -> ndarray:
-    """The last `width` bits of each value, most significant first: uint8 ``[R, width]``."""
-    bytes_R8 = values_R.astype(">u8").view(np.uint8)
-    return np.unpackbits(bytes_R8).reshape(-1, 64)[:, 64 - width :]
-
-
-def _id_type(num_experts: int) -> type:
-    return np.uint8 if num_experts <= 256 else np.uint16
+    return np.array([0] + [set_width(m, top_k) + set_width(m, num_experts - top_k) for m in swaps])
 
 
 def _blocks(num_tokens: int, num_layers: int) -> Iterator[slice]:
@@ -521,7 +435,7 @@ def _ascending(name: str, routes_nLK: ndarray, first_token: int, num_experts: in
         outside_nL = ((routes_nLK < 0) | (routes_nLK >= num_experts)).any(axis=-1)
         where = _where(name, routes_nLK, np.asarray(outside_nL), first_token)
         raise UserError(f"{where}: expected ids in 0..{num_experts - 1}")
-    sets_nLK: ndarray = routes_nLK.astype(_id_type(num_experts), copy=False)
+    sets_nLK: ndarray = routes_nLK.astype(id_type(num_experts), copy=False)
     if are_ascending(sets_nLK):
         return sets_nLK
     sets_nLK = ascending(sets_nLK)

@@ -56,7 +56,7 @@ def are_ascending(ids: ndarray) -> bool:
 def unequal(first: ndarray, second: ndarray) -> NDArray[np.bool_]:
     """Whether two ascending rows differ: bool ``[...]``, of ids ``[..., K]``."""
     if first.dtype == second.dtype and first.flags.c_contiguous and second.flags.c_contiguous:
-        first, second = _words(first), _words(second)
+        first, second = words(first), words(second)
     different: NDArray[np.bool_] = first[..., 0] != second[..., 0]
     for k in range(1, first.shape[-1]):
         different |= first[..., k] != second[..., k]
@@ -85,7 +85,7 @@ def not_in(ids_RK: ndarray, others_RK: ndarray) -> ndarray:
     return absent_KR.T
 
 
-def _words(ids: ndarray) -> ndarray:
+def words(ids: ndarray) -> ndarray:
     """The same rows in the fewest integers that their bytes can be read as: ``[..., W]``."""
     row = ids.shape[-1] * ids.itemsize
     return ids.view(f"u{next(size for size in (8, 4, 2, 1) if row % size == 0)}")

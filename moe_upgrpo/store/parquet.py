@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from moe_upgrpo.errors import UserError
 
-_GROUP = 1 << 16  # rows whose pages are held until they are written
+_GROUP = 1 << 13  # rows whose pages are held until they are written
 _KEY = b"moe_upgrpo.checksums"
 
 
@@ -120,9 +120,14 @@ def _entries(metadata: dict[bytes, bytes]) -> dict[str, int]:
 
 def _columns(table: pa.Table) -> dict[str, int]:
     return {
-        field.name: _array(table[field.name].combine_chunks(), zlib.crc32(_kind(field).encode()))
+        field.name: _array(_whole(table[field.name]), zlib.crc32(_kind(field).encode()))
         for field in table.schema
     }
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; `combine_chunks` would copy a single one too."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _kind(field: pa.Field) -> str:

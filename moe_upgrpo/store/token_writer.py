@@ -29,18 +29,23 @@ _ROUTES = {"rollout_routes": "rollout_experts", "train_routes": "train_experts"}
 # A float's bytes, split into four streams, shrink under zstd.
 _SPLIT = {name for name, column in COLUMNS.items() if column.type == "float"}
 _SPLIT -= {"reward", "advantage"}
-# Tokens whose routes are packed at once.
-_PACKED = 1 << 13
+# (token, layer) pairs that are packed at once.
+_PACKED = 1 << 17
+# Tokens that are checked at once.
+_CHECKED = 1 << 13
 _DISTINCT = _SPLIT | set(_ROUTES.values())
 
 
 class _Packed(NamedTuple):
-    """Both sides' routes as `routing.codec` writes them; overlap: None where one side is given."""
+    """The routes as `routing.codec` writes them; data and offsets: None where one side is given.
+
+    wrong: the first row and layer whose given overlap is not that of the routes, and theirs.
+    """
 
     rollout_NB: np.ndarray
-    data: np.ndarray
-    offsets: np.ndarray
-    overlap_NL: np.ndarray | None
+    data: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    wrong: tuple[int, int, int] | None = None
 
 
 class TokenLogWriter:
@@ -158,7 +163,7 @@ class TokenLogWriter:
                 kind = pa.list_(
                     pa.field("item", pa.uint8(), nullable=False), self.layout.num_layers
                 )
-                flat = pa.array(arrays[name].astype(np.uint8).reshape(-1))
+                flat = pa.array(arrays[name].astype(np.uint8, copy=False).reshape(-1))
                 array = pa.FixedSizeListArray.from_arrays(flat, type=kind)
             else:
                 array = _to_arrow(name, arrays[name])
@@ -176,51 +181,55 @@ class TokenLogWriter:
         """Raw routes as the columns that keep them, after a check against ``overlap``."""
         sequence_N = arrays["sequence"]
         packed = by_sequence(
-            lambda rows: self._packed({name: side.at(rows) for name, side in routes.items()}),
+            lambda rows: self._packed(
+                {name: side.at(rows) for name, side in routes.items()}, arrays["overlap"][rows]
+            ),
             arrays["step"],
             sequence_N,
         )
         columns = {"rollout_experts": _fixed_binary(packed.rollout_NB)}
-        if packed.overlap_NL is not None:
-            wrong_NL = packed.overlap_NL != arrays["overlap"]
-            if wrong_NL.any():
-                row, layer = np.argwhere(wrong_NL)[0]
-                raise UserError(
-                    f"step {step}, sequence {sequence_N[row]}, position "
-                    f"{arrays['position'][row]}, MoE layer {layer}: overlap is "
-                    f"{arrays['overlap'][row, layer]}, but the routes share "
-                    f"{packed.overlap_NL[row, layer]}: rows joined wrongly, or routes of another "
-                    "forward"
-                )
+        if packed.wrong is not None:
+            row, layer, shared = packed.wrong
+            raise UserError(
+                f"step {step}, sequence {sequence_N[row]}, position {arrays['position'][row]}, MoE "
+                f"layer {layer}: overlap is {arrays['overlap'][row, layer]}, but the routes share "
+                f"{shared}: rows joined wrongly, or routes of another forward"
+            )
+        if packed.offsets is not None:
             buffers = [None, pa.py_buffer(packed.offsets), pa.py_buffer(packed.data)]
             columns["train_experts"] = pa.Array.from_buffers(
                 pa.large_binary(), len(sequence_N), buffers
             )
         return columns
 
-    def _packed(self, routes: dict[str, Pieces]) -> _Packed:
+    def _packed(self, routes: dict[str, Pieces], overlap_NL: np.ndarray) -> _Packed:
         """The routes as they are stored, packed a run of tokens at a time."""
         # Imported here: the routing package needs torch, which a reader of the log does without.
-        from moe_upgrpo.routing import compare_routes
-        from moe_upgrpo.routing.codec import encode_difference, encode_sets, set_bytes
+        from moe_upgrpo.routing.codec import encode_sets, encode_sides, set_bytes
 
         E, rollout = self.layout.num_experts, routes["rollout_routes"]
         N, L, K = rollout.shape
         rollout_NB = np.empty((N, set_bytes(L, K, E)), dtype=np.uint8)
-        overlap_NL = np.empty((N, L), dtype=np.uint8) if "train_routes" in routes else None
-        offsets, data = np.zeros(N + 1, dtype=np.int64), [np.zeros(0, dtype=np.uint8)]
-        for start in range(0, N, _PACKED):
-            rows = slice(start, min(start + _PACKED, N))
+        offsets, data = np.zeros(N + 1, dtype=np.int64), bytearray()
+        wrong = None
+        step = max(1, _PACKED // L)
+        for rows in (slice(start, min(start + step, N)) for start in range(0, N, step)):
             rollout_nLK = rollout.cut(rows)
-            rollout_NB[rows] = encode_sets(rollout_nLK, num_experts=E)
-            if overlap_NL is not None:
-                train_nLK = routes["train_routes"].cut(rows)
-                part, ends = encode_difference(rollout_nLK, train_nLK, num_experts=E)
-                offsets[rows.start + 1 : rows.stop + 1] = offsets[rows.start] + ends[1:]
-                data.append(part)
-                found = compare_routes(rollout_nLK, train_nLK, num_experts=E)
-                overlap_NL[rows] = found.overlap.numpy()
-        return _Packed(rollout_NB, np.concatenate(data), offsets, overlap_NL)
+            if "train_routes" not in routes:
+                rollout_NB[rows] = encode_sets(rollout_nLK, num_experts=E)
+                continue
+            train_nLK = routes["train_routes"].cut(rows)
+            sides = encode_sides(rollout_nLK, train_nLK, num_experts=E, first_token=rows.start)
+            rollout_NB[rows] = sides.sets_NB
+            offsets[rows.start + 1 : rows.stop + 1] = len(data) + sides.offsets[1:]
+            data += sides.data.data
+            wrong_nL = sides.overlap_NL != overlap_NL[rows]
+            if wrong is None and wrong_nL.any():
+                row, layer = map(int, np.argwhere(wrong_nL)[0])
+                wrong = rows.start + row, layer, int(sides.overlap_NL[row, layer])
+        if "train_routes" not in routes:
+            return _Packed(rollout_NB)
+        return _Packed(rollout_NB, np.frombuffer(data, np.uint8), offsets, wrong)
 
     def _check_names_and_lengths(self, step: int, arrays: Mapping[str, np.ndarray | Pieces]) -> int:
         required = {name for name, column in COLUMNS.items() if not column.optional} - {"step"}
@@ -269,7 +278,9 @@ class TokenLogWriter:
                 f"overlap counts shared experts and must be in 0..{K} (top-k), got "
                 f"{overlap_NL.min()}..{overlap_NL.max()}"
             )
-        differs_N = (overlap_NL < K).sum(axis=1) != layers_mismatched_N
+        blocks = (overlap_NL[i : i + _CHECKED] for i in range(0, len(overlap_NL), _CHECKED))
+        below_N = np.concatenate([(block_nL < K).sum(axis=1) for block_nL in blocks])
+        differs_N = below_N != layers_mismatched_N
         if differs_N.any():
             row = int(differs_N.argmax())
             raise UserError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.heap import Heap
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.record import finish
 from moe_upgrpo.record.alarms import Watch
@@ -17,7 +18,6 @@ from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.train import evaluate
 from moe_upgrpo.train.clock import Clock
-from moe_upgrpo.train.heap import Heap
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.record import TrainedStep
@@ -86,7 +86,7 @@ class Recorder:
     def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""
         with clock("logging"):
-            self.heap.give_back()
+            self.heap.end_step()
             metrics = finish(
                 groups.sum_metrics(trained.sums()),
                 groups.sum_metrics(trained.loss_metrics()),

@@ -70,8 +70,10 @@ def test_recording_at_scale():
     recording_scale.codec_stage(2048, model, clock)
     assert {*clock.found} == {*recording_scale.STAGES} - {*recording_scale.TAP}
     assert all(seconds > 0 for seconds, _ in clock.found.values())
-    lines = recording_scale.grown("rows", "tokens", [10, 100], [(1.0, 5), (100.0, 50)], [10, 100])
-    assert "time grows as tokens^2.00, memory as tokens^1.00" in [*lines][-1]
+    lines = recording_scale.grown("rows", "tokens", [10, 100], [(1.0, 50), (100.0, 500)], [10, 100])
+    *_, growth, further = lines
+    assert "time grows as tokens^2.00, memory as tokens^1.00" in growth
+    assert further.endswith(" 5 extra bytes for each further token")
 
 
 def test_health_figures(capsys):

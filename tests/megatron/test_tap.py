@@ -116,8 +116,8 @@ def test_rows_without_a_route_are_routed_natively(model):
     visit = recorder.visit(0, 1, routes_BSLK, ("routes",))
     with recorder.installed(), visit:
         forward(model)
-    ((layers, arrays),) = tap.hand_over([visit], recorder.num_experts)
-    assert layers == [1, 2] and not visit.traces
+    ((layers, rows, arrays),) = tap.hand_over([visit], tap.Run(slice(1)), recorder.num_experts)
+    assert layers == [1, 2] and rows == 6 and not visit.traces
     assert (arrays["routes"][:4] == [6, 7]).all()
     assert (arrays["routes"][4:] == arrays["own_routes"][4:]).all()
     assert not (arrays["own_routes"][:4] == [6, 7]).all(axis=(0, 1, 3)).any()
@@ -125,22 +125,34 @@ def test_rows_without_a_route_are_routed_natively(model):
 
 def test_records_are_joined_in_runs_of_at_most_so_many_tokens():
     limit = tap._TOGETHER // 48
-    assert tap.together([limit, 1, limit - 1, 1], 48) == [slice(0, 1), slice(1, 3), slice(3, 4)]
-    assert tap.together([2 * limit, limit], 48) == [slice(0, 1), slice(1, 2)]
-    assert tap.together([], 48) == [slice(0, 0)] and tap.together([9, 9], 0) == [slice(0, 2)]
+
+    def runs(*tokens: int, layers: int = 48):
+        return [(r.visits, r.part, r.parts) for r in tap.together(tokens, layers)]
+
+    one, two = (slice(0, 1), 0, 1), (slice(3, 4), 0, 1)
+    assert runs(limit, 1, limit - 1, 1) == [one, (slice(1, 3), 0, 1), two]
+    halves = [(slice(0, 1), part, 2) for part in (0, 1)]
+    assert runs(2 * limit, limit) == [*halves, (slice(1, 2), 0, 1)]
+    assert runs() == [(slice(0, 0), 0, 1)] and runs(9, 9, layers=0) == [(slice(0, 2), 0, 1)]
 
 
-def test_parts_of_ranks_and_chunks_join_by_tensor_rank_and_layer():
-    """Tokens 0 to 3 in two shards, layer 1 on one stage and layers 2 and 5 on another."""
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_of_ranks_and_chunks_join_by_tensor_rank_and_layer(parts):
+    """Tokens 0 to 3 in two shards, layer 1 on one stage and layers 2 and 5 on another; the two
+    rows of a shard at once, one after the other, and with a part that has none."""
     whole_BSL = np.arange(24).reshape(2, 4, 3)
-    parts = []
-    for numbers, layers in (([1], [0]), ([5, 2], [2, 1])):
-        for tp_rank in (1, 0):
-            mine_BsL = whole_BSL[:, 2 * tp_rank : 2 * tp_rank + 2, layers]
-            share = (numbers, {"routes": mine_BsL.swapaxes(0, 1).astype(np.uint8)})
-            parts.append((tp_rank, [[share], [([], {})]]))
-    (joined,) = tap.join(parts, 1)
-    assert joined["routes"].dtype == np.uint8 and (joined["routes"] == whole_BSL).all()
+    joined = [{}, {}]
+    for part in range(parts):
+        run = tap.Run(slice(0, 2), part, parts)
+        shares = []
+        for numbers, layers in (([1], [0]), ([5, 2], [2, 1])):
+            for tp_rank in (1, 0):
+                mine_BsL = whole_BSL[:, 2 * tp_rank : 2 * tp_rank + 2, layers][:, run.rows(2)]
+                share = (numbers, 2, {"routes": mine_BsL.swapaxes(0, 1).astype(np.uint8)})
+                shares.append((tp_rank, [[share, share], [([], 0, {}), ([], 0, {})]]))
+        tap.join(shares, run, joined)
+    for of_visit in joined:
+        assert of_visit["routes"].dtype == np.uint8 and (of_visit["routes"] == whole_BSL).all()
 
 
 def gradient(model) -> dict[str, torch.Tensor]:
@@ -231,6 +243,7 @@ def test_the_hooks_are_gone_after_recording(model):
     with recorder.installed(), visit:
         forward(model)
         assert all(router.router_replay is not None for router in routers(model))
-    assert tap.hand_over([visit], 8)[0][1]["routes"].shape == (6, 1, 2, 2)
+    taken = [tap.hand_over([visit], tap.Run(slice(1), part, 4), 8)[0][2] for part in range(4)]
+    assert [part["routes"].shape for part in taken] == [(n, 1, 2, 2) for n in (1, 2, 1, 2)]
     assert [router.router_replay for router in routers(model)] == before == [None, None]
     assert not any(router._forward_hooks for router in routers(model))

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from moe_upgrpo.routing import codec
+from moe_upgrpo.routing import subsets
 from moe_upgrpo.routing.sets import (
     are_ascending,
     ascending,
@@ -85,7 +85,7 @@ def test_whether_all_rows_ascend():
 def test_the_largest_binomial_by_its_leading_bits_is_that_of_a_search(top_k, experts):
     """At each binomial, one below and one above it, where a guess could be one off, and between."""
     guessed = 0
-    for size in set(codec._runs(top_k, experts)):
+    for size in set(subsets.runs(top_k, experts)):
         for i in range(size):
             binomials = [comb(c, i + 1) for c in range(experts)]
             most = comb(experts, size)
@@ -93,7 +93,7 @@ def test_the_largest_binomial_by_its_leading_bits_is_that_of_a_search(top_k, exp
             between = np.random.default_rng(i).integers(0, min(binomials[-1], most), 50).tolist()
             ranks = [rank for rank in [*near, *between] if 0 <= rank < most]
             expected = [bisect_right(binomials, rank) - 1 for rank in ranks]
-            found = codec._largest(np.array(ranks, dtype=np.int64), i, size, experts)
+            found = subsets._largest(np.array(ranks, dtype=np.int64), i, size, experts)
             assert found.tolist() == expected
-            guessed += i > 0 and codec._guesses(i, size, experts) is not None
+            guessed += i > 0 and subsets._guesses(i, size, experts) is not None
     assert guessed or top_k in (7, 8)
