@@ -91,7 +91,7 @@ def job_on(machines: list[Host], *words: object) -> Iterator[list[subprocess.Pop
 
 
 def ends(agents: list[subprocess.Popen], within_s: float) -> list[str]:
-    """What each said, once all have ended."""
+    """Wait until all have ended; what each said."""
     deadline = time.monotonic() + within_s
     return [agent.communicate(timeout=max(deadline - time.monotonic(), 1))[1] for agent in agents]
 
