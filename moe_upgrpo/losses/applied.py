@@ -10,8 +10,8 @@ from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import correction_weights, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.passes import keep
-from moe_upgrpo.losses.side import Side
+from moe_upgrpo.losses.passes import of_sign
+from moe_upgrpo.losses.side import Side, one
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 if TYPE_CHECKING:
@@ -44,26 +44,33 @@ class AppliedSide:
     def cuts(self) -> list[Tensor]:
         return [cut for cut in (self.below, self.above, self.dropped) if cut is not None]
 
-    def weighted(self, t: Tokens, config: Config) -> Tensor:
-        """`amount`, once: the graph keeps it."""
-        made: Tensor = t.once(("weighted", self.positive), lambda: self.amount(t, config))
-        return made
+    def amount(self, t: Tokens, config: Config, own: Tensor | None = None) -> Tensor:
+        """The advantages of this side, 0 at other tokens, with its factors. own: the value of
+        `Side.factor`, if it is at hand."""
+        amount_BT = t.gain_BT if self.positive else t.pain_BT
+        return self._times_factors(amount_BT, t, config, own)
 
-    def amount(self, t: Tokens, config: Config) -> Tensor:
-        """The advantages of this side, 0 at other tokens, with its factors."""
-        return self._times_factors(t.gain_BT if self.positive else t.pain_BT, t, config)
+    def value(self, t: Tokens, config: Config, amount_BT: Tensor) -> Tensor:
+        """A·f at the tokens of this side, from its `amount`; 0 elsewhere."""
+        w = self.side.weight
+        if w is None:
+            return amount_BT * self.side.surrogate(t, config)
+        return t.times_log_probs(amount_BT if w is one else amount_BT * w(t, config))
 
-    def _times_factors(self, x: Tensor, t: Tokens, config: Config) -> Tensor:
+    def _times_factors(
+        self, x: Tensor, t: Tokens, config: Config, own: Tensor | None = None
+    ) -> Tensor:
         if self.factor is not None:
             x = x * self.factor
-        return x if self.side.factor is None else x * self.side.factor(t, config)
+        if self.side.factor is None:
+            return x
+        return x * (self.side.factor(t, config) if own is None else own)
 
     def beside(self, t: Tokens, extra: Tensor, config: Config) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factors."""
-        if self.positive:
-            extra_BT = extra * t.positive_number_BT
-        else:
-            extra_BT = keep(t.of_tokens(extra), t.positive_BT)
+        advantages_BT = t.advantages_BT  # 0 at padding
+        extra_BT = extra.expand_as(advantages_BT) if self.positive else t.of_tokens(extra)
+        extra_BT = of_sign(extra_BT, advantages_BT, self.positive)
         return self._times_factors(extra_BT, t, config)
 
     def coefficient(self, t: Tokens, config: Config) -> Tensor:
@@ -71,6 +78,21 @@ class AppliedSide:
         c = self._times_factors(self.side.slope(t, config), t, config)
         cut = union(*self.cuts)
         return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def amounts(
+    t: Tokens, config: Config, positive: AppliedSide, negative: AppliedSide
+) -> tuple[Tensor, Tensor]:
+    """`amount` of each side, once, as the graph keeps them. A factor of both is not kept beside
+    them."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        factor = positive.side.factor
+        own = factor(t, config) if factor and factor is negative.side.factor else None
+        return positive.amount(t, config, own), negative.amount(t, config, own)
+
+    made: tuple[Tensor, Tensor] = t.once("amounts", make)
+    return made
 
 
 def union(*hits: Tensor | None) -> Tensor | None:

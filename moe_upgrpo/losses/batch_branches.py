@@ -153,8 +153,8 @@ def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
 
 @zero_at_padding
 def vapo_nll(t: Tokens, cfg: Config) -> Tensor:
-    """−μ·log π·N/N⁺: token-mean divides by N."""
-    return t.log_probs_BT * (-cfg.positive_nll * t.statistics["tokens_per_positive"])
+    """−μ·log π·N/N⁺: token-mean divides by N. No gradient of padding comes to it, as A is 0."""
+    return t.times_log_probs(-cfg.positive_nll * t.statistics["tokens_per_positive"])
 
 
 def vapo_nll_slope(t: Tokens, cfg: Config) -> Tensor:

@@ -27,9 +27,9 @@ from moe_upgrpo.losses.passes import (
     exceeds,
     falls_below,
     keep,
-    keep_,
-    none_above,
+    of_sign,
     scaled_square,
+    where_below,
 )
 from moe_upgrpo.losses.side import (
     Branch,
@@ -218,7 +218,8 @@ def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
     if width <= n:
         return x_BT @ powers_nn[:width, :width]
     blocks = -(-width // n)
-    padded = torch.nn.functional.pad(x_BT, (0, blocks * n - width))
+    rest = blocks * n - width
+    padded = torch.nn.functional.pad(x_BT, (0, rest)) if rest else x_BT  # it copies in any case
     y = (padded.reshape(-1, n) @ powers_nn).view(rows, blocks, n)
     later = discounted_future(y[:, 1:, 0], decay**n)
     y[:, :-1].addcmul_(later[..., None], decay ** (n - place))
@@ -231,20 +232,18 @@ def influence(t: Tokens, cfg: Config) -> Tensor:
     Tokens with r above the dual clip leave the sum. A negative token with r > 4 has weight 1:
     ms-swift clips it to [.8, 1], and it is never below 1.
     """
-    log_ratio_BT = t.log_ratio_BT.detach()
-    suspect_BT = t.negative_BT & exceeds(log_ratio_BT, math.log(cfg.influence_safety))
+    log_ratio_BT = summed_BT = t.log_ratio_BT.detach()
     if cfg.dual < math.inf:
-        log_ratio_BT = none_above(log_ratio_BT, math.log(cfg.dual))
-    future_BT = discounted_future(log_ratio_BT, FUTURE_DECAY)
+        summed_BT = where_below(log_ratio_BT, log_ratio_BT, math.log(cfg.dual))
+    future_BT = discounted_future(summed_BT, FUTURE_DECAY)
     future_BT.clamp_(0.0, math.log1p(cfg.influence_range))
-    return keep_(future_BT, suspect_BT).exp_()
+    of_negative_BT = of_sign(log_ratio_BT, t.advantages_BT, positive=False)
+    safe = math.log(cfg.influence_safety)
+    return where_below(future_BT, of_negative_BT, safe, or_at=True).exp_()
 
 
 def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
-    def weight(t: Tokens, cfg: Config) -> Tensor:
-        return t.once("influence", lambda: influence(t, cfg))
-
-    return Side(surrogate, token_ratio, clip, factor=weight)
+    return Side(surrogate, token_ratio, clip, factor=influence)
 
 
 # --- GTPO (arXiv 2508.03772): REINFORCE as a self-ratio under the weights of `gtpo_weights`

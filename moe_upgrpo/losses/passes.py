@@ -46,6 +46,34 @@ def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
     return found
 
 
+def weigh(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """weight·x where the mask is True, else 0, whatever x holds there; weight is a constant.
+
+    Either the weight or the gradient that comes back has to be 0 where the mask is False: the mask
+    is not kept.
+    """
+    weighted: Tensor = _functions().Weigh.apply(x, weight, mask)
+    return weighted
+
+
+def of_sign(x: Tensor, advantages: Tensor, positive: bool) -> Tensor:
+    """x where A > 0, or where A <= 0 if not `positive`, else 0. x must be finite."""
+    if not positive:
+        return where_below(x, advantages, 0.0, or_at=True)
+    chosen: Tensor = torch.ops.aten.threshold_backward(x, advantages, 0.0)  # relu's
+    return chosen
+
+
+def where_below(x: Tensor, y: Tensor, limit: float, or_at: bool = False) -> Tensor:
+    """x where y, a finite constant, is below the limit (or at it), else 0. x must be finite.
+
+    The backward of hardtanh is this choice in one pass; the graph keeps y alone.
+    """
+    high = _outside(-math.inf, limit, y.dtype)[1] if or_at else limit
+    chosen: Tensor = torch.ops.aten.hardtanh_backward(x, y, -math.inf, high)
+    return chosen
+
+
 @cache
 def _functions() -> Any:
     """The autograd functions, made at first use, since the import does without torch."""
@@ -91,6 +119,17 @@ def _functions() -> Any:
             (number,) = ctx.saved_tensors
             return gradient * number, None, None  # finite: it comes from behind the mask
 
+    class Weigh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return torch.where(mask, x, 0.0).mul_(weight)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+            (weight,) = ctx.saved_tensors
+            return gradient * weight, None, None
+
     class ScaledSquare(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, k: float) -> Tensor:
@@ -116,7 +155,7 @@ def _functions() -> Any:
     class Functions:
         pass
 
-    for function in (Clamp, SelfRatio, Masked, ScaledSquare, Keep):
+    for function in (Clamp, SelfRatio, Masked, Weigh, ScaledSquare, Keep):
         setattr(Functions, function.__name__, function)
     return Functions
 
@@ -150,11 +189,6 @@ def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
     for x_part, cut_part, out_part in zip(*(y.chunk(blocks) for y in (x, cut, out)), strict=True):
         torch.mul(x_part, ~cut_part, out=out_part)
     return out
-
-
-def none_above(x: Tensor, limit: float) -> Tensor:
-    """x, but 0 where it is at or above the limit. Without a gradient."""
-    return torch.threshold(-x, -limit, 0.0).neg_()
 
 
 def exceeds(x: Tensor, limit: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
-from moe_upgrpo.losses.applied import AppliedSide, measure, union
+from moe_upgrpo.losses.applied import AppliedSide, amounts, measure, union
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import (
@@ -147,7 +147,7 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
-    t.forget_mask()
+    t.forget()
     # Not made from `per_token`, whose sign would cost the backward one more pass.
     of_B = objective_BT.sum(-1) if extra_BT is None else objective_BT.sum(-1) - extra_BT.sum(-1)
     loss = (of_B * -weights_B).sum()
@@ -271,8 +271,9 @@ def _pulls(
     elif slope is not None and not (positive.weighs or negative.weighs):
         pull_BT = t.advantages_BT * slope(t, config)
     else:
-        pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
-        pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
+        of_positive_BT, of_negative_BT = amounts(t, config, positive, negative)
+        pull_BT = of_positive_BT * positive.side.slope(t, config)
+        pull_BT.addcmul_(of_negative_BT, negative.side.slope(t, config))
     if positive.cuts or negative.cuts:  # not in place: the graph holds the weight of log π
         pull_BT = keep_(pull_BT, clipped_BT) if weight_BT is None else keep(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
@@ -292,14 +293,16 @@ def _objective(
     """A·f of each token; f once where it is one function for both signs."""
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
     if weight_BT is not None:
-        return weight_BT * t.log_probs_BT
+        return t.times_log_probs(weight_BT)
     f = _of_both(config, "surrogate")
-    if f is None:  # one after the other, to save f's memory
-        objective_BT = positive.weighted(t, config) * positive.side.surrogate(t, config)
-        return objective_BT.add_(negative.weighted(t, config) * negative.side.surrogate(t, config))
-    if not (positive.weighs or negative.weighs):
+    if f is not None and not (positive.weighs or negative.weighs):
         return t.advantages_BT * f(t, config)
-    return (positive.weighted(t, config) + negative.weighted(t, config)) * f(t, config)
+    of_positive_BT, of_negative_BT = amounts(t, config, positive, negative)
+    if f is not None:
+        return (of_positive_BT + of_negative_BT) * f(t, config)
+    # one after the other, to save f's memory
+    objective_BT = positive.value(t, config, of_positive_BT)
+    return objective_BT.add_(negative.value(t, config, of_negative_BT))
 
 
 def _weight_of_log_probs(

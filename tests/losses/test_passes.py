@@ -72,9 +72,33 @@ def test_what_is_cut_is_zero_and_has_no_gradient(monkeypatch):
         assert torch.equal(passes.keep_(x.detach().clone(), cut), expected)
 
 
-def test_none_above():
-    x = torch.tensor([-3.0, 0.0, 0.5, 1.0, 7.0])
-    assert passes.none_above(x, 1.0).tolist() == [-3.0, 0.0, 0.5, 0.0, 0.0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_choice_by_another_tensor_has_value_and_gradients_of_where(dtype):
+    y = torch.tensor([-3.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 7.0], dtype=dtype)
+    x = torch.arange(1, len(y) + 1, dtype=dtype, requires_grad=True)
+    choices = {
+        (lambda: passes.where_below(x, y, 1.0)): y < 1,
+        (lambda: passes.where_below(x, y, 1.0, or_at=True)): y <= 1,
+        (lambda: passes.of_sign(x, y, positive=True)): y > 0,
+        (lambda: passes.of_sign(x, y, positive=False)): y <= 0,
+    }
+    for choose, here in choices.items():
+        chosen = choose()
+        assert torch.equal(chosen, torch.where(here, x, 0.0))
+        (first,) = grad(chosen.square().sum(), x, create_graph=True)
+        assert torch.equal(first, torch.where(here, 2 * x, 0.0))
+        assert torch.equal(grad(first.sum(), x)[0], 2 * here.to(dtype))
+
+
+def test_a_weighted_input_is_finite_whatever_stands_behind_the_mask():
+    x = torch.tensor([[2.0, math.nan, -math.inf], [3.0, 0.5, math.nan]], requires_grad=True)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool()
+    weight = torch.tensor([[-1.5, 0.0, 0.0], [2.0, -0.0, 0.0]])
+    weighted = passes.weigh(x, weight, mask)
+    assert weighted.tolist() == [[-3.0, 0.0, 0.0], [6.0, 0.0, 0.0]]
+    (first,) = grad(weighted.square().sum(), x, create_graph=True)
+    assert first.tolist() == [[9.0, 0.0, 0.0], [24.0, 0.0, 0.0]]
+    assert grad(first.sum(), x)[0].tolist() == [[4.5, 0.0, 0.0], [8.0, 0.0, 0.0]]
 
 
 def test_a_scaled_square_has_its_first_and_second_derivative():
