@@ -24,9 +24,9 @@ from moe_upgrpo.losses.classic_branches import (
 )
 from moe_upgrpo.losses.passes import (
     clamp,
+    clamped_exp,
     exceeds,
     falls_below,
-    keep,
     of_sign,
     scaled_square,
     where_below,
@@ -140,7 +140,7 @@ def hinge_branch(
 @kept
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
-    return t.masked(clamp(t.raw_log_probs_BT, high=MAX_LOG_RATIO)).exp()
+    return clamped_exp(t.raw_log_probs_BT, MAX_LOG_RATIO, t.mask_BT)
 
 
 @kept
@@ -177,15 +177,17 @@ def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 # --- IPO (prime-rl's default): DPPO's TV mask on the ratio itself, and kl_tau·(log r)² everywhere
 
 
-def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
-    def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return keep(t.ratio_BT, dropped(t, cfg))
+@kept
+def beyond_guard(t: Tokens, cfg: Config) -> Tensor:
+    return above(t.ratio_BT, t.log_ratio_BT, math.inf)
 
+
+def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     def clip(t: Tokens, cfg: Config) -> Bounds:
-        cut, beyond = dropped(t, cfg), above(t.ratio_BT, t.log_ratio_BT, math.inf)
+        cut, beyond = dropped(t, cfg), beyond_guard(t, cfg)
         return (None, cut | beyond) if upwards else (cut, beyond)
 
-    return Side(surrogate, token_ratio, clip, ipo_penalty, ipo_penalty_slope)
+    return Side(token_ratio, token_ratio, clip, ipo_penalty, ipo_penalty_slope, drop=dropped)
 
 
 @zero_at_padding
@@ -237,9 +239,10 @@ def influence(t: Tokens, cfg: Config) -> Tensor:
         summed_BT = where_below(log_ratio_BT, log_ratio_BT, math.log(cfg.dual))
     future_BT = discounted_future(summed_BT, FUTURE_DECAY)
     future_BT.clamp_(0.0, math.log1p(cfg.influence_range))
-    of_negative_BT = of_sign(log_ratio_BT, t.advantages_BT, positive=False)
+    out = None if summed_BT is log_ratio_BT else summed_BT  # its sums are made
+    of_negative_BT = of_sign(log_ratio_BT, t.advantages_BT, positive=False, out=out)
     safe = math.log(cfg.influence_safety)
-    return where_below(future_BT, of_negative_BT, safe, or_at=True).exp_()
+    return where_below(future_BT, of_negative_BT, safe, or_at=True, out=future_BT).exp_()
 
 
 def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
