@@ -41,7 +41,7 @@ from moe_upgrpo.losses.side import (
     token_ratio,
     zero_at_padding,
 )
-from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
+from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +141,11 @@ def hinge_branch(
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
     return clamped_exp(t.raw_log_probs_BT, MAX_LOG_RATIO, t.mask_BT)
+
+
+def moved_probability(t: Tokens, cfg: Config) -> Tensor:
+    """π − π_old"""
+    return probability(t, cfg) - t.old_log_probs_BT.clamp_(max=MAX_LOG_RATIO).exp_()
 
 
 @kept
@@ -305,7 +310,7 @@ MORE_BRANCHES: dict[str, Branch] = {
         token_ratio, token_ratio, c="r", f="r−1", shift=1.0, guard=MAX_LOG_RATIO
     ),
     "hinge-probability": hinge_branch(
-        lambda t, cfg: probability(t, cfg) - guarded_exp(t.old_log_probs_BT),
+        moved_probability,
         probability,
         c="π",
         f="π−π_old",
