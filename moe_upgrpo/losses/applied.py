@@ -10,14 +10,15 @@ from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import correction_weights, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.passes import keep
-from moe_upgrpo.losses.side import Side
+from moe_upgrpo.losses.passes import add_product_, keep_, of_sign
+from moe_upgrpo.losses.side import Side, beside, is_new, one
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_upgrpo.losses.config import PolicyLossConfig as Config
+    from moe_upgrpo.losses.side import TensorFn
 
 
 @dataclass(frozen=True)
@@ -44,33 +45,66 @@ class AppliedSide:
     def cuts(self) -> list[Tensor]:
         return [cut for cut in (self.below, self.above, self.dropped) if cut is not None]
 
-    def weighted(self, t: Tokens, config: Config) -> Tensor:
-        """`amount`, once: the graph keeps it."""
-        made: Tensor = t.once(("weighted", self.positive), lambda: self.amount(t, config))
-        return made
+    def amount(self, t: Tokens, config: Config, own: Tensor | None = None) -> Tensor:
+        """The advantages of this side, 0 at other tokens and dropped ones, with its factors. own:
+        the value of `Side.factor`, if it is at hand."""
+        amount_BT = t.gain_BT if self.positive else t.pain_BT
+        if self.factor is not None:
+            amount_BT *= self.factor
+        if self.side.factor is not None:
+            amount_BT *= self.side.factor(t, config) if own is None else own
+        drop = self.side.drop
+        return amount_BT if drop is None else keep_(amount_BT, drop(t, config))
 
-    def amount(self, t: Tokens, config: Config) -> Tensor:
-        """The advantages of this side, 0 at other tokens, with its factors."""
-        return self._times_factors(t.gain_BT if self.positive else t.pain_BT, t, config)
+    def value(
+        self, t: Tokens, config: Config, amount_BT: Tensor, to: Tensor | None = None
+    ) -> Tensor:
+        """A·f at the tokens of this side, from its `amount`, and 0 elsewhere; added to `to`, which
+        it overwrites."""
+        w = self.side.weight
+        if w is None:
+            f = self.side.surrogate(t, config)
+            return amount_BT * f if to is None else add_product_(to, amount_BT, f)
+        value_BT = t.times_log_probs(amount_BT if w is one else amount_BT * w(t, config))
+        return value_BT if to is None else to.add_(value_BT)
 
     def _times_factors(self, x: Tensor, t: Tokens, config: Config) -> Tensor:
         if self.factor is not None:
             x = x * self.factor
         return x if self.side.factor is None else x * self.side.factor(t, config)
 
-    def beside(self, t: Tokens, extra: Tensor, config: Config) -> Tensor:
+    def beside(self, t: Tokens, function: TensorFn, config: Config) -> Tensor:
         """The extra term, or its slope, at the tokens of this side, with the side's factors."""
-        if self.positive:
-            extra_BT = extra * t.positive_number_BT
-        else:
-            extra_BT = keep(t.of_tokens(extra), t.positive_BT)
-        return self._times_factors(extra_BT, t, config)
+        # Padding has A = 0, which is not positive: on that side, the choice by sign masks.
+        extra = function(t, config) if self.positive else beside(function, t, config)
+        of_sequences = extra.shape != t.advantages_BT.shape
+        if of_sequences:
+            extra = extra.expand_as(t.advantages_BT)
+            extra = extra if self.positive else t.masked(extra)
+        new = is_new(function) and not of_sequences and not torch.is_grad_enabled()
+        extra = of_sign(extra, t.advantages_BT, self.positive, out=extra if new else None)
+        return self._times_factors(extra, t, config)
 
     def coefficient(self, t: Tokens, config: Config) -> Tensor:
         """c of f, without the extra term; `[B, T]` or `[B, 1]`."""
         c = self._times_factors(self.side.slope(t, config), t, config)
         cut = union(*self.cuts)
         return c if cut is None else torch.where(cut, 0.0, c)
+
+
+def amounts(
+    t: Tokens, config: Config, positive: AppliedSide, negative: AppliedSide
+) -> tuple[Tensor, Tensor]:
+    """`amount` of each side, once, as the graph keeps them. A factor of both is not kept beside
+    them."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        factor = positive.side.factor
+        own = factor(t, config) if factor and factor is negative.side.factor else None
+        return positive.amount(t, config, own), negative.amount(t, config, own)
+
+    made: tuple[Tensor, Tensor] = t.once("amounts", make)
+    return made
 
 
 def union(*hits: Tensor | None) -> Tensor | None:
@@ -116,6 +150,7 @@ def measure(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """`PolicyLoss.clipped` and all metrics except the gradient's; formulas: `metrics.GLOSSARY`."""
     tokens = _sum(t.lengths_B1)
+    log_ratio, ratio_size = _of_ratio(t, tokens)
     of_p, of_n = _OfSign(t.positive_BT), _OfSign(t.negative_BT)
     (cut_p, count_p), (cut_n, count_n) = of_p.cut(positive), of_n.cut(negative)
     clipped_BT = union(cut_p, cut_n)
@@ -124,9 +159,8 @@ def measure(
     counterpart = BRANCHES[config.negative].positive
     is_own = counterpart is positive.side
     beyond = positive.above if is_own else counterpart.clip(t, config)[1]
-    ratio_size = _sample_size(_masked_ratio(t), tokens)
     metrics = {
-        "ppo_kl": Metric(-_sum(t.raw_log_ratio_BT), tokens),
+        "ppo_kl": Metric(-log_ratio, tokens),
         "ratio_mean": Metric(ratio_size.numerator, tokens),
         "ratio_effective_sample_size": ratio_size,
         "positive_fraction": Metric(of_p.count, tokens),
@@ -164,11 +198,15 @@ def measure(
     return clipped_BT, metrics
 
 
-def _masked_ratio(t: Tokens) -> Tensor:
-    """r without RSPO's γ, 0 at padding."""
+def _of_ratio(t: Tokens, tokens: Tensor) -> tuple[Tensor, Metric]:
+    """Σ log r and the sample size of r, without RSPO's γ."""
+    log_ratio_BT = t.raw_log_ratio_BT.detach()
+    log_ratio = _sum(log_ratio_BT)
     if t.log_shift_BT is None and t.has_ratio:
-        return t.of_finite_(t.ratio_BT.clone())
-    return t.of_finite_(t.raw_log_ratio_BT.detach().clamp(max=MAX_LOG_RATIO).exp_())
+        ratio_BT = t.ratio_BT.clone()
+    else:
+        ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp_()
+    return log_ratio, _sample_size(t.of_finite_(ratio_BT), tokens)
 
 
 def _sum(x_BT: Tensor) -> Tensor:

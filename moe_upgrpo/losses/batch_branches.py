@@ -18,7 +18,7 @@ from moe_upgrpo.losses.classic_branches import (
     ppo_positive,
     ppo_positive_clip,
 )
-from moe_upgrpo.losses.passes import exceeds, falls_below, keep
+from moe_upgrpo.losses.passes import exceeds, falls_below
 from moe_upgrpo.losses.side import Branch, Side, above, token_ratio, zero_at_padding
 from moe_upgrpo.losses.tokens import Tokens
 
@@ -85,17 +85,9 @@ def drawn(t: Tokens, cfg: Config) -> Tensor:
     return t.once("drawn", choose)
 
 
-def clip_cov_positive(t: Tokens, cfg: Config) -> Tensor:
-    return keep(ppo_positive(t, cfg), drawn(t, cfg))
-
-
 def clip_cov_positive_clip(t: Tokens, cfg: Config) -> Bounds:
     above_BT = ppo_positive_clip(t, cfg)[1]
     return None, drawn(t, cfg) if above_BT is None else above_BT | drawn(t, cfg)
-
-
-def clip_cov_negative(t: Tokens, cfg: Config) -> Tensor:
-    return keep(ppo_negative(t, cfg), drawn(t, cfg))
 
 
 def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
@@ -109,20 +101,28 @@ def clip_cov_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 def kl_cov_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
     log_probs_BT = t.log_probs_BT.detach()
     mean = means(t, log_probs_BT)
-    cov = covariance(t, mean, log_probs_BT)[t.mask_BT]
+    cov_BT = covariance(t, mean, log_probs_BT)
+    cov = cov_BT[t.mask_BT]
     if not len(cov):
         return {**mean, "covariance_limit": torch.full_like(mean["mean_advantage"], math.inf)}
-    top = cov.topk(share_of_tokens(t, cfg.covariance_share)).values
-    return {**mean, "covariance_limit": top[-1]}
+    limit = cov.topk(share_of_tokens(t, cfg.covariance_share)).values[-1]
+    penalised(t, cfg, cov_BT, limit)  # while the covariances are at hand
+    return {**mean, "covariance_limit": limit}
 
 
-def penalised(t: Tokens, cfg: Config) -> Tensor:
-    """The penalty's coefficient at each token"""
+def penalised(
+    t: Tokens, cfg: Config, cov_BT: Tensor | None = None, limit: Tensor | None = None
+) -> Tensor:
+    """The penalty's coefficient at each token. cov_BT, limit: as in `t.statistics`, which may not
+    exist yet."""
 
     def choose() -> Tensor:
-        cov_BT = covariance(t, t.statistics, t.log_probs_BT.detach())
-        chosen_BT = (cov_BT >= t.statistics["covariance_limit"]) & t.mask_BT
-        return chosen_BT.to(cov_BT.dtype) * cfg.covariance_kl
+        cov, low = cov_BT, limit
+        if cov is None or low is None:
+            cov = covariance(t, t.statistics, t.log_probs_BT.detach())
+            low = t.statistics["covariance_limit"]
+        chosen_BT = (cov >= low) & t.mask_BT
+        return chosen_BT.to(cov.dtype) * cfg.covariance_kl
 
     return t.once("penalised", choose)
 
@@ -151,10 +151,9 @@ def vapo_statistics(t: Tokens, cfg: Config) -> dict[str, Tensor]:
     return {"tokens_per_positive": tokens / positive.clamp(min=1)}
 
 
-@zero_at_padding
 def vapo_nll(t: Tokens, cfg: Config) -> Tensor:
     """−μ·log π·N/N⁺: token-mean divides by N."""
-    return t.log_probs_BT * (-cfg.positive_nll * t.statistics["tokens_per_positive"])
+    return t.raw_log_probs_BT * (-cfg.positive_nll * t.statistics["tokens_per_positive"])
 
 
 def vapo_nll_slope(t: Tokens, cfg: Config) -> Tensor:
@@ -244,8 +243,8 @@ KL_COV = Side(token_ratio, token_ratio, free_clip, kl_cov_penalty, kl_cov_penalt
 
 BATCH_BRANCHES: dict[str, Branch] = {
     "clip-cov": Branch(
-        positive=Side(clip_cov_positive, token_ratio, clip_cov_positive_clip),
-        negative=Side(clip_cov_negative, token_ratio, clip_cov_negative_clip),
+        positive=Side(ppo_positive, token_ratio, clip_cov_positive_clip, drop=drawn),
+        negative=Side(ppo_negative, token_ratio, clip_cov_negative_clip, drop=drawn),
         c=("r·1[r ≤ 1+εh, not drawn]", "r·1[1−εl ≤ r ≤ C, not drawn]"),
         fields=("clip_low", "clip_high", "dual_clip", "covariance_share", "covariance_range"),
         arguments=("draws",),

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.lazy import torch
-from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, keep, ratio_to_itself
+from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, ratio_to_itself
 from moe_upgrpo.losses.side import (
     Branch,
     Side,
@@ -173,6 +173,10 @@ def dppo_weight(t: Tokens, cfg: Config) -> Tensor:
     return t.ratio_BT.detach().clamp(max=cfg.ratio_cap)
 
 
+def dppo(t: Tokens, cfg: Config) -> Tensor:
+    return dppo_weight(t, cfg) * t.log_probs_BT
+
+
 def moved_tv(t: Tokens, cfg: Config) -> tuple[Tensor, Tensor]:
     """Where π − π_old is above δ, and where it is below −δ"""
 
@@ -216,16 +220,10 @@ def moved_down_kl(t: Tokens, cfg: Config) -> Tensor:
 
 
 def dppo_side(dropped: TensorFn, *, upwards: bool) -> Side:
-    def weight(t: Tokens, cfg: Config) -> Tensor:
-        return keep(dppo_weight(t, cfg), dropped(t, cfg))
-
-    def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return weight(t, cfg) * t.log_probs_BT
-
     def clip(t: Tokens, cfg: Config) -> Bounds:
         return (None, dropped(t, cfg)) if upwards else (dropped(t, cfg), None)
 
-    return Side(surrogate, dppo_weight, clip, weight=weight)
+    return Side(dppo, dppo_weight, clip, weight=dppo_weight, drop=dropped)
 
 
 def by_sign(upwards: TensorFn, downwards: TensorFn) -> TensorFn:

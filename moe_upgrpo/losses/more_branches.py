@@ -24,12 +24,12 @@ from moe_upgrpo.losses.classic_branches import (
 )
 from moe_upgrpo.losses.passes import (
     clamp,
+    clamped_exp,
     exceeds,
     falls_below,
-    keep,
-    keep_,
-    none_above,
+    of_sign,
     scaled_square,
+    where_below,
 )
 from moe_upgrpo.losses.side import (
     Branch,
@@ -41,7 +41,7 @@ from moe_upgrpo.losses.side import (
     token_ratio,
     zero_at_padding,
 )
-from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens, guarded_exp
+from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +140,12 @@ def hinge_branch(
 @kept
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
-    return t.masked(clamp(t.raw_log_probs_BT, high=MAX_LOG_RATIO)).exp()
+    return clamped_exp(t.raw_log_probs_BT, MAX_LOG_RATIO, t.mask_BT)
+
+
+def moved_probability(t: Tokens, cfg: Config) -> Tensor:
+    """π − π_old"""
+    return probability(t, cfg) - t.old_log_probs_BT.clamp_(max=MAX_LOG_RATIO).exp_()
 
 
 @kept
@@ -177,15 +182,17 @@ def copg_negative_clip(t: Tokens, cfg: Config) -> Bounds:
 # --- IPO (prime-rl's default): DPPO's TV mask on the ratio itself, and kl_tau·(log r)² everywhere
 
 
-def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
-    def surrogate(t: Tokens, cfg: Config) -> Tensor:
-        return keep(t.ratio_BT, dropped(t, cfg))
+@kept
+def beyond_guard(t: Tokens, cfg: Config) -> Tensor:
+    return above(t.ratio_BT, t.log_ratio_BT, math.inf)
 
+
+def ipo_side(dropped: TensorFn, *, upwards: bool) -> Side:
     def clip(t: Tokens, cfg: Config) -> Bounds:
-        cut, beyond = dropped(t, cfg), above(t.ratio_BT, t.log_ratio_BT, math.inf)
+        cut, beyond = dropped(t, cfg), beyond_guard(t, cfg)
         return (None, cut | beyond) if upwards else (cut, beyond)
 
-    return Side(surrogate, token_ratio, clip, ipo_penalty, ipo_penalty_slope)
+    return Side(token_ratio, token_ratio, clip, ipo_penalty, ipo_penalty_slope, drop=dropped)
 
 
 @zero_at_padding
@@ -218,7 +225,8 @@ def discounted_future(x_BT: Tensor, decay: float) -> Tensor:
     if width <= n:
         return x_BT @ powers_nn[:width, :width]
     blocks = -(-width // n)
-    padded = torch.nn.functional.pad(x_BT, (0, blocks * n - width))
+    rest = blocks * n - width
+    padded = torch.nn.functional.pad(x_BT, (0, rest)) if rest else x_BT  # it copies in any case
     y = (padded.reshape(-1, n) @ powers_nn).view(rows, blocks, n)
     later = discounted_future(y[:, 1:, 0], decay**n)
     y[:, :-1].addcmul_(later[..., None], decay ** (n - place))
@@ -231,20 +239,19 @@ def influence(t: Tokens, cfg: Config) -> Tensor:
     Tokens with r above the dual clip leave the sum. A negative token with r > 4 has weight 1:
     ms-swift clips it to [.8, 1], and it is never below 1.
     """
-    log_ratio_BT = t.log_ratio_BT.detach()
-    suspect_BT = t.negative_BT & exceeds(log_ratio_BT, math.log(cfg.influence_safety))
+    log_ratio_BT = summed_BT = t.log_ratio_BT.detach()
     if cfg.dual < math.inf:
-        log_ratio_BT = none_above(log_ratio_BT, math.log(cfg.dual))
-    future_BT = discounted_future(log_ratio_BT, FUTURE_DECAY)
+        summed_BT = where_below(log_ratio_BT, log_ratio_BT, math.log(cfg.dual))
+    future_BT = discounted_future(summed_BT, FUTURE_DECAY)
     future_BT.clamp_(0.0, math.log1p(cfg.influence_range))
-    return keep_(future_BT, suspect_BT).exp_()
+    out = None if summed_BT is log_ratio_BT else summed_BT  # its sums are made
+    of_negative_BT = of_sign(log_ratio_BT, t.advantages_BT, positive=False, out=out)
+    safe = math.log(cfg.influence_safety)
+    return where_below(future_BT, of_negative_BT, safe, or_at=True, out=future_BT).exp_()
 
 
 def influenced(surrogate: TensorFn, clip: Callable[[Tokens, Config], Bounds]) -> Side:
-    def weight(t: Tokens, cfg: Config) -> Tensor:
-        return t.once("influence", lambda: influence(t, cfg))
-
-    return Side(surrogate, token_ratio, clip, factor=weight)
+    return Side(surrogate, token_ratio, clip, factor=influence)
 
 
 # --- GTPO (arXiv 2508.03772): REINFORCE as a self-ratio under the weights of `gtpo_weights`
@@ -303,7 +310,7 @@ MORE_BRANCHES: dict[str, Branch] = {
         token_ratio, token_ratio, c="r", f="r−1", shift=1.0, guard=MAX_LOG_RATIO
     ),
     "hinge-probability": hinge_branch(
-        lambda t, cfg: probability(t, cfg) - guarded_exp(t.old_log_probs_BT),
+        moved_probability,
         probability,
         c="π",
         f="π−π_old",

@@ -25,6 +25,16 @@ def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     return clamped
 
 
+def clamped_exp(x: Tensor, high: float, mask: Tensor | None = None) -> Tensor:
+    """exp(min(x, high)); gradient exp(x) up to the bound and 0 beyond it.
+
+    With a mask, 1 where it is False, whatever x holds there; the gradient that comes back has to be
+    0 there: the mask is not kept.
+    """
+    found: Tensor = _functions().ClampedExp.apply(x, high, mask)
+    return found
+
+
 def ratio_to_itself(log_x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     """exp(y − sg(y)) with y = clamp(log x, low, high): value 1, and all derivatives."""
     ratio: Tensor = _functions().SelfRatio.apply(log_x, low, high)
@@ -46,6 +56,55 @@ def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
     return found
 
 
+def weigh(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """weight·x where the mask is True, else 0, whatever x holds there; weight is a constant.
+
+    Either the weight or the gradient that comes back has to be 0 where the mask is False: the mask
+    is not kept.
+    """
+    weighted: Tensor = _functions().Weigh.apply(x, weight, mask)
+    return weighted
+
+
+def add_product_(to: Tensor, constant: Tensor, x: Tensor) -> Tensor:
+    """to + constant·x, written to the first; the other two may have fewer columns. (The backward of
+    `addcmul_` multiplies the constant by 1, for one more pass.)"""
+    added: Tensor = _functions().AddProduct.apply(to, constant, x)
+    return added
+
+
+def of_sign(x: Tensor, advantages: Tensor, positive: bool, out: Tensor | None = None) -> Tensor:
+    """x where A > 0, or where A <= 0 if not `positive`, else 0, whatever x holds there. out: as in
+    `where_below`."""
+    if not positive:
+        return where_below(x, advantages, 0.0, or_at=True, out=out)
+    op = torch.ops.aten.threshold_backward  # relu's
+    chosen: Tensor
+    if out is None:
+        chosen = op(x, advantages, 0.0)
+    else:
+        chosen = op.grad_input(x, advantages, 0.0, grad_input=out)
+    return chosen
+
+
+def where_below(
+    x: Tensor, y: Tensor, limit: float, or_at: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """x where y, a finite constant, is below the limit (or at it), else 0, whatever x holds there.
+
+    The backward of hardtanh is this choice in one pass; the graph keeps y alone. out: the tensor to
+    write to, x for instance, without a gradient.
+    """
+    high = _outside(-math.inf, limit, y.dtype)[1] if or_at else limit
+    op = torch.ops.aten.hardtanh_backward
+    chosen: Tensor
+    if out is None:
+        chosen = op(x, y, -math.inf, high)
+    else:
+        chosen = op.grad_input(x, y, -math.inf, high, grad_input=out)
+    return chosen
+
+
 @cache
 def _functions() -> Any:
     """The autograd functions, made at first use, since the import does without torch."""
@@ -61,6 +120,24 @@ def _functions() -> Any:
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
             (x,) = ctx.saved_tensors
             return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.bounds), None, None
+
+    class ClampedExp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, high: float, mask: Tensor | None) -> Tensor:
+            if mask is None:
+                found = x.clamp(max=high).exp_()
+            else:
+                found = torch.where(mask, x, 0.0).clamp_(max=high).exp_()
+            ctx.save_for_backward(x, found)
+            ctx.high = high
+            return found
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+            x, found = ctx.saved_tensors
+            slope = gradient * found
+            out = None if torch.is_grad_enabled() else slope
+            return where_below(slope, x, ctx.high, or_at=True, out=out), None, None
 
     class SelfRatio(torch.autograd.Function):
         @staticmethod
@@ -91,6 +168,30 @@ def _functions() -> Any:
             (number,) = ctx.saved_tensors
             return gradient * number, None, None  # finite: it comes from behind the mask
 
+    class Weigh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return torch.where(mask, x, 0.0).mul_(weight)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+            (weight,) = ctx.saved_tensors
+            return gradient * weight, None, None
+
+    class AddProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, to: Tensor, constant: Tensor, x: Tensor) -> Tensor:
+            ctx.save_for_backward(constant)
+            ctx.shape = x.shape
+            ctx.mark_dirty(to)
+            return to.addcmul_(constant, x)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+            (constant,) = ctx.saved_tensors
+            return gradient, None, (gradient * constant).sum_to_size(ctx.shape)
+
     class ScaledSquare(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, k: float) -> Tensor:
@@ -116,7 +217,7 @@ def _functions() -> Any:
     class Functions:
         pass
 
-    for function in (Clamp, SelfRatio, Masked, ScaledSquare, Keep):
+    for function in (Clamp, ClampedExp, SelfRatio, Masked, Weigh, AddProduct, ScaledSquare, Keep):
         setattr(Functions, function.__name__, function)
     return Functions
 
@@ -150,11 +251,6 @@ def _kept(x: Tensor, cut: Tensor, out: Tensor) -> Tensor:
     for x_part, cut_part, out_part in zip(*(y.chunk(blocks) for y in (x, cut, out)), strict=True):
         torch.mul(x_part, ~cut_part, out=out_part)
     return out
-
-
-def none_above(x: Tensor, limit: float) -> Tensor:
-    """x, but 0 where it is at or above the limit. Without a gradient."""
-    return torch.threshold(-x, -limit, 0.0).neg_()
 
 
 def exceeds(x: Tensor, limit: float) -> Tensor:

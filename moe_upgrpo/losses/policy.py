@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
-from moe_upgrpo.losses.applied import AppliedSide, measure, union
+from moe_upgrpo.losses.applied import AppliedSide, amounts, measure, union
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import (
@@ -20,7 +20,7 @@ from moe_upgrpo.losses.correction import (
     off_policy_sequences,
 )
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.passes import keep, keep_
+from moe_upgrpo.losses.passes import keep, keep_, of_sign
 from moe_upgrpo.losses.side import beside, one
 from moe_upgrpo.losses.tokens import (
     OF_TOKENS,
@@ -147,7 +147,7 @@ def policy_loss(
     # removes the side not taken from value and gradient alike; `where` would not stop a NaN.
     objective_BT = _objective(t, config, *sides)
     extra_BT = _extra(t, config, *sides)
-    t.forget_mask()
+    t.forget()
     # Not made from `per_token`, whose sign would cost the backward one more pass.
     of_B = objective_BT.sum(-1) if extra_BT is None else objective_BT.sum(-1) - extra_BT.sum(-1)
     loss = (of_B * -weights_B).sum()
@@ -206,7 +206,7 @@ def gradient_coefficients(
         for side, here_BT in zip(_sides(t, config), here, strict=True):
             c = side.coefficient(t, config)
             if side.side.extra_slope is not None:
-                slope_BT = side.beside(t, beside(side.side.extra_slope, t, config), config)
+                slope_BT = side.beside(t, side.side.extra_slope, config)
                 c = c - slope_BT / torch.where(here_BT, t.advantages_BT, 1.0)
             c_BT = torch.where(here_BT, c, c_BT)
         return c_BT
@@ -271,12 +271,13 @@ def _pulls(
     elif slope is not None and not (positive.weighs or negative.weighs):
         pull_BT = t.advantages_BT * slope(t, config)
     else:
-        pull_BT = positive.weighted(t, config) * positive.side.slope(t, config)
-        pull_BT.addcmul_(negative.weighted(t, config), negative.side.slope(t, config))
+        of_positive_BT, of_negative_BT = amounts(t, config, positive, negative)
+        pull_BT = of_positive_BT * positive.side.slope(t, config)
+        pull_BT.addcmul_(of_negative_BT, negative.side.slope(t, config))
     if positive.cuts or negative.cuts:  # not in place: the graph holds the weight of log π
         pull_BT = keep_(pull_BT, clipped_BT) if weight_BT is None else keep(pull_BT, clipped_BT)
     both_B = pull_BT.sum(-1)
-    positive_B = t.gain_BT.sign_().mul_(pull_BT).sum(-1)
+    positive_B = of_sign(pull_BT, t.advantages_BT, positive=True).sum(-1)
     shares = [(x_B * weights_B).sum().abs() for x_B in (positive_B, both_B - positive_B)]
     extra_BT = _extra(t, config, positive, negative, slope=True)
     if extra_BT is not None:
@@ -292,14 +293,29 @@ def _objective(
     """A·f of each token; f once where it is one function for both signs."""
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
     if weight_BT is not None:
-        return weight_BT * t.log_probs_BT
-    f = _of_both(config, "surrogate")
-    if f is None:  # one after the other, to save f's memory
-        objective_BT = positive.weighted(t, config) * positive.side.surrogate(t, config)
-        return objective_BT.add_(negative.weighted(t, config) * negative.side.surrogate(t, config))
-    if not (positive.weighs or negative.weighs):
-        return t.advantages_BT * f(t, config)
-    return (positive.weighted(t, config) + negative.weighted(t, config)) * f(t, config)
+        return t.times_log_probs(weight_BT)
+    f, amount_BT = _of_both(config, "surrogate"), _amount_of_both(t, config, positive, negative)
+    if f is not None and amount_BT is not None:
+        return amount_BT * f(t, config)
+    of_positive_BT, of_negative_BT = amounts(t, config, positive, negative)
+    if f is not None:
+        return (of_positive_BT + of_negative_BT) * f(t, config)
+    # one after the other, to save f's memory
+    objective_BT = positive.value(t, config, of_positive_BT)
+    return negative.value(t, config, of_negative_BT, to=objective_BT)
+
+
+def _amount_of_both(
+    t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
+) -> Tensor | None:
+    """The sides' `amount`s in one tensor: A, without what one rule drops for both signs; None where
+    a factor, or a rule of its own, sets a side apart."""
+    if positive.weighs or negative.weighs:
+        return None
+    drop = _of_both(config, "drop")
+    if drop is not None:
+        return keep(t.advantages_BT, drop(t, config))
+    return None if positive.side.drop or negative.side.drop else t.advantages_BT
 
 
 def _weight_of_log_probs(
@@ -312,9 +328,9 @@ def _weight_of_log_probs(
         return None
 
     def compute() -> Tensor:
-        w = _of_both(config, "weight")
-        if w is not None and not (positive.weighs or negative.weighs):
-            return t.advantages_BT if w is one else t.advantages_BT * w(t, config)
+        w, amount_BT = _of_both(config, "weight"), _amount_of_both(t, config, positive, negative)
+        if w is not None and amount_BT is not None:
+            return amount_BT if w is one else amount_BT * w(t, config)
         weight_BT = positive.amount(t, config)
         if of_positive is not one:
             weight_BT *= of_positive(t, config)
@@ -339,7 +355,7 @@ def _extra(
     if e is not None and not (positive.weighs or negative.weighs):
         return t.of_tokens(beside(e, t, config))
     found = [
-        side.beside(t, beside(function, t, config), config)
+        side.beside(t, function, config)
         for side in (positive, negative)
         if (function := getattr(side.side, name)) is not None
     ]

@@ -11,6 +11,7 @@ the config, each of a few lines:
 - `extra_slope`  ∂e/∂log π_θ(t). Both `[B, T]`, with any values at padding, or `[B, 1]` for each
   token of a sequence.
 - `weight`     w, detached, where f = w·log π: two such sides need one product for both.
+- `drop`       the tokens at which f is 0 whatever the functions above say; `clip` has them too.
 - `factor`     detached, `[B, T]`: multiplies all of the above.
 
 The oracle is c = slope·1[not clipped] − extra_slope/A: with the aggregation's weight w,
@@ -56,6 +57,7 @@ class Side:
     extra: TensorFn | None = None
     extra_slope: TensorFn | None = None
     weight: TensorFn | None = None
+    drop: TensorFn | None = None
     factor: TensorFn | None = None
 
 
@@ -118,15 +120,21 @@ _ZERO_AT_PADDING: set[TensorFn] = set()
 
 
 def zero_at_padding(function: TensorFn) -> TensorFn:
-    """Mark an extra term, or its slope, that is 0 at padding by itself: it saves a pass."""
+    """Mark an extra term, or its slope, that is a new tensor and 0 at padding by itself: it saves
+    a pass."""
     _ZERO_AT_PADDING.add(function)
     return function
+
+
+def is_new(function: TensorFn) -> bool:
+    """Whether the function is marked by `zero_at_padding`."""
+    return function in _ZERO_AT_PADDING
 
 
 def beside(function: TensorFn, t: Tokens, cfg: Config) -> Tensor:
     """An extra term, or its slope, 0 at padding; `[B, 1]` as it is."""
     x = function(t, cfg)
-    if function in _ZERO_AT_PADDING or x.shape != t.advantages_BT.shape:
+    if is_new(function) or x.shape != t.advantages_BT.shape:
         return x
     return t.masked(x)
 

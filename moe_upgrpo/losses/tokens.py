@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moe_upgrpo.errors import NumericalFailure, UserError
 from moe_upgrpo.lazy import torch
-from moe_upgrpo.losses.passes import clamp, exceeds, falls_below, masked, ratio_to_itself
+from moe_upgrpo.losses.passes import (
+    clamped_exp,
+    exceeds,
+    falls_below,
+    masked,
+    ratio_to_itself,
+    weigh,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +42,7 @@ OF_TOKENS = ("entropy", "draws", "token_weights")
 
 def guarded_exp(log_x: Tensor) -> Tensor:
     """exp(min(x, 20)); gradient exp(x) up to the guard and 0 beyond it."""
-    return clamp(log_x, high=MAX_LOG_RATIO).exp()
+    return clamped_exp(log_x, MAX_LOG_RATIO)
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -123,7 +130,8 @@ class Tokens:
         self._mask_number_BT = mask.detach() if mask.dtype == dtype else None
         self.raw_log_probs_BT = log_probs.to(dtype)
         self._old_BT = old_log_probs.detach().to(dtype)
-        self.raw_log_ratio_BT = self.masked(self.raw_log_probs_BT - self._old_BT)
+        self._log_ratio_BT: Tensor | None = self._log_ratio()
+        self._read_log_ratio = False
         self.advantages_BT = self.masked(advantages.detach().to(dtype))
         # log ρ = log π_old − log μ; None (no rollout log-probs, or none needed) means 0
         self._log_rho_BT = self.log_shift_BT = None
@@ -136,7 +144,7 @@ class Tokens:
         self.statistics: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
         seen: tuple[Tensor | None, ...]
-        seen = (self.raw_log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
+        seen = (self._log_ratio_BT, self.advantages_BT, self._log_rho_BT, self.log_shift_BT)
         seen += tuple(self._beside.values())
         sums = [x.detach().sum() for x in seen if x is not None]
         if not torch.stack(sums).sum().isfinite():
@@ -168,15 +176,32 @@ class Tokens:
 
     @cached_property
     def mask_BT(self) -> Tensor:
-        """The mask as bool; made again if asked for after `forget_mask`."""
+        """The mask as bool; made again if asked for after `forget`."""
         return self._given_mask_BT.bool()
 
-    def forget_mask(self) -> None:
-        """Free the bool mask unless it is the one that was given."""
+    @property
+    def raw_log_ratio_BT(self) -> Tensor:
+        """log π_θ − log π_old, without RSPO's γ; made again, and not kept, if first asked for after
+        `forget`."""
+        self._read_log_ratio = True
+        return self._log_ratio() if self._log_ratio_BT is None else self._log_ratio_BT
+
+    def _log_ratio(self) -> Tensor:
+        return self.masked(self.raw_log_probs_BT - self._old_BT)
+
+    def forget(self) -> None:
+        """Free the bool mask, unless it is the one that was given, and a log-ratio that only the
+        check of finite numbers has read."""
         self.__dict__.pop("mask_BT", None)
+        if not self._read_log_ratio:
+            self._log_ratio_BT = None
 
     def masked(self, x_BT: Tensor) -> Tensor:
         return masked(x_BT, self.mask_BT, self._mask_number_BT)
+
+    def times_log_probs(self, weight: Tensor) -> Tensor:
+        """w·log π_θ, w as in `weigh`."""
+        return weigh(self.raw_log_probs_BT, weight, self.mask_BT)
 
     # These are not kept: the graph keeps what it needs of them.
     @property
@@ -203,11 +228,6 @@ class Tokens:
         """`positive` where A > 0, `negative` elsewhere."""
         high, low = (self.advantages_BT.new_tensor(x) for x in (positive, negative))
         return torch.where(self.positive_BT, high, low)
-
-    @cached_property
-    def positive_number_BT(self) -> Tensor:
-        """1 where A > 0, 0 elsewhere"""
-        return self.gain_BT.sign_()
 
     def of_finite_(self, x_BT: Tensor) -> Tensor:
         """`masked` in place, for numbers that are finite at padding too. Without a gradient."""

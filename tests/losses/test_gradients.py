@@ -51,6 +51,10 @@ CONFIGS = {name: PRESETS[name] for name in EVERY_PRESET} | {
     "dro and clip-cov": PolicyLossConfig(
         positive="dro", negative="clip-cov", covariance_range=(-0.2, 5.0)
     ),
+    # one function of r for both signs, and tokens that only one sign drops
+    "ipo and kl-cov": PolicyLossConfig(positive="ipo", negative="kl-cov"),
+    "dppo-tv and dppo-kl": PolicyLossConfig(positive="dppo-tv", negative="dppo-kl"),
+    "cispo and dppo-tv": PolicyLossConfig(positive="cispo", negative="dppo-tv", clip_low=None),
     "dro, corrected": PolicyLossConfig.preset(
         "dro", correction=RolloutCorrection(weight="token-tis", high=1.02, positive=True)
     ),
