@@ -19,6 +19,7 @@ import tyro
 from moe_upgrpo.megatron.balance import (
     Cost,
     Limit,
+    counted,
     equal_shares,
     packed_shares,
     shares,
@@ -48,28 +49,20 @@ def lengths_of(setting: Setting, seed: int) -> list[int]:
     return np.clip(drawn, 1, setting.longest).astype(int).tolist()
 
 
-def counted(setting: Setting) -> list[list[list[int]]]:
-    """The shares of --micro-batch: each rank's own sequences, in their order."""
-    rows = Limit(sequences=1, tokens=setting.tokens).rows(setting.longest)
-    found = []
-    for rank in range(setting.ranks):
-        own = [*range(rank * setting.sequences, (rank + 1) * setting.sequences)]
-        found.append([own[i : i + rows] for i in range(0, len(own), rows)])
-    return found
-
-
 def trial(setting: Setting, seed: int) -> dict[str, float]:
     """Useful shares, by the column."""
     lengths, cost = lengths_of(setting, seed), Cost.of(read_model_config(MODEL))
+    rows = Limit(sequences=1, tokens=setting.tokens).rows(setting.longest)
+    of_count = counted([setting.sequences] * setting.ranks, rows)
     given = {"ranks": setting.ranks, "tokens": setting.tokens}
     packed = packed_shares(lengths, **given, cost=cost)
     dealt, (_, longest) = equal_shares(lengths, **given)
-    rows = max(sum(map(len, share)) for share in dealt)
+    most = max(sum(map(len, share)) for share in dealt)
     return {
-        "counted": useful_share(lengths, counted(setting), cost),
+        "counted": useful_share(lengths, of_count, cost),
         "budget": useful_share(lengths, shares(lengths, **given, cost=cost), cost),
         "packed": useful_share(lengths, packed, cost, packed=True),
-        "budget, PP": sum(map(cost, lengths)) / (setting.ranks * rows * cost(longest)),
+        "budget, PP": sum(map(cost, lengths)) / (setting.ranks * most * cost(longest)),
     }
 
 

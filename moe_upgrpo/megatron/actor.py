@@ -76,7 +76,8 @@ class MegatronActor:
     policy.
     micro_batch_tokens: the tokens that a micro-batch may hold, instead of micro_batch_size;
     sequences are then moved between data-parallel ranks to balance the work, see
-    `moe_upgrpo.megatron.work`.
+    `moe_upgrpo.megatron.work`. longest: tokens of the longest sequence; the budget is then what
+    micro_batch_size of them take, and sequences are moved where that saves enough.
     packing: everything but attention computes real tokens only (`moe_upgrpo.megatron.packing`).
     recompute: "full" keeps each layer's input only and runs the layer again in the backward.
     megatron: Megatron-Core's own options, name -> value as text (`passthrough`).
@@ -91,6 +92,7 @@ class MegatronActor:
         temperature: float = 1.0,
         micro_batch_size: int = 64,
         micro_batch_tokens: int | None = None,
+        longest: int | None = None,
         packing: bool = False,
         optimizer: OptimizerSettings | None = None,
         recompute: str = "none",
@@ -102,7 +104,12 @@ class MegatronActor:
         self.layout = layout
         self._dtype = getattr(torch, dtype)
         self.temperature = temperature
-        self.limit = Limit(sequences=micro_batch_size, tokens=micro_batch_tokens, packed=packing)
+        self.limit = Limit(
+            sequences=micro_batch_size,
+            tokens=micro_batch_tokens,
+            longest=longest,
+            packed=packing,
+        )
         self.recompute = recompute
         self._given = dict(megatron or {})
         self._passed = passthrough.read(self._given)
@@ -357,7 +364,7 @@ class MegatronActor:
 
         limit = self.limit
         if micro_batch_size:
-            limit = replace(limit, sequences=micro_batch_size, tokens=None)
+            limit = replace(limit, sequences=micro_batch_size, tokens=None, longest=None)
         work = self._work(samples, limit)
         outputs, traces, _ = self._run(
             work,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from moe_upgrpo.errors import UserError
@@ -18,9 +19,12 @@ from moe_upgrpo.megatron.families import family, head_dim, moe_layers, top_k
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# One more micro-batch on each rank has to save this share of the busiest rank's work: its kernels
-# are smaller, and starting them takes time.
+# What one more micro-batch on each rank, or moving sequences away from the rank that has them, has
+# to save: a share of the busiest rank's work, as kernels get smaller, and the work of so many
+# tokens, as starting them takes time. With the tiny model one CPU core computes some hundred tokens
+# in the time that a micro-batch takes without any.
 _WORTH = 0.02
+_START = 512
 _MORE = 4  # numbers of micro-batches that are compared, from the least one up
 
 
@@ -28,12 +32,21 @@ _MORE = 4  # numbers of micro-batches that are compared, from the least one up
 class Limit:
     """The most that one micro-batch may hold: a number of sequences, or of tokens with padding.
 
+    longest: the longest sequence, where the budget is what `sequences` of that length take. Their
+    order and ranks then change only where that saves enough (`saves`).
     packed: the sequences are not padded to the longest (`moe_upgrpo.megatron.packing`).
     """
 
     sequences: int
     tokens: int | None = None
+    longest: int | None = None
     packed: bool = False
+
+    def budget(self, multiple_of: int) -> int | None:
+        """Tokens that one micro-batch may hold, lengths padded to that multiple; None: no limit."""
+        if self.tokens is None and self.longest is not None:
+            return self.sequences * -(-self.longest // multiple_of) * multiple_of
+        return self.tokens
 
     def rows(self, length: int) -> int:
         """Sequences of that length that one micro-batch may hold."""
@@ -103,7 +116,7 @@ def shares(
         costs = [(end - start) * cost(falling[start]) for start, end in cuts]
         dealt = _deal(costs, [1] * len(cuts), ranks, least + more)
         busiest = max(sum(costs[i] for i in of_rank) for of_rank in dealt)
-        value = busiest * (1 + _WORTH * more)
+        value = busiest + more * _worth(busiest, cost)
         if value < best_value:
             best, best_value = [[cuts[i] for i in of_rank] for of_rank in dealt], value
     return [[order[i:j] for i, j in of_rank] for of_rank in best]
@@ -143,6 +156,40 @@ def equal_shares(
     return [[d[i : i + rows] for i in range(0, len(d), rows)] for d in dealt], (rows, length)
 
 
+def counted(of_ranks: Sequence[int], sequences: int) -> list[Share]:
+    """Micro-batches of at most `sequences` sequences, in the order given, each on its own rank.
+
+    of_ranks: the number of sequences that each rank was given.
+    """
+    ends = list(accumulate(of_ranks))
+    return [
+        [[*range(i, min(i + sequences, end))] for i in range(end - count, end, sequences)]
+        for end, count in zip(ends, of_ranks, strict=True)
+    ]
+
+
+def saves(
+    lengths: Sequence[int],
+    moved: Sequence[Share],
+    kept: Sequence[Share],
+    cost: Cost,
+    *,
+    packed: bool = False,
+    multiple_of: int = 1,
+) -> bool:
+    """Whether the shares `moved` save more of the busiest rank's time than their moving takes.
+
+    Moving is taken to cost as much as one more micro-batch.
+    """
+    padded = [-(-length // multiple_of) * multiple_of for length in lengths]
+
+    def time_of(of_ranks: Sequence[Share], more: int) -> float:
+        busiest = _busiest(padded, of_ranks, cost, packed)
+        return busiest + (max(map(len, of_ranks)) + more) * _worth(busiest, cost)
+
+    return time_of(moved, 1) < time_of(kept, 0)
+
+
 def useful_share(
     lengths: Sequence[int], of_ranks: Sequence[Share], cost: Cost, *, packed: bool = False
 ) -> float:
@@ -150,14 +197,24 @@ def useful_share(
 
     The sequences' cost over (number of ranks · cost of the slowest rank, padded unless `packed`).
     """
+    slowest = _busiest(lengths, of_ranks, cost, packed)
+    return sum(map(cost, lengths)) / (len(of_ranks) * slowest)
+
+
+def _busiest(lengths: Sequence[int], of_ranks: Sequence[Share], cost: Cost, packed: bool) -> float:
+    """Cost of the slowest rank, padded unless `packed`."""
 
     def cost_of(batch: list[int]) -> float:
         if packed:
             return sum(cost(lengths[i]) for i in batch)
         return len(batch) * cost(max(lengths[i] for i in batch))
 
-    slowest = max(sum(cost_of(batch) for batch in share if batch) for share in of_ranks)
-    return sum(map(cost, lengths)) / (len(of_ranks) * slowest)
+    return max(sum(cost_of(batch) for batch in share if batch) for share in of_ranks)
+
+
+def _worth(busiest: float, cost: Cost) -> float:
+    """The least that one more micro-batch on each rank has to save."""
+    return max(_WORTH * busiest, _START * cost.linear)
 
 
 def _pieces(falling: list[int], tokens: int, cost: Cost, most: float) -> list[tuple[int, int]]:

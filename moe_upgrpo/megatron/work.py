@@ -10,7 +10,15 @@ from typing import TypeVar
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
-from moe_upgrpo.megatron.balance import Cost, Limit, equal_shares, packed_shares, shares
+from moe_upgrpo.megatron.balance import (
+    Cost,
+    Limit,
+    counted,
+    equal_shares,
+    packed_shares,
+    saves,
+    shares,
+)
 from moe_upgrpo.megatron.batch import Batch, Sample, make_batch
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.packing import Inputs, pack, padded
@@ -52,25 +60,28 @@ def make_work(
     """Make micro-batches of this rank's samples; a collective of the data-parallel ranks.
 
     Limited by a number of sequences, they stay in their order and on their rank. Limited by tokens,
-    they are shared out over the data-parallel ranks by cost; padded ones are sorted by length.
+    they are shared out over the data-parallel ranks by cost; padded ones are sorted by length. By a
+    number of the longest, they are so where it saves enough, and otherwise stay.
     """
     # With allgather, the data-parallel ranks that share experts exchange tensors of one shape; so
     # do pipeline stages, unless they tell each other the shapes first (`tells_shapes`).
     gathers = layout.ep > 1 and layout.dispatcher == "allgather"
     one_shape = gathers or (layout.pp > 1 and not tells_shapes(limit, layout))
-    moved, shape = None, (1, 1)
-    if limit.tokens is None:
-        computed = list(samples)
-        parts = [
-            computed[i : i + limit.sequences] for i in range(0, len(computed), limit.sequences)
-        ]
+    moved, shape, computed = None, (1, 1), list(samples)
+    dealt = None
+    # Of one shape all sequences cost as much as the longest: moving them saves nothing by itself.
+    if limit.tokens is not None or (limit.longest and (limit.packed or not one_shape)):
+        dealt = _by_tokens(samples, limit, cost, one_shape, multiple_of)
+    if dealt is None:
+        (of_rank,) = counted([len(computed)], limit.sequences)
+        parts = [[computed[i] for i in batch] for batch in of_rank]
         if one_shape and not limit.packed:
             widest = {"B": len(parts[0]), "S": max(len(sample.tokens) for sample in computed)}
             if gathers:
                 widest = groups.largest(widest)
             shape = int(widest["B"]), int(widest["S"])
     else:
-        parts, moved, shape = _by_tokens(samples, limit, cost, one_shape, multiple_of)
+        parts, moved, shape = dealt
         computed = [sample for part in parts for sample in part]
     places = [(m, b) for m, part in enumerate(parts) for b in range(len(part))]
     # Data-parallel ranks share the experts, so all have to run the same number of forwards.
@@ -118,27 +129,37 @@ def tells_shapes(limit: Limit, layout: Layout) -> bool:
     Not between interleaved stages, whose messages overlap, nor with allgather, which Megatron-Core
     refuses (transformer_config.py:1828).
     """
-    varying = limit.tokens is not None or limit.packed
+    varying = limit.tokens is not None or limit.longest is not None or limit.packed
     staged = layout.pp > 1 and layout.vpp == 1
     return varying and staged and layout.dispatcher != "allgather"
 
 
 def _by_tokens(
-    samples: Sequence[Sample], limit: Limit, cost: Cost, one_shape: bool, multiple_of: int
-) -> tuple[list[list[Sample]], _Moved | None, tuple[int, int]]:
-    """The samples of each of this rank's micro-batches, where they came from, the least shape."""
+    samples: Sequence[Sample],
+    limit: Limit,
+    cost: Cost,
+    one_shape: bool,
+    multiple_of: int,
+) -> tuple[list[list[Sample]], _Moved, tuple[int, int]] | None:
+    """The samples of each of this rank's micro-batches, where they came from, the least shape; None
+    where it is not worth it to move them."""
     rank, ranks = groups.data_parallel()
     own = [len(sample.tokens) for sample in samples]
     of_ranks = groups.gather_over_data_parallel([own]) if ranks > 1 else [own]
     lengths = [length for given in of_ranks for length in given]
     limit.check(-(-max(lengths) // multiple_of) * multiple_of)
-    budget = {"ranks": ranks, "tokens": limit.tokens, "multiple_of": multiple_of}
+    budget = {"ranks": ranks, "tokens": limit.budget(multiple_of), "multiple_of": multiple_of}
     if limit.packed:
         dealt, shape = packed_shares(lengths, **budget, cost=cost), (1, 1)
     elif one_shape:
         dealt, shape = equal_shares(lengths, **budget)
     else:
         dealt, shape = shares(lengths, **budget, cost=cost), (1, 1)
+    if limit.tokens is None:
+        kept = counted(list(map(len, of_ranks)), limit.sequences)
+        of_shapes = {"packed": limit.packed, "multiple_of": multiple_of}
+        if not saves(lengths, dealt, kept, cost, **of_shapes):
+            return None
     ends = list(accumulate(map(len, of_ranks)))
     given_to = [r for r, given in enumerate(of_ranks) for _ in given]
     first = ends[rank] - len(own)

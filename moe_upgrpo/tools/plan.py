@@ -111,8 +111,8 @@ def make_plan(config: PlanConfig) -> Plan:
     length = -(-length // multiple_of) * multiple_of
     sequences = _sequences(config, layout)
     in_update = sequences // config.batch.minibatches
-    trainer.micro_batches.check(length)
-    most = trainer.micro_batches
+    most = config.micro_batches(length)
+    most.check(length)
     update, score = (_fullest(most, count, length, layout) for count in (in_update, sequences))
     _check_place(config)
     of_stage = config.ranks // layout.pp
@@ -428,7 +428,7 @@ def _remedies(config: PlanConfig) -> dict[str, dict[str, Any]]:
         found["--dtype bfloat16"] = {"dtype": "bfloat16"}
     if config.trainer.recompute == "none":
         found["--recompute full"] = {"recompute": "full"}
-    if config.trainer.micro_batch_tokens is None and config.trainer.micro_batches.sequences > 1:
+    if config.trainer.micro_batch_tokens is None and config.micro_batches().sequences > 1:
         found["--micro-batch 1"] = {"micro_batch": 1}
     if config.log.reference_kl and not config.terms.kl_coef:
         found["--no-reference-kl"] = {"reference_kl": False}

@@ -154,12 +154,14 @@ class TrainConfig:
         """Whether the loss needs all responses to a prompt in one micro-batch."""
         return "groups" in self.objective.policy_loss().arguments
 
-    @property
-    def micro_batches(self) -> Limit:
-        """The most that one forward of a rank may hold: whole groups, where the loss needs them."""
-        limit = self.trainer.micro_batches
+    def micro_batches(self, longest: int | None = None) -> Limit:
+        """The most that one forward of a rank may hold: whole groups, where the loss needs them.
+
+        longest: tokens of the run's longest sequence, where they are known.
+        """
         if not self.compares_groups:
-            return limit
+            return self.trainer.micro_batches(longest)
+        limit = self.trainer.micro_batches()
         return replace(limit, sequences=limit.sequences - limit.sequences % self.batch.group)
 
     def _check_refills(self) -> None:
@@ -260,9 +262,9 @@ def _check_whole_groups(config: TrainConfig) -> None:
             "whole groups in a micro-batch, where a budget sorts sequences by length. Give "
             "--micro-batch instead."
         )
-    if not config.micro_batches.sequences:
+    if not config.micro_batches().sequences:
         raise UserError(
-            f"micro_batch={trainer.micro_batches.sequences} with loss={loss!r}, which "
+            f"micro_batch={trainer.micro_batches().sequences} with loss={loss!r}, which "
             f"needs whole groups in a micro-batch: at least group={config.batch.group} is needed."
         )
 

@@ -368,11 +368,13 @@ class TrainerOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the trainer; with bfloat16 the optimizer keeps fp32 weights."""
     micro_batch: int | None = None
-    """Most sequences in one forward of a rank. None: 128, or what micro_batch_tokens allows."""
+    """Most sequences in one forward of a rank, counted in the order given, instead of
+    micro_batch_tokens. None: 128 for a loss that compares the responses of a group."""
     micro_batch_tokens: int | None = None
     """Most tokens in one forward of a rank, or of all context-parallel ranks together, padding
-    included, instead: sequences are sorted by length and shared out over the data-parallel ranks by
-    cost. Give one of the two."""
+    included: sequences are sorted by length and shared out over the data-parallel ranks by cost.
+    None: what 128 sequences of the run's longest take, and sequences keep their order and rank
+    where sorting them would save less than 2% or less than 512 tokens."""
     packing: bool = False
     """Put the sequences of a micro-batch one after the other instead of padding them: everything
     but attention then computes real tokens only."""
@@ -394,11 +396,14 @@ class TrainerOptions:
                 "the other, say --micro-batch None or --micro-batch-tokens None."
             )
 
-    @property
-    def micro_batches(self) -> Limit:
-        """The most that one micro-batch may hold."""
+    def micro_batches(self, longest: int | None = None) -> Limit:
+        """The most that one micro-batch may hold. longest: tokens of the run's longest sequence;
+        None: not known, or nothing may be sorted."""
         return Limit(
-            sequences=self.micro_batch or 128, tokens=self.micro_batch_tokens, packed=self.packing
+            sequences=self.micro_batch or 128,
+            tokens=self.micro_batch_tokens,
+            longest=None if self.micro_batch or self.micro_batch_tokens else longest,
+            packed=self.packing,
         )
 
 

@@ -59,10 +59,6 @@ def start(config: TrainConfig) -> Iterator[Job]:
         task, model_dir = _task_and_model(config, ranks)
         # Raises UserError where there are not that many.
         task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
-        actor, reference, behind = _actors(config, model_dir, ranks.layout)
-        if ranks.rank == 0:
-            actor.try_saving(run.path)
-        resume.load(found, actor, behind, reference if config.terms.reference_every else None)
         most = config.rollouts.max_new_tokens or task.max_response_tokens
         if most is None:
             raise UserError(
@@ -71,6 +67,10 @@ def start(config: TrainConfig) -> Iterator[Job]:
             )
         sampling = SamplingConfig(temperature=config.rollouts.temperature, max_new_tokens=most)
         max_tokens = task.max_prompt_tokens + longest(task, sampling.max_new_tokens)
+        actor, reference, behind = _actors(config, model_dir, ranks.layout, max_tokens)
+        if ranks.rank == 0:
+            actor.try_saving(run.path)
+        resume.load(found, actor, behind, reference if config.terms.reference_every else None)
         actor.check_length(max_tokens)
         about = _about(config, actor, ranks)
         engine = _engine(config, model_dir, max_tokens, server_log=run.path / "engine.log")
@@ -182,16 +182,17 @@ def _found(config: TrainConfig, run: RunFolder) -> tuple[Checkpoint, dict[str, l
 
 
 def _actors(
-    config: TrainConfig, model_dir: Path, layout: Layout
+    config: TrainConfig, model_dir: Path, layout: Layout, max_tokens: int
 ) -> tuple[MegatronActor, MegatronActor | None, MegatronActor | None]:
     """The policy; the reference, where there is one; the policy one step behind."""
-    trainer = config.trainer
+    trainer, limit = config.trainer, config.micro_batches(max_tokens)
     settings = {
         "dtype": trainer.dtype,
         "temperature": config.rollouts.temperature,
-        "micro_batch_size": config.micro_batches.sequences,
-        "micro_batch_tokens": config.micro_batches.tokens,
-        "packing": config.micro_batches.packed,
+        "micro_batch_size": limit.sequences,
+        "micro_batch_tokens": limit.tokens,
+        "longest": limit.longest,
+        "packing": limit.packed,
         "recompute": trainer.recompute,
         "megatron": trainer.megatron,
     }

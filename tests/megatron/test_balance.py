@@ -12,8 +12,10 @@ from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron.balance import (
     Cost,
     Limit,
+    counted,
     equal_shares,
     packed_shares,
+    saves,
     shares,
     useful_share,
 )
@@ -115,6 +117,47 @@ def test_one_shape_for_all_is_the_longest_and_no_emptier_than_it_must_be():
     assert shape == (3, 10) and [len(batch) for batch in dealt[0]] == [3, 2]
     dealt, shape = equal_shares([3, 9, 5, 7, 2], ranks=2, tokens=40)
     assert shape == (3, 9) and dealt == [[[1, 2, 4]], [[3, 0]]]
+
+
+def test_a_micro_batch_more_has_to_save_the_work_of_512_tokens():
+    """14 of 4 beside two of a length l: two micro-batches save 14·(l − 4) of 16·l tokens."""
+    for longest, count in ((40, 1), (41, 2)):  # 504 and 518
+        (one,) = shares([longest] * 2 + [4] * 14, ranks=1, tokens=2048, cost=BY_LENGTH)
+        assert len(one) == count
+
+
+def test_counted_shares_are_the_sequences_in_their_order():
+    assert counted([3, 0, 2], 2) == [[[0, 1], [2]], [], [[3, 4]]]
+    assert counted([4], 128) == [[[0, 1, 2, 3]]]
+
+
+def test_sequences_move_where_that_saves_enough_and_otherwise_stay():
+    """Two ranks of two: 4,000 tokens beside 1,000 each is 5,000, or 8,000 and 2,000 unmoved."""
+    kept = [[[0], [1]], [[2], [3]]]
+    moved = [[[0], [2]], [[1], [3]]]
+    assert saves([4000, 4000, 1000, 1000], moved, kept, BY_LENGTH)
+    # Worth 512 tokens, and of longer ones 2% of the busiest rank's work, here about 3,300.
+    for longer, worth in ((1512, False), (1514, True)):
+        lengths = [longer, longer, 1000, 1000]  # moving saves longer − 1,000
+        assert saves(lengths, moved, kept, BY_LENGTH) == worth
+    for longer, worth in ((80_000, False), (80_500, False), (84_000, True)):
+        lengths = [longer, longer, 80_000, 80_000]
+        assert saves(lengths, moved, kept, BY_LENGTH) == worth
+    # Another order alone saves nothing, padded or packed.
+    lengths = [64, 30] * 20
+    together, sorted_ = [[[*range(40)]]], [[[*range(0, 40, 2), *range(1, 40, 2)]]]
+    assert not saves(lengths, sorted_, together, BY_LENGTH, multiple_of=64)
+    assert not saves(lengths, sorted_, together, BY_LENGTH, packed=True)
+
+
+def test_the_run_of_make_train_stays_in_its_order():
+    """256 sequences of 9 or 10 tokens on one rank: sorted they would save 5%, of few tokens."""
+    lengths = [9, 10] * 128
+    moved = shares(lengths, ranks=1, tokens=Limit(sequences=128, longest=10).budget(1), cost=Cost())
+    assert not saves(lengths, moved, counted([256], 128), BY_LENGTH)
+    longer = [100 * length for length in lengths]
+    moved = shares(longer, ranks=1, tokens=128_000, cost=BY_LENGTH)
+    assert saves(longer, moved, counted([256], 128), BY_LENGTH)
 
 
 def test_useful_share_by_hand():

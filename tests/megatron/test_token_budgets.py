@@ -7,13 +7,14 @@ that ranks have to exchange them.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron import balance, groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.layout import Layout
@@ -82,6 +83,50 @@ def test_ranks_share_the_work_and_equal_one_process(name, checkpoints, fixed):
 
 def measure_with_budget(layout: Layout, checkpoint) -> dict:
     return measure(layout, checkpoint, micro_batch_tokens=BUDGET)
+
+
+@pytest.mark.bits
+def test_by_default_sequences_that_gain_little_stay_and_keep_every_bit(checkpoints):
+    """Two micro-batches of four, by count, and in a budget of four of the longest."""
+    found = []
+    with groups.process_groups(Layout()):
+        for limit in ({}, {"longest": 14}):
+            actor = MegatronActor(
+                checkpoints["tiny"], Layout(), optimizer=NO_STEP, micro_batch_size=4, **limit
+            )
+            update = actor.update(make_samples(), PolicyLossConfig.preset("up-grpo"))
+            found.append((update.log_probs, gradients_by_name(actor)))
+    (log_probs, gradients), (of_default, gradients_of_default) = found
+    for a, b in zip(log_probs, of_default, strict=True):
+        assert np.array_equal(a, b)
+    for name, gradient in gradients.items():
+        assert np.array_equal(gradients_of_default[name], gradient)
+
+
+def measure_default(layout: Layout, checkpoint) -> dict:
+    with mock.patch.object(balance, "_START", 0):  # as if these few tokens were many
+        return measure(layout, checkpoint, micro_batch_size=3, longest=14)
+
+
+def test_by_default_sequences_that_gain_much_are_sorted(checkpoints, fixed):
+    found, expected = measure_default(Layout(), checkpoints["tiny"]), fixed("tiny")
+    assert_equals([found], expected)
+    assert sorted(found["computed"]) == [*range(8)] != found["computed"]
+    assert all(rows * length <= 3 * 14 for rows, length in found["shapes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_by_default_ranks_share_what_gains_much(name, checkpoints, fixed):
+    checkpoint, world_size, layout = LAYOUTS[name]
+    ranks = run_ranks(world_size, measure_default, layout, checkpoints[checkpoint], timeout_s=240)
+    assert_equals(ranks, fixed(checkpoint))
+    of_copies = copies(ranks)
+    assert sorted(n for rank in of_copies for n in rank["computed"]) == [*range(8)]
+    one_shape = layout.dispatcher == "allgather" or layout.vpp > 1
+    if len(of_copies) > 1:
+        mine = sorted(of_copies[0]["computed"])
+        assert (mine == [*range(8 // len(of_copies))]) == one_shape
 
 
 @pytest.mark.bits

@@ -108,17 +108,21 @@ def test_a_mistake_on_the_command_line_is_named_as_it_is_typed(cls, words, said)
 
 
 def test_what_a_micro_batch_holds_is_counted_in_sequences_or_in_tokens(tmp_path):
-    """The count is the default, and the command line may take the other than a file has."""
-    counted = Limit(sequences=128)
-    assert TrainConfig().trainer.micro_batches == counted
-    assert TrainConfig.of(micro_batch=1).trainer.micro_batches == Limit(sequences=1)
+    """A budget of 128 of the longest is the default, and the command line may take the other than a
+    file has. A loss of groups is counted."""
+    default = Limit(sequences=128, longest=10)
+    assert TrainConfig().micro_batches(10) == default
+    assert (default.budget(1), default.budget(4)) == (1280, 128 * 12)
+    assert TrainConfig.of(micro_batch=1).micro_batches(10) == Limit(sequences=1)
+    assert TrainConfig.of(micro_batch_tokens=64).micro_batches(10).budget(4) == 64
+    assert TrainConfig.of(loss="real", group=5).micro_batches(10) == Limit(sequences=125)
     file = tmp_path / "config.yaml"
     file.write_text("micro_batch: 1")
     words = [*file_arguments(file), "--micro-batch", "None", "--micro-batch-tokens", "64"]
-    assert parsed(TrainConfig, words, "prog").trainer.micro_batches.tokens == 64
+    assert parsed(TrainConfig, words, "prog").micro_batches(10).tokens == 64
     file.write_text("micro_batch_tokens: 64")
     words = [*file_arguments(file), "--micro-batch-tokens", "None"]
-    assert parsed(TrainConfig, words, "prog").trainer.micro_batches == counted
+    assert parsed(TrainConfig, words, "prog").micro_batches(10) == default
 
 
 @dataclass(frozen=True, kw_only=True)
