@@ -369,8 +369,10 @@ def _repeats(runs: Iterable[Sequence[SequenceRecord]], side: str) -> list[int]:
 def _again(
     sequences: Sequence[SequenceRecord], side: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """Of each row [R] whether its sets are those of the row before it, for another token; the sets
-    in a few layers, the tokens' ids, and each sequence's first row."""
+    """Tell for each row [R] whether its sets are those of the row before it, for another token.
+
+    Returned with the sets, in a few layers, the tokens' ids, and each sequence's first row.
+    """
     routes = [getattr(sequence, side) for sequence in sequences]
     few = np.unique(np.linspace(0, routes[0].shape[1] - 1, _LAYERS_LOOKED_AT).round().astype(int))
     sets_R = _joined([routes_TLK[:, few] for routes_TLK in routes])

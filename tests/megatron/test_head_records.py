@@ -121,7 +121,7 @@ def stepped(layout: Layout, checkpoint) -> dict:
 
 
 def dense(checkpoint) -> dict:
-    """Of all logits, in float64, and the advantages by the pure functions."""
+    """Sums over all logits, in float64, and the advantages by the pure functions."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     rows = {name: [] for name in ("squares", "hidden", "log_probs", "probabilities", "mask", "ids")}
     made = samples()
