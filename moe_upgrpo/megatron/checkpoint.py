@@ -10,7 +10,7 @@ are those of the released megatron-core 0.16.1.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import unwrap_model
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import backend
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.checkpoint_files import Writer, check_objects, read_in_place, told
 
@@ -45,27 +46,46 @@ def save_state(
     actor: MegatronActor,
     frozen: MegatronActor | None = None,
     reference: MegatronActor | None = None,
-) -> None:
+) -> dict[str, dict]:
     """Write an actor's weights, optimizer and schedule, and the weights of the frozen actors.
 
     folder: empty, and visible to every rank. A collective, after at least one optimizer step. The
-    files are not synced yet. Raises OSError where a file cannot be written.
+    files are not synced yet. Returns those that this rank wrote, all but small ones, with sizes
+    and checksums as in `store.checkpoints.describe`. Raises OSError where a file cannot be written.
+    """
+    return ready_state(folder, actor, frozen, reference)()
+
+
+def ready_state(
+    folder: Path,
+    actor: MegatronActor,
+    frozen: MegatronActor | None = None,
+    reference: MegatronActor | None = None,
+    *,
+    own: dist.ProcessGroup | None = None,
+) -> Callable[[], dict[str, dict]]:
+    """Make a state ready to be written, by calling what is returned; otherwise as `save_state`.
+
+    own: a group of `groups.own_group`. With it the state is copied to the host's memory, and may be
+    written in another thread while the actors change.
     """
     actor.make_whole()
     model = _model_state(actor)
+    gathered: set[int] = set()
     state = {
         "model": model,
-        "optimizer": _optimizer_state(actor.optimizer, model, is_loading=False),
+        "optimizer": _optimizer_state(actor.optimizer, model, gathered),
         "scheduler": actor.scheduler.state_dict(),
         "frozen": _frozen_state(frozen, "frozen"),
         "reference": _frozen_state(reference, "reference"),
     }
+    writer = Writer(gathered, own)
     try:
-        dist_checkpointing.save(state, str(folder), sharded_strategy=Writer("torch_dist", 1))
-    except torch_checkpoint.CheckpointException as error:
-        raise told(next(iter(error.failures.values()))[0]) from error
-    except RuntimeError as error:
+        with backend.suspended():
+            dist_checkpointing.save(state, str(folder), sharded_strategy=writer)
+    except RuntimeError as error:  # of the small files
         raise told(error) from error
+    return writer.write
 
 
 def load_state(
@@ -88,13 +108,13 @@ def load_state(
         model = _model_state(actor)
         state = {
             "model": model,
-            "optimizer": _optimizer_state(actor.optimizer, model, is_loading=True),
+            "optimizer": _optimizer_state(actor.optimizer, model, gathered=None),
             "frozen": _frozen_state(frozen, "frozen"),
             "reference": _frozen_state(reference, "reference"),
         }
         dict_list_map_inplace(_merged_in_place, state)
-        with warnings.catch_warnings(), read_in_place():  # about future changes of torch
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(), read_in_place(), backend.suspended():
+            warnings.simplefilter("ignore", FutureWarning)  # about future changes of torch
             # A rank asks for what it keeps: not for every part whose first copy it is said to have.
             loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
@@ -145,14 +165,17 @@ def _merged_in_place(value: object) -> object:
     return replace(value, merge_fn=merge)
 
 
-def _optimizer_state(optimizer: MegatronOptimizer, model: dict, *, is_loading: bool) -> dict:
-    """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`."""
-    states = (_part_state(part, model, is_loading) for part in _parts(optimizer))
+def _optimizer_state(optimizer: MegatronOptimizer, model: dict, gathered: set[int] | None) -> dict:
+    """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`.
+
+    gathered: gets the memory that is taken for other ranks' parts; None where a state is read.
+    """
+    states = (_part_state(part, model, gathered) for part in _parts(optimizer))
     # Without SGD's empty parts: the number of parts depends on the layout.
     return {str(i): state for i, state in enumerate(states) if state}
 
 
-def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
+def _part_state(part: MegatronOptimizer, model: dict, gathered: set[int] | None) -> dict:
     """fp32 weights and moments of one part.
 
     Not `part.sharded_state_dict`: that keeps the parameter groups as well, whose number depends on
@@ -168,7 +191,7 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
             )
             for i, (parameter, main) in enumerate(_main_parameters(part))
         }
-    if is_loading or part.data_parallel_group_gloo.size() == 1:
+    if gathered is None or part.data_parallel_group_gloo.size() == 1:
         return {
             str(i): {
                 name: make_sharded_optimizer_tensor(
@@ -182,7 +205,7 @@ def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
         }
     with (
         _padding_counted(part),
-        mock.patch.object(part, "get_parameter_state_dp_zero", partial(_gathered, part)),
+        mock.patch.object(part, "get_parameter_state_dp_zero", partial(_gathered, part, gathered)),
     ):
         return part.sharded_param_state_fully_reshardable(model, False, _OPTIMIZER) or {}
 
@@ -214,6 +237,7 @@ def _place(
 
 def _gathered(
     part: DistributedOptimizer,
+    gathered: set[int],
     *,
     use_gloo_comm: bool,
     empty_data: bool,
@@ -233,6 +257,7 @@ def _gathered(
         whole = {}
         if is_first:
             whole = {name: torch.empty(buffer.numel, device="cpu") for name in _STATES}
+            gathered.update(x.untyped_storage().data_ptr() for x in whole.values())
         state[index] = {dtype: whole}
         start = 0
         for bucket, of_bucket in zip(buffer.buckets, buckets, strict=True):

@@ -8,7 +8,9 @@ object; `.metadata` says which begins where. Line numbers are those of torch 2.1
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import itertools
 import mmap
 import pickle
 import zipfile
@@ -18,7 +20,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -27,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
@@ -51,31 +56,126 @@ _OBJECTS = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},  # Python 3.13
 }
-# Threads of a rank; each writes its own file, so that files can be checked in as many threads.
+# Threads of a rank; each writes its own file.
 _THREADS = 2
+_PIECE = 1 << 20  # bytes that are hashed at once, while the processor still has them
 
 
 class Writer(TorchDistSaveShardedStrategy):
     """Megatron's format, by torch's own writer, in this process.
 
-    Files are written but not synced: the code that describes them does that (`store.checkpoints`).
+    `dist_checkpointing.save` hands it the state; `write` writes it, in any thread. Files are not
+    synced: `store.checkpoints` does that.
+
+    gathered: memory of tensors that are this state's alone. own: the process group for `write`,
+    where training goes on beside it; all other tensors are copied then.
 
     Megatron's writer forks a process for each file and starts a server to hear from them
     (filesystem_async.py:53). That takes seconds for any save, and it waits forever for a process
     that is killed.
     """
 
+    def __init__(self, gathered: set[int], own: dist.ProcessGroup | None) -> None:
+        super().__init__("torch_dist", 1)
+        self._gathered, self._own = gathered, own
+
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(
-                checkpoint_dir, thread_count=_THREADS, sync_files=False
-            ),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        if self._own is not None:
+            for part in itertools.chain(*by_key.values()):
+                if isinstance(part, ShardedTensor) and not self._is_gathered(part.data):
+                    part.data = part.data.detach().to("cpu", copy=True)
+        self._state, self._folder = mcore_to_pyt_state_dict(by_key), checkpoint_dir
+
+    def _is_gathered(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._gathered
+
+    def write(self) -> dict[str, dict]:
+        """Write this rank's files. A collective. Returns the bytes and SHA-256 of each.
+
+        Raises OSError where a file cannot be written.
+        """
+        written: dict[str, dict] = {}
+        writer = torch_checkpoint.FileSystemWriter(
+            self._folder, thread_count=_THREADS, sync_files=False
         )
+        writer.fs = _Hashing(written)
+        try:
+            with _without_crc():
+                torch_checkpoint.save(
+                    self._state,
+                    storage_writer=writer,
+                    planner=_Planner(dedup_replicated_tensors=False, flatten_state_dict=False),
+                    process_group=self._own,
+                )
+        except torch_checkpoint.CheckpointException as error:
+            raise told(next(iter(error.failures.values()))[0]) from error
+        except RuntimeError as error:
+            raise told(error) from error
+        del self._state
+        return written
+
+
+class _Planner(MCoreSavePlanner):
+    """Gives the writer tensors whose storage is theirs alone: it copies others (filesystem.py:131).
+
+    Weights are parts of one buffer.
+    """
+
+    def transform_object(self, write_item, object):  # the name of the base class's
+        if not torch.is_tensor(object) or not object.is_cpu or not object.is_contiguous():
+            return object
+        if not object.numel():
+            return object
+        bytes_B = torch.from_numpy(object.detach().reshape(-1).view(torch.uint8).numpy())
+        return bytes_B.view(object.dtype).view(object.shape)
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Let torch leave out the checksums of its archives, which it never reads."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _Hashing(FileSystem):
+    """A file system that tells the size and SHA-256 of each file that is written."""
+
+    def __init__(self, written: dict[str, dict]) -> None:
+        self._written = written
+
+    @contextmanager
+    def create_stream(self, path, mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        raw = _HashedFile(path, "w")
+        with io.BufferedWriter(raw) as stream:
+            yield stream
+        # The index gets its name later, from a temporary one: described like any other file.
+        if not str(path).endswith(".tmp"):
+            about = {"bytes": raw.size, "sha256": raw.digest.hexdigest()}
+            self._written[Path(path).name] = about
+
+
+class _HashedFile(io.FileIO):
+    def __init__(self, path, mode: str) -> None:
+        super().__init__(path, mode)
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        piece = memoryview(data).cast("B")[:_PIECE]
+        done = super().write(piece)
+        self.digest.update(piece[:done])
+        self.size += done
+        return done
 
 
 @contextmanager
