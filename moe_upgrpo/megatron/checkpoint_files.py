@@ -31,12 +31,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import backend
 
 # The objects that torch's writer pickles into `.metadata`.
 _OBJECTS = {
@@ -97,13 +98,9 @@ class Writer(TorchDistSaveShardedStrategy):
 
         Raises OSError where a file cannot be written.
         """
-        written: dict[str, dict] = {}
-        writer = torch_checkpoint.FileSystemWriter(
-            self._folder, thread_count=_THREADS, sync_files=False
-        )
-        writer.fs = _Hashing(written)
+        writer = _Files(self._folder, thread_count=_THREADS, sync_files=False)
         try:
-            with _without_crc():
+            with _without_crc(), backend.suspended():
                 torch_checkpoint.save(
                     self._state,
                     storage_writer=writer,
@@ -111,11 +108,26 @@ class Writer(TorchDistSaveShardedStrategy):
                     process_group=self._own,
                 )
         except torch_checkpoint.CheckpointException as error:
-            raise told(next(iter(error.failures.values()))[0]) from error
-        except RuntimeError as error:
-            raise told(error) from error
+            raise next(iter(error.failures.values()))[0] from error
         del self._state
-        return written
+        return writer.fs.written
+
+
+class _Files(torch_checkpoint.FileSystemWriter):
+    """torch's writer, which would not tell of a failure in its second thread (filesystem.py:742).
+
+    The index would lack that file's tensors, without an error.
+    """
+
+    def __init__(self, *args, **keywords) -> None:
+        super().__init__(*args, **keywords)
+        self.fs = _Hashing()
+
+    def write_data(self, plan, planner):
+        results = super().write_data(plan, planner)
+        if self.fs.failures:
+            raise self.fs.failures[0]
+        return results
 
 
 class _Planner(MCoreSavePlanner):
@@ -145,24 +157,31 @@ def _without_crc() -> Iterator[None]:
 
 
 class _Hashing(FileSystem):
-    """A file system that tells the size and SHA-256 of each file that is written."""
+    """A file system that keeps size and SHA-256 of each file of tensors, or why there is none."""
 
-    def __init__(self, written: dict[str, dict]) -> None:
-        self._written = written
+    def __init__(self) -> None:
+        self.written: dict[str, dict] = {}
+        self.failures: list[Exception] = []
 
     @contextmanager
     def create_stream(self, path, mode: str) -> Iterator[io.IOBase]:
-        if mode != "wb":
+        if mode != "wb" or not str(path).endswith(DEFAULT_SUFFIX):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        raw = _HashedFile(path, "w")
-        with io.BufferedWriter(raw) as stream:
-            yield stream
-        # The index gets its name later, from a temporary one: described like any other file.
-        if not str(path).endswith(".tmp"):
+        try:
+            raw = _HashedFile(path, "w")
+        except OSError as error:
+            self.failures.append(error)
+            raise
+        try:
+            with io.BufferedWriter(raw) as stream:
+                yield stream
+        except Exception as error:
+            self.failures.append(error)  # of any thread, to be raised by one
+        else:
             about = {"bytes": raw.size, "sha256": raw.digest.hexdigest()}
-            self._written[Path(path).name] = about
+            self.written[Path(path).name] = about
 
 
 class _HashedFile(io.FileIO):

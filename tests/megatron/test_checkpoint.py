@@ -8,6 +8,7 @@ the same layout to the last bit, in another to rounding.
 Not covered: NCCL, more than 4 ranks, the fused Adam of Transformer Engine or Apex.
 """
 
+import errno
 import io
 import pickle
 import shutil
@@ -226,6 +227,31 @@ def test_a_state_in_torchs_own_archives_is_read(checkpoints, tmp_path):
     assert_same(new, old)
     archive = zipfile.ZipFile(io.BytesIO((folders[0] / "__0_0.distcp").read_bytes()))
     assert archive.testzip() is None
+
+
+def on_a_disk_that_is_full_later(checkpoint, folder) -> str:
+    """What is raised where only the file of the writer's second thread cannot be written."""
+    write = checkpoint_files._HashedFile.write
+
+    def full(self, data):
+        if str(self.name).endswith("__0_1.distcp"):
+            raise OSError(errno.ENOSPC, "no space")
+        return write(self, data)
+
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoint, Layout(), optimizer=OptimizerSettings())
+        actor.update(make_samples(), LOSS)
+        with mock.patch.object(checkpoint_files._HashedFile, "write", full):
+            try:
+                save_state(folder, actor)
+            except OSError as error:
+                return repr(error)
+    return "written"
+
+
+def test_a_failure_in_any_thread_of_the_writer_is_one_of_the_state(checkpoints, tmp_path):
+    (raised,) = run_ranks(1, on_a_disk_that_is_full_later, checkpoints["tiny"], tmp_path)
+    assert raised == "OSError(28, 'no space')"
 
 
 def written_later(layout, checkpoint, folder, *, meanwhile: bool) -> dict:
