@@ -9,12 +9,10 @@ are those of the released megatron-core 0.16.1.
 
 from __future__ import annotations
 
-import errno
-import io
-import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -24,73 +22,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.megatron import backend
 from moe_upgrpo.megatron.actor import MegatronActor
+from moe_upgrpo.megatron.checkpoint_files import Writer, check_objects, read_in_place, told
 
-# The objects that torch's writer pickles into `.metadata`.
-_OBJECTS = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # Python 3.13
-}
 # Data-parallel ranks send their parts of the optimizer's state to the first of each group, which
 # writes them; otherwise every rank would hold all parts in memory.
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 _OPTIMIZER = {"distrib_optim_fully_reshardable_mem_efficient": True}
-
-
-# Threads of a rank; each writes its own file, so that files can be checked in as many threads.
-_THREADS = 2
-
-
-class _Writer(TorchDistSaveShardedStrategy):
-    """Megatron's format, by torch's own writer, in this process.
-
-    Files are written but not synced: the code that describes them does that (`store.checkpoints`).
-
-    Megatron's writer forks a process for each file and starts a server to hear from them
-    (filesystem_async.py:53). That takes seconds for any save, and it waits forever for a process
-    that is killed.
-    """
-
-    def save(self, sharded_state_dict, checkpoint_dir) -> None:
-        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, keep_only_main_replica=True
-        )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(
-                checkpoint_dir, thread_count=_THREADS, sync_files=False
-            ),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
 
 
 def save_state(
@@ -98,34 +46,46 @@ def save_state(
     actor: MegatronActor,
     frozen: MegatronActor | None = None,
     reference: MegatronActor | None = None,
-) -> None:
+) -> dict[str, dict]:
     """Write an actor's weights, optimizer and schedule, and the weights of the frozen actors.
 
     folder: empty, and visible to every rank. A collective, after at least one optimizer step. The
-    files are not synced yet. Raises OSError where a file cannot be written.
+    files are not synced yet. Returns those that this rank wrote, all but small ones, with sizes
+    and checksums as in `store.checkpoints.describe`. Raises OSError where a file cannot be written.
+    """
+    return ready_state(folder, actor, frozen, reference)()
+
+
+def ready_state(
+    folder: Path,
+    actor: MegatronActor,
+    frozen: MegatronActor | None = None,
+    reference: MegatronActor | None = None,
+    *,
+    own: dist.ProcessGroup | None = None,
+) -> Callable[[], dict[str, dict]]:
+    """Make a state ready to be written, by calling what is returned; otherwise as `save_state`.
+
+    own: a group of `groups.own_group`. With it the state is copied to the host's memory, and may be
+    written in another thread while the actors change.
     """
     actor.make_whole()
     model = _model_state(actor)
+    gathered: set[int] = set()
     state = {
         "model": model,
-        "optimizer": _optimizer_state(actor.optimizer, model, is_loading=False),
+        "optimizer": _optimizer_state(actor.optimizer, model, gathered),
         "scheduler": actor.scheduler.state_dict(),
         "frozen": _frozen_state(frozen, "frozen"),
         "reference": _frozen_state(reference, "reference"),
     }
+    writer = Writer(gathered, own)
     try:
-        dist_checkpointing.save(state, str(folder), sharded_strategy=_Writer("torch_dist", 1))
-    except torch_checkpoint.CheckpointException as error:
-        raise _told(next(iter(error.failures.values()))[0]) from error
-    except RuntimeError as error:
-        raise _told(error) from error
-
-
-def _told(error: BaseException) -> BaseException:
-    """Name a full disk: torch says only at which byte the file ended (inline_container.cc:672)."""
-    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
-        return OSError(errno.ENOSPC, f"torch could not write all of a file: {error}")
-    return error
+        with backend.suspended():
+            dist_checkpointing.save(state, str(folder), sharded_strategy=writer)
+    except RuntimeError as error:  # of the small files
+        raise told(error) from error
+    return writer.write
 
 
 def load_state(
@@ -139,7 +99,7 @@ def load_state(
     Raises UserError where the folder holds another model's state, lacks a part that is asked for,
     or has an object that no state of ours has. No code in it is run: it may be somebody else's.
     """
-    _check_objects(folder)
+    check_objects(folder)
     try:
         # First the schedule: the optimizer's state is allocated with the number of its steps.
         schedule = dist_checkpointing.load_common_state_dict(str(folder))["scheduler"]
@@ -148,13 +108,15 @@ def load_state(
         model = _model_state(actor)
         state = {
             "model": model,
-            "optimizer": _optimizer_state(actor.optimizer, model, is_loading=True),
+            "optimizer": _optimizer_state(actor.optimizer, model, gathered=None),
             "frozen": _frozen_state(frozen, "frozen"),
             "reference": _frozen_state(reference, "reference"),
         }
-        with warnings.catch_warnings():  # about future changes of torch
-            warnings.simplefilter("ignore", FutureWarning)
-            loaded = dist_checkpointing.load(state, str(folder))
+        dict_list_map_inplace(_merged_in_place, state)
+        with warnings.catch_warnings(), read_in_place(), backend.suspended():
+            warnings.simplefilter("ignore", FutureWarning)  # about future changes of torch
+            # A rank asks for what it keeps: not for every part whose first copy it is said to have.
+            loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     except (CheckpointingException, torch_checkpoint.CheckpointException, KeyError) as error:
         raise UserError(
             f"{folder} does not hold this model's training state: {str(error)[:500]}"
@@ -177,46 +139,6 @@ def _model_state(actor: MegatronActor) -> dict:
     }
 
 
-class _OnlyOurs(pickle.Unpickler):
-    """Unpickles the objects that torch's writer puts into `.metadata`, and refuses all others."""
-
-    def find_class(self, module: str, name: str):
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if name not in _OBJECTS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _check_objects(folder: Path) -> None:
-    """Refuse a folder with pickled objects that do not belong to a state.
-
-    torch unpickles `.metadata` (filesystem.py:930) and the objects beside the tensors
-    (default_planner.py:387) unchecked, and so runs whatever code they name.
-    """
-    try:
-        with (folder / ".metadata").open("rb") as file:
-            metadata = _OnlyOurs(file).load()
-        for index, stored in metadata.storage_data.items():
-            if Path(stored.relative_path).name != stored.relative_path:
-                raise pickle.UnpicklingError(f"it leads to {stored.relative_path}")
-            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-                with (folder / stored.relative_path).open("rb") as file:
-                    file.seek(stored.offset)
-                    torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
-        if (folder / "common.pt").exists():  # before Megatron-Core 0.19
-            torch.load(folder / "common.pt", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} does not hold this model's training state: {error.filename} is missing."
-        ) from None
-    except Exception as error:  # damaged pickles raise anything
-        raise UserError(
-            f"{folder} holds what no checkpoint of moe_upgrpo does ({str(error)[:200]}); none of "
-            "its code was run. Resume from a checkpoint whose origin you know."
-        ) from error
-
-
 def _frozen_state(actor: MegatronActor | None, name: str) -> dict:
     state = _model_state(actor) if actor else {}
     add_prefix_for_sharding(state, f"{name}.")
@@ -229,39 +151,93 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in parts if not part.is_stub_optimizer]
 
 
-def _optimizer_state(optimizer: MegatronOptimizer, model: dict, *, is_loading: bool) -> dict:
-    """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`."""
-    states = (_part_state(part, model, is_loading) for part in _parts(optimizer))
+def _merged_in_place(value: object) -> object:
+    """Spare tensors of several named parts a copy, where the parts were read to their places."""
+    if not isinstance(value, ShardedTensorFactory):
+        return value
+
+    def merge(parts):
+        home = value.data.untyped_storage().data_ptr()
+        if all(part.untyped_storage().data_ptr() == home for part in nested_values(parts)):
+            return value.data
+        return value.merge_fn(parts)
+
+    return replace(value, merge_fn=merge)
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model: dict, gathered: set[int] | None) -> dict:
+    """Part of the optimizer -> this rank's fp32 weights and moments, as in `_model_state`.
+
+    gathered: gets the memory that is taken for other ranks' parts; None where a state is read.
+    """
+    states = (_part_state(part, model, gathered) for part in _parts(optimizer))
     # Without SGD's empty parts: the number of parts depends on the layout.
     return {str(i): state for i, state in enumerate(states) if state}
 
 
-def _part_state(part: MegatronOptimizer, model: dict, is_loading: bool) -> dict:
+def _part_state(part: MegatronOptimizer, model: dict, gathered: set[int] | None) -> dict:
     """fp32 weights and moments of one part.
 
     Not `part.sharded_state_dict`: that keeps the parameter groups as well, whose number depends on
     the layout (and which follow from the settings and the schedule), and it needs the state of
     torch's Adam before that exists (distrib_optimizer.py:659).
     """
-    if isinstance(part, DistributedOptimizer):
-        gathered = partial(_gathered, part)
-        with (
-            _padding_counted(part),
-            mock.patch.object(part, "get_parameter_state_dp_zero", gathered),
-        ):
-            return part.sharded_param_state_fully_reshardable(model, is_loading, _OPTIMIZER) or {}
-    # The only state of SGD without momentum is the fp32 weights of a bf16 model.
     parameters = {id(sharded.data): sharded for sharded in _sharded(model)}
-    return {
-        str(i): make_sharded_optimizer_tensor(
-            parameters[id(parameter)], main, prefix="optimizer.state.param"
-        )
-        for i, (parameter, main) in enumerate(_main_parameters(part))
-    }
+    if not isinstance(part, DistributedOptimizer):
+        # The only state of SGD without momentum is the fp32 weights of a bf16 model.
+        return {
+            str(i): make_sharded_optimizer_tensor(
+                parameters[id(parameter)], main, prefix="optimizer.state.param"
+            )
+            for i, (parameter, main) in enumerate(_main_parameters(part))
+        }
+    if gathered is None or part.data_parallel_group_gloo.size() == 1:
+        return {
+            str(i): {
+                name: make_sharded_optimizer_tensor(
+                    parameters[id(parameter)],
+                    _place(part, states[name], parameter),
+                    prefix=f"optimizer.state.{name}",
+                )
+                for name in _STATES
+            }
+            for i, (parameter, _, states) in enumerate(_kept(part))
+        }
+    with (
+        _padding_counted(part),
+        mock.patch.object(part, "get_parameter_state_dp_zero", partial(_gathered, part, gathered)),
+    ):
+        return part.sharded_param_state_fully_reshardable(model, False, _OPTIMIZER) or {}
+
+
+def _kept(
+    part: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, slice, dict[str, torch.Tensor]]]:
+    """(parameter, this rank's part of it laid flat, fp32 weights and moments of that part)."""
+    for ranges in part.gbuf_ranges:
+        ((_, buckets),) = ranges.items()
+        for bucket in buckets:
+            for parameter, places in bucket["param_map"].items():
+                place = slice(places["param"].start, places["param"].end)
+                yield parameter, place, part._get_main_param_and_optimizer_states(parameter)
+
+
+def _place(
+    part: DistributedOptimizer, state: torch.Tensor, parameter: torch.Tensor
+) -> torch.Tensor:
+    """A tensor of the parameter's shape: the state itself, where it is fp32 and all of it is here.
+
+    Otherwise room for it on the host.
+    """
+    whole = state.numel() == parameter.numel() and state.dtype == torch.float32
+    if not whole or _is_offloaded(part):
+        state = torch.empty(parameter.numel(), device="cpu")
+    return state.detach().view(parameter.shape)
 
 
 def _gathered(
     part: DistributedOptimizer,
+    gathered: set[int],
     *,
     use_gloo_comm: bool,
     empty_data: bool,
@@ -270,8 +246,7 @@ def _gathered(
     """Buffer -> dtype -> fp32 weights and moments of all data-parallel ranks, on the first.
 
     Upstream (distrib_optimizer.py:977) copies every element several times on its way. Here it is
-    gathered straight to its place. To be called inside `_padding_counted`. return_on_all_ranks:
-    with empty_data, room on every rank for the values to be loaded.
+    gathered straight to its place. To be called inside `_padding_counted`.
     """
     group = part.data_parallel_group_gloo
     first, is_first, ranks = dist.get_process_group_ranks(group)[0], group.rank() == 0, group.size()
@@ -280,11 +255,12 @@ def _gathered(
         ((dtype, buckets),) = ranges.items()
         buffer = part.buffers[index]
         whole = {}
-        if is_first or return_on_all_ranks:
+        if is_first:
             whole = {name: torch.empty(buffer.numel, device="cpu") for name in _STATES}
+            gathered.update(x.untyped_storage().data_ptr() for x in whole.values())
         state[index] = {dtype: whole}
         start = 0
-        for bucket, of_bucket in zip(buffer.buckets, () if empty_data else buckets, strict=False):
+        for bucket, of_bucket in zip(buffer.buckets, buckets, strict=True):
             size = bucket.grad_data.numel()
             shards = {name: x[start : start + size].chunk(ranks) for name, x in whole.items()}
             mine = {
@@ -296,11 +272,11 @@ def _gathered(
                 states = part._get_main_param_and_optimizer_states(parameter)
                 for name in _STATES:
                     mine[name][place].copy_(states[name].detach())
-            for name in _STATES if ranks > 1 else ():
+            for name in _STATES:
                 to = list(shards[name]) if is_first else None
                 dist.gather(mine[name], to, dst=first, group=group)
             start += size
-    return state if is_first or return_on_all_ranks else None
+    return state if is_first else None
 
 
 @contextmanager
@@ -351,43 +327,45 @@ def _allocate(part: MegatronOptimizer, *, steps: int) -> None:
         part.load_state_dict({"optimizer": {"param_groups": param_groups}})
 
 
+@torch.no_grad()
 def _set_state(part: MegatronOptimizer, values: dict, *, steps: int) -> None:
+    """Set the state that was not read straight to its place, and Adam's count of steps."""
     if not isinstance(part, DistributedOptimizer):
         for i, (_, main) in enumerate(_main_parameters(part)):
-            main.data.copy_(values[str(i)])
+            main.copy_(values[str(i)])
         return
-    if _is_offloaded(part):
-        _set_offloaded(part, values, steps=steps)
-        return
-    # distrib_optimizer.py:941 looks for the step of torch's Adam among the checkpoint's tensors,
-    # and it is not there.
-    states = list(part.optimizer.state.values())
-    counted = [state for state in states if state.pop("step", None) is not None]
-    part.load_parameter_state_from_fully_reshardable(values)
-    for state in counted:
-        state["step"] = torch.tensor(float(steps))
+    for i, (parameter, place, states) in enumerate(_kept(part)):
+        tensors = {name: values[str(i)][name].flatten()[place] for name in _STATES}
+        if _is_offloaded(part):
+            _set_offloaded(part, parameter, tensors, steps=steps)
+            continue
+        if any(tensors[name].data_ptr() != states[name].data_ptr() for name in _STATES):
+            # The step, of torch's Adam alone, is not among the checkpoint's tensors.
+            others = {name: state for name, state in states.items() if name not in _STATES}
+            part._set_main_param_and_optimizer_states(parameter, tensors | others)
+    for state in part.optimizer.state.values() if not _is_offloaded(part) else ():
+        if "step" in state:
+            state["step"] = torch.tensor(float(steps))  # its own: each is counted up
 
 
 def _is_offloaded(part: MegatronOptimizer) -> bool:
     return isinstance(getattr(part, "optimizer", None), HybridDeviceOptimizer)
 
 
-def _set_offloaded(part: DistributedOptimizer, values: dict, *, steps: int) -> None:
+def _set_offloaded(
+    part: DistributedOptimizer,
+    parameter: torch.nn.Parameter,
+    tensors: dict[str, torch.Tensor],
+    *,
+    steps: int,
+) -> None:
     """Set the state that the optimizers of host and GPU hold, copies of weights included."""
     hybrid = part.optimizer
-
-    def set_one(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        parameter = hybrid.param_groups[group]["params"][order]
-        hybrid.param_to_inner_param[parameter].data.copy_(tensors["param"])
-        state = hybrid.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name].copy_(tensors[name])
-        if "step" in state:
-            state["step"].fill_(float(steps))
-
-    with (
-        mock.patch.object(part, "_set_main_param_and_optimizer_states", set_one),
-        mock.patch.object(hybrid, "_sync_hdo_state_to_sub_optimizers", lambda: None),
-    ):
-        part.load_parameter_state_from_fully_reshardable(values)
+    group, order = part.model_param_group_index_map[parameter]
+    main = hybrid.param_groups[group]["params"][order]
+    hybrid.param_to_inner_param[main].data.copy_(tensors["param"])
+    state = hybrid.state[main]
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name].copy_(tensors[name])
+    if "step" in state:
+        state["step"].fill_(float(steps))

@@ -160,9 +160,21 @@ def exchange_over_data_parallel(parts: Sequence[list]) -> list[list]:
     ]
 
 
-def gather_everywhere(items: list) -> list:
-    """The items of all ranks, in rank order, on each of them."""
-    return _gather(items, dist.group.WORLD)
+def own_group(timeout_s: float) -> dist.ProcessGroup:
+    """A group of all ranks for a thread of its own, on the host. A collective.
+
+    What a thread exchanges in the groups of training would mix with what training does.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def gather_everywhere(items: list, own: dist.ProcessGroup | None = None) -> list:
+    """The items of all ranks, in rank order, on each of them; own: a group of `own_group`."""
+    if own is None:
+        return _gather(items, dist.group.WORLD)
+    shares: list = [None] * own.size()
+    dist.all_gather_object(shares, items, group=own)
+    return [item for share in shares for item in share]
 
 
 def _gather(items: list, group: dist.ProcessGroup) -> list:

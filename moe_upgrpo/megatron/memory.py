@@ -14,6 +14,7 @@ an expert or MLP; t = tp.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_upgrpo.errors import UserError
@@ -145,6 +146,33 @@ def weights(
         "gradients": 4 * stage.parameters,
         "optimizer": optimizer,
     }
+
+
+def state_copies(
+    stages: Iterable[Stage],
+    layout: Layout,
+    world_size: int,
+    *,
+    ranks: int,
+    dtype: str,
+    algorithm: str = "adam",
+    frozen: int = 0,
+) -> float:
+    """Bytes of a checkpoint that the first `ranks` ranks write, and hold meanwhile: `--async-save`.
+
+    Parameters c, fp32 weights 4, Adam 8; SGD has fp32 weights with bf16 alone. frozen: models
+    beside it, c each. The first ranks of a stage write: what each holds outside of experts on tp
+    ranks (weights that all of these have are counted for each), experts on ep·etp.
+    """
+    c = DTYPE_BYTES[dtype]
+    optimizer = 12 if algorithm == "adam" else 4 * (c == 2)
+    of_stage = world_size // layout.pp
+    written = 0
+    for stage in stages:
+        here = min(max(0, ranks - stage.index * of_stage), of_stage)
+        written += stage.shared * min(here, layout.tp)
+        written += stage.expert * min(here, layout.ep * layout.expert_tp)
+    return (c * (1 + frozen) + optimizer) * written
 
 
 def layer_activations(

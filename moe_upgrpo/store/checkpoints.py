@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,18 +92,21 @@ def names(part: Path) -> list[str]:
     return sorted(name for name in found if name != _MANIFEST)
 
 
-def describe(part: Path, files: Iterable[str]) -> dict[str, Any]:
+def describe(
+    part: Path, files: Iterable[str], written: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Name -> size and SHA-256 of files in ``part``, each synced to disk.
 
-    Files are synced and read at the same time, to use disk and processor at once.
+    written: more files, described as they were written: those are synced alone. Files are synced
+    and read at the same time, to use disk and processor at once.
     """
-    files = list(files)
+    files, written = list(files), written or {}
     with ThreadPoolExecutor(_THREADS) as threads:
-        synced = [threads.submit(sync, part / name) for name in files]
+        synced = [threads.submit(sync, part / name) for name in [*written, *files]]
         described = list(threads.map(lambda name: _described(part / name), files))
         for each in synced:
             each.result()
-    return dict(zip(files, described, strict=True))
+    return dict(written) | dict(zip(files, described, strict=True))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def make_plan(config: PlanConfig) -> Plan:
     update, score = (_fullest(most, count, length, layout) for count in (in_update, sequences))
     _check_place(config)
     of_stage = config.ranks // layout.pp
+    stages = _stages(config, layout)
     made = [
         StagePlan(
             stage=stage,
@@ -124,7 +125,7 @@ def make_plan(config: PlanConfig) -> Plan:
             moments=_moments(config, layout, model, stage, update, score, length),
             sent=_sent(config, layout, model, stage, sequences * length // layout.cp),
         )
-        for stage in _stages(config, layout)
+        for stage in stages
     ]
     return Plan(
         config=config,
@@ -134,7 +135,7 @@ def make_plan(config: PlanConfig) -> Plan:
         new_tokens=new_tokens,
         stages=made,
         logged=_logged(config, model, length, new_tokens),
-        host=_host(config, layout, model, length),
+        host=_host(config, layout, model, stages, length),
         assumptions=list(_assumptions(config, model, update)),
     )
 
@@ -334,7 +335,9 @@ def _sent(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, tokens
     return {name: size for name, size in sent.items() if size}
 
 
-def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Bytes:
+def _host(
+    config: PlanConfig, layout: Layout, model: Sizes, stages: list[Stage], length: int
+) -> Bytes:
     """The most host memory that the ranks of the first machine use at a time."""
     host: Bytes = {}
     if model.moe_layers:
@@ -342,6 +345,18 @@ def _host(config: PlanConfig, layout: Layout, model: Sizes, length: int) -> Byte
         tokens = _sequences(config, layout) * length * layout.tp
         each = memory.traces(model, layout, tokens=tokens, layers=model.moe_layers)
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
+    rollouts, trainer = config.rollouts, config.trainer
+    if config.run.async_save and config.run.save_every:
+        behind = rollouts.overlap and config.log.analyse_every > 0
+        host["a checkpoint's copy (--async-save)"] = memory.state_copies(
+            stages,
+            layout,
+            config.ranks,
+            ranks=config.gpus_per_node,
+            dtype=trainer.dtype,
+            algorithm=trainer.optimizer.algorithm,
+            frozen=behind + bool(config.terms.reference_every),
+        )
     return host
 
 
@@ -416,8 +431,8 @@ def _assumptions(config: PlanConfig, model: Sizes, update: MicroBatch) -> Iterat
     )
     yield (
         "not counted",
-        "analyses (--analyse-every), evaluation, checkpoints; of the machine's own memory all but "
-        "routes and weights for a server",
+        "analyses (--analyse-every), evaluation, checkpoints without --async-save; of the "
+        "machine's own memory all but routes, a checkpoint's copy and weights for a server",
     )
 
 

@@ -68,9 +68,12 @@ def _refuse_loss(run: RunFolder) -> None:
         return
     config, memory = read_config(run.path), run.memory()
     every = config.get("save_every")
-    first = min(every, config.get("steps", every)) if every else 0
+    steps = config.get("steps", every)
+    first = min(every, steps) if every else 0
+    # Where training goes on meanwhile, the second state waits for the first.
+    ends = min(2 * every, steps) if config.get("async_save") else first
     never_saved = "last_state" in memory and memory["last_state"] is None
-    if last < first or (last == first and never_saved):
+    if last < first or (last <= ends and never_saved):
         return
     why = "its states were removed" if every else "--save-every 0 keeps no state"
     raise UserError(

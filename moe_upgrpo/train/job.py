@@ -20,6 +20,7 @@ from moe_upgrpo.train.learner import Learner
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.progress import Display
 from moe_upgrpo.train.recorder import Evaluation, Recorder
+from moe_upgrpo.train.resume import StateThread
 from moe_upgrpo.train.rollouts import Rollouts
 from moe_upgrpo.train.states import States
 from moe_upgrpo.train.stopping import Stopping
@@ -152,6 +153,7 @@ def make_job(
             reference=reference if config.terms.reference_every else None,
             rollouts=rollouts,
             token_log=token_log,
+            thread=StateThread(60 * config.run.timeout) if config.run.async_save else None,
             stopping=stopping,
             steps=config.run.steps,
             every=config.run.save_every,

@@ -56,6 +56,7 @@ MAY_CHANGE = {
     "alarm": "how the run is watched",
     "save_every": "checkpoints",
     "keep": "checkpoints",
+    "async_save": "checkpoints",
     "deterministic": "which kernels compute on a GPU",
     "timeout": "how long ranks wait for each other",
     "stop_within": "how long a signal waits for a checkpoint",

@@ -83,6 +83,8 @@ class RunOptions:
     """Steps between checkpoints to resume from; the last step has one too; 0: none."""
     keep: int = 2
     """Newest checkpoints to keep; an older one goes once a new one is whole."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory."""
 
     def __post_init__(self):
         at_least(self, 0, "seed", "save_every")

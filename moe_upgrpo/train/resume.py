@@ -16,12 +16,13 @@ from moe_upgrpo import __version__
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
-from moe_upgrpo.megatron.checkpoint import load_state, save_state
+from moe_upgrpo.megatron.checkpoint import load_state, ready_state
 from moe_upgrpo.rollout.base import Rollout
 from moe_upgrpo.rollout.cache import save_rollouts
 from moe_upgrpo.store import RunFolder
 from moe_upgrpo.store.checkpoints import Checkpoints, describe, faults, names
 from moe_upgrpo.train.found import ROLLOUTS, Checkpoint
+from moe_upgrpo.train.writing import Behind
 
 # Fields of a Hugging Face config about its writer and its loading, not about the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
@@ -61,32 +62,57 @@ def save(
     reference: MegatronActor | None,
     ahead: Sequence[Rollout] | None,
     keep: int,
+    thread: StateThread | None = None,
 ) -> None:
     """Keep the state after `step`, then prune. A collective.
 
     reference: passed where it does not stay the start model. ahead: this data-parallel rank's
-    rollouts of the next step, on one rank of each model copy.
+    rollouts of the next step, on one rank of each model copy. thread: writes it while training goes
+    on, from a copy in the host's memory; this waits for the state before it.
     """
+    if thread:
+        thread.settle()  # its folder is in the way, and its copy in memory
+    own = thread.own if thread else None
     checkpoints = Checkpoints(run.checkpoints)
     first = groups.rank() == 0
     part = groups.from_rank_0(checkpoints.begin(step) if first else None)
-    save_state(part, actor, behind, reference)
+    write = ready_state(part, actor, behind, reference, own=own)
     if ahead is not None:
         save_rollouts(part / ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
-    groups.from_rank_0(None)  # every rank's files are there
-    described = groups.gather_everywhere(
-        list(describe(part, _part(dict.fromkeys(names(part)))).items())
-    )
-    if first:
-        about = {
-            "model": _model(actor),
-            "layout": str(actor.layout),
-            "moe_upgrpo": __version__,
-            "megatron-core": version("megatron-core"),
-        }
-        checkpoints.commit(part, step, dict(described), about)
-        run.remember_state(step)
-        checkpoints.prune(keep)
+    about = {
+        "model": _model(actor),
+        "layout": str(actor.layout),
+        "moe_upgrpo": __version__,
+        "megatron-core": version("megatron-core"),
+    }
+
+    def complete() -> None:
+        written = write()
+        known = set(groups.gather_everywhere(list(written), own))  # every rank's files are there
+        others = _part(dict.fromkeys(name for name in names(part) if name not in known))
+        described = list(describe(part, others, written).items())
+        everyones = groups.gather_everywhere(described, own)
+        if first:
+            checkpoints.commit(part, step, dict(everyones), about)
+            run.remember_state(step)
+            checkpoints.prune(keep)
+
+    if thread:
+        thread.hand_over(complete)
+    else:
+        complete()
+
+
+class StateThread(Behind):
+    """The thread that writes checkpoints while training goes on; making it is a collective.
+
+    The ranks' threads wait for each other in a group of their own, and a checkpoint gets its name
+    from rank 0's once all are done: as without a thread.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__("files of the last checkpoint", always=False)
+        self.own = groups.own_group(timeout_s)
 
 
 def _part(files: dict[str, Any]) -> dict[str, Any]:

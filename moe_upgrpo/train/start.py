@@ -114,7 +114,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
             if found.step:
                 job.rollouts.update_engine(actor, found.step)
             begun.close()
-            with job.recorder.token_log:
+            with job.recorder.token_log, job.states.thread or nullcontext():
                 yield job
 
 

@@ -25,15 +25,21 @@ class States:
     reference: MegatronActor | None  # where it does not keep the start model's weights
     rollouts: Rollouts
     token_log: TokenLogThread
+    thread: resume.StateThread | None  # None: training waits while a state is written
     stopping: Stopping
     steps: int
     every: int
     keep: int
 
     def save_if_due(self, step: int) -> None:
-        """Keep the state to resume from, where it is due: a step's last action."""
+        """Keep the state to resume from, where it is due: a step's last action.
+
+        Raises any error of a state that was written meanwhile.
+        """
+        if self.thread:
+            self.thread.look()
         if self.every and (step == self.steps or step % self.every == 0):
-            self._save(step)
+            self._save(step, waits=step == self.steps)
 
     def leave_if_asked(self, done: int, *, in_step: bool = False) -> None:
         """End the run where a signal asked any rank to; the state after step `done` is kept.
@@ -52,14 +58,16 @@ class States:
         if not self.every:
             how = f"after step {done}; --save-every 0 keeps no state"
             raise self.stopping.error(how, state=False)
+        if self.thread:
+            self.thread.settle()
         whole = Checkpoints(self.run.checkpoints).all()
         if groups.from_rank_0(not whole or step_of(whole[-1]) != done):
-            self._save(done)
+            self._save(done, waits=True)
             # When the first rank leaves, the others are ended: not before the state has its name.
             groups.from_rank_0(None)
         raise self.stopping.error(f"with its state after step {done} kept")
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, waits: bool) -> None:
         self.token_log.settle()
         resume.save(
             self.run,
@@ -69,4 +77,7 @@ class States:
             reference=self.reference,
             ahead=self.rollouts.ahead_of(step),
             keep=self.keep,
+            thread=self.thread,
         )
+        if self.thread and waits:
+            self.thread.settle()

@@ -110,6 +110,10 @@ TINY = {
         "grows as tokens^",
     ),
     "report_scale": ("benchmarks.micro.report_scale rows 10000", "10,000"),
+    "checkpoint": (
+        "benchmarks.micro.checkpoint --megabytes 4 --repeats 1",
+        "of the processors: ",
+    ),
     "starts": ("benchmarks.micro.starts --starts 1 --busy 0 --pauses 0", "none hung"),
     "cpu_kernels": ("benchmarks.micro.cpu_kernels --rounds 1", "| AVX512,STRICT | "),
     "collectives": (

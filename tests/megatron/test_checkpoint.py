@@ -8,9 +8,15 @@ the same layout to the last bit, in another to rounding.
 Not covered: NCCL, more than 4 ranks, the fused Adam of Transformer Engine or Apex.
 """
 
+import errno
 import io
 import pickle
 import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +24,9 @@ from megatron.core import dist_checkpointing
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import PolicyLossConfig
-from moe_upgrpo.megatron import groups
+from moe_upgrpo.megatron import checkpoint_files, groups
 from moe_upgrpo.megatron.actor import MegatronActor
-from moe_upgrpo.megatron.checkpoint import load_state, save_state
+from moe_upgrpo.megatron.checkpoint import load_state, ready_state, save_state
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.settings import OptimizerSettings
 from tests.megatron.compare import assert_close, cosine, flat
@@ -193,6 +199,87 @@ def test_a_state_of_another_model_is_refused(checkpoints, state):
     assert run_ranks(1, read, checkpoints["tiny"], state) == ["read"]
     (message,) = run_ranks(1, read, checkpoints["mixed"], state)
     assert f"{state} does not hold this model's training state" in message
+
+
+def as_before(checkpoint, old, new) -> None:
+    """Write a state as torch's writer alone does, read it, and write what was read as we do."""
+    with groups.process_groups(Layout()):
+        actor, other = (
+            MegatronActor(checkpoint, Layout(), optimizer=OptimizerSettings()) for _ in range(2)
+        )
+        actor.update(make_samples(), LOSS)
+        with (
+            mock.patch.object(checkpoint_files, "_Planner", checkpoint_files.MCoreSavePlanner),
+            mock.patch.object(checkpoint_files, "_without_crc", nullcontext),
+        ):
+            save_state(old, actor)
+        load_state(old, other)
+        save_state(new, other)
+
+
+def test_a_state_in_torchs_own_archives_is_read(checkpoints, tmp_path):
+    """With checksums; releases before wrote such. Others read ours: `contents`."""
+    folders = [tmp_path / "old", tmp_path / "new"]
+    for folder in folders:
+        folder.mkdir()
+    run_ranks(1, as_before, checkpoints["tiny"], *folders)
+    ((old, new),) = run_ranks(1, contents, folders)
+    assert_same(new, old)
+    archive = zipfile.ZipFile(io.BytesIO((folders[0] / "__0_0.distcp").read_bytes()))
+    assert archive.testzip() is None
+
+
+def on_a_disk_that_is_full_later(checkpoint, folder) -> str:
+    """What is raised where only the file of the writer's second thread cannot be written."""
+    write = checkpoint_files._HashedFile.write
+
+    def full(self, data):
+        if str(self.name).endswith("__0_1.distcp"):
+            raise OSError(errno.ENOSPC, "no space")
+        return write(self, data)
+
+    with groups.process_groups(Layout()):
+        actor = MegatronActor(checkpoint, Layout(), optimizer=OptimizerSettings())
+        actor.update(make_samples(), LOSS)
+        with mock.patch.object(checkpoint_files._HashedFile, "write", full):
+            try:
+                save_state(folder, actor)
+            except OSError as error:
+                return repr(error)
+    return "written"
+
+
+def test_a_failure_in_any_thread_of_the_writer_is_one_of_the_state(checkpoints, tmp_path):
+    (raised,) = run_ranks(1, on_a_disk_that_is_full_later, checkpoints["tiny"], tmp_path)
+    assert raised == "OSError(28, 'no space')"
+
+
+def written_later(layout, checkpoint, folder, *, meanwhile: bool) -> dict:
+    """What a state holds that another thread writes after one more step of training."""
+    with groups.process_groups(layout):
+        settings = OptimizerSettings(lr=1e-2)
+        actor = MegatronActor(checkpoint, layout, optimizer=settings)
+        actor.update(make_samples(), LOSS)
+        if meanwhile:
+            write = ready_state(folder, actor, own=groups.own_group(60))
+            with ThreadPoolExecutor(1) as thread:
+                begun = thread.submit(write)
+                actor.update(make_samples(), LOSS)
+                begun.result()
+        else:
+            save_state(folder, actor)
+    return sorted(str(path.name) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_state_written_while_training_goes_on_is_that_of_its_step(ranks, checkpoints, tmp_path):
+    folders = [tmp_path / "meanwhile", tmp_path / "before"]
+    for folder in folders:
+        folder.mkdir()
+        given = (Layout(), checkpoints["tiny"], folder)
+        run_ranks(ranks, partial(written_later, meanwhile=folder is folders[0]), *given)
+    ((found, expected),) = run_ranks(1, contents, folders)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("part", [".metadata", "__0_0.distcp"])

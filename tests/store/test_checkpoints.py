@@ -34,6 +34,9 @@ def test_a_checkpoint_is_whole_by_its_name_and_tells_its_files(tmp_path):
     }
     assert sorted(manifest["files"]) == names(path) == ["rollouts/rank-0", "weights"]
     assert faults(path, manifest["files"]) == []
+    # A file that was described as it was written is not read again.
+    known = {"weights": {"bytes": 100, "sha256": "told"}}
+    assert describe(path, ["rollouts/rank-0"], known) == manifest["files"] | known
 
 
 def test_the_oldest_goes_once_the_newest_is_whole(tmp_path):

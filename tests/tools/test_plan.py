@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from moe_upgrpo.cli import _parse_with_files
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import memory
+from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.megatron.memory import Sizes
 from moe_upgrpo.rollout.engines import ENGINES, EngineRecord
 from moe_upgrpo.tools.plan import (
@@ -176,6 +177,32 @@ def test_an_engine_in_each_rank_holds_a_model_of_its_own(monkeypatch):
     hf = make_plan(plan.config.but(engine="hf"))
     cache = 2 * 40 * 8 * 128 * 2 * 64 * 9216
     assert hf.stages[0].moments["generation"]["engine: cache"] == pytest.approx(cache * 41 / 40)
+
+
+def test_a_copy_of_the_state_may_lie_on_the_host(monkeypatch):
+    """14 bytes a parameter in bf16, of the ranks that write: TP2 outside of experts, EP8."""
+    name = "a checkpoint's copy (--async-save)"
+    config = planned("--config", MOE, "--server-gb", 24, monkeypatch=monkeypatch)
+    assert name not in make_plan(config).host
+    plan = make_plan(config.but(async_save=True))
+    (stage,) = plan.stages
+    on_both = 48 * (2048 * 128 + 256 + 4096) + 2048  # routers and norms
+    whole = memory.model_parameters(plan.model)
+    assert stage.stage.expert * 8 + stage.stage.shared * 2 == whole + on_both
+    assert plan.host[name] == 14 * (whole + on_both)
+    assert make_plan(config.but(async_save=True, save_every=0)).host == make_plan(config).host
+
+
+def test_the_copy_of_a_state_is_counted_by_hand():
+    """Two stages of four ranks, TP2·EP4: 10 parameters outside of experts and 7 in them."""
+    common = {"layers": 1, "moe_layers": 1, "first": True, "last": True, "shared": 10, "expert": 7}
+    stages = [memory.Stage(index=i, **common) for i in range(2)]
+    layout = Layout(tp=2, ep=4, pp=2)
+    given = (stages, layout, 8)
+    assert memory.state_copies(*given, ranks=8, dtype="bfloat16") == 14 * 2 * (20 + 28)
+    assert memory.state_copies(*given, ranks=3, dtype="float32") == 16 * (20 + 21)
+    sgd = {"algorithm": "sgd", "frozen": 1}
+    assert memory.state_copies(*given, ranks=5, dtype="float32", **sgd) == 8 * (48 + 17)
 
 
 def test_an_engine_is_planned_by_its_record(monkeypatch):

@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 
@@ -54,6 +55,7 @@ def kill_at_call(nth: int, rank: int, count: str | None = None) -> None:
         if count is not None and calls % 1000 == 0:
             Path(count).write_text(str(calls))
 
+    threading.setprofile(seen)  # of the threads that write
     sys.setprofile(seen)
 
 

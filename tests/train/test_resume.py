@@ -210,6 +210,31 @@ SLOW_MOMENTS = {
 }
 
 
+# With --async-save: training is in step 3 while the state after step 2 is written.
+MEANWHILE = {
+    "in the writing of tensors, meanwhile": (
+        *("torch.distributed.checkpoint:FileSystemWriter.write_data", 1, 1),
+        *([0, 1, 2], None),
+    ),
+    "before the manifest, meanwhile": (
+        *("moe_upgrpo.store.checkpoints:Checkpoints.commit", 1, 0),
+        *([0, 1, 2], None),
+    ),
+    "before the checkpoint gets its name, meanwhile": (
+        *("moe_upgrpo.store.checkpoints:publish", 1, 0),
+        *([0, 1, 2], None),
+    ),
+    "before the pruning, meanwhile": (
+        *("moe_upgrpo.store.checkpoints:Checkpoints.prune", 1, 0),
+        *([0, 1, 2], 2),
+    ),
+    "before the last checkpoint's index, meanwhile": (
+        *("torch.distributed.checkpoint:FileSystemWriter.finish", 2, 0),
+        *([0, 1, 2, 3, 4], 2),
+    ),
+}
+
+
 @pytest.mark.fault(
     "Run folders",
     "a rank is killed in any phase, and the run resumed",
@@ -218,18 +243,20 @@ SLOW_MOMENTS = {
 @pytest.mark.bits
 @pytest.mark.parametrize(
     "moment",
-    [*MOMENTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MOMENTS)],
+    [*MOMENTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MOMENTS | MEANWHILE)],
 )
 def test_a_killed_run_resumed_equals_an_unbroken_one(moment, whole, cache, tmp_path):
-    place, nth, rank, steps, newest = (MOMENTS | SLOW_MOMENTS)[moment]
+    place, nth, rank, steps, newest = (MOMENTS | SLOW_MOMENTS | MEANWHILE)[moment]
     run, rollouts = tmp_path / "run", tmp_path / "rollouts"
     more = ("--save-rollouts", str(rollouts), "--report" if "report" in moment else "--no-report")
+    more += ("--async-save",) if moment in MEANWHILE else ()
     kill = killed_under_torchrun if moment == "in the old log-probs" else killed
     kill(place, nth, rank, *options(run, cache, *MORE, *more))
     done = [row["step"] for row in rows_so_far(run)]
     # Another thread writes the token file: the metrics row may be there already.
     assert done == steps or (
-        moment == "before the token file gets its name" and done == [*steps, 3]
+        (moment in MEANWHILE or moment == "before the token file gets its name")
+        and done == [*steps, 3]
     )
     found = Checkpoints(run / "checkpoints").all()
     assert [path.name for path in found[-1:]] == ([f"state-{newest:06d}"] if newest else [])
@@ -267,19 +294,22 @@ def calls(tmp_path_factory, cache, whole) -> list[int]:
 
 @pytest.mark.fault(
     "Run folders",
-    "a rank is killed at any of its calls, 30 seeded ones",
+    "a rank is killed at any of its calls, 40 seeded ones",
     "the resumed run is the unbroken one, bit for bit",
 )
 @pytest.mark.slow
 @pytest.mark.bits
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_run_killed_at_any_moment_equals_an_unbroken_one(seed, calls, whole, cache, tmp_path):
-    """The campaign: a seeded rank, killed at a seeded one of all the calls that it makes."""
+    """The campaign: a seeded rank, killed at a seeded one of all the calls that it makes.
+
+    The last ten with `--async-save`.
+    """
     rng = np.random.default_rng(seed)
     rank = int(rng.integers(2))
     nth = int(rng.integers(1, 0.98 * calls[rank]))  # how often a rank looks for files varies
     run = tmp_path / "run"
-    words = options(run, cache, *MORE)
+    words = options(run, cache, *MORE, *(("--async-save",) if seed >= 30 else ()))
     first = partial(kill_at_call, nth, rank)
     result = run_command("train", *words, "--keep", "1", ranks=2, first=first)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
@@ -463,16 +493,18 @@ def test_a_truncated_checkpoint(whole, tmp_path):
     "the disk is full while a state is written",
     "status 4 with the `--resume` line; no half of a state is taken for one",
 )
-def test_a_full_disk_while_a_checkpoint_is_written(whole, cache, tmp_path):
-    """No file may grow above 1000 KiB here: torch says then what it says of a full disk."""
+@pytest.mark.parametrize("how", [(), pytest.param(("--async-save",), marks=pytest.mark.slow)])
+def test_a_full_disk_while_a_checkpoint_is_written(how, whole, cache, tmp_path):
+    """No file may grow above 1000 KiB here."""
     run = tmp_path / "run"
-    more = (*MORE, "--save-rollouts", str(tmp_path / "rollouts"))
+    more = (*MORE, *how, "--save-rollouts", str(tmp_path / "rollouts"))
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000 * 1024, 1000 * 1024))
     result = run_command("train", *options(run, cache, *more), ranks=2, first=limit)
-    assert_fails(result, "no space is left on the disk", "torch could not write", f"--resume {run}")
+    assert_fails(result, "no space is left on the disk", f"--resume {run}")
     assert result.returncode == 4
     assert not Checkpoints(run / "checkpoints").all()
-    assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
+    steps = [row["step"] for row in read_metrics(run)]
+    assert steps == [0, 1, 2] or (how and steps == [0, 1, 2, 3])
 
 
 @pytest.mark.fault(
@@ -573,9 +605,12 @@ def test_fewer_steps_than_are_done(whole):
     assert find(RunFolder(whole.parent / "none"), steps=5).step == 0
 
 
-def logged(folder: Path, steps: int, *, save_every: int, of: int = 60) -> RunFolder:
+def logged(
+    folder: Path, steps: int, *, save_every: int, of: int = 60, async_save: bool = False
+) -> RunFolder:
     """The folder of a run of `of` steps that has logged so many, without any state."""
-    run = RunFolder.create(folder, {"save_every": save_every, "steps": of})
+    config = {"save_every": save_every, "steps": of, "async_save": async_save}
+    run = RunFolder.create(folder, config)
     for step in range(steps + 1):
         run.append_metrics({"step": step})
     return run
@@ -619,6 +654,16 @@ def test_a_run_begins_again_only_where_no_step_is_lost(
     else:
         with pytest.raises(UserError, match="give --restart"):
             find(run, of + 1)
+
+
+def test_a_first_state_that_was_written_meanwhile_is_none_that_was_removed(tmp_path):
+    """The second state waits for it: no step after that is logged without it."""
+    for steps in (25, 40):
+        assert (
+            find(logged(tmp_path / str(steps), steps, save_every=20, async_save=True), 61).step == 0
+        )
+    with pytest.raises(UserError, match="its states were removed"):
+        find(logged(tmp_path / "41", 41, save_every=20, async_save=True), 61)
 
 
 def test_restart_is_for_a_run_without_a_state(whole):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -51,6 +52,19 @@ def test_a_failure_is_raised_once_at_the_next_meeting(meet):
         meet(log)
     log.settle()
     assert slow.written == []
+
+
+def test_looking_raises_a_failure_and_waits_for_nothing():
+    slow = Slow(fails=(1,))
+    log = TokenLogThread(slow)
+    log.look()
+    log.write(1, {}, {})
+    log.look()  # at work: nothing to tell
+    slow.go_on.set()
+    while not log._last.done():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="step 1: no rows"):
+        log.look()
 
 
 def test_a_run_that_fails_waits_for_the_rows_of_its_last_step():
