@@ -24,7 +24,6 @@ from moe_upgrpo.losses.classic_branches import (
 )
 from moe_upgrpo.losses.passes import (
     clamp,
-    clamped_exp,
     exceeds,
     falls_below,
     of_sign,
@@ -140,7 +139,7 @@ def hinge_branch(
 @kept
 def probability(t: Tokens, cfg: Config) -> Tensor:
     """π"""
-    return clamped_exp(t.raw_log_probs_BT, MAX_LOG_RATIO, t.mask_BT)
+    return t.probability()
 
 
 def moved_probability(t: Tokens, cfg: Config) -> Tensor:

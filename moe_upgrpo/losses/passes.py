@@ -28,8 +28,8 @@ def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
 def clamped_exp(x: Tensor, high: float, mask: Tensor | None = None) -> Tensor:
     """exp(min(x, high)); gradient exp(x) up to the bound and 0 beyond it.
 
-    With a mask, 1 where it is False, whatever x holds there; the gradient that comes back has to be
-    0 there: the mask is not kept.
+    With a mask, 1 where it does not hold, whatever x holds there; the gradient that comes back has
+    to be 0 there: the mask, as in `masked`, is not kept.
     """
     found: Tensor = _functions().ClampedExp.apply(x, high, mask)
     return found
@@ -47,20 +47,28 @@ def scaled_square(x: Tensor, k: float) -> Tensor:
     return squared
 
 
-def masked(x: Tensor, mask: Tensor, number: Tensor | None) -> Tensor:
-    """x where the bool mask is True, else 0, whatever x holds there. number: the mask in the dtype
-    of x, if it is at hand."""
-    if number is None:
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask holds, else 0, whatever x holds there. mask: bool, or, for fewer passes, 0
+    and 1 in the dtype of x."""
+    if mask.dtype == torch.bool:
         return torch.where(mask, x, 0.0)
-    found: Tensor = _functions().Masked.apply(x, mask, number)
+    found: Tensor = _functions().Masked.apply(x, mask)
+    return found
+
+
+def _at(x: Tensor, mask: Tensor) -> Tensor:
+    """`masked` without a gradient"""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, x, 0.0)
+    found: Tensor = torch.ops.aten.threshold_backward(x, mask, 0.0)
     return found
 
 
 def weigh(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """weight·x where the mask is True, else 0, whatever x holds there; weight is a constant.
+    """weight·x where the mask holds, else 0, whatever x holds there; weight is a constant.
 
-    Either the weight or the gradient that comes back has to be 0 where the mask is False: the mask
-    is not kept.
+    Either the weight or the gradient that comes back has to be 0 where the mask does not hold: the
+    mask, as in `masked`, is not kept.
     """
     weighted: Tensor = _functions().Weigh.apply(x, weight, mask)
     return weighted
@@ -127,7 +135,7 @@ def _functions() -> Any:
             if mask is None:
                 found = x.clamp(max=high).exp_()
             else:
-                found = torch.where(mask, x, 0.0).clamp_(max=high).exp_()
+                found = _at(x, mask).clamp_(max=high).exp_()
             ctx.save_for_backward(x, found)
             ctx.high = high
             return found
@@ -159,20 +167,20 @@ def _functions() -> Any:
 
     class Masked(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, mask: Tensor, number: Tensor) -> Tensor:
-            ctx.save_for_backward(number)
-            return torch.where(mask, x, 0.0)
+        def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+            ctx.save_for_backward(mask)
+            return _at(x, mask)
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-            (number,) = ctx.saved_tensors
-            return gradient * number, None, None  # finite: it comes from behind the mask
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            (mask,) = ctx.saved_tensors
+            return gradient * mask, None  # finite: it comes from behind the mask
 
     class Weigh(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
             ctx.save_for_backward(weight)
-            return torch.where(mask, x, 0.0).mul_(weight)
+            return _at(x, mask).mul_(weight)
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

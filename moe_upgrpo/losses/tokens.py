@@ -197,11 +197,20 @@ class Tokens:
             self._log_ratio_BT = None
 
     def masked(self, x_BT: Tensor) -> Tensor:
-        return masked(x_BT, self.mask_BT, self._mask_number_BT)
+        return masked(x_BT, self._any_mask_BT)
+
+    @property
+    def _any_mask_BT(self) -> Tensor:
+        """The mask as numbers if it was given as such, else as bool."""
+        return self.mask_BT if self._mask_number_BT is None else self._mask_number_BT
 
     def times_log_probs(self, weight: Tensor) -> Tensor:
         """w·log π_θ, w as in `weigh`."""
-        return weigh(self.raw_log_probs_BT, weight, self.mask_BT)
+        return weigh(self.raw_log_probs_BT, weight, self._any_mask_BT)
+
+    def probability(self) -> Tensor:
+        """π, 1 at padding; with the condition of `clamped_exp` on the gradient."""
+        return clamped_exp(self.raw_log_probs_BT, MAX_LOG_RATIO, self._any_mask_BT)
 
     # These are not kept: the graph keeps what it needs of them.
     @property

@@ -82,8 +82,7 @@ def test_a_mask_is_where_whatever_stands_behind_it(dtype, with_number):
     x = torch.tensor([[-0.0, 2.5, math.nan], [math.inf, -1e-40, -math.inf]], dtype=dtype)
     x.requires_grad_()
     weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=dtype)
-    number = mask.to(dtype) if with_number else None
-    masked = passes.masked(x, mask.bool(), number)
+    masked = passes.masked(x, mask.to(dtype) if with_number else mask.bool())
     assert torch.equal(masked, torch.where(mask.bool(), x, 0.0))
     assert torch.equal(grad((masked * weights).sum(), x)[0], weights * mask)
 
@@ -127,9 +126,10 @@ def test_a_choice_by_another_tensor_has_value_and_gradients_of_where(dtype):
         assert torch.equal(grad(first.sum(), x)[0], 2 * here.to(dtype))
 
 
-def test_a_weighted_input_is_finite_whatever_stands_behind_the_mask():
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_weighted_input_is_finite_whatever_stands_behind_the_mask(kind):
     x = torch.tensor([[2.0, math.nan, -math.inf], [3.0, 0.5, math.nan]], requires_grad=True)
-    mask = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool()
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0]]).to(kind)
     weight = torch.tensor([[-1.5, 0.0, 0.0], [2.0, -0.0, 0.0]])
     weighted = passes.weigh(x, weight, mask)
     assert weighted.tolist() == [[-3.0, 0.0, 0.0], [6.0, 0.0, 0.0]]
