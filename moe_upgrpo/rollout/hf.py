@@ -34,6 +34,7 @@ from moe_upgrpo.rollout.base import (
 from moe_upgrpo.rollout.checkpoint import check_weights, faults_of
 from moe_upgrpo.rollout.engines import HF_SEQUENCES
 
+PUT_BYTES = 64 << 20  # of layers that are loaded at a time: each load goes through the model
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -86,6 +87,7 @@ class HFEngine:
         if unlike:
             raise UserError(f"{model_dir} does not fit its config.json: {unlike}.")
         self._use(model)
+        self._conversions = get_model_conversion_mapping(model)
 
     def _built(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, str]:
         """A model with these weights, and in words which of them do not match its own.
@@ -351,12 +353,13 @@ class HFEngine:
     ) -> None:
         """See `Engine.update_weights`: layer by layer, each in the place of the old one.
 
-        So at most three layers are held beside the model. After an update that was refused or broke
-        off nothing is sampled until another one is whole.
+        So at most three layers are held beside the model, small ones three times `PUT_BYTES`. After
+        an update that was refused or broke off nothing is sampled until another one is whole.
         """
         self._half_updated_to = version
         given: dict[str, torch.Tensor] = {}
         held: dict[str, dict[str, torch.Tensor]] = {}
+        ready: dict[str, torch.Tensor] = {}
         for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
             given[name] = tensor.detach().to("meta")
             if faults_of({name: given[name]}, self._checkpoint_shapes):
@@ -366,19 +369,24 @@ class HFEngine:
             layer = held.setdefault(layer_of(name), {})
             layer[name] = tensor.detach().clone()
             if len(layer) == self._layer_sizes[layer_of(name)]:
-                self._put(held.pop(layer_of(name)))
+                ready |= held.pop(layer_of(name))
+                if sum(tensor.nbytes for tensor in ready.values()) >= PUT_BYTES:
+                    self._put(ready)
+                    ready = {}
         check_weights(given, self._checkpoint_shapes, held=None)
+        if ready:
+            self._put(ready)
         self.model.tie_weights()
         self._finish_weights()
         self.weight_version, self._half_updated_to = version, None
 
     def _put(self, state: dict[str, torch.Tensor]) -> None:
-        """Load the weights of one layer, as transformers loads a checkpoint of them alone."""
+        """Load the weights of whole layers, as transformers loads a checkpoint of them alone."""
         load = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             device_map={"": self.device},
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=self._conversions,
         )
         with no_progress_bar():
             found, _ = convert_and_load_state_dict_in_model(self.model, state, load)

@@ -108,6 +108,10 @@ TINY = {
         "grows as tokens^",
     ),
     "report_scale": ("benchmarks.micro.report_scale rows 10000", "10,000"),
+    "weights": (
+        "benchmarks.micro.weights --mib 4 --layers 2 --rounds 1",
+        "| into the hf engine |",
+    ),
     "starts": ("benchmarks.micro.starts --starts 1 --busy 0 --pauses 0", "none hung"),
     "cpu_kernels": ("benchmarks.micro.cpu_kernels --rounds 1", "| AVX512,STRICT | "),
     "collectives": (

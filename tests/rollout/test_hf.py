@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from moe_upgrpo.errors import UserError
-from moe_upgrpo.rollout import SamplingConfig
+from moe_upgrpo.rollout import SamplingConfig, hf
 from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded, is_rounded
 from tests.megatron.live import Live
 
@@ -371,8 +371,9 @@ def test_nothing_is_sampled_from_refused_weights_until_others_are_whole(
     assert same(before, sample(engine))
 
 
-def test_an_update_holds_three_layers_beside_the_model(tmp_path):
+def test_an_update_holds_three_layers_beside_the_model(tmp_path, monkeypatch):
     """Its copy, experts stacked by projection, and the new layer; of sixteen."""
+    monkeypatch.setattr(hf, "PUT_BYTES", 1)
     config = Qwen3MoeConfig(**MOE | {"num_hidden_layers": 16, "num_experts": 16})
     engine = HFEngine(saved(tmp_path, config, 0), "float32", "cpu")
     whole = sum(weight.nbytes for weight in engine.model.state_dict().values())
@@ -424,8 +425,9 @@ def by_gates(model_dir, rollout):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families(family, tmp_path):
+def test_other_families(family, tmp_path, monkeypatch):
     """After an update too: weights of their names on disk, the routers' selection bias in fp32."""
+    monkeypatch.setattr(hf, "PUT_BYTES", 1)
     folders = [saved(tmp_path / str(seed), FAMILIES[family], seed) for seed in (0, 1)]
     engine = HFEngine(folders[0], "float32", "cpu")
     layers, top_k, experts = ABOUT[family]
