@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 def faults_of(
     state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is wrong with the names, shapes and types of some of the weights, in words."""
+    """The faults in the names, shapes and types of some of the weights, in words."""
     wrong = []
     for name, tensor in state.items():
         shape = tuple(tensor.shape)

@@ -234,7 +234,7 @@ class _Feed:
                 return self._waiting.put(part, timeout=0.1)
 
     def said(self) -> Any:
-        """What `take` returned or raised, when it has ended."""
+        """Wait for the end of `take`: what it returned or raised."""
         self._ended.wait()
         return self._said
 
