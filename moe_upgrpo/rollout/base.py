@@ -201,8 +201,9 @@ class Engine(Protocol):
         """Replace every weight by the tensor of its Hugging Face checkpoint name.
 
         Names and shapes are those on disk (one tensor per expert); bf16 or fp32. The tensors are
-        copied. Missing or unexpected names and wrong shapes raise UserError and leave weights and
-        version as they were.
+        copied, and all of them gone through: making them may be a collective. Missing or
+        unexpected names and wrong shapes raise UserError; the version stays, and the weights too,
+        or nothing is sampled until an update is whole.
         """
 
     def close(self) -> None:

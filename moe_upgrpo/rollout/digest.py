@@ -12,19 +12,31 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-_AT_ONCE = 1 << 18  # numbers of a tensor
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 1 << 18  # words
 
 
 def tensor_sum(tensor: torch.Tensor) -> int:
-    """Σ (2i + 1)·w_i mod 2^64; w_i: the bits of a tensor's number i = 0, 1, ... as an integer."""
-    words_N = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    """Σ (2i + 1)·w_i mod 2^64; w_i: word i = 0, 1, ... of a tensor's bytes, eight to a word.
+
+    The last word is filled up with zeros. One word changed always changes the sum.
+    """
+    bytes_B = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if len(bytes_B) % 8:
+        bytes_B = torch.nn.functional.pad(bytes_B, (0, -len(bytes_B) % 8))
+    elif bytes_B.storage_offset() % 8:  # of a part of something larger
+        bytes_B = bytes_B.clone()
+    words_N = bytes_B.view(torch.int64)
+    odd_N = torch.arange(1, 2 * min(_AT_ONCE, len(words_N)) + 1, 2, device=tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words_N), _AT_ONCE):
-        part = words_N[start : start + _AT_ONCE].long()
-        places = torch.arange(start, start + len(part), device=part.device)
-        total += (part * (2 * places + 1)).sum()
+        part_N = words_N[start : start + _AT_ONCE]
+        total += _dot(part_N, odd_N[: len(part_N)]) + 2 * start * part_N.sum()
     return int(total) % 2**64
+
+
+def _dot(a_N: torch.Tensor, b_N: torch.Tensor) -> torch.Tensor:
+    # torch has it for integers on a CPU alone, where it is twice as fast.
+    return torch.dot(a_N, b_N) if a_N.device.type == "cpu" else (a_N * b_N).sum()
 
 
 class Digest:

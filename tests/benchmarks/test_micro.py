@@ -114,6 +114,10 @@ TINY = {
         "benchmarks.micro.checkpoint --megabytes 4 --repeats 1",
         "of the processors: ",
     ),
+    "weights": (
+        "benchmarks.micro.weights --mib 4 --layers 2 --rounds 1",
+        "| into the hf engine |",
+    ),
     "starts": ("benchmarks.micro.starts --starts 1 --busy 0 --pauses 0", "none hung"),
     "cpu_kernels": ("benchmarks.micro.cpu_kernels --rounds 1", "| AVX512,STRICT | "),
     "collectives": (

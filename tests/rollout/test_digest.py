@@ -10,9 +10,15 @@ from moe_upgrpo.rollout.digest import Digest, tensor_sum
 
 
 def test_a_sum_by_hand():
-    """1·5 + 3·(−2) + 5·7 = 34; of float32 1.0 the bits are 0x3f800000 = 1065353216."""
+    """1·5 + 3·(−2) + 5·7 = 34; of float32 1.0 the bits are 0x3f800000, of two of them one word."""
     assert tensor_sum(torch.tensor([5, -2, 7])) == 34
-    assert tensor_sum(torch.tensor([[0.0, 1.0]])) == 3 * 1065353216
+    assert (
+        tensor_sum(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        == (1 << 32) * 0x3F800000 + 3 * 0x3F800000
+    )
+    assert tensor_sum(torch.tensor([0.0, 0.0, 1.0])) == 3 * 0x3F800000
+    assert tensor_sum(torch.tensor([9.0, 0.0, 0.0, 1.0])[1:]) == 3 * 0x3F800000
+    assert tensor_sum(torch.tensor([9.0, 0.0, 0.0, 1.0, 0.0])[1:]) == 3 * 0x3F800000
     assert tensor_sum(torch.tensor([1.0], dtype=torch.bfloat16)) == 0x3F80
     assert tensor_sum(torch.tensor([-1])) == 2**64 - 1
     assert tensor_sum(torch.empty(0, 4)) == 0
