@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moe_upgrpo.hugging_face.folder import Weights
-from moe_upgrpo.rollout import handover, hf
+from moe_upgrpo.rollout import handover
 from moe_upgrpo.rollout.digest import Digest
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.rollout.weight_group import received, send
@@ -124,10 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in cases}
         held: dict[str, float] = {}
         part = size // 32
-        with (
-            mock.patch.object(handover, "PART_BYTES", part),
-            mock.patch.object(hf, "PUT_BYTES", part),
-        ):
+        with mock.patch.object(handover, "PART_BYTES", part):
             for name, case in cases.items():  # also warms up
                 with Live(set(known)) as live:
                     case()  # the hf engine's model is counted from now on
