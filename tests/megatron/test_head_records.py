@@ -124,7 +124,7 @@ def stepped(layout: Layout, checkpoint) -> dict:
 
 
 def dense(checkpoint) -> dict:
-    """Of all logits, in float64, and the advantages by the pure functions."""
+    """All logits, in float64, and what the pure functions make of them."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     rows = {name: [] for name in ("squares", "hidden", "log_probs", "probabilities", "mask", "ids")}
     made = samples()
