@@ -130,7 +130,7 @@ class ObjectiveOptions:
 
     @property
     def head_records(self) -> tuple[str, ...]:
-        """What the advantages need of the old policy's head, beside log-probs."""
+        """Records of the old policy's head that the advantages need, beside log-probs."""
         of_tokens = ADVANTAGES[self.advantage].of_tokens is not None
         asked = {"sum_pi_squared": of_tokens, "hidden": self.nthr_beta is not None}
         return tuple(name for name, is_asked in asked.items() if is_asked)
