@@ -196,12 +196,12 @@ def nthr_factors(
 
 
 def nthr_pull(hidden_NH: Tensor, residuals_NV: Tensor) -> Tensor:
-    """M, `[V, H]`: Σ g·hᵀ over N tokens of right responses."""
+    """Sum up M = Σ g·hᵀ, `[V, H]`, over N tokens of right responses."""
     return residuals_NV.t() @ hidden_NH
 
 
 def nthr_scores(hidden_NH: Tensor, residuals_NV: Tensor, pull_VH: Tensor) -> Tensor:
-    """s = gᵀ·M·h of N tokens, `[N]`."""
+    """Score N tokens by s = gᵀ·M·h, `[N]`."""
     return ((residuals_NV @ pull_VH) * hidden_NH).sum(-1)
 
 

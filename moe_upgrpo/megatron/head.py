@@ -70,8 +70,10 @@ class ScoringModel(GPTModel):
 
     @torch.no_grad()
     def head_rows(self, ids_V: torch.Tensor) -> torch.Tensor | None:
-        """These ids' rows `[V, H]` of the output layer's weight, in fp32; None on a stage that is
-        not the last one. A collective of the tensor-parallel ranks."""
+        """Gather these ids' rows `[V, H]` of the output layer's weight, in fp32.
+
+        None on a stage that is not the last one. A collective of the tensor-parallel ranks.
+        """
         if not self.post_process:
             return None
         weight_vH = self.output_layer.weight

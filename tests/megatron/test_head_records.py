@@ -20,7 +20,7 @@ from moe_upgrpo.megatron import groups, logprobs
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.train.advantages import advantages_of, with_nthr
-from tests.megatron.compare import assert_close, cosine, flat, in_order
+from tests.megatron.compare import assert_close, flat, in_order
 from tests.megatron.measured import SGD, TEMPERATURE, gradients_by_name, make_samples
 from tests.megatron.test_token_budgets import BUDGET
 from tests.ranks import run_ranks
@@ -52,7 +52,7 @@ def samples() -> list:
     made = []
     for i, (one, sign) in enumerate(zip(make_samples(), SIGNS, strict=True)):
         tokens = one.tokens.copy()
-        tokens[one.prompt_length :] %= 4
+        tokens[one.prompt_length :] = 2 + tokens[one.prompt_length :] % 4
         made.append(
             replace(one, tokens=tokens, advantage=sign * (0.5 + i), number=i, group=i // GROUP)
         )
@@ -105,6 +105,9 @@ def stepped(layout: Layout, checkpoint) -> dict:
         start, found = actor.weights_now(), {}
         mine = samples()
         scored = actor.score(mine, record=("sum_pi_squared", "hidden"))
+        mine = [
+            replace(s, old_log_probs=o.log_probs) for s, o in zip(mine, scored, strict=True)
+        ]  # at ratios of 1 no token is clipped
         rewards = np.array([float(s.advantage > 0) for s in mine], np.float32)
         rollouts = [SimpleNamespace(sampled_or_all=counted(sample)) for sample in mine]
         otb = advantages_of(rewards, rollouts, group=GROUP, kind="otb", old=scored)
@@ -210,4 +213,5 @@ def test_a_step_on_two_ranks_is_that_of_one_process(checkpoints):
             for mine, theirs in zip(rank[name], expected, strict=True):
                 assert_close(mine, theirs)
     plain = flat(one["plain"][0])
-    assert all(cosine(flat(one[name][0]), plain) < 0.99 for name in ("otb", "nthr"))
+    for name in ("otb", "nthr"):
+        assert (flat(one[name][0]) - plain).norm() > 0.01 * plain.norm(), name
