@@ -1,4 +1,4 @@
-"""What would limit a step on 64 and on 1,024 H100s first: a model, not a measurement.
+"""Limits of a step on 64 and on 1,024 H100s, the first of them: a model, not a measurement.
 
     python -m benchmarks.micro.at_scale
 
@@ -75,8 +75,8 @@ class Recording:
     """
 
     joined_us: float = 3.5
-    rows_us: float = 30.0
-    written_us: float = 60.0
+    rows_us: float = 2.7
+    written_us: float = 5.0
 
 
 def ring(machine: Machine, size: float, calls: float, ranks: int, in_machine: int) -> float:
@@ -143,7 +143,7 @@ class Row:
 
 
 def rows(plan: Plan, machine: Machine, recording: Recording) -> Iterator[Row]:
-    """What a step does, on the slowest rank of the fullest stage."""
+    """Things that a step does, on the slowest rank of the fullest stage."""
     config, layout, model, ranks = plan.config, plan.layout, plan.model, plan.config.ranks
     stage, length = plan.fullest.stage, plan.prompt_tokens + plan.new_tokens
     sequences = config.batch.sequences // layout.data_parallel(ranks)

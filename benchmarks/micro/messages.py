@@ -1,4 +1,4 @@
-"""What the ranks of a step send, counted on 2, 4 and 8 processes, and as `plan` predicts it.
+"""Messages and bytes of a step, counted on 2, 4 and 8 processes, and as `plan` predicts them.
 
     python -m benchmarks.micro.messages                       # every layout of `LAYOUTS`
     python -m benchmarks.micro.messages --only TP2·EP4 DP8
@@ -71,7 +71,7 @@ _GROUPS = (
 
 @dataclass(slots=True)
 class Sent:
-    """What a rank sent: messages, and bytes."""
+    """Messages that a rank sent, and their bytes."""
 
     calls: float = 0
     bytes: float = 0.0
@@ -182,7 +182,7 @@ def config():
 
 
 def count(layout: Layout, folder: Path) -> tuple[int, dict[tuple[str, str], Sent]]:
-    """On a rank: its pipeline stage, and what it sent in a step, by the names of `predicted`."""
+    """Count on a rank; returns its pipeline stage, and what it sent, by the names of `predicted`."""
     silence_upstream()
     with groups.process_groups(layout):
         actor = MegatronActor(folder, layout, optimizer=OptimizerSettings())
@@ -204,7 +204,7 @@ def count(layout: Layout, folder: Path) -> tuple[int, dict[tuple[str, str], Sent
 
 
 def predicted(layout: Layout, ranks: int) -> dict[str, Sent]:
-    """What `moe_upgrpo.megatron.memory` says that a rank sends, the mean over the stages."""
+    """Messages of a rank as `moe_upgrpo.megatron.memory` has them, the mean over the stages."""
     hf = config()
     model, stages = Sizes.of(hf), plan.stages(hf, layout, ranks, "float32")
     tokens = LENGTH * SEQUENCES / layout.data_parallel(ranks)
@@ -220,7 +220,7 @@ def predicted(layout: Layout, ranks: int) -> dict[str, Sent]:
 
 
 def counted(names: Sequence[str]) -> dict[str, dict[str, Sent]]:
-    """The mean over the ranks of what they sent, by layout and name."""
+    """Means over the ranks of what they sent, by layout and name."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def counted(names: Sequence[str]) -> dict[str, dict[str, Sent]]:
 
 
 def growth(found: dict[str, dict[str, Sent]]) -> Iterator[str]:
-    """How a rank's bytes grow with the ranks of one kind, where all three numbers were counted."""
+    """Say how a rank's bytes grow with the ranks of one kind, where all three numbers were counted."""
     for kind in ("DP", "TP", "EP", "PP"):
         sizes = [n for n in (2, 4, 8) if f"{kind}{n}" in found]
         if len(sizes) < 3:

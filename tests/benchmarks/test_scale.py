@@ -1,4 +1,4 @@
-"""What ranks send, counted and predicted, and the model of many GPUs by hand-worked numbers."""
+"""Messages of ranks, counted and predicted, and the model of many GPUs by hand-worked numbers."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from moe_upgrpo.train.tiny import TinyModel
 
 
 def test_what_a_rank_sends_in_a_ring():
-    """Of 4 ranks, sizes of what is received and of what is given."""
+    """Four ranks; sizes of the tensors received, and of those given."""
     found = {
         name: messages.ring_bytes(name, sizes, 4)
         for name, sizes in {
