@@ -182,7 +182,7 @@ def config():
 
 
 def count(layout: Layout, folder: Path) -> tuple[int, dict[tuple[str, str], Sent]]:
-    """Count on a rank; returns its pipeline stage, and what it sent, by the names of `predicted`."""
+    """Count on a rank; returns its pipeline stage, and what it sent, by name."""
     silence_upstream()
     with groups.process_groups(layout):
         actor = MegatronActor(folder, layout, optimizer=OptimizerSettings())
@@ -236,7 +236,7 @@ def counted(names: Sequence[str]) -> dict[str, dict[str, Sent]]:
 
 
 def growth(found: dict[str, dict[str, Sent]]) -> Iterator[str]:
-    """Say how a rank's bytes grow with the ranks of one kind, where all three numbers were counted."""
+    """Say how a rank's bytes grow with the ranks of one kind, where all three were counted."""
     for kind in ("DP", "TP", "EP", "PP"):
         sizes = [n for n in (2, 4, 8) if f"{kind}{n}" in found]
         if len(sizes) < 3:
