@@ -325,8 +325,10 @@ def working_space(
 
 
 def traces(model: Sizes, layout: Layout, *, tokens: float, layers: int) -> float:
-    """Bytes that a rank records for `tokens` in `layers` routers: K ids of 2, and a margin of 4."""
-    return tokens / layout.tp * layers * (2 * model.top_k + 4)
+    """Bytes that a rank hands over of `tokens` in `layers` routers: K ids of 1 (of 2 with more than
+    256 experts), and a margin of 4."""
+    width = 1 if model.experts <= 256 else 2
+    return tokens / layout.tp * layers * (width * model.top_k + 4)
 
 
 def gathered_layer(model: Sizes, *, dtype: str) -> float:
@@ -373,22 +375,30 @@ def communication(
 
     tensor-parallel   for each layer and forward n·h·c·(t − 1)/t for each of two gathers and two
                       reductions (attention, and a dense MLP or shared expert); half as much again
-                      in a backward
+                      in a backward; once each for the embedding and the head, and again in a
+                      backward
     context-parallel  for each layer n·2·kv·D·c/t·(cp − 1) to gather keys and values, and in the
                       backward their gradients
     expert-parallel   dispatch and combine, each and in the backward too: alltoall n·K/t·h·c·(ep −
-                      1)/ep, and (etp − 1) times n·K/t·h·c; allgather n/t·h·c·(ep·etp − 1)
+                      1)/ep, and (etp − 1) times n·K/t·h·c, with the gates once 4 in the place of
+                      h·c; allgather n/t·h·c·(ep·etp − 1)
     pipeline          n·h·c/t to the next part of the model, and its gradient back
     data-parallel     an optimizer step reduces fp32 gradients, 4·P·(d − 1)/d, and gathers the new
-                      parameters, c·P·(d − 1)/d, over the d ranks with the same parameters
-    engine            after a step, the rank's parameters to the ranks of its copy
+                      parameters, c·P·(d − 1)/d, over the d ranks with the same parameters; with
+                      ep > 1 twice, as the experts' optimizer and the others' each gather all
+                      (distrib_optimizer.py:2617; 0.16 without overlap_param_gather)
+    engine            after a step, each stage's parameters to the other stages, c·P·(pp − 1), and
+                      those of every stage to the ranks that share it; stages taken to be alike
+
+    benchmarks/micro/messages.py counts what processes send.
     """
     c, t = DTYPE_BYTES[dtype], layout.tp
     hidden = tokens * model.hidden * c
     passes = forwards + 1.5 * backwards
     unshared = 0 if model.shared_inner else stage.moe_layers
     sharded = 2 * stage.layers + 2 * (stage.layers - unshared)
-    sent: Bytes = {"tensor-parallel": passes * sharded * hidden * (t - 1) / t}
+    ends = (forwards + backwards) * (stage.first + stage.last)
+    sent: Bytes = {"tensor-parallel": (passes * sharded + ends) * hidden * (t - 1) / t}
     if layout.cp > 1:
         keys = tokens * 2 * model.kv_heads * model.head * c / t
         sent["context-parallel"] = (forwards + backwards) * stage.layers * keys * (layout.cp - 1)
@@ -397,8 +407,10 @@ def communication(
         crossing = model.top_k * ((layout.ep - 1) / layout.ep + etp - 1)
         if layout.dispatcher == "allgather":
             crossing = layout.ep * etp - 1
-        each = hidden / t * crossing
-        sent["expert-parallel"] = (forwards + backwards) * stage.moe_layers * 2 * each
+        each = 2 * hidden / t * crossing
+        if layout.dispatcher == "alltoall":
+            each += 4 * tokens / t * crossing
+        sent["expert-parallel"] = (forwards + backwards) * stage.moe_layers * each
     if layout.pp > 1:
         crossings = forwards * (layout.vpp - stage.last) + backwards * (layout.vpp - stage.first)
         sent["pipeline"] = crossings * hidden / t
@@ -406,10 +418,45 @@ def communication(
         (stage.shared, dense_copies(layout, world_size)),
         (stage.expert, expert_copies(layout, world_size)),
     )
+    gathers = 2 if stage.expert else 1
     sent["data-parallel"] = optimizer_steps * sum(
-        (4 + c) * parameters * (d - 1) / d for parameters, d in copies
+        (4 + gathers * c) * parameters * (d - 1) / d for parameters, d in copies
     )
-    sent["engine"] = c * (
-        stage.shared * (t - 1) + stage.expert * (layout.ep * layout.expert_tp - 1)
-    )
+    of_stage = stage.shared * (t - 1) + stage.expert * (layout.ep * layout.expert_tp - 1)
+    sent["engine"] = c * (layout.pp * of_stage + stage.parameters * (layout.pp - 1))
     return sent
+
+
+def messages(
+    model: Sizes,
+    layout: Layout,
+    stage: Stage,
+    world_size: int,
+    *,
+    forwards: int,
+    backwards: int,
+    optimizer_steps: int,
+) -> dict[str, int]:
+    """Collectives that a rank of `stage` takes part in, by the names of `communication`.
+
+    forwards, backwards: of micro-batches. For dispatcher=alltoall, where a forward of experts is a
+    gather of counts and three exchanges (tokens, gates, results). All gradients of one kind, the
+    experts' or the others', are reduced at once, as without overlap_grad_reduce.
+    """
+    unshared = 0 if model.shared_inner else stage.moe_layers
+    sharded = 2 * stage.layers + 2 * (stage.layers - unshared)
+    ends = (forwards + backwards) * (stage.first + stage.last)
+    found = {}
+    if layout.tp > 1:
+        found["tensor-parallel"] = forwards * sharded + backwards * 3 * sharded // 2 + ends
+    if layout.ep * layout.expert_tp > 1:
+        found["expert-parallel"] = stage.moe_layers * (4 * forwards + 3 * backwards)
+    if layout.pp > 1:
+        found["pipeline"] = forwards * (not stage.last) + backwards * (not stage.first)
+    copies = (
+        (stage.shared, dense_copies(layout, world_size)),
+        (stage.expert, expert_copies(layout, world_size)),
+    )
+    kinds = sum(parameters > 0 and d > 1 for parameters, d in copies)
+    found["data-parallel"] = optimizer_steps * kinds * (1 + (2 if stage.expert else 1))
+    return found

@@ -4,7 +4,7 @@ Not covered: a GPU, whose allocator and kernels need more; NCCL.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from transformers import (
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import LossTerms, PolicyLossConfig
-from moe_upgrpo.megatron import groups, memory, plan
+from moe_upgrpo.megatron import groups, memory, plan, tap
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.families import read_model_config
@@ -281,11 +281,29 @@ def test_what_a_rank_sends():
     )  # fmt: skip
     hidden = 100 * 64 * 2
     assert sent == {
-        "tensor-parallel": (2 + 1.5) * 2 * hidden / 2,  # a gather and a reduction of half
-        "expert-parallel": 3 * 2 * hidden / 2 * 2 * 3 / 4,  # 3 of 4 tokens leave
-        "data-parallel": 4 * 6 * (800 * 3 / 4 + 600 / 2),
+        # A gather and a reduction of half; embedding and head, three times each.
+        "tensor-parallel": ((2 + 1.5) * 2 + 3 * 2) * hidden / 2,
+        # 3 of 4 tokens leave, with their gates.
+        "expert-parallel": 3 * (2 * hidden + 100 * 4) / 2 * 2 * 3 / 4,
+        # Gradients of 4 bytes, weights of 2 gathered for each of two optimizers.
+        "data-parallel": 4 * 8 * (800 * 3 / 4 + 600 / 2),
         "engine": 2 * (800 + 600 * 3),
     }
+
+
+@pytest.mark.parametrize("experts", [256, 257])
+def test_what_a_rank_hands_over_of_its_routers_is_counted(experts):
+    """Two layers and sequences of six tokens on each of two tensor-parallel ranks."""
+    traces = {}
+    for layer in (1, 2):
+        traces[layer] = tap._Trace(None, ("routes", "margins"))
+        ids = torch.arange(12 * 3, dtype=torch.int16).view(12, 3)
+        traces[layer].own_NK = traces[layer].used_NK = ids
+        traces[layer].margins_N = torch.rand(12)
+    ((_, arrays),) = tap.hand_over([tap.Visit(None, traces, 2)], experts)
+    model = replace(memory.Sizes.of(config()), experts=experts, top_k=3)
+    expected = memory.traces(model, Layout(tp=2), tokens=24, layers=2)
+    assert sum(array.nbytes for array in arrays.values()) == expected
 
 
 def test_latent_attention_is_refused_by_name():

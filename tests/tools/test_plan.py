@@ -84,8 +84,8 @@ def test_thirty_billion_parameters_fit_on_eight_gpus(monkeypatch):
     sent = 9216 * 8 / 2 * 1.5 * 2 * (2 * 2048 + 4 * 768)
     own = 4 * 9216 * 2048 * 2 / 2 + 9216 * 2048 * 2  # and a gathered one
     assert stage.moments["old log-probs"] == {"layer in work": sent + own}
-    # 128 sequences; 48 routers, 8 ids of two bytes and a margin; sent, and gathered from two ranks.
-    routes = 128 * 9216 * 48 * (8 * 2 + 4)
+    # 128 sequences; 48 routers, 8 ids of one byte and a margin; sent, and gathered from two ranks.
+    routes = 128 * 9216 * 48 * (8 + 4)
     assert stage.moments["routes gathered"] == {"routes and margins": routes / 2 * 3}
     assert plan.host == {"routes and margins of a step": routes * 2 * 8}
     # 441 rows of half the vocabulary, in bf16 once and in fp32 twice; all hidden states.
