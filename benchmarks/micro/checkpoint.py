@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.micro.checkpoint [--megabytes 400] [--repeats 3]
 
-One rank, a made-up Qwen3-MoE in fp32, after one step of Adam: 16 bytes a parameter. Saving covers
+One rank, a made-up Qwen3-MoE in fp32, after one step of Adam: 16 bytes a parameter. Its tensors
+have half a MB; with `--layers 2 --experts 4` 4 MB, nearer to those of a large model. Saving covers
 what a run saves (tensors, digests, manifest, synced), loading what `--resume` loads (digests
 checked, then tensors). Raw: the same files written with a sync of each, and read whole, from and to
 memory. The four take turns; each figure is the median, in seconds of the clock and of the
@@ -36,23 +37,23 @@ from moe_upgrpo.train import resume
 from moe_upgrpo.train.found import find
 from tests.megatron.measured import make_samples
 
-WIDTH, LAYERS, EXPERTS = 512, 4, 16
+WIDTH = 512
 
 
-def make_model(folder: Path, megabytes: float) -> None:
+def make_model(folder: Path, megabytes: float, layers: int, experts: int) -> None:
     """Make a model folder whose training state takes about that many MB, by the experts' width."""
     parameters = megabytes * 1e6 / 16
-    expert = int(parameters / (LAYERS * EXPERTS * 3 * WIDTH))
+    expert = int(parameters / (layers * experts * 3 * WIDTH))
     config = Qwen3MoeConfig(
         vocab_size=512,
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         intermediate_size=64,
         moe_intermediate_size=max(8, expert // 8 * 8),
-        num_experts=EXPERTS,
+        num_experts=experts,
         num_experts_per_tok=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
@@ -84,11 +85,13 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
         gc.enable()
 
 
-def measure(megabytes: float, repeats: int) -> tuple[dict[str, tuple[float, float]], int]:
+def measure(
+    megabytes: float, repeats: int, layers: int, experts: int
+) -> tuple[dict[str, tuple[float, float]], int]:
     """Seconds for each, of the clock and of the processors, and the checkpoint's bytes."""
     with tempfile.TemporaryDirectory() as name, groups.process_groups(Layout()):
         folder = Path(name)
-        make_model(folder / "model", megabytes)
+        make_model(folder / "model", megabytes, layers, experts)
         adam = OptimizerSettings(lr=1e-4)
         actor = MegatronActor(folder / "model", Layout(), optimizer=adam, micro_batch_size=3)
         actor.update(make_samples(), PolicyLossConfig.preset("up-grpo"))
@@ -116,9 +119,9 @@ def measure(megabytes: float, repeats: int) -> tuple[dict[str, tuple[float, floa
     return medians, sum(map(len, blobs.values()))
 
 
-def main(megabytes: float = 400, repeats: int = 3) -> None:
+def main(megabytes: float = 400, repeats: int = 3, layers: int = 4, experts: int = 16) -> None:
     torch.set_num_threads(1)
-    found, size = measure(megabytes, repeats)
+    found, size = measure(megabytes, repeats, layers, experts)
     print(f"{size / 1e6:,.0f} MB; load {os.getloadavg()}")
     for ours, raw in (("save", "raw write"), ("load", "raw read")):
         for kind, a, b in zip(("clock", "processors"), found[ours], found[raw], strict=True):
