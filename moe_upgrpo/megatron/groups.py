@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from moe_upgrpo.megatron.heartbeat import Heartbeat
 from moe_upgrpo.megatron.layout import Layout
 
 _ALIGNED = 64  # bytes
+_SENT = 1 << 26  # bytes of a file at once
 
 
 def device() -> torch.device:
@@ -223,6 +225,31 @@ def from_rank_0(value):
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def send_to_rank_0(files: Sequence[tuple[str, Path]]) -> None:
+    """Send files, each with a name for it; rank 0 takes them by `received_from` this rank."""
+    told = [[(name, file.stat().st_size) for name, file in files]]
+    dist.send_object_list(told, dst=0, device=device())
+    for _, path in files:
+        with path.open("rb") as file:
+            while some := file.read(_SENT):
+                dist.send(torch.from_numpy(np.frombuffer(some, np.uint8).copy()).to(device()), 0)
+
+
+def received_from(source: int) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Name and parts of each file that a rank sends to rank 0; all parts are to be taken."""
+    told: list = [None]
+    dist.recv_object_list(told, src=source, device=device())
+    for name, size in told[0]:
+        yield name, _parts_from(source, size)
+
+
+def _parts_from(source: int, size: int) -> Iterator[bytes]:
+    for start in range(0, size, _SENT):
+        part_B = torch.empty(min(_SENT, size - start), dtype=torch.uint8, device=device())
+        dist.recv(part_B, source)
+        yield part_B.cpu().numpy().tobytes()
 
 
 def largest_everywhere(number: int) -> int:

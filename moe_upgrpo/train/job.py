@@ -13,6 +13,7 @@ from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.turns import turns_of
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks import Task
+from moe_upgrpo.train.apart import Apart
 from moe_upgrpo.train.batch import Rewarding
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.learner import Learner
@@ -54,9 +55,12 @@ def make_job(
     stopping: Stopping,
     done: int,
     ahead: Sequence[Rollout] | None,
+    apart: Sequence[int] = (),
 ) -> Job:
-    """Give each object the few settings that it needs."""
+    """Give each object the few settings that it needs. apart: ranks without the run's folder."""
     place = Place.here()
+    writers = groups.gather_everywhere([place.rank] if place.copy_rank == 0 else [])
+    rows = Apart(run, [rank for rank in apart if rank in writers])
     rollouts = Rollouts(
         task=task,
         engine=engine,
@@ -80,7 +84,7 @@ def make_job(
         watch.catch_up(read_metrics(run.path))
     token_log = TokenLogThread(
         TokenLogWriter(
-            run.tokens,
+            rows.folder,
             rank=place.dp_rank,
             layer_ids=actor.layer_ids,
             top_k=actor.top_k,
@@ -120,6 +124,7 @@ def make_job(
             run=run,
             watch=watch,
             token_log=token_log,
+            apart=rows,
             tracking=tracking,
             display=display,
             evaluation=Evaluation(

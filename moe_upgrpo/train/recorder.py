@@ -17,6 +17,7 @@ from moe_upgrpo.rollout.base import Engine, SamplingConfig
 from moe_upgrpo.store import RunFolder, read_metrics, write_evaluation
 from moe_upgrpo.tasks import Problem, Task
 from moe_upgrpo.train import evaluate
+from moe_upgrpo.train.apart import Apart
 from moe_upgrpo.train.clock import Clock
 from moe_upgrpo.train.place import EVALUATION, Place, seed_of
 from moe_upgrpo.train.progress import Display
@@ -67,6 +68,7 @@ class Recorder:
 
     run: RunFolder
     token_log: TokenLogThread
+    apart: Apart
     tracking: Tracking
     display: Display
     evaluation: Evaluation
@@ -81,6 +83,9 @@ class Recorder:
         if self.place.copy_rank == 0:
             record = trained.record
             self.token_log.write(step, record.token_rows(), record.prompts())
+        if self.apart.ranks:
+            self.token_log.settle()
+            self.apart.send()
 
     def log_step(self, step: int, trained: TrainedStep, clock: Clock) -> dict:
         """Sum the step's metrics over the ranks, evaluate where due, write and return the row."""

@@ -34,6 +34,8 @@ from moe_upgrpo.tasks import ArithmeticTask, MathTask, Task
 from moe_upgrpo.tasks.named import make_task
 from moe_upgrpo.tasks.rewarded import RewardedTask, reward_by_source
 from moe_upgrpo.train import resume
+from moe_upgrpo.train.apart import check as check_apart
+from moe_upgrpo.train.apart import check_model
 from moe_upgrpo.train.config import TrainConfig
 from moe_upgrpo.train.found import Checkpoint, find
 from moe_upgrpo.train.job import Job, make_job
@@ -52,7 +54,8 @@ def start(config: TrainConfig) -> Iterator[Job]:
     with _ranks(config) as ranks, ExitStack() as begun:
         begun.enter_context(ranks.stopping.giving_up())
         run = _run_folder(config.run, config.objective.loss)
-        found, changed, edited = _found(config, run, ranks.rank)
+        apart = _check_folder(config, run, ranks.rank)
+        found, changed, edited = _found(config, run)
         task, model_dir = _task_and_model(config, ranks)
         # Raises UserError where there are not that many.
         task.training_problems(config.batch.prompts, seed=config.run.seed, step=1)
@@ -106,6 +109,7 @@ def start(config: TrainConfig) -> Iterator[Job]:
                 stopping=ranks.stopping,
                 done=found.step,
                 ahead=ahead,
+                apart=apart,
             )
             if found.step:
                 job.rollouts.update_engine(actor, found.step)
@@ -154,19 +158,27 @@ def _run_folder(options: RunOptions, loss: str) -> RunFolder:
     return RunFolder(options.resume or options.output_dir or Path("runs") / f"{loss}-{started}")
 
 
-def _found(
-    config: TrainConfig, run: RunFolder, rank: int
-) -> tuple[Checkpoint, dict[str, list], dict]:
-    """The checkpoint to go on from, the changed settings, and edits of the run's config.json."""
-    if config.run.resume:
-        changed = changes(read_config(run.path), config)
-        edited = run.edits()
-        return find(run, config.run.steps, restart=config.run.restart), changed, edited
-    if rank == 0:
+def _check_folder(config: TrainConfig, run: RunFolder, rank: int) -> list[int]:
+    """The ranks that do not see the run's folder, which a new run may use."""
+    if rank == 0 and not config.run.resume:
         run.check_free()
         if config.rollouts.save_rollouts:
             check_new(config.rollouts.save_rollouts)
-    return Checkpoint(), {}, {}
+    return check_apart(
+        run,
+        resumes=bool(config.run.resume),
+        states=config.run.save_every > 0,
+        rollouts=bool(config.rollouts.save_rollouts),
+    )
+
+
+def _found(config: TrainConfig, run: RunFolder) -> tuple[Checkpoint, dict[str, list], dict]:
+    """The checkpoint to go on from, the changed settings, and edits of the run's config.json."""
+    if not config.run.resume:
+        return Checkpoint(), {}, {}
+    changed = changes(read_config(run.path), config)
+    edited = run.edits()
+    return find(run, config.run.steps, restart=config.run.restart), changed, edited
 
 
 def _actors(
@@ -301,6 +313,8 @@ def _task_and_model(config: TrainConfig, ranks: _Ranks) -> tuple[Task, Path]:
     model_dir = start.model or groups.from_rank_0(
         _warm_started(start, sums, ranks) if ranks.rank == 0 else None
     )
+    if not start.model:
+        check_model(Path(model_dir))
     if problems.task:
         own = make_task(problems.task, Path(model_dir), problems.task_options)
         return _rewarded(own, problems.reward, config), Path(model_dir)
