@@ -308,8 +308,8 @@ def together(tokens: Sequence[int], num_layers: int) -> list[Run]:
 def hand_over(
     visits: Sequence[Visit], run: Run, num_experts: int
 ) -> list[tuple[list[int], int, Arrays]]:
-    """This rank's records of a run: for each visit layer numbers, its rows s, and name -> [part of
-    s, B, l, ...].
+    """Take this rank's records of a run from each visit: layer numbers, rows s of the whole visit,
+    and name -> [part of s, B, l, ...].
 
     Ids of experts are in ascending order, in one byte each where they fit. The visits keep no
     records once their last part is taken.
