@@ -238,12 +238,12 @@ def grown(
     if len(sizes) > 1:
         time_of, memory_of = zip(*found, strict=True)
         yield (
-            f"{stage:18s}time grows as {of}^{exponent(sizes, time_of):.2f}, "
+            f"{stage:18s} time grows as {of}^{exponent(sizes, time_of):.2f}, "
             f"memory as {of}^{exponent(sizes, memory_of):.2f}"
         )
         if of == "tokens":
             more = (memory_of[-1] - memory_of[0]) / (sizes[-1] - sizes[0])
-            yield f"{stage:18s}{more:,.0f} extra bytes for each further token"
+            yield f"{stage:18s} {more:,.0f} extra bytes for each further token"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -324,7 +324,7 @@ def _decode_block(
         bad_R[rows] = bad_left_R | bad_came_R
         refuse_rows(bad_R, f"not the number of any exchange of {m} experts: damaged")
         # Undo the index among the others: S_i − i of them lie below the i-th member of S (from 0).
-        others_below_RK = rollout_RK[rows].astype(np.int64) - np.arange(K)
+        others_below_RK = rollout_RK[rows] - np.arange(K, dtype=rollout_RK.dtype)
         came_Rm = came_Rm + _members_below(others_below_RK, came_Rm + 1)
         changed_RK = train_RK[rows]
         np.put_along_axis(changed_RK, left_Rm, came_Rm.astype(changed_RK.dtype), axis=1)
@@ -345,11 +345,13 @@ def _read_subsets(
 
 
 def _members_below(members_RK: ndarray, ids_Rm: ndarray) -> ndarray:
-    """Count the members of its row below each id: int64 ``[R, m]``."""
-    below_Rm = np.zeros(ids_Rm.shape, dtype=np.int64)
-    for member_R in members_RK.T:
-        below_Rm += member_R[:, None] < ids_Rm
-    return below_Rm
+    """Count the members of its row below each id: int64 ``[R, m]``. Ids fit the members' type."""
+    columns_KR = np.ascontiguousarray(members_RK.T)
+    ids_mR = np.ascontiguousarray(ids_Rm.T).astype(members_RK.dtype)
+    below_mR = np.zeros_like(ids_mR)
+    for member_R in columns_KR:
+        below_mR += member_R < ids_mR
+    return below_mR.T.astype(np.int64)
 
 
 def _row_positions(

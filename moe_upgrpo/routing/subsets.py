@@ -27,6 +27,7 @@ def id_type(universe: int) -> type:
     return np.uint8 if universe <= 256 else np.uint16
 
 
+@cache
 def runs(size: int, universe: int) -> list[int]:
     """Lengths of the runs that an ascending set is numbered in: the fewest whose ranks fit."""
     for count in range(1, size + 1):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_upgrpo.routing.bits import pack, padded, read, unpack
+from moe_upgrpo.routing.bits import as_bytes, blank, pack, padded, read, unpack, write
 
 WIDTHS = [3, 41, 0, 1, 63, 20, 64 - 41, 57, 58, 7]
 
@@ -41,3 +41,19 @@ def test_a_number_is_read_at_any_bit(width):
     at = np.arange(8 * len(data))
     expected = [int(bits[i : i + width] or "0", 2) for i in at]
     assert read(padded(data, 8), at, width).tolist() == expected
+
+
+def test_numbers_are_written_at_any_bit_beside_others():
+    """Numbers of all widths side by side, across the ends of words, in any order."""
+    rng = np.random.default_rng(0)
+    widths = rng.permutation(np.repeat(WIDTHS, 20))
+    values = [int(rng.integers(0, (1 << int(w)) - 1, endpoint=True)) for w in widths]
+    expected = "".join(f"{v:0{w}b}" for v, w in zip(values, widths, strict=True) if w)
+    at = widths.cumsum() - widths
+    size = -(-len(expected) // 8)
+    words = blank(size)
+    for width in rng.permutation(np.unique(widths)):
+        these = rng.permutation((widths == width).nonzero()[0])
+        write(words, at[these], np.array(values)[these], int(width))
+    found = "".join(f"{byte:08b}" for byte in as_bytes(words, size))
+    assert found == expected.ljust(8 * size, "0")

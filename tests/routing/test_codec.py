@@ -58,6 +58,28 @@ def test_round_trip_keeps_every_set(data):
     assert np.array_equal(np.diff(pair[1]) == 0, same), "a token costs bytes only if it differs"
 
 
+@pytest.mark.parametrize(("E", "K"), [(8, 5), (128, 8), (257, 8), (1024, 24)])
+@pytest.mark.parametrize("N", [0, 30])
+def test_both_sides_at_once_are_each_of_them_and_their_overlap(E, K, N):
+    """One expert of each swapped in some rows; the overlap counted by Python's sets."""
+    rollout, train = two_sides(np.random.default_rng(0), N, 3, K, E, 0.3, 2)
+    sides = codec.encode_sides(rollout, train, num_experts=E)
+    assert np.array_equal(sides.sets_NB, codec.encode_sets(rollout, num_experts=E))
+    data, offsets = codec.encode_difference(rollout, train, num_experts=E)
+    assert np.array_equal(sides.data, data) and np.array_equal(sides.offsets, offsets)
+    shared = [
+        [len({*a} & {*b}) for a, b in zip(*of_token, strict=True)]
+        for of_token in zip(rollout.tolist(), train.tolist(), strict=True)
+    ]
+    assert sides.overlap_NL.dtype == np.uint8 and sides.overlap_NL.tolist() == shared
+    if N:
+        train[7, 1, 0] = train[7, 1, 1]
+        with pytest.raises(
+            UserError, match=r"training routes, token 107, MoE layer 1.*got one twice"
+        ):
+            codec.encode_sides(rollout, train, num_experts=E, first_token=100)
+
+
 def test_worked_by_hand():
     """2 layers, top-2 of 4. C(c1, 1) + C(c2, 2) numbers the sets 01 02 12 03 13 23 as 0..5.
 
