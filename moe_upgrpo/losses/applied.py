@@ -10,7 +10,7 @@ from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.correction import correction_weights, off_policy_sequences
 from moe_upgrpo.losses.metrics import Metric
-from moe_upgrpo.losses.passes import add_product_, keep_, of_sign
+from moe_upgrpo.losses.passes import add_product_, keep, keep_, of_sign
 from moe_upgrpo.losses.side import Side, beside, is_new, one
 from moe_upgrpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
@@ -105,6 +105,29 @@ def amounts(
 
     made: tuple[Tensor, Tensor] = t.once("amounts", make)
     return made
+
+
+def of_both(config: Config, name: str) -> TensorFn | None:
+    """The sides' function of that name, where one serves both signs."""
+    branch = BRANCHES[config.positive]
+    if config.positive == config.negative and branch.both is not None:
+        found: TensorFn | None = getattr(branch.both, name)
+        return found
+    positive, negative = (getattr(side, name) for side in config.sides)
+    return positive if positive is negative else None
+
+
+def amount_of_both(
+    t: Tokens, config: Config, positive: AppliedSide, negative: AppliedSide
+) -> Tensor | None:
+    """The sides' `amount`s in one tensor: A, without what one rule drops for both signs; None where
+    a factor, or a rule of its own, sets a side apart."""
+    if positive.weighs or negative.weighs:
+        return None
+    drop = of_both(config, "drop")
+    if drop is not None:
+        return keep(t.advantages_BT, drop(t, config))
+    return None if positive.side.drop or negative.side.drop else t.advantages_BT
 
 
 def union(*hits: Tensor | None) -> Tensor | None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.lazy import torch
 from moe_upgrpo.losses.aggregation import aggregation_weights
-from moe_upgrpo.losses.applied import AppliedSide, amounts, measure, union
+from moe_upgrpo.losses.applied import (
+    AppliedSide,
+    amount_of_both,
+    amounts,
+    measure,
+    of_both,
+    union,
+)
 from moe_upgrpo.losses.branches import BRANCHES
 from moe_upgrpo.losses.config import PolicyLossConfig
 from moe_upgrpo.losses.correction import (
@@ -34,8 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-
-    from moe_upgrpo.losses.side import TensorFn
 
 
 class Measures(NamedTuple):
@@ -245,16 +250,6 @@ def batch_statistics(
         return _statistics(t, config)
 
 
-def _of_both(config: PolicyLossConfig, name: str) -> TensorFn | None:
-    """The sides' function of that name, where one serves both signs."""
-    branch = BRANCHES[config.positive]
-    if config.positive == config.negative and branch.both is not None:
-        found: TensorFn | None = getattr(branch.both, name)
-        return found
-    positive, negative = (getattr(side, name) for side in config.sides)
-    return positive if positive is negative else None
-
-
 def _pulls(
     t: Tokens,
     config: PolicyLossConfig,
@@ -265,7 +260,7 @@ def _pulls(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """|∂loss/∂log π_θ| of each token, and |Σ w·A·c| of each side."""
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
-    slope = _of_both(config, "slope")
+    slope = of_both(config, "slope")
     if weight_BT is not None:
         pull_BT = weight_BT
     elif slope is not None and not (positive.weighs or negative.weighs):
@@ -294,7 +289,8 @@ def _objective(
     weight_BT = _weight_of_log_probs(t, config, positive, negative)
     if weight_BT is not None:
         return t.times_log_probs(weight_BT)
-    f, amount_BT = _of_both(config, "surrogate"), _amount_of_both(t, config, positive, negative)
+    f = of_both(config, "surrogate")
+    amount_BT = None if f is None else amount_of_both(t, config, positive, negative)
     if f is not None and amount_BT is not None:
         return amount_BT * f(t, config)
     of_positive_BT, of_negative_BT = amounts(t, config, positive, negative)
@@ -303,19 +299,6 @@ def _objective(
     # one after the other, to save f's memory
     objective_BT = positive.value(t, config, of_positive_BT)
     return negative.value(t, config, of_negative_BT, to=objective_BT)
-
-
-def _amount_of_both(
-    t: Tokens, config: PolicyLossConfig, positive: AppliedSide, negative: AppliedSide
-) -> Tensor | None:
-    """The sides' `amount`s in one tensor: A, without what one rule drops for both signs; None where
-    a factor, or a rule of its own, sets a side apart."""
-    if positive.weighs or negative.weighs:
-        return None
-    drop = _of_both(config, "drop")
-    if drop is not None:
-        return keep(t.advantages_BT, drop(t, config))
-    return None if positive.side.drop or negative.side.drop else t.advantages_BT
 
 
 def _weight_of_log_probs(
@@ -328,7 +311,8 @@ def _weight_of_log_probs(
         return None
 
     def compute() -> Tensor:
-        w, amount_BT = _of_both(config, "weight"), _amount_of_both(t, config, positive, negative)
+        w = of_both(config, "weight")
+        amount_BT = None if w is None else amount_of_both(t, config, positive, negative)
         if w is not None and amount_BT is not None:
             return amount_BT if w is one else amount_BT * w(t, config)
         weight_BT = positive.amount(t, config)
@@ -351,7 +335,7 @@ def _extra(
     name = "extra_slope" if slope else "extra"
     if positive.side.extra is None and negative.side.extra is None:
         return None
-    e = _of_both(config, name)
+    e = of_both(config, name)
     if e is not None and not (positive.weighs or negative.weighs):
         return t.of_tokens(beside(e, t, config))
     found = [
