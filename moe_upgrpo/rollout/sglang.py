@@ -173,7 +173,8 @@ class SGLangEngine:
         shared, error = told
         if error is not None:
             raise error
-        kept = {k: v for k, v in arguments.items() if k in ("timeout", "generate_timeout")}
+        names = ("timeout", "generate_timeout", "transfer")
+        kept = {k: v for k, v in arguments.items() if k in names}
         url, key = shared
         return engine or cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
 

@@ -24,7 +24,10 @@ from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
 from moe_upgrpo.rollout import SamplingConfig, vllm_plugin
+from moe_upgrpo.rollout.digest import Digest
+from moe_upgrpo.rollout.handover import digest_of
 from moe_upgrpo.rollout.vllm import VLLMEngine
+from moe_upgrpo.rollout.weight_group import send
 from moe_upgrpo.routing import compare_routes
 from tests.engines.tolerance import log_prob_tolerance
 from tests.engines.trainer import (
@@ -526,3 +529,24 @@ def on_a_rank(model_dir) -> int:
 def test_two_ranks_each_with_an_engine_beside_the_trainer(model_dir):
     ranks = run_ranks(2, on_a_rank, model_dir)
     assert min(ranks) > 1000
+
+
+def test_workers_take_files_and_streams_with_a_digest(model_dir, other_dir, make_engine):
+    """As a server's do, by the names that the trainer calls: the weights and their digest."""
+    engine = make_engine(model_dir)
+    before = sample(engine)
+    weights, digest = weights_of(other_dir), Digest()
+    (taken,) = engine._llm.collective_rpc("take_files", kwargs={"weights_path": str(other_dir)})
+    other = sample(engine)
+    assert taken == digest_of(other_dir) and differs(before, other)
+    assert agrees_with_trainer(MegatronActor(other_dir, Layout()), other) > 1000
+
+    def ask(where):
+        return engine._llm.collective_rpc("take_stream", kwargs=where | {"timeout": 60})
+
+    (taken,) = engine._llm.collective_rpc("take_files", kwargs={"weights_path": str(model_dir)})
+    assert same(before, sample(engine))
+    parts = ([item] for item in digest.through(weights.items()))
+    sent = send(parts, ask, "127.0.0.1", 1, server="vLLM", timeout=60)
+    assert sent == [digest.value()] == [digest_of(other_dir)]
+    assert same(other, sample(engine))

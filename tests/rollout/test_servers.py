@@ -286,23 +286,26 @@ def test_weights_that_do_not_arrive_reach_no_server(kind, tiny_checkpoint, monke
         assert {r.weight_version for r in sample(one.engine)} == {0}
 
 
-def on_a_rank(kind, model_dir, urls):
+def on_a_rank(kind, model_dir, urls, transfer):
     import os
 
     import torch.distributed as dist
 
     os.environ["VLLM_API_KEY"] = os.environ["SGLANG_API_KEY"] = KEY
     dist.init_process_group("gloo")
-    engine = made(kind, model_dir, urls, "go-on")
+    engine = made(kind, model_dir, urls, "go-on", transfer)
     found = [tokens(sample(engine))]
     dist.barrier()
     if dist.get_rank() == 1:  # it alone has noticed
         engine._gone[urls[0]] = f"{urls[0]} was lost"
-    engine.update_weights(weights_of(model_dir, 1.0).items(), version=1)
+    # As an export: ranks go through the tensors in step.
+    new = ((dist.barrier(), item)[1] for item in weights_of(model_dir, 1.0).items())
+    engine.update_weights(new, version=1)
     return engine.urls, engine.weight_version, [*found, tokens(sample(engine, seed=1))]
 
 
-def test_ranks_agree_on_the_servers_that_are_left(kind, tiny_checkpoint):
+@pytest.mark.parametrize("transfer", ["disk", "distributed"])
+def test_ranks_agree_on_the_servers_that_are_left(transfer, kind, tiny_checkpoint):
     """Rank 1 begins with the second server."""
     stand_in, _ = STAND_INS[kind]
     states = [{}, {}]
@@ -310,7 +313,7 @@ def test_ranks_agree_on_the_servers_that_are_left(kind, tiny_checkpoint):
         urls = [
             stack.enter_context(server(stand_in(tiny_checkpoint, state)))[0] for state in states
         ]
-        per_rank = run_ranks(2, on_a_rank, kind, tiny_checkpoint, urls)
+        per_rank = run_ranks(2, on_a_rank, kind, tiny_checkpoint, urls, transfer)
     assert per_rank == [([urls[1]], 1, [by_hand(), by_hand(1)])] * 2
     assert [len(state["digests"]) for state in states] == [1, 2]
 
