@@ -230,7 +230,7 @@ def test_a_state_in_torchs_own_archives_is_read(checkpoints, tmp_path):
 
 
 def on_a_disk_that_is_full_later(checkpoint, folder) -> str:
-    """What is raised where only the file of the writer's second thread cannot be written."""
+    """Name the error where only the file of the writer's second thread cannot be written."""
     write = checkpoint_files._HashedFile.write
 
     def full(self, data):
@@ -255,7 +255,7 @@ def test_a_failure_in_any_thread_of_the_writer_is_one_of_the_state(checkpoints, 
 
 
 def written_later(layout, checkpoint, folder, *, meanwhile: bool) -> dict:
-    """What a state holds that another thread writes after one more step of training."""
+    """Write a state, in another thread during one more step of training, or at once."""
     with groups.process_groups(layout):
         settings = OptimizerSettings(lr=1e-2)
         actor = MegatronActor(checkpoint, layout, optimizer=settings)
