@@ -6,7 +6,8 @@ V vocabulary, T response tokens, L MoE layers, K experts per token.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class HFEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.max_sequences = max_sequences
         self.weight_version = 0
+        # Held by each forward, and while a model is built: transformers sets torch's default dtype
+        # then, which is the whole process's.
+        self._alone = threading.Lock()
         self.config = read_config(model_dir)
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(
@@ -307,14 +311,15 @@ class HFEngine:
         positions = None
         if mask is not None:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new:]
-        logits = self.model(
-            input_ids=ids_AX.to(self.device),
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self._cache_argument: cache},
-        ).logits
+        with self._alone:
+            logits = self.model(
+                input_ids=ids_AX.to(self.device),
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._cache_argument: cache},
+            ).logits
         return logits[:, -1] if keep else logits, self._read_taps(*ids_AX.shape)
 
     def _read_taps(self, sequences: int, tokens: int) -> np.ndarray:
@@ -336,12 +341,24 @@ class HFEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`: a new model is built, and taken into use once complete."""
+        self.take_weights(named_tensors, version=version)()
+
+    def take_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> Callable[[], None]:
+        """See `handover.hand_over`: the new model waits until it is taken into use."""
         # Cloned: transformers keeps tensors that need no conversion, and an optimizer step on
         # them would change the engine's weights behind its back.
         state = {name: tensor.detach().clone() for name, tensor in named_tensors}
         check_weights(state, self._checkpoint_shapes, held=self.weight_version)
-        self._use(self._built(state)[0])
-        self.weight_version = version
+        with self._alone:
+            model = self._built(state)[0]
+
+        def use() -> None:
+            self._use(model)
+            self.weight_version = version
+
+        return use
 
     def close(self) -> None:
         """See `Engine.close`."""

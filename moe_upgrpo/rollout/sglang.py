@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from moe_upgrpo.errors import MachineFault, UserError, as_user_error
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import Weights
@@ -36,6 +36,7 @@ from moe_upgrpo.rollout.base import (
     routes_dtype,
 )
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
+from moe_upgrpo.rollout.handover import SharingRanks, later
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import new_key, read_key
@@ -45,6 +46,7 @@ from moe_upgrpo.rollout.sglang_server import KEY
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 ATTEMPTS = 3  # to sample a sequence that an update cut off
+GENERATE_TIMEOUT = 1800.0
 Transfer = Literal["disk", "tensor", "distributed"]
 PART_BYTES = 256 << 20  # of the weights sent in one request
 SHARD_BYTES = 2 << 30  # of the files of an update
@@ -87,7 +89,7 @@ class SGLangEngine:
         python: str | Path | None = None,
         transfer: Transfer = "disk",
         timeout: float = 60.0,
-        generate_timeout: float = 1800.0,
+        generate_timeout: float = GENERATE_TIMEOUT,
         start_timeout: float = 300.0,
         weights_dir: str | Path | None = None,
         log: str | Path | None = None,
@@ -115,6 +117,7 @@ class SGLangEngine:
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.leader, self.transfer = leader, transfer
         self._group: WeightGroup | None = None
+        self._ranks: SharingRanks | None = None
         self.weight_version = 0
         self._half_updated_to: int | None = None
         self._updating = threading.Lock()
@@ -160,23 +163,19 @@ class SGLangEngine:
 
         Rank 0 leads. Where it fails, every rank raises its error.
         """
-        dist = torch.distributed
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(model_dir, dtype, **arguments)
-        engine, told = None, [None, None]
-        if dist.get_rank() == 0:
-            try:
-                engine = cls(model_dir, dtype, **arguments)
-                told = [(engine.url, engine._key), None]
-            except Exception as error:
-                told = [None, as_user_error(error)]
-        dist.broadcast_object_list(told, src=0)
-        shared, error = told
-        if error is not None:
-            raise error
-        kept = {k: v for k, v in arguments.items() if k in ("timeout", "generate_timeout")}
-        url, key = shared
-        return engine or cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
+        ranks, engine = SharingRanks(arguments.get("generate_timeout", GENERATE_TIMEOUT)), None
+
+        def lead() -> tuple[str, str | None]:
+            nonlocal engine
+            engine = cls(model_dir, dtype, **arguments)
+            return engine.url, engine._key
+
+        url, key = ranks.from_first(lead)
+        if engine is None:
+            kept = {k: v for k, v in arguments.items() if k in ("timeout", "generate_timeout")}
+            engine = cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
+        engine._ranks = ranks
+        return engine
 
     def generate(
         self,
@@ -368,12 +367,24 @@ class SGLangEngine:
             for name, tensor in named_tensors
         }
         check_weights(given, self._model.shapes, held=self.weight_version)
+        self._meet()
         with self._updating:
             if self.leader:
                 self._hand_over(partial(self._send, given, version), version)
             else:
                 self._wait_for_version(version)
         self._held_dir = None
+
+    def take_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> Callable[[], None]:
+        """See `handover.hand_over`."""
+        return later(self, named_tensors, version, whole=self.leader)
+
+    def _meet(self) -> None:
+        """Wait for all ranks: what another one samples would be aborted."""
+        if self._ranks is not None:
+            self._ranks.meet()
 
     def _update_through_files(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
@@ -383,6 +394,7 @@ class SGLangEngine:
             given = {name: t.to("meta") for name, t in self._write(named_tensors, folder)}
             check_weights(given, self._model.shapes, held=self.weight_version)
             by_umask(folder)
+            self._meet()
             with self._updating:
                 self._hand_over(partial(self._load, folder, version), version)
             folder, self._held_dir = self._held_dir, folder

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from moe_upgrpo.errors import MachineFault, UserError, as_user_error
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import Rollout, SamplingConfig, check_prompts, check_sequences
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
+from moe_upgrpo.rollout.handover import SharingRanks, later
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import read_key
@@ -88,7 +88,8 @@ class VLLMServerEngine:
         self._eos_ids = self._model.eos_ids
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.weight_version = 0
-        self._key = self._on_rank_0(lambda: read_key(VARIABLE, api_key))
+        self._ranks = SharingRanks(generate_timeout + update_timeout)
+        self._key = self._ranks.from_first(lambda: read_key(VARIABLE, api_key))
         self._client = ServerClient(
             "vLLM",
             url,
@@ -99,24 +100,9 @@ class VLLMServerEngine:
         )
         self.url = self._client.url
         # Another run's version 3 is not this one's.
-        self._run = self._on_rank_0(lambda: uuid.uuid4().hex[:8])
-        self.max_model_len = self._on_rank_0(self._check_server)
-        self._on_rank_0(self._first_response)
-
-    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Give every rank the result of `action` on rank 0; where it raises there, all do."""
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        told = [None, None]
-        if alone or dist.get_rank() == 0:
-            try:
-                told[0] = action()
-            except Exception as error:
-                told[1] = as_user_error(error)
-        if not alone:
-            dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+        self._run = self._ranks.from_first(lambda: uuid.uuid4().hex[:8])
+        self.max_model_len = self._ranks.from_first(self._check_server)
+        self._ranks.from_first(self._first_response)
 
     def _check_server(self) -> int:
         """The longest sequence that it takes."""
@@ -320,9 +306,8 @@ class VLLMServerEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`."""
-        writes = not dist.is_initialized() or dist.get_rank() == 0
         state = {
-            name: tensor.detach().to("cpu" if writes else "meta").contiguous()
+            name: tensor.detach().to("cpu" if self._ranks.first else "meta").contiguous()
             for name, tensor in named_tensors
         }
         check_weights(state, self._model.shapes, held=self.weight_version)
@@ -340,10 +325,15 @@ class VLLMServerEngine:
                     )
                 self._load(Path(folder), version)
 
-        if dist.is_initialized():
-            dist.barrier()  # a rank that still generates would meet the new weights
-        self._on_rank_0(hand_over)
+        self._ranks.meet()  # a rank that still generates would meet the new weights
+        self._ranks.from_first(hand_over)
         self.weight_version = version
+
+    def take_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> Callable[[], None]:
+        """See `handover.hand_over`."""
+        return later(self, named_tensors, version, whole=self._ranks.first)
 
     def _load(self, folder: Path, version: int) -> None:
         try:

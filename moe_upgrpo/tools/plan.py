@@ -205,11 +205,13 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
         held["reference model"] = copy
     if config.terms.gradient_at == "old":
         held["old weights, and the policy's while they are used"] = 2 * copy
-    if rollouts.overlap and config.log.analyse_every:
-        held["policy one step behind"] = copy
+    if rollouts.ahead and config.log.analyse_every:
+        held["policy as it sampled"] = copy
     if _in_process(config):
         width = memory.DTYPE_BYTES[rollouts.engine_dtype]
         held["engine: model"] = width * memory.model_parameters(model)
+        if rollouts.ahead > 1:
+            held["engine: models that wait"] = rollouts.ahead * held["engine: model"]
         if cache_gib := ENGINES[rollouts.engine].cache_gib(rollouts):
             held["engine: cache"] = cache_gib * 2**30
     if config.server_gb:

@@ -4,6 +4,7 @@ The reference is a plain transformers model, eager experts, one unpadded sequenc
 cache; routes come from its routers. Not covered: CUDA, sharded checkpoints.
 """
 
+import threading
 import warnings
 from functools import cache
 
@@ -522,3 +523,29 @@ def test_fp8_weights_are_rounded_again_after_an_update(model_dir, other_dir):
         "mlp.experts.gate_up_proj",
         "mlp.experts.down_proj",
     }
+
+
+@pytest.mark.bits
+def test_weights_that_are_taken_while_it_samples_change_nothing_until_they_are_used(
+    model_dir, other_dir
+):
+    """In bf16, whose dtype transformers makes the process's default while it builds a model."""
+    engine = HFEngine(model_dir, "bfloat16", "cpu")
+    before, after = sample(engine), sample(HFEngine(other_dir, "bfloat16", "cpu"))
+    default, sampled, ended = torch.get_default_dtype(), [], threading.Event()
+
+    def keep_sampling():
+        while not ended.is_set():
+            sampled.append(sample(engine))
+
+    thread = threading.Thread(target=keep_sampling)
+    thread.start()
+    use = [
+        engine.take_weights(weights_of(other_dir).items(), version=version) for version in range(4)
+    ][-1]
+    ended.set()
+    thread.join()
+    assert sampled and all(same(rollouts, before) for rollouts in sampled)
+    assert engine.weight_version == 0 and torch.get_default_dtype() == default
+    use()
+    assert engine.weight_version == 3 and same(sample(engine), after)
