@@ -85,6 +85,12 @@ def drop_after(folder: str | Path, step: int) -> None:
             file.unlink()
 
 
+def saved_steps(folder: str | Path) -> list[int]:
+    """The steps whose rollouts are in `folder`, ascending."""
+    found = (_FILE_NAME.fullmatch(file.name) for file in Path(folder).glob("step-*.parquet"))
+    return sorted({int(match[1]) for match in found if match})
+
+
 def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
     """All ranks' rollouts of a step, in the order of the ranks that wrote them.
 

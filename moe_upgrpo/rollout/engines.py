@@ -71,6 +71,8 @@ class EngineRecord:
         without_url: where it runs unless a URL names a server.
         takes_url: whether it can be a server that is already running.
         weights: the forms in which it samples with the trainer's weights.
+        takes_beside: whether, in each rank, it takes new weights in another thread while the
+            trainer computes (`beside.hand_over`); a server does.
     Memory where it runs in each rank:
         cache_setting: the setting of the GiB that it reserves for keys and values, as a path in
             the configuration; None where it allocates them as it generates, and frees them.
@@ -83,6 +85,7 @@ class EngineRecord:
     without_url: Place = "each rank"
     takes_url: bool = False
     weights: tuple[EngineWeights, ...] = ("as-trained",)
+    takes_beside: bool = False
     cache_setting: str | None = None
     in_flight: int | None = None
 
@@ -167,6 +170,7 @@ ENGINES: dict[str, EngineRecord] = {
         title="transformers",
         make=_make_hf,
         weights=("as-trained", "fp8"),
+        takes_beside=True,
         in_flight=HF_SEQUENCES,
     ),
     "vllm": EngineRecord(
@@ -207,10 +211,10 @@ def urls_of(url: str | None) -> list[str]:
 
 
 def check_engine(
-    name: str, *, weights: EngineWeights = "as-trained", url: str | None = None
+    name: str, *, weights: EngineWeights = "as-trained", url: str | None = None, ahead: int = 0
 ) -> EngineRecord:
-    """The record of an engine. Raises UserError where it does not go with the form of the weights
-    or with a URL."""
+    """The record of an engine. Raises UserError where it does not go with the form of the weights,
+    with a URL or with batches that are generated ahead."""
     record = ENGINES.get(name)
     if record is None:
         raise UserError(
@@ -232,6 +236,12 @@ def check_engine(
         raise UserError(
             f"engine_url={url}: different URLs are needed, with commas between them: "
             "http://HOST:PORT,http://HOST:PORT."
+        )
+    if ahead > 1 and record.place(url) == "each rank" and not record.takes_beside:
+        raise UserError(
+            f"staleness={ahead} with engine={name} in each rank: it takes no weights while the "
+            "trainer computes, and 1 is the most. Give a server's --engine-url, or --engine "
+            f"{' or '.join(n for n, other in ENGINES.items() if other.takes_beside)}."
         )
     return record
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from moe_upgrpo.errors import MachineFault, UserError, as_user_error
 from moe_upgrpo.hugging_face.export import by_umask
 from moe_upgrpo.hugging_face.folder import INDEX, Weights
 from moe_upgrpo.hugging_face.shards import ShardWriter
+from moe_upgrpo.rollout.beside import SharingRanks
 from moe_upgrpo.rollout.checkpoint import check_weights, faults_of
 from moe_upgrpo.rollout.digest import Digest
 
@@ -46,30 +46,6 @@ class TakesWeights(Protocol):
 
     def took(self, version: int) -> None:
         """Note, on every rank, the version that the server has."""
-
-
-def alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
-
-
-def leads() -> bool:
-    """Whether this rank speaks to the servers about weights."""
-    return alone() or dist.get_rank() == 0
-
-
-def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Give every rank the result of `action` on rank 0; where it raises there, all do."""
-    told = [None, None]
-    if leads():
-        try:
-            told[0] = action()
-        except Exception as error:
-            told[1] = as_user_error(error)
-    if not alone():
-        dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
 
 
 def at_once(
@@ -112,6 +88,7 @@ def through_files(
     named_tensors: NamedTensors,
     expected: Mapping[str, tuple[int, ...]],
     *,
+    ranks: SharingRanks,
     version: int,
     held: int,
     parent: str,
@@ -119,11 +96,13 @@ def through_files(
 ) -> list[UserError | None]:
     """Write weights once, below `parent`, and have all servers load them: the error of each.
 
-    A collective. beside: the model folder. expected: names and shapes; others raise UserError, and
-    version `held` stays in use. At most `PART_BYTES` of the weights are in memory beside what
-    `named_tensors` holds.
+    A collective of `ranks`. beside: the model folder. expected: names and shapes; others raise
+    UserError, and version `held` stays in use. At most `PART_BYTES` of the weights are in memory
+    beside what `named_tensors` holds.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=parent)) if leads() else None
+    folder = None
+    if ranks.first:
+        folder = Path(tempfile.mkdtemp(prefix=f"version-{version}-", dir=parent))
     try:
         given, digest, failed = written(named_tensors, folder, beside=beside)
         check_weights(given, expected, held=held)
@@ -135,9 +114,8 @@ def through_files(
             loading = [lambda s=s: s.load(folder, version, digest) for s in servers]
             return failures(servers, at_once(loading))
 
-        if not alone():
-            dist.barrier()  # a rank that still generates would meet the new weights
-        errors = on_rank_0(load)
+        ranks.meet()  # a rank that still generates would meet the new weights
+        errors = ranks.from_first(load)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -152,18 +130,18 @@ def through_streams(
     named_tensors: NamedTensors,
     expected: Mapping[str, tuple[int, ...]],
     *,
+    ranks: SharingRanks,
     version: int,
 ) -> list[UserError | None]:
     """Send weights to all servers at once, part by part: the error of each.
 
-    A collective. expected: names and shapes; others raise UserError, and no server can be sampled
-    from until it has taken whole weights. Three parts of `PART_BYTES` are held at most: one that
-    comes together, one that waits, one that is sent.
+    A collective of `ranks`. expected: names and shapes; others raise UserError, and no server can
+    be sampled from until it has taken whole weights. Three parts of `PART_BYTES` are held at most:
+    one that comes together, one that waits, one that is sent.
     """
-    if not alone():
-        dist.barrier()  # a rank that still generates would meet the new weights
+    ranks.meet()  # a rank that still generates would meet the new weights
     digest, given = Digest(), {}
-    feeds = [_Feed(s, version, digest.value) for s in servers] if leads() else []
+    feeds = [_Feed(s, version, digest.value) for s in servers] if ranks.first else []
 
     def fitting() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:  # a collective: to its end, whatever is refused
@@ -182,7 +160,7 @@ def through_streams(
         refused = error
     for feed in feeds:
         feed.put(refused)
-    errors = on_rank_0(lambda: failures(servers, [feed.said() for feed in feeds]))
+    errors = ranks.from_first(lambda: failures(servers, [feed.said() for feed in feeds]))
     if refused is not None:
         raise refused
     for server, error in zip(servers, errors, strict=True):

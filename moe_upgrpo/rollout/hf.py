@@ -7,9 +7,11 @@ V vocabulary, T response tokens, L MoE layers, K experts per token.
 
 import inspect
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,17 @@ from moe_upgrpo.rollout.hf_places import places, tensors_at
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def in_turn(method: Callable) -> Callable:
+    """Have a method of the engine wait for those that other threads have called."""
+
+    @wraps(method)
+    def waiting(self, *arguments, **keywords):
+        with self._turn:
+            return method(self, *arguments, **keywords)
+
+    return waiting
+
+
 class HFEngine:
     """`Engine` on transformers' causal language models, dense or MoE.
 
@@ -47,7 +60,8 @@ class HFEngine:
 
     Sampling is an explicit loop over a KV cache rather than `model.generate`: a prompt is computed
     once for all its samples, and finished sequences leave the batch, which makes it several times
-    faster. At most `max_sequences` are in flight at once.
+    faster. At most `max_sequences` are in flight at once. Calls of several threads take turns, so
+    that a response is of one version of the weights.
 
     weights="fp8" stands in for an engine that serves quantised weights: see `fp8_rounded`.
     """
@@ -73,6 +87,7 @@ class HFEngine:
         self.max_sequences = max_sequences
         self.weight_version = 0
         self._half_updated_to: int | None = None
+        self._turn = threading.Lock()
         self.config = read_config(model_dir)
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(
@@ -148,6 +163,7 @@ class HFEngine:
                     weight.copy_(fp8_rounded(weight))
 
     @torch.inference_mode()
+    @in_turn
     def generate(
         self,
         prompts: Sequence[np.ndarray],
@@ -237,6 +253,7 @@ class HFEngine:
         ]
 
     @torch.inference_mode()
+    @in_turn
     def routes(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.routes`."""
         check_sequences(sequences)
@@ -249,6 +266,7 @@ class HFEngine:
         return found
 
     @torch.inference_mode()
+    @in_turn
     def score(
         self,
         sequences: Sequence[np.ndarray],
@@ -351,6 +369,7 @@ class HFEngine:
         routes = routes.cpu().numpy().astype(routes_dtype(self.num_experts))
         return routes.reshape(sequences, tokens, *routes.shape[1:])
 
+    @in_turn
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:

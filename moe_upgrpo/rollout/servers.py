@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch.distributed as dist
 
 from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout.base import (
@@ -20,13 +19,12 @@ from moe_upgrpo.rollout.base import (
     check_sequences,
     request_seeds,
 )
+from moe_upgrpo.rollout.beside import SharingRanks, later
 from moe_upgrpo.rollout.engines import WhenLost
 from moe_upgrpo.rollout.handover import (
     NamedTensors,
     Part,
-    alone,
     at_once,
-    leads,
     through_files,
     through_streams,
 )
@@ -36,6 +34,7 @@ class SharedServer(Protocol):
     """One of the servers: an `Engine` with what `SeveralServers` needs of it."""
 
     url: str
+    ranks: SharingRanks  # those that share it
     weight_version: int
     moe_layer_ids: tuple[int, ...]
     expected: dict[str, tuple[int, ...]]  # names and shapes of its weights
@@ -80,6 +79,7 @@ class SeveralServers:
 
     def __init__(self, servers: Sequence[SharedServer], *, lost: WhenLost = "end"):
         self._servers, self._lost = list(servers), lost
+        self._ranks = servers[0].ranks
         self._gone: dict[str, str] = {}  # url -> why
         self._said: set[str] = set()
         self.moe_layer_ids = servers[0].moe_layer_ids
@@ -126,7 +126,7 @@ class SeveralServers:
         """Ask all servers for the results 0 ... count − 1, each for its own."""
         found: list[Any] = [None] * count
         missing = list(range(count))
-        first = 0 if alone() else dist.get_rank()
+        first = self._ranks.rank
         while missing:
             left = self._left()
             shares = [missing[(k - first) % len(left) :: len(left)] for k in range(len(left))]
@@ -161,7 +161,7 @@ class SeveralServers:
 
     def _say(self) -> None:
         for url in self._gone.keys() - self._said:
-            if leads():
+            if self._ranks.first:
                 left = len(self._servers) - len(self._gone)
                 print(
                     f"engine server lost, {left} of {len(self._servers)} left: {self._gone[url]}",
@@ -172,16 +172,18 @@ class SeveralServers:
 
     def update_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
         """See `Engine.update_weights`: all servers at once, each with a digest of what it took."""
-        if not alone():
-            of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, self._gone)
-            self._gone = {url: why for gone in of_ranks for url, why in gone.items()}
+        of_ranks = self._ranks.gathered(self._gone)
+        self._gone = {url: why for gone in of_ranks for url, why in gone.items()}
         left = self._left()
         if not left:
             raise MachineFault(f"No engine server is left: {'; '.join(self._gone.values())}")
-        errors = hand_over(left, named_tensors, version=version, held=self.weight_version)
+        errors = replace_weights(left, named_tensors, version=version, held=self.weight_version)
         self._lose(left, errors)
         self.weight_version = version
+
+    def take_weights(self, named_tensors: NamedTensors, *, version: int) -> Callable[[], None]:
+        """See `beside.hand_over`: rank 0 keeps the weights, for all servers together."""
+        return later(self, named_tensors, version, whole=self._ranks.first)
 
     def health(self) -> bool:
         """Whether all that are left answer."""
@@ -193,17 +195,20 @@ class SeveralServers:
             server.close()
 
 
-def hand_over(
+def replace_weights(
     servers: Sequence[SharedServer], named_tensors: NamedTensors, *, version: int, held: int
 ) -> list[UserError | None]:
     """Give servers new weights in the way that their `transfer` says: the error of each."""
     first = servers[0]
     if first.transfer != "disk":
-        return through_streams(servers, named_tensors, first.expected, version=version)
+        return through_streams(
+            servers, named_tensors, first.expected, ranks=first.ranks, version=version
+        )
     return through_files(
         servers,
         named_tensors,
         first.expected,
+        ranks=first.ranks,
         version=version,
         held=held,
         parent=first.weights_dir,

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from moe_upgrpo.errors import MachineFault, UserError, as_user_error
+from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.hugging_face.config import is_tied
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout.base import (
@@ -34,6 +34,7 @@ from moe_upgrpo.rollout.base import (
     request_seeds,
     routes_dtype,
 )
+from moe_upgrpo.rollout.beside import SharingRanks, later
 from moe_upgrpo.rollout.checkpoint import ModelFolder, check_weights
 from moe_upgrpo.rollout.handover import PART_BYTES, Part, check_whole, written
 from moe_upgrpo.rollout.hf import DTYPES
@@ -45,6 +46,7 @@ from moe_upgrpo.rollout.weight_group import WeightGroup
 from moe_upgrpo.rollout.weights_folder import WeightsFolder
 
 ATTEMPTS = 3  # to sample a sequence that an update cut off
+GENERATE_TIMEOUT = 1800.0
 Transfer = Literal["disk", "tensor", "distributed"]
 
 
@@ -85,7 +87,7 @@ class SGLangEngine:
         python: str | Path | None = None,
         transfer: Transfer = "disk",
         timeout: float = 60.0,
-        generate_timeout: float = 1800.0,
+        generate_timeout: float = GENERATE_TIMEOUT,
         start_timeout: float = 300.0,
         weights_dir: str | Path | None = None,
         log: str | Path | None = None,
@@ -113,6 +115,7 @@ class SGLangEngine:
         self.timeout, self.generate_timeout = timeout, generate_timeout
         self.leader, self.transfer = leader, transfer
         self._group: WeightGroup | None = None
+        self.ranks: SharingRanks | None = None  # see `shared`
         self.weight_version = 0
         self._half_updated_to: int | None = None
         self._updating = threading.Lock()
@@ -159,24 +162,20 @@ class SGLangEngine:
 
         Rank 0 leads. Where it fails, every rank raises its error.
         """
-        dist = torch.distributed
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(model_dir, dtype, **arguments)
-        engine, told = None, [None, None]
-        if dist.get_rank() == 0:
-            try:
-                engine = cls(model_dir, dtype, **arguments)
-                told = [(engine.url, engine._key), None]
-            except Exception as error:
-                told = [None, as_user_error(error)]
-        dist.broadcast_object_list(told, src=0)
-        shared, error = told
-        if error is not None:
-            raise error
-        names = ("timeout", "generate_timeout", "transfer")
-        kept = {k: v for k, v in arguments.items() if k in names}
-        url, key = shared
-        return engine or cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
+        ranks, engine = SharingRanks(arguments.get("generate_timeout", GENERATE_TIMEOUT)), None
+
+        def lead() -> tuple[str, str | None]:
+            nonlocal engine
+            engine = cls(model_dir, dtype, **arguments)
+            return engine.url, engine._key
+
+        url, key = ranks.from_first(lead)
+        if engine is None:
+            names = ("timeout", "generate_timeout", "transfer")
+            kept = {k: v for k, v in arguments.items() if k in names}
+            engine = cls(model_dir, dtype, url=url, api_key=key, leader=False, **kept)
+        engine.ranks = ranks
+        return engine
 
     def generate(
         self,
@@ -366,6 +365,8 @@ class SGLangEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`; what is being generated is aborted, and sampled again."""
+        if self.ranks is not None:
+            self.ranks.meet()  # what another rank still samples would be aborted
         if self.leader and self.transfer == "disk":
             self._update_through_files(named_tensors, version)
             return
@@ -381,6 +382,12 @@ class SGLangEngine:
             else:
                 self._wait_for_version(version)
         self._held_dir = None
+
+    def take_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> Callable[[], None]:
+        """See `beside.hand_over`."""
+        return later(self, named_tensors, version, whole=self.leader)
 
     def _update_through_files(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int

@@ -28,14 +28,15 @@ from moe_upgrpo.rollout.base import (
     check_sequences,
     request_seeds,
 )
+from moe_upgrpo.rollout.beside import SharingRanks, later
 from moe_upgrpo.rollout.checkpoint import ModelFolder
 from moe_upgrpo.rollout.digest import Digest
 from moe_upgrpo.rollout.engines import Transfer
-from moe_upgrpo.rollout.handover import Part, check_taken, digest_of, on_rank_0, parts_of
+from moe_upgrpo.rollout.handover import Part, check_taken, digest_of, parts_of
 from moe_upgrpo.rollout.hf import DTYPES
 from moe_upgrpo.rollout.server_client import ServerClient
 from moe_upgrpo.rollout.server_key import read_key
-from moe_upgrpo.rollout.servers import hand_over
+from moe_upgrpo.rollout.servers import replace_weights
 from moe_upgrpo.rollout.vllm import LEAST_TEMPERATURE
 from moe_upgrpo.rollout.vllm_guard import VARIABLE
 from moe_upgrpo.rollout.vllm_plugin import VERSIONS
@@ -99,7 +100,8 @@ class VLLMServerEngine:
         self._weights = WeightsFolder("moe_upgrpo-vllm-", weights_dir)
         self.expected, self.weights_dir = self._model.shapes, self._weights.name
         self.weight_version = 0
-        self._key = on_rank_0(lambda: read_key(VARIABLE, api_key))
+        self.ranks = SharingRanks(generate_timeout + update_timeout)
+        self._key = self.ranks.from_first(lambda: read_key(VARIABLE, api_key))
         self._client = ServerClient(
             "vLLM",
             url,
@@ -110,9 +112,9 @@ class VLLMServerEngine:
         )
         self.url = self._client.url
         # Another run's version 3 is not this one's.
-        self._run = on_rank_0(lambda: uuid.uuid4().hex[:8])
-        self.max_model_len = on_rank_0(self._check_server)
-        on_rank_0(self._first_response)
+        self._run = self.ranks.from_first(lambda: uuid.uuid4().hex[:8])
+        self.max_model_len = self.ranks.from_first(self._check_server)
+        self.ranks.from_first(self._first_response)
 
     def _check_server(self) -> int:
         """The longest sequence that it takes."""
@@ -329,9 +331,15 @@ class VLLMServerEngine:
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
         """See `Engine.update_weights`."""
-        (error,) = hand_over([self], named_tensors, version=version, held=self.weight_version)
+        (error,) = replace_weights([self], named_tensors, version=version, held=self.weight_version)
         if error is not None:
             raise error
+
+    def take_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> Callable[[], None]:
+        """See `beside.hand_over`."""
+        return later(self, named_tensors, version, whole=self.ranks.first)
 
     def took(self, version: int) -> None:
         """See `SharedServer.took`."""

@@ -64,8 +64,8 @@ COLUMNS: dict[str, Column] = {
     ),
     "staleness": Column(
         "int32",
-        "RL steps between the weights that sampled the sequence and the old weights θ_old; 0 "
-        "unless generation overlaps with the update",
+        "RL steps between the weights that sampled the token and the old weights θ_old: it is of "
+        "weight version step − 1 − staleness",
         optional=True,
     ),
     "prefix_mismatched": Column(

@@ -206,8 +206,8 @@ def _held(config: PlanConfig, layout: Layout, model: Sizes, stage: Stage, length
         held["reference model"] = copy
     if config.terms.gradient_at == "old":
         held["old weights, and the policy's while they are used"] = 2 * copy
-    if rollouts.overlap and config.log.analyse_every:
-        held["policy one step behind"] = copy
+    if rollouts.ahead and config.log.analyse_every:
+        held["policy as it sampled"] = copy
     if _in_process(config):
         width = memory.DTYPE_BYTES[rollouts.engine_dtype]
         held["engine: model"] = width * memory.model_parameters(model)
@@ -347,7 +347,7 @@ def _host(
         host["routes and margins of a step"] = 2 * each * config.gpus_per_node
     rollouts, trainer = config.rollouts, config.trainer
     if config.run.async_save and config.run.save_every:
-        behind = rollouts.overlap and config.log.analyse_every > 0
+        behind = rollouts.ahead > 0 and config.log.analyse_every > 0
         host["a checkpoint's copy (--async-save)"] = memory.state_copies(
             stages,
             layout,
@@ -357,6 +357,11 @@ def _host(
             algorithm=trainer.optimizer.algorithm,
             frozen=behind + bool(config.terms.reference_every),
         )
+    if config.rollouts.ahead > 1:
+        # Those of the steps since the oldest batch that is still sampled, and the newest.
+        copies = (1 + config.rollouts.ahead) * (config.gpus_per_node if _in_process(config) else 1)
+        width = memory.DTYPE_BYTES[config.trainer.dtype]
+        host["weights that wait for the engine"] = copies * width * memory.model_parameters(model)
     return host
 
 

@@ -74,7 +74,8 @@ class TrainConfig:
 
     def __post_init__(self):
         self._check_data()
-        self._check_engine_every()
+        _check_engine_every(self)
+        _check_staleness(self)
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
@@ -96,27 +97,11 @@ class TrainConfig:
                 "--max-new-tokens."
             )
 
-    def _check_engine_every(self) -> None:
-        every = self.rollouts.engine_every
-        if every == 1:
-            return
-        analyse_every = self.log.analyse_every
-        if self.rollouts.overlap or analyse_every:
-            raise UserError(
-                f"engine_every={every} with overlap or analyse_every={analyse_every}: the "
-                "weights that sampled are not kept. Give --no-overlap and --analyse-every 0."
-            )
-        multiples = {
-            "steps": self.run.steps,
-            "eval_every": self.evaluation.eval_every,
-            "save_every": self.run.save_every,
-        }
-        for name, value in multiples.items():
-            if value % every:
-                raise UserError(
-                    f"{name}={value} is not a multiple of engine_every={every}: the engine "
-                    "evaluates, and is resumed, with the newest weights."
-                )
+    @property
+    def starve_after(self) -> float:
+        """Seconds for which a step waits for its batch before the queue starves."""
+        asked = self.rollouts.starve_after
+        return 30 * self.run.timeout if asked is None else asked
 
     def _check_epochs(self) -> None:
         terms, batch = self.terms, self.batch
@@ -171,9 +156,9 @@ class TrainConfig:
                 "false_positives with max_refills: groups are kept or dropped by the true "
                 "verdicts. Leave one out."
             )
-        if max_refills and self.rollouts.overlap:
+        if max_refills and self.rollouts.ahead:
             raise UserError(
-                f"max_refills={max_refills} with overlap: refills would be sampled with newer "
+                f"max_refills={max_refills} with staleness: refills would be sampled with newer "
                 "weights than the batch they fill. Leave one out."
             )
 
@@ -220,6 +205,43 @@ class TrainConfig:
                 f"{data_parallel} data-parallel rank(s) a multiple of {parts} is needed."
             )
         return layout
+
+
+def _check_engine_every(config: TrainConfig) -> None:
+    every = config.rollouts.engine_every
+    if every == 1:
+        return
+    analyse_every = config.log.analyse_every
+    if config.rollouts.ahead or analyse_every:
+        raise UserError(
+            f"engine_every={every} with staleness or analyse_every={analyse_every}: the "
+            "weights that sampled are not kept. Give --staleness 0 and --analyse-every 0."
+        )
+    multiples = {
+        "steps": config.run.steps,
+        "eval_every": config.evaluation.eval_every,
+        "save_every": config.run.save_every,
+    }
+    for name, value in multiples.items():
+        if value % every:
+            raise UserError(
+                f"{name}={value} is not a multiple of engine_every={every}: the engine "
+                "evaluates, and is resumed, with the newest weights."
+            )
+
+
+def _check_staleness(config: TrainConfig) -> None:
+    ahead, analyse_every = config.rollouts.ahead, config.log.analyse_every
+    if 0 < analyse_every < ahead:
+        raise UserError(
+            f"analyse_every={analyse_every} with staleness={ahead}: the weights that sampled "
+            f"one batch are kept at a time. Give --analyse-every {ahead} or more, or 0."
+        )
+    if ahead and config.starve_after >= 60 * config.run.timeout:
+        raise UserError(
+            f"starve_after={config.starve_after:g} with timeout={config.run.timeout:g}: the ranks "
+            "would end each other before. Give fewer seconds than those minutes have."
+        )
 
 
 def _check_several_rewards(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout.base import Rollout
-from moe_upgrpo.rollout.cache import load_rollouts
+from moe_upgrpo.rollout.cache import load_rollouts, saved_steps
 from moe_upgrpo.store import RunFolder, read_config
 from moe_upgrpo.store.checkpoints import Checkpoints, read_manifest
 
@@ -24,11 +24,12 @@ class Checkpoint:
     path: Path | None = None
     manifest: dict[str, Any] | None = None
 
-    def rollouts(self) -> list[Rollout] | None:
-        """All ranks' rollouts of the next step, where they were sampled ahead."""
+    def rollouts(self) -> dict[int, list[Rollout]]:
+        """All ranks' rollouts that were sampled ahead, by the steps that train on them."""
         if self.path is None or not (self.path / ROLLOUTS).is_dir():
-            return None
-        return load_rollouts(self.path / ROLLOUTS, self.step + 1)
+            return {}
+        folder = self.path / ROLLOUTS
+        return {step: load_rollouts(folder, step) for step in saved_steps(folder)}
 
 
 def find(run: RunFolder, steps: int, *, restart: bool = False) -> Checkpoint:

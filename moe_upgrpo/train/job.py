@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_upgrpo.megatron import groups
@@ -13,6 +13,7 @@ from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.turns import turns_of
 from moe_upgrpo.store import RunFolder, TokenLogWriter, read_metrics
 from moe_upgrpo.tasks import Task
+from moe_upgrpo.train.ahead import Patience
 from moe_upgrpo.train.apart import Apart
 from moe_upgrpo.train.batch import Rewarding
 from moe_upgrpo.train.config import TrainConfig
@@ -55,7 +56,7 @@ def make_job(
     display: Display,
     stopping: Stopping,
     done: int,
-    ahead: Sequence[Rollout] | None,
+    ahead: Mapping[int, Sequence[Rollout]],
     apart: Sequence[int] = (),
 ) -> Job:
     """Give each object the few settings that it needs. apart: ranks without the run's folder."""
@@ -73,7 +74,10 @@ def make_job(
         prompts=config.batch.prompts,
         group=config.batch.group,
         max_refills=config.batch.max_refills,
-        overlap=config.rollouts.overlap,
+        staleness=config.rollouts.ahead,
+        patience=Patience(
+            seconds=config.starve_after, then=config.rollouts.starved, say=display.say
+        ),
         engine_every=config.rollouts.engine_every,
         save_in=config.rollouts.save_rollouts,
         load_from=config.rollouts.load_rollouts,

@@ -163,9 +163,9 @@ class Learner:
             num_experts=self.actor.num_experts,
         )
 
-    def keep_behind(self) -> None:
-        """Keep a copy of the current weights, which the update is about to change."""
-        if self.behind is not None:
+    def keep_behind(self, step: int) -> None:
+        """Keep a copy of the current weights, which sample `step`'s batch, if that is analysed."""
+        if self.behind is not None and self.analyses(step):
             self.behind.take_weights(self.actor)
 
     def update(

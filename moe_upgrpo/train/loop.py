@@ -47,6 +47,8 @@ def train(config: TrainConfig) -> Path:
                 samples = for_update(samples, advantages, reference, first, group)
                 samples = learner.weighed(samples, old)
             with clock("analysis"):
+                if learner.analyses(step):
+                    sampler.settle()
                 noise = learner.analyse(
                     step,
                     samples,
@@ -56,8 +58,8 @@ def train(config: TrainConfig) -> Path:
                     stale=sampler.stale(step),
                 )
             with clock("update"):
-                if sampler.generate_ahead(step + 1):
-                    learner.keep_behind()
+                for later in sampler.generate_ahead(step):
+                    learner.keep_behind(later)
                 updated = learner.update(samples, rollouts, old, step)
                 sampler.update_engine(learner.actor, step)
             with clock("logging"):
@@ -77,6 +79,8 @@ def train(config: TrainConfig) -> Path:
                     counts_updates=sampler.place.dp_rank == 0,
                 )
                 recorder.log_tokens(step, trained)
+            if recorder.evaluates(step):
+                sampler.settle()
             learner.terms.end_step(recorder.log_step(step, trained, clock))
             states.save_if_due(step)
             states.leave_if_asked(step)

@@ -45,6 +45,8 @@ MAY_CHANGE = {
     "engine_lost": "what happens where a server falls away",
     "cache_dir": "not used any more: the start model is there",
     "max_refills": "how long a step looks for groups",
+    "starve_after": "how long a step waits for its batch",
+    "starved": "what follows then",
     "reward_timeout": "how long a reward may take",
     "reward_workers": "how many processes judge",
     "eval_data": "evaluation",

@@ -330,8 +330,17 @@ class RolloutOptions:
     """fp8: engine hf samples with weights rounded to e4m3, as an FP8 server would."""
     engine_every: int = 1
     """Steps between weight updates of the engine: rollouts are up to one less stale."""
+    staleness: int = 0
+    """Generate up to so many batches ahead while updates run, each with weights of so many steps
+    before; 0: each batch with the weights that it trains."""
     overlap: bool = False
-    """Generate the next batch while the update runs: one step off-policy."""
+    """The older name of --staleness 1."""
+    starve_after: float | None = None
+    """Seconds for which a step waits for a batch that is generated ahead, until one line says that
+    the queue starves. None: half of --timeout."""
+    starved: Literal["wait", "end"] = "wait"
+    """What a starving queue leads to. wait: training goes on once the batch is there; end: the run
+    ends. No other batch is taken."""
     temperature: float = 1.0
     """Sampling temperature, which the trainer applies to its log-probs too."""
     max_new_tokens: int | None = None
@@ -343,7 +352,21 @@ class RolloutOptions:
 
     def __post_init__(self):
         at_least(self, 1, "engine_every", "max_new_tokens")
-        check_engine(self.engine, weights=self.engine_weights, url=self.engine_url)
+        at_least(self, 0, "staleness")
+        check_engine(
+            self.engine, weights=self.engine_weights, url=self.engine_url, ahead=self.ahead
+        )
+        self._check_servers()
+        self._check_queue()
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
+
+    @property
+    def ahead(self) -> int:
+        """Most batches generated ahead, each so many steps stale."""
+        return self.staleness or int(self.overlap)
+
+    def _check_servers(self) -> None:
         if (
             self.engine_transfer != "disk"
             and ENGINES[self.engine].place(self.engine_url) == "each rank"
@@ -357,10 +380,22 @@ class RolloutOptions:
                 f"engine_lost=go-on with engine_url={self.engine_url}: several servers are needed, "
                 "so that there are others. Leave engine_lost out."
             )
-        if self.overlap and self.load_rollouts is not None:
-            raise UserError("overlap with load_rollouts: nothing is generated. Leave one out.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: RL samples at a temperature above 0.")
+
+    def _check_queue(self) -> None:
+        if self.overlap and self.staleness > 1:
+            raise UserError(
+                f"overlap with staleness={self.staleness}: it is --staleness 1. Leave it out."
+            )
+        if self.ahead and self.load_rollouts is not None:
+            raise UserError("staleness with load_rollouts: nothing is generated. Leave one out.")
+        for name in ("starve_after", "starved"):
+            if not self.ahead and getattr(self, name) != getattr(RolloutOptions, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} without staleness: there is no queue that could "
+                    "starve. Give --staleness too."
+                )
+        if self.starve_after is not None and not 0 < self.starve_after < math.inf:
+            raise UserError(f"starve_after={self.starve_after}: seconds above 0 are needed.")
 
 
 @dataclass(frozen=True, kw_only=True)

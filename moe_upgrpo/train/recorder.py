@@ -108,13 +108,16 @@ class Recorder:
         row |= _over_ranks(clock)
         row["tokens_per_second"] = metrics["tokens/sampled"] / seconds["total"]
         raised = self.watch.add_to(row)
-        due = step % self.eval_every == 0 or step == self.steps
-        if due and not self.evaluation.why_not():
+        if self.evaluates(step) and not self.evaluation.why_not():
             row |= self.evaluation.of(step)
         self._append(row)
         if self.place.rank == 0:
             self.display.step(row, raised)
         return row
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after the step."""
+        return step % self.eval_every == 0 or step == self.steps
 
     def log_evaluation(self, step: int) -> None:
         """Write a row of its own for the model before the first step."""

@@ -8,7 +8,7 @@ the rank. Nor does the engine: it gets the weights again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -60,15 +60,15 @@ def save(
     actor: MegatronActor,
     behind: MegatronActor | None,
     reference: MegatronActor | None,
-    ahead: Sequence[Rollout] | None,
+    ahead: Mapping[int, Sequence[Rollout]],
     keep: int,
     thread: StateThread | None = None,
 ) -> None:
     """Keep the state after `step`, then prune. A collective.
 
     reference: passed where it does not stay the start model. ahead: this data-parallel rank's
-    rollouts of the next step, on one rank of each model copy. thread: writes it while training goes
-    on, from a copy in the host's memory; this waits for the state before it.
+    rollouts of later steps, by their steps, on one rank of each model copy. thread: writes it while
+    training goes on, from a copy in the host's memory; this waits for the state before it.
     """
     if thread:
         thread.settle()  # its folder is in the way, and its copy in memory
@@ -77,8 +77,8 @@ def save(
     first = groups.rank() == 0
     part = groups.from_rank_0(checkpoints.begin(step) if first else None)
     write = ready_state(part, actor, behind, reference, own=own)
-    if ahead is not None:
-        save_rollouts(part / ROLLOUTS, step + 1, groups.data_parallel()[0], ahead)
+    for later, rollouts in ahead.items():
+        save_rollouts(part / ROLLOUTS, later, groups.data_parallel()[0], rollouts)
     about = {
         "model": _model(actor),
         "layout": str(actor.layout),

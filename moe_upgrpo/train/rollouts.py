@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import InitVar, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import backend, groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
+from moe_upgrpo.rollout.beside import hand_over
 from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
 from moe_upgrpo.rollout.turns import converse
 from moe_upgrpo.tasks import Problem, Task, judged
+from moe_upgrpo.train.ahead import Ahead, Patience
 from moe_upgrpo.train.batch import Batch, Group, collect
 from moe_upgrpo.train.place import SAMPLING, Place, seed_of
 from moe_upgrpo.train.stopping import GivenUp, Stopping
@@ -25,7 +27,10 @@ class Rollouts:
     """One rank's part in the rollouts of all steps.
 
     engine: None where rollouts are loaded, from `load_from`. done: steps before this process.
-    ahead: all ranks' rollouts of the next step, where they were sampled ahead.
+    staleness: N batches are sampled ahead, each with the weights of N steps before those that it
+    trains; those of a run's first steps, which nothing precedes, with those of its start. Batch k
+    is of version max(first, k − 1 − N): when anything is finished does not matter. ahead: all
+    ranks' rollouts by step, where they were sampled ahead before this process.
     """
 
     task: Task
@@ -38,21 +43,20 @@ class Rollouts:
     prompts: int
     group: int
     max_refills: int = 0
-    overlap: bool = False
+    staleness: int = 0
+    patience: Patience = field(default_factory=Patience)
     engine_every: int = 1
     save_in: Path | None = None
     load_from: Path | None = None
     done: int = 0
-    ahead: InitVar[list[Rollout] | None] = None
+    ahead: InitVar[Mapping[int, Sequence[Rollout]] | None] = None
 
-    def __post_init__(self, ahead: list[Rollout] | None):
-        self._thread = ThreadPoolExecutor(1, "generate")
-        self._ahead: Future | None = None
-        if ahead is not None:
-            self._ahead = Future()
-            self._ahead.set_result(self.place.of_rank(self.place.of_copy(ahead)))
-        # With overlap, the only step whose batch is sampled with the weights that it trains.
-        self._fresh_step = self.done + 1 if ahead is None else None
+    def __post_init__(self, ahead: Mapping[int, Sequence[Rollout]] | None):
+        self._ahead = Ahead(self.patience)
+        self._versions: dict[int, int] = {}  # of the weights that sample a step's batch ahead
+        for step, rollouts in (ahead or {}).items():
+            self._ahead.restore(step, self.place.of_rank(self.place.of_copy(rollouts)))
+            self._versions[step] = rollouts[0].weight_version
 
     @property
     def first_sequence(self) -> int:
@@ -61,7 +65,7 @@ class Rollouts:
 
     def stale(self, step: int) -> bool:
         """Whether the step's batch was sampled ahead, with older weights than it trains."""
-        return self.overlap and step != self._fresh_step
+        return self._versions.get(step, step - 1) != step - 1
 
     def problems(self, step: int, refill: int = 0) -> list[Problem]:
         """This data-parallel rank's share of the step's problems, or of a refill of them."""
@@ -129,8 +133,11 @@ class Rollouts:
     def _generated(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
         """Responses to `problems`; the ranks of a model copy each sample a part, and share all."""
         mine: list[Rollout | None]
-        if self.overlap:  # never given up: the next state has these rollouts in it
-            mine = self._ahead.result() if self._ahead else self._sample(problems, step, refill)
+        if step in self._ahead:
+            mine = self._ahead.take(step)
+        elif self.staleness:  # never given up: a state has what was sampled ahead in it
+            self.settle()  # a resumed run's weights are still on their way
+            mine = self._sample(problems, step, refill)
         else:
             try:
                 with self.stopping.giving_up():
@@ -155,26 +162,34 @@ class Rollouts:
                 seed=seed_of(self.seed, SAMPLING, step, self.place.rank, refill),
             )
 
-    def generate_ahead(self, step: int) -> bool:
-        """Begin, with overlap, to generate a step's batch with the weights that the engine has.
+    def generate_ahead(self, step: int) -> list[int]:
+        """Have the queue filled up while `step` is trained, with the weights from before it.
 
-        Returns whether it did.
+        No more than `staleness` batches wait or are being sampled. Returns the steps of the new.
         """
-        if not self.overlap or step > self.steps:
-            return False
-        self._ahead = self._thread.submit(self._sample, self.problems(step), step)
-        return True
+        last = min(step + self.staleness, self.steps)
+        begun = [later for later in range(step + 1, last + 1) if later not in self._ahead]
+        for later in begun:
+            self._versions[later] = step - 1
+            self._ahead.sample(later, partial(self._sample, self.problems(later), later))
+        return begun
 
-    def ahead_of(self, step: int) -> list[Rollout] | None:
-        """This copy's rollouts sampled ahead of the state after `step`, to be kept with it.
+    def settle(self) -> None:
+        """Wait until the engine has the newest weights and samples nothing."""
+        if self.staleness > 1:  # else it has them since the last update
+            self._ahead.settle()
 
-        A collective. One rank of each copy gets them; the others get None, as all do where there
-        are none.
+    def ahead_of(self, step: int) -> dict[int, list[Rollout]]:
+        """This copy's rollouts sampled ahead of the state after `step`, by the steps that train
+        them, to be kept with it.
+
+        A collective. One rank of each copy gets them, the others nothing.
         """
-        if not self.overlap or step >= self.steps:
-            return None
-        rollouts = groups.gather_in_model_copy(self._ahead.result())
-        return rollouts if self.place.copy_rank == 0 else None
+        waiting = {
+            later: groups.gather_in_model_copy(rollouts)
+            for later, rollouts in self._ahead.waiting().items()
+        }
+        return waiting if self.place.copy_rank == 0 else {}
 
     def _loaded(self, step: int) -> tuple[list[Problem], list[Rollout]]:
         """This rank's share of a step's saved rollouts, and the problems that they answer."""
@@ -202,21 +217,30 @@ class Rollouts:
 
     def _check_versions(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Refuse rollouts that were sampled with other weights than the expected ones."""
-        expected = step - 1 - self.stale(step)
+        expected = self._versions.get(step, step - 1)
         expected -= expected % self.engine_every
         for i, rollout in enumerate(rollouts):
             if rollout.weight_version != expected:
                 raise UserError(
                     f"Sequence {self.first_sequence + i} of step {step} was sampled with weight "
                     f"version {rollout.weight_version}; {expected} was expected"
-                    + (" (the saved run's --overlap differs)" if self.engine is None else "")
+                    + (" (the saved run's --staleness differs)" if self.engine is None else "")
                     + "."
                 )
 
     def update_engine(self, actor: MegatronActor, step: int) -> None:
-        """Give the engine the trainer's weights, once it has finished what it is generating."""
-        if self._ahead:
-            self._ahead.result()
-        if self.engine is not None and step % self.engine_every == 0:
-            with backend.suspended():
+        """Give the engine the trainer's weights, once it has finished what it is generating.
+
+        With up to one batch ahead this waits: the next step needs that batch. With more, a copy of
+        the weights waits its turn, and training goes on.
+        """
+        if self.engine is None or step % self.engine_every:
+            return
+        if self.staleness < 2:
+            self._ahead.waiting()
+        with backend.suspended():
+            if self.staleness < 2:
                 self.engine.update_weights(actor.export_weights(), version=step)
+            else:
+                put = hand_over(self.engine, actor.export_weights(), version=step)
+                self._ahead.put_weights(put)

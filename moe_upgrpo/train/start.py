@@ -184,7 +184,7 @@ def _found(config: TrainConfig, run: RunFolder) -> tuple[Checkpoint, dict[str, l
 def _actors(
     config: TrainConfig, model_dir: Path, layout: Layout, max_tokens: int
 ) -> tuple[MegatronActor, MegatronActor | None, MegatronActor | None]:
-    """The policy; the reference, where there is one; the policy one step behind."""
+    """The policy; the reference, where there is one; the policy as it sampled."""
     trainer, limit = config.trainer, config.micro_batches(max_tokens)
     settings = {
         "dtype": trainer.dtype,
@@ -198,7 +198,7 @@ def _actors(
     }
     actor = MegatronActor(model_dir, layout, optimizer=trainer.optimizer, **settings)
     reference = MegatronActor(model_dir, layout, **settings) if config.has_reference else None
-    needs_behind = config.rollouts.overlap and config.log.analyse_every > 0
+    needs_behind = config.rollouts.ahead > 0 and config.log.analyse_every > 0
     behind = MegatronActor(model_dir, layout, **settings) if needs_behind else None
     return actor, reference, behind
 

@@ -47,7 +47,7 @@ class States:
         in_step: the next step has begun. It is given up, unless it was sampled ahead. Raises
         Stopped on every rank.
         """
-        if done == self.steps or (in_step and self.rollouts.overlap):
+        if done == self.steps or (in_step and self.rollouts.staleness):
             return
         asked = groups.largest_everywhere(self.stopping.asked or 0)
         if not asked:

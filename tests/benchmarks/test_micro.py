@@ -21,6 +21,7 @@ from benchmarks.micro import (
     packing,
     recording_scale,
     route_codec,
+    staleness,
     step_against_peers,
 )
 from benchmarks.micro.peers import Work, plain, read_steps
@@ -100,6 +101,19 @@ def test_balance(capsys):
     balance.main(["--seeds", "1", "--sequences", "4"])
     said = capsys.readouterr().out
     assert "4 sequences a rank, 1 seeds" in said and "DP32" in said
+
+
+def test_throughput_against_staleness(tmp_path, capsys):
+    few = staleness.Setting(
+        staleness=(0, 2), steps=6, generate=0.002, update=0.002, figure=tmp_path / "figure.svg"
+    )
+    staleness.main(few)
+    said = capsys.readouterr().out
+    assert said.startswith("simulated: 6 steps")
+    # Batches 1 to 6 are 0, 1, 2, 2, 2, 2 steps behind.
+    behind = [line.split("|")[5].strip() for line in said.splitlines()[3:]]
+    assert behind == ["0.00", "1.50"]
+    assert "staleness, steps" in few.figure.read_text()
 
 
 # Words after `python -m`, and what the last line says.

@@ -4,6 +4,7 @@ The reference is a plain transformers model, eager experts, one unpadded sequenc
 cache; routes come from its routers. Not covered: CUDA, sharded checkpoints.
 """
 
+import threading
 import warnings
 from functools import cache
 
@@ -25,6 +26,7 @@ from transformers import (
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.rollout import SamplingConfig
+from moe_upgrpo.rollout.beside import hand_over
 from moe_upgrpo.rollout.hf import HFEngine, fp8_rounded, is_rounded
 from tests.megatron.live import Live
 
@@ -576,3 +578,33 @@ def test_fp8_weights_are_rounded_again_after_an_update(model_dir, other_dir):
         "mlp.experts.gate_up_proj",
         "mlp.experts.down_proj",
     }
+
+
+@pytest.mark.bits
+def test_weights_that_arrive_while_it_samples_change_no_response_that_was_begun(
+    model_dir, other_dir
+):
+    """In bf16. They change it at no place: each response is of one version of the weights."""
+    engine = HFEngine(model_dir, "bfloat16", "cpu")
+    expected = [sample(engine), sample(HFEngine(other_dir, "bfloat16", "cpu"))]
+    weights = [weights_of(model_dir), weights_of(other_dir)]
+    sampled, ended = [], threading.Event()
+
+    def keep_sampling():
+        while not ended.wait(0.01):  # else it would seldom let the other thread have its turn
+            sampled.append(sample(engine))
+
+    thread = threading.Thread(target=keep_sampling)
+    thread.start()
+    puts = [hand_over(engine, weights[v % 2].items(), version=v) for v in range(1, 5)]
+    assert engine.weight_version == 0
+    for put in puts:
+        put()
+    ended.set()
+    thread.join()
+    sampled.append(sample(engine))
+    versions = [rollouts[0].weight_version for rollouts in sampled]
+    assert versions == sorted(versions) and versions[-1] == 4
+    for version, rollouts in zip(versions, sampled, strict=True):
+        assert {r.weight_version for r in rollouts} == {version}
+        assert same(rollouts, expected[version % 2])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from moe_upgrpo.errors import MachineFault, UserError
 from moe_upgrpo.rollout import SamplingConfig, handover
+from moe_upgrpo.rollout.beside import hand_over
 from moe_upgrpo.rollout.digest import Digest
 from moe_upgrpo.rollout.engines import make_engine
 from tests.ranks import run_ranks
@@ -298,15 +299,23 @@ def on_a_rank(kind, model_dir, urls, transfer):
     dist.barrier()
     if dist.get_rank() == 1:  # it alone has noticed
         engine._gone[urls[0]] = f"{urls[0]} was lost"
-    # As an export: ranks go through the tensors in step.
-    new = ((dist.barrier(), item)[1] for item in weights_of(model_dir, 1.0).items())
-    engine.update_weights(new, version=1)
-    return engine.urls, engine.weight_version, [*found, tokens(sample(engine, seed=1))]
+    put = hand_over(engine, weights_of(model_dir, 1.0).items(), version=1)
+    kept = {tensor.device.type for _, tensor in put.args[0]}
+    thread, total = threading.Thread(target=put), torch.tensor(1)
+    if dist.get_rank() == 1:
+        thread.start()
+    dist.all_reduce(total)  # the trainer's, before the update on one rank and after it on the other
+    if dist.get_rank() == 0:
+        thread.start()
+    thread.join()
+    found.append(tokens(sample(engine, seed=1)))
+    return engine.urls, engine.weight_version, found, kept
 
 
 @pytest.mark.parametrize("transfer", ["disk", "distributed"])
 def test_ranks_agree_on_the_servers_that_are_left(transfer, kind, tiny_checkpoint):
-    """Rank 1 begins with the second server."""
+    """Rank 1 begins with the second server. The weights are taken beside the trainer's collectives,
+    and rank 0 alone keeps a copy of them till then."""
     stand_in, _ = STAND_INS[kind]
     states = [{}, {}]
     with ExitStack() as stack:
@@ -314,7 +323,8 @@ def test_ranks_agree_on_the_servers_that_are_left(transfer, kind, tiny_checkpoin
             stack.enter_context(server(stand_in(tiny_checkpoint, state)))[0] for state in states
         ]
         per_rank = run_ranks(2, on_a_rank, kind, tiny_checkpoint, urls, transfer)
-    assert per_rank == [([urls[1]], 1, [by_hand(), by_hand(1)])] * 2
+    same = ([urls[1]], 1, [by_hand(), by_hand(1)])
+    assert per_rank == [(*same, {"cpu"}), (*same, {"meta"})]
     assert [len(state["digests"]) for state in states] == [1, 2]
 
 

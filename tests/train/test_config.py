@@ -61,6 +61,15 @@ def test_every_option_keeps_its_name_in_one_part_of_the_config():
     json.dumps(config.flat(), default=str)
 
 
+def test_how_far_ahead_is_generated_and_where():
+    ahead = [TrainConfig.of(**given).rollouts.ahead for given in ({}, {"overlap": True})]
+    assert ahead == [0, 1] and TrainConfig.of(staleness=3).rollouts.ahead == 3
+    assert TrainConfig.of(staleness=1, engine="vllm").rollouts.ahead == 1
+    server = TrainConfig.of(staleness=2, engine="vllm", engine_url="http://h:1")
+    assert server.rollouts.ahead == TrainConfig.of(staleness=2, engine="sglang").rollouts.ahead == 2
+    assert server.starve_after == 300 and server.but(starve_after=7.0).starve_after == 7
+
+
 def test_a_copy_with_other_values_of_options_in_two_parts():
     config = TrainConfig.of(steps=7, group=2)
     other = config.but(steps=8, prompts=4)
@@ -76,8 +85,8 @@ def test_a_copy_with_other_values_of_options_in_two_parts():
     ("words", "said"),
     [
         ("--steps 0", "steps=0: at least 1 is needed"),
-        ("--engine-every 2", "engine_every=2 with overlap or analyse_every=20: the weights that "
-         "sampled are not kept. Give --no-overlap and --analyse-every 0"),
+        ("--engine-every 2", "engine_every=2 with staleness or analyse_every=20: the weights "
+         "that sampled are not kept. Give --staleness 0 and --analyse-every 0"),
         ("--tiny.layers 0", "tiny.layers=0: at least 1 is needed"),
         ("--optimizer.lr -1", "optimizer: lr=-1.0: a number of at least 0 is needed"),
         ("--correction.weight x", "correction.weight: 'x' given; allowed: none, "
@@ -321,11 +330,26 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         ({"overlong_penalty": 2.0}, "overlong_penalty=2.0 without overlong_buffer"),
         ({"overlong_buffer": 1, "overlong_penalty": -1.0}, "overlong_penalty=-1.0"),
         ({"max_refills": -1}, "max_refills=-1"),
-        ({"max_refills": 1, "overlap": True}, "max_refills=1 with overlap.* Leave one out"),
+        ({"max_refills": 1, "overlap": True}, "max_refills=1 with staleness.* Leave one out"),
+        ({"staleness": -1}, "staleness=-1: 0 or more"),
+        ({"staleness": 2, "overlap": True}, "overlap with staleness=2: it is --staleness 1"),
+        ({"staleness": 1, "load_rollouts": "r"}, "staleness with load_rollouts: nothing is"),
+        ({"staleness": 3, "analyse_every": 2}, "staleness=3: .* Give --analyse-every 3 or more"),
+        (
+            {"staleness": 2, "engine": "vllm"},
+            "staleness=2 with engine=vllm in each rank: .* 1 is the most. .* --engine hf",
+        ),
+        ({"starve_after": 5.0}, "starve_after=5.0 without staleness: there is no queue"),
+        ({"starved": "end"}, "starved=end without staleness"),
+        ({"starve_after": 0.0, "staleness": 1}, "starve_after=0.0: seconds above 0"),
+        (
+            {"starve_after": 60.0, "staleness": 1, "timeout": 1.0},
+            "starve_after=60 with timeout=1: the ranks would end each other",
+        ),
         ({"false_positives": 1.0}, "false_positives=1.0"),
         ({"false_positives": 0.1, "max_refills": 1}, "false_positives with max_refills"),
         ({"engine_every": 0}, "engine_every=0"),
-        ({"engine_every": 2}, "engine_every=2 with overlap or analyse_every=20"),
+        ({"engine_every": 2}, "engine_every=2 with staleness or analyse_every=20"),
         ({"engine_every": 3, "analyse_every": 0}, "eval_every=20 is not a multiple"),
         (
             {"old_log_probs": "rollout", "correction": RolloutCorrection(weight="token-tis")},

@@ -336,6 +336,34 @@ def test_overlapped_generation_is_resumed_too(nth, overlapped, cache, tmp_path):
     assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 1, 1]
 
 
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("stale")
+    return whole_run(folder / "run", cache, "--staleness", "2", "--analyse-every", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+@pytest.mark.parametrize(
+    ("place", "nth", "rank"),
+    [
+        ("moe_upgrpo.megatron.actor:MegatronActor.update", 6, 1),
+        ("moe_upgrpo.rollout.hf:HFEngine._use", 4, 0),  # in the queue's thread
+        ("moe_upgrpo.rollout.hf:HFEngine.generate", 5, 1),
+        ("moe_upgrpo.train.resume:save_rollouts", 2, 0),
+    ],
+    ids=["update", "weights", "generation", "queue"],
+)
+def test_a_queue_of_two_batches_is_resumed_too(place, nth, rank, stale, cache, tmp_path):
+    run = tmp_path / "run"
+    words = options(run, cache, *MORE, "--staleness", "2", "--analyse-every", "2")
+    killed(place, nth, rank, *words)
+    result = job(2, "--resume", str(run))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(run, stale)
+    assert [row["staleness/mean"] for row in read_metrics(run)[1:]] == [0, 1, 2, 2]
+
+
 @pytest.mark.slow
 def test_more_steps_after_an_overlapped_run_begin_on_policy(overlapped, tmp_path):
     """Nothing was sampled ahead of its end."""
