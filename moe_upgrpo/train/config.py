@@ -75,7 +75,7 @@ class TrainConfig:
     def __post_init__(self):
         self._check_data()
         self._check_engine_every()
-        self._check_staleness()
+        _check_staleness(self)
         self._check_refills()
         self._check_epochs()
         self._check_rewards()
@@ -118,25 +118,6 @@ class TrainConfig:
                     f"{name}={value} is not a multiple of engine_every={every}: the engine "
                     "evaluates, and is resumed, with the newest weights."
                 )
-
-    def _check_staleness(self) -> None:
-        ahead, analyse_every = self.rollouts.ahead, self.log.analyse_every
-        if 0 < analyse_every < ahead:
-            raise UserError(
-                f"analyse_every={analyse_every} with staleness={ahead}: the weights that sampled "
-                f"one batch are kept at a time. Give --analyse-every {ahead} or more, or 0."
-            )
-        if ahead and self.starve_after >= 60 * self.run.timeout:
-            raise UserError(
-                f"starve_after={self.starve_after:g} with timeout={self.run.timeout:g}: the ranks "
-                "would end each other before. Give fewer seconds than those minutes have."
-            )
-
-    @property
-    def starve_after(self) -> float:
-        """Seconds for which a step waits for its batch before the queue starves."""
-        asked = self.rollouts.starve_after
-        return 30 * self.run.timeout if asked is None else asked
 
     def _check_epochs(self) -> None:
         terms, batch = self.terms, self.batch
@@ -238,6 +219,28 @@ class TrainConfig:
                 f"{data_parallel} data-parallel rank(s) a multiple of {parts} is needed."
             )
         return layout
+
+
+def starve_after(config: TrainConfig) -> float:
+    """Seconds for which a step waits for its batch before the queue starves."""
+    asked = config.rollouts.starve_after
+    return 30 * config.run.timeout if asked is None else asked
+
+
+def _check_staleness(config: TrainConfig) -> None:
+    """Refuse analyses for which no weights are kept, and more patience than the ranks have."""
+    ahead, analyse_every = config.rollouts.ahead, config.log.analyse_every
+    timeout = config.run.timeout
+    if 0 < analyse_every < ahead:
+        raise UserError(
+            f"analyse_every={analyse_every} with staleness={ahead}: the weights that sampled "
+            f"one batch are kept at a time. Give --analyse-every {ahead} or more, or 0."
+        )
+    if ahead and starve_after(config) >= 60 * timeout:
+        raise UserError(
+            f"starve_after={starve_after(config):g} with timeout={timeout:g}: the ranks would end "
+            "each other before. Give fewer seconds than those minutes have."
+        )
 
 
 def _check_several_rewards(config: TrainConfig) -> None:

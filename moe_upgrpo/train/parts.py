@@ -302,7 +302,7 @@ class RolloutOptions:
     """Seconds for which a step waits for a batch that is generated ahead, until one line says that
     the queue starves. None: half of --timeout."""
     starved: Literal["wait", "end"] = "wait"
-    """What a starving queue leads to. wait: training goes on once the batch is there; end: the run
+    """Answer to a starving queue. wait: training goes on once the batch is there; end: the run
     ends. No other batch is taken."""
     temperature: float = 1.0
     """Sampling temperature, which the trainer applies to its log-probs too."""

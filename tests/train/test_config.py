@@ -18,7 +18,7 @@ from moe_upgrpo.rollout.engines import VLLMSettings
 from moe_upgrpo.store import RunFolder
 from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.command_line import parsed
-from moe_upgrpo.train.config import OPTIONS, TrainConfig
+from moe_upgrpo.train.config import OPTIONS, TrainConfig, starve_after
 from moe_upgrpo.train.options import check_own_code, check_supported, file_arguments, named
 from moe_upgrpo.train.parts import BatchOptions, LogOptions
 from moe_upgrpo.train.tiny import TinyModel
@@ -67,7 +67,7 @@ def test_how_far_ahead_is_generated_and_where():
     assert TrainConfig.of(staleness=1, engine="vllm").rollouts.ahead == 1
     server = TrainConfig.of(staleness=2, engine="vllm", engine_url="http://h:1")
     assert server.rollouts.ahead == TrainConfig.of(staleness=2, engine="sglang").rollouts.ahead == 2
-    assert server.starve_after == 300 and server.but(starve_after=7.0).starve_after == 7
+    assert starve_after(server) == 300 and starve_after(server.but(starve_after=7.0)) == 7
 
 
 def test_a_copy_with_other_values_of_options_in_two_parts():
