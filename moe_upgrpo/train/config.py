@@ -228,13 +228,23 @@ def starve_after(config: TrainConfig) -> float:
 
 
 def _check_staleness(config: TrainConfig) -> None:
-    """Refuse analyses for which no weights are kept, and more patience than the ranks have."""
-    ahead, analyse_every = config.rollouts.ahead, config.log.analyse_every
-    timeout = config.run.timeout
+    """Refuse what needs other weights than are kept, or a ratio that is not to what sampled."""
+    rollouts, analyse_every = config.rollouts, config.log.analyse_every
+    ahead, partial, timeout = rollouts.ahead, rollouts.partial_rollouts, config.run.timeout
     if 0 < analyse_every < ahead:
         raise UserError(
             f"analyse_every={analyse_every} with staleness={ahead}: the weights that sampled "
             f"one batch are kept at a time. Give --analyse-every {ahead} or more, or 0."
+        )
+    if partial and analyse_every:
+        raise UserError(
+            f"partial_rollouts={partial} with analyse_every={analyse_every}: no one version of "
+            "the weights sampled a response. Give --analyse-every 0."
+        )
+    if partial and config.objective.old_log_probs != "rollout":
+        raise UserError(
+            f"partial_rollouts={partial} with old_log_probs={config.objective.old_log_probs}: the "
+            "ratio would not be to what sampled each token. Give --old-log-probs rollout."
         )
     if ahead and starve_after(config) >= 60 * timeout:
         raise UserError(

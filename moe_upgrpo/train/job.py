@@ -70,6 +70,7 @@ def make_job(
         group=config.batch.group,
         max_refills=config.batch.max_refills,
         staleness=config.rollouts.ahead,
+        partial=config.rollouts.partial_rollouts,
         patience=Patience(
             seconds=starve_after(config), then=config.rollouts.starved, say=display.say
         ),

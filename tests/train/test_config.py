@@ -326,6 +326,13 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
             {"staleness": 2, "engine": "vllm"},
             "staleness=2 with engine=vllm in each rank: .* 1 is the most. .* --engine hf",
         ),
+        ({"staleness": 2, "partial_rollouts": 0}, "partial_rollouts=0: at least 1"),
+        ({"staleness": 1, "partial_rollouts": 8}, "no update comes between .* --staleness 2 or"),
+        ({"staleness": 2, "partial_rollouts": 8}, "analyse_every=20: .* Give --analyse-every 0"),
+        (
+            {"staleness": 2, "partial_rollouts": 8, "analyse_every": 0},
+            "old_log_probs=trainer: the ratio would not be .* Give --old-log-probs rollout",
+        ),
         ({"starve_after": 5.0}, "starve_after=5.0 without staleness: there is no queue"),
         ({"starved": "end"}, "starved=end without staleness"),
         ({"starve_after": 0.0, "staleness": 1}, "starve_after=0.0: seconds above 0"),
