@@ -75,7 +75,7 @@ class Setting:
 
 @dataclass
 class Found:
-    """What a run of one N took; seconds of work of either side, and the versions behind."""
+    """Seconds that a run of one N took, and that either side worked; the versions behind."""
 
     seconds: float
     generated: float

@@ -29,6 +29,7 @@ class SequenceRecord:
     train_routes: native routes at the old weights. own_routes: those that the routers would have
         chosen while the trainer was held to the rollout's routes, at the same weights.
     margins: the trainer's top-k margins, native, at the old weights.
+    staleness: RL steps between what sampled and the old weights, of the sequence or [N].
     gap: the terms of logp_train − logp_rollout by their columns (`gap_terms`).
     held_routes, held_gates, native_gates: the gates of the held forward, for the experts of
         held_routes in their order, and of the native one, for those of train_routes.
@@ -52,7 +53,7 @@ class SequenceRecord:
     entropy: np.ndarray | None = None
     logp_reference: np.ndarray | None = None
     gap: dict[str, np.ndarray] | None = None
-    staleness: int | None = None
+    staleness: int | np.ndarray | None = None
     finished: bool | None = None
     held_routes: np.ndarray | None = None
     held_gates: np.ndarray | None = None

@@ -241,7 +241,11 @@ class StepRecord:
             **self.noise_layers,
         }
         if self.knows("staleness"):
-            rows["staleness"] = self._repeated("staleness")
+            behind = [
+                np.broadcast_to(np.asarray(s.staleness, int), len(s.positions))
+                for s in self.sequences
+            ]
+            rows["staleness"] = np.concatenate(behind)
         if self.knows("entropy"):
             rows["entropy"] = self.of_tokens("entropy")
         return rows
@@ -267,7 +271,8 @@ class StepRecord:
             finished = sum(bool(s.finished) for s in self.sequences)
             pairs["response/finished_rate"] = (finished, sequences)
         if self.knows("staleness"):
-            updates = sum(int(s.staleness) for s in self.sequences if s.staleness is not None)
+            behind = [np.asarray(s.staleness, float) for s in self.sequences]
+            updates = sum(float(one.mean()) for one in behind)
             pairs["staleness/mean"] = (updates, sequences)
         if self.knows("entropy"):
             pairs["entropy/mean"] = (float(self.of_tokens("entropy").sum()), tokens)

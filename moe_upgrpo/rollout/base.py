@@ -32,10 +32,12 @@ class Rollout:
             (at temperature 0: under temperature 1).
         routes: `[P+T-1, L, K]`, unsigned, of the smallest type that holds the expert ids
             (`routes_dtype`); expert sets in the engine's own order; L counts MoE layers only.
-        weight_version: the version of the weights that sampled it.
+        weight_version: the version of the weights that sampled it, or its first tokens.
         finished: whether it ended with EOS (False: cut at `max_new_tokens`).
         sampled: `[T]` bool, False for tokens of the response that the policy did not sample, such
             as the result of a tool, whose log-prob is 0 here. None: all were sampled.
+        versions: `[T]` int32, the version of the weights that sampled each token, ascending from
+            `weight_version`. None: one version sampled all.
 
     Raises UserError naming the sequence if a shape, a type or the number of rows is wrong or a
     log-prob is not finite. Expert ids and duplicates are checked where routes are compared.
@@ -48,6 +50,7 @@ class Rollout:
     weight_version: int
     finished: bool
     sampled: np.ndarray | None = None
+    versions: np.ndarray | None = None
 
     def __post_init__(self):
         for name in ("prompt_ids", "response_ids"):
@@ -76,6 +79,16 @@ class Rollout:
                 f"sampled of {self._named} is {self.sampled.dtype} {self.sampled.shape}; bool "
                 f"({tokens},) is needed, and that the first token of the response was sampled."
             )
+        if self.versions is not None and (
+            self.versions.shape != (tokens,)
+            or self.versions.dtype != np.int32
+            or self.versions[0] != self.weight_version
+            or (np.diff(self.versions) < 0).any()
+        ):
+            raise UserError(
+                f"versions of {self._named} are {self.versions.dtype} {self.versions.tolist()}; "
+                f"int32 ({tokens},), ascending from {self.weight_version}, are needed."
+            )
         if self.routes.ndim != 3 or self.routes.dtype.kind != "u":
             raise UserError(
                 f"routes of {self._named} are {self.routes.dtype} {self.routes.shape}; "
@@ -92,6 +105,13 @@ class Rollout:
     def sampled_or_all(self) -> np.ndarray:
         """Whether each token of the response was sampled, `[T]`."""
         return np.ones(len(self.response_ids), bool) if self.sampled is None else self.sampled
+
+    @property
+    def versions_or_all(self) -> np.ndarray:
+        """The version of the weights that sampled each token of the response, `[T]` int32."""
+        if self.versions is not None:
+            return self.versions
+        return np.full(len(self.response_ids), self.weight_version, np.int32)
 
     @property
     def _named(self) -> str:

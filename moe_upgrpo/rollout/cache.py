@@ -23,6 +23,7 @@ from moe_upgrpo.store.parquet import read_checked, write_checked
 _KEY = b"moe_upgrpo.rollouts"
 _VERSION = 1
 _WITH_RESULTS = 2  # one more column, where not all tokens were sampled: those that were
+_WITH_VERSIONS = 3  # another one, where weights changed in a response: each token's
 # Only short numbers have leading zeros, so that a step has one name.
 _FILE_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})-rank-(\d{4}|[1-9]\d{4,})\.parquet")
 _SCHEMA = pa.schema(
@@ -38,6 +39,7 @@ _SCHEMA = pa.schema(
 _SCHEMAS = {
     _VERSION: _SCHEMA,
     _WITH_RESULTS: _SCHEMA.append(pa.field("sampled", pa.list_(pa.bool_()))),
+    _WITH_VERSIONS: _SCHEMA.append(pa.field("versions", pa.list_(pa.int32()))),
 }
 
 
@@ -57,6 +59,8 @@ def save_rollouts(folder: str | Path, step: int, rank: int, rollouts: Sequence[R
         raise UserError(f"{file} exists already: choose another folder for the rollouts")
     ((dtype, layers, top_k),) = kinds
     version = _VERSION if all(r.sampled is None for r in rollouts) else _WITH_RESULTS
+    if any(r.versions is not None for r in rollouts):  # never of several turns
+        version = _WITH_VERSIONS
     schema = _SCHEMAS[version]
     about = {"version": version, "dtype": dtype, "layers": layers, "top_k": top_k}
     rows = [{name: getattr(r, name) for name in schema.names} for r in rollouts]
@@ -139,6 +143,7 @@ def _rollout(row: dict, dtype: np.dtype, shape: tuple[int, int], where: str) -> 
             weight_version=row["weight_version"],
             finished=row["finished"],
             sampled=None if row.get("sampled") is None else np.array(row["sampled"], bool),
+            versions=None if row.get("versions") is None else np.array(row["versions"], np.int32),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

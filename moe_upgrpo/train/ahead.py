@@ -52,6 +52,11 @@ class Ahead:
         """Have a step's batch sampled, after all that was asked for before."""
         self._batches[step] = self._thread.submit(self._run, sample)
 
+    def extend(self, step: int, more: Callable[[list[Rollout]], list[Rollout]]) -> None:
+        """Have a batch of the queue continued, after all that was asked for before."""
+        before = self._batches[step]
+        self._batches[step] = self._thread.submit(self._run, lambda: more(before.result()))
+
     def put_weights(self, put: Callable[[], None]) -> None:
         """Have weights put into the engine, after all that was asked for before."""
         self._thread.submit(self._run, put)

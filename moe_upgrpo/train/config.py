@@ -74,7 +74,7 @@ class TrainConfig:
 
     def __post_init__(self):
         self._check_data()
-        _check_engine_every(self)
+        self._check_engine_every()
         _check_staleness(self)
         self._check_refills()
         self._check_epochs()
@@ -97,11 +97,27 @@ class TrainConfig:
                 "--max-new-tokens."
             )
 
-    @property
-    def starve_after(self) -> float:
-        """Seconds for which a step waits for its batch before the queue starves."""
-        asked = self.rollouts.starve_after
-        return 30 * self.run.timeout if asked is None else asked
+    def _check_engine_every(self) -> None:
+        every = self.rollouts.engine_every
+        if every == 1:
+            return
+        analyse_every = self.log.analyse_every
+        if self.rollouts.ahead or analyse_every:
+            raise UserError(
+                f"engine_every={every} with staleness or analyse_every={analyse_every}: the "
+                "weights that sampled are not kept. Give --staleness 0 and --analyse-every 0."
+            )
+        multiples = {
+            "steps": self.run.steps,
+            "eval_every": self.evaluation.eval_every,
+            "save_every": self.run.save_every,
+        }
+        for name, value in multiples.items():
+            if value % every:
+                raise UserError(
+                    f"{name}={value} is not a multiple of engine_every={every}: the engine "
+                    "evaluates, and is resumed, with the newest weights."
+                )
 
     def _check_epochs(self) -> None:
         terms, batch = self.terms, self.batch
@@ -207,40 +223,35 @@ class TrainConfig:
         return layout
 
 
-def _check_engine_every(config: TrainConfig) -> None:
-    every = config.rollouts.engine_every
-    if every == 1:
-        return
-    analyse_every = config.log.analyse_every
-    if config.rollouts.ahead or analyse_every:
-        raise UserError(
-            f"engine_every={every} with staleness or analyse_every={analyse_every}: the "
-            "weights that sampled are not kept. Give --staleness 0 and --analyse-every 0."
-        )
-    multiples = {
-        "steps": config.run.steps,
-        "eval_every": config.evaluation.eval_every,
-        "save_every": config.run.save_every,
-    }
-    for name, value in multiples.items():
-        if value % every:
-            raise UserError(
-                f"{name}={value} is not a multiple of engine_every={every}: the engine "
-                "evaluates, and is resumed, with the newest weights."
-            )
+def starve_after(config: TrainConfig) -> float:
+    """Seconds for which a step waits for its batch before the queue starves."""
+    asked = config.rollouts.starve_after
+    return 30 * config.run.timeout if asked is None else asked
 
 
 def _check_staleness(config: TrainConfig) -> None:
-    ahead, analyse_every = config.rollouts.ahead, config.log.analyse_every
+    """Refuse what needs other weights than are kept, or a ratio that is not to what sampled."""
+    rollouts, analyse_every = config.rollouts, config.log.analyse_every
+    ahead, partial, timeout = rollouts.ahead, rollouts.partial_rollouts, config.run.timeout
     if 0 < analyse_every < ahead:
         raise UserError(
             f"analyse_every={analyse_every} with staleness={ahead}: the weights that sampled "
             f"one batch are kept at a time. Give --analyse-every {ahead} or more, or 0."
         )
-    if ahead and config.starve_after >= 60 * config.run.timeout:
+    if partial and analyse_every:
         raise UserError(
-            f"starve_after={config.starve_after:g} with timeout={config.run.timeout:g}: the ranks "
-            "would end each other before. Give fewer seconds than those minutes have."
+            f"partial_rollouts={partial} with analyse_every={analyse_every}: no one version of "
+            "the weights sampled a response. Give --analyse-every 0."
+        )
+    if partial and config.objective.old_log_probs != "rollout":
+        raise UserError(
+            f"partial_rollouts={partial} with old_log_probs={config.objective.old_log_probs}: the "
+            "ratio would not be to what sampled each token. Give --old-log-probs rollout."
+        )
+    if ahead and starve_after(config) >= 60 * timeout:
+        raise UserError(
+            f"starve_after={starve_after(config):g} with timeout={timeout:g}: the ranks would end "
+            "each other before. Give fewer seconds than those minutes have."
         )
 
 

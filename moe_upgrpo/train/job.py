@@ -16,7 +16,7 @@ from moe_upgrpo.tasks import Task
 from moe_upgrpo.train.ahead import Patience
 from moe_upgrpo.train.apart import Apart
 from moe_upgrpo.train.batch import Rewarding
-from moe_upgrpo.train.config import TrainConfig
+from moe_upgrpo.train.config import TrainConfig, starve_after
 from moe_upgrpo.train.learner import Learner
 from moe_upgrpo.train.place import Place
 from moe_upgrpo.train.progress import Display
@@ -75,8 +75,9 @@ def make_job(
         group=config.batch.group,
         max_refills=config.batch.max_refills,
         staleness=config.rollouts.ahead,
+        partial=config.rollouts.partial_rollouts,
         patience=Patience(
-            seconds=config.starve_after, then=config.rollouts.starved, say=display.say
+            seconds=starve_after(config), then=config.rollouts.starved, say=display.say
         ),
         engine_every=config.rollouts.engine_every,
         save_in=config.rollouts.save_rollouts,

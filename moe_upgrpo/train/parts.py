@@ -333,13 +333,16 @@ class RolloutOptions:
     staleness: int = 0
     """Generate up to so many batches ahead while updates run, each with weights of so many steps
     before; 0: each batch with the weights that it trains."""
+    partial_rollouts: int | None = None
+    """With staleness above 1: tokens of a response between two updates. An unfinished one goes on
+    with the next weights, and each token keeps its own log-prob and version."""
     overlap: bool = False
     """The older name of --staleness 1."""
     starve_after: float | None = None
     """Seconds for which a step waits for a batch that is generated ahead, until one line says that
     the queue starves. None: half of --timeout."""
     starved: Literal["wait", "end"] = "wait"
-    """What a starving queue leads to. wait: training goes on once the batch is there; end: the run
+    """Answer to a starving queue. wait: training goes on once the batch is there; end: the run
     ends. No other batch is taken."""
     temperature: float = 1.0
     """Sampling temperature, which the trainer applies to its log-probs too."""
@@ -351,7 +354,7 @@ class RolloutOptions:
     """Folder of a run's saved rollouts to train on: no engine, no evaluation."""
 
     def __post_init__(self):
-        at_least(self, 1, "engine_every", "max_new_tokens")
+        at_least(self, 1, "engine_every", "max_new_tokens", "partial_rollouts")
         at_least(self, 0, "staleness")
         check_engine(
             self.engine, weights=self.engine_weights, url=self.engine_url, ahead=self.ahead
@@ -388,6 +391,11 @@ class RolloutOptions:
             )
         if self.ahead and self.load_rollouts is not None:
             raise UserError("staleness with load_rollouts: nothing is generated. Leave one out.")
+        if self.partial_rollouts and self.ahead < 2:
+            raise UserError(
+                f"partial_rollouts={self.partial_rollouts} with staleness={self.ahead}: no update "
+                "comes between the beginning of a batch and its end. Give --staleness 2 or more."
+            )
         for name in ("starve_after", "starved"):
             if not self.ahead and getattr(self, name) != getattr(RolloutOptions, name):
                 raise UserError(

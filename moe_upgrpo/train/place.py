@@ -13,7 +13,7 @@ import torch
 from moe_upgrpo.megatron import groups
 
 # Purposes of streams of random numbers; the step and the rank complete a stream's seed.
-SAMPLING, SHUFFLING, EVALUATION, GLOBAL, VERDICTS, DRAWS = range(6)
+SAMPLING, SHUFFLING, EVALUATION, GLOBAL, VERDICTS, DRAWS, CONTINUING = range(7)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,7 +92,9 @@ def sequence_records(
                 entropy=policy.entropy[counts],
                 logp_reference=reference and reference[i].log_probs[counts],
                 gap=gap,
-                staleness=weight_version - rollout.weight_version,
+                staleness=weight_version - rollout.weight_version
+                if rollout.versions is None
+                else weight_version - rollout.versions[counts],
                 finished=rollout.finished,
                 held_routes=held.routes if old.analysed else None,
                 held_gates=held.gates if old.analysed else None,

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.megatron import backend, groups
@@ -14,11 +16,12 @@ from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.rollout.base import Engine, Rollout, SamplingConfig
 from moe_upgrpo.rollout.beside import hand_over
 from moe_upgrpo.rollout.cache import load_rollouts, save_rollouts
-from moe_upgrpo.rollout.turns import converse
+from moe_upgrpo.rollout.partial import go_on
+from moe_upgrpo.rollout.turns import converse, turns_of
 from moe_upgrpo.tasks import Problem, Task, judged
 from moe_upgrpo.train.ahead import Ahead, Patience
 from moe_upgrpo.train.batch import Batch, Group, collect
-from moe_upgrpo.train.place import SAMPLING, Place, seed_of
+from moe_upgrpo.train.place import CONTINUING, SAMPLING, Place, seed_of
 from moe_upgrpo.train.stopping import GivenUp, Stopping
 
 
@@ -29,8 +32,10 @@ class Rollouts:
     engine: None where rollouts are loaded, from `load_from`. done: steps before this process.
     staleness: N batches are sampled ahead, each with the weights of N steps before those that it
     trains; those of a run's first steps, which nothing precedes, with those of its start. Batch k
-    is of version max(first, k − 1 − N): when anything is finished does not matter. ahead: all
-    ranks' rollouts by step, where they were sampled ahead before this process.
+    is of version max(first, k − 1 − N): when anything is finished does not matter. partial: tokens
+    of a response between two updates; after them it goes on with the next weights, and is finished
+    with those of k − 2. ahead: all ranks' rollouts by step, where they were sampled ahead before
+    this process.
     """
 
     task: Task
@@ -44,6 +49,7 @@ class Rollouts:
     group: int
     max_refills: int = 0
     staleness: int = 0
+    partial: int | None = None
     patience: Patience = field(default_factory=Patience)
     engine_every: int = 1
     save_in: Path | None = None
@@ -52,6 +58,11 @@ class Rollouts:
     ahead: InitVar[Mapping[int, Sequence[Rollout]] | None] = None
 
     def __post_init__(self, ahead: Mapping[int, Sequence[Rollout]] | None):
+        if self.partial and turns_of(self.task) > 1:
+            raise UserError(
+                f"partial_rollouts={self.partial} with a task of {turns_of(self.task)} turns: only "
+                "single responses go on after an update. Leave it out."
+            )
         self._ahead = Ahead(self.patience)
         self._versions: dict[int, int] = {}  # of the weights that sample a step's batch ahead
         for step, rollouts in (ahead or {}).items():
@@ -150,14 +161,21 @@ class Rollouts:
         self._check_versions(rollouts, step)
         return rollouts
 
-    def _sample(self, problems: Sequence[Problem], step: int, refill: int = 0) -> list[Rollout]:
-        """This rank's part of the responses; not a collective, so that a thread may call it."""
+    def _sample(
+        self, problems: Sequence[Problem], step: int, refill: int = 0, most: int | None = None
+    ) -> list[Rollout]:
+        """This rank's part of the responses; not a collective, so that a thread may call it.
+
+        most: tokens after which a response is cut off; None: its most.
+        """
+        longest = self.sampling.max_new_tokens
+        cut = most is not None and most < longest
         with backend.suspended():
             return converse(
                 self.engine,
                 self.task,
                 self.place.of_rank(problems),
-                self.sampling,
+                replace(self.sampling, max_new_tokens=most) if cut else self.sampling,
                 samples_per_prompt=self.group,
                 seed=seed_of(self.seed, SAMPLING, step, self.place.rank, refill),
             )
@@ -167,12 +185,25 @@ class Rollouts:
 
         No more than `staleness` batches wait or are being sampled. Returns the steps of the new.
         """
-        last = min(step + self.staleness, self.steps)
-        begun = [later for later in range(step + 1, last + 1) if later not in self._ahead]
-        for later in begun:
-            self._versions[later] = step - 1
-            self._ahead.sample(later, partial(self._sample, self.problems(later), later))
+        begun = []
+        for later in range(step + 1, min(step + self.staleness, self.steps) + 1):
+            most = None if later == step + 1 else self.partial  # the next batch is finished
+            if later not in self._ahead:
+                begun.append(later)
+                self._versions[later] = step - 1
+                sample = partial(self._sample, self.problems(later), later, most=most)
+                self._ahead.sample(later, sample)
+            elif self.partial:
+                self._ahead.extend(later, partial(self._go_on, step=later, at=step, most=most))
         return begun
+
+    def _go_on(
+        self, rollouts: list[Rollout], *, step: int, at: int, most: int | None
+    ) -> list[Rollout]:
+        """This rank's part of a step's responses, continued while step `at` is trained."""
+        seed = seed_of(self.seed, CONTINUING, step, self.place.rank, at)
+        with backend.suspended():
+            return go_on(self.engine, rollouts, self.sampling, most=most, seed=seed)
 
     def settle(self) -> None:
         """Wait until the engine has the newest weights and samples nothing."""
@@ -220,10 +251,14 @@ class Rollouts:
         expected = self._versions.get(step, step - 1)
         expected -= expected % self.engine_every
         for i, rollout in enumerate(rollouts):
-            if rollout.weight_version != expected:
+            versions = expected
+            if self.partial and step in self._versions:
+                parts = np.arange(len(rollout.response_ids)) // self.partial
+                versions = np.minimum(expected + parts, max(expected, step - 2))
+            if (rollout.versions_or_all != versions).any():
                 raise UserError(
                     f"Sequence {self.first_sequence + i} of step {step} was sampled with weight "
-                    f"version {rollout.weight_version}; {expected} was expected"
+                    f"version {_named(rollout.versions_or_all)}; {_named(versions)} was expected"
                     + (" (the saved run's --staleness differs)" if self.engine is None else "")
                     + "."
                 )
@@ -244,3 +279,8 @@ class Rollouts:
             else:
                 put = hand_over(self.engine, actor.export_weights(), version=step)
                 self._ahead.put_weights(put)
+
+
+def _named(versions: int | np.ndarray) -> str:
+    """Weight versions in words, each once."""
+    return " and ".join(map(str, np.unique(versions)))

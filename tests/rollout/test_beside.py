@@ -42,7 +42,7 @@ def test_an_engine_that_can_take_weights_itself_is_asked():
 
 
 def beside_the_trainer():
-    """What a thread is told, while the main thread uses the default group in another order."""
+    """Answers that a thread gets, while the main thread uses the default group in another order."""
     dist.init_process_group("gloo")
     rank, ranks, told = dist.get_rank(), SharingRanks(60), []
 

@@ -12,6 +12,8 @@ import pytest
 import tyro
 
 from moe_upgrpo.errors import MachineFault, UserError
+from moe_upgrpo.megatron.settings import OptimizerSettings
+from moe_upgrpo.rollout.cache import load_rollouts
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.store import read_metrics, read_tokens
 from moe_upgrpo.store.checkpoints import Checkpoints
@@ -220,6 +222,56 @@ def test_more_steps_begin_with_the_weights_at_hand(two_behind, tmp_path):
     run = shutil.copytree(two_behind[0], tmp_path / "run")
     resumed(run, "--steps", "8")
     assert staleness(run) == [0, 1, 2, 2, 2, 0, 1, 2]
+
+
+PARTIAL = dict(staleness=2, partial_rollouts=1, old_log_probs="rollout", analyse_every=0)
+
+
+@pytest.fixture(scope="module")
+def going_on(tmp_path_factory, cache):
+    """A run whose responses go on after an update, one token before it; it keeps every state."""
+    folder = tmp_path_factory.mktemp("partial") / "run"
+    return whole_run(folder, cache, **PARTIAL, save_every=1, keep=STEPS)
+
+
+def test_a_response_goes_on_with_the_weights_of_the_update(going_on):
+    """Batch k's first token is of version max(0, k − 3), the others of k − 2; of batch 2, which has
+    no update in it, all are of 0."""
+    tokens = read_tokens(going_on)
+    first, behind = {}, {}
+    for step, sequence, position, stale in zip(
+        *(tokens[n].to_pylist() for n in ("step", "sequence", "position", "staleness")), strict=True
+    ):
+        is_first = position == first.setdefault((step, sequence), position)
+        behind.setdefault((step, is_first), set()).add(stale)
+    assert {step: behind[step, True] for step in range(1, 6)} == {1: {0}, 2: {1}} | {
+        step: {2} for step in (3, 4, 5)
+    }
+    assert {step: behind[step, False] for step in range(1, 6)} == {1: {0}} | {
+        step: {1} for step in (2, 3, 4, 5)
+    }
+
+
+def test_the_ratio_of_a_response_that_went_on_is_to_what_sampled_each_token(cache, tmp_path):
+    """At a learning rate of 0 every version is the same policy: each token's log-prob is then the
+    trainer's, whichever part of its response it is in."""
+    optimizer = OptimizerSettings(lr=0.0)
+    run = whole_run(tmp_path / "run", cache, **PARTIAL, optimizer=optimizer)
+    gaps = [row["logp_gap/mean_abs"] for row in read_metrics(run)[1:]]
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.bits
+def test_a_run_resumed_within_responses_is_the_unbroken_one(going_on, tmp_path):
+    """The state after step 2 has batch 3 whole, and of batch 4 the first tokens."""
+    run = shutil.copytree(going_on, tmp_path / "run")
+    for state in Checkpoints(run / "checkpoints").all()[2:]:
+        shutil.rmtree(state)
+    (kept,) = Checkpoints(run / "checkpoints").all()[-1:]
+    begun = load_rollouts(kept / "rollouts", 4)
+    assert {len(rollout.response_ids) for rollout in begun} == {1}
+    resumed(run)
+    assert left(run) == left(going_on)
 
 
 def test_a_run_whose_queue_starves_ends_with_one_message(cache, tmp_path, monkeypatch):

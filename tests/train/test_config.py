@@ -18,7 +18,7 @@ from moe_upgrpo.rollout.engines import VLLMSettings
 from moe_upgrpo.store import RunFolder
 from moe_upgrpo.tools.plan_options import PlanConfig
 from moe_upgrpo.train.command_line import parsed
-from moe_upgrpo.train.config import OPTIONS, TrainConfig
+from moe_upgrpo.train.config import OPTIONS, TrainConfig, starve_after
 from moe_upgrpo.train.options import check_own_code, check_supported, file_arguments, named
 from moe_upgrpo.train.parts import BatchOptions, LogOptions
 from moe_upgrpo.train.tiny import TinyModel
@@ -67,7 +67,7 @@ def test_how_far_ahead_is_generated_and_where():
     assert TrainConfig.of(staleness=1, engine="vllm").rollouts.ahead == 1
     server = TrainConfig.of(staleness=2, engine="vllm", engine_url="http://h:1")
     assert server.rollouts.ahead == TrainConfig.of(staleness=2, engine="sglang").rollouts.ahead == 2
-    assert server.starve_after == 300 and server.but(starve_after=7.0).starve_after == 7
+    assert starve_after(server) == 300 and starve_after(server.but(starve_after=7.0)) == 7
 
 
 def test_a_copy_with_other_values_of_options_in_two_parts():
@@ -338,6 +338,13 @@ DATA = {"data": ("a.jsonl",), "model": Path("m"), "max_new_tokens": 9}
         (
             {"staleness": 2, "engine": "vllm"},
             "staleness=2 with engine=vllm in each rank: .* 1 is the most. .* --engine hf",
+        ),
+        ({"staleness": 2, "partial_rollouts": 0}, "partial_rollouts=0: at least 1"),
+        ({"staleness": 1, "partial_rollouts": 8}, "no update comes between .* --staleness 2 or"),
+        ({"staleness": 2, "partial_rollouts": 8}, "analyse_every=20: .* Give --analyse-every 0"),
+        (
+            {"staleness": 2, "partial_rollouts": 8, "analyse_every": 0},
+            "old_log_probs=trainer: the ratio would not be .* Give --old-log-probs rollout",
         ),
         ({"starve_after": 5.0}, "starve_after=5.0 without staleness: there is no queue"),
         ({"starved": "end"}, "starved=end without staleness"),
