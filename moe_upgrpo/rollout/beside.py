@@ -79,7 +79,7 @@ class SharingRanks:
         return told[0]
 
     def gathered(self, mine: Any) -> list[Any]:
-        """What each rank has, in their order."""
+        """Gather what each rank has, in their order."""
         found = [mine] * self._count
         if self._group is not None:
             dist.all_gather_object(found, mine, group=self._group)

@@ -30,6 +30,8 @@ def serving(answer):
             pass
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # with the default of 5 Linux resets some of many at once
+
         def handle_error(self, request, client_address):
             if not isinstance(sys.exception(), ConnectionError):  # the client may go away
                 super().handle_error(request, client_address)
