@@ -88,12 +88,13 @@ class _Rotation(torch.autograd.Function):
 
 def gated(gate_and_up_N2F: Tensor, probs_N: Tensor) -> Tensor:
     """silu(gate) ⊙ up ⊙ p, [N, F]: the inner activation of experts, p the tokens' gates."""
-    if not takes(gate_and_up_N2F, probs_N):
-        gate_NF, up_NF = gate_and_up_N2F.chunk(2, dim=-1)
-        inner_NF = F.silu(gate_NF) * up_NF
-        del gate_NF, up_NF  # without a gradient, nothing else keeps them
-        return (inner_NF * probs_N[:, None]).to(inner_NF.dtype)
-    return _Gated.apply(gate_and_up_N2F, probs_N)
+    if takes(gate_and_up_N2F, probs_N):
+        return _Gated.apply(gate_and_up_N2F, probs_N)
+    gate_NF, up_NF = gate_and_up_N2F.chunk(2, dim=-1)
+    if not torch.is_grad_enabled():
+        return F.silu(gate_NF).mul_(up_NF).mul_(probs_N[:, None])
+    inner_NF = F.silu(gate_NF) * up_NF
+    return (inner_NF * probs_N[:, None]).to(inner_NF.dtype)
 
 
 class _Gated(torch.autograd.Function):

@@ -5,6 +5,7 @@ Not covered: a GPU, whose allocator and kernels need more; NCCL.
 
 import json
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 
 from moe_upgrpo.errors import UserError
 from moe_upgrpo.losses import LossTerms, PolicyLossConfig
-from moe_upgrpo.megatron import groups, memory, plan, tap
+from moe_upgrpo.megatron import elementwise, groups, memory, plan, tap
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.batch import Sample
 from moe_upgrpo.megatron.families import read_model_config
@@ -93,9 +94,14 @@ class Kept:
         return tensor
 
 
+def as_on_a_gpu():
+    """Torch's own norm, rotation and gate in fp32 too: the plan is of machines with GPUs."""
+    return mock.patch.object(elementwise, "takes", lambda *_: False)
+
+
 def kept_bytes(folder, layout: Layout, dtype: str, **options) -> int:
     """On a rank: bytes that autograd keeps in an update of one micro-batch."""
-    with groups.process_groups(layout):
+    with groups.process_groups(layout), as_on_a_gpu():
         actor = MegatronActor(
             folder,
             layout,
@@ -174,7 +180,7 @@ def storages(tensors) -> dict[int, int]:
 
 def peaks(folder, dtype: str, recompute: str, batch: MicroBatch) -> tuple[dict, dict, int]:
     """Bytes held, and the most bytes beside them: in an update, one that records, and a score."""
-    with groups.process_groups(Layout()):
+    with groups.process_groups(Layout()), as_on_a_gpu():
         actor = MegatronActor(
             folder, Layout(), dtype=dtype, optimizer=OptimizerSettings(), recompute=recompute
         )
@@ -300,7 +306,7 @@ def test_what_a_rank_hands_over_of_its_routers_is_counted(experts):
         ids = torch.arange(12 * 3, dtype=torch.int16).view(12, 3)
         traces[layer].own_NK = traces[layer].used_NK = ids
         traces[layer].margins_N = torch.rand(12)
-    ((_, arrays),) = tap.hand_over([tap.Visit(None, traces, 2)], experts)
+    ((_, _, arrays),) = tap.hand_over([tap.Visit(None, traces, 2)], tap.Run(slice(1)), experts)
     model = replace(memory.Sizes.of(config()), experts=experts, top_k=3)
     expected = memory.traces(model, Layout(tp=2), tokens=24, layers=2)
     assert sum(array.nbytes for array in arrays.values()) == expected

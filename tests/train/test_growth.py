@@ -44,7 +44,7 @@ def leaves_holes(file: Path) -> None:
 
 def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
     """Else the heap of a real run grew by 250 to 400 kB a step."""
-    steps = 11
+    steps = 16
     noted = tmp_path / "resident"
     more = ("--steps", str(steps), "--eval-every", "100", "--save-every", "0")
     result = run_command(
@@ -53,5 +53,5 @@ def test_a_step_keeps_no_memory_that_it_freed(cache, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     kb = [int(line) for line in noted.read_text(encoding="utf-8").splitlines()]
     assert len(kb) == steps
-    # Of ten steps' holes, 160 MB at least; the first steps have caches to fill.
-    assert kb[-1] - kb[2] < 3 * BLOCKS * BLOCK_KB
+    # Of thirteen steps, 208 MB; the first have caches to fill, and some holes are kept.
+    assert kb[-1] - kb[2] < 5 * BLOCKS * BLOCK_KB
