@@ -97,7 +97,7 @@ def measure(
         actor.update(make_samples(), PolicyLossConfig.preset("up-grpo"))
         run = RunFolder.create(folder / "run", {})
         taken: dict[str, list] = {"save": [], "raw write": [], "load": [], "raw read": []}
-        nothing = {"behind": None, "reference": None, "ahead": None}
+        nothing = {"behind": None, "reference": None, "ahead": {}}
         for repeat in range(repeats):
             step = repeat + 1
             saved = timed(partial(resume.save, run, step, actor=actor, keep=1, **nothing))

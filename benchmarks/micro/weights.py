@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moe_upgrpo.hugging_face.folder import Weights
 from moe_upgrpo.rollout import handover
+from moe_upgrpo.rollout.beside import SharingRanks
 from moe_upgrpo.rollout.digest import Digest
 from moe_upgrpo.rollout.hf import HFEngine
 from moe_upgrpo.rollout.weight_group import received, send
@@ -110,8 +111,12 @@ def main(argv: list[str] | None = None) -> None:
                 _, _, failed = handover.written(weights.items(), Path(new), beside=source)
             assert failed is None, failed
 
+        ranks = SharingRanks(60.0)
+
         def streams() -> None:
-            errors = handover.through_streams(receivers, weights.items(), expected, version=1)
+            errors = handover.through_streams(
+                receivers, weights.items(), expected, ranks=ranks, version=1
+            )
             assert errors == [None] * len(receivers), errors
 
         cases = {

@@ -121,7 +121,7 @@ TINY = {
     "head": ("benchmarks.micro.head --tokens 256 --vocabulary 512", "| ours, 256 tokens | 2 |"),
     "recording_scale": (
         "benchmarks.micro.recording_scale --tokens 1024 2048 --layers 4 --top-k 2 --experts 8",
-        "grows as tokens^",
+        "extra bytes for each further token",
     ),
     "report_scale": ("benchmarks.micro.report_scale rows 10000", "10,000"),
     "checkpoint": (
