@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from moe_upgrpo.errors import UserError
+from moe_upgrpo.hugging_face import shards
 from moe_upgrpo.megatron import groups
 from moe_upgrpo.megatron.actor import MegatronActor
 from moe_upgrpo.megatron.layout import Layout
-from moe_upgrpo.rollout import engines, sglang
+from moe_upgrpo.rollout import engines, handover, sglang
 from moe_upgrpo.rollout.server_key import headers
 from moe_upgrpo.rollout.sglang import SGLangEngine
 from moe_upgrpo.routing import compare_routes
@@ -240,7 +241,7 @@ def test_weights_in_several_files(engine, other_dir, monkeypatch):
         ((n, torch.zeros_like(t)) for n, t in weights_of(other_dir).items()), version=2
     )
     assert checksum(engine) != sums
-    monkeypatch.setattr(sglang, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(handover, "PART_BYTES", 50_000)
     engine.update_weights(weights_of(other_dir).items(), version=3)
     assert checksum(engine) == sums
     assert len(list(engine._held_dir.glob("*.safetensors"))) > 3
@@ -500,15 +501,17 @@ def test_a_request_that_takes_too_long_is_given_up_and_the_next_one_served(engin
 def test_an_update_that_fails_half_way_is_never_sampled_from(engine, other_dir, monkeypatch):
     """Real failures: SGLang meets a tensor that does not fit, after it has loaded others, and ends.
 
-    Its rollback reads the same files.
+    Its rollback reads the same files. Ours, which would have met it before, is left out.
     """
     expected, sums = sample(engine), checksum(engine)
 
-    def save_broken(tensors, path):
-        save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:10].clone()}, path)
+    def save_broken(tensors, path, **about):
+        broken = tensors | {"lm_head.weight": tensors["lm_head.weight"][:10].clone()}
+        save_file(broken, path, **about)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sglang, "save_file", save_broken)
+        patch.setattr(shards, "save_file", save_broken)
+        patch.setattr(sglang, "check_whole", lambda *_, **__: None)
         with raises_within(30, "sglang|SGLang"):
             engine.update_weights(weights_of(other_dir).items(), version=1)
     for use in (sample, lambda e: e.routes(prompts(5))):
@@ -527,7 +530,9 @@ def test_an_update_that_the_server_refuses_is_seen_by_all_who_share_it(
     follower = SGLangEngine(model_dir, "float32", url=engine.url, leader=False, timeout=5)
     assert same(expected, sample(follower))
     with monkeypatch.context() as patch:
-        patch.setattr(sglang, "save_file", lambda tensors, path: None)  # a folder without weights
+        # A folder without weights.
+        patch.setattr(sglang, "written", lambda given, folder, beside: (dict(given), "", None))
+        patch.setattr(sglang, "check_whole", lambda *_, **__: None)
         with pytest.raises(UserError, match=r"SGLang refused /update_weights_from_disk \(400\)"):
             engine.update_weights(weights_of(other_dir).items(), version=1)
     with raises_within(3, r"weights '\w+:1-failed'; '\w+:1' were expected"):
