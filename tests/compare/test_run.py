@@ -326,7 +326,7 @@ def test_up_dapo_as_it_is_shipped_in_a_tiny_form(tmp_path):
     }
     values["seeds"] = [0, 1]
     rates = values["learning_rates"]
-    values["learning_rates"] = {"values": rates["values"][1:3], "seeds": [100], "steps": 1}
+    values["learning_rates"] = {"values": rates["values"][1:3], "seeds": [100], "steps": 2}
     do(tmp_path / "out", values)
     ended = [one.about for one in data.read_all(tmp_path / "out")]
     assert len(ended) == 8 + 8 and {about.status for about in ended} == {"finished"}

@@ -173,7 +173,7 @@ SLOW_MOMENTS = {
         *([0, 1, 2], 2),
     ),
     "in the weight hand-over": (
-        *("moe_upgrpo.rollout.hf:HFEngine._use", 4, 0),  # one is its own at the start
+        *("moe_upgrpo.rollout.hf:HFEngine._finish_weights", 4, 0),  # one is its own at the start
         *([0, 1, 2], 2),
     ),
     "before the token file gets its name": (
@@ -203,7 +203,7 @@ SLOW_MOMENTS = {
         *([0, 1, 2, 3, 4], 4),
     ),
     "as the trained model is written": (
-        *("moe_upgrpo.megatron.weights:save_torch_state_dict", 1, 0),
+        *("moe_upgrpo.megatron.weights:ShardWriter.finish", 1, 0),
         *([0, 1, 2, 3, 4], 4),
     ),
     "in the report": ("moe_upgrpo.report:write_report", 1, 0, [0, 1, 2, 3, 4], 4),
@@ -348,7 +348,7 @@ def stale(tmp_path_factory, cache):
     ("place", "nth", "rank"),
     [
         ("moe_upgrpo.megatron.actor:MegatronActor.update", 6, 1),
-        ("moe_upgrpo.rollout.hf:HFEngine._use", 4, 0),  # in the queue's thread
+        ("moe_upgrpo.rollout.hf:HFEngine._finish_weights", 4, 0),  # in the queue's thread
         ("moe_upgrpo.rollout.hf:HFEngine.generate", 5, 1),
         ("moe_upgrpo.train.resume:save_rollouts", 2, 0),
     ],
