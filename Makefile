@@ -145,7 +145,7 @@ test: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.i
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(TEST_STAMP) $(TRANSFORMERS_4)/.installed $(MILES)/.installed $(SWIFT)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m slow
 
 # A part of test-slow.
 test-wheel: $(STAMP)

@@ -314,29 +314,6 @@ def test_a_whole_comparison(tmp_path):
     assert kept["a", 0].series("reward/mean") != kept["a", 1].series("reward/mean")
 
 
-@pytest.mark.slow
-def test_up_dapo_as_it_is_shipped_in_a_tiny_form(tmp_path):
-    """All that it says but sizes: rates are chosen, every run ends, every contrast is drawn."""
-    values = yaml.safe_load(Path("examples/compare/up-dapo.yaml").read_text())
-    values["base"] |= {
-        "tiny": {"layers": 2, "hidden": 64, "experts": 16, "top_k": 4, "expert_intermediate": 32},
-        "warm_start": {"random_router": True, "probe_problems": 64},
-        **{"digits": 1, "prompts": 8, "group": 4, "epochs": 2, "steps": 2, "eval_every": 1},
-        "cache_dir": str(tmp_path / "cache"),
-    }
-    values["seeds"] = [0, 1]
-    rates = values["learning_rates"]
-    values["learning_rates"] = {"values": rates["values"][1:3], "seeds": [100], "steps": 2}
-    do(tmp_path / "out", values)
-    ended = [one.about for one in data.read_all(tmp_path / "out")]
-    assert len(ended) == 8 + 8 and {about.status for about in ended} == {"finished"}
-    assert {about.lr for about in ended if not about.tuning} <= {*map(float, rates["values"][1:3])}
-    made = json.loads((tmp_path / "out/report.json").read_text())
-    assert len(made["primary"]) == len(values["contrasts"]) == 2
-    with_kl = {one.arm for one in ended if one.config["kl_coef"] == 0.04}
-    assert with_kl == {"dapo", "up-dapo"}
-
-
 def test_a_job_that_is_refused_says_so_by_its_status(tmp_path):
     """The launcher itself."""
     (tmp_path / "logs").mkdir()
